@@ -1,0 +1,1 @@
+"""Leaves of the house: errors, events, logging, GPU readings. Imports nothing of ours."""

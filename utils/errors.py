@@ -1,0 +1,278 @@
+"""Every error that the training server raises on purpose.
+
+    TrainingServerError
+    ├── ConfigurationError            the settings are wrong; nothing can start
+    ├── InvalidMessage                a message that can never become a job
+    │   └── UnknownType               a message that is meant for another worker
+    ├── JobError                      a job that ends in `failed`
+    │   ├── ImageDownloadFailed       too few pictures could be fetched
+    │   ├── LowQualityData            too few of the fetched pictures are usable
+    │   ├── BaseModelUnavailable      Stable Diffusion could not be loaded
+    │   ├── GpuOutOfMemory
+    │   ├── TrainingDiverged
+    │   ├── TrainingFailed            training broke in a way that has no name of its own
+    │   │   └── CheckpointUnusable    damaged, or of another run: only an older one, or none, can help
+    │   ├── TimeLimit
+    │   ├── ExportFailed              the written files do not act as the weights
+    │   ├── WorkerCrashed             the trainer process died
+    │   └── Cancelled
+    ├── MachineError                  this machine is unfit; the job is innocent
+    │   ├── GpuBroken
+    │   └── DiskFull
+    ├── StorageError                  S3
+    │   ├── ObjectNotFound
+    │   ├── AccessDenied
+    │   ├── ObjectTooLarge
+    │   └── PreconditionFailed        a conditional write found another version
+    ├── WebhookError                  the backend could not be told
+    ├── BrokerError                   RabbitMQ
+    │   └── BrokerRefused             waiting cannot help: credentials, conflicting queues
+    └── Stopped                       not a fault: the run was asked to stop, and why
+        └── LeaseLost                 another worker owns the job now
+
+A class's docstring is its default message. `CODES` is the one table that says what the backend is
+told and whether trying again can help.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+
+
+class ErrorCode(enum.StrEnum):
+    """The `error_code` of a `failed` webhook and of the dead queue's `x-error-code`."""
+
+    INVALID_MESSAGE = "INVALID_MESSAGE"
+    UNKNOWN_TYPE = "UNKNOWN_TYPE"
+    IMAGE_DOWNLOAD_FAILED = "IMAGE_DOWNLOAD_FAILED"
+    LOW_QUALITY_DATA = "LOW_QUALITY_DATA"
+    BASE_MODEL_UNAVAILABLE = "BASE_MODEL_UNAVAILABLE"
+    GPU_OOM = "GPU_OOM"
+    TRAINING_DIVERGED = "TRAINING_DIVERGED"
+    TRAINING_FAILED = "TRAINING_FAILED"
+    TIME_LIMIT = "TIME_LIMIT"
+    EXPORT_FAILED = "EXPORT_FAILED"
+    STORAGE_FAILED = "STORAGE_FAILED"
+    WORKER_CRASHED = "WORKER_CRASHED"
+    CANCELLED = "CANCELLED"
+    WEBHOOK_REJECTED = "WEBHOOK_REJECTED"
+
+
+class StopReason(enum.StrEnum):
+    """Why a run was asked to stop."""
+
+    CANCELLED = "cancelled"
+    SHUTDOWN = "shutdown"
+    LEASE_LOST = "lease_lost"
+    TIME_LIMIT = "time_limit"
+
+
+class TrainingServerError(Exception):
+    """Something went wrong in the training server."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or inspect.cleandoc(type(self).__doc__ or "").splitlines()[0])
+
+
+class ConfigurationError(TrainingServerError):
+    """The settings are wrong."""
+
+
+class InvalidMessage(TrainingServerError):
+    """The message cannot become a job.
+
+    Attributes:
+        field: The field that is wrong, in the message's own spelling (`data.parameters.epochs`), or
+            `body`.
+        task_id: The task's id where one could be read.
+        style_id: The style's id where one could be read; then the backend gets a `failed` webhook.
+        webhook_url: The message's webhook address where one could be read (not yet checked).
+    """
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        field: str = "body",
+        task_id: str | None = None,
+        style_id: int | None = None,
+        webhook_url: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.field = field
+        self.task_id = task_id
+        self.style_id = style_id
+        self.webhook_url = webhook_url
+
+
+class UnknownType(InvalidMessage):
+    """The message's type is not one that this worker does."""
+
+
+class JobError(TrainingServerError):
+    """The job failed."""
+
+
+class ImageDownloadFailed(JobError):
+    """Too few pictures could be downloaded."""
+
+
+class LowQualityData(JobError):
+    """Too few of the pictures can be used for training."""
+
+
+class BaseModelUnavailable(JobError):
+    """The base model could not be loaded."""
+
+
+class GpuOutOfMemory(JobError):
+    """The GPU ran out of memory."""
+
+
+class TrainingDiverged(JobError):
+    """Training diverged: the loss was not a finite number too often."""
+
+
+class TrainingFailed(JobError):
+    """Training failed."""
+
+
+class CheckpointUnusable(TrainingFailed):
+    """The checkpoint cannot be used to go on."""
+
+
+class TimeLimit(JobError):
+    """The job took longer than it may."""
+
+
+class ExportFailed(JobError):
+    """The exported model does not reproduce the trained weights."""
+
+
+class WorkerCrashed(JobError):
+    """The trainer process died."""
+
+
+class Cancelled(JobError):
+    """The job was cancelled."""
+
+
+class MachineError(TrainingServerError):
+    """This machine cannot train at the moment."""
+
+
+class GpuBroken(MachineError):
+    """The GPU does not compute any more."""
+
+
+class DiskFull(MachineError):
+    """The worker's disk is full."""
+
+
+class StorageError(TrainingServerError):
+    """S3 could not be used."""
+
+
+class ObjectNotFound(StorageError):
+    """The object does not exist."""
+
+
+class AccessDenied(StorageError):
+    """S3 refuses access."""
+
+
+class ObjectTooLarge(StorageError):
+    """The object is larger than allowed."""
+
+
+class PreconditionFailed(StorageError):
+    """The object was changed by somebody else."""
+
+
+class WebhookError(TrainingServerError):
+    """The backend could not be told."""
+
+
+class BrokerError(TrainingServerError):
+    """RabbitMQ could not be used."""
+
+
+class BrokerRefused(BrokerError):
+    """RabbitMQ refuses this worker, and waiting will not help."""
+
+
+class Stopped(TrainingServerError):
+    """The run was asked to stop."""
+
+    def __init__(self, reason: StopReason, message: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class LeaseLost(Stopped):
+    """Another worker owns the job now."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(StopReason.LEASE_LOST, message)
+
+
+# class -> (what the backend is told, whether another attempt can help)
+CODES: dict[type[TrainingServerError], tuple[ErrorCode, bool]] = {
+    InvalidMessage: (ErrorCode.INVALID_MESSAGE, False),
+    UnknownType: (ErrorCode.UNKNOWN_TYPE, False),
+    ImageDownloadFailed: (ErrorCode.IMAGE_DOWNLOAD_FAILED, False),
+    LowQualityData: (ErrorCode.LOW_QUALITY_DATA, False),
+    BaseModelUnavailable: (ErrorCode.BASE_MODEL_UNAVAILABLE, True),
+    GpuOutOfMemory: (ErrorCode.GPU_OOM, False),
+    TrainingDiverged: (ErrorCode.TRAINING_DIVERGED, False),
+    TrainingFailed: (ErrorCode.TRAINING_FAILED, False),
+    TimeLimit: (ErrorCode.TIME_LIMIT, False),
+    ExportFailed: (ErrorCode.EXPORT_FAILED, False),
+    WorkerCrashed: (ErrorCode.WORKER_CRASHED, True),
+    Cancelled: (ErrorCode.CANCELLED, False),
+    MachineError: (ErrorCode.WORKER_CRASHED, True),
+    StorageError: (ErrorCode.STORAGE_FAILED, True),
+    # A missing or forbidden object is tried again like any trouble of S3's: both happen to whole
+    # buckets while a policy is being mended. A size does not mend itself.
+    ObjectTooLarge: (ErrorCode.STORAGE_FAILED, False),
+    WebhookError: (ErrorCode.WEBHOOK_REJECTED, False),
+}
+
+
+def code_of(error: BaseException) -> ErrorCode:
+    """The code that the backend is told: the nearest ancestor in `CODES`, else
+    `TRAINING_FAILED`."""
+    return _entry(error)[0]
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Whether another attempt at the same job can help."""
+    return _entry(error)[1]
+
+
+def _entry(error: BaseException) -> tuple[ErrorCode, bool]:
+    for ancestor in type(error).__mro__:
+        if ancestor in CODES:
+            return CODES[ancestor]
+    return CODES[TrainingFailed]
+
+
+# The errors that the trainer process may report, by class name: what crosses the pipe is a name,
+# never an object.
+REPORTABLE: dict[str, type[TrainingServerError]] = {
+    cls.__name__: cls
+    for cls in (
+        ImageDownloadFailed,
+        LowQualityData,
+        BaseModelUnavailable,
+        GpuOutOfMemory,
+        TrainingDiverged,
+        TrainingFailed,
+        CheckpointUnusable,
+        TimeLimit,
+        ExportFailed,
+        GpuBroken,
+        DiskFull,
+    )
+}

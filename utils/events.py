@@ -1,0 +1,216 @@
+"""The vocabulary between the front desk and the trainer process: frozen facts, one JSON object a
+line.
+
+In go a `TrainingRun` (see `training.lora_config`) and a `Stop`; out come `Started`, `Progress`,
+`CheckpointSaved`, `Finished` and `Failed`. Nothing else crosses the pipe, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import json
+import types
+import typing
+from typing import Any, TypeVar
+
+from utils.errors import StopReason
+
+T = TypeVar("T")
+
+
+class Stage(enum.StrEnum):
+    """What a job is doing; `progress.stage` on the wire."""
+
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    TRAINING = "training"
+    EXPORTING = "exporting"
+    UPLOADING = "uploading"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stop:
+    """Ask the run in hand to stop at the next optimizer step."""
+
+    reason: StopReason
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Started:
+    """The pictures are vetted and encoded; the first step follows.
+
+    Attributes:
+        total_epochs: Epochs of the whole job.
+        total_steps: Optimizer steps of the whole job.
+        epoch: Epochs completed before this run (resumed from a checkpoint), else 0.
+        step: Optimizer steps done before this run.
+        pictures_used: Pictures that are trained on.
+        warnings: Sentences for the report.
+    """
+
+    task_id: str
+    total_epochs: int
+    total_steps: int
+    epoch: int
+    step: int
+    pictures_used: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the run is. Sent when a stage begins and at most a few times a second while training.
+
+    Attributes:
+        epoch: Completed epochs of the job.
+        step: Completed optimizer steps of the job.
+        loss: Mean unweighted loss of the last completed epoch, or None before there is one.
+        steps_per_second: Measured over this run's training steps; None before there is a
+            measurement.
+    """
+
+    task_id: str
+    stage: Stage
+    epoch: int
+    total_epochs: int
+    step: int
+    total_steps: int
+    loss: float | None = None
+    steps_per_second: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    """A complete checkpoint lies in `folder` (its manifest is written) and is nobody else's to
+    change.
+
+    Attributes:
+        name: Its folder's name: `epoch-0010`, or `epoch-0012-step-0123` inside an epoch.
+        epoch: Completed epochs.
+        step: Completed optimizer steps of the job.
+        folder: The checkpoint's absolute local folder.
+        seconds: How long training stood still for it.
+    """
+
+    task_id: str
+    name: str
+    epoch: int
+    step: int
+    folder: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finished:
+    """The run is over and nothing failed: the model is exported, or the stop that was asked for has
+    been obeyed.
+
+    Attributes:
+        folder: Folder of the model's files and report; empty when stopped.
+        files: File names in `folder`, in the order in which they are to be published.
+        epoch: Completed epochs.
+        step: Completed optimizer steps.
+        loss: Mean unweighted loss of the last epoch; None if no epoch was completed in this run.
+        seconds: Wall time of the run in the trainer process.
+        stopped: Why the run stopped early; None for a finished training.
+        summary: What the report says, briefly, for the `complete` webhook (JSON values only).
+    """
+
+    task_id: str
+    folder: str
+    files: tuple[str, ...]
+    epoch: int
+    step: int
+    loss: float | None
+    seconds: float
+    stopped: StopReason | None = None
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failed:
+    """The run failed.
+
+    Attributes:
+        error: Class name of the error, one of `utils.errors.REPORTABLE`.
+        message: A sentence for a person: no stack trace, no path of this machine's disk.
+        trainer_usable: False when the process must be replaced before the next run (a broken CUDA
+            context).
+    """
+
+    task_id: str
+    error: str
+    message: str
+    trainer_usable: bool = True
+
+
+Event = Started | Progress | CheckpointSaved | Finished | Failed
+EVENTS: tuple[type[Any], ...] = (Started, Progress, CheckpointSaved, Finished, Failed)
+
+
+def encode(fact: Any) -> bytes:
+    """One fact (a dataclass instance) as one line of JSON, newline included."""
+    return json.dumps({"kind": type(fact).__name__, **dataclasses.asdict(fact)}).encode() + b"\n"
+
+
+def decode(line: bytes, kinds: tuple[type[Any], ...]) -> Any:
+    """The fact that `encode` wrote.
+
+    Args:
+        line: One line of JSON.
+        kinds: The dataclasses that may arrive here.
+
+    Raises:
+        ValueError: The line is not one of `kinds` with exactly its fields.
+    """
+    try:
+        values = json.loads(line)
+        kind = {cls.__name__: cls for cls in kinds}[values.pop("kind")]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"not one of {[cls.__name__ for cls in kinds]}: {line[:200]!r}") from error
+    return from_dict(kind, values)
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """Build a frozen dataclass from JSON values: nested dataclasses, tuples, enums and optionals
+    included.
+
+    Raises:
+        ValueError: A field is missing, unknown, or of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := set(values) - set(fields):
+        raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}")
+    hints = _hints(cls)  # type: ignore[arg-type]
+    try:
+        return cls(**{name: _value(hints[name], value, name) for name, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__}: {error}") from error
+
+
+@functools.cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:  # pylint: disable=too-many-return-statements
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _value(typing.get_args(hint)[0], value, name)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(typing.get_args(hint)[0], item, name) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(typing.cast(type[Any], hint), value)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ValueError(f"{name} is {value!r}, not {hint}")

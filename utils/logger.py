@@ -1,0 +1,130 @@
+"""One line of JSON an event, or coloured text on a terminal; the job is bound once; secrets never
+get through.
+
+Modules of the desk call `get_logger`; `training/` and third parties use the standard library's
+loggers. Both go through the same processors to standard error.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+MASK = "[redacted]"
+
+_SECRET_NAMES = re.compile(r"secret|token|passw|authorization|credential|signature", re.IGNORECASE)
+_SECRET_SHAPES = (
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 " + MASK),
+    (re.compile(r"whsec_[\w+/=-]+"), MASK),
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), MASK),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), MASK),
+    (re.compile(r"(://[^/\s:@]*):[^@/\s]+@"), r"\1:" + MASK + "@"),
+    (re.compile(r"(?i)([?&](?:x-amz-[\w-]*|signature|awsaccesskeyid)=)[^&\s\"']+"), r"\1" + MASK),
+)
+# These libraries tell every request at DEBUG, headers and all.
+_TALKATIVE = ("botocore", "boto3", "s3transfer", "urllib3", "pika", "PIL", "matplotlib", "httpx")
+
+
+class Redactor:
+    """Replaces secrets in everything that is logged: by value, by key and by shape."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        # Long ones first: one secret may contain another. A very short one would mask half of every
+        # line.
+        self._values = sorted({s for s in secrets if len(s) >= 6}, key=len, reverse=True)
+
+    def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        """The processor's interface of structlog."""
+        return cast(EventDict, self.clean(event))
+
+    def clean(self, value: Any) -> Any:
+        """The value with every secret in it masked; containers are walked."""
+        if isinstance(value, str):
+            return self._text(value)
+        if isinstance(value, dict):
+            return {
+                self.clean(key): (
+                    MASK
+                    if isinstance(key, str) and _SECRET_NAMES.search(key) and isinstance(item, str)
+                    else self.clean(item)
+                )
+                for key, item in value.items()
+            }
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [self.clean(item) for item in value]
+        if value is None or isinstance(value, (bool, int, float)):
+            return value
+        return self._text(str(value))
+
+    def _text(self, text: str) -> str:
+        for secret in self._values:
+            text = text.replace(secret, MASK)
+        for shape, replacement in _SECRET_SHAPES:
+            text = shape.sub(replacement, text)
+        return text
+
+
+def configure(
+    *, level: str = "INFO", log_format: str = "json", secrets: Iterable[str] = ()
+) -> None:
+    """Send every log line of this process to standard error.
+
+    Args:
+        level: `DEBUG`, `INFO`, `WARNING` or `ERROR`.
+        log_format: `json`, or `text` for a person.
+        secrets: Values that must never appear.
+    """
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    final: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if log_format == "json":
+        # The traceback becomes text first, so that the redaction sees it.
+        final += [structlog.processors.format_exc_info, Redactor(secrets)]
+        final += [structlog.processors.JSONRenderer(ensure_ascii=False, default=str)]
+    else:
+        final += [structlog.processors.format_exc_info, Redactor(secrets)]
+        final += [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final)
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """A logger of the desk: `log.info("event_slug", picture=3)`."""
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    return logger
+
+
+def bound(**values: Any) -> AbstractContextManager[None]:
+    """Bind `task_id`, `style_id` and the like to every line of this thread until the block ends."""
+    return structlog.contextvars.bound_contextvars(**values)

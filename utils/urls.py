@@ -1,0 +1,61 @@
+"""Addresses: whose host is it really?"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from urllib.parse import SplitResult, urlsplit
+
+_HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def origin_of(url: str) -> str:
+    """Scheme, host and port of an http(s) address.
+
+    Default ports are left out, the host is in lower case and, where it is not ASCII, in the form
+    that goes over the wire (`xn--…`), so that two spellings of one origin compare equal.
+
+    Raises:
+        ValueError: Not an absolute http or https address, or one that carries a user name or
+            password, or one that different programs read as different hosts.
+    """
+    # Browsers read a backslash as a slash, others as part of a name; urlsplit drops line breaks.
+    if re.search(r"[\s\\\x00-\x1f\x7f]", url.strip()):
+        raise ValueError("must not contain spaces, line breaks or backslashes")
+    parts = urlsplit(url.strip())
+    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
+        raise ValueError("must be an address like https://api.example.com")
+    if "@" in parts.netloc:
+        raise ValueError("must not carry a user name or password")
+    port = _port(parts)
+    return f"{parts.scheme}://{_host(parts.hostname)}{port}"
+
+
+def shown(url: str) -> str:
+    """An address for a log line: scheme and host alone, since the rest may hold a secret."""
+    try:
+        parts = urlsplit(url)
+        return f"{parts.scheme}://{parts.hostname or ''}"[:100]
+    except ValueError:
+        return "an address that cannot be read"
+
+
+def _port(parts: SplitResult) -> str:
+    try:
+        port = parts.port
+    except ValueError:  # its text shows what stands there, which may be half a password
+        raise ValueError("has a port that is not a number from 0 to 65535") from None
+    return "" if port in (None, _DEFAULT_PORTS[parts.scheme]) else f":{port}"
+
+
+def _host(name: str) -> str:
+    if ":" in name and "%" not in name:
+        return f"[{ipaddress.IPv6Address(name)}]"
+    try:
+        ascii_name = name.encode("idna").decode("ascii").lower()
+    except UnicodeError as error:
+        raise ValueError("has a host name that cannot exist") from error
+    if not _HOST.fullmatch(ascii_name):
+        raise ValueError("has a host name that cannot exist")
+    return ascii_name
