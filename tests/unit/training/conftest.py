@@ -1,0 +1,93 @@
+"""A tiny base model, pictures to train on, and runs of a few steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sandbox.stand_in_model import build_stand_in
+from training.base_model import BaseModel
+from training.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
+
+MakeRun = Callable[..., TrainingRun]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Sums in another order have other last bits."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny base model."""
+    return build_stand_in(tmp_path_factory.mktemp("models") / "stand-in")
+
+
+@pytest.fixture(scope="session")
+def options(stand_in: Path) -> TrainerOptions:
+    """Options that load it."""
+    return TrainerOptions(str(stand_in), allow_cpu=True, gradient_checkpointing="false")
+
+
+@pytest.fixture(scope="session")
+def warm_base(options: TrainerOptions) -> BaseModel:
+    """A base model that has seen the runs of other tests."""
+    return BaseModel.load(options)
+
+
+@pytest.fixture
+def base(warm_base: BaseModel) -> Iterator[BaseModel]:
+    """The warm base model, bare before and after the test."""
+    warm_base.detach()
+    yield warm_base
+    warm_base.detach()
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Ten pictures of coloured squares."""
+    folder = tmp_path_factory.mktemp("photographs")
+    random = np.random.default_rng(7)
+    paths = []
+    for number in range(10):
+        squares = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        path = folder / f"picture_{number}.png"
+        Image.fromarray(np.kron(squares, np.ones((16, 16, 1), dtype=np.uint8))).save(path)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, photographs: list[Path]) -> MakeRun:
+    """Runs of three pictures and small steps; parameters and fields can be set by name."""
+
+    def make(*, count: int = 3, **wanted: Any) -> TrainingRun:
+        pictures = tuple(
+            Picture(f"s3://media/training/{path.name}", str(path), f"caption {number}")
+            for number, path in enumerate(photographs[:count])
+        )
+        named = {field.name for field in dataclasses.fields(HyperParameters)}
+        small = {"epochs": 2, "resolution": 64, "rank": 2, "alpha": 4.0, "learning_rate": 1e-3}
+        parameters = HyperParameters(
+            **(small | {name: value for name, value in wanted.items() if name in named})
+        )
+        run = TrainingRun(
+            task_id="task-1",
+            style_id=10,
+            claim=1,
+            pictures=pictures,
+            parameters=parameters,
+            work_folder=str(tmp_path / "work"),
+        )
+        fields = {name: value for name, value in wanted.items() if name not in named}
+        return dataclasses.replace(run, **fields)
+
+    return make

@@ -1,0 +1,256 @@
+"""The base model: loaded whole or not at all, and bit for bit itself again after each LoRA."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sandbox.stand_in_model import build_stand_in
+from training.base_model import ADAPTER, BaseModel
+from training.device import gpu_error
+from training.lora_config import HyperParameters, TrainerOptions
+from utils.errors import (
+    BaseModelUnavailable,
+    GpuBroken,
+    GpuOutOfMemory,
+    TrainingFailed,
+)
+
+SMALL = HyperParameters(rank=2, alpha=4.0, resolution=64)
+
+
+def copied(stand_in: Path, folder: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(stand_in, folder / "copied-model"))
+
+
+def load(folder: Path | str) -> BaseModel:
+    """Load a model onto the CPU."""
+    return BaseModel.load(TrainerOptions(str(folder), allow_cpu=True))
+
+
+def test_a_stand_in_of_one_seed_is_always_the_same(stand_in: Path, tmp_path: Path) -> None:
+    again = build_stand_in(tmp_path / "again")
+    names = sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    assert len(names) > 8
+    assert all((again / name).read_bytes() == (stand_in / name).read_bytes() for name in names)
+
+
+def test_a_complete_stand_in_is_left_alone_and_a_half_one_replaced(tmp_path: Path) -> None:
+    folder = build_stand_in(tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    build_stand_in(folder)
+    assert weights.stat().st_mtime_ns == before
+    (folder / "stand-in.json").unlink()
+    weights.unlink()
+    build_stand_in(folder)
+    assert weights.is_file()
+
+
+def test_building_a_stand_in_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    build_stand_in(tmp_path / "model")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_base_says_its_name_its_hash_and_that_the_cpu_is_slow(
+    base: BaseModel, stand_in: Path
+) -> None:
+    assert base.name == stand_in.name
+    assert len(base.hash) == 64
+    assert (base.device.type, base.dtype) == ("cpu", torch.float32)
+    assert ["CPU" in warning for warning in base.warnings] == [True]
+    assert base.scheduler.config.prediction_type == "epsilon"
+    assert not any(weight.requires_grad for weight in base.unet.parameters())
+
+
+def test_prompts_become_77_states_each_however_long_they_are(base: BaseModel) -> None:
+    states = base.encode_prompts(["", "a harbour at dawn", "word " * 200])
+    assert states.shape[:2] == (3, 77)
+    assert torch.isfinite(states).all() and not torch.equal(states[0], states[1])
+
+
+def test_the_vaes_scaling_factor_is_applied_exactly_once(base: BaseModel) -> None:
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+    mean, std = base.encode_images(pixels)
+    with torch.no_grad():
+        bare = base.vae.encode(pixels).latent_dist
+    factor = base.vae.config.scaling_factor
+    assert mean.shape == (1, 4, 8, 8)
+    assert torch.equal(mean, bare.mean * factor) and torch.equal(std, bare.std * factor)
+
+
+def test_without_cuda_and_without_leave_to_use_the_cpu_loading_says_what_to_do(
+    stand_in: Path,
+) -> None:
+    with pytest.raises(GpuBroken, match="ALLOW_CPU"):
+        BaseModel.load(TrainerOptions(str(stand_in)))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all/model", "./nowhere", "nowhere"])
+def test_a_model_that_does_not_exist_is_named_without_its_path(name: str) -> None:
+    with pytest.raises(BaseModelUnavailable, match="BASE_MODEL") as caught:
+        load(name)
+    assert name.rsplit("/", 1)[-1] in str(caught.value)
+    assert "/nowhere/at" not in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_named_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BaseModelUnavailable, match="somebody/some-model.*HF_TOKEN"):
+        load("somebody/some-model")
+
+
+def test_a_missing_part_is_named(stand_in: Path, tmp_path: Path) -> None:
+    folder = copied(stand_in, tmp_path)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(BaseModelUnavailable, match="copied-model lacks vae"):
+        load(folder)
+
+
+def test_weights_that_are_missing_from_a_file_are_not_made_up(
+    stand_in: Path, tmp_path: Path
+) -> None:
+    folder = copied(stand_in, tmp_path)
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("final_layer_norm.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(BaseModelUnavailable, match="text_encoder lacks 1 weights"):
+        load(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_truncated_weight_file_is_a_damaged_model(
+    stand_in: Path, tmp_path: Path, part: str
+) -> None:
+    folder = copied(stand_in, tmp_path)
+    path = folder / part / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(BaseModelUnavailable, match="incomplete or damaged") as caught:
+        load(folder)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_text_encoder_with_the_names_of_the_published_weights_loads_the_same(
+    base: BaseModel, stand_in: Path, tmp_path: Path
+) -> None:
+    """SD1.5's files spell every weight `text_model.…`, and carry the position ids."""
+    folder = copied(stand_in, tmp_path)
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name}": tensor for name, tensor in load_file(path).items()}
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, path, metadata={"format": "pt"})
+    published = load(folder)
+    assert torch.equal(published.encode_prompts(["a"]), base.encode_prompts(["a"]))
+
+
+def test_a_lora_starts_in_float32_with_every_b_at_zero_and_the_base_frozen(base: BaseModel) -> None:
+    weights = base.attach(SMALL)
+    trainable = {name: w for name, w in base.unet.named_parameters() if w.requires_grad}
+    assert [id(weight) for weight in weights] == [id(weight) for weight in trainable.values()]
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert all((".lora_A." in name) or (".lora_B." in name) for name in trainable)
+    assert all(f".{ADAPTER}." in name for name in trainable)
+    assert all(not w.any() for name, w in trainable.items() if ".lora_B." in name)
+
+
+def test_a_seed_gives_the_same_lora_on_a_fresh_and_on_a_warm_base(
+    base: BaseModel, options: TrainerOptions
+) -> None:
+    torch.manual_seed(99)
+    fresh = [w.detach().clone() for w in BaseModel.load(options).attach(SMALL)]
+    state = torch.get_rng_state()
+    warm = base.attach(SMALL)
+    assert all(torch.equal(a, b) for a, b in zip(fresh, warm, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_another_seed_gives_another_lora(base: BaseModel) -> None:
+    first = base.attach(SMALL)[0].detach().clone()
+    base.detach()
+    assert not torch.equal(base.attach(HyperParameters(rank=2, seed=1, resolution=64))[0], first)
+
+
+def test_after_detach_the_base_has_the_same_names_modules_and_bits(base: BaseModel) -> None:
+    before = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
+    modules = [(name, type(module)) for name, module in base.unet.named_modules()]
+    for weight in base.attach(SMALL):
+        weight.data.fill_(1.0)
+    base.detach()
+    after = base.unet.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [(name, type(module)) for name, module in base.unet.named_modules()] == modules
+    assert not hasattr(base.unet, "peft_config") and not base.unet.training
+    assert not base.drifted
+
+
+def test_two_loras_at_once_are_refused(base: BaseModel) -> None:
+    base.attach(SMALL)
+    with pytest.raises(TrainingFailed, match="another run"):
+        base.attach(SMALL)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_single_changed_bit_of_the_frozen_weights_is_noticed(
+    options: TrainerOptions, part: str
+) -> None:
+    own = BaseModel.load(options)
+    own.attach(SMALL)
+    weights = list(getattr(own, part).state_dict().values())[-1]
+    weights.view(-1).view(torch.int32)[1] ^= 1
+    with pytest.raises(TrainingFailed, match="frozen weights changed"):
+        own.detach()
+    assert own.drifted
+
+
+def test_two_swapped_weights_are_noticed(options: TrainerOptions) -> None:
+    own = BaseModel.load(options)
+    bias = own.unet.state_dict()["conv_in.bias"]
+    bias[[0, 1]] = bias[[1, 0]]
+    with pytest.raises(TrainingFailed, match="frozen weights changed"):
+        own.detach()
+
+
+def test_gradient_checkpointing_is_as_the_options_say(stand_in: Path) -> None:
+    wishes = {"true": True, "false": False, "auto": False}  # auto: only where a GPU is small
+    for wish, expected in wishes.items():
+        own = BaseModel.load(
+            TrainerOptions(str(stand_in), allow_cpu=True, gradient_checkpointing=wish)
+        )
+        own.attach(SMALL)
+        assert own.unet.is_gradient_checkpointing is expected
+        own.detach()
+        assert not own.unet.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), GpuOutOfMemory),
+        (MemoryError(), GpuOutOfMemory),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), GpuOutOfMemory),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), GpuOutOfMemory),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), GpuBroken),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), GpuBroken),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), GpuBroken),
+    ],
+)
+def test_an_error_of_the_device_is_told_from_any_other(error: Exception, kind: type[Any]) -> None:
+    assert type(gpu_error(error)) is kind
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("CUDA error")])
+def test_an_error_of_the_program_is_not_blamed_on_the_gpu(error: Exception) -> None:
+    assert gpu_error(error) is None

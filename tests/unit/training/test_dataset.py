@@ -1,0 +1,346 @@
+"""Pictures: judged by what they are, left out with a reason, encoded once, paired for ever with
+their caption."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.unit.training.conftest import MakeRun
+from training.base_model import BaseModel
+from training.dataset import Dataset, prepare
+from training.lora_config import Picture, TrainingRun
+from training.vetting import UnusablePicture, Vetted, vet
+from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
+    """A picture as a file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **how)
+    return buffer.getvalue()
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (80, 64)) -> Image.Image:
+    """A picture that compresses badly."""
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    shape = (size[1], size[0], bands) if bands > 1 else (size[1], size[0])
+    values = np.random.default_rng(5).integers(0, 256, shape, dtype=np.uint8)
+    return Image.fromarray(values if mode != "CMYK" else values).convert(mode)
+
+
+def header_of_a_png(width: int, height: int) -> bytes:
+    """A PNG that announces a size and has next to no data."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    data = chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
+def vetted(content: bytes, *, max_pixels: int = 1_000_000) -> Vetted:
+    """Vet with the usual limits of these tests."""
+    return vet(content, max_pixels=max_pixels, resolution=64)
+
+
+def animation() -> bytes:
+    """A GIF of two frames."""
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+# ---- vetting
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        pytest.param(lambda: b"", "is an empty file", id="empty"),
+        pytest.param(
+            lambda: b"<!DOCTYPE html><p>404</p>", "is a web page, not a picture", id="html"
+        ),
+        pytest.param(lambda: b'\n<?xml version="1.0"?><Error/>', "is a text file", id="xml"),
+        pytest.param(lambda: b'{"detail": "gone"}', "is a text file", id="json"),
+        pytest.param(lambda: b"\0\0\0\x18ftypheic" + bytes(64), "Apple's HEIC", id="heic"),
+        pytest.param(lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a picture in a known", id="eps"),
+        pytest.param(lambda: bytes(range(256)), "not a picture in a known", id="anything"),
+        pytest.param(lambda: encoded(noise())[:4000], "is damaged or cut off", id="cut png"),
+        pytest.param(
+            lambda: encoded(noise(), "JPEG")[:2500], "is damaged or cut off", id="cut jpeg"
+        ),
+        pytest.param(lambda: header_of_a_png(5000, 5000), "more than the 1,000,000", id="bomb"),
+        pytest.param(lambda: header_of_a_png(60000, 60000), "far too many pixels", id="huge bomb"),
+        pytest.param(lambda: header_of_a_png(0, 10), "no pixels|not a picture", id="no pixels"),
+        pytest.param(animation, "is animated", id="animated"),
+        pytest.param(
+            lambda: encoded(Image.new("F", (64, 64)), "TIFF"), "floating-point", id="floats"
+        ),
+    ],
+)
+def test_a_file_that_is_no_usable_picture_is_refused_with_its_reason(
+    content: Callable[[], bytes], reason: str
+) -> None:
+    with pytest.raises(UnusablePicture, match=reason):
+        vetted(content())
+
+
+def test_a_bomb_is_refused_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", explode)
+    with pytest.raises(UnusablePicture, match="5000 x 5000") as caught:
+        vetted(header_of_a_png(5000, 5000))
+    assert caught.value.size == (5000, 5000)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_upright_as_its_exif_data_says(orientation: int) -> None:
+    upright = Image.new("RGB", (80, 64), "blue")
+    upright.paste("red", (0, 0, 40, 32))  # the red corner is at the top left
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    result = vetted(encoded(stored, "PNG", exif=exif.tobytes()))
+    assert result.image.size == (80, 64)
+    assert result.image.getpixel((5, 5)) == (255, 0, 0)
+    assert bool(result.notes) is (orientation > 1)
+
+
+def test_damaged_exif_data_does_no_harm() -> None:
+    content = encoded(noise(), "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
+    assert vetted(content).image.size == (80, 64)
+
+
+def test_transparent_parts_are_laid_on_white_and_the_artist_is_told() -> None:
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    result = vetted(encoded(image))
+    assert result.image.getpixel((50, 5)) == (255, 255, 255)
+    assert result.image.getpixel((5, 5)) == (0, 0, 255)
+    assert result.warnings == ("has transparent parts, which were laid on white",)
+
+
+def test_an_alpha_channel_without_transparency_is_no_warning() -> None:
+    assert not vetted(encoded(noise("RGB").convert("RGBA"))).warnings
+
+
+def test_a_palette_with_a_transparent_colour_is_laid_on_white() -> None:
+    image = Image.new("P", (64, 64), 1)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.paste(0, (0, 0, 32, 64))
+    result = vetted(encoded(image, "PNG", transparency=0))
+    assert result.image.getpixel((5, 5)) == (255, 255, 255)
+    assert result.image.getpixel((50, 5)) == (0, 255, 0)
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped_to_white() -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    result = vetted(encoded(Image.fromarray(ramp)))
+    values = np.asarray(result.image)[..., 0]
+    assert (values.min(), values.max()) == (0, 255)
+    assert abs(float(values.mean()) - 127.5) < 1
+    assert "16-bit" in result.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "colour"),
+    [
+        (lambda: encoded(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), "JPEG"), (255, 0, 0)),
+        (lambda: encoded(Image.new("L", (64, 64), 90)), (90, 90, 90)),
+        (lambda: encoded(Image.new("1", (64, 64), 1)), (255, 255, 255)),
+        (lambda: encoded(Image.new("RGB", (64, 64), (9, 8, 7)).convert("P")), None),
+    ],
+)
+def test_every_colour_mode_becomes_rgb_and_says_so(
+    content: Callable[[], bytes], colour: tuple[int, int, int] | None
+) -> None:
+    result = vetted(content())
+    assert result.image.mode == "RGB" and len(result.notes) == 1
+    if colour:
+        found = np.asarray(result.image)[32, 32].astype(int)
+        assert np.abs(found - colour).max() <= 3
+
+
+def test_a_phones_picture_with_a_second_view_is_a_still_picture() -> None:
+    both = encoded(noise(), "MPO", save_all=True, append_images=[noise()])
+    assert vetted(both).image.size == (80, 64)
+
+
+def test_a_picture_smaller_than_the_training_size_is_used_with_a_warning() -> None:
+    assert "smaller than 64 x 64" in vetted(encoded(noise(size=(32, 100)))).warnings[0]
+
+
+# ---- preparing
+# -------------------------------------------------------------------------------------
+
+
+def with_file(run: TrainingRun, path: Path, content: bytes) -> TrainingRun:
+    """The run with one more picture."""
+    path.write_bytes(content)
+    picture = Picture(f"s3://media/training/{path.name}?X-Amz-Signature=abc", str(path), "more")
+    return dataclasses.replace(run, pictures=(*run.pictures, picture))
+
+
+def test_every_picture_asked_for_is_reported_in_order_and_the_good_ones_are_used(
+    base: BaseModel, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = with_file(make_run(count=3), tmp_path / "page.jpg", b"<html>Not found</html>")
+    missing = Picture("s3://media/gone.png", None, "", "is not in the bucket")
+    run = dataclasses.replace(run, pictures=(missing, *run.pictures))
+    data = prepare(run, base)
+    assert [entry.source for entry in data.entries] == [p.source for p in run.pictures]
+    assert [e.status for e in data.entries] == ["left_out", "used", "used", "used", "left_out"]
+    assert data.entries[0].reasons == ("is not in the bucket",)
+    assert data.entries[1].width == 128 and data.entries[1].height == 96
+    assert "web page" in data.entries[4].reasons[0] and data.entries[4].width is None
+    assert [example.source for example in data.usable] == [p.source for p in run.pictures[1:4]]
+
+
+def test_too_few_good_pictures_are_low_quality_and_each_bad_one_is_named(
+    base: BaseModel, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = with_file(make_run(count=2), tmp_path / "empty.png", b"")
+    with pytest.raises(LowQualityData) as caught:
+        prepare(run, base)
+    assert "2 of 3 pictures" in str(caught.value)
+    assert "empty.png is an empty file" in str(caught.value)
+    assert "Signature" not in str(caught.value) and str(tmp_path) not in str(caught.value)
+
+
+def test_too_few_pictures_asked_for_are_low_quality(base: BaseModel, make_run: MakeRun) -> None:
+    with pytest.raises(LowQualityData, match="Add more pictures"):
+        prepare(make_run(count=2), base)
+
+
+def test_too_few_pictures_fetched_are_a_failed_download(base: BaseModel, make_run: MakeRun) -> None:
+    run = make_run(count=2)
+    gone = Picture("s3://media/gone.png", None, "", "is not in the bucket")
+    with pytest.raises(ImageDownloadFailed, match=r"gone\.png is not in the bucket"):
+        prepare(dataclasses.replace(run, pictures=(*run.pictures, gone)), base)
+
+
+def test_a_file_that_vanished_is_left_out(base: BaseModel, make_run: MakeRun) -> None:
+    run = make_run(count=3)
+    lost = Picture("s3://media/lost.png", "/nowhere/lost.png", "")
+    data = prepare(dataclasses.replace(run, pictures=(*run.pictures, lost)), base)
+    assert data.entries[3].reasons == ("its file could not be read",)
+
+
+def test_a_picture_of_which_the_vae_makes_no_finite_numbers_is_named(
+    base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(10))
+    encode = base.encode_images
+
+    def sometimes_nan(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = encode(pixels)
+        return (mean * float("nan"), std) if next(calls) == 1 else (mean, std)
+
+    monkeypatch.setattr(base, "encode_images", sometimes_nan)
+    data = prepare(make_run(count=4), base)
+    assert [entry.status for entry in data.entries] == ["used", "left_out", "used", "used"]
+    assert "no numbers" in data.entries[1].reasons[0]
+
+
+def test_fewer_than_ten_pictures_are_a_warning(base: BaseModel, make_run: MakeRun) -> None:
+    assert "Only 9 pictures" in prepare(make_run(count=9), base).warnings[0]
+    assert not prepare(make_run(count=10), base).warnings
+
+
+def test_a_shuffle_never_pairs_a_picture_with_anothers_latents_or_caption(
+    base: BaseModel, make_run: MakeRun
+) -> None:
+    run = make_run(count=6)
+    straight = prepare(run, base)
+    mixed = list(run.pictures)
+    random.Random(1).shuffle(mixed)
+    shuffled = prepare(dataclasses.replace(run, pictures=tuple(mixed)), base)
+    for index, example in enumerate(shuffled.usable):
+        latents, text = shuffled.batch([index])
+        other = straight.usable.index(example)
+        expected, expected_text = straight.batch([other])
+        assert torch.equal(latents.mean, expected.mean) and torch.equal(text, expected_text)
+    assert straight.identities != shuffled.identities
+    assert set(straight.identities) == set(shuffled.identities)
+
+
+def test_a_batch_holds_what_the_encoders_say_of_its_pictures(
+    base: BaseModel, make_run: MakeRun, photographs: list[Path]
+) -> None:
+    data = prepare(make_run(count=3), base)
+    latents, text = data.batch([2, 0])
+    assert latents.mean.shape == latents.std.shape == (2, 4, 8, 8)
+    assert latents.mean.dtype == latents.std.dtype == torch.float32
+    assert torch.equal(text[0], base.encode_prompts(["caption 2"])[0])
+    middle = (16, 0, 112, 96)  # of 128 x 96
+    square = Image.open(photographs[2]).resize((64, 64), Image.Resampling.LANCZOS, box=middle)
+    pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    mean, _ = base.encode_images(pixels)
+    assert torch.equal(latents.mean[0], mean[0])
+
+
+def test_each_picture_and_each_caption_is_encoded_once(
+    base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(count=3)
+    twice = dataclasses.replace(run, pictures=run.pictures * 2)
+    images, prompts = [], []
+    encode_images, encode_prompts = base.encode_images, base.encode_prompts
+
+    def count_images(pixels: torch.Tensor) -> Any:
+        images.append(pixels)
+        return encode_images(pixels)
+
+    def count_prompts(texts: list[str]) -> Any:
+        prompts.extend(texts)
+        return encode_prompts(texts)
+
+    monkeypatch.setattr(base, "encode_images", count_images)
+    monkeypatch.setattr(base, "encode_prompts", count_prompts)
+    data: Dataset = prepare(twice, base)
+    assert len(images) == 3 and len(data.usable) == 6
+    assert prompts == ["", "caption 0", "caption 1", "caption 2"]
+
+
+def test_a_picture_is_known_by_its_bytes_and_not_by_its_name(
+    base: BaseModel, make_run: MakeRun, photographs: list[Path]
+) -> None:
+    data = prepare(make_run(count=3), base)
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in photographs[:3]]
+    assert [example.identity for example in data.usable] == digests
+    assert set(data.latents) == set(digests)
+
+
+def test_a_stop_while_pictures_are_prepared_is_obeyed_before_the_next_picture(
+    base: BaseModel, make_run: MakeRun
+) -> None:
+    answers = iter([None, StopReason.SHUTDOWN])
+    with pytest.raises(Stopped) as caught:
+        prepare(make_run(count=5), base, should_stop=lambda: next(answers))
+    assert caught.value.reason is StopReason.SHUTDOWN

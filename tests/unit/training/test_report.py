@@ -1,0 +1,142 @@
+"""The report says what was asked, what was used, and how it went, in JSON that anybody can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.base_model import BaseModel
+from training.dataset import Dataset, PictureReport
+from training.lora_config import HyperParameters, Picture, TrainingRun
+from training.lora_formats import MODEL_FILES
+from training.report import FILES, build_report, summary, write_report
+from training.trainer import TrainingResult
+
+ENTRIES = (
+    PictureReport("s3://media/1/image_0.jpg", "used", (), 640, 480, "바다의 새벽"),
+    PictureReport("s3://media/1/image_1.png", "warned", ("It is small.",), 300, 200, ""),
+    PictureReport("s3://media/1/image_2.jpg", "left_out", ("It is damaged.",), None, None, "a cat"),
+)
+DATASET = Dataset(ENTRIES, (), {}, {}, warnings=("Few pictures.", "Twice."))
+ASKED = HyperParameters(epochs=3, batch_size=4, resolution=64)
+RUN = TrainingRun(
+    task_id="task-1",
+    style_id=10,
+    claim=2,
+    pictures=tuple(Picture(entry.source, "/scratch/secret/picture") for entry in ENTRIES),
+    parameters=ASKED,
+    work_folder="/scratch/secret",
+    resume_from="/scratch/secret/checkpoint",
+)
+RESULT = TrainingResult(
+    epochs=3,
+    steps=6,
+    loss=0.25,
+    losses=(0.5, math.nan, 0.25),
+    seconds=12.34567,
+    steps_per_second=0.5,
+    peak_memory_bytes=1_000_000,
+    skipped_steps=1,
+    resumed_from=1,
+    stopped=None,
+    parameters=dataclasses.replace(ASKED, batch_size=2, gradient_accumulation_steps=2),
+    warnings=("Twice.", "The batch was halved."),
+)
+
+
+@pytest.fixture(name="report")
+def fixture_report(base: BaseModel) -> dict[str, Any]:
+    """The report of the run above."""
+    return build_report(RUN, base, DATASET, RESULT)
+
+
+def test_every_picture_that_was_asked_for_has_its_entry_in_order(report: dict[str, Any]) -> None:
+    assert [picture["source"] for picture in report["pictures"]] == [e.source for e in ENTRIES]
+    assert report["pictures"][2] == {
+        "source": "s3://media/1/image_2.jpg",
+        "status": "left_out",
+        "reasons": ["It is damaged."],
+        "width": None,
+        "height": None,
+        "caption": "a cat",
+    }
+    counts = ("pictures_asked", "pictures_used", "pictures_left_out")
+    assert [report[name] for name in counts] == [3, 2, 1]
+
+
+def test_the_hyper_parameters_in_force_stand_beside_those_asked_for(
+    report: dict[str, Any],
+) -> None:
+    assert report["hyperparameters"]["batch_size"] == 2
+    assert report["hyperparameters_asked"]["batch_size"] == 4
+    assert report["hyperparameters"].keys() == {f.name for f in dataclasses.fields(ASKED)}
+
+
+def test_the_report_has_all_that_the_protocol_lists(
+    report: dict[str, Any], base: BaseModel
+) -> None:
+    expected = {
+        "task_id": "task-1",
+        "style_id": 10,
+        "epochs": 3,
+        "steps": 6,
+        "skipped_steps": 1,
+        "loss": 0.25,
+        "seconds": 12.346,
+        "steps_per_second": 0.5,
+        "peak_memory_bytes": 1_000_000,
+        "resumed_from": 1,
+        "base_model": {"name": base.name, "hash": base.hash, "dtype": "float32"},
+    }
+    assert expected.items() <= report.items()
+    assert report["versions"].keys() >= {
+        *("torch", "diffusers", "transformers", "peft", "accelerate", "python", "device")
+    }
+    assert all(report["versions"].values())
+
+
+def test_each_warning_is_told_once_wherever_it_comes_from(
+    report: dict[str, Any], base: BaseModel
+) -> None:
+    own = ["Few pictures.", "Twice.", "The batch was halved."]
+    assert report["warnings"] == [*base.warnings, *own]
+
+
+def test_the_file_is_strict_json_with_the_artists_own_letters_and_no_local_path(
+    report: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_report(report, tmp_path)
+    text = path.read_text(encoding="utf-8")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads(text, parse_constant=refuse) == report
+    assert report["losses"] == [0.5, None, 0.25]
+    assert "바다의 새벽" in text
+    assert "/scratch" not in text
+    assert [file.name for file in tmp_path.iterdir()] == ["training_report.json"]
+
+
+def test_the_summary_is_a_few_scalars(report: dict[str, Any], base: BaseModel) -> None:
+    assert summary(report) == {
+        "pictures_used": 2,
+        "pictures_left_out": 1,
+        "steps": 6,
+        "seconds": 12.346,
+        "steps_per_second": 0.5,
+        "resumed_from": 1,
+        "base_model": base.name,
+        "warnings": 3 + len(base.warnings),
+    }
+
+
+def test_the_model_itself_is_published_last_and_nothing_twice() -> None:
+    assert FILES[-1] == "lora_weights.safetensors"
+    assert len(FILES) == len(set(FILES)) == 7
+    assert set(MODEL_FILES) < set(FILES)

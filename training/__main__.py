@@ -1,0 +1,52 @@
+"""The trainer process: `python -m training --runs-fd N --events-fd M OPTIONS`.
+
+Owns the GPU and lives across jobs, so that the base model stays loaded. Runs and stops come in as
+lines of JSON, facts go out the same way (see `utils.events`). It ignores the terminal's signals: it
+ends when its pipe does, at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from training.inbox import Inbox
+from training.lora_config import TrainerOptions
+from utils.events import from_dict
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve runs until the pipe ends.
+
+    Args:
+        arguments: Command line without the program's name.
+
+    Returns:
+        Never in practice: the inbox ends the process when the desk closes the pipe.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("--runs-fd", type=int, required=True, help="runs and stops are read here")
+    parser.add_argument("--events-fd", type=int, required=True, help="facts are written here")
+    parser.add_argument("options", help="TrainerOptions as one JSON object")
+    parsed = parser.parse_args(arguments)
+    options = from_dict(TrainerOptions, json.loads(parsed.options))
+    # Before the slow imports below: a desk that dies meanwhile must not leave an orphan.
+    inbox = Inbox(os.fdopen(parsed.runs_fd, "rb", buffering=0))
+    inbox.start()
+
+    from training.child import Child  # pylint: disable=import-outside-toplevel
+    from utils import logger  # pylint: disable=import-outside-toplevel
+
+    logger.configure(level=options.log_level, log_format=options.log_format, secrets=())
+    Child(options, inbox, os.fdopen(parsed.events_fd, "wb", buffering=0)).serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

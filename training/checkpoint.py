@@ -1,0 +1,167 @@
+"""Checkpoints: everything that a stopped run needs to end as if it had never stopped.
+
+A checkpoint is a folder of safetensors and JSON (no pickle), written whole or not at all, with
+every file's hash in its manifest. `save` deletes nothing: a local checkpoint is its reader's to
+remove once it is uploaded, and the last two stay until a newer one has taken their place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from training import manifest
+from training.lora_config import HyperParameters
+from utils.errors import CheckpointUnusable
+from utils.events import from_dict
+
+FORMAT = 1
+STATE = "state.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunState:
+    """Where a run is, and which run it is.
+
+    Attributes:
+        task_id, style_id, claim: Whose checkpoint it is, and under which claim it was written.
+        base_model: SHA-256 of the base's UNet weights.
+        parameters: Hyper-parameters in force.
+        pictures: Identity of each picture and its caption, in order.
+        total_steps: Length of the learning-rate schedule, in optimizer steps.
+        epoch: Completed epochs.
+        step: Completed optimizer steps; the position in the data follows from it.
+        updates: Steps of `step` that changed the weights.
+        skipped_in_a_row: Steps without an update up to now.
+        losses: Mean unweighted loss of each completed epoch.
+        scaler: State of the gradient scaler, None without one.
+    """
+
+    task_id: str
+    style_id: int
+    claim: int
+    base_model: str
+    parameters: HyperParameters
+    pictures: tuple[str, ...]
+    total_steps: int
+    epoch: int
+    step: int
+    updates: int
+    skipped_in_a_row: int
+    losses: tuple[float, ...]
+    scaler: dict[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A run's state and its tensors, by file.
+
+    Attributes:
+        state: Everything that is not a tensor.
+        lora: Trainable weights by their name in the UNet.
+        optimizer: AdamW's state, `{weight's name}/{entry}`.
+        random: States of the random generators by name, and the sums of the epoch in hand.
+    """
+
+    state: RunState
+    lora: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+
+
+_TENSOR_FILES = ("lora", "optimizer", "random")
+
+
+def folder_name(epoch: int, step: int, *, inside_epoch: bool) -> str:
+    """`epoch-0010`, or `epoch-0012-step-0123` where a stop fell inside an epoch."""
+    return f"epoch-{epoch:04d}-step-{step:04d}" if inside_epoch else f"epoch-{epoch:04d}"
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint: afterwards `folder` is complete, or nothing has changed.
+
+    Raises:
+        OSError: The disk is full or broken.
+    """
+    files = {
+        f"{name}.safetensors": safetensors.torch.save(_on_cpu(getattr(checkpoint, name)))
+        for name in _TENSOR_FILES
+    }
+    state = checkpoint.state
+    files[STATE] = json.dumps(dataclasses.asdict(state), indent=2).encode()
+    facts = {
+        "format": FORMAT,
+        "task_id": state.task_id,
+        "style_id": state.style_id,
+        "claim": state.claim,
+        "epoch": state.epoch,
+        "step": state.step,
+        "total_steps": state.total_steps,
+    }
+    manifest.write_folder(Path(folder), files, facts)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint back, its tensors on the CPU, after verifying every byte of it.
+
+    Raises:
+        CheckpointUnusable: It is incomplete, altered, or of another version of this software.
+    """
+    folder = Path(folder)
+    facts = manifest.verify(folder)
+    if facts.get("format") != FORMAT:
+        raise CheckpointUnusable(
+            f"The checkpoint {folder.name} has format {facts.get('format')!r}; this version reads "
+            f"{FORMAT}."
+        )
+    try:
+        return Checkpoint(
+            from_dict(RunState, json.loads((folder / STATE).read_bytes())),
+            *(
+                safetensors.torch.load_file(folder / f"{name}.safetensors")
+                for name in _TENSOR_FILES
+            ),
+        )
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
+        raise CheckpointUnusable(
+            f"The checkpoint {folder.name} was written by another version of this software and "
+            "cannot be read."
+        ) from error
+
+
+def refuse_another_run(saved: RunState, now: RunState) -> None:
+    """Refuse to go on from a checkpoint of another job, base model, data set or schedule.
+
+    Raises:
+        CheckpointUnusable: Names everything that differs.
+    """
+    unlike = [
+        f"{name} was {getattr(saved.parameters, name)}, is {getattr(now.parameters, name)}"
+        for name in (field.name for field in dataclasses.fields(HyperParameters))
+        if getattr(saved.parameters, name) != getattr(now.parameters, name)
+    ]
+    if saved.task_id != now.task_id:
+        unlike.append(f"it belongs to job {saved.task_id}, this is {now.task_id}")
+    if saved.base_model != now.base_model:
+        unlike.append("the base model's weights are others")
+    if saved.pictures != now.pictures:
+        unlike.append(
+            f"the usable pictures or their captions are others ({len(saved.pictures)} then, "
+            f"{len(now.pictures)} now)"
+        )
+    if saved.total_steps != now.total_steps:
+        unlike.append(f"the schedule had {saved.total_steps} steps, has {now.total_steps}")
+    if unlike:
+        raise CheckpointUnusable(
+            f"The checkpoint cannot be continued by this run: {'; '.join(unlike)}."
+        )
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,251 @@
+"""The trainer process's work: one run after another on a warm base model; whatever goes wrong
+becomes a fact."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import diffusers
+import transformers
+
+from training import dataset, export, preview, report
+from training.base_model import BaseModel
+from training.dataset import Dataset
+from training.device import gpu_error
+from training.inbox import Inbox
+from training.lora_config import TrainerOptions, TrainingRun
+from training.trainer import LoRATrainer, TrainingResult
+from utils.errors import (
+    REPORTABLE,
+    DiskFull,
+    GpuBroken,
+    MachineError,
+    Stopped,
+    TrainingFailed,
+    TrainingServerError,
+)
+from utils.events import CheckpointSaved, Event, Failed, Finished, Progress, Stage, encode
+from utils.gpu_monitor import GpuMonitor
+
+log = logging.getLogger(__name__)
+
+CPU_SAMPLE_STEPS = 8
+"""On a CPU the samples are a sketch: each step of the sampler takes as long as a training step."""
+SAMPLE_STEPS = 25
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Output:
+    """What a run leaves behind, as `Finished` tells it; of a stopped run nothing."""
+
+    folder: str = ""
+    files: tuple[str, ...] = ()
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Child:
+    """Serves runs on one base model."""
+
+    def __init__(self, options: TrainerOptions, inbox: Inbox, events: IO[bytes]) -> None:
+        self._options, self._inbox, self._events = options, inbox, events
+        self._base: BaseModel | None = None
+        self._monitor = GpuMonitor()
+        self._telling = threading.Lock()
+        _quieten_libraries()
+
+    def serve(self) -> None:
+        """Load the base model, then do runs until the process ends with its pipe."""
+        self._monitor.start()
+        try:
+            self._loaded_base()
+        except TrainingServerError as error:
+            # No run to blame it on yet: the next one tries again, and reports it if it fails again.
+            log.error("base_model_not_loaded", extra={"reason": str(error)}, exc_info=error)
+        while True:
+            run = self._inbox.take()
+            log.info("run_taken", extra={"task_id": run.task_id, "claim": run.claim})
+            ending = self._do(run)
+            self._inbox.lay_down()
+            self._tell(ending)
+
+    def _do(self, run: TrainingRun) -> Finished | Failed:
+        """One run, whose end is always told, and after which the base model is always bare
+        again."""
+        began = time.monotonic()
+        ending: Finished | Failed
+        try:
+            ending = self._train(run, self._loaded_base(), began)
+        except Stopped as stop:  # before the first step: there is nothing to save
+            ending = Finished(
+                run.task_id, "", (), 0, 0, None, time.monotonic() - began, stopped=stop.reason
+            )
+        except (
+            Exception
+        ) as error:  # pylint: disable=broad-exception-caught  # told to the desk, by name
+            log.error("run_failed", extra={"task_id": run.task_id}, exc_info=error)
+            ending = failed(run, error)
+        return self._laid_bare(run, ending)
+
+    def _loaded_base(self) -> BaseModel:
+        if self._base is None:
+            self._base = BaseModel.load(self._options)
+        return self._base
+
+    def _train(self, run: TrainingRun, base: BaseModel, began: float) -> Finished:
+        """The run from its pictures to its files."""
+        epochs = run.parameters.epochs
+        self._tell(Progress(run.task_id, Stage.PREPARING, 0, epochs, 0, 0))
+        data = dataset.prepare(run, base, should_stop=self._inbox.stop_reason)
+        result = LoRATrainer(
+            run, base, data, emit=self._tell, should_stop=self._inbox.stop_reason
+        ).train()
+        output = _Output()
+        if result.stopped is None:
+            self._tell(
+                Progress(
+                    run.task_id,
+                    Stage.EXPORTING,
+                    result.epochs,
+                    epochs,
+                    result.steps,
+                    result.steps,
+                    result.loss,
+                    result.steps_per_second,
+                )
+            )
+            output = self._write_output(run, base, data, result)
+        return Finished(
+            task_id=run.task_id,
+            folder=output.folder,
+            files=output.files,
+            epoch=result.epochs,
+            step=result.steps,
+            loss=result.loss,
+            seconds=time.monotonic() - began,
+            stopped=result.stopped,
+            summary=output.summary,
+        )
+
+    def _write_output(
+        self, run: TrainingRun, base: BaseModel, data: Dataset, result: TrainingResult
+    ) -> _Output:
+        """Export the LoRA, paint its samples, write the report."""
+        folder = Path(run.work_folder) / "output"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        base.restore_encoders()
+        metadata = {"task_id": run.task_id, "style_id": str(run.style_id), "claim": str(run.claim)}
+        export.export(base, run.parameters, folder, metadata=metadata)
+        result = _with_previews(run, base, data, result, folder)
+        content = report.build_report(run, base, data, result)
+        report.write_report(content, folder)
+        files = tuple(name for name in report.FILES if (folder / name).is_file())
+        return _Output(str(folder), files, report.summary(content))
+
+    def _laid_bare(self, run: TrainingRun, ending: Finished | Failed) -> Finished | Failed:
+        """Take the LoRA off. A base that is not what it was makes this process useless for the next
+        run."""
+        if self._base is None:
+            return ending
+        try:
+            self._base.detach()
+        except (
+            Exception
+        ) as error:  # pylint: disable=broad-exception-caught  # told to the desk, by name
+            log.error("detach_failed", extra={"task_id": run.task_id}, exc_info=error)
+            if isinstance(ending, Finished):
+                ending = failed(run, error)
+            return dataclasses.replace(ending, trainer_usable=False)
+        if self._base.drifted:
+            # Only a Failed can say so; after a Finished the next load starts from nothing.
+            if isinstance(ending, Failed):
+                return dataclasses.replace(ending, trainer_usable=False)
+            self._base = None
+        return ending
+
+    def _tell(self, event: Event) -> None:
+        """Write one fact. Without a reader there is nothing left to do: the process ends."""
+        line = memoryview(encode(event))
+        with self._telling:
+            try:
+                while line:
+                    line = line[self._events.write(line) :]
+            except OSError:
+                os._exit(0)
+        if isinstance(event, CheckpointSaved):
+            self._monitor.log_now()
+
+
+def failed(run: TrainingRun, error: BaseException) -> Failed:
+    """An exception as a fact: one of the reportable names, and a sentence without places on this
+    disk."""
+    known = _known(error)
+    name = next(
+        (cls.__name__ for cls in type(known).__mro__ if REPORTABLE.get(cls.__name__) is cls),
+        TrainingFailed.__name__,
+    )
+    # A broken CUDA context lives as long as its process.
+    usable = not isinstance(known, MachineError) or isinstance(known, DiskFull)
+    return Failed(run.task_id, name, _without_paths(str(known)), trainer_usable=usable)
+
+
+def _known(error: BaseException) -> TrainingServerError:
+    if isinstance(error, TrainingServerError):
+        return error
+    if known := gpu_error(error):
+        return known
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull("The worker's disk is full.")
+    first_line = (str(error).splitlines() or [""])[0]
+    return TrainingFailed(
+        f"Training broke off unexpectedly ({type(error).__name__}: {first_line[:200]})."
+    )
+
+
+def _without_paths(message: str) -> str:
+    """A message for the backend: of every absolute path only the last part stays, addresses are
+    left alone."""
+    return re.sub(r"(?<![\w:/.])/(?:[^\s/'\"]+/)+([^\s/'\"]*)", r"\1", message)
+
+
+def _with_previews(
+    run: TrainingRun, base: BaseModel, data: Dataset, result: TrainingResult, folder: Path
+) -> TrainingResult:
+    """Paint samples and plot the loss. Hours of training do not fail because a picture of them
+    cannot be made."""
+    prompts = [example.caption for example in data.usable if example.caption]
+    try:
+        preview.write_samples(
+            base,
+            list(dict.fromkeys(prompts)),
+            run.parameters.seed,
+            folder,
+            resolution=run.parameters.resolution,
+            steps=SAMPLE_STEPS if base.device.type == "cuda" else CPU_SAMPLE_STEPS,
+        )
+        preview.write_loss_curve(result.losses, folder)
+    except Exception as error:  # pylint: disable=broad-exception-caught  # said in the report
+        if isinstance(gpu_error(error), GpuBroken):
+            raise
+        log.error("preview_failed", extra={"task_id": run.task_id}, exc_info=error)
+        sentence = f"The sample pictures could not be made ({type(error).__name__})."
+        return dataclasses.replace(result, warnings=(*result.warnings, sentence))
+    return result
+
+
+def _quieten_libraries() -> None:
+    """Their progress bars and handlers of their own would break the log's lines."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.disable_default_handler()
+        library.utils.logging.enable_propagation()
+        library.utils.logging.set_verbosity_error()

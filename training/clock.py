@@ -1,0 +1,54 @@
+"""How fast a run steps, and when its progress is to be told again."""
+
+from __future__ import annotations
+
+import time
+
+PROGRESS_SECONDS = 0.25
+
+
+class Clock:
+    """Measures the rate of steps, and when progress is due."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._left_out = 0.0
+        self._first: float | None = (
+            None  # end of the first step, which warms things up and does not count
+        )
+        self._steps = 0
+        self._told = float("-inf")
+
+    def tick(self) -> None:
+        """A step is done."""
+        self._steps += 1
+        if self._first is None:
+            self._first = time.monotonic()
+            self._left_out = 0.0
+
+    def leave_out(self, seconds: float) -> None:
+        """This time was no training."""
+        self._left_out += seconds
+
+    def due(self) -> bool:
+        """Whether progress may be told again; asking counts as telling."""
+        now = time.monotonic()
+        if now - self._told < PROGRESS_SECONDS:
+            return False
+        self._told = now
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.monotonic() - self._began
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Of all steps after the first; of the first while it is the only one."""
+        if self._first is None:
+            return None
+        if self._steps == 1:
+            return 1.0 / max(self._first - self._began, 1e-9)
+        elapsed = time.monotonic() - self._first - self._left_out
+        return (self._steps - 1) / max(elapsed, 1e-9)

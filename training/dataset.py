@@ -1,0 +1,223 @@
+"""Picture files to vetted, captioned, cached latents: each picture and each caption goes through
+its encoder once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from training.base_model import BaseModel
+from training.lora_config import Picture, TrainingRun
+from training.vetting import UnusablePicture, Vetted, vet
+from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
+
+log = logging.getLogger(__name__)
+
+FEW_PICTURES = 10
+"""With fewer usable pictures than this, a style comes out weakly."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PictureReport:
+    """What became of one picture that was asked for.
+
+    Attributes:
+        source: Its address as the message spelt it.
+        status: `used`, `warned` (used, but the artist should know something), or `left_out`.
+        reasons: Why, and what was done to it, in words an artist understands.
+        width, height: In pixels after rotation; None where they are not known.
+        caption: The caption it is trained with.
+    """
+
+    source: str
+    status: str
+    reasons: tuple[str, ...]
+    width: int | None
+    height: int | None
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """One usable picture.
+
+    Attributes:
+        source: Its address.
+        identity: SHA-256 of its bytes, the key of its latents.
+        caption: Its caption, the key of its embedding.
+    """
+
+    source: str
+    identity: str
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Latents:
+    """A picture's latent distribution: mean and standard deviation, each [4, h/8, w/8] float32,
+    scaling applied."""
+
+    mean: Tensor
+    std: Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dataset:
+    """Everything that the loop reads, on the device: thirty pictures take about 8 MB.
+
+    Attributes:
+        entries: One a picture asked for, in order.
+        usable: What is trained on, in order.
+        latents: By the picture's identity, never by position: a shuffle cannot pair a picture with
+            another's caption.
+        embeddings: [77, d] by caption; the empty prompt's is always there.
+        warnings: Sentences for the report.
+    """
+
+    entries: tuple[PictureReport, ...]
+    usable: tuple[Example, ...]
+    latents: dict[str, Latents]
+    embeddings: dict[str, Tensor]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """One a usable picture: its bytes and its caption, hashed. Resuming compares them."""
+        return tuple(
+            f"{example.identity}-{hashlib.sha256(example.caption.encode()).hexdigest()[:16]}"
+            for example in self.usable
+        )
+
+    def batch(self, chosen: Sequence[int]) -> tuple[Latents, Tensor]:
+        """The latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of some usable
+        pictures."""
+        examples = [self.usable[index] for index in chosen]
+        latents = [self.latents[example.identity] for example in examples]
+        return (
+            Latents(torch.stack([x.mean for x in latents]), torch.stack([x.std for x in latents])),
+            torch.stack([self.embeddings[example.caption] for example in examples]),
+        )
+
+
+def prepare(
+    run: TrainingRun,
+    base: BaseModel,
+    *,
+    should_stop: Callable[[], StopReason | None] = lambda: None,
+) -> Dataset:
+    """Vet and encode a run's pictures.
+
+    Args:
+        run: What is asked for.
+        base: The base model; VAE and text encoder are used.
+        should_stop: Asked before each picture.
+
+    Raises:
+        ImageDownloadFailed: Too few pictures are usable because too few could be fetched.
+        LowQualityData: Too few pictures are usable; the message names each that was left out, and
+            why.
+        Stopped: `should_stop` gave a reason.
+    """
+    entries: list[PictureReport] = []
+    usable: list[Example] = []
+    latents: dict[str, Latents] = {}
+    for picture in run.pictures:
+        if reason := should_stop():
+            raise Stopped(reason)
+        entry, example = _take_in(picture, run, base, latents)
+        entries.append(entry)
+        if example:
+            usable.append(example)
+        else:
+            log.warning(
+                "picture_left_out", extra={"picture": _name(entry), "reasons": entry.reasons}
+            )
+    _refuse_too_few(run, entries, len(usable))
+    warnings = []
+    if len(usable) < FEW_PICTURES:
+        warnings.append(
+            f"Only {len(usable)} pictures are trained on; {FEW_PICTURES} to 30 give a style that "
+            "holds."
+        )
+    captions = list(dict.fromkeys(["", *(example.caption for example in usable)]))
+    embeddings = {caption: base.encode_prompts([caption])[0] for caption in captions}
+    return Dataset(tuple(entries), tuple(usable), latents, embeddings, tuple(warnings))
+
+
+def _take_in(
+    picture: Picture, run: TrainingRun, base: BaseModel, latents: dict[str, Latents]
+) -> tuple[PictureReport, Example | None]:
+    """Vet and encode one picture; its latents go into `latents`."""
+    if picture.path is None:
+        reason = picture.problem or "could not be fetched"
+        return (
+            PictureReport(picture.source, "left_out", (reason,), None, None, picture.caption),
+            None,
+        )
+    width = height = None
+    try:
+        content = Path(picture.path).read_bytes()
+        vetted = vet(content, max_pixels=run.max_image_pixels, resolution=run.parameters.resolution)
+        width, height = vetted.image.size
+        identity = hashlib.sha256(content).hexdigest()
+        if identity not in latents:
+            latents[identity] = _encode(vetted, run.parameters.resolution, base)
+    except OSError:
+        reasons: tuple[str, ...] = ("its file could not be read",)
+    except UnusablePicture as unusable:
+        reasons = (str(unusable),)
+        width, height = unusable.size or (width, height)
+    else:
+        status = "warned" if vetted.warnings else "used"
+        entry = PictureReport(
+            picture.source, status, vetted.warnings + vetted.notes, width, height, picture.caption
+        )
+        return entry, Example(picture.source, identity, picture.caption)
+    return PictureReport(picture.source, "left_out", reasons, width, height, picture.caption), None
+
+
+def _encode(vetted: Vetted, resolution: int, base: BaseModel) -> Latents:
+    """Centre-crop, resize and encode.
+
+    Raises:
+        UnusablePicture: The VAE makes no finite numbers of it.
+    """
+    square = ImageOps.fit(vetted.image, (resolution, resolution), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+    mean, std = base.encode_images(pixels[None])
+    if not bool((torch.isfinite(mean) & torch.isfinite(std)).all()):
+        raise UnusablePicture(
+            "the image encoder cannot represent it (it gave values that are no numbers)"
+        )
+    return Latents(mean[0], std[0])
+
+
+def _refuse_too_few(run: TrainingRun, entries: list[PictureReport], usable: int) -> None:
+    if usable >= run.min_images:
+        return
+    fetched = sum(picture.path is not None for picture in run.pictures)
+    left_out = "; ".join(
+        f"{_name(entry)} {', '.join(entry.reasons)}"
+        for entry in entries
+        if entry.status == "left_out"
+    )
+    message = (
+        f"{usable} of {len(entries)} pictures can be used, and at least {run.min_images} are "
+        "needed." + (f" Left out: {left_out}." if left_out else " Add more pictures.")
+    )
+    if fetched < run.min_images <= len(run.pictures):
+        raise ImageDownloadFailed(message)
+    raise LowQualityData(message)
+
+
+def _name(entry: PictureReport) -> str:
+    """The last part of its address, without a query, which may carry a signature."""
+    return entry.source.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,95 @@
+"""The device that training runs on: which one, in which precision, and what its errors mean."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from training.lora_config import TrainerOptions
+from utils.errors import GpuBroken, GpuOutOfMemory, TrainingServerError
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+
+
+def choose_device(options: TrainerOptions) -> tuple[torch.device, torch.dtype, tuple[str, ...]]:
+    """The device, the dtype of the frozen base on it, and warnings for the report.
+
+    Raises:
+        GpuBroken: There is no CUDA device, and the CPU is not allowed.
+    """
+    if torch.cuda.is_available():
+        if options.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
+            sentence = "This GPU cannot compute in bf16; training runs in fp16 instead."
+            log.warning("bf16_unsupported", extra={"reason": sentence})
+            return torch.device("cuda"), torch.float16, (sentence,)
+        return torch.device("cuda"), DTYPES[options.mixed_precision], ()
+    if not options.allow_cpu:
+        raise GpuBroken(
+            "No CUDA GPU can be used on this machine. Check the driver with nvidia-smi (in a "
+            "container, start "
+            "it with --gpus all), or set ALLOW_CPU=true to train on the CPU, which is very slow."
+        )
+    sentence = "There is no CUDA GPU: training runs on the CPU in fp32, which is slow."
+    log.warning("training_on_cpu", extra={"reason": sentence})
+    return torch.device("cpu"), torch.float32, (sentence,)
+
+
+def gpu_error(error: BaseException) -> TrainingServerError | None:
+    """What an exception of torch says about the device: `GpuOutOfMemory`, `GpuBroken`, or None for
+    any other."""
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError)
+        and any(sign in text for sign in ("CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory"))
+    ):
+        return GpuOutOfMemory(
+            "There is not enough memory for this training; lower batch_size or resolution, or turn "
+            "gradient "
+            "checkpointing on."
+        )
+    signs = (
+        "CUDA error",
+        "CUDA driver error",
+        "cuDNN error",
+        "CUDNN_STATUS",
+        "CUBLAS_STATUS",
+        "NVML",
+    )
+    if isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    ):
+        return GpuBroken(f"The GPU does not compute any more ({text.splitlines()[0][:200]}).")
+    return None
+
+
+@contextlib.contextmanager
+def one_run_accelerator(device: torch.device, dtype: torch.dtype) -> Iterator[Accelerator]:
+    """An Accelerator for one run.
+
+    Accelerate keeps its state in class attributes, and the next run of this process must not find
+    it: another precision would be refused.
+    """
+    precision = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    try:
+        yield accelerator
+    finally:
+        accelerator.free_memory()
+        AcceleratorState._reset_state(True)  # pylint: disable=protected-access
+        GradientState._reset_state()  # pylint: disable=protected-access
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest GPU memory since the last reset, by torch's allocator; without CUDA the process's
+    largest resident size."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -1,0 +1,136 @@
+"""What changes while the loop runs, how it begins, and how it goes into a checkpoint and back:
+nothing is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from training.base_model import BaseModel
+from training.checkpoint import Checkpoint, RunState
+from training.lora_config import HyperParameters
+from utils.errors import TrainingFailed
+
+
+@dataclasses.dataclass(slots=True)
+class LoopState:
+    """The loop's variables.
+
+    Attributes:
+        lora: Trainable float32 weights by their name in the UNet.
+        optimizer: Accelerate's AdamW over them.
+        noise: Source of noise, timesteps, posterior samples and caption dropout. (The LoRA's own
+            dropout draws from torch's global generators, which are part of a checkpoint too.
+            Nothing draws from Python's or NumPy's.)
+        loss_sum, loss_count: Of the epoch in hand, on the device; fetched once an epoch.
+        step: Completed optimizer steps of the job.
+        updates: Those that changed the weights.
+        skipped_in_a_row: Steps without an update up to now.
+        losses: Mean loss of each completed epoch.
+        saved_step: Step of the newest checkpoint.
+    """
+
+    lora: dict[str, torch.nn.Parameter]
+    optimizer: Any
+    noise: torch.Generator
+    loss_sum: Tensor
+    loss_count: Tensor
+    step: int = 0
+    updates: int = 0
+    skipped_in_a_row: int = 0
+    losses: list[float] = dataclasses.field(default_factory=list)
+    saved_step: int = 0
+
+
+def begin(base: BaseModel, parameters: HyperParameters, accelerator: Accelerator) -> LoopState:
+    """Attach a fresh LoRA and seed everything from the run's seed.
+
+    Raises:
+        TrainingFailed: A trainable weight is not float32: its gradients could not be unscaled.
+    """
+    weights = base.attach(parameters)
+    if wrong := {weight.dtype for weight in weights} - {torch.float32}:
+        raise TrainingFailed(f"The LoRA's weights are {wrong}, not float32.")
+    # The fused kernel is the fastest, but with it Accelerate cannot see that the scaler skipped a
+    # step.
+    fused = base.device.type == "cuda" and accelerator.scaler is None
+    optimizer = accelerator.prepare_optimizer(
+        torch.optim.AdamW(
+            weights,
+            lr=parameters.learning_rate,
+            weight_decay=parameters.weight_decay,
+            fused=fused,
+        )
+    )
+    # Two streams: with one seed for both, the dropout masks would follow the noise.
+    noise_seed, dropout_seed = np.random.SeedSequence(parameters.seed).generate_state(2)
+    torch.manual_seed(int(dropout_seed))
+    return LoopState(
+        lora={name: w for name, w in base.unet.named_parameters() if w.requires_grad},
+        optimizer=optimizer,
+        noise=torch.Generator(base.device).manual_seed(int(noise_seed)),
+        loss_sum=torch.zeros((), device=base.device),
+        loss_count=torch.zeros((), device=base.device, dtype=torch.int64),
+    )
+
+
+def capture(state: LoopState, about: RunState, accelerator: Accelerator) -> Checkpoint:
+    """The loop as a checkpoint; `about` says whose it is, and its counters are filled in here."""
+    random = {
+        "noise": state.noise.get_state(),
+        "cpu": torch.get_rng_state(),
+        "loss_sum": state.loss_sum,
+        "loss_count": state.loss_count,
+    }
+    if state.noise.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(state.noise.device)
+    names = list(state.lora)
+    return Checkpoint(
+        state=dataclasses.replace(
+            about,
+            step=state.step,
+            epoch=len(state.losses),
+            updates=state.updates,
+            skipped_in_a_row=state.skipped_in_a_row,
+            losses=tuple(state.losses),
+            scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
+        ),
+        lora=dict(state.lora),
+        optimizer={
+            f"{names[index]}/{entry}": tensor
+            for index, entries in state.optimizer.state_dict()["state"].items()
+            for entry, tensor in entries.items()
+        },
+        random=random,
+    )
+
+
+def restore(state: LoopState, saved: Checkpoint, accelerator: Accelerator) -> None:
+    """Set a begun loop to what `capture` took, on the same kind of device."""
+    with torch.no_grad():
+        for name, weight in state.lora.items():
+            weight.copy_(saved.lora[name])
+    index = {name: i for i, name in enumerate(state.lora)}
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in saved.optimizer.items():
+        name, entry = key.rsplit("/", 1)
+        entries.setdefault(index[name], {})[entry] = tensor
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    if accelerator.scaler and saved.state.scaler:
+        accelerator.scaler.load_state_dict(saved.state.scaler)
+    state.loss_sum.copy_(saved.random["loss_sum"])
+    state.loss_count.copy_(saved.random["loss_count"])
+    state.noise.set_state(saved.random["noise"])
+    torch.set_rng_state(saved.random["cpu"])
+    if state.noise.device.type == "cuda":
+        torch.cuda.set_rng_state(saved.random["cuda"], state.noise.device)
+    state.step = state.saved_step = saved.state.step
+    state.updates = saved.state.updates
+    state.skipped_in_a_row = saved.state.skipped_in_a_row
+    state.losses = list(saved.state.losses)

@@ -1,0 +1,167 @@
+"""What a run is told: pictures, hyper-parameters with their limits and defaults, and the options of
+the trainer process.
+
+The dataclasses here cross the pipe as JSON. `HyperParameters` is the only place that knows a
+parameter's limits: the message's validation and the settings are made from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
+LR_SCHEDULES = ("cosine", "linear", "constant")
+
+
+def _parameter(
+    default: Any, doc: str, *, low: Any = None, high: Any = None, choices: tuple[str, ...] = ()
+) -> Any:
+    """A hyper-parameter's field: `low` and `high` are inclusive."""
+    # A field of the dataclass below, made here to keep its table narrow.
+    return dataclasses.field(  # pylint: disable=invalid-field-call
+        default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices}
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HyperParameters:
+    """What `parameters` of a message may set; every one bounded.
+
+    Raises:
+        ValueError: A value is outside its limits; the message names the parameter.
+    """
+
+    epochs: int = _parameter(100, "passes over the pictures", low=1, high=1000)
+    learning_rate: float = _parameter(1e-4, "peak learning rate of AdamW", low=1e-7, high=1e-2)
+    batch_size: int = _parameter(1, "pictures a forward pass", low=1, high=16)
+    gradient_accumulation_steps: int = _parameter(1, "batches an optimizer step", low=1, high=64)
+    resolution: int = _parameter(
+        512, "side of the training pictures in pixels, a multiple of 64", low=64, high=1024
+    )
+    rank: int = _parameter(16, "rank of the LoRA (arXiv:2106.09685)", low=1, high=256)
+    alpha: float = _parameter(
+        32.0, "LoRA alpha; the effect is scaled by alpha / rank", low=0.01, high=1024.0
+    )
+    dropout: float = _parameter(0.1, "dropout before the LoRA", low=0.0, high=0.9)
+    seed: int = _parameter(42, "seed of weights, noise, timesteps and order", low=0, high=2**31 - 1)
+    snr_gamma: float = _parameter(
+        5.0, "min-SNR weighting (arXiv:2303.09556); 0 turns it off", low=0.0, high=100.0
+    )
+    lr_schedule: str = _parameter(
+        "cosine", "shape of the learning rate after warm-up", choices=LR_SCHEDULES
+    )
+    warmup_ratio: float = _parameter(0.05, "part of the steps that warms up", low=0.0, high=0.9)
+    weight_decay: float = _parameter(
+        0.01, "AdamW's weight decay (arXiv:1711.05101)", low=0.0, high=1.0
+    )
+    max_grad_norm: float = _parameter(
+        1.0, "gradient norm is clipped to this", low=0.001, high=1000.0
+    )
+    caption_dropout: float = _parameter(
+        0.1, "part of the steps with an empty prompt (arXiv:2207.12598)", low=0.0, high=1.0
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            if limits["choices"] and value not in limits["choices"]:
+                raise ValueError(
+                    f"{field.name} is {value!r}; choose one of {', '.join(limits['choices'])}"
+                )
+            # The negated comparison catches NaN too.
+            if limits["low"] is not None and not limits["low"] <= value <= limits["high"]:
+                raise ValueError(
+                    f"{field.name} is {value}; "
+                    f"it must lie between {limits['low']} and {limits['high']}"
+                )
+        if self.resolution % 64:
+            raise ValueError(f"resolution is {self.resolution}; it must be a multiple of 64")
+
+    def peft_config(self) -> LoraConfig:
+        """The PEFT configuration of the LoRA on the UNet's attention projections."""
+        # Imported here: the front desk names these classes and never imports torch.
+        from peft import (
+            LoraConfig,
+        )  # pylint: disable=import-outside-toplevel
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=list(TARGET_MODULES),
+            init_lora_weights=True,
+            bias="none",
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture that the message asked for.
+
+    Attributes:
+        source: Its address as the message spelt it: what a person will recognise in the report.
+        path: Local file, or None where it could not be fetched.
+        caption: Caption, or the empty string.
+        problem: Why there is no file, in words an artist understands; None where there is one.
+    """
+
+    source: str
+    path: str | None
+    caption: str = ""
+    problem: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """One claim's worth of training.
+
+    Attributes:
+        task_id: The job.
+        style_id: The style that the job trains.
+        claim: Number of the claim under which the run is done; it is written into every checkpoint.
+        pictures: In the order of the message.
+        parameters: Hyper-parameters in force.
+        work_folder: Absolute folder of the run; the trainer writes only below it.
+        resume_from: Absolute folder of a complete checkpoint of this job, or None.
+        min_images: Fewer usable pictures than this fail the run.
+        max_image_pixels: Larger pictures are left out.
+        checkpoint_interval: Epochs between checkpoints.
+    """
+
+    task_id: str
+    style_id: int
+    claim: int
+    pictures: tuple[Picture, ...]
+    parameters: HyperParameters
+    work_folder: str
+    resume_from: str | None = None
+    min_images: int = 3
+    max_image_pixels: int = 100_000_000
+    checkpoint_interval: int = 10
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrainerOptions:
+    """What a trainer process is told once, when it starts.
+
+    Attributes:
+        base_model: Hub name or local diffusers folder of a Stable Diffusion 1.5 model.
+        base_model_revision: Hub revision; None for the default branch.
+        mixed_precision: `fp16`, `bf16` or `no`; on a CPU always `no`.
+        gradient_checkpointing: `true`, `false` or `auto`.
+        allow_cpu: Train on the CPU where there is no CUDA, instead of failing.
+        log_level: Level of the trainer's own log lines.
+        log_format: `json` or `text`.
+    """
+
+    base_model: str
+    base_model_revision: str | None = None
+    mixed_precision: str = "fp16"
+    gradient_checkpointing: str = "true"
+    allow_cpu: bool = False
+    log_level: str = "INFO"
+    log_format: str = "json"

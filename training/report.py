@@ -1,0 +1,142 @@
+"""`training_report.json`: what was asked, used and left out and why, and how the training went."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from training.lora_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIFFUSERS_WEIGHTS, KOHYA_WEIGHTS
+from training.preview import LOSS_CURVE, SAMPLES
+
+if TYPE_CHECKING:
+    from training.base_model import BaseModel
+    from training.dataset import Dataset
+    from training.lora_config import TrainingRun
+    from training.trainer import TrainingResult
+
+REPORT = "training_report.json"
+FILES = (
+    REPORT,
+    LOSS_CURVE,
+    SAMPLES,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    KOHYA_WEIGHTS,
+    DIFFUSERS_WEIGHTS,
+)
+"""Everything that a finished run publishes, in that order: where the last one is, all are."""
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+def build_report(
+    run: TrainingRun, base: BaseModel, dataset: Dataset, result: TrainingResult
+) -> dict[str, Any]:
+    """Gather what docs/protocol.md, section 4, wants in the report, and a little more.
+
+    Args:
+        run: What was asked for.
+        base: The base model that was trained on.
+        dataset: What became of the pictures.
+        result: How the training went.
+
+    Returns:
+        JSON values only; a number that is not finite is None. Nothing in it names a place on this
+        machine's disk.
+    """
+    statuses = [entry.status for entry in dataset.entries]
+    # The machine's, the pictures' and the run's sentences, each once.
+    sentences = dict.fromkeys((*base.warnings, *dataset.warnings, *result.warnings))
+    report = {
+        "task_id": run.task_id,
+        "style_id": run.style_id,
+        "pictures_asked": len(statuses),
+        "pictures_used": len(statuses) - statuses.count("left_out"),
+        "pictures_left_out": statuses.count("left_out"),
+        "pictures": [dataclasses.asdict(entry) for entry in dataset.entries],
+        "hyperparameters": dataclasses.asdict(result.parameters),
+        "hyperparameters_asked": dataclasses.asdict(run.parameters),
+        "epochs": result.epochs,
+        "steps": result.steps,
+        "skipped_steps": result.skipped_steps,
+        "loss": result.loss,
+        "losses": result.losses,
+        "seconds": round(result.seconds, 3),
+        "steps_per_second": result.steps_per_second,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "resumed_from": result.resumed_from,
+        "stopped": result.stopped,
+        "base_model": {"name": base.name, "hash": base.hash, "dtype": _name_of(base.dtype)},
+        "versions": versions(base.device),
+        "warnings": list(sentences),
+    }
+    plain: dict[str, Any] = _json_value(report)
+    return plain
+
+
+def write_report(report: dict[str, Any], folder: Path) -> Path:
+    """Write `training_report.json`.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        OSError: The disk is full or read-only.
+        ValueError: The report has a number that JSON cannot hold.
+    """
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    path = folder / REPORT
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """What the `complete` webhook says of the report: a few scalars, no captions and no addresses.
+
+    Args:
+        report: From `build_report`.
+    """
+    names = ("pictures_used", "pictures_left_out", "steps", "seconds", "steps_per_second")
+    return {
+        **{name: report[name] for name in names},
+        "resumed_from": report["resumed_from"],
+        "base_model": report["base_model"]["name"],
+        "warnings": len(report["warnings"]),
+    }
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What computed: the libraries' versions, Python's, and the device's name."""
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        **{library: importlib.metadata.version(library) for library in LIBRARIES},
+        "python": platform.python_version(),
+        "device": f"{device.type} ({name})",
+    }
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _json_value(value: Any) -> Any:
+    """Tuples become lists, and numbers that are not finite become None: JSON knows neither."""
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

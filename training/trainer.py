@@ -1,0 +1,318 @@
+"""The training loop: a LoRA on the frozen UNet of Stable Diffusion 1.5, resumable at any step to
+the same bits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from training import checkpoint, loop_state
+from training.base_model import BaseModel
+from training.checkpoint import RunState
+from training.clock import Clock
+from training.dataset import Dataset
+from training.device import one_run_accelerator, peak_memory_bytes
+from training.loop_state import LoopState
+from training.lora_config import HyperParameters, TrainingRun
+from training.objective import denoising_losses, min_snr_weights
+from training.plan import Plan
+from utils.errors import StopReason, TrainingDiverged, TrainingFailed
+from utils.events import CheckpointSaved, Event, Progress, Stage, Started
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""fp16's loss scale starts at 65,536 and needs a few halvings; more steps without an update than
+this are a fault."""
+UPDATES_BEFORE_CHECK = 3
+"""After this many updates every `lora_B` must have left zero."""
+USUAL_STEPS = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """How a run went.
+
+    Attributes:
+        epochs, steps: Completed, over the whole job.
+        loss: Mean unweighted loss of the last completed epoch; None before there is one.
+        losses: The same for every completed epoch.
+        seconds: Wall time of this run's training.
+        steps_per_second: Measured over this run, checkpoints not counted; None when it made no
+            step.
+        peak_memory_bytes: Of the GPU, by torch's allocator; on the CPU the process's largest
+            resident size.
+        skipped_steps: Steps of the whole job that changed nothing, because their gradient was not
+            finite.
+        resumed_from: Epochs that were complete when this run began from a checkpoint; None for a
+            fresh one.
+        stopped: Why the run ended early; None for a finished training.
+        parameters: Hyper-parameters in force.
+        warnings: Sentences for the report.
+    """
+
+    epochs: int
+    steps: int
+    loss: float | None
+    losses: tuple[float, ...]
+    seconds: float
+    steps_per_second: float | None
+    peak_memory_bytes: int
+    skipped_steps: int
+    resumed_from: int | None
+    stopped: StopReason | None
+    parameters: HyperParameters
+    warnings: tuple[str, ...] = ()
+
+
+class LoRATrainer:
+    """Trains one LoRA.
+
+    Args:
+        run: What is asked for.
+        base: The base model. The LoRA stays on it after `train`, for the export: whoever calls
+            detaches it.
+        dataset: The run's pictures, prepared.
+        emit: Takes `Started`, `Progress` and `CheckpointSaved`.
+        should_stop: Asked before every optimizer step.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        base: BaseModel,
+        dataset: Dataset,
+        *,
+        emit: Callable[[Event], None] = lambda event: None,
+        should_stop: Callable[[], StopReason | None] = lambda: None,
+    ) -> None:
+        self._run, self._base, self._dataset = run, base, dataset
+        self._emit, self._should_stop = emit, should_stop
+        self._parameters = run.parameters
+        self._plan = Plan(len(dataset.usable), run.parameters)
+        self._loss_weights = min_snr_weights(base.scheduler, run.parameters.snr_gamma).to(
+            base.device
+        )
+        self._clock = Clock()
+
+    def train(self) -> TrainingResult:
+        """Train to the last epoch, or until a stop is asked for; then the run is saved where it
+        stands.
+
+        Raises:
+            TrainingDiverged: The loss or the gradients stopped being finite.
+            TrainingFailed: The base predicts what this loop does not train, or a part of the LoRA
+                does not learn.
+            CheckpointUnusable: `run.resume_from` is damaged, or of another run.
+        """
+        if self._base.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._base.device)
+        with one_run_accelerator(self._base.device, self._base.dtype) as accelerator:
+            state = self._begin(accelerator)
+            first = state.step
+            self._base.offload_encoders()
+            stopped = self._loop(state, accelerator)
+        return TrainingResult(
+            epochs=len(state.losses),
+            steps=state.step,
+            loss=state.losses[-1] if state.losses else None,
+            losses=tuple(state.losses),
+            seconds=self._clock.seconds,
+            steps_per_second=self._clock.steps_per_second,
+            peak_memory_bytes=peak_memory_bytes(self._base.device),
+            skipped_steps=state.step - state.updates,
+            resumed_from=self._plan.epochs_done(first) if self._run.resume_from else None,
+            stopped=stopped,
+            parameters=self._parameters,
+            warnings=self._warnings(state),
+        )
+
+    def _loop(self, state: LoopState, accelerator: Accelerator) -> StopReason | None:
+        """Step to the plan's end, or to a stop, whose reason is returned."""
+        plan, parameters = self._plan, self._parameters
+        weights = list(state.lora.values())  # a list: clipping reads it at every step
+        while state.step < plan.total_steps:
+            if reason := self._should_stop():
+                self._save(state, accelerator)
+                return reason
+            batches = plan.batches(state.step)
+            pictures = sum(map(len, batches))
+            for batch in batches:
+                latents, text = self._dataset.batch(batch)
+                losses, weighted = denoising_losses(
+                    self._base,
+                    latents,
+                    text,
+                    empty_text=self._dataset.embeddings[""],
+                    caption_dropout=parameters.caption_dropout,
+                    weights=self._loss_weights,
+                    generator=state.noise,
+                    autocast=accelerator.autocast(),
+                )
+                # Every picture of a step counts alike, also where the last batch is smaller.
+                accelerator.backward(weighted.sum() / pictures)
+                finite = torch.isfinite(losses)
+                state.loss_sum += torch.where(finite, losses, 0.0).sum()
+                state.loss_count += finite.sum()
+            norm = accelerator.clip_grad_norm_(weights, parameters.max_grad_norm)
+            state.optimizer.param_groups[0]["lr"] = plan.learning_rate(state.step)
+            self._update(state, norm, accelerator)
+            state.step += 1
+            self._clock.tick()
+            if not plan.inside_epoch(state.step):
+                self._end_epoch(state, accelerator)
+            self._report_progress(state)
+        if state.updates < UPDATES_BEFORE_CHECK:
+            self._assert_moved(state)
+        return None
+
+    def _update(self, state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
+        """Apply the gradients, unless they are not finite: then the step is skipped, and
+        counted."""
+        # With fp16 the scaler looks at the gradients itself; without it the norm tells.
+        applied = accelerator.scaler is not None or bool(torch.isfinite(norm))
+        if applied:
+            state.optimizer.step()
+            applied = not state.optimizer.step_was_skipped
+        state.optimizer.zero_grad(set_to_none=True)
+        if applied:
+            state.updates += 1
+            state.skipped_in_a_row = 0
+            if state.updates == UPDATES_BEFORE_CHECK:
+                self._assert_moved(state)
+            return
+        state.skipped_in_a_row += 1
+        log.warning("step_skipped", extra={"step": state.step + 1, "gradient_norm": float(norm)})
+        if state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise TrainingDiverged(
+                f"Training diverged at step {state.step + 1}: {state.skipped_in_a_row} steps in a "
+                "row had "
+                "no finite gradient. Lower learning_rate."
+            )
+
+    def _end_epoch(self, state: LoopState, accelerator: Accelerator) -> None:
+        total, count = torch.stack([state.loss_sum, state.loss_count.to(torch.float32)]).tolist()
+        if not count:
+            raise TrainingDiverged(
+                f"Training diverged: epoch {len(state.losses) + 1} had no finite loss. Lower "
+                "learning_rate."
+            )
+        state.losses.append(total / count)
+        state.loss_sum.zero_()
+        state.loss_count.zero_()
+        epoch = len(state.losses)
+        log.info("epoch_done", extra={"epoch": epoch, "step": state.step, "loss": state.losses[-1]})
+        if epoch % self._run.checkpoint_interval == 0 or epoch == self._parameters.epochs:
+            self._save(state, accelerator)
+
+    def _assert_moved(self, state: LoopState) -> None:
+        """The wrong kind of gradient checkpointing, or a detached graph, leaves `lora_B` at its
+        initial zero."""
+        names = [name for name in state.lora if ".lora_B." in name and not self._idle(name)]
+        moved = torch.stack([state.lora[name].detach().any() for name in names]).tolist()
+        still = [name for name, has_moved in zip(names, moved, strict=True) if not has_moved]
+        if still:
+            raise TrainingFailed(
+                f"{len(still)} of {len(names)} parts of the LoRA have learnt nothing in "
+                f"{state.updates} "
+                f"updates, {still[0]} among them."
+            )
+
+    def _idle(self, name: str) -> bool:
+        """Whether a part cannot learn: self-attention over one position (SD1.5's middle at 64
+        pixels) has no choice."""
+        levels = len(self._base.unet.config.block_out_channels)
+        side = self._parameters.resolution // 8 // 2 ** (levels - 1)
+        middle = name.startswith("mid_block.") and ".attn1." in name
+        return side <= 1 and middle and (".to_q." in name or ".to_k." in name)
+
+    def _begin(self, accelerator: Accelerator) -> LoopState:
+        """A fresh state, or the one of the checkpoint to resume from."""
+        state = loop_state.begin(self._base, self._parameters, accelerator)
+        if self._run.resume_from:
+            saved = checkpoint.load(Path(self._run.resume_from))
+            checkpoint.refuse_another_run(saved.state, self._about())
+            loop_state.restore(state, saved, accelerator)
+            log.info("resumed", extra={"epoch": len(state.losses), "step": state.step})
+        self._emit(
+            Started(
+                task_id=self._run.task_id,
+                total_epochs=self._parameters.epochs,
+                total_steps=self._plan.total_steps,
+                epoch=len(state.losses),
+                step=state.step,
+                pictures_used=len(self._dataset.usable),
+                warnings=self._warnings(state),
+            )
+        )
+        return state
+
+    def _save(self, state: LoopState, accelerator: Accelerator) -> None:
+        """Write a checkpoint, unless the newest one is of this very step."""
+        if state.step == state.saved_step:
+            return
+        began = time.monotonic()
+        epoch, inside = len(state.losses), self._plan.inside_epoch(state.step)
+        name = checkpoint.folder_name(epoch, state.step, inside_epoch=inside)
+        folder = Path(self._run.work_folder) / "checkpoints" / name
+        checkpoint.save(folder, loop_state.capture(state, self._about(), accelerator))
+        state.saved_step = state.step
+        seconds = time.monotonic() - began
+        self._clock.leave_out(seconds)
+        log.info("checkpoint_saved", extra={"checkpoint": name, "seconds": seconds})
+        self._emit(
+            CheckpointSaved(self._run.task_id, name, epoch, state.step, str(folder), seconds)
+        )
+
+    def _about(self) -> RunState:
+        """Whose checkpoint it is, its counters still at zero."""
+        return RunState(
+            task_id=self._run.task_id,
+            style_id=self._run.style_id,
+            claim=self._run.claim,
+            base_model=self._base.hash,
+            parameters=self._parameters,
+            pictures=self._dataset.identities,
+            total_steps=self._plan.total_steps,
+            epoch=0,
+            step=0,
+            updates=0,
+            skipped_in_a_row=0,
+            losses=(),
+            scaler=None,
+        )
+
+    def _report_progress(self, state: LoopState) -> None:
+        if not self._clock.due() and state.step < self._plan.total_steps:
+            return
+        self._emit(
+            Progress(
+                task_id=self._run.task_id,
+                stage=Stage.TRAINING,
+                epoch=len(state.losses),
+                total_epochs=self._parameters.epochs,
+                step=state.step,
+                total_steps=self._plan.total_steps,
+                loss=state.losses[-1] if state.losses else None,
+                steps_per_second=self._clock.steps_per_second,
+            )
+        )
+
+    def _warnings(self, state: LoopState) -> tuple[str, ...]:
+        warnings = [*self._base.warnings, *self._dataset.warnings]
+        if self._plan.total_steps > USUAL_STEPS:
+            warnings.append(
+                f"{self._plan.total_steps} steps are many: styles usually take 1,000 to "
+                f"{USUAL_STEPS:,}, and more "
+                "may copy the pictures instead of learning the style; fewer epochs are recommended."
+            )
+        if skipped := state.step - state.updates:
+            warnings.append(f"{skipped} steps were skipped because their gradient was not finite.")
+        return tuple(warnings)

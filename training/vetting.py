@@ -1,0 +1,183 @@
+"""Whether a file is a picture that can be trained on, judged by its content, and what was done to
+make it one."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+"""What may be opened. Pillow knows more, and starts other programs for some of them."""
+
+BACKGROUND = (255, 255, 255)
+"""Transparent parts are laid on white: a declared colour, not whatever the file hides there."""
+
+_SIGNATURES = (
+    (b"<!doctype", "is a web page, not a picture"),
+    (b"<html", "is a web page, not a picture"),
+    (b"<?xml", "is a text file (XML or SVG), not a picture; export it as PNG"),
+    (b"<svg", "is a drawing (SVG), not a picture; export it as PNG"),
+    (b"%pdf", "is a PDF, not a picture; export it as PNG"),
+    (b"{", "is a text file, not a picture"),
+)
+_HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"hevc", b"msf1")
+
+
+class UnusablePicture(Exception):
+    """The picture cannot be used; the message says why, to follow the picture's name in a sentence.
+
+    Attributes:
+        size: Width and height where they could be read.
+    """
+
+    def __init__(self, reason: str, size: tuple[int, int] | None = None) -> None:
+        super().__init__(reason)
+        self.size = size
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Vetted:
+    """A picture that can be used.
+
+    Attributes:
+        image: Upright, 8-bit RGB.
+        notes: What was done to it.
+        warnings: What the artist should know.
+    """
+
+    image: Image.Image
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def vet(content: bytes, *, max_pixels: int, resolution: int) -> Vetted:
+    """Decode a picture and bring it to upright 8-bit RGB.
+
+    Args:
+        content: The file's bytes.
+        max_pixels: A header that announces more is refused before anything is decoded.
+        resolution: Side of the training pictures in pixels; smaller pictures get a warning.
+
+    Raises:
+        UnusablePicture: Says why.
+    """
+    if not content:
+        raise UnusablePicture("is an empty file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters raises
+        image = _open(content)
+        _refuse_by_header(image, max_pixels)
+        _decode(image)
+        upright, notes = _upright(image)
+        rgb, more, cautions = _to_rgb(upright)
+    if min(rgb.size) < resolution:
+        cautions += (
+            f"is smaller than {resolution} x {resolution} pixels and was enlarged, which softens "
+            "it",
+        )
+    return Vetted(rgb, notes + more, cautions)
+
+
+def _open(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise UnusablePicture("announces far too many pixels to be decoded safely") from error
+    except UnidentifiedImageError as error:
+        raise UnusablePicture(_what_else(content)) from error
+    except Exception as error:  # a damaged header surfaces as nearly any exception
+        raise UnusablePicture("is damaged: its header cannot be read") from error
+
+
+def _what_else(content: bytes) -> str:
+    start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for signature, reason in _SIGNATURES:
+        if start.startswith(signature):
+            return reason
+    if content[4:8] == b"ftyp" and content[8:12] in _HEIC_BRANDS:
+        return "is in Apple's HEIC format; export it as JPEG or PNG"
+    return "is not a picture in a known format (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF)"
+
+
+def _refuse_by_header(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise UnusablePicture("has no pixels")
+    if width * height > max_pixels:
+        raise UnusablePicture(
+            f"has {width} x {height} pixels, more than the {max_pixels:,} that are allowed",
+            image.size,
+        )
+    try:
+        frames = int(getattr(image, "n_frames", 1))
+    except Exception as error:  # counting walks through the file
+        raise UnusablePicture("is damaged or cut off: it cannot be decoded", image.size) from error
+    # A phone's MPO holds a second view beside the photograph; everything else with frames moves or
+    # has pages.
+    if image.format != "MPO" and frames > 1:
+        raise UnusablePicture(
+            "is animated or has several pages; send one still picture", image.size
+        )
+
+
+def _decode(image: Image.Image) -> None:
+    try:
+        image.load()
+    except MemoryError as error:
+        raise UnusablePicture("is too large to be decoded", image.size) from error
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        raise UnusablePicture("is damaged or cut off: it cannot be decoded", image.size) from error
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """Turn the picture as its EXIF data says; unreadable EXIF data does no harm."""
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+        turned = ImageOps.exif_transpose(image)
+    except Exception:  # pylint: disable=broad-exception-caught  # damaged metadata, in any way
+        return image, ("has damaged EXIF data, which was ignored",)
+    if orientation in range(2, 9):
+        return turned, ("was turned upright as its EXIF data says",)
+    return image, ()
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...], tuple[str, ...]]:
+    """To 8-bit RGB; says what was done (notes) and what the artist should know (warnings)."""
+    if image.mode.startswith("I"):
+        return (
+            _from_16_bit(image).convert("RGB"),
+            ("was 16-bit grey, converted to 8-bit colour",),
+            (),
+        )
+    if image.mode == "F":
+        raise UnusablePicture(
+            "stores floating-point values; export it as an 8-bit picture", image.size
+        )
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        lowest = int(np.asarray(rgba.getchannel("A")).min())
+        canvas = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
+        rgb = Image.alpha_composite(canvas, rgba).convert("RGB")
+        see_through = ("has transparent parts, which were laid on white",)
+        return rgb, (), see_through if lowest < 255 else ()
+    notes = {
+        "CMYK": ("was in print colours (CMYK), converted to RGB; colours may shift a little",),
+        "P": ("had a colour palette, converted to full colour",),
+        "L": ("is greyscale, converted to colour",),
+        "LAB": ("was in Lab colours, converted to RGB",),
+        "1": ("is black and white, converted to colour",),
+    }
+    return image.convert("RGB"), notes.get(image.mode, ()), ()
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8-bit by scaling; Pillow's own conversion clips everything above 255 to
+    white."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode != "I" or values.max() > 255:  # 32-bit files often hold 8-bit values
+        values /= 257.0
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
