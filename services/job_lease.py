@@ -1,0 +1,122 @@
+"""What a worker may do with a job that it holds: durable changes under one claim."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from services.hold import utc_now
+from services.job_record import (
+    SEQUENCES_PER_CLAIM,
+    Checkpoint,
+    Delivery,
+    Ending,
+    JobRecord,
+    LastError,
+)
+from services.lease import Lease
+from services.record_object import RecordObject
+from utils.errors import StorageError
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+
+class JobLease(Lease[JobRecord]):
+    """A hold on a job, renewed while the block runs, after its ending too until that is settled.
+
+    Every method that changes the record raises `LeaseLost` once the job is another worker's, and
+    tries again through S3's troubles until then.
+
+    Attributes:
+        cancelled: Set once `jobs/{task_id}.cancel` was seen; looked for when claiming and at each
+            renewal.
+    """
+
+    def __init__(
+        self,
+        target: RecordObject[JobRecord],
+        record: JobRecord,
+        etag: str,
+        began_at: float,
+        cancel_requested: Callable[[str], bool],
+    ) -> None:
+        super().__init__(target, record, etag, began_at)
+        self.cancelled = threading.Event()
+        self._cancel_requested = cancel_requested
+        self._sequence = 0
+        self._counting = threading.Lock()
+
+    def next_sequence(self) -> int:
+        """The next number of this job's news: it rises within a claim and from claim to claim."""
+        with self._counting:
+            self._sequence += 1
+            return self.claim_number * SEQUENCES_PER_CLAIM + self._sequence
+
+    def register_checkpoint(self, checkpoint: Checkpoint) -> JobRecord:
+        """From here on the job resumes from this checkpoint. Its files must lie complete on S3."""
+        return self.update(lambda record: record.with_checkpoint(checkpoint))
+
+    def end(self, ending: Ending) -> Ending:
+        """Make the ending durable and its delivery pending, in one write, before anybody is told.
+
+        Returns:
+            The job's ending: this one, or the one that it already had.
+        """
+        kept = self.update(lambda record: record.ended(ending)).ending
+        assert kept is not None  # an ended record has one
+        return kept
+
+    def mark_delivered(self, detail: str | None = None) -> None:
+        """The backend has the ending, or wants to hear no more of it; the job is over."""
+        self.update(lambda record: record.settled(Delivery.DELIVERED, detail))
+
+    def set_aside(self, detail: str) -> None:
+        """The backend refuses the ending, which lies in the dead queue; the job is over.
+
+        Args:
+            detail: What the backend answered.
+        """
+        self.update(lambda record: record.settled(Delivery.SET_ASIDE, detail))
+
+    def release(
+        self,
+        *,
+        count_attempt: bool,
+        error: tuple[str, str] | None = None,
+        quiet_seconds: float = 0.0,
+        within: float | None = None,
+    ) -> None:
+        """Give the job back: it may be claimed at once, and this claim writes nothing more.
+
+        Args:
+            count_attempt: The attempt failed. False for a shutdown and for errors that are the
+                machine's own.
+            error: Why, as (code, message).
+            quiet_seconds: How long the message will wait before it comes back, so that the sweep
+                leaves it alone.
+            within: Give up after so many seconds (a shutdown's grace); then the lease runs out by
+                itself.
+        """
+        last = LastError(*error, claim=self.claim_number, at=utc_now()) if error else None
+        self.update(
+            lambda record: record.released(
+                count_attempt=count_attempt, error=last, quiet_seconds=quiet_seconds
+            ),
+            within=within,
+        )
+
+    def after_renewal(self) -> None:
+        """Look whether somebody wants the job cancelled."""
+        self.look_for_cancel()
+
+    def look_for_cancel(self) -> None:
+        """Set `cancelled` if the cancel file is there; S3's troubles put it off to a renewal."""
+        if self.cancelled.is_set():
+            return
+        try:
+            if self._cancel_requested(self.record.task_id):
+                log.info("cancel_file_seen", task_id=self.record.task_id)
+                self.cancelled.set()
+        except StorageError as error:
+            log.warning("cancel_not_looked_for", task_id=self.record.task_id, error=str(error))

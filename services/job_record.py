@@ -1,0 +1,292 @@
+"""What is known of a job: facts and their transitions, nothing else.
+
+The record is the truth and a queue message only a hint to look at it (docs/protocol.md, section 4).
+A record lives like this, each arrow one conditional write:
+
+    new ──▶ held ──▶ checkpoint … ──▶ ended, delivery pending ──▶ delivered or set aside
+             │ ▲                              │ ▲
+             ▼ │ claim                        ▼ │ claim (the ending stays as it is)
+           released                         released
+
+**How attempts are counted.** `attempts` is the number of attempts in a row that are over and made
+no new checkpoint. An attempt is judged when it is over, not when it begins:
+
+- a release after an error counts it, a release for a shutdown does not: being preempted is not a
+  failure;
+- a holder that went silent (killed, or it took its machine down) is counted by whoever takes the
+  record from it;
+- a checkpoint beyond the furthest step that any attempt reached sets the count to 0, and its
+  attempt is not counted, however it ends. A repeated checkpoint (the last one was damaged, so
+  training went one back) is no progress.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import uuid
+from typing import Any
+
+from services.hold import HeldRecord, Hold, utc_now
+
+CHECKPOINTS_KEPT = 3
+SEQUENCES_PER_CLAIM = 1_000_000
+INVALID_PREFIX = "invalid/"
+_RUNS = uuid.UUID("6f1d3a52-3a0e-5a6c-9d27-5b0f6b6f3f4e")
+_LONGEST_BACKOFF = 8
+
+
+class State(enum.StrEnum):
+    """Whether the job still has work to do."""
+
+    LIVE = "live"
+    ENDED = "ended"
+
+
+class Delivery(enum.StrEnum):
+    """Whether the backend has heard of the ending."""
+
+    NONE = "none"
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    SET_ASIDE = "set_aside"
+
+
+class EndingKind(enum.StrEnum):
+    """The job's last word; also the last part of its webhook's address."""
+
+    COMPLETE = "complete"
+    FAILED = "failed"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that lies complete on S3.
+
+    Attributes:
+        name: `epoch-0010`, or `epoch-0012-step-0123` inside an epoch.
+        epoch: Completed epochs.
+        step: Completed optimizer steps of the job.
+        prefix: Key prefix of its files in the state bucket.
+        claim: The claim that wrote it.
+    """
+
+    name: str
+    epoch: int
+    step: int
+    prefix: str
+    claim: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ending:
+    """The job's last word, exactly as the backend is to hear it.
+
+    Attributes:
+        webhook_id: The same on every attempt to deliver it, by whichever worker.
+        body: The webhook's body (JSON values only).
+        code: The error code of a `failed` one.
+        at: When, by the worker's clock; for people.
+    """
+
+    kind: EndingKind
+    body: dict[str, Any]
+    code: str | None = None
+    webhook_id: str = dataclasses.field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
+    at: str = dataclasses.field(default_factory=utc_now)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LastError:
+    """Why the last attempt ended without an ending."""
+
+    code: str
+    message: str
+    claim: int
+    at: str = dataclasses.field(default_factory=utc_now)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What one message asks for.
+
+    Attributes:
+        task_id: The job's id, and its record's name.
+        style_id: The style that is trained.
+        identity: Hash of the understood message: the same id with another identity is another body.
+        message: The understood message itself (JSON values only), enough to publish it again.
+        webhook_url: Where the backend wants to hear of it, as allowed.
+        id_is_derived: The id was derived from the body, so the same body later may be a new job.
+        ending: For a message that can never become a job: its ending, known from the start.
+    """
+
+    task_id: str
+    style_id: int
+    identity: str
+    message: dict[str, Any]
+    webhook_url: str | None = None
+    id_is_derived: bool = False
+    ending: Ending | None = None
+
+    def run(self, count: int) -> JobRequest:
+        """The same request as the `count`-th repetition of its body; 0 is the first."""
+        return dataclasses.replace(self, task_id=derived_task_id(self.task_id, count))
+
+
+def derived_task_id(first_id: str, count: int) -> str:
+    """The id of the `count`-th further job of one body whose id was derived from it.
+
+    Args:
+        first_id: The first job's id: the UUIDv5 of the body, or an invalid message's
+            `invalid/{sha256}`.
+        count: 0 for the first job itself.
+    """
+    if count == 0:
+        return first_id
+    if first_id.startswith(INVALID_PREFIX):
+        return f"{first_id}-{count}"
+    return str(uuid.uuid5(_RUNS, f"{first_id} {count}"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord(HeldRecord):
+    """Everything that any worker needs to take a job over.
+
+    Attributes:
+        attempts: Attempts in a row that are over and made no new checkpoint; the one in hand is not
+            among them.
+        fruitful: The attempt in hand made a new checkpoint.
+        furthest_step: The furthest step of any registered checkpoint.
+        checkpoints: The last few to resume from, newest last.
+        sweeps: How often the record was found abandoned since somebody last claimed it.
+        ended_at: For people. How long ago it ended is judged by S3's dates.
+    """
+
+    task_id: str
+    style_id: int
+    identity: str
+    message: dict[str, Any]
+    webhook_url: str | None = None
+    id_is_derived: bool = False
+    state: State = State.LIVE
+    attempts: int = 0
+    fruitful: bool = False
+    furthest_step: int = 0
+    checkpoints: tuple[Checkpoint, ...] = ()
+    ending: Ending | None = None
+    delivery: Delivery = Delivery.NONE
+    delivery_detail: str | None = None
+    last_error: LastError | None = None
+    sweeps: int = 0
+    created_at: str = ""
+    ended_at: str | None = None
+
+    @classmethod
+    def new(cls, request: JobRequest, owner: str, lease_seconds: float) -> JobRecord:
+        """The record of a job that nobody has seen before, held under claim 1."""
+        record = cls(
+            hold=Hold(owner=owner, claim=1, lease_seconds=lease_seconds),
+            task_id=request.task_id,
+            style_id=request.style_id,
+            identity=request.identity,
+            message=request.message,
+            webhook_url=request.webhook_url,
+            id_is_derived=request.id_is_derived,
+            created_at=utc_now(),
+        )
+        return record.ended(request.ending) if request.ending else record
+
+    @property
+    def claim(self) -> int:
+        """Number of the present or last claim."""
+        return self.hold.claim
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @property
+    def attempts_with_this(self) -> int:
+        """What `attempts` becomes if the attempt in hand fails now."""
+        return self.attempts + (0 if self.fruitful else 1)
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing will ever be written to this record again."""
+        return self.delivery in (Delivery.DELIVERED, Delivery.SET_ASIDE)
+
+    def claimed(self, owner: str, lease_seconds: float) -> JobRecord:
+        """Taken by `owner`: when it was released, or when its holder has gone silent."""
+        free = self if self.hold.released else self.abandoned()
+        hold = free.hold.taken(owner, lease_seconds)
+        return dataclasses.replace(free, hold=hold, fruitful=False, sweeps=0)
+
+    def with_checkpoint(self, checkpoint: Checkpoint) -> JobRecord:
+        """A checkpoint is complete on S3.
+
+        Those at or beyond its step belong to a line that training has left (the newest was
+        damaged): they go.
+        """
+        older = tuple(known for known in self.checkpoints if known.step < checkpoint.step)
+        further = checkpoint.step > self.furthest_step
+        return dataclasses.replace(
+            self,
+            checkpoints=(*older, checkpoint)[-CHECKPOINTS_KEPT:],
+            furthest_step=max(self.furthest_step, checkpoint.step),
+            fruitful=self.fruitful or further,
+            attempts=0 if further else self.attempts,
+        )
+
+    def ended(self, ending: Ending) -> JobRecord:
+        """The job's last word; a job has one, so that of an ended job stays."""
+        if self.state is State.ENDED:
+            return self
+        return dataclasses.replace(
+            self, state=State.ENDED, ending=ending, delivery=Delivery.PENDING, ended_at=ending.at
+        )
+
+    def settled(self, delivery: Delivery, detail: str | None = None) -> JobRecord:
+        """The ending was delivered, or set aside where nobody takes it; the record is finished.
+
+        Raises:
+            ValueError: The job has not ended, or `delivery` settles nothing.
+        """
+        if self.state is not State.ENDED or delivery not in (
+            Delivery.DELIVERED,
+            Delivery.SET_ASIDE,
+        ):
+            raise ValueError(f"a job that is {self.state} cannot be settled as {delivery}")
+        if self.is_settled:
+            return self
+        return dataclasses.replace(
+            self, hold=self.hold.dropped(), delivery=delivery, delivery_detail=detail
+        )
+
+    def released(
+        self, *, count_attempt: bool, error: LastError | None = None, quiet_seconds: float = 0.0
+    ) -> JobRecord:
+        """Given back by its holder; see the module's text for what counts."""
+        if self.hold.released:
+            return self
+        counts = count_attempt and self.state is State.LIVE
+        return dataclasses.replace(
+            self,
+            hold=self.hold.dropped(quiet_seconds),
+            attempts=self.attempts_with_this if counts else self.attempts,
+            last_error=error or self.last_error,
+        )
+
+    def abandoned(self) -> JobRecord:
+        """Its holder went silent: given back on its behalf, the attempt counted."""
+        return self.released(count_attempt=True)
+
+    def swept(self) -> JobRecord:
+        """Found abandoned, and about to be published again.
+
+        The silence that is normal afterwards doubles each time: the message may be waiting behind
+        hours of other jobs.
+        """
+        free = self.abandoned()
+        quiet = free.hold.lease_seconds * 2 ** min(free.sweeps, _LONGEST_BACKOFF)
+        return dataclasses.replace(free, hold=free.hold.dropped(quiet), sweeps=free.sweeps + 1)

@@ -1,0 +1,136 @@
+"""A job's pictures and their captions, fetched side by side into the job's own folder."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Protocol
+
+from services.s3_types import FetchedPicture, PictureRequest, S3Location, StoredObject
+from utils.errors import AccessDenied, ObjectNotFound, ObjectTooLarge
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+AT_ONCE = 8
+MAX_CAPTION_BYTES = 16 * 1024
+
+NOT_FOUND = "could not be found in storage"
+REFUSED = "could not be read: storage refuses access to it"
+STOPPED = "was not fetched, because the job was stopped"
+
+
+class Store(Protocol):
+    """What is needed of `S3Service`."""
+
+    def download(
+        self,
+        location: S3Location,
+        path: Path,
+        *,
+        max_bytes: int | None = None,
+        watch: Callable[[], None] = ...,
+    ) -> int:
+        """Write an object into a local file; `watch` is called now and then and may raise."""
+
+    def read(self, location: S3Location, *, max_bytes: int = ...) -> StoredObject:
+        """A small object, whole."""
+
+
+class _GivenUp(Exception):
+    """Raised inside a download that nobody waits for any more."""
+
+
+def fetch_pictures(
+    store: Store,
+    requests: Sequence[PictureRequest],
+    folder: Path,
+    *,
+    max_bytes: int,
+    stop: Callable[[], bool],
+) -> tuple[FetchedPicture, ...]:
+    """Fetch pictures; see `S3Service.fetch_pictures`."""
+    nobody_waits = threading.Event()
+
+    def watch() -> None:
+        if nobody_waits.is_set() or stop():
+            raise _GivenUp
+
+    def fetch(index: int, request: PictureRequest) -> FetchedPicture:
+        # The name is the worker's own: nothing that a message or a bucket says becomes a path.
+        path = folder / f"{index:04d}.img"
+        try:
+            watch()
+            return _fetch(store, request, path, max_bytes, watch)
+        except _GivenUp:
+            return FetchedPicture(request.source, None, problem=STOPPED)
+
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="picture") as pool:
+        futures = [
+            # Each with a copy of this thread's context, so that its log lines carry the job, too.
+            pool.submit(contextvars.copy_context().run, fetch, index, request)
+            for index, request in enumerate(requests)
+        ]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            # Either all are done, or S3 or the disk failed and the rest would fail the same way.
+            nobody_waits.set()
+    fetched = tuple(future.result() for future in futures)
+    _report(requests, fetched)
+    return fetched
+
+
+def _report(requests: Sequence[PictureRequest], fetched: Sequence[FetchedPicture]) -> None:
+    for index, (request, picture) in enumerate(zip(requests, fetched, strict=True)):
+        if picture.problem:
+            # Not the message's own spelling: it may be a signed address.
+            address = request.location.uri()
+            log.warning("picture_left_out", index=index, picture=address, problem=picture.problem)
+    if fetched and all(picture.problem == REFUSED for picture in fetched):
+        # One refused picture is the artist's affair. All of them are a policy's, which ops can
+        # mend while the job waits.
+        buckets = ", ".join(sorted({request.location.bucket for request in requests}))
+        raise AccessDenied(f"S3 refuses access to every picture of the job (bucket {buckets})")
+
+
+def _fetch(
+    store: Store,
+    request: PictureRequest,
+    path: Path,
+    max_bytes: int,
+    watch: Callable[[], None],
+) -> FetchedPicture:
+    try:
+        store.download(request.location, path, max_bytes=max_bytes, watch=watch)
+    except ObjectNotFound:
+        return FetchedPicture(request.source, None, problem=NOT_FOUND)
+    except AccessDenied:
+        return FetchedPicture(request.source, None, problem=REFUSED)
+    except ObjectTooLarge:
+        problem = f"is too large: a picture may have at most {max_bytes / 1024**2:.3g} MiB"
+        return FetchedPicture(request.source, None, problem=problem)
+    caption = request.caption
+    if caption is None:
+        watch()
+        caption = _caption_beside(store, request.location)
+    return FetchedPicture(request.source, path, caption)
+
+
+def _caption_beside(store: Store, picture: S3Location) -> str | None:
+    location = picture.with_suffix(".txt")
+    if location == picture:
+        return None
+    try:
+        body = store.read(location, max_bytes=MAX_CAPTION_BYTES).body
+    except (ObjectNotFound, AccessDenied):
+        # Where the worker may not list the bucket, S3 answers "forbidden" for what is not there.
+        return None
+    except ObjectTooLarge:
+        log.warning("caption_ignored", caption=location.uri(), reason="larger than 16 KiB")
+        return None
+    text = body.decode("utf-8-sig", errors="replace").replace("\0", " ")
+    return " ".join(text.split()) or None

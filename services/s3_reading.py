@@ -1,0 +1,226 @@
+"""The reading half of `S3Service`."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from services import picture_download, s3_folders
+from services.s3_access import S3Access, etag_of, last_modified_of, server_date_of
+from services.s3_body import copy_body
+from services.s3_errors import Transient
+from services.s3_types import FetchedPicture, ObjectInfo, PictureRequest, S3Location, StoredObject
+from utils.errors import ObjectNotFound
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+_RECORD_BYTES = 4 * 1024**2  # a job record has a few kilobytes
+
+
+def _nothing() -> None:
+    """The default `watch`."""
+
+
+class S3Reading(S3Access):
+    """Everything that leaves S3 as it is."""
+
+    def fetch_pictures(
+        self,
+        sources: Sequence[PictureRequest],
+        folder: Path,
+        *,
+        max_bytes: int,
+        stop: Callable[[], bool],
+    ) -> tuple[FetchedPicture, ...]:
+        """Fetch pictures side by side into `folder`, under our own names (`0000.img`, …).
+
+        A picture that is missing, forbidden or too large is reported, not raised: the job may go
+        on without it.
+
+        Args:
+            sources: What to fetch.
+            folder: Where to.
+            max_bytes: The most that one picture may have.
+            stop: Asked often, from several threads; once true, what is not there yet is reported
+                as stopped. Whoever gave it asks it again before judging the result.
+
+        Returns:
+            One entry for each of `sources`, in their order.
+
+        Raises:
+            AccessDenied: Every picture was refused: a policy's fault, not the pictures'.
+            StorageError: S3 as a whole cannot be used.
+            DiskFull: The worker's disk is full.
+        """
+        return picture_download.fetch_pictures(
+            self, sources, folder, max_bytes=max_bytes, stop=stop
+        )
+
+    def download(
+        self,
+        location: S3Location,
+        path: Path,
+        *,
+        max_bytes: int | None = None,
+        watch: Callable[[], None] = _nothing,
+    ) -> int:
+        """Write an object into a local file, which appears only when it is whole.
+
+        Args:
+            location: The object.
+            path: The file; missing folders are made.
+            max_bytes: More is refused, before and while downloading.
+            watch: Called between chunks; what it raises ends the download.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            ObjectNotFound, AccessDenied, ObjectTooLarge, StorageError, MachineError: See
+                `utils.errors`. A checksum that differs is a `StorageError`.
+        """
+        part = path.with_name(path.name + ".part")
+        with self._translated(location.uri()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with part.open("wb") as file:
+                    self._pull(location, file, max_bytes, watch)
+                    size = file.tell()
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+        return size
+
+    def download_folder(
+        self, bucket: str, prefix: str, target: Path, *, max_bytes: int | None = None
+    ) -> int:
+        """Download everything under `prefix/` into `target`, under the same names.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            ObjectNotFound: Nothing is there.
+            ObjectTooLarge: It has more than `max_bytes` in all.
+            StorageError: A name is not a plain relative one, or S3 cannot be used.
+            MachineError: The worker's disk refuses.
+        """
+        return s3_folders.download_folder(self, bucket, prefix, target, max_bytes=max_bytes)
+
+    def read(self, location: S3Location, *, max_bytes: int = _RECORD_BYTES) -> StoredObject:
+        """A small object, whole, with its version and both of S3's dates.
+
+        Raises:
+            ObjectNotFound, AccessDenied, ObjectTooLarge, StorageError: See `utils.errors`.
+        """
+        what = location.uri()
+        sink = io.BytesIO()
+        answer = self._pull(location, sink, max_bytes, _nothing)
+        return StoredObject(
+            body=sink.getvalue(),
+            etag=etag_of(answer, what),
+            last_modified=last_modified_of(answer, what),
+            server_date=server_date_of(answer, what),
+        )
+
+    def _pull(
+        self,
+        location: S3Location,
+        sink: BinaryIO,
+        max_bytes: int | None,
+        watch: Callable[[], None],
+    ) -> Mapping[str, Any]:
+        """GET into `sink`.
+
+        The SDK repeats what fails before an answer's body begins, this what fails inside it.
+        """
+        what = location.uri()
+        if not location.key:
+            raise ObjectNotFound(f"{what}: an object has a key")
+        for left in reversed(range(self._attempts)):
+            if sink.tell():
+                sink.seek(0)
+                sink.truncate()
+            with self._translated(what):
+                answer = self._client.get_object(Bucket=location.bucket, Key=location.key)
+            try:
+                with self._translated(what):
+                    copy_body(
+                        answer["Body"],
+                        sink,
+                        declared=answer.get("ContentLength"),
+                        max_bytes=max_bytes,
+                        watch=watch,
+                        what=what,
+                    )
+                return answer
+            except Transient as error:
+                if not left:
+                    raise
+                log.info("download_repeated", object=what, reason=str(error))
+        raise AssertionError("attempts is at least 1")
+
+    def head(self, location: S3Location) -> ObjectInfo:
+        """What S3 says of an object, its metadata included.
+
+        Raises:
+            ObjectNotFound, AccessDenied, StorageError: See `utils.errors`.
+        """
+        what = location.uri()
+        with self._translated(what):
+            answer = self._client.head_object(Bucket=location.bucket, Key=location.key)
+        return ObjectInfo(
+            key=location.key,
+            size=answer.get("ContentLength", 0),
+            etag=etag_of(answer, what),
+            last_modified=last_modified_of(answer, what),
+            metadata=dict(answer.get("Metadata", {})),
+        )
+
+    def exists(self, location: S3Location) -> bool:
+        """Whether the object is there.
+
+        Raises:
+            AccessDenied, StorageError: It cannot be said.
+        """
+        try:
+            self.head(location)
+        except ObjectNotFound:
+            return False
+        return True
+
+    def list_objects(self, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
+        """Every object whose key begins with `prefix`, by key; pages are asked for as needed.
+
+        Raises:
+            ObjectNotFound: The bucket does not exist.
+            AccessDenied, StorageError: See `utils.errors`.
+        """
+        what = f"s3://{bucket}/{prefix}"
+        more: dict[str, Any] = {}
+        while True:
+            with self._translated(what):
+                page = self._client.list_objects_v2(Bucket=bucket, Prefix=prefix, **more)
+            for item in page.get("Contents", ()):
+                yield ObjectInfo(
+                    key=item.get("Key", ""),
+                    size=item.get("Size", 0),
+                    etag=etag_of(item, what),
+                    last_modified=last_modified_of(item, what),
+                )
+            if not page.get("NextContinuationToken"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def check_bucket(self, bucket: str) -> None:
+        """Ask whether a bucket is there and may be used.
+
+        Raises:
+            ObjectNotFound, AccessDenied, StorageError: See `utils.errors`.
+        """
+        with self._translated(f"s3://{bucket}"):
+            self._client.head_bucket(Bucket=bucket)

@@ -1,0 +1,93 @@
+"""The facts that `services.s3_service` takes and gives: frozen, and free of any client library."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class S3Location:
+    """Where an object lies."""
+
+    bucket: str
+    key: str
+
+    def uri(self, scheme: str = "s3") -> str:
+        """The address, `s3://bucket/key`."""
+        return f"{scheme}://{self.bucket}/{self.key}"
+
+    def with_suffix(self, suffix: str) -> S3Location:
+        """The object beside this one: for `.txt`, both `a/b.jpg` and `a/b` give `a/b.txt`."""
+        folder, slash, name = self.key.rpartition("/")
+        stem = name.rpartition(".")[0] or name
+        return S3Location(self.bucket, f"{folder}{slash}{stem}{suffix}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What S3 says of an object without its body.
+
+    Attributes:
+        size: Bytes.
+        etag: As S3 wrote it, quotes included.
+        last_modified: S3's own date, with its time zone.
+        metadata: The object's own metadata; empty in a listing, which does not tell.
+    """
+
+    key: str
+    size: int
+    etag: str
+    last_modified: datetime
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredObject:
+    """A small object, whole, with all that a lease is judged by.
+
+    Attributes:
+        etag: Names this version; give it back to `S3Service.replace`.
+        last_modified: When this version was written, by S3's clock.
+        server_date: What S3's clock said when it answered.
+    """
+
+    body: bytes
+    etag: str
+    last_modified: datetime
+    server_date: datetime
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PictureRequest:
+    """A picture that a job asks for.
+
+    Attributes:
+        source: Its address in the message's own spelling, for the report.
+        location: Where that is.
+        caption: Its caption; None to look for the object beside the picture with the suffix `.txt`.
+    """
+
+    source: str
+    location: S3Location
+    caption: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FetchedPicture:
+    """What became of a `PictureRequest`.
+
+    Attributes:
+        source: As in the request.
+        path: The local file; None where the picture could not be fetched.
+        caption: The request's caption, or the text found beside the picture, or None.
+        problem: Why it could not be fetched, for an artist to read ("could not be found in
+            storage"); else None.
+    """
+
+    source: str
+    path: Path | None
+    caption: str | None = None
+    problem: str | None = None

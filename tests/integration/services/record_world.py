@@ -1,0 +1,140 @@
+"""What the tests of job records share: workers, what others do to a record, and faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY
+from services.hold import decode, encode, stamped
+from services.job_lease import JobLease
+from services.job_record import Ending, EndingKind, JobRecord, JobRequest
+from services.job_records import Claimed, JobRecords
+from services.s3_service import S3Location, S3Service, StoredObject
+from utils.errors import StorageError
+
+BUCKET = "state"
+LEASE = 1.0
+
+
+def access(endpoint: str) -> dict[str, Any]:
+    """How `S3Service` reaches the server."""
+    return {
+        "region": REGION,
+        "endpoint_url": endpoint,
+        "access_key_id": ACCESS_KEY_ID,
+        "secret_access_key": SECRET_ACCESS_KEY,
+    }
+
+
+def worker(s3: S3Service, name: str = "one", lease: float = LEASE) -> JobRecords:
+    """The records as one worker sees them."""
+    return JobRecords(s3, BUCKET, owner=name, lease_seconds=lease)
+
+
+def request(task_id: str | None = None, identity: str = "abc") -> JobRequest:
+    """A job of its own, unless the id is given."""
+    return JobRequest(task_id or str(uuid.uuid4()), 7, identity, {"images": ["s3://media/a.jpg"]})
+
+
+def derived() -> JobRequest:
+    """A job whose id was derived from its body."""
+    return dataclasses.replace(request(), id_is_derived=True)
+
+
+def claimed(records: JobRecords, job: JobRequest, **how: Any) -> JobLease:
+    """The lease of a claim that must succeed."""
+    outcome = records.claim(job, **how)
+    assert isinstance(outcome, Claimed), outcome
+    return outcome.lease
+
+
+def adopted(records: JobRecords, task_id: str) -> JobLease:
+    """The lease of an adoption that must succeed."""
+    outcome = records.adopt_ending(task_id)
+    assert isinstance(outcome, Claimed), outcome
+    return outcome.lease
+
+
+def stored(s3: S3Service, task_id: str) -> JobRecord:
+    """The record as it lies on S3."""
+    record = worker(s3).read(task_id)
+    assert record is not None
+    return record
+
+
+def where(task_id: str) -> S3Location:
+    """The record's object."""
+    return S3Location(BUCKET, f"jobs/{task_id}.json")
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until it is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def ending(kind: EndingKind = EndingKind.COMPLETE) -> Ending:
+    """An ending with a webhook id of its own."""
+    return Ending(kind, {"style_id": 7, "sequence": 1_000_001})
+
+
+def overwrite(s3: S3Service, task_id: str, change: Callable[[JobRecord], JobRecord]) -> None:
+    """Do to the record what another worker would."""
+    found = s3.read(where(task_id))
+    record = change(decode(JobRecord, found.body, task_id))
+    s3.replace(where(task_id), encode(stamped(record)), found.etag)
+
+
+def settle(lease: JobLease) -> None:
+    """End the job and have its ending delivered."""
+    lease.end(ending())
+    lease.mark_delivered()
+
+
+class Faulty(S3Service):
+    """S3 with faults: `fault` runs before or after each conditional write really takes place."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(**access(endpoint))
+        self.before: Callable[[], None] = lambda: None
+        self.after: Callable[[], None] = lambda: None
+        self.reads: list[str] = []
+
+    def read(self, location: S3Location, **how: Any) -> StoredObject:
+        self.reads.append(location.key)
+        return super().read(location, **how)
+
+    def create(self, location: S3Location, body: bytes) -> str:
+        self.before()
+        etag = super().create(location, body)
+        self.after()
+        return etag
+
+    def replace(self, location: S3Location, body: bytes, etag: str) -> str:
+        self.before()
+        etag = super().replace(location, body, etag)
+        self.after()
+        return etag
+
+
+def away() -> None:
+    """The fault of a store that cannot be reached."""
+    raise StorageError("S3 is away")
+
+
+def times(count: int) -> Callable[[], None]:
+    """The fault of a store that is away for so many writes."""
+    left = [count]
+
+    def fault() -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            away()
+
+    return fault

@@ -1,0 +1,180 @@
+"""A proxy in front of an S3 server that breaks what it is told to break."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY
+from services.s3_service import S3Service
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What to do to one request.
+
+    Attributes:
+        status: Answer this oneself, with `body`; 0 forwards the request.
+        body: The body of one's own answer.
+        reset: Reset the connection instead of answering, after forwarding if that is asked for.
+        forward: Whether the S3 server sees the request although its answer does not arrive.
+        keep: Send only so many bytes of the body that the head declares.
+        flip: Change the body's first byte.
+        no_length: Declare no length; the connection's end is the body's.
+        delay: Seconds before the answer.
+        drip: Seconds between two bytes of the body.
+    """
+
+    status: int = 0
+    body: bytes = b""
+    reset: bool = False
+    forward: bool = True
+    keep: int | None = None
+    flip: bool = False
+    no_length: bool = False
+    delay: float = 0.0
+    drip: float = 0.0
+
+
+def impatient(endpoint: str, **more: Any) -> S3Service:
+    """A service that waits a second for an answer and asks twice."""
+    patience = {"connect_timeout": 1.0, "read_timeout": 1.0, "attempts": 2} | more
+    return S3Service(
+        region=REGION,
+        endpoint_url=endpoint,
+        access_key_id=ACCESS_KEY_ID,
+        secret_access_key=SECRET_ACCESS_KEY,
+        **patience,
+    )
+
+
+def refusal(status: int, code: str) -> Fault:
+    """S3's own form of an error."""
+    return Fault(status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
+
+
+class S3Proxy:
+    """A context manager; `fault(method, path)` says what happens to each request.
+
+    Attributes:
+        endpoint: Its address.
+        requests: Method and path of every request so far.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.fault: Callable[[str, str], Fault | None]
+        self.requests: list[str]
+        self.reset()
+        self.closing = threading.Event()
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.proxy = self
+        self._server.target = urlsplit(target).netloc
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+
+    def reset(self) -> None:
+        """Do no harm, and remember nothing."""
+        self.fault = lambda method, path: None
+        self.requests = []
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    proxy: S3Proxy
+    target: str
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: clients that hang up are part of the tests."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:  # pylint: disable=redefined-builtin
+        """Say nothing."""
+
+    def _handle(self) -> None:
+        proxy = self.server.proxy
+        proxy.requests.append(f"{self.command} {self.path}")
+        fault = proxy.fault(self.command, self.path) or Fault()
+        sent = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.close_connection = True
+        status, headers, body = fault.status, [("Content-Type", "application/xml")], fault.body
+        if not fault.status and fault.forward:
+            status, headers, body = self._forward(sent)
+        proxy.closing.wait(fault.delay)
+        if fault.reset:
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.connection.close()
+            return
+        self._answer(fault, status, headers, body)
+
+    def _forward(self, sent: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        upstream = http.client.HTTPConnection(self.server.target, timeout=30)
+        headers = {name: value for name, value in self.headers.items() if name != "Expect"}
+        try:
+            upstream.request(self.command, self.path, body=sent, headers=headers)
+            answer = upstream.getresponse()
+            return answer.status, answer.getheaders(), answer.read()
+        finally:
+            upstream.close()
+
+    def _answer(
+        self, fault: Fault, status: int, headers: list[tuple[str, str]], body: bytes
+    ) -> None:
+        hidden = {"connection", "transfer-encoding"} | (
+            {"content-length"} if fault.no_length else set()
+        )
+        names = {name.lower() for name, _ in headers}
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in hidden:
+                self.send_header(name, value)
+        if "content-length" not in names and not fault.no_length:
+            self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if fault.flip:
+            body = bytes([body[0] ^ 1]) + body[1:]
+        body = body[: fault.keep] if self.command != "HEAD" else b""
+        for piece in [body[i : i + 1] for i in range(len(body))] if fault.drip else [body]:
+            self.wfile.write(piece)
+            if fault.drip and self.server.proxy.closing.wait(fault.drip):
+                return
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle
+
+
+def once(fault: Fault, *methods: str) -> Callable[[str, str], Fault | None]:
+    """The fault for the first request with one of these methods, nothing for the others."""
+    left = [fault]
+
+    def script(method: str, _path: str) -> Fault | None:
+        return left.pop() if left and method in methods else None
+
+    return script
+
+
+def always(fault: Fault) -> Callable[[str, str], Fault | None]:
+    """The fault for every request."""
+    return lambda _method, _path: fault

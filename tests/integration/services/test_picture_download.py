@@ -1,0 +1,298 @@
+"""Pictures from a real S3 server, some of the time behind a proxy that breaks things."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services import picture_download, s3_body
+from services.s3_service import FetchedPicture, PictureRequest, S3Location, S3Service
+from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, once, refusal
+from utils.errors import (
+    AccessDenied,
+    DiskFull,
+    MachineError,
+    StorageError,
+    TrainingServerError,
+)
+
+MEBIBYTE = 1024**2
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
+def fetch(
+    s3: S3Service,
+    folder: Path,
+    bucket: str,
+    *keys: str,
+    max_bytes: int = MEBIBYTE,
+    stop: Callable[[], bool] = never,
+) -> tuple[FetchedPicture, ...]:
+    """Fetch pictures without captions of their own."""
+    requests = [PictureRequest(f"s3://{bucket}/{key}", S3Location(bucket, key)) for key in keys]
+    return s3.fetch_pictures(requests, folder, max_bytes=max_bytes, stop=stop)
+
+
+def test_pictures_come_in_the_order_asked_for_under_names_of_our_own(
+    s3: S3Service, bucket: str, tmp_path: Path
+) -> None:
+    keys = [
+        "a/same.jpg",
+        "b/same.jpg",
+        "../../etc/passwd",
+        "/etc/x.png",
+        "한글 é.jpg",
+        "a/same.jpg",
+    ]
+    for key in set(keys):
+        s3.write(S3Location(bucket, key), key.encode())
+    fetched = fetch(s3, tmp_path / "job", bucket, *keys)
+    assert [each.path.name for each in fetched if each.path] == [f"{n:04d}.img" for n in range(6)]
+    assert [each.path.read_bytes().decode() for each in fetched if each.path] == keys
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "job"]
+    assert len(list((tmp_path / "job").iterdir())) == 6
+
+
+def test_a_missing_picture_is_left_out_and_said_and_the_others_come(
+    s3: S3Service, bucket: str, tmp_path: Path
+) -> None:
+    s3.write(S3Location(bucket, "there.jpg"), b"picture")
+    requests = [
+        PictureRequest("gone", S3Location(bucket, "gone.jpg")),
+        PictureRequest("there", S3Location(bucket, "there.jpg")),
+        PictureRequest("no bucket", S3Location("no-such-bucket", "there.jpg")),
+        PictureRequest("no key", S3Location(bucket, "")),
+        PictureRequest("half a letter", S3Location(bucket, "\ud800.jpg")),
+        PictureRequest("long", S3Location(bucket, "x" * 1100)),
+    ]
+    fetched = s3.fetch_pictures(requests, tmp_path, max_bytes=100, stop=never)
+    assert [each.source for each in fetched] == [each.source for each in requests]
+    assert [each.path is not None for each in fetched] == [False, True] + 4 * [False]
+    assert {each.problem for each in fetched if not each.path} == {picture_download.NOT_FOUND}
+    assert [path.name for path in tmp_path.iterdir()] == ["0001.img"]
+
+
+def test_a_picture_that_declares_too_many_bytes_is_refused_before_it_is_read(
+    s3: S3Service, bucket: str, tmp_path: Path
+) -> None:
+    s3.write(S3Location(bucket, "big.jpg"), b"x" * 5000)
+    (fetched,) = fetch(s3, tmp_path, bucket, "big.jpg", max_bytes=4096)
+    assert fetched.path is None
+    assert fetched.problem == "is too large: a picture may have at most 0.00391 MiB"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_declares_nothing_is_cut_off_at_the_limit(
+    s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    s3.write(S3Location(bucket, "big.jpg"), b"x" * 200_000)
+    proxy.fault = always(Fault(no_length=True))
+    (fetched,) = fetch(proxied, tmp_path, bucket, "big.jpg", max_bytes=100_000)
+    assert fetched.problem and "too large" in fetched.problem
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_exactly_the_limit_is_taken(
+    s3: S3Service, bucket: str, tmp_path: Path
+) -> None:
+    s3.write(S3Location(bucket, "a.jpg"), b"x" * 4096)
+    assert fetch(s3, tmp_path, bucket, "a.jpg", max_bytes=4096)[0].path
+
+
+@pytest.mark.parametrize(
+    ("text", "caption"),
+    [
+        ("a harbour\n at dawn \n".encode(), "a harbour at dawn"),
+        (b"\xef\xbb\xbfwith a mark", "with a mark"),
+        (b"caf\xe9", "caf\N{REPLACEMENT CHARACTER}"),
+        (b"", None),
+        (b" \n", None),
+        (b"x" * (16 * 1024 + 1), None),
+        (b"x" * (16 * 1024), "x" * (16 * 1024)),
+        (None, None),
+    ],
+)
+def test_the_text_beside_a_picture_is_its_caption(
+    s3: S3Service, bucket: str, tmp_path: Path, text: bytes | None, caption: str | None
+) -> None:
+    s3.write(S3Location(bucket, "a.b/one.two.jpg"), b"picture")
+    if text is not None:
+        s3.write(S3Location(bucket, "a.b/one.two.txt"), text)
+    (fetched,) = fetch(s3, tmp_path, bucket, "a.b/one.two.jpg")
+    assert (fetched.caption, fetched.problem) == (caption, None)
+
+
+def test_a_caption_in_the_message_wins_and_nothing_is_looked_for(
+    s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    s3.write(S3Location(bucket, "a.jpg"), b"picture")
+    s3.write(S3Location(bucket, "a.txt"), b"another")
+    request = PictureRequest("a", S3Location(bucket, "a.jpg"), caption="")
+    (fetched,) = proxied.fetch_pictures([request], tmp_path, max_bytes=100, stop=never)
+    assert fetched.caption == ""
+    assert proxy.requests == [f"GET /{bucket}/a.jpg"]
+
+
+def test_a_forbidden_caption_is_none(
+    s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    s3.write(S3Location(bucket, "a.jpg"), b"picture")
+    forbidden = refusal(403, "AccessDenied")
+    proxy.fault = lambda method, path: forbidden if path.endswith(".txt") else None
+    (fetched,) = fetch(proxied, tmp_path, bucket, "a.jpg")
+    assert fetched.path and fetched.caption is None
+
+
+@pytest.mark.parametrize(
+    ("key", "beside"),
+    [("a/b.jpg", "a/b.txt"), ("a.b/c", "a.b/c.txt"), ("x", "x.txt"), (".hidden", ".hidden.txt")],
+)
+def test_beside_means_the_same_name_with_another_suffix(key: str, beside: str) -> None:
+    assert S3Location("b", key).with_suffix(".txt") == S3Location("b", beside)
+
+
+def test_one_forbidden_picture_is_left_out(
+    s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    for key in ("a.jpg", "b.jpg"):
+        s3.write(S3Location(bucket, key), b"picture")
+    forbidden = refusal(403, "AccessDenied")
+    proxy.fault = lambda method, path: forbidden if path.endswith("a.jpg") else None
+    first, second = fetch(proxied, tmp_path, bucket, "a.jpg", "b.jpg")
+    assert first.problem == picture_download.REFUSED and second.path
+
+
+def test_when_every_picture_is_forbidden_the_policy_is_at_fault(
+    bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    proxy.fault = always(refusal(403, "AccessDenied"))
+    with pytest.raises(AccessDenied, match=bucket):
+        fetch(proxied, tmp_path, bucket, "a.jpg", "b.jpg")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        refusal(503, "SlowDown"),
+        refusal(500, "InternalError"),
+        refusal(403, "InvalidAccessKeyId"),
+        refusal(403, "SignatureDoesNotMatch"),
+        Fault(reset=True),
+        Fault(keep=10),
+    ],
+    ids=["slow down", "500", "key", "secret", "reset", "half a body"],
+)
+def test_when_s3_as_a_whole_fails_it_is_a_storage_error_and_no_part_is_left(
+    s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service, fault: Fault
+) -> None:
+    keys = [f"{n}.jpg" for n in range(30)]
+    for key in keys:
+        s3.write(S3Location(bucket, key), b"x" * 100)
+    proxy.fault = lambda method, path: fault if path.endswith("/3.jpg") else None
+    with pytest.raises(StorageError) as caught:
+        fetch(proxied, tmp_path, bucket, *keys)
+    assert not isinstance(caught.value, AccessDenied)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_unreachable_s3_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="could not be reached"):
+        fetch(impatient("http://127.0.0.1:1"), tmp_path, "bucket", "a.jpg")
+
+
+def test_a_body_that_breaks_off_is_fetched_again(
+    s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    s3.write(S3Location(bucket, "a.bin"), bytes(range(256)) * 1000)
+    proxy.fault = once(Fault(keep=100_000), "GET")
+    assert proxied.download(S3Location(bucket, "a.bin"), tmp_path / "a") == 256_000
+    assert (tmp_path / "a").read_bytes() == bytes(range(256)) * 1000
+    assert len(proxy.requests) == 2
+
+
+def test_a_body_that_arrives_changed_is_noticed_by_its_checksum(
+    s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    s3.write(S3Location(bucket, "a.bin"), b"x" * 1000)
+    proxy.fault = always(Fault(flip=True))
+    with pytest.raises(StorageError, match="checksum"):
+        proxied.download(S3Location(bucket, "a.bin"), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_body_that_trickles_is_given_up(
+    s3: S3Service,
+    bucket: str,
+    tmp_path: Path,
+    proxy: S3Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    s3.write(S3Location(bucket, "a.bin"), b"x" * 1000)
+    proxy.fault = always(Fault(drip=0.05))
+    monkeypatch.setattr(s3_body, "GRACE_SECONDS", 0.5)
+    began = time.monotonic()
+    with pytest.raises(StorageError):
+        impatient(proxy.endpoint, attempts=1).download(S3Location(bucket, "a.bin"), tmp_path / "a")
+    assert time.monotonic() - began < 5
+
+
+def test_a_stop_ends_downloads_between_two_chunks(
+    s3: S3Service, bucket: str, tmp_path: Path
+) -> None:
+    keys = [f"{n}.jpg" for n in range(20)]
+    for key in keys:
+        s3.write(S3Location(bucket, key), b"x" * 200_000)
+    asked = iter(range(1000))
+    fetched = fetch(s3, tmp_path, bucket, *keys, stop=lambda: next(asked) > 10)
+    stopped = [each for each in fetched if each.problem == picture_download.STOPPED]
+    assert stopped and len(fetched) == 20
+    assert not list(tmp_path.glob("*.part"))
+
+
+class _FullDisk:
+    """Opens as a file and has no room."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __call__(self, *_: object, **__: object) -> Any:
+        raise OSError(self._number, os.strerror(self._number))
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(errno.ENOSPC, DiskFull), (errno.EDQUOT, DiskFull), (errno.EIO, MachineError)],
+)
+def test_the_disks_errors_are_the_machines(
+    s3: S3Service,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    error: type[TrainingServerError],
+) -> None:
+    s3.write(S3Location(bucket, "a.jpg"), b"picture")
+    monkeypatch.setattr(Path, "open", _FullDisk(number))
+    with pytest.raises(error) as caught:
+        fetch(s3, tmp_path, bucket, "a.jpg", "b.jpg")
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_really_full_disk_is_disk_full_and_leaves_no_part(
+    s3: S3Service, bucket: str, tmp_path: Path
+) -> None:
+    s3.write(S3Location(bucket, "a.jpg"), b"picture")
+    (tmp_path / "a.part").symlink_to("/dev/full")
+    with pytest.raises(DiskFull):
+        s3.download(S3Location(bucket, "a.jpg"), tmp_path / "a")
+    assert not list(tmp_path.iterdir())

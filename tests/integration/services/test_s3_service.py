@@ -1,0 +1,269 @@
+"""Objects, folders and conditional writes against a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from sandbox.s3_server import S3Server
+from services.s3_service import S3Location, S3Service
+from tests.integration.services.s3_proxy import Fault, S3Proxy, always, once, refusal
+from utils.errors import (
+    AccessDenied,
+    ObjectNotFound,
+    ObjectTooLarge,
+    PreconditionFailed,
+    StorageError,
+)
+
+MEBIBYTE = 1024**2
+
+
+# ---- folders and objects -------------------------------------------------------------------------
+
+
+def test_an_upload_carries_its_sha256_its_type_and_its_metadata(
+    s3: S3Service, s3_server: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    location = S3Location(bucket, "models/report.json")
+    etag = s3.upload_file(
+        tmp_path / "report.json", location, metadata={"task_id": "t", "claim": "3"}
+    )
+    info = s3.head(location)
+    assert (info.etag, info.size) == (etag, 2)
+    assert info.metadata == {"task_id": "t", "claim": "3"}
+    told = s3_server.client().head_object(Bucket=bucket, Key=location.key, ChecksumMode="ENABLED")
+    assert told["ContentType"] == "application/json"
+    assert told["ChecksumSHA256"] == "RBNvo1WzZ4oRRq0W9+hknpT7T8If536DEMBg9hyq/4o="
+
+
+def test_a_large_file_arrives_whole(s3: S3Service, bucket: str, tmp_path: Path) -> None:
+    content = os.urandom(12 * MEBIBYTE)
+    (tmp_path / "big").write_bytes(content)
+    s3.upload_file(tmp_path / "big", S3Location(bucket, "big"))
+    assert s3.download(S3Location(bucket, "big"), tmp_path / "deep" / "back") == len(content)
+    assert (tmp_path / "deep" / "back").read_bytes() == content
+
+
+def test_a_folder_goes_up_with_its_last_file_last_and_comes_back_the_same(
+    bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    names = ["a.bin", "deep/b.bin", "manifest.json", "z.bin"]
+    for name in names:
+        (tmp_path / "up" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "up" / name).write_text(name)
+    etags = proxied.upload_folder(
+        tmp_path / "up", bucket, "checkpoints/t/epoch-0010/", last="manifest.json"
+    )
+    assert sorted(etags) == names
+    assert proxy.requests[-1].endswith("/epoch-0010/manifest.json")
+    proxied.write(S3Location(bucket, "checkpoints/t/epoch-0010x/other"), b"not of this folder")
+    assert proxied.download_folder(bucket, "checkpoints/t/epoch-0010", tmp_path / "down") == 33
+    assert {
+        path.relative_to(tmp_path / "down").as_posix(): path.read_text()
+        for path in (tmp_path / "down").rglob("*")
+        if path.is_file()
+    } == {name: name for name in names}
+
+
+def test_when_one_file_fails_the_last_is_not_written(
+    bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    for name in ("a.bin", "b.bin", "manifest.json"):
+        (tmp_path / name).write_text(name)
+    broken = refusal(500, "InternalError")
+    proxy.fault = lambda method, path: broken if path.endswith("b.bin") else None
+    with pytest.raises(StorageError):
+        proxied.upload_folder(tmp_path, bucket, "c", last="manifest.json")
+    assert not proxied.exists(S3Location(bucket, "c/manifest.json"))
+
+
+def test_a_folder_without_its_last_file_is_not_uploaded(s3: S3Service, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        s3.upload_folder(tmp_path, "bucket", "c", last="manifest.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "a/../../outside", "/etc/x", ".hidden", "a//b", "é"]
+)
+def test_no_key_becomes_a_local_path(s3: S3Service, bucket: str, tmp_path: Path, name: str) -> None:
+    s3.write(S3Location(bucket, f"c/{name}"), b"evil")
+    with pytest.raises(StorageError, match="no file of ours"):
+        s3.download_folder(bucket, "c", tmp_path / "in")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_missing_or_too_large_is_not_downloaded(
+    s3: S3Service, bucket: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ObjectNotFound):
+        s3.download_folder(bucket, "none", tmp_path)
+    s3.write(S3Location(bucket, "c/a"), b"12345")
+    with pytest.raises(ObjectTooLarge):
+        s3.download_folder(bucket, "c", tmp_path, max_bytes=4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_listing_goes_on_over_its_pages(s3: S3Service, s3_server: S3Server, bucket: str) -> None:
+    client = s3_server.client()
+    keys = [f"jobs/{n:04d}" for n in range(1005)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: client.put_object(Bucket=bucket, Key=key, Body=b"1"), keys))
+    s3.write(S3Location(bucket, "other"), b"2")
+    listed = list(s3.list_objects(bucket, "jobs/"))
+    assert [info.key for info in listed] == keys
+    assert {info.size for info in listed} == {1}
+    s3.delete(bucket, keys)
+    assert not list(s3.list_objects(bucket, "jobs/"))
+
+
+def test_deleting_what_is_not_there_is_no_error(s3: S3Service, bucket: str) -> None:
+    s3.delete(bucket, ["never", "was"])
+    s3.delete(bucket, [])
+
+
+def test_what_could_not_be_deleted_is_said(bucket: str, proxy: S3Proxy, proxied: S3Service) -> None:
+    error = b"<Error><Key>k</Key><Code>AccessDenied</Code><Message>no</Message></Error>"
+    proxy.fault = always(Fault(200, b"<DeleteResult>" + error + b"</DeleteResult>"))
+    with pytest.raises(AccessDenied, match=f"s3://{bucket}/k"):
+        proxied.delete(bucket, ["k"])
+
+
+def test_a_copy_keeps_its_metadata_or_gets_another(s3: S3Service, bucket: str) -> None:
+    source, target = S3Location(bucket, "a/ü b.json"), S3Location(bucket, "archive/x.json")
+    s3.write(source, b"{}")
+    s3.copy(source, source, metadata={"claim": "1"})
+    etag = s3.copy(source, target)
+    assert (s3.head(target).metadata, s3.head(target).etag) == ({"claim": "1"}, etag)
+    s3.copy(source, target, metadata={"claim": "2"})
+    assert s3.head(target).metadata == {"claim": "2"}
+    with pytest.raises(ObjectNotFound):
+        s3.copy(S3Location(bucket, "none"), target)
+
+
+def test_whether_an_object_or_a_bucket_is_there(s3: S3Service, bucket: str) -> None:
+    s3.write(S3Location(bucket, "a"), b"")
+    assert s3.exists(S3Location(bucket, "a")) and not s3.exists(S3Location(bucket, "b"))
+    s3.check_bucket(bucket)
+    with pytest.raises(ObjectNotFound):
+        s3.check_bucket("no-such-bucket")
+
+
+# ---- conditional writes --------------------------------------------------------------------------
+
+
+def test_what_is_read_names_its_version_and_both_of_s3s_dates(s3: S3Service, bucket: str) -> None:
+    location = S3Location(bucket, "jobs/t.json")
+    etag = s3.create(location, b"{}")
+    stored = s3.read(location)
+    assert (stored.body, stored.etag) == (b"{}", etag)
+    assert stored.last_modified.tzinfo and stored.server_date.tzinfo
+    assert timedelta(0) <= stored.server_date - stored.last_modified < timedelta(seconds=30)
+
+
+def test_an_object_too_large_for_a_record_is_not_read(s3: S3Service, bucket: str) -> None:
+    s3.write(S3Location(bucket, "a"), b"12345")
+    with pytest.raises(ObjectTooLarge):
+        s3.read(S3Location(bucket, "a"), max_bytes=4)
+
+
+def test_create_fails_where_something_is(s3: S3Service, bucket: str) -> None:
+    location = S3Location(bucket, "a")
+    s3.create(location, b"first")
+    with pytest.raises(PreconditionFailed):
+        s3.create(location, b"second")
+    assert s3.read(location).body == b"first"
+
+
+def test_replace_fails_over_another_version_and_over_nothing(s3: S3Service, bucket: str) -> None:
+    location = S3Location(bucket, "a")
+    first = s3.create(location, b"first")
+    second = s3.replace(location, b"second", first)
+    with pytest.raises(PreconditionFailed):
+        s3.replace(location, b"third", first)
+    assert s3.read(location).etag == second
+    s3.delete(bucket, ["a"])
+    with pytest.raises(ObjectNotFound):
+        s3.replace(location, b"third", second)
+
+
+def test_a_file_can_be_uploaded_under_the_same_conditions(
+    s3: S3Service, bucket: str, tmp_path: Path
+) -> None:
+    location = S3Location(bucket, "a")
+    (tmp_path / "a").write_text("one")
+    first = s3.upload_file(tmp_path / "a", location, only_over="")
+    with pytest.raises(PreconditionFailed):
+        s3.upload_file(tmp_path / "a", location, only_over="")
+    (tmp_path / "a").write_text("two")
+    s3.upload_file(tmp_path / "a", location, only_over=first)
+    with pytest.raises(PreconditionFailed):
+        s3.upload_file(tmp_path / "a", location, only_over=first)
+    assert s3.read(location).body == b"two"
+
+
+@pytest.mark.parametrize("race", ["create", "replace"])
+def test_of_many_writers_exactly_one_wins(s3: S3Service, bucket: str, race: str) -> None:
+    location = S3Location(bucket, "lease")
+    etag = s3.write(location, b"old") if race == "replace" else ""
+    gate = threading.Barrier(8)
+
+    def claim(number: int) -> bool:
+        gate.wait()
+        try:
+            if etag:
+                s3.replace(location, b"%d" % number, etag)
+            else:
+                s3.create(location, b"%d" % number)
+            return True
+        except PreconditionFailed:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(claim, range(8)))
+    assert won.count(True) == 1
+    assert s3.read(location).body == b"%d" % won.index(True)
+
+
+def test_a_conflict_of_conditional_writes_is_tried_again(
+    bucket: str, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    proxy.fault = once(refusal(409, "ConditionalRequestConflict"), "PUT")
+    proxied.create(S3Location(bucket, "a"), b"mine")
+    assert proxied.read(S3Location(bucket, "a")).body == b"mine"
+
+
+def test_a_conflict_that_stays_is_a_failed_precondition(
+    bucket: str, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    proxy.fault = always(refusal(409, "ConditionalRequestConflict"))
+    with pytest.raises(PreconditionFailed):
+        proxied.create(S3Location(bucket, "a"), b"mine")
+    assert len(proxy.requests) == 4
+
+
+def test_a_lost_answer_is_never_a_success(
+    s3: S3Service, bucket: str, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    location = S3Location(bucket, "a")
+    proxy.fault = once(Fault(reset=True), "PUT")
+    with pytest.raises(PreconditionFailed):  # the SDK's second try finds the first one's work
+        proxied.create(location, b"mine")
+    assert s3.read(location).body == b"mine"
+    proxy.fault = always(Fault(reset=True))
+    with pytest.raises(StorageError):
+        proxied.replace(location, b"again", s3.read(location).etag)
+
+
+def test_a_write_that_never_arrived_is_repeated_and_succeeds(
+    bucket: str, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    proxy.fault = once(Fault(reset=True, forward=False), "PUT")
+    etag = proxied.create(S3Location(bucket, "a"), b"mine")
+    assert proxied.read(S3Location(bucket, "a")).etag == etag
