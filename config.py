@@ -1,0 +1,312 @@
+"""Settings: read once from the environment and `.env`, frozen, every problem reported at once.
+
+This is the only module that reads the environment. Names and defaults are those of
+docs/protocol.md, section 5; `.env.example` documents each of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import hmac
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from training.lora_config import HyperParameters, TrainerOptions
+from utils.errors import ConfigurationError
+from utils.urls import origin_of
+
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+SETTING_OF = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+"""Hyper-parameters whose setting has another name."""
+
+PARAMETER_OF = {
+    SETTING_OF.get(field.name, field.name): field.name
+    for field in dataclasses.fields(HyperParameters)
+}
+"""The hyper-parameter that each training setting is the default of."""
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def setting_names(kind: type[BaseSettings]) -> frozenset[str]:
+    """The names of all settings of a kind, as the environment spells them."""
+    return frozenset(name.upper() for name in tuple(kind.model_fields))
+
+
+def _bucket_name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", value):
+        raise ValueError("is not a bucket name (3 to 63 of a-z, 0-9, dot and hyphen; no s3://)")
+    return value
+
+
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
+Delays = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=86400)], ...],
+    NoDecode,
+    BeforeValidator(_split),
+    Field(min_length=1),
+]
+Origin = Annotated[str, AfterValidator(origin_of)]
+Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)]
+Bucket = Annotated[str, AfterValidator(_bucket_name)]
+Buckets = Annotated[tuple[Bucket, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class TrainerSettings(BaseSettings):
+    """What training itself needs: enough for `python main.py train`."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    base_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    base_model_revision: str | None = None
+    hf_token: SecretStr | None = None
+    hf_home: Path | None = None
+    mixed_precision: Literal["fp16", "bf16", "no"] = "fp16"
+    gradient_checkpointing: Literal["true", "false", "auto"] = "true"
+    cuda_visible_devices: str | None = None
+    allow_cpu: bool = False
+
+    epochs: int = 100
+    learning_rate: float = 1e-4
+    batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    resolution: int = 512
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.1
+    seed: int = 42
+    snr_gamma: float = 5.0
+    lr_schedule: str = "cosine"
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    caption_dropout: float = 0.1
+
+    min_images: int = Field(3, ge=1, le=200)
+    max_image_bytes: int = Field(50 * 1024**2, ge=1024)
+    max_image_pixels: int = Field(100_000_000, ge=64 * 64)
+    checkpoint_interval: int = Field(10, ge=1)
+    stall_seconds: Seconds = 300.0
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["json", "text"] = "json"
+    work_dir: Path | None = None
+
+    @field_validator("gradient_checkpointing", "mixed_precision", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    # By field, as every check here: a check of the whole model would not run where another field is
+    # wrong, and a person would find the problems one restart at a time.
+    @field_validator(*PARAMETER_OF)
+    @classmethod
+    def _is_within_the_limits(cls, value: Any, info: ValidationInfo) -> Any:
+        HyperParameters(**{PARAMETER_OF[str(info.field_name)]: value})
+        return value
+
+    def hyper_parameters(self, **overrides: Any) -> HyperParameters:
+        """The defaults of these settings with a message's own parameters over them.
+
+        Raises:
+            ValueError: A parameter is outside its limits.
+        """
+        values = {name: getattr(self, setting) for setting, name in PARAMETER_OF.items()}
+        return HyperParameters(**(values | overrides))
+
+    def trainer_options(self) -> TrainerOptions:
+        """What the trainer process is told when it starts."""
+        return TrainerOptions(
+            base_model=self.base_model,
+            base_model_revision=self.base_model_revision,
+            mixed_precision=self.mixed_precision,
+            gradient_checkpointing=self.gradient_checkpointing,
+            allow_cpu=self.allow_cpu,
+            log_level=self.log_level,
+            log_format=self.log_format,
+        )
+
+    def trainer_environment(self) -> dict[str, str]:
+        """The environment of the trainer process: ours, less the secrets it has no use for."""
+        own = setting_names(Settings)
+        secrets = [secret for secret in self.secrets() if len(secret) >= 8]  # not "guest"
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name.upper() not in own
+            and not re.search(r"SECRET|TOKEN|PASS|KEY|CREDENTIAL", name, re.IGNORECASE)
+            and not any(secret in value for secret in secrets)
+        }
+        if self.hf_token:
+            environment["HF_TOKEN"] = self.hf_token.get_secret_value()
+        if self.hf_home:
+            environment["HF_HOME"] = str(self.hf_home)
+        if self.cuda_visible_devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
+        return environment
+
+    def secrets(self) -> tuple[str, ...]:
+        """Every secret value, for the log's redaction."""
+        values = (getattr(self, name.lower()) for name in sorted(setting_names(type(self))))
+        return tuple(value.get_secret_value() for value in values if isinstance(value, SecretStr))
+
+
+class Settings(TrainerSettings):
+    """Everything that the worker needs; immutable."""
+
+    rabbitmq_host: Texts = ("localhost",)
+    rabbitmq_port: int = Field(5672, ge=1, le=65535)
+    rabbitmq_user: str = "guest"
+    rabbitmq_pass: SecretStr = SecretStr("guest")
+    rabbitmq_vhost: str = "/"
+    rabbitmq_tls: bool = False
+    rabbitmq_heartbeat_seconds: int = Field(20, ge=2, le=600)
+    training_queue: str = Field("model_training", pattern=r"^[A-Za-z0-9._-]{1,100}$")
+
+    aws_access_key_id: str | None = None
+    aws_secret_access_key: SecretStr | None = None
+    aws_s3_region_name: str = "ap-northeast-2"
+    aws_endpoint_url_s3: str | None = None
+    aws_storage_bucket_name: Bucket
+    model_bucket_name: Bucket = Field(default_factory=lambda data: data["aws_storage_bucket_name"])
+    state_bucket_name: Bucket = Field(default_factory=lambda data: data["model_bucket_name"])
+    image_buckets: Buckets = Field(
+        default_factory=lambda data: tuple(
+            dict.fromkeys((data["aws_storage_bucket_name"], data["model_bucket_name"]))
+        )
+    )
+    model_url_scheme: Literal["s3", "gs"] = "s3"
+
+    allow_insecure_webhooks: bool = False  # the addresses below are judged by it, so it comes first
+    backend_api_url: Origin
+    internal_api_token: SecretStr
+    webhook_signing_secret: SecretStr | None = None
+    webhook_allowed_origins: Origins = ()
+
+    progress_interval_seconds: Seconds = 30.0
+    lease_ttl_seconds: float = Field(120.0, ge=1, allow_inf_nan=False)
+    max_attempts: int = Field(3, ge=1, le=100)
+    retry_delays_seconds: Delays = (10.0, 60.0, 600.0)
+    ending_retry_delays_seconds: Delays = (60.0, 300.0, 1800.0, 7200.0)
+    deduplication_window_seconds: float = Field(600.0, ge=0, allow_inf_nan=False)
+    max_job_seconds: Seconds = 6 * 3600.0
+    shutdown_grace_seconds: Seconds = 8.0
+
+    http_host: str = "127.0.0.1"
+    http_port: int = Field(8080, ge=0, le=65535)
+
+    @field_validator("internal_api_token")
+    @classmethod
+    def _token_is_long_enough(cls, value: SecretStr) -> SecretStr:
+        if len(value.get_secret_value()) < 32:
+            raise ValueError("must have 32 characters or more")
+        return value
+
+    @field_validator("webhook_signing_secret")
+    @classmethod
+    def _signing_secrets_are_well_formed(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return value
+        for secret in _split(value.get_secret_value()) or ("",):
+            try:
+                key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+            except ValueError:  # its text says which byte is wrong
+                key = b""
+            if not secret.startswith("whsec_") or len(key) < 24:
+                raise ValueError("must be whsec_ and base64 of at least 24 bytes")
+        return value
+
+    @field_validator("backend_api_url", "webhook_allowed_origins")
+    @classmethod
+    def _webhooks_are_private(cls, value: Any, info: ValidationInfo) -> Any:
+        # Where the switch itself is wrong it is not in the data; that problem is told by itself.
+        if info.data.get("allow_insecure_webhooks", True):
+            return value
+        for origin in (value,) if isinstance(value, str) else value:
+            parts = urlsplit(origin)
+            if parts.scheme == "http" and parts.hostname not in LOCAL_HOSTS:
+                raise ValueError(
+                    f"{origin} is plain http and would show the token to the network; "
+                    "use https, or set ALLOW_INSECURE_WEBHOOKS=true"
+                )
+        return value
+
+    def signing_secrets(self) -> tuple[str, ...]:
+        """The keys that sign webhooks, `whsec_…`; derived from the token where none is set."""
+        if self.webhook_signing_secret:
+            return tuple(_split(self.webhook_signing_secret.get_secret_value()))
+        token = self.internal_api_token.get_secret_value().encode()
+        digest = hmac.new(token, b"training-server webhook signing v1", hashlib.sha256).digest()
+        return ("whsec_" + base64.b64encode(digest).decode(),)
+
+    def secrets(self) -> tuple[str, ...]:
+        """Every secret value, the derived ones too."""
+        return super().secrets() + self.signing_secrets()
+
+
+def load(kind: type[TrainerSettings] = Settings, **overrides: Any) -> Any:
+    """Read the settings.
+
+    Args:
+        kind: `Settings` for the worker, `TrainerSettings` for local training.
+        overrides: Values that win over the environment.
+
+    Raises:
+        ConfigurationError: One line a problem, by the setting's name; values are never shown.
+    """
+    try:
+        return kind(**overrides)
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigurationError(f"The file .env cannot be read: {reason}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_input=False, include_url=False):
+        # A default that is made from a wrong setting is no problem of its own.
+        if problem["type"] == "default_factory_not_called":
+            continue
+        name, *item = problem["loc"]
+        text = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            text = "is required and not set"
+        position = f"item {int(item[0]) + 1}: " if item else ""
+        lines.append(f"  {str(name).upper()}: {position}{text}")
+    return "The settings are wrong (see .env.example):\n" + "\n".join(lines)

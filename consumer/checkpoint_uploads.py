@@ -1,0 +1,252 @@
+"""Checkpoints go up beside training: one at a time, the newest first, each registered in the job
+record when it is whole."""
+
+from __future__ import annotations
+
+import contextvars
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from consumer.training_job import TrainingJob
+from services.job_lease import JobLease
+from services.job_record import Checkpoint, Ending, EndingKind, JobRecord
+from services.s3_service import S3Service
+from training.manifest import MANIFEST, verify
+from utils.errors import (
+    CheckpointUnusable,
+    ErrorCode,
+    ObjectNotFound,
+    StorageError,
+    TrainingServerError,
+)
+from utils.events import CheckpointSaved
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+LORA_WEIGHTS = "lora.safetensors"
+_RETRY_SECONDS = 2.0
+_LONGEST_SETTLE_SECONDS = 600.0
+_LONGEST_JOIN_SECONDS = 1.0
+_KEPT_IN_FULL = 2
+
+
+def checkpoint_prefix(job: TrainingJob) -> str:
+    """Where a job's checkpoints lie in the state bucket."""
+    return f"checkpoints/style_{job.style_id}/{job.task_id}/"
+
+
+class CheckpointUploads:
+    """Uploads a job's checkpoints in a thread of its own and prunes the old ones.
+
+    While one goes up, newer ones replace each other in waiting: what counts is that the newest
+    arrives.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        lease: JobLease,
+        s3: S3Service,
+        bucket: str,
+        *,
+        patience: Callable[[], float],
+    ) -> None:
+        """Args:
+        job: Whose checkpoints.
+        lease: Registers each; once it is lost nothing more is uploaded.
+        s3: The storage.
+        bucket: The state bucket.
+        patience: Seconds that may be waited for the last one, asked when it comes to that.
+        """
+        self._job = job
+        self._lease = lease
+        self._s3 = s3
+        self._bucket = bucket
+        self._patience = patience
+        self._prefix = checkpoint_prefix(job)
+        self._waiting: CheckpointSaved | None = None
+        self._busy = False
+        self._closed = False
+        self._changed = threading.Condition()
+        context = contextvars.copy_context()  # the thread's log lines carry the job, too
+        self._thread = threading.Thread(
+            target=context.run, args=(self._loop,), name="checkpoint-uploads", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # After an error, too: a checkpoint that was made before it is what the next attempt needs.
+        self.settle()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout=_LONGEST_JOIN_SECONDS)
+
+    def submit(self, saved: CheckpointSaved) -> None:
+        """Hand over a complete local checkpoint; its folder is removed when it is not needed."""
+        with self._changed:
+            if self._waiting:
+                shutil.rmtree(self._waiting.folder, ignore_errors=True)
+            self._waiting = saved
+            self._changed.notify_all()
+
+    def settle(self) -> bool:
+        """Wait until everything that was handed over is uploaded and registered.
+
+        Returns:
+            False when the lease was lost or the patience was over first.
+        """
+        began = time.monotonic()
+        with self._changed:
+            while self._waiting is not None or self._busy:
+                if self._lease.lost.is_set():
+                    return False
+                # Asked anew each time: a shutdown may begin while we wait.
+                if time.monotonic() - began > min(self._patience(), _LONGEST_SETTLE_SECONDS):
+                    log.warning("last_checkpoint_not_uploaded", reason="it took too long")
+                    return False
+                self._changed.wait(0.1)
+        return True
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting is not None)
+                if self._closed:
+                    return
+                saved, self._waiting = self._waiting, None
+                self._busy = True
+            assert saved is not None
+            try:
+                self._upload_until_done(saved)
+            except TrainingServerError as error:
+                # The lease is lost or the worker's disk fails: the run learns of either by itself.
+                log.warning("checkpoint_not_uploaded", checkpoint=saved.name, reason=str(error))
+            finally:
+                shutil.rmtree(saved.folder, ignore_errors=True)
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+
+    def _upload_until_done(self, saved: CheckpointSaved) -> None:
+        while not self._closed:
+            try:
+                self._upload(saved)
+                return
+            except StorageError as error:
+                log.warning("checkpoint_upload_failed", checkpoint=saved.name, reason=str(error))
+            with self._changed:
+                # A newer one makes this one pointless.
+                if self._changed.wait_for(
+                    lambda: self._closed or self._waiting is not None, _RETRY_SECONDS
+                ):
+                    return
+
+    def _upload(self, saved: CheckpointSaved) -> None:
+        self._lease.check()
+        began = time.monotonic()
+        prefix = f"{self._prefix}{saved.name}/"
+        self._s3.upload_folder(
+            Path(saved.folder),
+            self._bucket,
+            prefix,
+            last=MANIFEST,
+            metadata={"task_id": self._job.task_id, "claim": str(self._lease.claim_number)},
+        )
+        self._lease.register_checkpoint(
+            Checkpoint(
+                name=saved.name,
+                epoch=saved.epoch,
+                step=saved.step,
+                prefix=prefix,
+                claim=self._lease.claim_number,
+            )
+        )
+        log.info(
+            "checkpoint_uploaded",
+            checkpoint=saved.name,
+            epoch=saved.epoch,
+            step=saved.step,
+            seconds=round(time.monotonic() - began, 3),
+        )
+        self._prune()
+
+    def _prune(self) -> None:
+        in_full = tuple(each.prefix for each in self._lease.record.checkpoints[-_KEPT_IN_FULL:])
+        prune(self._s3, self._bucket, self._prefix, in_full=in_full)
+
+
+def prune(s3: S3Service, bucket: str, prefix: str, *, in_full: tuple[str, ...]) -> None:
+    """Of every checkpoint under `prefix` but those `in_full`, keep the LoRA's weights alone.
+
+    What cannot be removed now is logged and removed another time: a job never fails of it.
+    """
+    try:
+        keys = [
+            found.key
+            for found in s3.list_objects(bucket, prefix)
+            if not found.key.startswith(in_full) and not found.key.endswith("/" + LORA_WEIGHTS)
+        ]
+        s3.delete(bucket, keys)
+    except StorageError as error:
+        log.warning("checkpoints_not_pruned", reason=str(error))
+
+
+def clear_up(s3: S3Service, bucket: str, job: TrainingJob, ending: Ending) -> None:
+    """After the ending: of a completed job the LoRA's weights of each checkpoint stay, of a
+    cancelled one nothing, of a failed one the newest in full, in case it is sent back.
+    """
+    prefix = checkpoint_prefix(job)
+    staging = f"staging/{job.task_id}/"
+    try:
+        found = sorted(each.key for each in s3.list_objects(bucket, prefix))
+        if ending.kind is EndingKind.COMPLETE:
+            unneeded = [key for key in found if not key.endswith("/" + LORA_WEIGHTS)]
+        elif ending.code == ErrorCode.CANCELLED:
+            unneeded = found
+        else:
+            newest = found[-1].rpartition("/")[0] if found else ""
+            unneeded = [key for key in found if not key.startswith(newest)]
+        unneeded += [each.key for each in s3.list_objects(bucket, staging)]
+        s3.delete(bucket, unneeded)
+    except StorageError as error:
+        log.warning("not_cleared_up", reason=str(error))
+
+
+def newest_usable_checkpoint(
+    s3: S3Service, bucket: str, record: JobRecord, folder: Path
+) -> str | None:
+    """Download the newest registered checkpoint that is whole, going back where one is damaged.
+
+    Args:
+        s3: The storage.
+        bucket: The state bucket.
+        record: Says which checkpoints there are.
+        folder: The job's folder.
+
+    Returns:
+        Its absolute local folder; None where training starts from the beginning.
+
+    Raises:
+        StorageError: S3 cannot be used: better to try again later than to train from the beginning.
+    """
+    for checkpoint in reversed(record.checkpoints):
+        target = folder / "resume" / checkpoint.name
+        target.mkdir(parents=True)
+        try:
+            s3.download_folder(bucket, checkpoint.prefix, target)
+            verify(target)
+        except (CheckpointUnusable, ObjectNotFound) as error:
+            log.warning("checkpoint_damaged", checkpoint=checkpoint.name, reason=str(error))
+            continue
+        log.info("resuming", checkpoint=checkpoint.name, epoch=checkpoint.epoch)
+        return str(target.resolve())
+    return None

@@ -1,0 +1,129 @@
+"""Where a picture lies, read from the many ways of writing it down.
+
+An address only names a bucket and a key; the object is always fetched through the configured S3
+endpoint, never from a host that a message names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from services.s3_types import S3Location
+
+MAX_ADDRESS = 8192  # characters; a presigned address carries a long query
+MAX_KEY_BYTES = 1024  # S3's own limit
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_REGION = r"[a-z]{2}(?:-[a-z]+){1,2}-\d"
+# https://docs.aws.amazon.com/general/latest/gr/s3.html: global, regional, legacy s3-region, dual
+# stack, FIPS, China, and transfer acceleration, each with or without the bucket in front.
+_AWS_HOST = re.compile(
+    rf"(?:(?P<bucket>.+)\.)?"
+    rf"s3(?:-fips)?(?:-accelerate)?(?:\.dualstack)?(?:[.-]{_REGION})?\.amazonaws\.com(?:\.cn)?"
+)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+def read_address(
+    address: str, *, default_bucket: str, endpoint: str | None, allowed: Collection[str]
+) -> tuple[str, S3Location]:
+    """Bucket and key of a picture's address.
+
+    Args:
+        address: `s3://bucket/key`, `gs://bucket/key`, an https address of S3 or of the endpoint
+            (virtual-hosted or path style, percent-encoded; query and fragment are dropped: they may
+            be a signature), or a bare key.
+        default_bucket: Bucket of a bare key.
+        endpoint: `AWS_ENDPOINT_URL_S3`, if set.
+        allowed: Buckets that pictures may be read from.
+
+    Returns:
+        The address as it may be shown (without its query), and the location.
+
+    Raises:
+        ValueError: It is none of these; the text goes behind the field's name and never repeats a
+            query.
+    """
+    if len(address) > MAX_ADDRESS:
+        raise ValueError(f"is longer than {MAX_ADDRESS} characters")
+    if _UNSAFE.search(address):
+        raise ValueError("contains a control character")
+    if address != address.lstrip():
+        raise ValueError("begins with a space")
+    shown, location = _split(address, default_bucket, endpoint)
+    if not _BUCKET.fullmatch(location.bucket):
+        raise ValueError("names no valid bucket")
+    if location.bucket not in allowed:
+        raise ValueError(
+            f"is in the bucket {location.bucket!r}, which this worker may not read "
+            "(see IMAGE_BUCKETS)"
+        )
+    _check_key(location.key)
+    return shown, location
+
+
+def _split(address: str, default_bucket: str, endpoint: str | None) -> tuple[str, S3Location]:
+    scheme = address.partition(":")[0].lower()
+    if scheme in ("http", "https") and _SCHEME.match(address):
+        return _from_url(address, endpoint)
+    if scheme in ("s3", "gs") and _SCHEME.match(address):
+        bucket, _, key = address[len(scheme) + 3 :].partition("/")
+        return address, S3Location(bucket, key)
+    if _SCHEME.match(address) or scheme in ("file", "data"):
+        raise ValueError(
+            f"is a {scheme[:40]}: address; use s3://bucket/key, gs://bucket/key, an https address "
+            "of S3, or a bare key"
+        )
+    if address.startswith("/"):
+        raise ValueError("is an absolute path; a bare key has no slash in front")
+    return address, S3Location(default_bucket, address)
+
+
+def _from_url(address: str, endpoint: str | None) -> tuple[str, S3Location]:
+    try:
+        parts = urlsplit(address)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError("is not a well-formed address") from error
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("carries a user name or password")
+    # `hostname` is lower case, as buckets are.
+    bucket = _bucket_in_host(parts, port, endpoint)
+    try:
+        path = unquote(parts.path, errors="strict").removeprefix("/")
+    except UnicodeDecodeError as error:
+        raise ValueError("is not percent-encoded UTF-8") from error
+    if bucket is None:
+        bucket, _, path = path.partition("/")
+    return parts._replace(query="", fragment="").geturl(), S3Location(bucket, path)
+
+
+def _bucket_in_host(parts: SplitResult, port: int | None, endpoint: str | None) -> str | None:
+    """The bucket of a virtual-hosted address; None where it is the first part of the path."""
+    host = parts.hostname or ""
+    if endpoint:
+        own = urlsplit(endpoint)
+        same = (parts.scheme, port) == (own.scheme, own.port)
+        if same and host == own.hostname:
+            return None
+        if same and own.hostname and host.endswith(f".{own.hostname}"):
+            return host.removesuffix(f".{own.hostname}")
+    if parts.scheme == "https" and port in (None, 443) and (match := _AWS_HOST.fullmatch(host)):
+        bucket: str | None = match["bucket"]
+        return bucket
+    raise ValueError(f"is on {parts.scheme}://{host[:80]}, which is not an https address of S3")
+
+
+def _check_key(key: str) -> None:
+    if not key or key.endswith("/"):
+        raise ValueError("names no object in the bucket")
+    if _UNSAFE.search(key):
+        raise ValueError("contains a control character")
+    if len(key.encode()) > MAX_KEY_BYTES:
+        raise ValueError(f"has a key of more than {MAX_KEY_BYTES} bytes")
+    # A proxy that tidies paths would take these out of the bucket that was checked.
+    if any(part in (".", "..") for part in key.split("/")):
+        raise ValueError("has a key with `.` or `..` in it")

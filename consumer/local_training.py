@@ -1,0 +1,124 @@
+"""`python main.py train`: the same training on a folder of pictures, with no broker, no S3 and no
+backend."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from config import TrainerSettings
+from consumer.stop_signal import StopSignal
+from consumer.trainer_process import TrainerProcess
+from training.lora_config import HyperParameters, Picture, TrainingRun
+from utils.errors import ConfigurationError
+from utils.events import Event, Finished
+
+_WORK = ".training"
+_MAX_PICTURES = 200
+_MAX_CAPTION_BYTES = 16 * 1024
+_MANIFEST = "manifest.json"
+
+
+def pictures_in(folder: Path) -> tuple[Picture, ...]:
+    """Every file of a folder that may be a picture, by name; a `.txt` beside one is its caption.
+
+    Whether a file is a picture is judged by its content, later; hidden files and captions are not
+    looked at.
+
+    Raises:
+        ConfigurationError: The folder is missing, empty, or holds too many files.
+    """
+    if not folder.is_dir():
+        raise ConfigurationError(f"{folder} is not a folder")
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.startswith(".") and path.suffix.lower() != ".txt"
+    )
+    if not files:
+        raise ConfigurationError(f"{folder} holds no pictures")
+    if len(files) > _MAX_PICTURES:
+        raise ConfigurationError(
+            f"{folder} holds {len(files)} files; at most {_MAX_PICTURES} pictures can be trained on"
+        )
+    return tuple(
+        Picture(source=path.name, path=str(path.resolve()), caption=_caption_of(path))
+        for path in files
+    )
+
+
+def train_folder(
+    folder: Path,
+    output: Path,
+    *,
+    settings: TrainerSettings,
+    parameters: HyperParameters,
+    resume: bool,
+    on_event: Callable[[Event], None],
+    stop: StopSignal,
+) -> Finished:
+    """Train on a folder of pictures.
+
+    Args:
+        folder: The pictures.
+        output: Receives the model's files; while training also its checkpoints, in `.training`.
+        settings: What does not depend on the job.
+        parameters: Hyper-parameters.
+        resume: Continue from the newest checkpoint in `output`, if there is one.
+        on_event: Sees every event of the trainer.
+        stop: Ends training at the next step, with a checkpoint.
+
+    Raises:
+        ConfigurationError: Something is wrong with a folder.
+        JobError: Training failed.
+        MachineError: This machine cannot train.
+    """
+    pictures = pictures_in(folder)
+    work = output.resolve() / _WORK
+    try:
+        if not resume:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{output} cannot be written ({error.strerror})") from error
+    trainer = TrainerProcess(
+        settings.trainer_options(),
+        settings.trainer_environment(),
+        stall_seconds=settings.stall_seconds,
+    )
+    run = TrainingRun(
+        task_id="local",
+        style_id=0,
+        claim=1,
+        pictures=pictures,
+        parameters=parameters,
+        work_folder=str(work),
+        resume_from=_newest_checkpoint(work) if resume else None,
+        min_images=settings.min_images,
+        max_image_pixels=settings.max_image_pixels,
+        checkpoint_interval=settings.checkpoint_interval,
+    )
+    try:
+        finished = trainer.run(run, on_event, stop, max_seconds=float("inf"))
+    finally:
+        trainer.close()
+    if not finished.stopped:
+        for name in finished.files:
+            os.replace(Path(finished.folder) / name, output / name)
+        shutil.rmtree(work, ignore_errors=True)
+    return finished
+
+
+def _caption_of(picture: Path) -> str:
+    beside = picture.with_suffix(".txt")
+    if not beside.is_file():
+        return ""
+    with beside.open("rb") as file:
+        return file.read(_MAX_CAPTION_BYTES).decode(errors="replace").strip()
+
+
+def _newest_checkpoint(work: Path) -> str | None:
+    complete = sorted(manifest.parent for manifest in work.glob(f"checkpoints/*/{_MANIFEST}"))
+    return str(complete[-1]) if complete else None

@@ -1,0 +1,145 @@
+"""Progress webhooks by the clock: at once when training starts, then every
+`PROGRESS_INTERVAL_SECONDS`."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable
+from typing import Any, Self
+
+from consumer.training_job import TrainingJob
+from consumer.stop_signal import StopSignal
+from services.webhook_service import ProgressAnswer, WebhookService
+from utils.errors import StopReason
+from utils.events import Progress, Stage
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+# So many 404 in a row, from a route that has answered otherwise before, say that the style was
+# deleted.
+_NOT_FOUND_LIMIT = 3
+
+
+class RouteMemory:
+    """Whether a backend's progress route has ever answered anything but 404; kept across jobs."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def exists(self, origin: str) -> None:
+        """The route has answered something else."""
+        self._known.add(origin)
+
+    def __contains__(self, origin: str) -> bool:
+        return origin in self._known
+
+
+class ProgressReporter:
+    """Sends the newest state of one job, in a thread of its own; never queues an older one, never
+    outlives `close`.
+
+    Args:
+        job: The job.
+        webhooks: Who sends.
+        routes: What is known of the backend.
+        next_sequence: Gives each report its number.
+        stop: Is asked to cancel when the backend says so.
+        interval_seconds: Time between two reports.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        webhooks: WebhookService,
+        routes: RouteMemory,
+        *,
+        next_sequence: Callable[[], int],
+        stop: StopSignal,
+        interval_seconds: float,
+    ) -> None:
+        self._job = job
+        self._webhooks = webhooks
+        self._routes = routes
+        self._origin = webhooks.origin_for(job.webhook_url)
+        self._next_sequence = next_sequence
+        self._stop = stop
+        self._interval = interval_seconds
+        self._latest = Progress(
+            task_id=job.task_id,
+            stage=Stage.PREPARING,
+            epoch=0,
+            total_epochs=job.hyper_parameters.epochs,
+            step=0,
+            total_steps=0,
+        )
+        self._not_found = 0
+        self._wake = threading.Event()
+        self._closed = False
+        context = contextvars.copy_context()  # the thread's log lines carry the job, too
+        self._thread = threading.Thread(
+            target=context.run, args=(self._loop,), name="progress", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No report is sent after this returns."""
+        self._closed = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def saw(self, progress: Progress) -> None:
+        """Take the newest state. The start of training is reported at once, everything else by the
+        clock."""
+        starts = progress.stage is Stage.TRAINING and self._latest.stage is not Stage.TRAINING
+        self._latest = progress
+        if starts:
+            self._wake.set()
+
+    def _loop(self) -> None:
+        self._wake.wait(self._interval)
+        while not self._closed:
+            self._wake.clear()
+            self._report()
+            self._wake.wait(self._interval)
+
+    def _report(self) -> None:
+        answer = self._webhooks.send_progress(self._origin, self._body())
+        if answer is ProgressAnswer.NOT_FOUND:
+            self._not_found += 1
+        elif answer is not ProgressAnswer.DROPPED:
+            self._not_found = 0
+            self._routes.exists(self._origin)
+        deleted = self._not_found >= _NOT_FOUND_LIMIT and self._origin in self._routes
+        if deleted or answer is ProgressAnswer.CANCEL:
+            log.info("job_cancelled_by_backend", answer=answer.name)
+            self._stop.request(StopReason.CANCELLED)
+
+    def _body(self) -> dict[str, Any]:
+        latest = self._latest
+        done = latest.step / latest.total_steps if latest.total_steps else 0.0
+        rate = latest.steps_per_second
+        progress: dict[str, Any] = {
+            "current_epoch": latest.epoch,
+            "total_epochs": latest.total_epochs,
+            "progress_percent": int(100 * done),
+            # The field is required and an integer, so 0 stands for "not measured yet" as well.
+            "estimated_seconds": round((latest.total_steps - latest.step) / rate) if rate else 0,
+            "stage": str(latest.stage),
+        }
+        if latest.loss is not None:
+            progress["loss"] = latest.loss
+        return {
+            "style_id": self._job.style_id,
+            "progress": progress,
+            "task_id": self._job.task_id,
+            "sequence": self._next_sequence(),
+        }

@@ -1,0 +1,180 @@
+"""What a handler is given, and what it answers: facts that say what becomes of a delivery.
+
+A handler never touches the connection. It returns a `Settlement`; the connection's owner makes its
+publications first (persistent, mandatory, confirmed) and acknowledges the delivery only then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+MAX_ERROR_MESSAGE = 2000  # characters; headers must fit in one frame
+MAX_MESSAGE_ID = 255  # bytes of AMQP's short string
+
+
+class Queue(enum.StrEnum):
+    """The queues that the worker knows, whatever their names on the broker (see
+    `consumer.topology`).
+    """
+
+    TRAINING = "training"
+    ENDINGS = "endings"
+    DEAD = "dead"
+
+
+class Action(enum.StrEnum):
+    """What is told to the broker about the delivery itself."""
+
+    ACK = "ack"
+    REQUEUE = "requeue"
+    KEEP = "keep"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message as the broker handed it over.
+
+    Attributes:
+        body: The message, untouched.
+        message_id: AMQP's `message_id` property, if the publisher set one.
+        redelivered: The broker has handed this message over before, to this worker or another.
+        headers: AMQP headers.
+        queue: Where it came from.
+    """
+
+    body: bytes
+    message_id: str | None = None
+    redelivered: bool = False
+    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    queue: Queue = Queue.TRAINING
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Publication:
+    """One message to be published, persistent, mandatory and confirmed.
+
+    Attributes:
+        queue: Where it goes.
+        body: The message.
+        message_id: The task's id; None only where nobody knows it.
+        headers: Texts, whole numbers and booleans.
+        delay_seconds: It reaches `queue` after so long, by way of a delay queue. Each distinct
+            delay makes a queue that stays, so use few: those of the settings.
+
+    Raises:
+        ValueError: AMQP cannot carry the message id or a header.
+    """
+
+    queue: Queue
+    body: bytes
+    message_id: str | None = None
+    headers: Mapping[str, str | int | bool] = dataclasses.field(default_factory=dict)
+    delay_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.message_id is not None and len(self.message_id.encode()) > MAX_MESSAGE_ID:
+            raise ValueError(f"a message id has at most {MAX_MESSAGE_ID} bytes")
+        for name, value in self.headers.items():
+            if not isinstance(value, (str, int, bool)):
+                raise ValueError(f"header {name} is a {type(value).__name__}")
+
+    @classmethod
+    def to_dead(
+        cls, body: bytes, *, code: str, message: str, task_id: str | None, attempts: int = 0
+    ) -> Publication:
+        """A message that can go no further, with the reason (docs/protocol.md, section 1).
+
+        Args:
+            body: The original body.
+            code: One of `utils.errors.ErrorCode`.
+            message: A sentence for a person; cut to `MAX_ERROR_MESSAGE`.
+            task_id: The task's id, where one could be read.
+            attempts: Attempts made.
+        """
+        headers: dict[str, str | int | bool] = {
+            "x-error-code": str(code),
+            "x-error-message": _encodable(message)[:MAX_ERROR_MESSAGE],
+            "x-task-id": task_id or "",
+            "x-attempts": attempts,
+        }
+        return cls(Queue.DEAD, body, task_id, headers)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settlement:
+    """What becomes of a delivery: first every publication, in order, each confirmed; then the
+    action.
+
+    Where the delivery's channel is gone meanwhile, the publications are made all the same and the
+    action is dropped: the broker hands the message out again, and the job record makes that
+    harmless.
+
+    Attributes:
+        action: `ACK`: done with. `REQUEUE`: back to the queue, for any worker. `KEEP`: say nothing;
+            closing the channel gives the message back.
+        publish: What to publish before.
+    """
+
+    action: Action
+    publish: tuple[Publication, ...] = ()
+
+    @classmethod
+    def ack(cls, *publish: Publication) -> Settlement:
+        """The message is done with, once these publications are confirmed."""
+        return cls(Action.ACK, publish)
+
+    @classmethod
+    def dead(
+        cls, body: bytes, *, code: str, message: str, task_id: str | None, attempts: int = 0
+    ) -> Settlement:
+        """To the dead queue; see `Publication.to_dead`."""
+        return cls.ack(
+            Publication.to_dead(
+                body, code=code, message=message, task_id=task_id, attempts=attempts
+            )
+        )
+
+    @classmethod
+    def delayed(
+        cls,
+        body: bytes,
+        *,
+        seconds: float,
+        message_id: str | None,
+        headers: Mapping[str, str | int | bool] | None = None,
+        queue: Queue = Queue.TRAINING,
+    ) -> Settlement:
+        """The message, or another in its place, comes to `queue` after so many seconds."""
+        return cls.ack(Publication(queue, body, message_id, headers or {}, seconds))
+
+    @classmethod
+    def ending(
+        cls,
+        body: bytes,
+        *,
+        message_id: str | None,
+        delay_seconds: float | None = None,
+        headers: Mapping[str, str | int | bool] | None = None,
+    ) -> Settlement:
+        """The job's ending rides on the endings' queue, so that the next job need not wait for the
+        backend.
+        """
+        return cls.ack(Publication(Queue.ENDINGS, body, message_id, headers or {}, delay_seconds))
+
+    @classmethod
+    def requeue(cls) -> Settlement:
+        """Back to the queue at once."""
+        return cls(Action.REQUEUE)
+
+    @classmethod
+    def keep(cls) -> Settlement:
+        """Neither acknowledged nor returned; the broker takes it back with the channel."""
+        return cls(Action.KEEP)
+
+
+def _encodable(text: str) -> str:
+    """Half a surrogate pair cannot be sent as UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,133 @@
+"""Cooperative stopping: who wants a job to stop says so here, with the reason; the job obeys at its
+next step."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from utils.errors import Cancelled, LeaseLost, Stopped, StopReason, TimeLimit, TrainingServerError
+
+# A lost lease beats everything: whoever lost it may not write any more, not even that the job was
+# cancelled. A cancelled job has an ending, so it beats a shutdown, which has none.
+_WEIGHT = {
+    StopReason.SHUTDOWN: 1,
+    StopReason.TIME_LIMIT: 2,
+    StopReason.CANCELLED: 3,
+    StopReason.LEASE_LOST: 4,
+}
+
+
+class StopSignal:
+    """One job's request to stop; may be made by any thread, more than once, the weightiest reason
+    counting."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._reason: StopReason | None = None
+        self._requested = threading.Event()
+        self._listeners: list[Callable[[StopReason], None]] = []
+
+    @property
+    def reason(self) -> StopReason | None:
+        """Why the job should stop; None while it should not."""
+        return self._reason
+
+    def request(self, reason: StopReason) -> None:
+        """Ask the job to stop."""
+        with self._lock:
+            if self._reason and _WEIGHT[self._reason] >= _WEIGHT[reason]:
+                return
+            self._reason = reason
+            listeners = tuple(self._listeners)
+        self._requested.set()
+        for listener in listeners:
+            listener(reason)
+
+    def subscribe(self, listener: Callable[[StopReason], None]) -> None:
+        """Call `listener` at each request, at once if there has been one."""
+        with self._lock:
+            self._listeners.append(listener)
+            reason = self._reason
+        if reason:
+            listener(reason)
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but wake up when asked to stop. Returns whether a stop was asked for."""
+        return self._requested.wait(seconds)
+
+    def error(self) -> TrainingServerError | None:
+        """The request as an error to raise; None while there is none."""
+        match self._reason:
+            case None:
+                return None
+            case StopReason.CANCELLED:
+                return Cancelled()
+            case StopReason.TIME_LIMIT:
+                return TimeLimit()
+            case StopReason.LEASE_LOST:
+                return LeaseLost()
+            case reason:
+                return Stopped(reason)
+
+    def check(self) -> None:
+        """Raise the request, if there is one.
+
+        Raises:
+            Cancelled: The job was cancelled.
+            TimeLimit: The job took too long.
+            LeaseLost: Another worker owns the job.
+            Stopped: The worker shuts down.
+        """
+        if error := self.error():
+            raise error
+
+
+class Shutdown:
+    """The whole worker's request to stop, made by SIGTERM or Ctrl-C; jobs in hand learn of it.
+
+    Args:
+        grace_seconds: Time between SIGTERM and SIGKILL (`SHUTDOWN_GRACE_SECONDS`).
+    """
+
+    # Left over at the end for releasing the lease and returning the message.
+    RESERVE_SECONDS = 1.5
+
+    def __init__(self, grace_seconds: float) -> None:
+        self._grace_seconds = grace_seconds
+        self._requested_at: float | None = None
+        self._lock = threading.Lock()
+        self._jobs: list[StopSignal] = []
+        self.event = threading.Event()
+
+    def request(self) -> None:
+        """Stop taking jobs; stop the one in hand at its next step."""
+        with self._lock:
+            self._requested_at = self._requested_at or time.monotonic()
+            self.event.set()
+            jobs = tuple(self._jobs)
+        for job in jobs:
+            job.request(StopReason.SHUTDOWN)
+
+    @contextlib.contextmanager
+    def covering(self, stop: StopSignal) -> Iterator[None]:
+        """While the block runs, a shutdown asks this job to stop."""
+        with self._lock:
+            self._jobs.append(stop)
+        if self.event.is_set():
+            stop.request(StopReason.SHUTDOWN)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._jobs.remove(stop)
+
+    def seconds_for_saving(self) -> float:
+        """How long the last checkpoint's upload may still take; unlimited while nobody shuts
+        down."""
+        if self._requested_at is None:
+            return float("inf")
+        end = self._requested_at + self._grace_seconds - self.RESERVE_SECONDS
+        return max(0.0, end - time.monotonic())

@@ -1,0 +1,281 @@
+"""The trainer process as the front desk sees it: one child that lives across jobs and owns the GPU.
+
+Lines of JSON go in and out over two pipes (`utils.events`). The child has a session of its own, so
+a terminal's Ctrl-C does not reach it; it ends when its pipe does, so it never outlives the desk,
+not even one that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from consumer.stop_signal import StopSignal
+from training.lora_config import TrainerOptions, TrainingRun
+from utils.errors import REPORTABLE, StopReason, TrainingFailed, WorkerCrashed
+from utils.events import EVENTS, Event, Failed, Finished, Progress, Stage, Stop, decode, encode
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+_ROOT = Path(__file__).resolve().parent.parent
+_CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
+# A child that was told to stop and does not (a hung driver) is replaced after this long.
+_STOP_PATIENCE_SECONDS = 60.0
+_POLL_SECONDS = 0.2
+
+
+class TrainerProcess:
+    """Starts the child, hands it runs, relays its events, and says in words how it died.
+
+    Args:
+        options: What the child is told when it starts.
+        environment: The child's whole environment.
+        stall_seconds: A run that trains and makes no step for this long is given up.
+        command: Starts the child; anything that speaks `utils.events` over the two pipes will do.
+    """
+
+    def __init__(
+        self,
+        options: TrainerOptions,
+        environment: Mapping[str, str],
+        *,
+        stall_seconds: float,
+        command: Sequence[str] = (sys.executable, "-m", "training"),
+    ) -> None:
+        self._options = options
+        self._environment = dict(environment)
+        self._stall_seconds = stall_seconds
+        self._command = tuple(command)
+        self._child: _Child | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the living child, or None."""
+        child = self._child
+        return child.process.pid if child and child.process.poll() is None else None
+
+    def start(self) -> None:
+        """Start a child if none lives; it loads the base model at once, while the desk waits for a
+        job."""
+        with self._lock:
+            if self.pid is None:
+                self._discard()
+                self._child = _Child(self._command, self._options, self._environment)
+                log.info("trainer_started", pid=self._child.process.pid)
+
+    def close(self) -> None:
+        """End the child, politely for a moment, then for certain."""
+        with self._lock:
+            self._discard()
+
+    def run(
+        self,
+        run: TrainingRun,
+        on_event: Callable[[Event], None],
+        stop: StopSignal,
+        *,
+        max_seconds: float,
+    ) -> Finished:
+        """Train.
+
+        Args:
+            run: What to train.
+            on_event: Sees every event, in order, in this thread.
+            stop: Obeyed within one optimizer step.
+            max_seconds: Longer than this, and the run is stopped for `TIME_LIMIT`.
+
+        Returns:
+            The child's `Finished`; its `stopped` says whether training came to its end.
+
+        Raises:
+            JobError: What the child reports.
+            MachineError: What the child reports.
+            WorkerCrashed: The child died or hung; the next run gets a fresh one.
+        """
+        self.start()
+        child = self._child
+        assert child is not None
+        child.send(encode(run))
+        stop.subscribe(lambda reason: child.send(encode(Stop(reason))))
+        watch = _Watch(stop, stall_seconds=self._stall_seconds, max_seconds=max_seconds)
+        for event in child.events(watch):
+            if event.task_id != run.task_id:
+                continue  # the last words of a run that was given up
+            watch.saw(event)
+            on_event(event)
+            if isinstance(event, Finished):
+                return event
+            if isinstance(event, Failed):
+                if not event.trainer_usable:
+                    self._replace(child)
+                raise REPORTABLE.get(event.error, TrainingFailed)(event.message)
+        reason = watch.verdict or child.cause_of_death()
+        self._replace(child)
+        raise WorkerCrashed(reason)
+
+    def _replace(self, child: _Child) -> None:
+        with self._lock:
+            if self._child is child:
+                self._discard()
+        self.start()
+
+    def _discard(self) -> None:
+        if self._child:
+            self._child.close()
+            self._child = None
+
+
+class _Watch:
+    """Judges whether a run is still alive: no verdict, or a sentence why the child has to go."""
+
+    def __init__(self, stop: StopSignal, *, stall_seconds: float, max_seconds: float) -> None:
+        self._stop = stop
+        self._stall_seconds = stall_seconds
+        self._deadline = time.monotonic() + max_seconds
+        self._stop_seen_at: float | None = None
+        self._step: int | None = None
+        self._step_at: float | None = None
+        self.verdict: str | None = None
+
+    def saw(self, event: Event) -> None:
+        """Take note of an event. The stall clock runs only while steps are being made."""
+        if not isinstance(event, Progress):
+            return
+        if event.stage is not Stage.TRAINING:
+            self._step = self._step_at = None
+        elif event.step != self._step:
+            # The first report only says where training starts: compiling may take minutes from
+            # there.
+            self._step_at = time.monotonic() if self._step is not None else None
+            self._step = event.step
+
+    def judge(self) -> str | None:
+        """Called now and then; asks for a stop at the deadline, and returns the verdict, if there
+        is one."""
+        now = time.monotonic()
+        if now > self._deadline:
+            self._stop.request(StopReason.TIME_LIMIT)
+        if self._step_at is not None and now - self._step_at > self._stall_seconds:
+            self.verdict = (
+                f"the trainer made no step for {self._stall_seconds:.0f} seconds and was replaced "
+                "(STALL_SECONDS); the GPU or its driver may hang"
+            )
+        if self._stop.reason:
+            self._stop_seen_at = self._stop_seen_at or now
+            if now - self._stop_seen_at > _STOP_PATIENCE_SECONDS:
+                self.verdict = "the trainer did not obey a stop within a minute and was replaced"
+        return self.verdict
+
+
+class _Child:
+    """One operating-system process and its two pipes."""
+
+    def __init__(
+        self, command: Sequence[str], options: TrainerOptions, environment: Mapping[str, str]
+    ) -> None:
+        self._out_of_memory_before = _out_of_memory_kills()
+        runs_read, self._runs = os.pipe()
+        self._events, events_write = os.pipe()
+        try:
+            self.process = subprocess.Popen(  # pylint: disable=consider-using-with
+                [
+                    *command,
+                    *("--runs-fd", str(runs_read), "--events-fd", str(events_write)),
+                    json.dumps(dataclasses.asdict(options)),
+                ],
+                cwd=_ROOT,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                pass_fds=(runs_read, events_write),
+                start_new_session=True,
+            )
+        finally:
+            os.close(runs_read)
+            os.close(events_write)
+        self._buffer = b""
+        self._send_lock = threading.Lock()
+        self._closed = False
+
+    def send(self, line: bytes) -> None:
+        """Write one line to the child. A child that is gone is noticed by whoever reads its
+        events."""
+        with self._send_lock:
+            if self._closed:
+                return
+            view = memoryview(line)
+            with contextlib.suppress(BrokenPipeError):
+                while view:
+                    view = view[os.write(self._runs, view) :]
+
+    def events(self, watch: _Watch) -> Iterator[Event]:
+        """Events until the child's pipe ends or the watch has a verdict."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._events, selectors.EVENT_READ)
+            while watch.judge() is None:
+                while b"\n" in self._buffer:
+                    line, self._buffer = self._buffer.split(b"\n", 1)
+                    try:
+                        yield decode(line, EVENTS)
+                    except ValueError as error:
+                        watch.verdict = f"the trainer said something that is no event: {error}"
+                        return
+                if selector.select(_POLL_SECONDS):
+                    chunk = os.read(self._events, 1 << 16)
+                    if not chunk:
+                        return
+                    self._buffer += chunk
+
+    def cause_of_death(self) -> str:
+        """A sentence about how the process ended."""
+        try:
+            code = self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "the trainer closed its pipe but did not end"
+        if code == -signal.SIGKILL:
+            if _out_of_memory_kills() > self._out_of_memory_before:
+                return (
+                    "the trainer was killed because the machine ran out of memory (RAM, not the GPU's): "
+                    "give the container more memory, or lower the batch size"
+                )
+            return (
+                "the trainer was killed (SIGKILL): most often the system's out-of-memory killer, "
+                "so look at the machine's memory"
+            )
+        if code < 0:
+            return f"the trainer crashed ({signal.Signals(-code).name})"
+        return f"the trainer ended by itself with exit code {code}; its last log lines say why"
+
+    def close(self) -> None:
+        """Close the pipe, which ends a healthy child, and kill what does not end."""
+        with self._send_lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._runs)
+        try:
+            self.process.wait(timeout=3)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._events)
+
+
+def _out_of_memory_kills() -> int:
+    """How many processes of this container the kernel has killed for want of memory (cgroup v2),
+    else 0."""
+    try:
+        lines = _CGROUP_EVENTS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

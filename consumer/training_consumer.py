@@ -1,0 +1,333 @@
+"""The connection to RabbitMQ: deliveries in, publications out, acknowledgements.
+
+The only importer of pika. One thread of its own owns the connection and does nothing else, so
+heartbeats go on through a job of any length. Handlers work in other threads and never touch it
+(see `consumer.lane`); `consumer.broker_loop` is the owner's life around what is here.
+
+    connect ─▶ declare ─▶ turn: events, settlements, publications, lost channels ─▶ turn …
+       ▲                                      │ connection lost
+       └─── jittered back-off, for ever ◀─────┘
+
+A connection, channel or consumer that goes away stops no job. The owner reconnects at once, so that
+what the job wants published can be published, but subscribes again only when the job in hand has
+ended: until then the broker may hand the message to another worker, who finds the job's record. A
+tag of a channel that is gone is never acknowledged.
+
+Stop order: cancel the consumers, so that nothing new is taken; wait for the handlers, who obey the
+same stop; make their publications; acknowledge or return; close, which gives back whatever is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pika
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
+from pika.exceptions import (
+    AMQPError,
+    AuthenticationError,
+    ChannelClosedByBroker,
+    ChannelError,
+    ConnectionWrongStateError,
+    NackError,
+    ProbableAccessDeniedError,
+    ProbableAuthenticationError,
+    ReentrancyError,
+    UnroutableError,
+)
+
+from config import Settings
+from consumer.broker_loop import BrokerLoop
+from consumer.lane import Handler, InHand, Lane
+from consumer.settlement import Action, Delivery, Publication, Queue
+from consumer.topology import QueueDeclaration, declaration
+from utils.errors import BrokerError, BrokerRefused
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+TURN_SECONDS = 0.25
+CONNECT_SECONDS = 10.0
+BLOCKED_SECONDS = 120.0  # a broker out of memory or disk stops reading; then try another
+
+# Rows are tried from the top: pika's class, what its text must say, ours, and a sentence of ours.
+ERRORS: tuple[tuple[type[Exception], str, type[BrokerError], str], ...] = (
+    (
+        ProbableAuthenticationError,
+        # Without the broker's own word it may as well have been restarted during the handshake.
+        r"\(403\)",
+        BrokerRefused,
+        "RabbitMQ refuses the login of user {user!r}: check RABBITMQ_USER and RABBITMQ_PASS",
+    ),
+    (
+        AuthenticationError,
+        "",
+        BrokerRefused,
+        "RabbitMQ offers no login with user name and password",
+    ),
+    (
+        ProbableAccessDeniedError,
+        r"\((?:403|530)\)(?!.*limit)",
+        BrokerRefused,
+        "RabbitMQ refuses the virtual host {vhost!r} to user {user!r}: check RABBITMQ_VHOST and "
+        "the user's permissions",
+    ),
+    (
+        ChannelClosedByBroker,
+        r"\(403\).*refused for user",
+        BrokerRefused,
+        "RabbitMQ user {user!r} lacks a permission for {doing}: it needs configure, write and read "
+        "on '^{queue}', and write on the default exchange",
+    ),
+    (AMQPError, "", BrokerError, "RabbitMQ failed while {doing}"),
+    (ChannelError, "", BrokerError, "RabbitMQ failed while {doing}"),
+    (ReentrancyError, "", BrokerError, "The AMQP client failed while {doing}"),
+    (AMQPConnectorException, "", BrokerError, "RabbitMQ could not be reached"),
+    (OSError, "", BrokerError, "RabbitMQ could not be reached"),
+    # pika states what it expects of the broker as assertions.
+    (AssertionError, "", BrokerError, "The AMQP client failed while {doing}"),
+)
+
+
+class TrainingConsumer(BrokerLoop):
+    """Takes messages one at a time, and carries out what their handlers decide.
+
+    Args:
+        settings: Hosts, credentials, heartbeat, queue.
+        handle: Handles a training message, in a thread of its own; obeys `stop` by itself.
+        handle_ending: Handles a message of the endings' queue, also while a job is trained; None to
+            leave that queue.
+        stop: Set by whoever wants the worker to stop.
+        stop_seconds: How long `run` may take after that; `SHUTDOWN_GRACE_SECONDS` if None.
+
+    Attributes:
+        connected: Whether there is a connection at the moment.
+        consuming: Whether a training message would be taken at the moment.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        handle: Handler,
+        handle_ending: Handler | None = None,
+        stop: threading.Event,
+        stop_seconds: float | None = None,
+    ) -> None:
+        lanes = [Lane(Queue.TRAINING, handle, self._wake)]
+        if handle_ending:
+            lanes.append(Lane(Queue.ENDINGS, handle_ending, self._wake))
+        super().__init__(lanes, stop, stop_seconds or settings.shutdown_grace_seconds)
+        self._settings = settings
+        self._connection: pika.BlockingConnection | None = None
+        self._outgoing: BlockingChannel | None = None
+        self._declared: set[str] = set()
+        # All that pika tells is raised too, and logged here once, without its stack traces.
+        logging.getLogger("pika").setLevel(logging.CRITICAL)
+
+    def _connect(self) -> None:
+        with self._errors("connecting"):
+            self._connection = pika.BlockingConnection(connection_parameters(self._settings))
+            self._connection.add_on_connection_blocked_callback(_log_blocked)
+            self._connection.add_on_connection_unblocked_callback(_log_unblocked)
+        self.connected = True
+        for queue in Queue:
+            self._declare(self._declaration(queue))
+        for delay in self._settings.retry_delays_seconds:
+            self._declare(self._declaration(Queue.TRAINING, delay))
+        log.info("broker_connected", queue=self._settings.training_queue)
+
+    def _disconnect(self) -> None:
+        self.connected = self.consuming = False
+        connection, self._connection = self._connection, None
+        self._outgoing = None
+        self._declared.clear()
+        for lane in self._lanes:
+            lane.channel = None
+        if connection is not None and connection.is_open:
+            with contextlib.suppress(BrokerError), self._errors("closing the connection"):
+                connection.close()
+
+    def _is_connected(self) -> bool:
+        return self._connection is not None and self._connection.is_open
+
+    def _process_events(self) -> None:
+        with self._errors("waiting for messages"):
+            self._open_connection().process_data_events(time_limit=TURN_SECONDS)
+
+    def _publish(self, publication: Publication) -> None:
+        """Publish, and wait for the broker's confirmation."""
+        target = self._declaration(publication.queue, publication.delay_seconds)
+        if publication.delay_seconds is not None:
+            # What leaves a delay queue for a queue that is not there is dropped without a word.
+            self._declare_again(self._declaration(publication.queue))
+        self._declare(target)
+        properties = pika.BasicProperties(
+            content_type="application/json",
+            delivery_mode=pika.DeliveryMode.Persistent.value,
+            message_id=publication.message_id,
+            headers=dict(publication.headers) or None,
+        )
+        with self._errors(f"publishing to {target.name}"):
+            if self._outgoing is None or not self._outgoing.is_open:
+                self._outgoing = self._open_connection().channel()
+                self._outgoing.confirm_delivery()
+            try:
+                self._outgoing.basic_publish(
+                    "", target.name, publication.body, properties, mandatory=True
+                )
+            except (UnroutableError, NackError):
+                self._declared.discard(target.name)  # perhaps somebody deleted it
+                raise
+
+    def _answer(self, hand: InHand, action: Action) -> None:
+        with self._errors("settling a delivery"):
+            match action:
+                case Action.ACK:
+                    hand.channel.basic_ack(hand.tag)
+                case Action.REQUEUE:
+                    hand.channel.basic_reject(hand.tag, requeue=True)
+                case Action.KEEP:
+                    hand.channel.close()
+
+    def _subscribe(self, lane: Lane) -> None:
+        source = self._declaration(lane.queue)
+        self._declare_again(source)  # the consumer may be gone because the queue is
+        with self._errors(f"subscribing to {source.name}"):
+            if lane.channel is not None and lane.channel.is_open:
+                lane.channel.close()
+            lane.channel = self._open_connection().channel()
+            lane.channel.basic_qos(prefetch_count=1)
+            lane.channel.basic_consume(source.name, functools.partial(self._on_message, lane))
+        log.info("consuming", queue=source.name)
+
+    def _unsubscribe(self, lane: Lane) -> None:
+        with self._errors("unsubscribing"):
+            lane.channel.stop_consuming()
+
+    def _on_message(
+        self,
+        lane: Lane,
+        channel: BlockingChannel,
+        method: Any,
+        properties: pika.BasicProperties,
+        body: bytes,
+    ) -> None:
+        if channel is not lane.channel or self._stop.is_set():
+            return  # goes back with its channel
+        delivery = Delivery(
+            body=body,
+            # Bytes where they are not UTF-8.
+            message_id=properties.message_id if isinstance(properties.message_id, str) else None,
+            redelivered=bool(method.redelivered),
+            headers=properties.headers or {},
+            queue=lane.queue,
+        )
+        lane.take(delivery, method.delivery_tag)
+
+    def _declaration(self, queue: Queue, delay_seconds: float | None = None) -> QueueDeclaration:
+        return declaration(self._settings.training_queue, queue, delay_seconds)
+
+    def _declare(self, queue: QueueDeclaration) -> None:
+        """Have the queue there: ours with our arguments, the backend's as it is."""
+        if queue.name in self._declared:
+            return
+        with self._errors(f"declaring {queue.name}"):
+            try:
+                with self._open_connection().channel() as channel:
+                    channel.queue_declare(
+                        queue.name,
+                        passive=not queue.ours,
+                        durable=True,
+                        arguments=queue.arguments or None,
+                    )
+            except ChannelClosedByBroker as error:
+                if error.reply_code == 406:
+                    raise BrokerRefused(queue.conflict(error.reply_text)) from error
+                if error.reply_code != 404 or queue.ours:
+                    raise
+                # Exactly as the backend declares it, or the backend's own declaration is refused.
+                with self._open_connection().channel() as channel:
+                    channel.queue_declare(queue.name, durable=True)
+        self._declared.add(queue.name)
+
+    def _declare_again(self, queue: QueueDeclaration) -> None:
+        self._declared.discard(queue.name)
+        self._declare(queue)
+
+    def _open_connection(self) -> pika.BlockingConnection:
+        if self._connection is None:
+            raise BrokerError("there is no connection to RabbitMQ")
+        return self._connection
+
+    def _wake(self) -> None:
+        """End the owner's wait for events; from any thread, whatever the connection's state."""
+        if (connection := self._connection) is not None:
+            with contextlib.suppress(ConnectionWrongStateError):
+                connection.add_callback_threadsafe(_nothing)
+
+    @contextlib.contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        """Every error of pika and of the network leaves as one of ours."""
+        try:
+            yield
+        except Exception as error:
+            for theirs, says, ours, sentence in ERRORS:
+                if isinstance(error, theirs) and re.search(says, repr(error)):
+                    raise ours(f"{self._phrase(sentence, doing)} ({error!r})") from error
+            raise
+
+    def _phrase(self, sentence: str, doing: str) -> str:
+        return sentence.format(
+            doing=doing,
+            user=self._settings.rabbitmq_user,
+            vhost=self._settings.rabbitmq_vhost,
+            queue=self._settings.training_queue,
+        )
+
+
+def connection_parameters(settings: Settings) -> list[pika.ConnectionParameters]:
+    """One entry a host, in random order, so that several workers spread over a cluster."""
+    tls = ssl.create_default_context() if settings.rabbitmq_tls else None
+    hosts = random.sample(settings.rabbitmq_host, len(settings.rabbitmq_host))
+    return [
+        pika.ConnectionParameters(
+            host=host,
+            port=settings.rabbitmq_port,
+            virtual_host=settings.rabbitmq_vhost,
+            credentials=pika.PlainCredentials(
+                settings.rabbitmq_user, settings.rabbitmq_pass.get_secret_value()
+            ),
+            ssl_options=pika.SSLOptions(tls, host) if tls else None,
+            heartbeat=settings.rabbitmq_heartbeat_seconds,
+            blocked_connection_timeout=BLOCKED_SECONDS,
+            socket_timeout=CONNECT_SECONDS,
+            stack_timeout=CONNECT_SECONDS * 1.5,
+            tcp_options={"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3},
+            client_properties={"connection_name": f"{socket.gethostname()} {os.getpid()}"},
+        )
+        for host in hosts
+    ]
+
+
+def _log_blocked(_connection: Any, _frame: Any) -> None:
+    log.warning("broker_blocks_publishers", why="it is short of memory or disk")
+
+
+def _log_unblocked(_connection: Any, _frame: Any) -> None:
+    log.info("broker_takes_messages_again")
+
+
+def _nothing() -> None:
+    """A callback that only ends a wait."""

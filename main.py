@@ -1,0 +1,238 @@
+"""The training server's command line and composition root.
+
+Exit codes: 0 ended as asked; 1 a local training failed; 2 the settings or arguments are wrong; 3
+RabbitMQ refuses this worker; 4 this machine cannot train; 130 a local training was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import config
+from consumer.stop_signal import Shutdown, StopSignal
+from utils import logger
+from utils.errors import (
+    BrokerRefused,
+    ConfigurationError,
+    MachineError,
+    StopReason,
+    TrainingServerError,
+)
+from utils.events import CheckpointSaved, Event, Finished, Stage, Started
+from utils.events import Progress as ProgressEvent
+
+EXIT_FAILED, EXIT_SETTINGS, EXIT_BROKER, EXIT_MACHINE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+
+app = typer.Typer(
+    help="Fine-tunes a LoRA of an artist's style on Stable Diffusion 1.5.",
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+
+@app.callback(invoke_without_command=True)
+def default(context: typer.Context) -> None:
+    """Without a command, `worker` runs."""
+    if context.invoked_subcommand is None:
+        worker()
+
+
+@app.command()
+def worker() -> None:
+    """Take training jobs from RabbitMQ until told to stop (SIGTERM or Ctrl-C).
+
+    Settings come from the environment and `.env`; `.env.example` documents each.
+    """
+    sys.exit(_guarded(_run_worker))
+
+
+@app.command()
+def train(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of pictures; `name.txt` captions `name.jpg`.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder that receives the model, report and samples.")
+    ],
+    epochs: Annotated[int | None, typer.Option(help="Passes over the pictures.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures a forward pass.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the training pictures.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest checkpoint in OUTPUT.")
+    ] = False,
+) -> None:
+    """Train on a folder of pictures: no broker, no S3, no backend.
+
+    All other settings come from the environment and `.env`, as for the worker.
+    """
+    given = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "resolution": resolution,
+        "rank": rank,
+        "alpha": alpha,
+        "seed": seed,
+    }
+    overrides = {name: value for name, value in given.items() if value is not None}
+    sys.exit(_guarded(lambda: _run_training(folder, output, overrides, resume)))
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """Run a command; errors that a person can mend are printed without a stack trace."""
+    try:
+        return command()
+    except ConfigurationError as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        return EXIT_SETTINGS
+    except BrokerRefused as error:
+        logger.get_logger("main").error("broker_refused", reason=str(error))
+        return EXIT_BROKER
+    except MachineError as error:
+        logger.get_logger("main").error("machine_unfit", reason=str(error))
+        return EXIT_MACHINE
+    except TrainingServerError as error:
+        logger.get_logger("main").error("failed", reason=str(error))
+        return EXIT_FAILED
+
+
+def _on_stop_signals(first: Callable[[], None]) -> None:
+    """Call `first` at SIGTERM or SIGINT, in a thread of its own; a second signal ends the process
+    at once.
+
+    The signals are blocked and waited for, so no handler interrupts a thread that holds a lock.
+    """
+    wanted = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+
+    def wait() -> None:
+        signal.sigwait(wanted)
+        first()
+        # The trainer ends with our pipe, whatever it is doing.
+        os._exit(128 + signal.sigwait(wanted))
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def _run_training(folder: Path, output: Path, overrides: dict[str, Any], resume: bool) -> int:
+    from consumer.local_training import train_folder  # pylint: disable=import-outside-toplevel
+    from consumer.machine import require_fit  # pylint: disable=import-outside-toplevel
+
+    settings: config.TrainerSettings = config.load(config.TrainerSettings)
+    try:
+        parameters = settings.hyper_parameters(**overrides)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+    # The bar is what a person wants to see here; the log is for what goes wrong.
+    settings = settings.model_copy(update={"log_level": "WARNING", "log_format": "text"})
+    logger.configure(level="WARNING", log_format="text", secrets=settings.secrets())
+    stop = StopSignal()
+    _on_stop_signals(lambda: stop.request(StopReason.SHUTDOWN))
+    require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
+    with _Bar() as bar:
+        finished = train_folder(
+            folder,
+            output,
+            settings=settings,
+            parameters=parameters,
+            resume=resume,
+            on_event=bar.saw,
+            stop=stop,
+        )
+    if finished.stopped:
+        console.print(f"Stopped after step {finished.step}; go on with --resume.")
+        return EXIT_INTERRUPTED
+    _say_what_was_made(output, finished)
+    return 0
+
+
+def _say_what_was_made(output: Path, finished: Finished) -> None:
+    loss = "" if finished.loss is None else f", loss {finished.loss:.4f}"
+    console.print(f"Trained {finished.epoch} epochs in {finished.seconds:.0f} s{loss}.")
+    for label, name in (
+        ("model", "lora_weights.safetensors"),
+        ("report", "training_report.json"),
+        ("pictures", "samples.png"),
+        ("loss", "loss_curve.png"),
+    ):
+        console.print(f"  {label:9}{output / name}", highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass
+class _Bar:
+    """A progress bar that follows the trainer's events."""
+
+    def __post_init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:12}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task(str(Stage.PREPARING), total=1, loss="")
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def saw(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case Started():
+                for warning in event.warnings:
+                    self._progress.console.print(f"note: {warning}", markup=False)
+                self._progress.update(self._task, total=event.total_steps, completed=event.step)
+            case ProgressEvent():
+                loss = "" if event.loss is None else f"loss {event.loss:.4f}"
+                self._progress.update(
+                    self._task,
+                    description=str(event.stage),
+                    completed=event.step,
+                    total=event.total_steps or 1,
+                    loss=loss,
+                )
+            case CheckpointSaved():
+                self._progress.console.print(f"checkpoint {event.name}", highlight=False)
+            case _:
+                pass
+
+
+def _run_worker() -> int:
+    settings: config.Settings = config.load()
+    logger.configure(
+        level=settings.log_level, log_format=settings.log_format, secrets=settings.secrets()
+    )
+    shutdown = Shutdown(settings.shutdown_grace_seconds)
+    _on_stop_signals(shutdown.request)
+    # Imported late, so that `train` and `--help` need neither pika nor boto3.
+    from consumer.desk import run_worker  # pylint: disable=import-outside-toplevel
+
+    run_worker(settings, shutdown)
+    return 0
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,63 @@
+"""A consumer on the run's broker, with a queue of its own for each test."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from consumer.settlement import Delivery, Settlement
+from consumer.training_consumer import TrainingConsumer
+from sandbox.rabbitmq_node import RabbitMqNode
+from tests.integration.consumer.broker import Client, Start, Worker, make_settings, until
+
+
+@pytest.fixture(name="queue")
+def _queue() -> str:
+    return f"training-{secrets.token_hex(4)}"
+
+
+@pytest.fixture(name="client")
+def _client(rabbitmq: RabbitMqNode) -> Client:
+    return Client(rabbitmq)
+
+
+@pytest.fixture(name="start")
+def _start(rabbitmq: RabbitMqNode, queue: str) -> Iterator[Start]:
+    """Start a consumer; it is stopped after the test, and must not have failed."""
+    workers: list[Worker] = []
+
+    def start(
+        handle: Callable[[Delivery], Settlement],
+        handle_ending: Callable[[Delivery], Settlement] | None = None,
+        *,
+        stop_seconds: float = 5.0,
+        **values: Any,
+    ) -> Worker:
+        stop, errors = threading.Event(), list[BaseException]()
+        consumer = TrainingConsumer(
+            make_settings(rabbitmq, queue, **values),
+            handle=handle,
+            handle_ending=handle_ending,
+            stop=stop,
+            stop_seconds=stop_seconds,
+        )
+
+        def run() -> None:
+            try:
+                consumer.run()
+            except BaseException as error:  # pylint: disable=broad-exception-caught
+                errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        workers.append(Worker(consumer, stop, thread, errors))
+        until(lambda: consumer.consuming or errors)
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.end()

@@ -1,0 +1,240 @@
+"""`TrainingConsumer` on a real RabbitMQ: deliveries, settlements, stopping."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pika
+import pytest
+from structlog.testing import capture_logs
+
+from consumer.settlement import Delivery, Publication, Queue, Settlement
+from consumer.training_consumer import TrainingConsumer
+from sandbox.rabbitmq_node import RabbitMqNode
+from tests.integration.consumer.broker import SOON, Client, Handler, Start, make_settings, until
+
+# --- the straight way
+
+
+def test_a_message_is_handled_once_and_acknowledged(
+    start: Start, client: Client, queue: str
+) -> None:
+    handler = Handler()
+    worker = start(handler)
+    client.publish(queue, b"one", message_id="m-1", headers={"x": 5})
+    until(lambda: handler.returned)
+    worker.end()
+    assert handler.deliveries == [Delivery(b"one", "m-1", False, {"x": 5}, Queue.TRAINING)]
+    assert client.waiting(queue) == 0
+
+
+def test_one_message_at_a_time_is_taken_in_their_order(
+    start: Start, client: Client, queue: str
+) -> None:
+    handler = Handler()
+    handler.go.clear()
+    start(handler)
+    client.publish(queue, b"1", b"2", b"3")
+    until(lambda: handler.running)
+    assert client.waiting(queue) == 2
+    handler.go.set()
+    until(lambda: handler.returned == 3)
+    assert handler.bodies == [b"1", b"2", b"3"]
+    assert handler.most_running == 1
+
+
+def test_the_backends_queue_is_declared_durable_and_without_arguments(
+    start: Start, client: Client, queue: str
+) -> None:
+    start(Handler())
+    with client.channel() as channel:  # a declaration that differs is refused
+        channel.queue_declare(queue, durable=True)
+
+
+def test_a_quorum_queue_that_somebody_declared_is_taken_as_it_is(
+    start: Start, client: Client, queue: str
+) -> None:
+    arguments = {
+        "x-queue-type": "quorum",
+        "x-delivery-limit": 20,
+        "x-max-length": 1000,
+        "x-overflow": "reject-publish",
+        "x-single-active-consumer": False,
+    }
+    with client.channel() as channel:
+        channel.queue_declare(queue, durable=True, arguments=arguments)
+    handler = Handler()
+    start(handler)
+    client.publish(queue, b"one")
+    until(lambda: handler.returned)
+
+
+def test_a_dead_message_keeps_its_body_and_says_why_and_the_next_one_goes_through(
+    start: Start, client: Client, queue: str
+) -> None:
+    def settle(delivery: Delivery) -> Settlement:
+        if delivery.body == b"good":
+            return Settlement.ack()
+        return Settlement.dead(
+            delivery.body, code="INVALID_MESSAGE", message="style_id: missing 수\ud800", task_id="t"
+        )
+
+    handler = Handler(settle)
+    start(handler)
+    client.publish(queue, b"\xff bad", b"good")
+    until(lambda: handler.returned == 2)
+    properties, body = until(lambda: client.get(f"{queue}.dead"))
+    assert body == b"\xff bad"
+    assert properties.headers == {
+        "x-error-code": "INVALID_MESSAGE",
+        "x-error-message": "style_id: missing 수?",
+        "x-task-id": "t",
+        "x-attempts": 0,
+    }
+    assert (properties.message_id, properties.content_type) == ("t", "application/json")
+    assert properties.delivery_mode == pika.DeliveryMode.Persistent.value
+
+
+def test_a_delayed_message_comes_back_when_its_delay_is_over_and_not_before(
+    start: Start, client: Client, queue: str
+) -> None:
+    arrived: list[float] = []
+
+    def settle(delivery: Delivery) -> Settlement:
+        arrived.append(time.monotonic())
+        if len(arrived) > 1:
+            return Settlement.ack()
+        return Settlement.delayed(delivery.body, seconds=1.2, message_id="t", headers={"n": 1})
+
+    handler = Handler(settle)
+    start(handler)
+    client.publish(queue, b"x")
+    until(lambda: handler.returned == 2)
+    assert 1.2 <= arrived[1] - arrived[0] < 3
+    again = handler.deliveries[1]
+    assert (again.body, again.message_id, again.headers["n"]) == (b"x", "t", 1)
+    assert client.waiting(f"{queue}.delay.1200") == 0
+
+
+def test_endings_are_handled_while_a_job_is_trained_and_come_back_after_their_own_delay(
+    start: Start, client: Client, queue: str
+) -> None:
+    def settle(delivery: Delivery) -> Settlement:
+        if len(endings.deliveries) > 1:
+            return Settlement.ack()
+        return Settlement.ending(delivery.body, message_id="t", delay_seconds=0.3)
+
+    job, endings = Handler(), Handler(settle)
+    job.go.clear()
+    worker = start(job, endings)
+    client.publish(queue, b"job")
+    until(lambda: job.running)
+    worker.consumer.publish(Publication(Queue.ENDINGS, b"{}", "t")).result(SOON)
+    until(lambda: endings.returned == 2)
+    assert {delivery.queue for delivery in endings.deliveries} == {Queue.ENDINGS}
+    assert job.returned == 0
+    job.go.set()
+    until(lambda: job.returned)
+
+
+def test_without_a_handler_for_endings_they_are_left_for_others(
+    start: Start, client: Client, queue: str
+) -> None:
+    worker = start(Handler())
+    worker.consumer.publish(Publication(Queue.ENDINGS, b"{}", "t")).result(SOON)
+    assert client.waiting(f"{queue}.endings") == 1
+
+
+def test_a_handler_that_breaks_loses_nothing_and_makes_no_hot_loop(
+    start: Start, client: Client, queue: str
+) -> None:
+    def settle(delivery: Delivery) -> Settlement:
+        if delivery.body == b"good":
+            return Settlement.ack()
+        raise ZeroDivisionError
+
+    handler = Handler(settle)
+    with capture_logs() as lines:
+        start(handler)
+        client.publish(queue, b"bad", headers={"kept": "yes", "odd": b"bytes"})
+        client.publish(queue, b"good")
+        until(lambda: handler.returned == 2)
+    assert [line["event"] for line in lines].count("handler_crashed") == 1
+    properties, body = until(lambda: client.get(f"{queue}.delay.10000"))
+    assert (body, properties.message_id, properties.headers) == (b"bad", None, {"kept": "yes"})
+
+
+def test_a_returned_message_goes_to_the_next_worker(
+    start: Start, client: Client, queue: str
+) -> None:
+    handler = Handler(
+        lambda delivery: Settlement.ack() if delivery.redelivered else Settlement.requeue()
+    )
+    start(handler)
+    client.publish(queue, b"x")
+    until(lambda: handler.returned == 2)
+    assert [delivery.redelivered for delivery in handler.deliveries] == [False, True]
+
+
+def test_a_kept_message_goes_back_with_its_channel(
+    start: Start, client: Client, queue: str
+) -> None:
+    handler = Handler(
+        lambda delivery: Settlement.ack() if delivery.redelivered else Settlement.keep()
+    )
+    start(handler)
+    client.publish(queue, b"x")
+    until(lambda: handler.returned == 2)
+
+
+# --- stopping
+
+
+def test_a_stop_lets_the_job_return_its_message_and_takes_nothing_new(
+    start: Start, client: Client, queue: str
+) -> None:
+    handler = Handler(lambda delivery: Settlement.requeue())
+    handler.go.clear()
+    worker = start(handler)
+    client.publish(queue, b"1", b"2")
+    until(lambda: handler.running)
+    worker.stop.set()
+    until(lambda: not worker.consumer.consuming)
+    assert worker.thread.is_alive(), "the job in hand is waited for"
+    handler.go.set()
+    worker.end()
+    assert handler.bodies == [b"1"]
+    assert client.waiting(queue) == 2
+    assert not worker.consumer.connected
+
+
+def test_a_job_that_does_not_return_holds_the_stop_up_no_longer_than_its_bound(
+    start: Start, client: Client, queue: str
+) -> None:
+    handler = Handler()
+    handler.go.clear()
+    worker = start(handler, stop_seconds=1.0)
+    client.publish(queue, b"1")
+    until(lambda: handler.running)
+    began = time.monotonic()
+    worker.end()
+    assert 0.9 < time.monotonic() - began < 2.5
+    until(lambda: client.waiting(queue) == 1)
+    with pytest.raises(CancelledError):
+        worker.consumer.publish(Publication(Queue.DEAD, b"x", "t")).result(1)
+    handler.go.set()
+
+
+def test_a_stop_is_quick_where_no_broker_answers(rabbitmq: RabbitMqNode, queue: str) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        settings = make_settings(rabbitmq, queue, rabbitmq_port=silent.getsockname()[1])
+        stop = threading.Event()
+        threading.Timer(0.5, stop.set).start()
+        began = time.monotonic()
+        TrainingConsumer(settings, handle=Handler(), stop=stop, stop_seconds=5).run()
+        assert time.monotonic() - began < 2

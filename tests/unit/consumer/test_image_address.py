@@ -1,0 +1,93 @@
+"""Every way of writing down where a picture lies, and what is no such thing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from services.s3_types import S3Location
+from tests.unit.consumer.message_samples import BUCKET, ENDPOINT, envelope, flat, read, refused
+
+
+@pytest.mark.parametrize(
+    ("address", "bucket", "key"),
+    [
+        ("s3://second-bucket/a/b.jpg", "second-bucket", "a/b.jpg"),
+        ("S3://second-bucket/100%25.jpg", "second-bucket", "100%25.jpg"),
+        ("gs://second-bucket/a.jpg", "second-bucket", "a.jpg"),
+        ("training/11/image 2.jpg", BUCKET, "training/11/image 2.jpg"),
+        ("photo:1.jpg", BUCKET, "photo:1.jpg"),
+        (f"https://{BUCKET}.s3.ap-northeast-2.amazonaws.com/a%20b.jpg", BUCKET, "a b.jpg"),
+        (f"https://{BUCKET}.s3.amazonaws.com/%EC%88%98.jpg", BUCKET, "수.jpg"),
+        (f"https://{BUCKET}.s3-us-west-2.amazonaws.com/a+b.jpg", BUCKET, "a+b.jpg"),
+        (f"https://{BUCKET}.s3.dualstack.eu-west-1.amazonaws.com/a.jpg", BUCKET, "a.jpg"),
+        (f"https://{BUCKET}.s3-accelerate.amazonaws.com/a.jpg", BUCKET, "a.jpg"),
+        (f"https://{BUCKET}.s3.cn-north-1.amazonaws.com.cn/a.jpg", BUCKET, "a.jpg"),
+        (f"https://{BUCKET}.s3.us-gov-west-1.amazonaws.com:443/a.jpg", BUCKET, "a.jpg"),
+        ("https://with.dots.s3.eu-west-1.amazonaws.com/a.jpg", "with.dots", "a.jpg"),
+        (f"https://s3.ap-northeast-2.amazonaws.com/{BUCKET}/a/b.jpg", BUCKET, "a/b.jpg"),
+        (f"https://s3.amazonaws.com/{BUCKET}/a.jpg", BUCKET, "a.jpg"),
+        (f"https://s3-eu-west-1.amazonaws.com/{BUCKET}/a.jpg", BUCKET, "a.jpg"),
+        (f"https://S3.Amazonaws.com/{BUCKET}/a.jpg", BUCKET, "a.jpg"),
+        (f"{ENDPOINT}/{BUCKET}/a.jpg", BUCKET, "a.jpg"),
+        (f"http://{BUCKET}.127.0.0.1:9000/a.jpg", BUCKET, "a.jpg"),
+    ],
+)
+def test_every_way_of_writing_an_address_is_understood(address: str, bucket: str, key: str) -> None:
+    image = read(flat(image_urls=[address])).images[0]
+    assert image.location == S3Location(bucket, key)
+    assert image.source.lower() == address.lower()
+
+
+def test_a_signature_in_an_address_is_not_kept() -> None:
+    address = f"https://{BUCKET}.s3.amazonaws.com/a.jpg"
+    job = read(flat(image_urls=[address + "?X-Amz-Signature=secret#part"]))
+    assert job.images[0].source == address
+    assert "secret" not in json.dumps(job.understood())
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        " s3://stylelicense-media/a.jpg",
+        "file:///etc/passwd",
+        "file:/etc/passwd",
+        "data:image/png;base64,AAAA",
+        "ftp://stylelicense-media/a.jpg",
+        "/etc/passwd",
+        "s3://stylelicense-media",
+        "s3://stylelicense-media/",
+        "s3://stylelicense-media/folder/",
+        "s3:///a.jpg",
+        "s3://UPPER/a.jpg",
+        "s3://stylelicense-media/a/../b.jpg",
+        "s3://stylelicense-media/../second-bucket/b.jpg",
+        f"https://s3.amazonaws.com/{BUCKET}/%2E%2E/somebody-elses/a.jpg",
+        "s3://stylelicense-media/a\x00.jpg",
+        "s3://stylelicense-media/" + "수" * 342,
+        "x" * 8193,
+        "https://example.com/stylelicense-media/a.jpg",
+        f"https://{BUCKET}.s3.amazonaws.com.evil.example/a.jpg",
+        f"https://{BUCKET}.s3.amazonaws.com:8443/a.jpg",
+        f"https://user:secret@{BUCKET}.s3.amazonaws.com/a.jpg",
+        f"http://{BUCKET}.s3.amazonaws.com/a.jpg",
+        f"https://127.0.0.1:9000/{BUCKET}/a.jpg",
+        "https://stylelicense-media.s3-website-us-east-1.amazonaws.com/a.jpg",
+        "https://[::1/a.jpg",
+        "https://s3.amazonaws.com:99999/a/b.jpg",
+        f"https://s3.amazonaws.com/{BUCKET}/%FF.jpg",
+        f"https://s3.amazonaws.com/{BUCKET}/a%0Ab.jpg",
+    ],
+)
+def test_an_address_that_names_no_object_of_an_allowed_bucket_is_refused(address: str) -> None:
+    error = refused(envelope(images=["s3://stylelicense-media/ok.jpg", address]))
+    assert error.field == "data.images.1"
+    assert "secret" not in str(error)
+
+
+def test_a_bucket_outside_the_allowlist_is_named() -> None:
+    error = refused(flat(image_urls=["gs://somebody-elses-bucket/a.jpg"]))
+    assert "'somebody-elses-bucket'" in str(error)
+    assert "IMAGE_BUCKETS" in str(error)

@@ -1,0 +1,71 @@
+"""Asking a job to stop: the weightiest reason counts, and nobody is forgotten."""
+
+import pytest
+
+from consumer.stop_signal import Shutdown, StopSignal
+from utils.errors import Cancelled, LeaseLost, Stopped, StopReason, TimeLimit
+
+
+def test_a_signal_that_nobody_gave_stops_nothing() -> None:
+    signal = StopSignal()
+    signal.check()
+    assert signal.reason is None
+    assert not signal.wait(0)
+
+
+@pytest.mark.parametrize(
+    ("reason", "error"),
+    [
+        (StopReason.CANCELLED, Cancelled),
+        (StopReason.TIME_LIMIT, TimeLimit),
+        (StopReason.LEASE_LOST, LeaseLost),
+        (StopReason.SHUTDOWN, Stopped),
+    ],
+)
+def test_each_reason_is_raised_as_its_own_error(
+    reason: StopReason, error: type[Exception]
+) -> None:
+    signal = StopSignal()
+    signal.request(reason)
+    with pytest.raises(error):
+        signal.check()
+
+
+def test_a_lost_lease_outweighs_a_cancellation_and_that_a_shutdown() -> None:
+    signal = StopSignal()
+    heard: list[StopReason] = []
+    signal.subscribe(heard.append)
+    for reason in (StopReason.SHUTDOWN, StopReason.CANCELLED, StopReason.LEASE_LOST):
+        signal.request(reason)
+    signal.request(StopReason.SHUTDOWN)
+    assert signal.reason is StopReason.LEASE_LOST
+    assert heard == [StopReason.SHUTDOWN, StopReason.CANCELLED, StopReason.LEASE_LOST]
+
+
+def test_who_subscribes_late_hears_it_at_once() -> None:
+    signal = StopSignal()
+    signal.request(StopReason.CANCELLED)
+    heard: list[StopReason] = []
+    signal.subscribe(heard.append)
+    assert heard == [StopReason.CANCELLED]
+
+
+def test_a_shutdown_stops_the_job_in_hand_and_the_one_that_begins_after_it() -> None:
+    shutdown = Shutdown(grace_seconds=8)
+    before, after, over = StopSignal(), StopSignal(), StopSignal()
+    with shutdown.covering(over):
+        pass
+    with shutdown.covering(before):
+        shutdown.request()
+    with shutdown.covering(after):
+        pass
+    assert before.reason is StopReason.SHUTDOWN
+    assert after.reason is StopReason.SHUTDOWN
+    assert over.reason is None
+
+
+def test_saving_may_take_as_long_as_it_likes_until_a_shutdown_begins_to_count() -> None:
+    shutdown = Shutdown(grace_seconds=4)
+    assert shutdown.seconds_for_saving() == float("inf")
+    shutdown.request()
+    assert 2.0 < shutdown.seconds_for_saving() <= 2.5

@@ -1,0 +1,272 @@
+"""The walls stand: which room may call which, and who alone touches the outside world."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("main", "config", "consumer", "services", "training", "utils")
+
+# room -> the rooms that it may import. `main` is where everything is put together.
+ARROWS: dict[str, set[str]] = {
+    "main": {"config", "consumer", "services", "training", "utils"},
+    "consumer": {"config", "services", "training", "utils"},
+    "services": {"config", "utils"},
+    "config": {"training", "utils"},
+    "training": {"utils"},
+    "utils": set(),
+}
+
+# What reaches outside -> the one file that may import it, and that wraps its errors.
+ONE_IMPORTER = {
+    "pika": "consumer/training_consumer.py",
+    "boto3": "services/s3_service.py",
+    "botocore": "services/s3_service.py",
+    "requests": "services/webhook_service.py",
+    "standardwebhooks": "services/webhook_service.py",
+    "pynvml": "utils/gpu_monitor.py",
+    "dotenv": "config.py",
+    "pydantic_settings": "config.py",
+}
+TYPES_ONLY = {"mypy_boto3_s3"}
+# Imported under a name of its own, installed and pinned with another.
+PART_OF = {"botocore": "boto3", "pydantic_core": "pydantic", "urllib3": "requests"}
+TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
+TRAINING_MAY_IMPORT = TORCH | {"numpy", "PIL", "matplotlib"} | set(sys.stdlib_module_names)
+# What a machine that only trains does not have.
+CLIENTS = (
+    *("pika", "boto3", "botocore", "standardwebhooks", "pydantic", "pydantic_settings"),
+    *("structlog", "rich", "pynvml", "matplotlib", "moto"),
+)
+
+
+def product_files() -> list[Path]:
+    """Every Python file of the product itself, relative to the root."""
+    found = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    found += [ROOT / f"{room}.py" for room in ROOMS if (ROOT / f"{room}.py").exists()]
+    return sorted(path.relative_to(ROOT) for path in found)
+
+
+def all_files() -> list[Path]:
+    """Every Python file that we wrote."""
+    ours = (path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+    return sorted(path for path in ours if not path.parts[0].startswith((".", "build")))
+
+
+def tree_of(path: Path) -> ast.Module:
+    """The file's syntax."""
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"), filename=str(path))
+
+
+def room_of(path: Path) -> str:
+    """The room that a file stands in: its folder, or its own name at the root."""
+    return path.parts[0].removesuffix(".py")
+
+
+def modules_of(node: ast.AST, path: Path) -> Iterator[str]:
+    """The modules, dotted, that one import statement names."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        package = path.parts[: len(path.parts) - node.level] if node.level else ()
+        yield ".".join((*package, *filter(None, (node.module,))))
+
+
+def imports(path: Path) -> set[str]:
+    """The top-level names of all that a file imports, wherever in it."""
+    nodes = ast.walk(tree_of(path))
+    return {module.split(".")[0] for node in nodes for module in modules_of(node, path)}
+
+
+def attributes(path: Path) -> set[str]:
+    """`module.name` for each attribute of a plain name, and each `from module import name`."""
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.add(f"{node.value.id}.{node.attr}")
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def distributions(*files: str) -> set[str]:
+    """The packages, by their normal names, that requirement files pin."""
+    lines = (line for file in files for line in (ROOT / file).read_text("utf-8").splitlines())
+    pinned = (re.match(r"([A-Za-z0-9._-]+)(\[.*\])?==", line) for line in lines)
+    return {normal(match[1]) for match in pinned if match}
+
+
+def normal(name: str) -> str:
+    """A package's name as PyPI compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a Python of its own, from the root."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+# ---- arrows --------------------------------------------------------------------------------------
+
+
+def test_the_walk_sees_the_house() -> None:
+    assert {room_of(path) for path in product_files()} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_between_the_rooms_run_one_way(room: str) -> None:
+    wrong = {
+        f"{path} imports {name}"
+        for path in product_files()
+        if room_of(path) == room
+        for name in imports(path) & set(ROOMS) - ARROWS[room] - {room}
+    }
+    assert not wrong
+
+
+def test_the_product_stands_without_its_tests_and_its_sandbox() -> None:
+    wrong = {path for path in product_files() if imports(path) & {"tests", "sandbox", "benchmarks"}}
+    assert not wrong
+
+
+def test_config_knows_of_training_only_what_a_run_is() -> None:
+    tree = tree_of(Path("config.py"))
+    named = {name for node in ast.walk(tree) for name in modules_of(node, Path("config.py"))}
+    assert {name for name in named if name.startswith("training")} == {"training.lora_config"}
+
+
+@pytest.mark.parametrize("client", ONE_IMPORTER)
+def test_a_foreign_client_has_one_importer(client: str) -> None:
+    importers = {str(path) for path in product_files() if client in imports(path)}
+    assert importers <= {ONE_IMPORTER[client]}
+
+
+def test_only_training_imports_torch_and_what_stands_on_it() -> None:
+    wrong = {
+        f"{path} imports {name}"
+        for path in product_files()
+        if room_of(path) != "training"
+        for name in imports(path) & TORCH
+    }
+    assert not wrong
+
+
+def test_training_imports_what_a_training_machine_has_and_no_more() -> None:
+    wrong = {
+        f"{path} imports {name}"
+        for path in product_files()
+        if room_of(path) == "training"
+        for name in imports(path) - TRAINING_MAY_IMPORT - {"training", "utils"}
+    }
+    assert not wrong
+
+
+def test_the_environment_is_read_only_in_config() -> None:
+    readers = {
+        str(path)
+        for path in product_files()
+        if attributes(path) & {"os.environ", "os.environb", "os.getenv", "os.putenv"}
+    }
+    assert readers <= {"config.py"}
+
+
+# ---- proofs by running ---------------------------------------------------------------------------
+
+
+def test_training_imports_on_a_machine_without_any_client_library() -> None:
+    modules = sorted(
+        ".".join(path.with_suffix("").parts)
+        for path in product_files()
+        if room_of(path) == "training" and path.name != "__init__.py"
+    )
+    ran = python(f"""
+import importlib, sys
+from importlib.machinery import PathFinder
+
+class WithoutClients(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {CLIENTS!r} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutClients
+for module in {modules!r}:
+    importlib.import_module(module)
+print("imported", len({modules!r}))
+""")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip().endswith(f"imported {len(modules)}")
+
+
+def test_the_front_desk_does_not_import_torch() -> None:
+    ran = python(f"""
+import sys
+import main, consumer.pipeline, consumer.training_consumer, consumer.trainer_process
+print(sorted({TORCH!r} & set(sys.modules)))
+""")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "[]"
+
+
+# ---- requirements --------------------------------------------------------------------------------
+
+
+def test_the_requirements_are_what_the_product_imports_and_no_more() -> None:
+    packages = importlib.metadata.packages_distributions()
+    foreign = {name for path in product_files() for name in imports(path)}
+    foreign -= {*ROOMS, *sys.stdlib_module_names, *TYPES_ONLY, *PART_OF}
+    assert distributions("requirements.txt") == {normal(packages[name][0]) for name in foreign}
+
+
+def test_every_installed_package_is_pinned() -> None:
+    installed = {normal(each.metadata["Name"]) for each in importlib.metadata.distributions()}
+    pinned = distributions("requirements.txt", "requirements-dev.txt", "constraints.txt")
+    loose = {name for name in installed - pinned if not name.startswith(("nvidia-", "cuda-"))}
+    assert loose <= {"pip", "setuptools", "triton"}
+
+
+# ---- habits --------------------------------------------------------------------------------------
+
+
+def test_nothing_is_pickled() -> None:
+    pickles = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    calls = {"torch.load", "torch.save", "numpy.load", "np.load"}
+    wrong = {
+        path
+        for path in (*product_files(), *(p for p in all_files() if room_of(p) == "sandbox"))
+        if imports(path) & pickles or attributes(path) & calls
+    }
+    assert not wrong
+
+
+def test_no_error_is_caught_without_saying_which() -> None:
+    wrong = {
+        f"{path}:{node.lineno}"
+        for path in all_files()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    }
+    assert not wrong
+
+
+def test_no_file_is_a_drawer_for_everything() -> None:
+    assert not [path for path in all_files() if path.name in ("helpers.py", "misc.py")]
+
+
+def test_no_file_but_a_test_is_longer_than_400_lines() -> None:
+    files = [path for path in all_files() if room_of(path) in (*ROOMS, "sandbox")]
+    lengths = {p: len((ROOT / p).read_text(encoding="utf-8").splitlines()) for p in files}
+    assert not {path: length for path, length in lengths.items() if length > 400}
+
+
+def test_every_folder_of_tests_is_a_package() -> None:
+    folders = {path.parent for path in all_files() if path.name.startswith("test_")}
+    assert not {folder for folder in folders if not (ROOT / folder / "__init__.py").exists()}

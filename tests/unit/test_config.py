@@ -1,0 +1,356 @@
+"""The settings: every problem at once, no secret in any text, `.env.example` as they are."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import hmac
+import os
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+import config
+from config import Settings, TrainerSettings, load, setting_names
+from training.lora_config import HyperParameters
+from utils.errors import ConfigurationError
+from utils.urls import origin_of
+
+TOKEN = "a-token-that-is-long-enough-for-the-rule"
+REQUIRED = {
+    "AWS_STORAGE_BUCKET_NAME": "stylelicense-media",
+    "BACKEND_API_URL": "https://api.stylelicense.com",
+    "INTERNAL_API_TOKEN": TOKEN,
+}
+EXAMPLE = Path(__file__).parents[2] / ".env.example"
+NAMES = setting_names(Settings)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_but_the_test_s_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variable and no `.env` of whoever runs the tests gets in."""
+    monkeypatch.chdir(tmp_path)
+    for name in tuple(os.environ):
+        if name.upper() in NAMES:
+            monkeypatch.delenv(name)
+
+
+def settings(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Settings:
+    """The worker's settings in an environment of the required ones and `environment`."""
+    for name, value in (REQUIRED | environment).items():
+        monkeypatch.setenv(name, value)
+    loaded = load()
+    assert isinstance(loaded, Settings)
+    return loaded
+
+
+def problems(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    """What a person is told about `environment`."""
+    with pytest.raises(ConfigurationError) as caught:
+        settings(monkeypatch, **environment)
+    return str(caught.value)
+
+
+def documented() -> dict[str, tuple[str, bool, str]]:
+    """`.env.example`: name -> (value, whether it is commented out, the line above it)."""
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
+    found = {}
+    for above, line in zip(lines, lines[1:]):
+        if match := re.fullmatch(r"(#?)([A-Z][A-Z0-9_]*)=(.*)", line):
+            assert match[2] not in found, f"{match[2]} is documented twice"
+            found[match[2]] = (match[3], bool(match[1]), above)
+    return found
+
+
+# ---- .env.example --------------------------------------------------------------------------------
+
+
+def test_every_setting_is_documented_and_nothing_else_is() -> None:
+    assert set(documented()) == NAMES
+
+
+def test_every_setting_has_a_sentence_of_its_own_above_it() -> None:
+    bare = [name for name, (_, _, text) in documented().items() if not text.startswith("# ")]
+    assert not bare
+
+
+def test_what_is_required_stands_ready_to_be_filled_in_and_all_else_is_commented_out() -> None:
+    open_ones = {name for name, (_, commented, _) in documented().items() if not commented}
+    assert open_ones == set(REQUIRED)
+
+
+def test_every_documented_default_is_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {name: value for name, (value, commented, _) in documented().items() if commented}
+    default = settings(monkeypatch)
+    assert settings(monkeypatch, **shown) == default
+    # An empty value is ignored, so it would agree with any default.
+    empty = {name.lower() for name, value in shown.items() if not value}
+    derived = {"model_bucket_name", "state_bucket_name", "image_buckets"}
+    assert not [n for n in empty - derived if getattr(default, n) not in (None, ())]
+
+
+def test_the_example_itself_loads_as_a_dotenv_file(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(EXAMPLE.read_bytes())
+    assert load().aws_storage_bucket_name == "stylelicense-media"
+
+
+# ---- problems ------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_named_all_at_once() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load()
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+        f"{name}: is required and not set" for name in REQUIRED
+    ]
+
+
+def test_problems_of_every_kind_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = problems(
+        monkeypatch,
+        RABBITMQ_PORT="amqp",
+        MODEL_BUCKET_NAME="s3://models",
+        BACKEND_API_URL="http://api.example.com",
+        INTERNAL_API_TOKEN="short",
+        EPOCHS="0",
+        RESOLUTION="100",
+        LORA_DROPOUT="nan",
+        LR_SCHEDULE="polynomial",
+        RETRY_DELAYS_SECONDS="10,soon",
+        MIXED_PRECISION="fp8",
+        WEBHOOK_SIGNING_SECRET="whsec_short",
+    )
+    expected = {
+        "RABBITMQ_PORT: Input should be a valid integer",
+        "MODEL_BUCKET_NAME: is not a bucket name",
+        "BACKEND_API_URL: http://api.example.com is plain http",
+        "INTERNAL_API_TOKEN: must have 32 characters or more",
+        "EPOCHS: epochs is 0; it must lie between 1 and 1000",
+        "RESOLUTION: resolution is 100; it must be a multiple of 64",
+        "LORA_DROPOUT: dropout is nan; it must lie between 0.0 and 0.9",
+        "LR_SCHEDULE: lr_schedule is 'polynomial'; choose one of",
+        "RETRY_DELAYS_SECONDS: item 2: Input should be a valid number",
+        "MIXED_PRECISION: Input should be 'fp16', 'bf16' or 'no'",
+        "WEBHOOK_SIGNING_SECRET: must be whsec_ and base64 of at least 24 bytes",
+    }
+    lines = text.splitlines()[1:]
+    assert {start for start in expected if any(ln.strip().startswith(start) for ln in lines)} == (
+        expected
+    )
+    assert len(lines) == len(expected)
+
+
+def test_a_wrong_bucket_is_reported_once_not_for_those_that_default_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = problems(monkeypatch, AWS_STORAGE_BUCKET_NAME="No Bucket")
+    assert [line.split(":")[0].strip() for line in text.splitlines()[1:]] == [
+        "AWS_STORAGE_BUCKET_NAME"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("INTERNAL_API_TOKEN", "hunter2-hunter2"),
+        ("WEBHOOK_SIGNING_SECRET", "whsec_hunter2,hunter2-hunter2"),
+        ("BACKEND_API_URL", "https://trainer:hunter2@api.example.com"),
+        ("BACKEND_API_URL", "https://trainer:hunter2"),
+        ("WEBHOOK_ALLOWED_ORIGINS", "https://trainer:hunter2@api.example.com"),
+    ],
+)
+def test_no_problem_shows_a_secret(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    text = problems(monkeypatch, **{name: value}, RABBITMQ_PASS="hunter2", RABBITMQ_PORT="0")
+    assert name in text and "RABBITMQ_PORT" in text
+    with pytest.raises(ValidationError) as caught:
+        Settings()  # type: ignore[call-arg]  # the environment gives them
+    assert "hunter2" not in text + str(caught.value)
+
+
+def test_no_secret_shows_in_the_settings_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "whsec_" + base64.b64encode(b"k" * 24).decode()
+    secrets = {
+        "RABBITMQ_PASS": "hunter2-of-the-rabbit",
+        "AWS_SECRET_ACCESS_KEY": "hunter2-of-the-bucket",
+        "HF_TOKEN": "hf_hunter2",
+        "WEBHOOK_SIGNING_SECRET": key,
+    }
+    loaded = settings(monkeypatch, **secrets)
+    for value in (*secrets.values(), TOKEN):
+        assert value not in repr(loaded) + str(loaded) + loaded.model_dump_json()
+        assert value in loaded.secrets()
+
+
+def test_a_dotenv_file_that_is_no_text_is_a_problem_and_not_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"EPOCHS=\xff\xfe")
+    with pytest.raises(ConfigurationError, match="UTF-8"):
+        load()
+
+
+# ---- where the values come from ------------------------------------------------------------------
+
+
+def test_the_environment_wins_over_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("EPOCHS=7\nLORA_RANK=8\n", encoding="utf-8")
+    loaded = settings(monkeypatch, EPOCHS="9")
+    assert (loaded.epochs, loaded.lora_rank) == (9, 8)
+
+
+def test_empty_values_count_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = settings(
+        monkeypatch, EPOCHS="", WORK_DIR="", RABBITMQ_HOST="", MODEL_BUCKET_NAME="", HF_TOKEN=""
+    )
+    assert empty == settings(monkeypatch)
+    assert "INTERNAL_API_TOKEN: is required" in problems(monkeypatch, INTERNAL_API_TOKEN="")
+
+
+def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = settings(
+        monkeypatch,
+        RABBITMQ_HOST="one, two,",
+        RETRY_DELAYS_SECONDS="0.5, 60",
+        IMAGE_BUCKETS="first,second",
+        WEBHOOK_ALLOWED_ORIGINS="https://A.example.com:443/path,http://localhost:8000",
+    )
+    assert loaded.rabbitmq_host == ("one", "two")
+    assert loaded.retry_delays_seconds == (0.5, 60.0)
+    assert loaded.image_buckets == ("first", "second")
+    assert loaded.webhook_allowed_origins == ("https://a.example.com", "http://localhost:8000")
+
+
+@pytest.mark.parametrize("name", ["RABBITMQ_HOST", "RETRY_DELAYS_SECONDS", "IMAGE_BUCKETS"])
+def test_a_list_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert f"{name}: " in problems(monkeypatch, **{name: " , "})
+
+
+def test_a_signing_secret_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "WEBHOOK_SIGNING_SECRET: " in problems(monkeypatch, WEBHOOK_SIGNING_SECRET=",")
+
+
+def test_buckets_default_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = settings(monkeypatch)
+    assert {plain.model_bucket_name, plain.state_bucket_name} == {"stylelicense-media"}
+    assert plain.image_buckets == ("stylelicense-media",)
+    own = settings(monkeypatch, MODEL_BUCKET_NAME="models")
+    assert (own.model_bucket_name, own.state_bucket_name) == ("models", "models")
+    assert own.image_buckets == ("stylelicense-media", "models")
+    assert settings(monkeypatch, STATE_BUCKET_NAME="state").state_bucket_name == "state"
+
+
+def test_settings_cannot_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = settings(monkeypatch)
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.epochs = 3
+
+
+# ---- webhooks ------------------------------------------------------------------------------------
+
+
+def test_the_signing_secret_is_derived_from_the_token_as_the_protocol_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    digest = hmac.new(
+        TOKEN.encode(), b"training-server webhook signing v1", hashlib.sha256
+    ).digest()
+    loaded = settings(monkeypatch)
+    assert loaded.signing_secrets() == ("whsec_" + base64.b64encode(digest).decode(),)
+    assert loaded.signing_secrets()[0] in loaded.secrets()
+
+
+def test_several_signing_secrets_sign_while_keys_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = tuple("whsec_" + base64.b64encode(bytes([n]) * 24).decode() for n in (1, 2))
+    loaded = settings(monkeypatch, WEBHOOK_SIGNING_SECRET=", ".join(keys))
+    assert loaded.signing_secrets() == keys
+
+
+@pytest.mark.parametrize("name", ["BACKEND_API_URL", "WEBHOOK_ALLOWED_ORIGINS"])
+def test_plain_http_is_for_this_machine_or_on_request_only(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert "ALLOW_INSECURE_WEBHOOKS=true" in problems(monkeypatch, **{name: "http://10.0.0.5"})
+    settings(monkeypatch, **{name: "http://[::1]:8000"})
+    settings(monkeypatch, **{name: "http://10.0.0.5"}, ALLOW_INSECURE_WEBHOOKS="true")
+
+
+@pytest.mark.parametrize(
+    ("url", "origin"),
+    [
+        ("https://API.example.com/webhooks?x=1", "https://api.example.com"),
+        ("https://api.example.com:443", "https://api.example.com"),
+        ("http://localhost:80/", "http://localhost"),
+        ("http://[::1]:8000", "http://[::1]:8000"),
+    ],
+)
+def test_an_origin_is_scheme_host_and_port(url: str, origin: str) -> None:
+    assert origin_of(url) == origin
+
+
+@pytest.mark.parametrize(
+    "url", ["api.example.com", "ftp://a", "https://", "https://u:p@a", "https://a:99999", ""]
+)
+def test_what_has_no_web_origin_is_refused(url: str) -> None:
+    with pytest.raises(ValueError):
+        origin_of(url)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_hyper_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings(monkeypatch).hyper_parameters() == HyperParameters()
+
+
+def test_a_message_s_parameters_win_over_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = settings(monkeypatch, EPOCHS="50", LORA_RANK="4", LORA_ALPHA="8")
+    parameters = loaded.hyper_parameters(epochs=7)
+    assert (parameters.epochs, parameters.rank, parameters.alpha) == (7, 4, 8.0)
+    with pytest.raises(ValueError, match="epochs"):
+        loaded.hyper_parameters(epochs=0)
+
+
+def test_every_hyper_parameter_has_a_setting() -> None:
+    fields = {field.name for field in dataclasses.fields(HyperParameters)}
+    assert set(config.PARAMETER_OF.values()) == fields
+    assert {name.upper() for name in config.PARAMETER_OF} <= setting_names(TrainerSettings)
+
+
+def test_training_alone_needs_no_setting_at_all() -> None:
+    assert load(TrainerSettings).trainer_options().base_model.startswith("stable-diffusion-v1-5/")
+
+
+def test_the_trainer_s_environment_has_no_secret_but_the_hub_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "a-key")
+    monkeypatch.setenv("rabbitmq_user", "lower-case-works-too")
+    monkeypatch.setenv("COPY_OF_IT", f"Bearer {TOKEN}")
+    monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "all")
+    loaded = settings(
+        monkeypatch,
+        AWS_ACCESS_KEY_ID="an-id",
+        AWS_SECRET_ACCESS_KEY="a-secret-key",
+        HF_TOKEN="hf_token",
+        HF_HOME="/models",
+        CUDA_VISIBLE_DEVICES="1",
+    )
+    environment = loaded.trainer_environment()
+    assert environment["HF_TOKEN"] == "hf_token"
+    assert environment["HF_HOME"] == "/models"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1"
+    assert environment["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert environment["PATH"] == os.environ["PATH"]
+    text = repr({k: v for k, v in environment.items() if k != "HF_TOKEN"})
+    for value in (TOKEN, "an-id", "a-secret-key", "a-key", "lower-case", "hf_token"):
+        assert value not in text
+
+
+def test_secrets_of_training_alone_are_known_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    loaded = load(TrainerSettings)
+    assert loaded.hf_token == SecretStr("hf_token")
+    assert loaded.secrets() == ("hf_token",)
