@@ -1,0 +1,1 @@
+"""Private servers on free ports (RabbitMQ, S3, backend) for the demo and the tests."""

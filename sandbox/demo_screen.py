@@ -1,0 +1,91 @@
+"""What a person sees of the demo: a line for each noteworthy thing, and a bar for the training."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+
+class Screen:
+    """A context manager: the bar, once there is one, stays below the lines until the block ends."""
+
+    def __init__(self) -> None:
+        # Addresses and paths are for copying: no colours by guess, no breaks in the middle.
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._began = time.monotonic()
+        self._bar = Progress(
+            TextColumn("        {task.fields[stage]:9}"),
+            BarColumn(bar_width=30),
+            TextColumn("epoch {task.completed:.0f} of {task.total:.0f}"),
+            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+        )
+        self._task: TaskID | None = None
+        self._told_epoch = 0
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.finish_bar()
+
+    def say(self, text: str, *, good: bool = False) -> None:
+        """One line, with the seconds since the beginning before it."""
+        mark = "[green]✔[/]" if good else "[blue]•[/]"
+        seconds = time.monotonic() - self._began
+        self.console.print(f"[dim]{seconds:5.1f} s[/] {mark} {escape(text)}")
+
+    def show_progress(self, progress: dict[str, Any]) -> None:
+        """Move the bar to what a progress webhook says.
+
+        Args:
+            progress: The webhook's `progress` object.
+        """
+        if self._task is None:
+            self._task = self._bar.add_task("", total=1, stage="", loss="", left="")
+            if self.console.is_terminal:
+                self._bar.start()
+        loss, left = progress.get("loss"), progress.get("estimated_seconds")
+        epoch, total = progress["current_epoch"], progress["total_epochs"]
+        loss_text = "" if loss is None else f"loss {loss:.4f}"
+        left_text = f"{left} s left" if left and epoch else ""  # before that nobody knows
+        self._bar.update(
+            self._task,
+            completed=epoch,
+            total=total,
+            stage=progress.get("stage", ""),
+            loss=loss_text,
+            left=left_text,
+        )
+        # Into a file or a pipe no bar is drawn: a line for every fifth of the way instead.
+        if not self.console.is_terminal and epoch >= self._told_epoch + total / 5:
+            self._told_epoch = epoch
+            facts = (f"epoch {epoch} of {total}", loss_text, left_text)
+            self.say(", ".join(fact for fact in facts if fact))
+
+    def finish_bar(self) -> None:
+        """Leave the bar as it is and draw no further."""
+        if self._bar.live.is_started:
+            self._bar.stop()
+
+    def conclude(self, rows: dict[str, str]) -> None:
+        """The last lines: a name and what it stands for, each."""
+        self.console.print()
+        for name, text in rows.items():
+            self.console.print(f"[bold]{name:14}[/]{escape(text)}")
+
+    def fail(self, reason: str, log: str) -> None:
+        """Why it did not work, and where to read more."""
+        self.console.print(f"\n[bold red]The demo failed:[/] {escape(reason)}")
+        self.console.print(f"The worker's log: {log}")

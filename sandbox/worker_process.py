@@ -1,0 +1,89 @@
+"""The worker as ops start it: `python main.py worker`, configured by its environment alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from config import Settings, setting_names
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = frozenset({"HF_HOME", "HF_TOKEN", "CUDA_VISIBLE_DEVICES"})
+"""What a machine's owner has set about the model hub and the GPU holds here too."""
+
+
+class WorkerProcess:
+    """A context manager; where the block ends early the worker is asked to stop, then made to.
+
+    Args:
+        settings: All of the worker's settings, by their names: what this process's environment and
+            the project's `.env` say of others does not reach it, but for `KEPT`.
+        folder: Folder in which the worker runs.
+        log: File that receives all that the worker writes.
+    """
+
+    def __init__(self, settings: Mapping[str, str], *, folder: Path, log: Path) -> None:
+        self.log = log
+        self._folder = folder
+        self._environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name.upper() not in setting_names(Settings) or name in KEPT
+        } | dict(settings)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> WorkerProcess:
+        self._process = self._start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll() if self._process else None
+
+    def stop(self, seconds: float = 20.0) -> int:
+        """Send SIGTERM and wait; after `seconds`, SIGKILL.
+
+        Returns:
+            The exit code: 0 where it ended as it should.
+        """
+        assert self._process, "the worker was never started"
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        return self._process.wait()
+
+    def last_words(self, lines: int = 5) -> str:
+        """The end of its log."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        output: IO[bytes]
+        with self.log.open("wb") as output:
+            return subprocess.Popen(
+                [sys.executable, str(ROOT / "main.py"), "worker"],
+                cwd=self._folder,  # where no `.env` lies
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the demo, which then stops the worker
+            )

@@ -1,0 +1,41 @@
+"""The S3 server of the sandbox does what S3 does where moto alone does not."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import botocore.exceptions
+import pytest
+
+from sandbox.s3_server import S3Server
+
+
+def test_a_body_is_refused_that_does_not_match_its_sha256(s3_server: S3Server, bucket: str) -> None:
+    with pytest.raises(botocore.exceptions.ClientError, match="BadDigest"):
+        s3_server.client().put_object(
+            Bucket=bucket,
+            Key="a",
+            Body=b"body",
+            ChecksumAlgorithm="SHA256",
+            ChecksumSHA256="AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
+        )
+
+
+def test_a_race_of_conditional_writes_has_one_winner_round_after_round(
+    s3_server: S3Server, bucket: str
+) -> None:
+    client = s3_server.client()
+    gate = threading.Barrier(6)
+
+    def won(key: str) -> bool:
+        gate.wait()
+        try:
+            client.put_object(Bucket=bucket, Key=key, Body=b"x" * 100_000, IfNoneMatch="*")
+            return True
+        except botocore.exceptions.ClientError:
+            return False
+
+    with ThreadPoolExecutor(6) as pool:
+        for number in range(20):
+            assert list(pool.map(won, [f"lease-{number}"] * 6)).count(True) == 1
