@@ -7,6 +7,7 @@ RabbitMQ refuses this worker; 4 this machine cannot train; 130 a local training 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import signal
 import sys
@@ -56,7 +57,10 @@ def worker() -> None:
 
     Settings come from the environment and `.env`; `.env.example` documents each.
     """
-    sys.exit(_guarded(_run_worker))
+    code = _guarded(_run_worker)
+    # A thread that hangs in the network must not hold up the end: everything is settled by now.
+    logging.shutdown()
+    os._exit(code)
 
 
 @app.command()

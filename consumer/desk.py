@@ -49,16 +49,11 @@ def run_worker(
     """
     machine = require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
     _say_hello(settings, machine)
-    s3 = _s3(settings)
+    s3 = open_s3(settings)
     _say_what_s3_promises(s3, settings.state_bucket_name)
-    webhooks = WebhookService(
-        backend_url=settings.backend_api_url,
-        allowed_origins=settings.webhook_allowed_origins,
-        token=settings.internal_api_token.get_secret_value(),
-        signing_secrets=settings.signing_secrets(),
-    )
+    webhooks = open_webhooks(settings)
     records = JobRecords(
-        s3,
+        _s3_for_records(settings),
         settings.state_bucket_name,
         owner=f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}",
         lease_seconds=settings.lease_ttl_seconds,
@@ -126,14 +121,42 @@ def run_worker(
     log.info("worker_stopped")
 
 
-def _s3(settings: Settings) -> S3Service:
+def open_webhooks(settings: Settings) -> WebhookService:
+    """The backend's ear, as the settings say."""
+    return WebhookService(
+        backend_url=settings.backend_api_url,
+        allowed_origins=settings.webhook_allowed_origins,
+        token=settings.internal_api_token.get_secret_value(),
+        signing_secrets=settings.signing_secrets(),
+    )
+
+
+def open_s3(settings: Settings, *, attempts: int = 3, patience: float = 20.0) -> S3Service:
+    """S3, as the settings say.
+
+    Args:
+        settings: Region, address, keys.
+        attempts: How often, in all, a request is made that fails for a passing reason.
+        patience: Seconds to wait for a connection, and for the next bytes.
+
+    Raises:
+        ConfigurationError: No client can be made of them.
+    """
     secret = settings.aws_secret_access_key
     return S3Service(
         region=settings.aws_s3_region_name,
         endpoint_url=settings.aws_endpoint_url_s3,
         access_key_id=settings.aws_access_key_id,
         secret_access_key=secret.get_secret_value() if secret else None,
+        connect_timeout=min(5.0, patience),
+        read_timeout=patience,
+        attempts=attempts,
     )
+
+
+def _s3_for_records(settings: Settings) -> S3Service:
+    """A request for a record must fail, and be made again, well within the lease."""
+    return open_s3(settings, attempts=2, patience=min(10.0, settings.lease_ttl_seconds / 8))
 
 
 def _say_hello(settings: Settings, machine: Machine) -> None:

@@ -247,9 +247,7 @@ class Endings:
         )
 
 
-def parked(
-    task_id: str, original: bytes, *, tries: int, delay: float | None
-) -> Publication:
+def parked(task_id: str, original: bytes, *, tries: int, delay: float | None) -> Publication:
     """An ending on its way through `<queue>.endings`.
 
     Args:

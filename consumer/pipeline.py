@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
-import time
-from collections.abc import Callable, Iterator
+import errno
+from collections.abc import Callable
 from pathlib import Path
 
 from config import Settings
 from consumer import endings, messages
 from consumer.checkpoint_uploads import CheckpointUploads, clear_up, newest_usable_checkpoint
 from consumer.endings import Endings
+from consumer.lease_relay import relayed
 from consumer.machine import require_fit
 from consumer.model_publisher import ModelPublisher
+from consumer.pictures import fetch_pictures
 from consumer.progress_reporter import ProgressReporter, RouteMemory
 from consumer.settlement import Delivery, Publication, Settlement
 from consumer.stop_signal import Shutdown, StopSignal
@@ -28,13 +29,13 @@ from consumer.work_folder import WorkFolder
 from services.job_lease import JobLease
 from services.job_record import Ending, JobRequest
 from services.job_records import Claimed, Ended, HeldElsewhere, JobRecords, OtherBody
-from services.s3_service import PictureRequest, S3Service
+from services.s3_service import S3Service
 from services.webhook_service import WebhookService
-from training.lora_config import Picture, TrainingRun
+from training.lora_config import TrainingRun
 from utils import logger
 from utils.errors import (
+    DiskFull,
     GpuBroken,
-    ImageDownloadFailed,
     InvalidMessage,
     LeaseLost,
     MachineError,
@@ -53,7 +54,6 @@ log = logger.get_logger(__name__)
 
 OWN_COPY = "x-worker-copy"
 """Header of the copies that a worker publishes of a message: it is no new order."""
-_RELAY_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -143,11 +143,12 @@ class Pipeline:
         stop = StopSignal()
         dead: tuple[Publication, ...] = ()
         try:
-            with self._desk.shutdown.covering(stop), _relayed(lease, stop):
+            with self._desk.shutdown.covering(stop), relayed(lease, stop):
                 ending = self._train_and_publish(job, lease, stop)
         except Stopped as stopped:
             return self._give_back(job, lease, stopped)
-        except TrainingServerError as error:
+        except (TrainingServerError, OSError) as raised:
+            error = _of_the_disk(raised) if isinstance(raised, OSError) else raised
             if isinstance(error, MachineError) and self._is_unfit(error):
                 return self._leave_to_another_machine(job, lease, error)
             if is_retryable(error) and not self._is_last_attempt(lease):
@@ -156,7 +157,10 @@ class Pipeline:
         except Exception as error:  # pylint: disable=broad-exception-caught
             # A bug of ours must not cost the artist the ending; the stack trace is in the log.
             log.exception("job_broke")
-            ending, dead = self._failed(job, lease, TrainingFailed(f"internal error: {error!r}"))
+            ours = TrainingFailed(
+                f"internal error ({type(error).__name__}); the worker's log says more"
+            )
+            ending, dead = self._failed(job, lease, ours)
         return self._settle(job, lease, ending, dead)
 
     def _settle(
@@ -202,7 +206,7 @@ class Pipeline:
                 task_id=job.task_id,
                 style_id=job.style_id,
                 claim=lease.claim_number,
-                pictures=self._fetch(job, folder, stop),
+                pictures=fetch_pictures(desk.s3, settings, job, folder / "pictures", stop),
                 parameters=job.hyper_parameters,
                 work_folder=str(folder),
                 resume_from=newest_usable_checkpoint(
@@ -218,6 +222,7 @@ class Pipeline:
                 lambda event: _dispatch(event, reporter, uploads),
                 stop,
                 max_seconds=settings.max_job_seconds,
+                patience=desk.shutdown.seconds_for_saving,
             )
             uploads.settle()
             stop.check()
@@ -228,45 +233,6 @@ class Pipeline:
         # The reporter is closed: no progress follows the ending.
         return endings.complete(job, finished, model_url, sequence=lease.next_sequence())
 
-    def _fetch(self, job: TrainingJob, folder: Path, stop: StopSignal) -> tuple[Picture, ...]:
-        """Download the pictures and decide on each caption: its own, the `.txt` beside it, the
-        tags."""
-        began = time.monotonic()
-        (folder / "pictures").mkdir()
-        fetched = self._desk.s3.fetch_pictures(
-            [
-                PictureRequest(image.source, image.location, caption)
-                for image, caption in zip(job.images, job.captions, strict=True)
-            ],
-            folder / "pictures",
-            max_bytes=self._settings.max_image_bytes,
-            stop=lambda: stop.reason is not None,
-        )
-        stop.check()
-        pictures = tuple(
-            Picture(
-                source=each.source,
-                path=str(each.path) if each.path else None,
-                caption=each.caption if each.caption is not None else ", ".join(job.tags),
-                problem=each.problem,
-            )
-            for each in fetched
-        )
-        missing = [picture for picture in pictures if picture.path is None]
-        log.info(
-            "pictures_fetched",
-            pictures=len(pictures) - len(missing),
-            missing=len(missing),
-            seconds=round(time.monotonic() - began, 3),
-        )
-        if len(pictures) - len(missing) < self._settings.min_images <= len(pictures):
-            raise ImageDownloadFailed(
-                f"only {len(pictures) - len(missing)} of {len(pictures)} pictures could be fetched, "
-                f"and {self._settings.min_images} are needed: "
-                + "; ".join(f"{picture.source}: {picture.problem}" for picture in missing)
-            )
-        return pictures
-
     def _is_last_attempt(self, lease: JobLease) -> bool:
         return lease.record.attempts_with_this >= self._settings.max_attempts
 
@@ -276,7 +242,8 @@ class Pipeline:
         """The message comes back after a while; whoever gets it resumes from the last
         checkpoint."""
         delays = self._settings.retry_delays_seconds
-        delay = delays[min(lease.record.attempts_with_this, len(delays)) - 1]
+        # An attempt that made a checkpoint counts as none, and waits like the first.
+        delay = delays[min(max(1, lease.record.attempts_with_this), len(delays)) - 1]
         log.warning(
             "job_will_be_tried_again",
             code=str(code_of(error)),
@@ -292,7 +259,7 @@ class Pipeline:
     def _failed(
         self, job: TrainingJob, lease: JobLease, error: TrainingServerError
     ) -> tuple[Ending, tuple[Publication, ...]]:
-        attempts = lease.record.attempts_with_this
+        attempts = min(lease.record.attempts_with_this, self._settings.max_attempts)
         log.error("job_failed", code=str(code_of(error)), reason=str(error), attempts=attempts)
         ending = endings.failed(
             job.style_id, job.task_id, error, attempts=attempts, sequence=lease.next_sequence()
@@ -359,31 +326,6 @@ class Pipeline:
             )
 
 
-@contextlib.contextmanager
-def _relayed(lease: JobLease, stop: StopSignal) -> Iterator[None]:
-    """While the block runs, a lost lease or a cancel file asks the job to stop."""
-    done = threading.Event()
-
-    def relay() -> None:
-        if lease.lost.is_set():
-            stop.request(StopReason.LEASE_LOST)
-        if lease.cancelled.is_set():
-            stop.request(StopReason.CANCELLED)
-
-    def watch() -> None:
-        while not done.wait(_RELAY_SECONDS):
-            relay()
-
-    relay()  # what was there before the first claim is obeyed before any work
-    thread = threading.Thread(target=watch, name="relay", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
 def _dispatch(event: Event, reporter: ProgressReporter, uploads: CheckpointUploads) -> None:
     """Hand one event of the trainer to whom it concerns."""
     match event:
@@ -398,7 +340,6 @@ def _dispatch(event: Event, reporter: ProgressReporter, uploads: CheckpointUploa
         case Progress():
             reporter.saw(event)
         case CheckpointSaved():
-            log.info("checkpoint_saved", checkpoint=event.name, epoch=event.epoch, step=event.step)
             uploads.submit(event)
         case _:
             pass  # how the run ended is the caller's to see
@@ -414,6 +355,12 @@ def _uploading(finished: Finished, job: TrainingJob) -> Progress:
         total_steps=finished.step,
         loss=finished.loss,
     )
+
+
+def _of_the_disk(error: OSError) -> MachineError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull()
+    return MachineError(f"the worker's disk cannot be used: {error.strerror}")
 
 
 def _given_up(lease: JobLease) -> TrainingServerError:

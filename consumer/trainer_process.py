@@ -87,6 +87,7 @@ class TrainerProcess:
         stop: StopSignal,
         *,
         max_seconds: float,
+        patience: Callable[[], float] = lambda: _STOP_PATIENCE_SECONDS,
     ) -> Finished:
         """Train.
 
@@ -95,6 +96,7 @@ class TrainerProcess:
             on_event: Sees every event, in order, in this thread.
             stop: Obeyed within one optimizer step.
             max_seconds: Longer than this, and the run is stopped for `TIME_LIMIT`.
+            patience: Seconds that a stop may take from now on; a shutdown leaves few.
 
         Returns:
             The child's `Finished`; its `stopped` says whether training came to its end.
@@ -103,13 +105,16 @@ class TrainerProcess:
             JobError: What the child reports.
             MachineError: What the child reports.
             WorkerCrashed: The child died or hung; the next run gets a fresh one.
+            Stopped, Cancelled, TimeLimit: A stop was asked for, and the child died or hung over it.
         """
         self.start()
         child = self._child
         assert child is not None
         child.send(encode(run))
         stop.subscribe(lambda reason: child.send(encode(Stop(reason))))
-        watch = _Watch(stop, stall_seconds=self._stall_seconds, max_seconds=max_seconds)
+        watch = _Watch(
+            stop, stall_seconds=self._stall_seconds, max_seconds=max_seconds, patience=patience
+        )
         for event in child.events(watch):
             if event.task_id != run.task_id:
                 continue  # the last words of a run that was given up
@@ -121,9 +126,14 @@ class TrainerProcess:
                 if not event.trainer_usable:
                     self._replace(child)
                 raise REPORTABLE.get(event.error, TrainingFailed)(event.message)
+        if stop.reason is StopReason.SHUTDOWN:
+            self.close()
         reason = watch.verdict or child.cause_of_death()
-        self._replace(child)
-        raise WorkerCrashed(reason)
+        if error := stop.error():
+            log.warning("trainer_lost_while_stopping", reason=reason)
+        if stop.reason is not StopReason.SHUTDOWN:
+            self._replace(child)
+        raise error or WorkerCrashed(reason)
 
     def _replace(self, child: _Child) -> None:
         with self._lock:
@@ -140,8 +150,16 @@ class TrainerProcess:
 class _Watch:
     """Judges whether a run is still alive: no verdict, or a sentence why the child has to go."""
 
-    def __init__(self, stop: StopSignal, *, stall_seconds: float, max_seconds: float) -> None:
+    def __init__(
+        self,
+        stop: StopSignal,
+        *,
+        stall_seconds: float,
+        max_seconds: float,
+        patience: Callable[[], float],
+    ) -> None:
         self._stop = stop
+        self._patience = patience
         self._stall_seconds = stall_seconds
         self._deadline = time.monotonic() + max_seconds
         self._stop_seen_at: float | None = None
@@ -174,8 +192,9 @@ class _Watch:
             )
         if self._stop.reason:
             self._stop_seen_at = self._stop_seen_at or now
-            if now - self._stop_seen_at > _STOP_PATIENCE_SECONDS:
-                self.verdict = "the trainer did not obey a stop within a minute and was replaced"
+            waited = now - self._stop_seen_at
+            if waited > _STOP_PATIENCE_SECONDS or self._patience() <= 0:
+                self.verdict = f"the trainer had not obeyed a stop after {waited:.0f} s"
         return self.verdict
 
 
@@ -246,8 +265,8 @@ class _Child:
         if code == -signal.SIGKILL:
             if _out_of_memory_kills() > self._out_of_memory_before:
                 return (
-                    "the trainer was killed because the machine ran out of memory (RAM, not the GPU's): "
-                    "give the container more memory, or lower the batch size"
+                    "the trainer was killed because the machine ran out of memory "
+                    "(RAM, not the GPU's): give the container more memory, or lower the batch size"
                 )
             return (
                 "the trainer was killed (SIGKILL): most often the system's out-of-memory killer, "

@@ -20,6 +20,7 @@ same stop; make their publications; acknowledge or return; close, which gives ba
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -28,8 +29,8 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TypeVar
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
@@ -57,9 +58,12 @@ from utils.logger import get_logger
 
 log = get_logger(__name__)
 
+T = TypeVar("T")
+
 TURN_SECONDS = 0.25
 CONNECT_SECONDS = 10.0
 BLOCKED_SECONDS = 120.0  # a broker out of memory or disk stops reading; then try another
+NO_ROUTE = 312  # AMQP's code for a message that no queue takes
 
 # Rows are tried from the top: pika's class, what its text must say, ours, and a sentence of ours.
 ERRORS: tuple[tuple[type[Exception], str, type[BrokerError], str], ...] = (
@@ -277,24 +281,86 @@ class TrainingConsumer(BrokerLoop):
             with contextlib.suppress(ConnectionWrongStateError):
                 connection.add_callback_threadsafe(_nothing)
 
-    @contextlib.contextmanager
-    def _errors(self, doing: str) -> Iterator[None]:
-        """Every error of pika and of the network leaves as one of ours."""
-        try:
-            yield
-        except Exception as error:
-            for theirs, says, ours, sentence in ERRORS:
-                if isinstance(error, theirs) and re.search(says, repr(error)):
-                    raise ours(f"{self._phrase(sentence, doing)} ({error!r})") from error
-            raise
+    def _errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return translated(self._settings, doing)
 
-    def _phrase(self, sentence: str, doing: str) -> str:
-        return sentence.format(
-            doing=doing,
-            user=self._settings.rabbitmq_user,
-            vhost=self._settings.rabbitmq_vhost,
-            queue=self._settings.training_queue,
-        )
+
+@contextlib.contextmanager
+def translated(settings: Settings, doing: str) -> Iterator[None]:
+    """Inside the block every error of pika and of the network becomes one of ours."""
+    try:
+        yield
+    except Exception as error:
+        for theirs, says, ours, sentence in ERRORS:
+            if isinstance(error, theirs) and re.search(says, repr(error)):
+                told = sentence.format(
+                    doing=doing,
+                    user=settings.rabbitmq_user,
+                    vhost=settings.rabbitmq_vhost,
+                    queue=settings.training_queue,
+                )
+                raise ours(f"{told} ({error!r})") from error
+        raise
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refusal:
+    """What the broker closed a channel over: AMQP's code, and its own words."""
+
+    code: int
+    text: str
+
+
+class BrokerVisit:
+    """A connection of one's own to look around by, for as long as the block runs.
+
+    Args:
+        settings: As for the consumer.
+
+    Attributes:
+        product, version: What the broker says of itself; empty where it does not.
+        heartbeat: Seconds that were agreed on; 0 for none.
+
+    Raises:
+        BrokerError: There is no way in; `BrokerRefused` where waiting cannot help.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        logging.getLogger("pika").setLevel(logging.CRITICAL)
+        self._settings = settings
+        with translated(settings, "connecting"):
+            self._connection = pika.BlockingConnection(connection_parameters(settings))
+        negotiated = self._connection._impl  # pylint: disable=protected-access
+        properties = negotiated.server_properties or {}
+        self.product = str(properties.get("product", ""))
+        self.version = str(properties.get("version", ""))
+        self.heartbeat = int(negotiated.params.heartbeat or 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._connection.is_open:
+            with contextlib.suppress(BrokerError), translated(self._settings, "closing"):
+                self._connection.close()
+
+    def attempt(self, doing: str, act: Callable[[BlockingChannel], T]) -> T | Refusal:
+        """Do something on a channel of its own.
+
+        Returns:
+            What it gave, or the broker's refusal.
+
+        Raises:
+            BrokerError: The connection failed.
+        """
+        with translated(self._settings, doing):
+            try:
+                with self._connection.channel() as channel:
+                    return act(channel)
+            except ChannelClosedByBroker as error:
+                return Refusal(error.reply_code, error.reply_text)
+            except UnroutableError:
+                return Refusal(NO_ROUTE, "no queue has this name")
 
 
 def connection_parameters(settings: Settings) -> list[pika.ConnectionParameters]:

@@ -181,8 +181,8 @@ class Backend:
 
         with self._changed:
             if not self._changed.wait_for(accepted, timeout):
-                heard = [(each.path, each.task_id, each.status) for each in self._requests]
-                raise TimeoutError(f"no ending of {task_id} in {timeout} s; heard {heard}")
+                heard = [(each.path, each.task_id, each.status) for each in self._requests[-10:]]
+                raise TimeoutError(f"no ending of {task_id} in {timeout} s; last heard {heard}")
             return accepted()[0]
 
     def _of(self, paths: Collection[str], task_id: str | None) -> tuple[ReceivedRequest, ...]:

@@ -23,12 +23,12 @@ class BaseModelChoice:
     """What is trained, and how.
 
     Attributes:
-        words: What a person is told about it.
-        settings: The worker's settings that follow, by name.
+        words: What a person is told about it, a line each.
+        settings: What follows for the worker's environment, by name.
         minutes: A job that is not over by then has failed.
     """
 
-    words: str
+    words: tuple[str, ...]
     settings: dict[str, str]
     minutes: float
 
@@ -38,20 +38,24 @@ def choose_base_model(folder: Path) -> BaseModelChoice:
     name = os.environ.get("BASE_MODEL") or DEFAULT
     cuda = torch.cuda.is_available()
     if cuda and _is_at_hand(name):
-        words = f"Stable Diffusion 1.5 itself ({name}), on {torch.cuda.get_device_name(0)}"
+        gpu = torch.cuda.get_device_name(0)
+        words: tuple[str, ...] = (f"base model: Stable Diffusion 1.5 itself ({name}), on {gpu}",)
         # The worker runs in another folder.
         where = str(Path(name).resolve()) if Path(name).is_dir() else name
         return BaseModelChoice(words, {"BASE_MODEL": where}, minutes=60)
     missing = f"the base model {name} is not to be had here" if cuda else "this machine has no CUDA"
     words = (
-        f"a tiny stand-in of Stable Diffusion 1.5's shape, because {missing}: "
-        "its pictures will be noise; everything else is real"
+        f"base model: a tiny stand-in of Stable Diffusion 1.5's shape, because {missing}:",
+        "its pictures will be noise; everything else is real",
     )
     transformers.utils.logging.disable_progress_bar()  # the demo has a bar of its own
     settings = {
         "BASE_MODEL": str(build_stand_in(folder)),
         "RESOLUTION": "64",
         "ALLOW_CPU": "true",
+        # A second thread gains nothing on a model so small, and on a busy machine the two wait for
+        # each other a hundred times as long as they compute.
+        "OMP_NUM_THREADS": "1",
     }
     return BaseModelChoice(words, settings, minutes=10)
 

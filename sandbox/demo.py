@@ -47,6 +47,7 @@ def settings_of_the_worker(
         "INTERNAL_API_TOKEN": token,
         "PROGRESS_INTERVAL_SECONDS": "1",
         "CHECKPOINT_INTERVAL": "10",
+        "MAX_ATTEMPTS": "1",  # whoever looks on wants to know at once
         "HTTP_PORT": "0",
         "WORK_DIR": str(folder / "work"),
     }
@@ -62,7 +63,8 @@ def play(screen: Screen, output: Path) -> dict[str, str]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="training-demo-")))
         choice = choose_base_model(folder / "base-model")
-        screen.say(f"base model: {choice.words}")
+        for words in choice.words:
+            screen.say(words)
         s3 = stack.enter_context(S3Server())
         for bucket in (MEDIA, MODELS, STATE):
             s3.create_bucket(bucket)
@@ -121,7 +123,7 @@ def main() -> int:
             screen.console.print("Stopped; everything that was started has ended.")
             return 130
         except (DemoFailed, RuntimeError, OSError) as error:
-            screen.fail(str(error), str(output / "worker.log"))
+            screen.fail(str(error), output / "worker.log")
             return 1
 
 

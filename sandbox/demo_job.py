@@ -186,11 +186,11 @@ class DemoJob:
                     continue
                 self._seen.add(key)
                 if bucket == MODELS:
-                    size = entry["Size"] / 1024
-                    self._screen.say(f"model file on S3: s3://{bucket}/{key} ({size:.0f} kB)")
+                    size = max(1, round(entry["Size"] / 1024))
+                    self._screen.say(f"model file on S3: s3://{bucket}/{key} ({size} kB)")
                 elif key.endswith("/manifest.json"):  # written last: the checkpoint is whole
-                    folder = key.rsplit("/", 1)[0]
-                    self._screen.say(f"checkpoint on S3: s3://{bucket}/{folder}")
+                    name = key.split("/")[-2]
+                    self._screen.say(f"checkpoint {name} is on S3, in s3://{bucket}")
 
     def _fetch_model(self) -> dict[str, Any]:
         self._look_at_s3()

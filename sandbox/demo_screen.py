@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -85,7 +86,8 @@ class Screen:
         for name, text in rows.items():
             self.console.print(f"[bold]{name:14}[/]{escape(text)}")
 
-    def fail(self, reason: str, log: str) -> None:
+    def fail(self, reason: str, log: Path) -> None:
         """Why it did not work, and where to read more."""
         self.console.print(f"\n[bold red]The demo failed:[/] {escape(reason)}")
-        self.console.print(f"The worker's log: {log}")
+        if log.exists():
+            self.console.print(f"The worker's log: {log}")

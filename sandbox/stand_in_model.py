@@ -25,8 +25,7 @@ COMPLETE = "stand-in.json"
 LAYOUT = 1
 """To be raised with every change of what is written below."""
 
-# Written by hand, as SD1.5's is spelt: saving a pipeline object would need all of diffusers'
-# pipelines.
+# By hand, as SD1.5's is spelt: a pipeline object would load all of diffusers' pipelines.
 _MODEL_INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
@@ -42,8 +41,7 @@ _MODEL_INDEX: dict[str, Any] = {
 
 
 def build_stand_in(folder: Path, *, seed: int = 0) -> Path:
-    """Write the stand-in as a complete diffusers folder, loadable by
-    `StableDiffusionPipeline.from_pretrained`.
+    """Write the stand-in as a folder for `StableDiffusionPipeline.from_pretrained`.
 
     Does nothing where a stand-in of the same seed is complete already. The global random state is
     left alone.
@@ -101,8 +99,7 @@ def _tokenizer() -> Any:
     """CLIP's rules over single characters: every byte, alone and at a word's end, and no merges."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    # Byte-level BPE writes each unprintable byte as a printable character from 256 on (Radford et
-    # al., 2019).
+    # Byte-level BPE (Radford et al., 2019) spells unprintable bytes with characters from 256 on.
     characters = [chr(b) for b in printable] + [chr(256 + n) for n, _ in enumerate(others)]
     tokens = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
@@ -113,6 +110,7 @@ def _tokenizer() -> Any:
 
 
 def _text_encoder(tokenizer: Any) -> Any:
+    # pylint: disable=unexpected-keyword-arg  # it does not see through the decorator
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -55,6 +55,12 @@ class WorkerProcess:
         """None while it runs."""
         return self._process.poll() if self._process else None
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process, "the worker was never started"
+        return self._process.pid
+
     def stop(self, seconds: float = 20.0) -> int:
         """Send SIGTERM and wait; after `seconds`, SIGKILL.
 
@@ -77,7 +83,7 @@ class WorkerProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         output: IO[bytes]
-        with self.log.open("wb") as output:
+        with self.log.open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, str(ROOT / "main.py"), "worker"],
                 cwd=self._folder,  # where no `.env` lies

@@ -46,14 +46,19 @@ class ConditionalSupport:
         )
 
 
-def probe(s3: S3Service, bucket: str) -> ConditionalSupport:
+def probe(s3: S3Service, bucket: str, prefix: str = "jobs/") -> ConditionalSupport:
     """Try the conditions on an object of the probe's own, and remove it.
+
+    Args:
+        s3: The storage.
+        bucket: Where.
+        prefix: Under which the worker may write there.
 
     Raises:
         StorageError: The bucket cannot be read and written at all.
     """
     # No task id begins with a dot, and the sweep looks at `.json` alone.
-    location = S3Location(bucket, f"jobs/.probe-{uuid.uuid4()}")
+    location = S3Location(bucket, f"{prefix}.probe-{uuid.uuid4()}")
     first = s3.create(location, b"first")
     try:
         create = _is_refused(lambda: s3.create(location, b"second"))

@@ -8,6 +8,7 @@ nothing more is written under this claim.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -124,18 +125,13 @@ class Lease(Generic[R]):
         Raises:
             LeaseLost: Somebody else has it, or the time is over.
         """
-        patience = self.remaining if within is None else min(within, self.remaining)
-        deadline = time.monotonic() + patience
-        # A renewal may hang in the network with the lock in hand: wait no longer than the lease.
-        # pylint: disable-next=consider-using-with
-        if not self._writing.acquire(timeout=max(0.0, patience)):
-            self._lose("An earlier write has not come back in time.")
-            self.check()
+        deadline = math.inf if within is None else time.monotonic() + within
+        self._wait_for_turn(deadline)
         try:
             self.check()
             changed = change(self._record)
             if changed is not self._record:
-                self._write(stamped(changed), None if within is None else deadline)
+                self._write(stamped(changed), deadline)
             return self._record
         finally:
             self._writing.release()
@@ -151,7 +147,18 @@ class Lease(Generic[R]):
     def after_renewal(self) -> None:
         """Called in the renewing thread after each renewal; for subclasses."""
 
-    def _write(self, record: R, deadline: float | None) -> None:
+    def _wait_for_turn(self, deadline: float) -> None:
+        # The write in hand may hang in the network, so it is waited for while the hold is certain,
+        # and no longer; while others write, that is prolonged.
+        # pylint: disable-next=consider-using-with
+        while not self._writing.acquire(
+            timeout=max(0.0, min(self.remaining, deadline - time.monotonic()))
+        ):
+            if time.monotonic() >= deadline:
+                self._lose("An earlier write has not come back in the time that was left.")
+            self.check()
+
+    def _write(self, record: R, deadline: float) -> None:
         pause = min(_LONGEST_PAUSE_SECONDS, record.hold.lease_seconds / 20)
         while True:
             began_at = time.monotonic()
@@ -169,9 +176,8 @@ class Lease(Generic[R]):
                 )
                 if self._stopping.is_set():
                     raise LeaseLost("The lease was closed before S3 took the record.") from error
-                left = pause if deadline is None else min(pause, deadline - time.monotonic())
-                self.lost.wait(max(0.0, left))
-                if deadline is not None and time.monotonic() >= deadline:
+                self.lost.wait(max(0.0, min(pause, deadline - time.monotonic())))
+                if time.monotonic() >= deadline:
                     self._lose("S3 did not take the record in the time that was left.")
                 self.check()
                 continue

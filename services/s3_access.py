@@ -73,3 +73,13 @@ def server_date_of(answer: Mapping[str, Any], what: str) -> datetime:
         return parsedate_to_datetime(text)
     except ValueError as error:
         raise StorageError(f"{what}: S3's answer has no date that can be read") from error
+
+
+def check_page(page: Mapping[str, Any], what: str) -> None:
+    """A page of a listing says whether more follow.
+
+    Raises:
+        StorageError: It does not, so that it cannot be told from an empty folder.
+    """
+    if "IsTruncated" not in page:
+        raise StorageError(f"{what}: the answer is no listing, so it is not S3's; {_CHECK}")

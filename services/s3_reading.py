@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from services import picture_download, s3_folders
-from services.s3_access import S3Access, etag_of, last_modified_of, server_date_of
+from services.s3_access import (
+    S3Access,
+    check_page,
+    etag_of,
+    last_modified_of,
+    server_date_of,
+)
 from services.s3_body import copy_body
 from services.s3_errors import Transient
 from services.s3_types import FetchedPicture, ObjectInfo, PictureRequest, S3Location, StoredObject
@@ -205,6 +211,7 @@ class S3Reading(S3Access):
         while True:
             with self._translated(what):
                 page = self._client.list_objects_v2(Bucket=bucket, Prefix=prefix, **more)
+            check_page(page, what)
             for item in page.get("Contents", ()):
                 yield ObjectInfo(
                     key=item.get("Key", ""),

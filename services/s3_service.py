@@ -73,7 +73,6 @@ FOREIGN: tuple[tuple[tuple[type[Exception], ...], type[StorageError], str], ...]
         Transient,
         "S3 could not be reached, or the connection broke",
     ),
-    ((ResponseParserError,), Transient, "the answer is not S3's; check AWS_ENDPOINT_URL_S3"),
     ((UnicodeError,), ObjectNotFound, "no object can have this key"),
     (
         # botocore follows a redirect of its own look-up of the region by another look-up.
@@ -82,6 +81,12 @@ FOREIGN: tuple[tuple[tuple[type[Exception], ...], type[StorageError], str], ...]
         "the store only redirects; check AWS_ENDPOINT_URL_S3 and AWS_S3_REGION_NAME",
     ),
     ((botocore_errors.BotoCoreError, Boto3Error), StorageError, "S3 could not be used"),
+    # The parser's own, and what it raises for a number or a date that is none.
+    (
+        (ResponseParserError, ValueError),
+        Transient,
+        "the answer is not S3's; check AWS_ENDPOINT_URL_S3",
+    ),
 )
 _CAUGHT: tuple[type[Exception], ...] = (
     botocore_errors.ClientError,

@@ -150,6 +150,18 @@ class WebhookService:
             )
         return answer
 
+    def knock(self, origin: str) -> tuple[Reply, str]:
+        """Send an empty progress report, which a backend refuses: it learns nothing by it.
+
+        Args:
+            origin: From `origin_for`.
+
+        Returns:
+            What came back; and the same in words, without secrets.
+        """
+        reply = self._exchange("PATCH", origin, "progress", f"msg_{uuid.uuid4().hex}", {})
+        return reply, self._detail(reply)
+
     def send_ending(self, origin: str, ending: Ending) -> EndingAnswer:
         """Deliver an ending: one attempt, which never raises for network or backend."""
         reply = self._exchange("POST", origin, ending.kind, ending.webhook_id, ending.body)

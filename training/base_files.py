@@ -17,46 +17,50 @@ PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
 
 def locate(options: TrainerOptions) -> tuple[Path, str]:
-    """The model's local folder, downloaded where it must be, and the name by which it is spoken
-    of."""
+    """The model's local folder, downloaded where it must be, and its name in messages.
+
+    Raises:
+        BaseModelUnavailable: There is no such model on this machine or on the hub.
+    """
     wanted = options.base_model
     path = Path(wanted).expanduser()
     if path.is_dir():
         name = path.resolve().name
         if missing := [part for part in PARTS if not (path / part).is_dir()]:
             raise BaseModelUnavailable(
-                f"The folder of the base model {name} lacks {', '.join(missing)}; BASE_MODEL must "
-                "name a whole "
-                "diffusers folder of Stable Diffusion 1.5, or its name on the Hugging Face hub."
+                f"The folder of the base model {name} lacks {', '.join(missing)}; BASE_MODEL "
+                "must name a whole diffusers folder of Stable Diffusion 1.5, or a model on the "
+                "Hugging Face hub."
             )
         return path.resolve(), name
     if path.is_absolute() or wanted.startswith((".", "~")) or wanted.count("/") != 1:
         raise BaseModelUnavailable(
             f"The base model {path.name} does not exist: BASE_MODEL must name a diffusers folder, "
-            "or a model "
-            "on the Hugging Face hub such as stable-diffusion-v1-5/stable-diffusion-v1-5."
+            "or a model on the Hugging Face hub, as stable-diffusion-v1-5/stable-diffusion-v1-5."
         )
     try:
         folder = DiffusionPipeline.download(
             wanted,
             revision=options.base_model_revision,
             use_safetensors=True,
-            safety_checker=None,  # passed, so left out of the download: a gigabyte that training never reads
+            safety_checker=None,  # what is passed is not downloaded: a gigabyte never read
             feature_extractor=None,
         )
     except Exception as error:
         raise BaseModelUnavailable(
             f"The base model {wanted} is not on this machine and could not be downloaded "
             f"({type(error).__name__}). Check the network, BASE_MODEL and HF_TOKEN, or put a "
-            "diffusers folder "
-            "on the disk and name it in BASE_MODEL."
+            "diffusers folder on the disk and name it in BASE_MODEL."
         ) from error
     return Path(folder), wanted
 
 
 def load_part(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:
-    """One frozen part; both libraries fill weights that a file lacks with random numbers, so that
-    is asked for."""
+    """One frozen part of the model.
+
+    Raises:
+        ValueError: A weight is missing. (Both libraries would fill it with random numbers.)
+    """
     word = "dtype" if kind is CLIPTextModel else "torch_dtype"
     model, loaded = kind.from_pretrained(
         folder / part, use_safetensors=True, output_loading_info=True, **{word: dtype}
@@ -67,6 +71,7 @@ def load_part(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:
 
 
 def hash_of_weights(folder: Path) -> str:
+    """SHA-256 over a part's weight files, in the order of their names, in hexadecimal."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
         if ".non_ema" in path.name or ".fp16" in path.name:

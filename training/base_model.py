@@ -1,5 +1,4 @@
-"""Stable Diffusion 1.5, loaded once and kept: encodes pictures and prompts, and lends its UNet to
-one LoRA at a time."""
+"""Stable Diffusion 1.5, loaded once and kept; its UNet is lent to one LoRA at a time."""
 
 from __future__ import annotations
 
@@ -96,10 +95,9 @@ class BaseModel:
             if known := gpu_error(error):
                 raise known from error
             raise BaseModelUnavailable(
-                f"The base model {name} is incomplete or damaged ({first_line(error, folder)}). It "
-                "must be "
-                "a whole diffusers folder of Stable Diffusion 1.5 with safetensors weights; "
-                "download it anew."
+                f"The base model {name} is incomplete or damaged ({first_line(error, folder)}). "
+                "It must be a whole diffusers folder of Stable Diffusion 1.5 with safetensors "
+                "weights; download it anew."
             ) from error
         base.warnings = warnings
         log.info(
@@ -171,12 +169,11 @@ class BaseModel:
             weight.data = weight.data.to(torch.float32)
         self.unet.train()  # the LoRA's dropout and gradient checkpointing act in this mode only
         if self._wants_checkpointing():
-            self.unet.enable_gradient_checkpointing()  # diffusers' default is the non-reentrant kind
+            self.unet.enable_gradient_checkpointing()  # the non-reentrant kind, by default
         return trainable
 
     def detach(self) -> None:
-        """Take the LoRA off and prove that the base is what it was; harmless where none is
-        attached.
+        """Take the LoRA off, if one is on, and prove that the base is what it was.
 
         Raises:
             TrainingFailed: The base's weights or their names are no longer those that were loaded.
@@ -197,8 +194,7 @@ class BaseModel:
         self._look_for_leaks()
 
     def offload_encoders(self) -> None:
-        """Make room on the GPU: while the UNet trains from caches, VAE and text encoder wait on the
-        CPU."""
+        """Make room on the GPU: VAE and text encoder wait on the CPU while the UNet trains."""
         if self.device.type == "cuda":
             self.vae.to("cpu")
             self.text_encoder.to("cpu")
@@ -220,8 +216,7 @@ class BaseModel:
         return self._checkpointing == "true"
 
     def _fingerprint(self) -> Fingerprint:
-        """Two checksums over the bits of every tensor, computed on the device: milliseconds for a
-        gigabyte."""
+        """Checksums of the bits of every tensor, computed where it lies: some milliseconds."""
         return {
             f"{part}.{name}": sums
             for part in ("unet", "vae", "text_encoder")
@@ -232,9 +227,9 @@ class BaseModel:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def _look_for_leaks(self) -> None:
-        gc.collect()
         if self.device.type != "cuda":
             return
+        gc.collect()
         torch.cuda.empty_cache()
         extra = self._allocated_bytes() - self._fresh_bytes
         if extra > DRIFT_BYTES:

@@ -1,5 +1,4 @@
-"""The trainer process's work: one run after another on a warm base model; whatever goes wrong
-becomes a fact."""
+"""The trainer process's work: run after run on a warm base; what goes wrong becomes a fact."""
 
 from __future__ import annotations
 
@@ -78,8 +77,7 @@ class Child:
             self._tell(ending)
 
     def _do(self, run: TrainingRun) -> Finished | Failed:
-        """One run, whose end is always told, and after which the base model is always bare
-        again."""
+        """One run: it always has an ending, and leaves the base model bare."""
         began = time.monotonic()
         ending: Finished | Failed
         try:
@@ -88,9 +86,8 @@ class Child:
             ending = Finished(
                 run.task_id, "", (), 0, 0, None, time.monotonic() - began, stopped=stop.reason
             )
-        except (
-            Exception
-        ) as error:  # pylint: disable=broad-exception-caught  # told to the desk, by name
+        except Exception as error:  # pylint: disable=broad-exception-caught
+            # Not swallowed: the desk is told, by name.
             log.error("run_failed", extra={"task_id": run.task_id}, exc_info=error)
             ending = failed(run, error)
         return self._laid_bare(run, ending)
@@ -152,15 +149,13 @@ class Child:
         return _Output(str(folder), files, report.summary(content))
 
     def _laid_bare(self, run: TrainingRun, ending: Finished | Failed) -> Finished | Failed:
-        """Take the LoRA off. A base that is not what it was makes this process useless for the next
-        run."""
+        """Take the LoRA off; a base that is not what it was then makes this process unusable."""
         if self._base is None:
             return ending
         try:
             self._base.detach()
-        except (
-            Exception
-        ) as error:  # pylint: disable=broad-exception-caught  # told to the desk, by name
+        except Exception as error:  # pylint: disable=broad-exception-caught
+            # Not swallowed: the desk is told, by name.
             log.error("detach_failed", extra={"task_id": run.task_id}, exc_info=error)
             if isinstance(ending, Finished):
                 ending = failed(run, error)
@@ -186,8 +181,7 @@ class Child:
 
 
 def failed(run: TrainingRun, error: BaseException) -> Failed:
-    """An exception as a fact: one of the reportable names, and a sentence without places on this
-    disk."""
+    """An exception as a fact: a reportable name, and a sentence without places on this disk."""
     known = _known(error)
     name = next(
         (cls.__name__ for cls in type(known).__mro__ if REPORTABLE.get(cls.__name__) is cls),
@@ -212,16 +206,14 @@ def _known(error: BaseException) -> TrainingServerError:
 
 
 def _without_paths(message: str) -> str:
-    """A message for the backend: of every absolute path only the last part stays, addresses are
-    left alone."""
+    """The message with only the last part of every absolute path; addresses stay."""
     return re.sub(r"(?<![\w:/.])/(?:[^\s/'\"]+/)+([^\s/'\"]*)", r"\1", message)
 
 
 def _with_previews(
     run: TrainingRun, base: BaseModel, data: Dataset, result: TrainingResult, folder: Path
 ) -> TrainingResult:
-    """Paint samples and plot the loss. Hours of training do not fail because a picture of them
-    cannot be made."""
+    """Paint samples and plot the loss; training does not fail for want of a picture of it."""
     prompts = [example.caption for example in data.usable if example.caption]
     try:
         preview.write_samples(

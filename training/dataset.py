@@ -1,5 +1,4 @@
-"""Picture files to vetted, captioned, cached latents: each picture and each caption goes through
-its encoder once."""
+"""Picture files to vetted, captioned latents: everything is encoded once, and cached."""
 
 from __future__ import annotations
 
@@ -62,8 +61,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Latents:
-    """A picture's latent distribution: mean and standard deviation, each [4, h/8, w/8] float32,
-    scaling applied."""
+    """A latent distribution: mean and standard deviation, [4, h/8, w/8] float32, scaled."""
 
     mean: Tensor
     std: Tensor
@@ -97,8 +95,7 @@ class Dataset:
         )
 
     def batch(self, chosen: Sequence[int]) -> tuple[Latents, Tensor]:
-        """The latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of some usable
-        pictures."""
+        """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of n pictures."""
         examples = [self.usable[index] for index in chosen]
         latents = [self.latents[example.identity] for example in examples]
         return (
@@ -144,8 +141,8 @@ def prepare(
     warnings = []
     if len(usable) < FEW_PICTURES:
         warnings.append(
-            f"Only {len(usable)} pictures are trained on; {FEW_PICTURES} to 30 give a style that "
-            "holds."
+            f"Only {len(usable)} pictures are trained on; a style holds better with "
+            f"{FEW_PICTURES} to 30."
         )
     captions = list(dict.fromkeys(["", *(example.caption for example in usable)]))
     embeddings = {caption: base.encode_prompts([caption])[0] for caption in captions}

@@ -34,8 +34,8 @@ def choose_device(options: TrainerOptions) -> tuple[torch.device, torch.dtype, t
     if not options.allow_cpu:
         raise GpuBroken(
             "No CUDA GPU can be used on this machine. Check the driver with nvidia-smi (in a "
-            "container, start "
-            "it with --gpus all), or set ALLOW_CPU=true to train on the CPU, which is very slow."
+            "container, start it with --gpus all), or set ALLOW_CPU=true to train on the CPU, "
+            "which is very slow."
         )
     sentence = "There is no CUDA GPU: training runs on the CPU in fp32, which is slow."
     log.warning("training_on_cpu", extra={"reason": sentence})
@@ -43,8 +43,7 @@ def choose_device(options: TrainerOptions) -> tuple[torch.device, torch.dtype, t
 
 
 def gpu_error(error: BaseException) -> TrainingServerError | None:
-    """What an exception of torch says about the device: `GpuOutOfMemory`, `GpuBroken`, or None for
-    any other."""
+    """What an exception says of the device: `GpuOutOfMemory`, `GpuBroken`, or None: nothing."""
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError)
@@ -52,8 +51,7 @@ def gpu_error(error: BaseException) -> TrainingServerError | None:
     ):
         return GpuOutOfMemory(
             "There is not enough memory for this training; lower batch_size or resolution, or turn "
-            "gradient "
-            "checkpointing on."
+            "gradient checkpointing on."
         )
     signs = (
         "CUDA error",
@@ -88,8 +86,7 @@ def one_run_accelerator(device: torch.device, dtype: torch.dtype) -> Iterator[Ac
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest GPU memory since the last reset, by torch's allocator; without CUDA the process's
-    largest resident size."""
+    """The GPU's peak by torch's allocator; without CUDA the process's largest resident size."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -19,8 +19,7 @@ DESK_SENT_NONSENSE = 3
 
 
 class Inbox:
-    """Reads the pipe in a thread of its own, so that a stop arrives and an end is seen in
-    mid-training.
+    """Reads the pipe in a thread of its own: a stop, and the end, are seen in mid-training.
 
     A stop is for the run in hand; if none is, for the run that waits; if none waits either, it came
     too late and is forgotten. So it can never end a run that the desk sends after it.
@@ -49,8 +48,7 @@ class Inbox:
         return in_hand.stop if in_hand else None
 
     def lay_down(self) -> None:
-        """The run in hand is over: a stop that comes now is too late. To be called before its end
-        is told."""
+        """The run in hand is over, and a stop too late; to be called before its end is told."""
         with self._changed:
             self._in_hand = None
 
@@ -76,7 +74,7 @@ class Inbox:
             os._exit(DESK_SENT_NONSENSE)
         except OSError as error:
             log.critical("pipe_broken", extra={"reason": str(error)})
-        os._exit(DESK_GONE)
+        return
 
 
 class _Pending:

@@ -1,5 +1,4 @@
-"""What changes while the loop runs, how it begins, and how it goes into a checkpoint and back:
-nothing is left out."""
+"""What changes while the loop runs: how it begins, goes into a checkpoint, and comes back."""
 
 from __future__ import annotations
 
@@ -134,3 +133,31 @@ def restore(state: LoopState, saved: Checkpoint, accelerator: Accelerator) -> No
     state.updates = saved.state.updates
     state.skipped_in_a_row = saved.state.skipped_in_a_row
     state.losses = list(saved.state.losses)
+
+
+def assert_moved(state: LoopState, base: BaseModel, parameters: HyperParameters) -> None:
+    """Wrong gradient checkpointing, or a cut graph, leaves `lora_B` at its initial zero.
+
+    Raises:
+        TrainingFailed: A part of the LoRA that can learn has not moved.
+    """
+    side = parameters.resolution // 8 // 2 ** (len(base.unet.config.block_out_channels) - 1)
+    names = [name for name in state.lora if ".lora_B." in name and not _idle(name, side)]
+    moved = torch.stack([state.lora[name].detach().any() for name in names]).tolist()
+    still = [name for name, has_moved in zip(names, moved, strict=True) if not has_moved]
+    if still:
+        raise TrainingFailed(
+            f"{len(still)} of {len(names)} parts of the LoRA have learnt nothing in "
+            f"{state.updates} updates, {still[0]} among them."
+        )
+
+
+def _idle(name: str, side: int) -> bool:
+    """Whether a part cannot learn: self-attention over one position has nothing to choose.
+
+    Args:
+        name: A weight of the LoRA.
+        side: Side of the innermost feature map; 1 in SD1.5 at 64 pixels.
+    """
+    middle = name.startswith("mid_block.") and ".attn1." in name
+    return side <= 1 and middle and (".to_q." in name or ".to_k." in name)

@@ -1,5 +1,4 @@
-"""A folder is complete or it does not exist: every file's size and SHA-256 in `manifest.json`, then
-one rename.
+"""Folders that are complete or absent: files, a manifest with their hashes, then one rename.
 
 Needs no torch, so that whoever moves checkpoints about can verify them.
 """

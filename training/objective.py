@@ -1,5 +1,4 @@
-"""What the UNet is asked: to tell the noise (or the velocity) in a noisy latent (arXiv:2006.11239,
-arXiv:2202.00512)."""
+"""What the UNet learns: the noise (arXiv:2006.11239) or velocity (arXiv:2202.00512) in a latent."""
 
 from __future__ import annotations
 
@@ -40,15 +39,13 @@ def min_snr_weights(scheduler: Any, gamma: float) -> Tensor:
     snr = kept / (1.0 - kept)
     if predicts == "v_prediction":
         return snr.clamp(max=gamma) / (snr + 1.0)
-    # min(snr, gamma) / snr, written so that a timestep of pure noise (SNR 0) gets its limit, 1, and
-    # no NaN.
+    # min(snr, gamma) / snr, written so that pure noise (SNR 0) gets its limit, 1, and no NaN.
     return (gamma / snr).clamp(max=1.0)
 
 
 def denoising_losses(
     base: BaseModel,
-    latents: Latents,
-    text: Tensor,
+    batch: tuple[Latents, Tensor],
     *,
     empty_text: Tensor,
     caption_dropout: float,
@@ -60,8 +57,7 @@ def denoising_losses(
 
     Args:
         base: The base model with the LoRA on.
-        latents: Latent distributions, [n, 4, h, w].
-        text: Embeddings, [n, 77, d].
+        batch: Latent distributions, [n, 4, h, w], and embeddings, [n, 77, d].
         empty_text: Embedding of the empty prompt, [77, d].
         caption_dropout: Part of the pictures that get the empty prompt (arXiv:2207.12598).
         weights: Loss weight of every timestep.
@@ -72,15 +68,13 @@ def denoising_losses(
         Each picture's mean squared error, [n] float32: bare and without gradient; and weighted,
         with its gradient.
     """
-    device, count = base.device, len(text)
+    latents, text = batch
+    draw: dict[str, Any] = {"generator": generator, "device": base.device}
     # A fresh sample of the posterior each time, as if the VAE had encoded the picture again.
-    sample = torch.randn(latents.mean.shape, generator=generator, device=device)
-    clean = latents.mean + latents.std * sample
-    noise = torch.randn(clean.shape, generator=generator, device=device)
-    steps = torch.randint(
-        base.scheduler.config.num_train_timesteps, (count,), generator=generator, device=device
-    )
-    without = torch.rand(count, generator=generator, device=device) < caption_dropout
+    clean = latents.mean + latents.std * torch.randn(latents.mean.shape, **draw)
+    noise = torch.randn(clean.shape, **draw)
+    steps = torch.randint(base.scheduler.config.num_train_timesteps, (len(text),), **draw)
+    without = torch.rand(len(text), **draw) < caption_dropout
     text = torch.where(without[:, None, None], empty_text, text)
     noisy = base.scheduler.add_noise(clean, noise, steps)
     with autocast:

@@ -1,5 +1,4 @@
-"""What a run will do at each of its steps: which pictures, at which learning rate. A pure function
-of step and seed."""
+"""What a run does at each step, which pictures at which rate: a function of step and seed."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from training.lora_config import HyperParameters
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run's steps, numbered from 0 over the whole job, so that a resumed run follows the same
-    plan.
+    """A run's steps, numbered from 0 over the whole job: a resumed run follows the same plan.
 
     Attributes:
         pictures: Usable pictures, n.
@@ -48,8 +46,7 @@ class Plan:
         return [chosen[i : i + size] for i in range(0, len(chosen), size)]
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then the chosen shape down towards 0 (or constant), over the whole job's
-        length."""
+        """Linear warm-up, then the chosen shape, over the whole job's length."""
         peak, total = self.parameters.learning_rate, self.total_steps
         warmup = int(total * self.parameters.warmup_ratio)
         if step < warmup:

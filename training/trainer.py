@@ -1,5 +1,4 @@
-"""The training loop: a LoRA on the frozen UNet of Stable Diffusion 1.5, resumable at any step to
-the same bits."""
+"""The training loop: a LoRA on SD1.5's frozen UNet, resumable at any step to the same bits."""
 
 from __future__ import annotations
 
@@ -23,14 +22,13 @@ from training.loop_state import LoopState
 from training.lora_config import HyperParameters, TrainingRun
 from training.objective import denoising_losses, min_snr_weights
 from training.plan import Plan
-from utils.errors import StopReason, TrainingDiverged, TrainingFailed
+from utils.errors import StopReason, TrainingDiverged
 from utils.events import CheckpointSaved, Event, Progress, Stage, Started
 
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
-"""fp16's loss scale starts at 65,536 and needs a few halvings; more steps without an update than
-this are a fault."""
+"""fp16's loss scale starts at 65,536 and needs a few halvings; more of them are a fault."""
 UPDATES_BEFORE_CHECK = 3
 """After this many updates every `lora_B` must have left zero."""
 USUAL_STEPS = 4000
@@ -103,8 +101,7 @@ class LoRATrainer:
         self._clock = Clock()
 
     def train(self) -> TrainingResult:
-        """Train to the last epoch, or until a stop is asked for; then the run is saved where it
-        stands.
+        """Train to the last epoch, or to a stop; then the run is saved where it stands.
 
         Raises:
             TrainingDiverged: The loss or the gradients stopped being finite.
@@ -136,32 +133,12 @@ class LoRATrainer:
 
     def _loop(self, state: LoopState, accelerator: Accelerator) -> StopReason | None:
         """Step to the plan's end, or to a stop, whose reason is returned."""
-        plan, parameters = self._plan, self._parameters
-        weights = list(state.lora.values())  # a list: clipping reads it at every step
+        plan = self._plan
         while state.step < plan.total_steps:
             if reason := self._should_stop():
                 self._save(state, accelerator)
                 return reason
-            batches = plan.batches(state.step)
-            pictures = sum(map(len, batches))
-            for batch in batches:
-                latents, text = self._dataset.batch(batch)
-                losses, weighted = denoising_losses(
-                    self._base,
-                    latents,
-                    text,
-                    empty_text=self._dataset.embeddings[""],
-                    caption_dropout=parameters.caption_dropout,
-                    weights=self._loss_weights,
-                    generator=state.noise,
-                    autocast=accelerator.autocast(),
-                )
-                # Every picture of a step counts alike, also where the last batch is smaller.
-                accelerator.backward(weighted.sum() / pictures)
-                finite = torch.isfinite(losses)
-                state.loss_sum += torch.where(finite, losses, 0.0).sum()
-                state.loss_count += finite.sum()
-            norm = accelerator.clip_grad_norm_(weights, parameters.max_grad_norm)
+            norm = self._backward(state, accelerator)
             state.optimizer.param_groups[0]["lr"] = plan.learning_rate(state.step)
             self._update(state, norm, accelerator)
             state.step += 1
@@ -170,12 +147,34 @@ class LoRATrainer:
                 self._end_epoch(state, accelerator)
             self._report_progress(state)
         if state.updates < UPDATES_BEFORE_CHECK:
-            self._assert_moved(state)
+            loop_state.assert_moved(state, self._base, self._parameters)
         return None
 
+    def _backward(self, state: LoopState, accelerator: Accelerator) -> Tensor:
+        """Gradients of one optimizer step, clipped; returns their norm before that."""
+        batches = self._plan.batches(state.step)
+        pictures = sum(map(len, batches))
+        for batch in batches:
+            losses, weighted = denoising_losses(
+                self._base,
+                self._dataset.batch(batch),
+                empty_text=self._dataset.embeddings[""],
+                caption_dropout=self._parameters.caption_dropout,
+                weights=self._loss_weights,
+                generator=state.noise,
+                autocast=accelerator.autocast(),
+            )
+            # Every picture of a step counts alike, also where the last batch is smaller.
+            accelerator.backward(weighted.sum() / pictures)
+            finite = torch.isfinite(losses)
+            state.loss_sum += torch.where(finite, losses, 0.0).sum()
+            state.loss_count += finite.sum()
+        weights = list(state.lora.values())  # an iterator would be empty where it is needed
+        norm: Tensor = accelerator.clip_grad_norm_(weights, self._parameters.max_grad_norm)
+        return norm
+
     def _update(self, state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
-        """Apply the gradients, unless they are not finite: then the step is skipped, and
-        counted."""
+        """Apply the gradients; if they are not finite, skip the step and count it."""
         # With fp16 the scaler looks at the gradients itself; without it the norm tells.
         applied = accelerator.scaler is not None or bool(torch.isfinite(norm))
         if applied:
@@ -186,15 +185,14 @@ class LoRATrainer:
             state.updates += 1
             state.skipped_in_a_row = 0
             if state.updates == UPDATES_BEFORE_CHECK:
-                self._assert_moved(state)
+                loop_state.assert_moved(state, self._base, self._parameters)
             return
         state.skipped_in_a_row += 1
         log.warning("step_skipped", extra={"step": state.step + 1, "gradient_norm": float(norm)})
         if state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(
                 f"Training diverged at step {state.step + 1}: {state.skipped_in_a_row} steps in a "
-                "row had "
-                "no finite gradient. Lower learning_rate."
+                "row had no finite gradient. Lower learning_rate."
             )
 
     def _end_epoch(self, state: LoopState, accelerator: Accelerator) -> None:
@@ -211,27 +209,6 @@ class LoRATrainer:
         log.info("epoch_done", extra={"epoch": epoch, "step": state.step, "loss": state.losses[-1]})
         if epoch % self._run.checkpoint_interval == 0 or epoch == self._parameters.epochs:
             self._save(state, accelerator)
-
-    def _assert_moved(self, state: LoopState) -> None:
-        """The wrong kind of gradient checkpointing, or a detached graph, leaves `lora_B` at its
-        initial zero."""
-        names = [name for name in state.lora if ".lora_B." in name and not self._idle(name)]
-        moved = torch.stack([state.lora[name].detach().any() for name in names]).tolist()
-        still = [name for name, has_moved in zip(names, moved, strict=True) if not has_moved]
-        if still:
-            raise TrainingFailed(
-                f"{len(still)} of {len(names)} parts of the LoRA have learnt nothing in "
-                f"{state.updates} "
-                f"updates, {still[0]} among them."
-            )
-
-    def _idle(self, name: str) -> bool:
-        """Whether a part cannot learn: self-attention over one position (SD1.5's middle at 64
-        pixels) has no choice."""
-        levels = len(self._base.unet.config.block_out_channels)
-        side = self._parameters.resolution // 8 // 2 ** (levels - 1)
-        middle = name.startswith("mid_block.") and ".attn1." in name
-        return side <= 1 and middle and (".to_q." in name or ".to_k." in name)
 
     def _begin(self, accelerator: Accelerator) -> LoopState:
         """A fresh state, or the one of the checkpoint to resume from."""
@@ -310,8 +287,8 @@ class LoRATrainer:
         if self._plan.total_steps > USUAL_STEPS:
             warnings.append(
                 f"{self._plan.total_steps} steps are many: styles usually take 1,000 to "
-                f"{USUAL_STEPS:,}, and more "
-                "may copy the pictures instead of learning the style; fewer epochs are recommended."
+                f"{USUAL_STEPS:,}. More may copy the pictures instead of learning the style; fewer "
+                "epochs are recommended."
             )
         if skipped := state.step - state.updates:
             warnings.append(f"{skipped} steps were skipped because their gradient was not finite.")

@@ -1,5 +1,4 @@
-"""Whether a file is a picture that can be trained on, judged by its content, and what was done to
-make it one."""
+"""Whether a file is a picture that can be trained on, judged by its content alone."""
 
 from __future__ import annotations
 
@@ -76,8 +75,7 @@ def vet(content: bytes, *, max_pixels: int, resolution: int) -> Vetted:
         rgb, more, cautions = _to_rgb(upright)
     if min(rgb.size) < resolution:
         cautions += (
-            f"is smaller than {resolution} x {resolution} pixels and was enlarged, which softens "
-            "it",
+            f"is smaller than {resolution} x {resolution} pixels; enlarging it made it soft",
         )
     return Vetted(rgb, notes + more, cautions)
 
@@ -116,8 +114,7 @@ def _refuse_by_header(image: Image.Image, max_pixels: int) -> None:
         frames = int(getattr(image, "n_frames", 1))
     except Exception as error:  # counting walks through the file
         raise UnusablePicture("is damaged or cut off: it cannot be decoded", image.size) from error
-    # A phone's MPO holds a second view beside the photograph; everything else with frames moves or
-    # has pages.
+    # A phone's MPO holds a second view of the photograph; all else with frames moves or has pages.
     if image.format != "MPO" and frames > 1:
         raise UnusablePicture(
             "is animated or has several pages; send one still picture", image.size
@@ -175,8 +172,7 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...], tuple[str
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8-bit by scaling; Pillow's own conversion clips everything above 255 to
-    white."""
+    """16-bit grey to 8-bit by scaling; Pillow's own conversion clips all above 255 to white."""
     values = np.asarray(image).astype(np.float64)
     if image.mode != "I" or values.max() > 255:  # 32-bit files often hold 8-bit values
         values /= 257.0

@@ -1,5 +1,4 @@
-"""What the GPUs are doing: memory, utilisation, temperature and power, read through NVIDIA's
-NVML."""
+"""What the GPUs are doing: memory, utilisation, temperature and power, through NVIDIA's NVML."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ class GpuMonitor:
                 self._nvml = None
 
     def read(self) -> list[GpuReading]:
-        """Every GPU of the machine, now; empty where there is none, or where the driver does not
-        answer."""
+        """Every GPU of the machine, now; empty where there is none that answers."""
         with self._lock:
             nvml = self._opened()
             if nvml is None:
@@ -85,6 +83,12 @@ class GpuMonitor:
                 # The driver can be lost while the machine runs ("GPU has fallen off the bus").
                 self._log.warning("gpu_unreadable", extra={"reason": str(error)})
                 return []
+
+    def driver_version(self) -> str | None:
+        """The driver's, as `580.65.06`; None where there is none or it does not say."""
+        with self._lock:
+            nvml = self._opened()
+            return _optional(nvml, nvml.nvmlSystemGetDriverVersion) if nvml else None
 
     def log_now(self) -> None:
         """One log line a GPU."""
@@ -101,7 +105,8 @@ class GpuMonitor:
 
     def _opened(self) -> Any:
         if self._nvml is None and not self._absent:
-            import pynvml  # pylint: disable=import-outside-toplevel  # needless where nothing is read
+            # Needless where nothing is read.
+            import pynvml  # pylint: disable=import-outside-toplevel
 
             try:
                 pynvml.nvmlInit()

@@ -1,4 +1,4 @@
-"""Where waiting cannot help the worker ends and says what to change; else it comes back for ever."""
+"""Where waiting cannot help the worker ends, saying what to change; else it comes back for ever."""
 
 from __future__ import annotations
 

@@ -66,11 +66,13 @@ class S3Proxy:
     Attributes:
         endpoint: Its address.
         requests: Method and path of every request so far.
+        headers: The headers of each, names in lower case.
     """
 
     def __init__(self, target: str) -> None:
         self.fault: Callable[[str, str], Fault | None]
         self.requests: list[str]
+        self.headers: list[dict[str, str]]
         self.reset()
         self.closing = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -83,6 +85,7 @@ class S3Proxy:
         """Do no harm, and remember nothing."""
         self.fault = lambda method, path: None
         self.requests = []
+        self.headers = []
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -115,6 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         proxy = self.server.proxy
         proxy.requests.append(f"{self.command} {self.path}")
+        proxy.headers.append({name.lower(): value for name, value in self.headers.items()})
         fault = proxy.fault(self.command, self.path) or Fault()
         sent = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         self.close_connection = True

@@ -83,10 +83,13 @@ def test_a_missing_picture_is_left_out_and_said_and_the_others_come(
 
 
 def test_a_picture_that_declares_too_many_bytes_is_refused_before_it_is_read(
-    s3: S3Service, bucket: str, tmp_path: Path
+    s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     s3.write(S3Location(bucket, "big.jpg"), b"x" * 5000)
-    (fetched,) = fetch(s3, tmp_path, bucket, "big.jpg", max_bytes=4096)
+    proxy.fault = always(Fault(drip=0.01))  # it would take 50 seconds
+    began = time.monotonic()
+    (fetched,) = fetch(proxied, tmp_path, bucket, "big.jpg", max_bytes=4096)
+    assert time.monotonic() - began < 5
     assert fetched.path is None
     assert fetched.problem == "is too large: a picture may have at most 0.00391 MiB"
     assert not list(tmp_path.iterdir())
@@ -244,6 +247,37 @@ def test_a_body_that_trickles_is_given_up(
     with pytest.raises(StorageError):
         impatient(proxy.endpoint, attempts=1).download(S3Location(bucket, "a.bin"), tmp_path / "a")
     assert time.monotonic() - began < 5
+
+
+def test_after_one_storage_error_nothing_new_is_begun(
+    bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    broken, slow = refusal(403, "InvalidAccessKeyId"), Fault(delay=0.2)
+    proxy.fault = lambda method, path: broken if path.endswith("/0.jpg") else slow
+    with pytest.raises(StorageError):
+        fetch(proxied, tmp_path, bucket, *(f"{n}.jpg" for n in range(60)))
+    assert len(proxy.requests) < 30
+
+
+def test_a_stop_that_came_first_fetches_nothing(
+    bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    fetched = fetch(proxied, tmp_path, bucket, "a.jpg", "b.jpg", stop=lambda: True)
+    assert {each.problem for each in fetched} == {picture_download.STOPPED}
+    assert not proxy.requests
+
+
+def test_a_download_can_be_ended_between_two_chunks(
+    s3: S3Service, bucket: str, tmp_path: Path
+) -> None:
+    s3.write(S3Location(bucket, "a.bin"), b"x" * 1_000_000)
+
+    def watch() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        s3.download(S3Location(bucket, "a.bin"), tmp_path / "a", watch=watch)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stop_ends_downloads_between_two_chunks(

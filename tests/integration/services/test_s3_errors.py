@@ -117,11 +117,22 @@ CALLS: dict[str, Callable[[S3Service, Path], object]] = {
     "copy": lambda s3, folder: s3.copy(S3Location("bucket", "a"), S3Location("bucket", "b")),
     "delete": lambda s3, folder: s3.delete("bucket", ["a"]),
 }
+
+
+def listing(content: bytes) -> Fault:
+    """A listing of one object."""
+    body = b"<IsTruncated>false</IsTruncated><Contents>" + content + b"</Contents>"
+    return Fault(200, b"<ListBucketResult>" + body + b"</ListBucketResult>")
+
+
 FAULTS = {
     "reset": Fault(reset=True, forward=False),
     "an empty 200": Fault(200),
     "a web page": Fault(200, b"<html>please log in</html>"),
     "broken XML": Fault(200, b"<ListBucketResult><"),
+    "a number that is none": listing(b"<Size>many</Size>"),
+    "a date that is none": listing(b"<LastModified>today</LastModified>"),
+    "a listing without keys": listing(b""),
     "503": refusal(503, "SlowDown"),
     "400 without XML": Fault(400, b"bad gateway"),
     "403": refusal(403, "AccessDenied"),
@@ -130,19 +141,10 @@ FAULTS = {
 }
 # What these faults leave without anything to complain of.
 HARMLESS = {
-    ("check_bucket", "an empty 200"),
-    ("check_bucket", "a web page"),
-    ("check_bucket", "broken XML"),
-    ("delete", "an empty 200"),
-    ("delete", "a web page"),
-    ("list_objects", "an empty 200"),
-    ("list_objects", "a web page"),
-    ("fetch_pictures", "an empty 200"),
-    ("fetch_pictures", "a web page"),
-    ("fetch_pictures", "broken XML"),
-    ("download", "an empty 200"),
-    ("download", "a web page"),
-    ("download", "broken XML"),
+    ("check_bucket", 200),  # the answer to a HEAD of a bucket has nothing to check
+    ("delete", 200),  # asked to be quiet, S3 names only what it could not delete
+    ("fetch_pictures", 200),  # whether it is a picture is judged later
+    ("download", 200),  # an object without a checksum may be anything
 }
 
 
@@ -165,7 +167,7 @@ def test_nothing_foreign_escapes_whatever_s3_answers(
             call(patient, folder)
         except TrainingServerError:
             continue
-        assert (name, fault) in HARMLESS
+        assert (name, FAULTS[fault].status) in HARMLESS
 
 
 def test_without_credentials_the_error_says_which_settings_to_set(

@@ -43,6 +43,17 @@ def test_an_upload_carries_its_sha256_its_type_and_its_metadata(
     assert told["ChecksumSHA256"] == "RBNvo1WzZ4oRRq0W9+hknpT7T8If536DEMBg9hyq/4o="
 
 
+def test_the_checksum_travels_in_a_header_and_not_in_a_trailer_that_few_stores_know(
+    bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    proxied.upload_file(tmp_path / "report.json", S3Location(bucket, "report.json"))
+    proxied.create(S3Location(bucket, "record.json"), b"{}")
+    for sent in proxy.headers:
+        assert sent["x-amz-checksum-sha256"] == "RBNvo1WzZ4oRRq0W9+hknpT7T8If536DEMBg9hyq/4o="
+        assert "aws-chunked" not in sent.get("content-encoding", "")
+
+
 def test_a_large_file_arrives_whole(s3: S3Service, bucket: str, tmp_path: Path) -> None:
     content = os.urandom(12 * MEBIBYTE)
     (tmp_path / "big").write_bytes(content)

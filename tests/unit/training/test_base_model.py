@@ -155,6 +155,24 @@ def test_a_text_encoder_with_the_names_of_the_published_weights_loads_the_same(
     assert torch.equal(published.encode_prompts(["a"]), base.encode_prompts(["a"]))
 
 
+def test_a_vae_with_the_names_of_the_published_weights_loads_the_same(
+    base: BaseModel, stand_in: Path, tmp_path: Path
+) -> None:
+    """SD1.5's VAE spells its attention's weights as older diffusers did."""
+    folder = copied(stand_in, tmp_path)
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(path)
+    for name in list(tensors):
+        for new, former in old.items():
+            if f".attentions.0.{new}." in name:
+                tensors[name.replace(new, former)] = tensors.pop(name)
+    assert any(".query." in name for name in tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    pixels = torch.rand(1, 3, 64, 64)
+    assert torch.equal(load(folder).encode_images(pixels)[0], base.encode_images(pixels)[0])
+
+
 def test_a_lora_starts_in_float32_with_every_b_at_zero_and_the_base_frozen(base: BaseModel) -> None:
     weights = base.attach(SMALL)
     trainable = {name: w for name, w in base.unet.named_parameters() if w.requires_grad}

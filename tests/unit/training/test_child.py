@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -44,7 +44,6 @@ from utils.events import (
 )
 
 ROOT = Path(__file__).parents[3]
-T = TypeVar("T")
 
 
 class Process:
@@ -76,7 +75,7 @@ class Process:
         """Send a run or a stop."""
         os.write(self.runs, encode(fact))
 
-    def wait_for(self, *kinds: type[T], within: float = 90.0) -> T:
+    def wait_for(self, *kinds: type[Any], within: float = 90.0) -> Any:
         """The next fact of one of `kinds`; everything before it is in `seen`."""
         end = time.monotonic() + within
         while True:
@@ -91,7 +90,8 @@ class Process:
 
     def ending(self) -> Finished | Failed:
         """The run's last word."""
-        return self.wait_for(Finished, Failed)
+        ending: Finished | Failed = self.wait_for(Finished, Failed)
+        return ending
 
     def hang_up(self) -> None:
         """Close the desk's end, as the desk's death would."""
@@ -209,10 +209,10 @@ def test_a_stop_right_behind_a_run_stops_that_run_and_not_the_one_after(
     first, second = long(make_run()), make_run(epochs=1, task_id="task-2")
     second = dataclasses.replace(second, work_folder=str(tmp_path / "second"))
     os.write(child.runs, encode(first) + encode(Stop(StopReason.CANCELLED)) + encode(second))
-    endings = [child.ending(), child.ending()]
-    assert [ending.task_id for ending in endings] == ["task-1", "task-2"]
-    stops = [ending.stopped for ending in endings if isinstance(ending, Finished)]
-    assert stops == [StopReason.CANCELLED, None]
+    for task, stopped in (("task-1", StopReason.CANCELLED), ("task-2", None)):
+        ending = child.ending()
+        assert isinstance(ending, Finished), ending
+        assert (ending.task_id, ending.stopped) == (task, stopped)
 
 
 def test_a_failed_run_is_told_by_name_and_the_next_one_succeeds(

@@ -1,5 +1,4 @@
-"""Pictures: judged by what they are, left out with a reason, encoded once, paired for ever with
-their caption."""
+"""Pictures: judged by what they are, left out with a reason, encoded once with their caption."""
 
 from __future__ import annotations
 
@@ -64,8 +63,7 @@ def animation() -> bytes:
     return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
-# ---- vetting
-# ---------------------------------------------------------------------------------------
+# ---- vetting -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -196,8 +194,7 @@ def test_a_picture_smaller_than_the_training_size_is_used_with_a_warning() -> No
     assert "smaller than 64 x 64" in vetted(encoded(noise(size=(32, 100)))).warnings[0]
 
 
-# ---- preparing
-# -------------------------------------------------------------------------------------
+# ---- preparing -----------------------------------------------------------------------------------
 
 
 def with_file(run: TrainingRun, path: Path, content: bytes) -> TrainingRun:
@@ -242,6 +239,15 @@ def test_too_few_pictures_fetched_are_a_failed_download(base: BaseModel, make_ru
     run = make_run(count=2)
     gone = Picture("s3://media/gone.png", None, "", "is not in the bucket")
     with pytest.raises(ImageDownloadFailed, match=r"gone\.png is not in the bucket"):
+        prepare(dataclasses.replace(run, pictures=(*run.pictures, gone)), base)
+
+
+def test_a_lost_picture_is_not_blamed_where_bad_ones_make_the_difference(
+    base: BaseModel, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = with_file(make_run(count=2), tmp_path / "empty.png", b"")
+    gone = Picture("s3://media/gone.png", None, "", "is not in the bucket")
+    with pytest.raises(LowQualityData, match=r"empty\.png.*gone\.png"):
         prepare(dataclasses.replace(run, pictures=(*run.pictures, gone)), base)
 
 

@@ -259,14 +259,17 @@ def test_a_file_with_the_plain_weights_is_refused_even_if_its_metadata_would_men
         export.verify(base.unet, tmp_path)
 
 
-@pytest.mark.parametrize("file", MODEL_FILES)
-def test_a_truncated_file_is_refused_and_no_path_is_told(
-    exported: tuple[BaseModel, Path], tmp_path: Path, file: str
+@pytest.mark.parametrize("content", [b"", b"{", None])
+@pytest.mark.parametrize("file", [ADAPTER_CONFIG, DIFFUSERS_WEIGHTS])
+def test_a_damaged_or_missing_file_is_refused_and_no_path_is_told(
+    exported: tuple[BaseModel, Path], tmp_path: Path, file: str, content: bytes | None
 ) -> None:
     base, folder = exported
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:100])
-    with pytest.raises(ExportFailed) as caught:
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ExportFailed, match="cannot be loaded again") as caught:
         export.verify(base.unet, tmp_path)
     assert str(tmp_path) not in str(caught.value)
 
@@ -333,7 +336,7 @@ def test_the_kohya_header_says_what_webuis_sort_by(base: BaseModel, tmp_path: Pa
 
 
 def sd15_attention_paths() -> list[str]:
-    """SD1.5's attention projections by its architecture: three blocks down, the middle, three up."""
+    """SD1.5's attention projections, by its architecture: three blocks down, middle, three up."""
     blocks = [f"down_blocks.{block}.attentions.{n}" for block in (0, 1, 2) for n in (0, 1)]
     blocks += ["mid_block.attentions.0"]
     blocks += [f"up_blocks.{block}.attentions.{n}" for block in (1, 2, 3) for n in (0, 1, 2)]

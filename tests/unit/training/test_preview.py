@@ -88,14 +88,19 @@ def test_at_most_four_different_prompts_are_painted(trained: BaseModel, tmp_path
 def test_no_prompt_and_long_and_foreign_prompts_are_drawn(
     trained: BaseModel, tmp_path: Path, prompts: tuple[str, ...]
 ) -> None:
-    with Image.open(sample(trained, tmp_path, *prompts)) as sheet:
-        assert sheet.size == (2 * preview.LEAST_CELL + 3 * preview.MARGIN, 152)
+    sheet = np.asarray(Image.open(sample(trained, tmp_path, *prompts)))
+    assert sheet.shape == (152, 2 * preview.LEAST_CELL + 3 * preview.MARGIN, 3)
+    label = sheet[preview.MARGIN + preview.LINE + 64 :]
+    assert label.min() < 128  # something is written
+    edges = label[:, : preview.MARGIN - 2], label[:, 2 - preview.MARGIN :]
+    assert all((edge == 255).all() for edge in edges)  # and ends before the paper does
 
 
 def test_sampling_leaves_training_as_it_was(trained: BaseModel, tmp_path: Path) -> None:
     unet = trained.unet
     unet.enable_gradient_checkpointing()
-    unet.mid_block.eval()  # modes are restored one by one
+    unet.mid_block.eval()  # modes and flags are restored one by one
+    unet.mid_block.requires_grad_(False)
 
     def condition() -> list[object]:
         return [

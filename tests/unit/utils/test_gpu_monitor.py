@@ -1,5 +1,4 @@
-"""The GPU monitor: readings from NVML, one log line a GPU and interval, and one word where there is
-no GPU."""
+"""The GPU monitor: readings from NVML, a log line a GPU, and one word where there is none."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from utils.gpu_monitor import GpuMonitor, GpuReading
 
 
 class FakeNvml(types.ModuleType):
+    # pylint: disable=invalid-name,missing-function-docstring  # the library's own names
     """NVML of a machine with two GPUs, the second of which does not tell its power."""
 
     NVML_TEMPERATURE_GPU = 0
@@ -130,7 +130,8 @@ def test_once_started_it_logs_at_every_interval_until_it_is_stopped(
         monitor.stop()
         count = len(caplog.records)
         time.sleep(0.1)
-    assert count >= 6 and len(caplog.records) == count
+    assert count >= 6
+    assert len(caplog.records) == count
     assert {record.name for record in caplog.records} == {"mine"}
     assert nvml.opened == 0
 

@@ -1,0 +1,116 @@
+"""Jobs that are longer than the broker's patience, and processes that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from sandbox.worker_process import WorkerProcess
+from tests.acceptance.world import World, log_lines, until
+
+
+def test_a_job_longer_than_the_heartbeat_and_the_delivery_ack_timeout_is_trained_once(
+    world: World, worker: WorkerProcess
+) -> None:
+    """The broker takes the message back after 5 s, and hands it out again while the job trains."""
+    message = world.envelope(style_id=21, parameters={"epochs": 1000})
+    task_id = message["task_id"]
+    world.publish(message)
+    until(lambda: world.backend.progress(task_id))
+    time.sleep(9)
+    world.s3.put_object(Bucket=world.state, Key=f"jobs/{task_id}.cancel", Body=b"")
+    kind, ending = world.ending(task_id)
+    assert (kind, ending["error_code"]) == ("failed", "CANCELLED")
+    until(lambda: world.waiting(world.queue) == 0)
+    assert len(log_lines(worker, "broker_lost")) == 0, "heartbeats went on"
+    started = [each for each in log_lines(worker, "training_started") if each["task_id"] == task_id]
+    assert len(started) == 1
+    assert len({each.webhook_id for each in world.backend.endings(task_id)}) == 1
+
+
+def test_a_killed_trainer_is_said_clearly_and_its_job_goes_on_from_the_last_checkpoint(
+    world: World, worker: WorkerProcess
+) -> None:
+    message = world.envelope(style_id=22, parameters={"epochs": 24})
+    task_id = message["task_id"]
+    world.publish(message)
+    until(lambda: world.keys(world.state, f"checkpoints/style_22/{task_id}/"))
+    until(lambda: world.record(task_id)["checkpoints"])
+    os.kill(_trainer(worker).pid, signal.SIGKILL)
+    kind, ending = world.ending(task_id)
+    assert kind == "complete"
+    retried = [
+        each for each in log_lines(worker, "job_will_be_tried_again") if each["task_id"] == task_id
+    ]
+    assert len(retried) == 1
+    assert retried[0]["code"] == "WORKER_CRASHED" and "SIGKILL" in retried[0]["reason"]
+    second = [each for each in log_lines(worker, "training_started") if each["task_id"] == task_id][
+        1
+    ]
+    assert second["epoch"] >= 2
+    assert ending["training_metric"]["epochs"] == 24
+    next_job = world.envelope(style_id=23)
+    world.publish(next_job)
+    assert world.ending(next_job["task_id"])[0] == "complete"
+
+
+def test_ctrl_c_reaches_the_worker_and_not_its_trainer(apart: World) -> None:
+    with apart.worker() as worker:
+        trainer = until(lambda: _trainer(worker))
+        time.sleep(1)
+        assert os.getsid(trainer.pid) != os.getsid(worker.pid)
+        trainer.send_signal(signal.SIGINT)
+        trainer.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        assert trainer.is_running() and worker.exit_code is None
+        os.kill(worker.pid, signal.SIGINT)
+        until(lambda: worker.exit_code is not None, 20)
+        assert worker.exit_code == 0
+        trainer.wait(5)
+
+
+@pytest.mark.parametrize("how", ["killed", "told to stop"])
+def test_another_worker_goes_on_where_one_was(apart: World, how: str) -> None:
+    """A worker that is killed loses what came after its last checkpoint, one that is told to stop
+    nothing; its trainer ends within seconds, and the job is trained to its end once.
+    """
+    style_id = 24 if how == "killed" else 25
+    message = apart.envelope(style_id=style_id, parameters={"epochs": 24})
+    task_id = message["task_id"]
+    with apart.worker(SHUTDOWN_GRACE_SECONDS="8") as first:
+        apart.publish(message)
+        until(lambda: apart.keys(apart.state, f"jobs/{task_id}.json"))
+        until(lambda: apart.record(task_id)["checkpoints"])
+        trainer = _trainer(first)
+        assert trainer
+        if how == "killed":
+            os.kill(first.pid, signal.SIGKILL)
+        else:
+            assert first.stop() == 0
+        trainer.wait(5)
+        stopped_at = apart.record(task_id)["checkpoints"][-1]
+        if how == "told to stop":
+            assert apart.record(task_id)["hold"]["released"] is True
+            saved = [each["checkpoint"] for each in log_lines(first, "checkpoint_saved")]
+            assert stopped_at["name"] == saved[-1]
+    with apart.worker() as second:
+        kind, ending = apart.ending(task_id)
+        assert kind == "complete" and ending["training_metric"]["epochs"] == 24
+        started = log_lines(second, "training_started")
+        assert [each["epoch"] for each in started] == [stopped_at["epoch"]]
+        assert second.stop() == 0
+    sequences = [
+        each.body["sequence"]
+        for each in (*apart.backend.progress(task_id), *apart.backend.endings(task_id))
+    ]
+    assert sequences == sorted(sequences)
+
+
+def _trainer(worker: WorkerProcess) -> psutil.Process | None:
+    """The worker's child that trains."""
+    children = psutil.Process(worker.pid).children()
+    return next((each for each in children if "--runs-fd" in each.cmdline()), None)

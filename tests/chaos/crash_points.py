@@ -1,0 +1,92 @@
+"""Named points at which a worker, or its trainer process, is killed when the suite says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+from tests.chaos.journal import Journal
+
+FOLDERS = ("jobs", "checkpoints", "staging", "models", "archive")
+POINTS = tuple(
+    f"{moment} {act}"
+    for act in (
+        *(f"write {folder}" for folder in FOLDERS),
+        "copy",
+        "delete",
+        "webhook progress",
+        "webhook complete",
+        "publish",
+        "ack",
+        "requeue",
+    )
+    for moment in ("before", "after")
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Order:
+    """Kill at the n-th time that a point is reached.
+
+    Attributes:
+        victim: `worker` or `child`.
+    """
+
+    point: str
+    nth: int
+    victim: str = "worker"
+
+    def give(self, path: Path) -> None:
+        """Put the order where the worker looks for it; it replaces an older one."""
+        half = path.with_suffix(".part")
+        half.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
+        os.replace(half, path)
+
+
+class CrashPoints:
+    """In the worker: looks for an order at each point, and obeys.
+
+    Args:
+        path: Where orders are put.
+        journal: Told before the end.
+
+    Attributes:
+        child: Process id of the trainer process, once there is one.
+    """
+
+    def __init__(self, path: Path, journal: Journal) -> None:
+        self.child: int | None = None
+        self._path = path
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._order: Order | None = None
+        self._reached = 0
+
+    def reached(self, point: str) -> None:
+        """Die here, if that is the order."""
+        try:
+            order = Order(**json.loads(self._path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return
+        with self._lock:
+            if order != self._order:
+                self._order, self._reached = order, 0
+            if order.point != point:
+                return
+            self._reached += 1
+            if self._reached < order.nth:
+                return
+            self._order = None
+            self._path.unlink(missing_ok=True)
+        victim = self.child if order.victim == "child" else os.getpid()
+        self._journal.note("crash_point", point=point, victim=order.victim)
+        if victim is None:
+            return
+        os.kill(victim, signal.SIGKILL)
+        if order.victim == "worker":
+            time.sleep(60)  # not one more line is executed

@@ -1,0 +1,221 @@
+"""Three workers, each started again when it ends, as a platform does with its pods."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from config import Settings, setting_names
+from tests.chaos import journal
+from tests.chaos.crash_points import Order
+
+ROOT = Path(__file__).resolve().parents[2]
+RESTART_SECONDS = 0.2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exit:
+    """How a worker process ended; `wanted` are the codes that it may have ended with."""
+
+    who: str
+    code: int
+    wanted: tuple[int, ...]
+
+
+class Slot:
+    """The place of one worker: its processes, one after the other.
+
+    Args:
+        number: Its number, from 0.
+        folder: The run's folder.
+        settings: The environment of each of its processes.
+        extra: More arguments for them.
+    """
+
+    def __init__(
+        self, number: int, folder: Path, settings: Mapping[str, str], extra: tuple[str, ...]
+    ) -> None:
+        self.number = number
+        self.starts = 0
+        self.exits: list[Exit] = []
+        self._folder = folder
+        self._order_path = folder / f"crash-{number}.json"
+        self._disk_full_path = folder / f"disk-full-{number}"
+        self._extra = extra
+        self._environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name.upper() not in setting_names(Settings)
+        } | {"PYTHONPATH": str(ROOT), **settings}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._wanted: tuple[int, ...] = ()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._keep_running, name=f"slot-{number}")
+
+    @property
+    def who(self) -> str:
+        """Name of the present process."""
+        return f"worker-{self.number}-{self.starts}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the present, or the last, process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def child(self) -> int | None:
+        """Process id of its trainer process, while that lives."""
+        notes = journal.read(self._folder / "journal.jsonl")
+        pids = [note["pid"] for note in notes if note["kind"] == "child" and note["who"] == self.who]
+        if not pids or not Path(f"/proc/{pids[-1]}").exists():
+            return None
+        return int(pids[-1])
+
+    def start(self) -> None:
+        """Start its first process."""
+        self._launch()
+        self._thread.start()
+
+    def order(self, order: Order) -> None:
+        """Have it die at a named point."""
+        self.may_end_with(-signal.SIGKILL)
+        order.give(self._order_path)
+
+    def withdraw_order(self) -> None:
+        """What has not happened yet will not."""
+        self._order_path.unlink(missing_ok=True)
+
+    def disk_full(self, full: bool) -> None:
+        """Let its disk be full, or let there be room again."""
+        if full:
+            self.may_end_with(4)  # a machine that cannot train says so and leaves
+            self._disk_full_path.touch()
+        else:
+            self._disk_full_path.unlink(missing_ok=True)
+
+    def signal(self, number: int, *, with_child: bool = False) -> None:
+        """Send a signal to the worker, and to its child if that is asked for."""
+        if number == signal.SIGKILL:
+            self.may_end_with(-signal.SIGKILL)
+        if with_child and (child := self.child):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+        if self._process and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def may_end_with(self, *codes: int) -> None:
+        """What follows may end the present process with one of these."""
+        self._wanted += codes
+
+    def preempt(self, seconds: float) -> bool:
+        """SIGTERM, and SIGKILL after so long. Whether it ended by itself."""
+        self.may_end_with(0)
+        process = self._process
+        assert process is not None
+        self.signal(signal.SIGTERM)
+        try:
+            process.wait(seconds)
+            return True
+        except subprocess.TimeoutExpired:
+            self.may_end_with(-signal.SIGKILL)
+            process.kill()
+            return False
+
+    def close(self, seconds: float) -> int:
+        """End it for good, politely. Its exit code; that of a SIGKILL if it took too long."""
+        self._closing.set()
+        self.preempt(seconds)
+        self._thread.join()
+        assert self._process is not None
+        return self._process.wait()
+
+    def vitals(self) -> dict[str, int]:
+        """Open files, threads, and memory (KiB) of the present process."""
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        return {
+            "files": len(os.listdir(f"/proc/{self.pid}/fd")),
+            "threads": int(fields["Threads"]),
+            "memory": int(fields["VmRSS"].split()[0]),
+        }
+
+    def _launch(self) -> None:
+        self.starts += 1
+        self._wanted = (
+            *((-signal.SIGKILL,) if self._order_path.exists() else ()),
+            *((4,) if self._disk_full_path.exists() else ()),
+        )
+        with (self._folder / f"{self.who}.log").open("wb") as log:
+            self._process = subprocess.Popen(  # pylint: disable=consider-using-with
+                [
+                    *(sys.executable, "-m", "tests.chaos.worker", "--folder", str(self._folder)),
+                    *("--slot", str(self.number), "--who", self.who, *self._extra),
+                ],
+                cwd=self._folder,  # where no `.env` lies
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _keep_running(self) -> None:
+        while True:
+            assert self._process is not None
+            code = self._process.wait()
+            self.exits.append(Exit(self.who, code, self._wanted))
+            if self._closing.wait(RESTART_SECONDS):
+                return
+            self._launch()
+
+
+class Fleet:
+    """All slots; a context manager."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self.slots = slots
+
+    def __enter__(self) -> Self:
+        for slot in self.slots:
+            slot.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for slot in self.slots:
+            slot.signal(signal.SIGCONT, with_child=True)
+        for slot in self.slots:
+            slot.close(0.0)
+
+    def stop(self, seconds: float) -> dict[str, int]:
+        """End all, politely, at once. Exit code by name."""
+        codes: dict[str, int] = {}
+
+        def close(slot: Slot) -> None:
+            codes[slot.who] = slot.close(seconds)
+
+        threads = [threading.Thread(target=close, args=(slot,)) for slot in self.slots]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return codes
+
+
+def wait_for(condition: Any, seconds: float, *, every: float = 0.1) -> bool:
+    """Whether it became so in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(every)
+    return bool(condition())

@@ -1,0 +1,206 @@
+"""What a worker of the suite does besides its work: die where it is told, note what it did.
+
+The product is not touched: its methods are wrapped in this process, from outside.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from consumer import checkpoint_uploads, desk, endings, lane, outbox, pipeline
+from consumer.checkpoint_uploads import CheckpointUploads
+from consumer.machine import Machine
+from consumer.settlement import Action
+from consumer.trainer_process import TrainerProcess
+from consumer.training_consumer import TrainingConsumer
+from consumer.work_folder import WorkFolder
+from services.job_lease import JobLease
+from services.job_records import Claimed, JobRecords
+from services.s3_service import S3Service
+from services.webhook_service import RetrySchedule, WebhookService
+from tests.chaos.crash_points import CrashPoints
+from tests.chaos.journal import Journal
+from tests.chaos.timing import CRASH_DELAY
+from utils.events import CheckpointSaved, Progress, Stage, Started
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def shorten_waits() -> None:
+    """Minutes become seconds, where no setting says how long."""
+    setattr(endings, "DELIVER_AT_ONCE_SECONDS", 3.0)
+    setattr(checkpoint_uploads, "_RETRY_SECONDS", 0.3)
+    setattr(lane, "CRASH_DELAY_SECONDS", CRASH_DELAY)
+    setattr(outbox, "LONGEST_DELAY", 3.0)
+    _wrap(outbox.Backoff, "__init__", lambda init: lambda self: init(self, 0.3, 3.0))
+
+    def with_short_waits(init: Any) -> Any:
+        def wrapped(self: WebhookService, **how: Any) -> None:
+            init(self, timeout=2.0, schedule=RetrySchedule((0.3, 1.0), (1.0,)), **how)
+
+        return wrapped
+
+    _wrap(WebhookService, "__init__", with_short_waits)
+    # The main S3 service's time-outs fit objects of tens of megabytes; these have a few hundred
+    # bytes. The records' own service says what it wants.
+    _wrap(
+        S3Service,
+        "__init__",
+        lambda init: lambda self, **how: init(
+            self, **({"connect_timeout": 2.0, "read_timeout": 3.0} | how)
+        ),
+    )
+
+
+def take_any_machine() -> None:
+    """The stand-in trains anywhere; the real test imports torch, which takes seconds."""
+
+    def fit(_environment: Any, *, allow_cpu: bool) -> Machine:
+        assert allow_cpu
+        return Machine(cuda=False, device="cpu")
+
+    setattr(desk, "require_fit", fit)
+    setattr(pipeline, "require_fit", fit)
+
+
+def add_crash_points(points: CrashPoints) -> None:
+    """Before and after each write to S3, each webhook, each publication, each acknowledgement."""
+
+    def around(name_of: Callable[..., str]) -> Callable[[Any], Any]:
+        def make(original: Any) -> Any:
+            def wrapped(self: Any, *arguments: Any, **how: Any) -> Any:
+                act = name_of(*arguments, **how)
+                points.reached(f"before {act}")
+                result = original(self, *arguments, **how)
+                points.reached(f"after {act}")
+                return result
+
+            return wrapped
+
+        return make
+
+    _wrap(S3Service, "_put", around(lambda place, *_, **__: f"write {place.key.split('/')[0]}"))
+    _wrap(S3Service, "copy", around(lambda *_, **__: "copy"))
+    _wrap(S3Service, "delete", around(lambda *_, **__: "delete"))
+    _wrap(WebhookService, "_exchange", around(lambda _m, _o, kind, *_, **__: f"webhook {kind}"))
+    _wrap(TrainingConsumer, "_publish", around(lambda *_, **__: "publish"))
+    _wrap(TrainingConsumer, "_answer", around(lambda _hand, action: str(action)))
+    assert {str(action) for action in Action} >= {"ack", "requeue"}
+
+    def start(original: Any) -> Any:
+        def wrapped(self: TrainerProcess) -> None:
+            original(self)
+            points.child = self.pid
+
+        return wrapped
+
+    _wrap(TrainerProcess, "start", start)
+
+
+def keep_journal(journal: Journal) -> None:
+    """Note claims, endings, uploads of checkpoints, and each child."""
+
+    def start(original: Any) -> Any:
+        def wrapped(self: TrainerProcess) -> None:
+            before = self.pid
+            original(self)
+            if self.pid != before:
+                journal.note("child", pid=self.pid)
+
+        return wrapped
+
+    def claim(original: Any) -> Any:
+        def wrapped(self: JobRecords, *arguments: Any, **how: Any) -> Any:
+            outcome = original(self, *arguments, **how)
+            if isinstance(outcome, Claimed):
+                record = outcome.lease.record
+                journal.note(
+                    "claimed",
+                    task=record.task_id,
+                    claim=record.claim,
+                    attempts=record.attempts,
+                    state=record.state,
+                )
+            return outcome
+
+        return wrapped
+
+    def end(original: Any) -> Any:
+        def wrapped(self: JobLease, ending: Any) -> Any:
+            kept = original(self, ending)
+            journal.note(
+                "ended",
+                task=self.record.task_id,
+                claim=self.claim_number,
+                ending=kept.kind,
+                code=kept.code,
+                webhook_id=kept.webhook_id,
+            )
+            return kept
+
+        return wrapped
+
+    def upload(original: Any) -> Any:
+        def wrapped(self: CheckpointUploads, saved: CheckpointSaved) -> None:
+            facts = {"task": saved.task_id, "claim": self._lease.claim_number, "name": saved.name}
+            journal.note("upload", **facts)
+            try:
+                original(self, saved)
+            finally:
+                journal.note("upload_over", **facts)
+
+        return wrapped
+
+    _wrap(TrainerProcess, "start", start)
+    _wrap(JobRecords, "claim", claim)
+    _wrap(JobRecords, "adopt_ending", claim)
+    _wrap(JobLease, "end", end)
+    _wrap(CheckpointUploads, "_upload_until_done", upload)
+
+
+def keep_journal_of_epochs(journal: Journal) -> None:
+    """Note what the real trainer's events tell; the stand-in notes its epochs itself."""
+    seen: dict[str, int] = {}
+
+    def dispatch(original: Any) -> Any:
+        def wrapped(event: Any, reporter: Any, uploads: CheckpointUploads) -> None:
+            facts = {"task": event.task_id, "claim": uploads._lease.claim_number}
+            match event:
+                case Started():
+                    journal.note("run", resumed_epoch=event.epoch, **facts)
+                    seen[event.task_id] = event.epoch
+                case CheckpointSaved():
+                    journal.note(
+                        "checkpoint", name=event.name, epoch=event.epoch, step=event.step, **facts
+                    )
+                case Progress(stage=Stage.TRAINING):
+                    for epoch in range(seen.get(event.task_id, 0) + 1, event.epoch + 1):
+                        journal.note("epoch", epoch=epoch, **facts)
+                    seen[event.task_id] = event.epoch
+                case _:
+                    pass
+            original(event, reporter, uploads)
+
+        return wrapped
+
+    _wrap(pipeline, "_dispatch", dispatch)
+
+
+def fill_disk(marker: Path) -> None:
+    """While the file exists, the worker can make no folder and write no file for a job."""
+
+    def refuse(original: Any) -> Any:
+        def wrapped(*arguments: Any, **how: Any) -> Any:
+            if marker.exists():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*arguments, **how)
+
+        return wrapped
+
+    _wrap(WorkFolder, "job", refuse)

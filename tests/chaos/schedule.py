@@ -1,0 +1,160 @@
+"""What goes wrong, and when: drawn from a seed before anything starts, so that it can be drawn
+again."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import random
+
+from tests.chaos.crash_points import POINTS, Order
+
+
+class Kind(enum.StrEnum):
+    """The faults, in words for the time line."""
+
+    WORKER_KILLED = "worker killed"
+    CHILD_KILLED = "trainer process killed"
+    CHILD_HANGS = "trainer process hangs"
+    FROZEN = "worker frozen for longer than its lease"
+    PREEMPTED = "SIGTERM with 5 s"
+    CRASH_POINT = "crash point"
+    DISK_FULL = "disk full"
+    BROKER_KILLED = "broker killed and started"
+    BROKER_RESTARTED = "broker restarted"
+    QUEUE_DELETED = "queue deleted"
+    PUBLISHED_TWICE = "message published twice"
+    BROKER_RESET = "connection to the broker reset"
+    BROKER_SILENT = "connection to the broker black-holed"
+    BROKER_HALF_OPEN = "connection to the broker half open"
+    BROKER_REFUSES = "broker refuses connections"
+    S3_500 = "S3 answers 500"
+    S3_503 = "S3 answers 503"
+    S3_SLOW = "S3 slow"
+    S3_ANSWER_LOST = "S3's answers lost after the write"
+    S3_409 = "S3 answers 409"
+    S3_RESET = "connections to S3 reset"
+    S3_AWAY = "S3 away"
+    BACKEND_500 = "backend answers 500"
+    BACKEND_429 = "backend answers 429"
+    BACKEND_HANGS = "backend hangs"
+    BACKEND_CUT = "backend's answers cut off"
+    BACKEND_REDIRECTS = "backend redirects progress to another host"
+
+
+_WEIGHTS = {
+    Kind.CRASH_POINT: 8,
+    Kind.WORKER_KILLED: 3,
+    Kind.CHILD_KILLED: 2,
+    Kind.FROZEN: 3,
+    Kind.PREEMPTED: 3,
+    Kind.PUBLISHED_TWICE: 2,
+}
+"""How often a kind is in the deck; once where nothing is said."""
+
+_WORST = {Kind.BROKER_KILLED, Kind.BROKER_RESTARTED}
+"""Seconds of starting a broker, in which little else happens: half as often."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that goes wrong.
+
+    Attributes:
+        number: From 1.
+        pause: Seconds after the one before.
+        kind: What.
+        slot: Whose: a worker's number; -1 for all of them.
+        seconds: For how long, where it lasts.
+        chance: Part of the requests that are hit, where some are.
+        order: For crash points.
+        detail: A choice within the kind.
+        seed: Of its own dice.
+    """
+
+    number: int
+    pause: float
+    kind: Kind
+    slot: int
+    seconds: float
+    chance: float
+    detail: int
+    seed: int
+    order: Order | None = None
+
+    def __str__(self) -> str:
+        whose = "all workers" if self.slot < 0 else f"worker {self.slot}"
+        more = ""
+        if self.order:
+            more = f", {self.order.victim}, {self.order.point}, time {self.order.nth}"
+        return f"{self.kind} ({whose}, {self.seconds:.1f} s, {self.chance:.0%}{more})"
+
+
+def schedule(seed: int, count: int, *, workers: int, lease: float) -> list[Fault]:
+    """The faults of a run.
+
+    Args:
+        seed: The same seed gives the same faults.
+        count: How many.
+        workers: How many workers there are. Number 0 is spared what ends its process, so that what
+            leaks is seen.
+        lease: `LEASE_TTL_SECONDS`.
+    """
+    dice = random.Random(seed)
+    kinds = _deck(dice, count)
+    points: list[str] = []
+    faults = []
+    for number, kind in enumerate(kinds, start=1):
+        order = None
+        if kind is Kind.CRASH_POINT:
+            points = points or dice.sample(POINTS, len(POINTS))
+            point = points.pop()
+            often = "jobs" in point or "progress" in point
+            nth = dice.randint(1, 12 if often else 4 if "checkpoints" in point else 1)
+            # Its child dies with a worker, and sometimes alone.
+            order = Order(point, nth, dice.choice(("worker", "worker", "worker", "child")))
+        seconds = dice.uniform(0.5, 2.5)
+        if kind is Kind.FROZEN:
+            seconds = lease * dice.uniform(1.3, 3.0)
+        if kind in (Kind.BROKER_SILENT, Kind.CHILD_HANGS):
+            seconds = dice.uniform(2.0, 7.0)
+        faults.append(
+            Fault(
+                number=number,
+                pause=dice.uniform(0.3, 2.0),
+                kind=kind,
+                slot=_slot(dice, kind, workers),
+                seconds=seconds,
+                chance=dice.choice((0.3, 0.6, 1.0)),
+                detail=dice.randrange(1000),
+                seed=dice.randrange(2**32),
+                order=order,
+            )
+        )
+    return faults
+
+
+def _slot(dice: random.Random, kind: Kind, workers: int) -> int:
+    deadly = {Kind.WORKER_KILLED, Kind.PREEMPTED, Kind.CRASH_POINT, Kind.DISK_FULL}
+    if kind in deadly:
+        return dice.randrange(min(1, workers - 1), workers)
+    if kind.name.startswith(("S3_", "BROKER_")) and dice.random() < 0.3:
+        return -1
+    return dice.randrange(workers)
+
+
+def _deck(dice: random.Random, count: int) -> list[Kind]:
+    """Every kind in turn, in a new order each time, those with a weight more often."""
+    kinds: list[Kind] = []
+    rounds = 0
+    while len(kinds) < count:
+        deck = [
+            kind
+            for kind in Kind
+            for _ in range(_WEIGHTS.get(kind, 1))
+            if not (kind in _WORST and rounds % 2)
+        ]
+        dice.shuffle(deck)
+        kinds += deck
+        rounds += 1
+    return kinds[:count]

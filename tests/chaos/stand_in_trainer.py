@@ -1,0 +1,239 @@
+"""A trainer process without torch: the same pipe, the same events, the same files, no model.
+
+It "trains" by sleeping, and notes every epoch in the journal, so that work done twice is counted
+where it is done. Whose files they are stands in each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from tests.chaos.journal import Journal
+from training import manifest
+from training.inbox import Inbox
+from training.lora_config import TrainingRun
+from utils.errors import CheckpointUnusable, DiskFull, StopReason, TrainingServerError
+from utils.events import CheckpointSaved, Event, Failed, Finished, Progress, Stage, Started, encode
+
+STEPS_PER_EPOCH = 4
+FILES = (
+    "training_report.json",
+    "loss_curve.png",
+    "samples.png",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "lora_weights_kohya.safetensors",
+    "lora_weights.safetensors",
+)
+"""Those of `training.report.FILES`, whose module imports torch."""
+
+_PROGRESS_SECONDS = 0.25
+
+
+class StandIn:
+    """Serves runs.
+
+    Args:
+        inbox: Brings them.
+        events: Takes the events.
+        journal: Notes each epoch.
+        epoch_seconds: How long one takes.
+        disk_full: While this file exists, the disk is full.
+    """
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        events: IO[bytes],
+        journal: Journal,
+        *,
+        epoch_seconds: float,
+        disk_full: Path,
+    ) -> None:
+        self._inbox, self._events, self._journal = inbox, events, journal
+        self._epoch_seconds = epoch_seconds
+        self._disk_full = disk_full
+
+    def serve(self) -> None:
+        """Do runs until the process ends with its pipe."""
+        while True:
+            run = self._inbox.take()
+            try:
+                ending: Finished | Failed = self._train(run)
+            except TrainingServerError as error:
+                ending = Failed(run.task_id, type(error).__name__, str(error))
+            except OSError as error:
+                ending = Failed(run.task_id, DiskFull.__name__, f"disk: {error.strerror}")
+            self._inbox.lay_down()
+            self._tell(ending)
+
+    def _train(self, run: TrainingRun) -> Finished:
+        began = time.monotonic()
+        epochs = run.parameters.epochs
+        total = epochs * STEPS_PER_EPOCH
+        self._tell(Progress(run.task_id, Stage.PREPARING, 0, epochs, 0, 0))
+        step = first = _resumed_step(run)
+        pictures = sum(picture.path is not None for picture in run.pictures)
+        self._note(run, "run", resumed_epoch=first // STEPS_PER_EPOCH)
+        self._tell(
+            Started(run.task_id, epochs, total, step // STEPS_PER_EPOCH, step, pictures)
+        )
+        told = 0.0
+        stopped: StopReason | None = None
+        while step < total:
+            if stopped := self._inbox.stop_reason():
+                if step > first and step % (STEPS_PER_EPOCH * run.checkpoint_interval):
+                    self._save(run, step)
+                break
+            time.sleep(self._epoch_seconds / STEPS_PER_EPOCH)
+            step += 1
+            epoch, inside = divmod(step, STEPS_PER_EPOCH)
+            if not inside:
+                self._note(run, "epoch", epoch=epoch)
+                if epoch % run.checkpoint_interval == 0 or epoch == epochs:
+                    self._save(run, step)
+            if time.monotonic() - told > _PROGRESS_SECONDS or step == total:
+                told = time.monotonic()
+                self._tell(self._progress(run, Stage.TRAINING, step))
+        return self._finished(run, step, stopped, time.monotonic() - began)
+
+    def _finished(
+        self, run: TrainingRun, step: int, stopped: StopReason | None, seconds: float
+    ) -> Finished:
+        folder, files = "", ()
+        if stopped is None:
+            self._tell(self._progress(run, Stage.EXPORTING, step))
+            folder, files = str(self._export(run)), FILES
+        self._note(run, "run_over", epoch=step // STEPS_PER_EPOCH, stopped=stopped)
+        return Finished(
+            task_id=run.task_id,
+            folder=folder,
+            files=files,
+            epoch=step // STEPS_PER_EPOCH,
+            step=step,
+            loss=0.1,
+            seconds=seconds,
+            stopped=stopped,
+            summary={"hyperparameters": {"rank": run.parameters.rank}},
+        )
+
+    def _export(self, run: TrainingRun) -> Path:
+        folder = Path(run.work_folder) / "output"
+        folder.mkdir(parents=True)
+        for name in FILES:
+            self._refuse_if_full()
+            (folder / name).write_bytes(content_of(name, run.task_id, run.claim))
+        return folder
+
+    def _save(self, run: TrainingRun, step: int) -> None:
+        self._refuse_if_full()
+        began = time.monotonic()
+        epoch, inside = divmod(step, STEPS_PER_EPOCH)
+        name = f"epoch-{epoch:04d}" + (f"-step-{step:04d}" if inside else "")
+        folder = Path(run.work_folder) / "checkpoints" / name
+        facts = {
+            "task_id": run.task_id,
+            "style_id": run.style_id,
+            "claim": run.claim,
+            "epoch": epoch,
+            "step": step,
+        }
+        # As the real one: some of it is the same whoever trains, some names the claim.
+        files = {
+            "lora.safetensors": f"lora {run.task_id} {step}".encode() * 50,
+            "optimizer.safetensors": f"optimizer {run.task_id} {step}".encode() * 100,
+            "random.safetensors": f"random {run.task_id} {step}".encode(),
+            "state.json": json.dumps(facts).encode(),
+        }
+        manifest.write_folder(folder, files, facts)
+        self._note(run, "checkpoint", name=name, epoch=epoch, step=step)
+        seconds = time.monotonic() - began
+        self._tell(CheckpointSaved(run.task_id, name, epoch, step, str(folder), seconds))
+
+    def _refuse_if_full(self) -> None:
+        if self._disk_full.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _progress(self, run: TrainingRun, stage: Stage, step: int) -> Progress:
+        epochs = run.parameters.epochs
+        return Progress(
+            task_id=run.task_id,
+            stage=stage,
+            epoch=step // STEPS_PER_EPOCH,
+            total_epochs=epochs,
+            step=step,
+            total_steps=epochs * STEPS_PER_EPOCH,
+            loss=0.1,
+            steps_per_second=STEPS_PER_EPOCH / self._epoch_seconds,
+        )
+
+    def _note(self, run: TrainingRun, kind: str, **facts: Any) -> None:
+        self._journal.note(kind, task=run.task_id, claim=run.claim, **facts)
+
+    def _tell(self, event: Event) -> None:
+        line = memoryview(encode(event))
+        try:
+            while line:
+                line = line[self._events.write(line) :]
+        except OSError:
+            os._exit(0)
+
+
+def content_of(name: str, task_id: str, claim: int) -> bytes:
+    """What the file of this name holds in the output of this run."""
+    return f"{name} of {task_id}, claim {claim}\n".encode() * 20
+
+
+def digest_of(name: str, task_id: str, claim: int) -> str:
+    """SHA-256 of `content_of`, in hexadecimal."""
+    return hashlib.sha256(content_of(name, task_id, claim)).hexdigest()
+
+
+def _resumed_step(run: TrainingRun) -> int:
+    """Where the run's checkpoint leaves off; 0 without one.
+
+    Raises:
+        CheckpointUnusable: It is damaged, or another job's.
+    """
+    if run.resume_from is None:
+        return 0
+    facts = manifest.verify(Path(run.resume_from))
+    if facts["task_id"] != run.task_id:
+        raise CheckpointUnusable(f"it belongs to {facts['task_id']}, this is {run.task_id}")
+    return int(facts["step"])
+
+
+def main() -> None:
+    """Serve runs until the pipe ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.stand_in_trainer")
+    parser.add_argument("--journal", type=Path, required=True)
+    parser.add_argument("--who", required=True)
+    parser.add_argument("--epoch-seconds", type=float, required=True)
+    parser.add_argument("--disk-full", type=Path, required=True)
+    parser.add_argument("--runs-fd", type=int, required=True)
+    parser.add_argument("--events-fd", type=int, required=True)
+    parser.add_argument("options")
+    parsed = parser.parse_args()
+    inbox = Inbox(os.fdopen(parsed.runs_fd, "rb", buffering=0))
+    inbox.start()
+    StandIn(
+        inbox,
+        os.fdopen(parsed.events_fd, "wb", buffering=0),
+        Journal(parsed.journal, parsed.who),
+        epoch_seconds=parsed.epoch_seconds,
+        disk_full=parsed.disk_full,
+    ).serve()
+
+
+if __name__ == "__main__":
+    main()

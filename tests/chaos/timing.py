@@ -1,0 +1,12 @@
+"""Numbers that the workers and the suite must agree in."""
+
+QUEUE = "model_training"
+MEDIA, STATE = "media", "state"
+RETRY_DELAYS = (0.5, 1.0, 2.0)
+ENDING_DELAYS = (1.0, 2.0)
+CRASH_DELAY = 2.0
+MAX_ATTEMPTS = 4
+CHECKPOINT_INTERVAL = 2
+GRACE_SECONDS = 4.0
+"""`SHUTDOWN_GRACE_SECONDS` where the platform kills after 5 s."""
+ACK_TIMEOUT_MS = 5000

@@ -1,0 +1,50 @@
+"""The worker as ops start it, in a process that may be told to die at a named point.
+
+`main.worker` runs unchanged; what is different here stands in `tests.chaos.instruments`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import main as program
+from consumer import desk
+from tests.chaos import instruments
+from tests.chaos.crash_points import CrashPoints
+from tests.chaos.journal import Journal
+
+
+def main() -> None:
+    """Run a worker until it is told to stop, or dies."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.worker")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--slot", required=True)
+    parser.add_argument("--who", required=True)
+    parser.add_argument("--epoch-seconds", type=float, required=True)
+    parser.add_argument("--real-trainer", action="store_true")
+    parsed = parser.parse_args()
+    journal = Journal(parsed.folder / "journal.jsonl", parsed.who)
+    points = CrashPoints(parsed.folder / f"crash-{parsed.slot}.json", journal)
+    disk_full = parsed.folder / f"disk-full-{parsed.slot}"
+    instruments.shorten_waits()
+    instruments.add_crash_points(points)
+    instruments.keep_journal(journal)
+    instruments.fill_disk(disk_full)
+    if parsed.real_trainer:
+        instruments.keep_journal_of_epochs(journal)
+    else:
+        instruments.take_any_machine()
+        command = (
+            *(sys.executable, "-m", "tests.chaos.stand_in_trainer"),
+            *("--journal", str(parsed.folder / "journal.jsonl"), "--who", parsed.who),
+            *("--epoch-seconds", str(parsed.epoch_seconds), "--disk-full", str(disk_full)),
+        )
+        setattr(desk, "run_worker", functools.partial(desk.run_worker, trainer_command=command))
+    program.worker()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Everything around the workers: broker, storage, backend, and the proxies that break them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pika
+from pika.exceptions import AMQPError, ChannelClosedByBroker
+
+from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
+from sandbox.rabbitmq_node import RabbitMqNode
+from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
+from tests.chaos.tcp_proxy import TcpProxy
+from tests.chaos.timing import (
+    ACK_TIMEOUT_MS,
+    CHECKPOINT_INTERVAL,
+    CRASH_DELAY,
+    ENDING_DELAYS,
+    GRACE_SECONDS,
+    MAX_ATTEMPTS,
+    MEDIA,
+    QUEUE,
+    RETRY_DELAYS,
+    STATE,
+)
+from tests.chaos.windows import BackendMood, FaultyS3
+
+PUBLISH_SECONDS = 90.0
+SECRETS = (TOKEN, SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SECRET_ACCESS_KEY)
+
+
+@dataclasses.dataclass
+class Ways:
+    """One worker's way to each service."""
+
+    broker: TcpProxy
+    s3: FaultyS3
+
+
+class World:
+    """Servers and proxies; made by `running`.
+
+    Attributes:
+        ways: Each worker's own proxies.
+        mood: What the backend answers.
+        elsewhere: The host that progress is redirected to; it must never hear anything.
+        broker_turn: Held by whoever restarts the broker or needs it whole.
+    """
+
+    def __init__(
+        self,
+        broker: RabbitMqNode,
+        s3_server: S3Server,
+        backend: Backend,
+        elsewhere: Backend,
+        *,
+        queue_type: str,
+        lease: float,
+    ) -> None:
+        self.lease = lease
+        self.broker, self.s3_server = broker, s3_server
+        self.backend, self.elsewhere = backend, elsewhere
+        self.mood = BackendMood()
+        self.ways: list[Ways] = []
+        self.backend_way: TcpProxy
+        self.broker_turn = threading.Lock()
+        self._arguments = {"x-queue-type": "quorum"} if queue_type == "quorum" else {}
+
+    @classmethod
+    @contextlib.contextmanager
+    def running(cls, folder: Path, *, workers: int, queue_type: str, lease: float) -> Iterator[World]:
+        """All servers, for as long as the block runs."""
+        with (
+            RabbitMqNode(folder / "broker", consumer_timeout_ms=ACK_TIMEOUT_MS) as broker,
+            S3Server() as s3_server,
+            Backend() as backend,
+            Backend() as elsewhere,
+            contextlib.ExitStack() as stack,
+        ):
+            world = cls(broker, s3_server, backend, elsewhere, queue_type=queue_type, lease=lease)
+            backend.answer = world.mood
+            port = int(backend.url.rsplit(":", 1)[1])
+            world.backend_way = stack.enter_context(TcpProxy("127.0.0.1", port))
+            for _ in range(workers):
+                world.ways.append(
+                    Ways(
+                        stack.enter_context(TcpProxy(broker.host, broker.port)),
+                        stack.enter_context(FaultyS3(s3_server.endpoint)),
+                    )
+                )
+            for bucket in (MEDIA, STATE):
+                s3_server.create_bucket(bucket)
+            world.declare()
+            yield world
+
+    def settings(self, slot: int) -> dict[str, str]:
+        """The whole environment of a worker."""
+        way = self.ways[slot]
+        return {
+            "RABBITMQ_HOST": "127.0.0.1",
+            "RABBITMQ_PORT": str(way.broker.port),
+            "RABBITMQ_HEARTBEAT_SECONDS": "3",
+            "TRAINING_QUEUE": QUEUE,
+            "AWS_ENDPOINT_URL_S3": way.s3.endpoint,
+            "AWS_S3_REGION_NAME": REGION,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
+            "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
+            "AWS_STORAGE_BUCKET_NAME": MEDIA,
+            "STATE_BUCKET_NAME": STATE,
+            "BACKEND_API_URL": self.backend_url,
+            "INTERNAL_API_TOKEN": TOKEN,
+            "WEBHOOK_SIGNING_SECRET": SIGNING_SECRET,
+            "ALLOW_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "RESOLUTION": "64",
+            "LORA_RANK": "4",
+            "MIN_IMAGES": "1",
+            "PROGRESS_INTERVAL_SECONDS": "0.5",
+            "CHECKPOINT_INTERVAL": str(CHECKPOINT_INTERVAL),
+            "LEASE_TTL_SECONDS": str(self.lease),
+            "MAX_ATTEMPTS": str(MAX_ATTEMPTS),
+            "RETRY_DELAYS_SECONDS": ",".join(map(str, RETRY_DELAYS)),
+            "ENDING_RETRY_DELAYS_SECONDS": ",".join(map(str, ENDING_DELAYS)),
+            "STALL_SECONDS": "4",
+            "SHUTDOWN_GRACE_SECONDS": str(GRACE_SECONDS),
+        }
+
+    @property
+    def backend_url(self) -> str:
+        """The backend's origin, as the workers know it."""
+        return f"http://127.0.0.1:{self.backend_way.port}"
+
+    def declare(self) -> None:
+        """The training queue, as the platform declares it. A worker may have been faster."""
+        with self._channel() as channel:
+            with contextlib.suppress(ChannelClosedByBroker):
+                channel.queue_declare(QUEUE, durable=True, arguments=self._arguments)
+
+    def publish(self, body: bytes) -> None:
+        """Publish until the broker has confirmed it."""
+        deadline = time.monotonic() + PUBLISH_SECONDS
+        while True:
+            try:
+                with self._channel() as channel:
+                    channel.basic_publish(
+                        "",
+                        QUEUE,
+                        body,
+                        pika.BasicProperties(content_type="application/json", delivery_mode=2),
+                        mandatory=True,
+                    )
+                return
+            except (AMQPError, OSError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.3)
+                with contextlib.suppress(AMQPError, OSError):
+                    self.declare()
+
+    def delete_queue(self, name: str) -> None:
+        """Delete a queue with all that it holds."""
+        with self._channel() as channel:
+            channel.queue_delete(name)
+
+    def waiting(self) -> dict[str, int]:
+        """How many messages each queue has ready, by name; those that do not exist are left out."""
+        counts = {}
+        for name in self.queues():
+            with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
+                counts[name] = channel.queue_declare(name, passive=True).method.message_count
+        return counts
+
+    def queues(self) -> list[str]:
+        """The names of all queues that there may be."""
+        for_a_while = (self.lease, CRASH_DELAY)
+        delays = [f"{QUEUE}.delay.{_ms(s)}" for s in (*RETRY_DELAYS, *for_a_while)]
+        delays += [f"{QUEUE}.endings.delay.{_ms(s)}" for s in (*ENDING_DELAYS, *for_a_while)]
+        return [QUEUE, f"{QUEUE}.endings", f"{QUEUE}.dead", *dict.fromkeys(delays)]
+
+    def dead(self) -> list[tuple[dict[str, Any], bytes]]:
+        """Headers and bodies of what lies in the dead queue; takes it out."""
+        found = []
+        with self._channel() as channel:
+            while True:
+                _, properties, body = channel.basic_get(f"{QUEUE}.dead", auto_ack=True)
+                if properties is None:
+                    return found
+                found.append((properties.headers or {}, body))
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """All job records, by task id."""
+        found = {}
+        for key in self.keys(STATE, "jobs/"):
+            if key.endswith(".json"):
+                with contextlib.suppress(self.s3.exceptions.NoSuchKey):
+                    record = json.loads(self.s3.get_object(Bucket=STATE, Key=key)["Body"].read())
+                    found[record["task_id"]] = record
+        return found
+
+    @property
+    def s3(self) -> Any:
+        """Somebody else at the storage."""
+        return self.s3_server.client()
+
+    def keys(self, bucket: str, prefix: str = "") -> list[str]:
+        """Keys under a prefix."""
+        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [found["Key"] for page in pages for found in page.get("Contents", ())]
+
+    def calm(self) -> None:
+        """Nothing goes wrong any more."""
+        self.mood.calm()
+        self.backend_way.calm()
+        for way in self.ways:
+            way.broker.calm()
+            way.s3.calm()
+
+    @contextlib.contextmanager
+    def _channel(self) -> Iterator[Any]:
+        parameters = pika.URLParameters(self.broker.url)
+        parameters.heartbeat = 0
+        parameters.socket_timeout = parameters.blocked_connection_timeout = 5
+        connection = pika.BlockingConnection(parameters)
+        try:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            yield channel
+        finally:
+            if connection.is_open:
+                connection.close()
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)

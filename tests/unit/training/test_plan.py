@@ -1,0 +1,57 @@
+"""The plan: every picture once an epoch, in an order and at a rate that any run can recompute."""
+
+from __future__ import annotations
+
+import pytest
+
+from training.lora_config import HyperParameters
+from training.plan import Plan
+
+
+@pytest.mark.parametrize(
+    ("pictures", "batch", "accumulation", "sizes"),
+    [
+        (5, 1, 1, [[1]] * 5),
+        (5, 2, 1, [[2], [2], [1]]),
+        (5, 2, 2, [[2, 2], [1]]),
+        (3, 16, 1, [[3]]),
+        (3, 16, 64, [[3]]),
+        (7, 1, 4, [[1, 1, 1, 1], [1, 1, 1]]),
+    ],
+)
+def test_every_epoch_sees_every_picture_once_in_steps_of_the_right_size(
+    pictures: int, batch: int, accumulation: int, sizes: list[list[int]]
+) -> None:
+    parameters = HyperParameters(
+        epochs=3, batch_size=batch, gradient_accumulation_steps=accumulation
+    )
+    plan = Plan(pictures, parameters)
+    assert plan.steps_per_epoch == len(sizes) and plan.total_steps == 3 * len(sizes)
+    for epoch in range(3):
+        steps = [plan.batches(epoch * len(sizes) + i) for i in range(len(sizes))]
+        assert [[len(b) for b in step] for step in steps] == sizes
+        assert sorted(i for step in steps for b in step for i in b) == list(range(pictures))
+
+
+def test_each_epoch_has_an_order_of_its_own_that_depends_on_the_seed_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        plan = Plan(20, HyperParameters(epochs=5, seed=seed, batch_size=16))
+        return [i for step in (0, 1) for b in plan.batches(epoch * 2 + step) for i in b]
+
+    assert order(1, 0) == order(1, 0) != order(1, 1)
+    assert order(2, 0) != order(1, 0)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_rate_warms_up_from_above_zero_peaks_and_falls_over_the_whole_job(
+    schedule: str,
+) -> None:
+    plan = Plan(10, HyperParameters(epochs=10, warmup_ratio=0.1, lr_schedule=schedule))
+    rates = [plan.learning_rate(step) for step in range(plan.total_steps)]
+    assert rates[0] > 0 and rates[:10] == sorted(rates[:10])
+    assert rates[10] == max(rates) == pytest.approx(1e-4)
+    if schedule == "constant":
+        assert set(rates[10:]) == {rates[10]}
+    else:
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+        assert 0 < rates[-1] < 0.02 * rates[10]
