@@ -22,6 +22,7 @@ from services.condition_probe import probe
 from services.job_records import JobRecords
 from services.record_sweep import RecordSweep
 from services.s3_service import S3Service
+from services.style_turn import StyleTurns
 from services.webhook_service import WebhookService
 from utils.errors import MachineError, StorageError
 from utils.gpu_monitor import GpuMonitor
@@ -52,11 +53,13 @@ def run_worker(
     s3 = open_s3(settings)
     _say_what_s3_promises(s3, settings.state_bucket_name)
     webhooks = open_webhooks(settings)
+    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    records_s3, lease_seconds = _s3_for_records(settings), settings.lease_ttl_seconds
     records = JobRecords(
-        _s3_for_records(settings),
-        settings.state_bucket_name,
-        owner=f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}",
-        lease_seconds=settings.lease_ttl_seconds,
+        records_s3, settings.state_bucket_name, owner=owner, lease_seconds=lease_seconds
+    )
+    turns = StyleTurns(
+        records_s3, settings.state_bucket_name, owner=owner, lease_seconds=lease_seconds
     )
     endings = Endings(
         webhooks,
@@ -91,6 +94,7 @@ def run_worker(
                 model_bucket=settings.model_bucket_name,
                 state_bucket=settings.state_bucket_name,
                 url_scheme=settings.model_url_scheme,
+                turns=turns,
             ),
             trainer=trainer,
             folders=folders,

@@ -1,10 +1,10 @@
 """Puts a finished model in its place: staged first, then file by file under `models/`, the weights
 last.
 
-Several workers may publish into the same folder: another run of the style, or a claim that slept
-through its lease. Each write is conditional on the version that the publisher saw when it began, so
-a stale one fails; and the publisher looks again at the end, because only a folder whose files are
-all of one run counts as published.
+Runs of one style take turns (`services.style_turn`). A claim that slept through its lease may still
+have one write in flight, so each write is made only over the version that the publisher saw when it
+began; and the publisher looks again at the end, because only a folder whose files are all of one
+run counts as published.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from consumer.training_job import TrainingJob
 from consumer.stop_signal import StopSignal
 from services.job_lease import JobLease
 from services.s3_service import ObjectInfo, S3Location, S3Service
+from services.style_turn import StyleTurns
 from utils.errors import ObjectNotFound, PreconditionFailed, StorageError
 from utils.logger import get_logger
 
 log = get_logger(__name__)
 
 WEIGHTS = "lora_weights.safetensors"
-_ROUNDS = 20
+_ROUNDS = 5
 _PAUSE_SECONDS = 0.5
 
 
@@ -35,12 +36,20 @@ class ModelPublisher:
         model_bucket: Bucket of `models/`.
         state_bucket: Bucket of `staging/` and `archive/`.
         url_scheme: `s3` or `gs`: how the model's address is spelt to the backend.
+        turns: Keeps the runs of one style apart.
     """
 
     def __init__(
-        self, s3: S3Service, *, model_bucket: str, state_bucket: str, url_scheme: str
+        self,
+        s3: S3Service,
+        *,
+        model_bucket: str,
+        state_bucket: str,
+        url_scheme: str,
+        turns: StyleTurns,
     ) -> None:
         self._s3 = s3
+        self._turns = turns
         self._model_bucket = model_bucket
         self._state_bucket = state_bucket
         self._url_scheme = url_scheme
@@ -72,15 +81,35 @@ class ModelPublisher:
         """
         assert files[-1] == WEIGHTS, "whoever sees the weights must find everything else in place"
         mark = {"task_id": job.task_id, "claim": str(lease.claim_number)}
-        staging = f"staging/{job.task_id}/{lease.claim_number}/"
 
         def check() -> None:
             stop.check()
             lease.check()
 
         check()
+        staging = f"staging/{job.task_id}/{lease.claim_number}/"
         self._s3.upload_folder(folder, self._state_bucket, staging, last=WEIGHTS, metadata=mark)
         target = f"models/style_{job.style_id}/"
+        with self._turns.take(job.style_id, job.task_id, check) as turn:
+
+            def check_turn() -> None:
+                check()
+                if turn.lost.is_set():
+                    raise StorageError("the turn to publish was lost; S3 answers too slowly")
+
+            self._replace(folder, files, target, mark, job, check_turn)
+        self._s3.delete(self._state_bucket, [staging + name for name in files])
+        return S3Location(self._model_bucket, target + WEIGHTS).uri(self._url_scheme)
+
+    def _replace(
+        self,
+        folder: Path,
+        files: Sequence[str],
+        target: str,
+        mark: dict[str, str],
+        job: TrainingJob,
+        check: Callable[[], None],
+    ) -> None:
         for round_number in range(1, _ROUNDS + 1):
             check()
             try:
@@ -88,14 +117,12 @@ class ModelPublisher:
                 self._archive(present, job)
                 self._put(folder, files, target, present, mark, check)
                 if self._is_all_ours(target, files, mark):
-                    break
-            except PreconditionFailed:
-                log.info("publishing_again", round=round_number, reason="another run publishes")
+                    log.info("model_published", files=len(files))
+                    return
+            except (PreconditionFailed, ObjectNotFound):
+                log.info("publishing_again", round=round_number, reason="a stale write came late")
             time.sleep(_PAUSE_SECONDS)
-        else:
-            raise StorageError("other runs of this style kept replacing the model")
-        self._s3.delete(self._state_bucket, [staging + name for name in files])
-        return S3Location(self._model_bucket, target + WEIGHTS).uri(self._url_scheme)
+        raise StorageError("somebody else keeps writing into the style's folder")
 
     def _present(self, target: str) -> dict[str, ObjectInfo]:
         """What lies in the style's folder, by key, with metadata."""

@@ -20,7 +20,6 @@ same stop; make their publications; acknowledge or return; close, which gives ba
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -30,7 +29,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
@@ -57,8 +56,6 @@ from utils.errors import BrokerError, BrokerRefused
 from utils.logger import get_logger
 
 log = get_logger(__name__)
-
-T = TypeVar("T")
 
 TURN_SECONDS = 0.25
 CONNECT_SECONDS = 10.0
@@ -141,8 +138,8 @@ class TrainingConsumer(BrokerLoop):
         logging.getLogger("pika").setLevel(logging.CRITICAL)
 
     def _connect(self) -> None:
+        self._connection = connect(self._settings)
         with self._errors("connecting"):
-            self._connection = pika.BlockingConnection(connection_parameters(self._settings))
             self._connection.add_on_connection_blocked_callback(_log_blocked)
             self._connection.add_on_connection_unblocked_callback(_log_unblocked)
         self.connected = True
@@ -303,64 +300,32 @@ def translated(settings: Settings, doing: str) -> Iterator[None]:
         raise
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Refusal:
-    """What the broker closed a channel over: AMQP's code, and its own words."""
-
-    code: int
-    text: str
-
-
-class BrokerVisit:
-    """A connection of one's own to look around by, for as long as the block runs.
-
-    Args:
-        settings: As for the consumer.
-
-    Attributes:
-        product, version: What the broker says of itself; empty where it does not.
-        heartbeat: Seconds that were agreed on; 0 for none.
+def connect(settings: Settings) -> pika.BlockingConnection:
+    """A connection to the first host that answers.
 
     Raises:
         BrokerError: There is no way in; `BrokerRefused` where waiting cannot help.
     """
+    with translated(settings, "connecting"):
+        return pika.BlockingConnection(connection_parameters(settings))
 
-    def __init__(self, settings: Settings) -> None:
-        logging.getLogger("pika").setLevel(logging.CRITICAL)
-        self._settings = settings
-        with translated(settings, "connecting"):
-            self._connection = pika.BlockingConnection(connection_parameters(settings))
-        negotiated = self._connection._impl  # pylint: disable=protected-access
-        properties = negotiated.server_properties or {}
-        self.product = str(properties.get("product", ""))
-        self.version = str(properties.get("version", ""))
-        self.heartbeat = int(negotiated.params.heartbeat or 0)
 
-    def __enter__(self) -> Self:
-        return self
+def refusal_of(
+    connection: pika.BlockingConnection, act: Callable[[BlockingChannel], object]
+) -> tuple[int, str] | None:
+    """Do something on a channel of its own, which the broker closes over what it refuses.
 
-    def __exit__(self, *_: object) -> None:
-        if self._connection.is_open:
-            with contextlib.suppress(BrokerError), translated(self._settings, "closing"):
-                self._connection.close()
-
-    def attempt(self, doing: str, act: Callable[[BlockingChannel], T]) -> T | Refusal:
-        """Do something on a channel of its own.
-
-        Returns:
-            What it gave, or the broker's refusal.
-
-        Raises:
-            BrokerError: The connection failed.
-        """
-        with translated(self._settings, doing):
-            try:
-                with self._connection.channel() as channel:
-                    return act(channel)
-            except ChannelClosedByBroker as error:
-                return Refusal(error.reply_code, error.reply_text)
-            except UnroutableError:
-                return Refusal(NO_ROUTE, "no queue has this name")
+    Returns:
+        The broker's refusal, its code and its words; None where it refused nothing.
+    """
+    try:
+        with connection.channel() as channel:
+            act(channel)
+    except ChannelClosedByBroker as error:
+        return error.reply_code, error.reply_text
+    except UnroutableError:
+        return NO_ROUTE, "no queue has this name"
+    return None
 
 
 def connection_parameters(settings: Settings) -> list[pika.ConnectionParameters]:

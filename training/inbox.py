@@ -74,7 +74,7 @@ class Inbox:
             os._exit(DESK_SENT_NONSENSE)
         except OSError as error:
             log.critical("pipe_broken", extra={"reason": str(error)})
-        return
+        os._exit(DESK_GONE)
 
 
 class _Pending:

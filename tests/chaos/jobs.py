@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import threading
 from pathlib import Path
@@ -99,7 +100,7 @@ class Jobs:
         return Job(f"job-{number:04d}", style_id, epochs, message)
 
     def _invalid(self, number: int) -> Job:
-        style_id = 100 + number
+        style_id = 50_000 + number
         message = self._message(f"job-{number:04d}", style_id, {"epochs": 0})
         return Job(f"job-{number:04d}", style_id, 0, message, valid=False)
 
@@ -127,8 +128,6 @@ class Jobs:
 
 
 def _sha256(body: bytes) -> str:
-    import hashlib
-
     return hashlib.sha256(body).hexdigest()
 
 

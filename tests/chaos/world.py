@@ -128,6 +128,7 @@ class World:
             "MAX_ATTEMPTS": str(MAX_ATTEMPTS),
             "RETRY_DELAYS_SECONDS": ",".join(map(str, RETRY_DELAYS)),
             "ENDING_RETRY_DELAYS_SECONDS": ",".join(map(str, ENDING_DELAYS)),
+            "DEDUPLICATION_WINDOW_SECONDS": "86400",
             "STALL_SECONDS": "4",
             "SHUTDOWN_GRACE_SECONDS": str(GRACE_SECONDS),
         }

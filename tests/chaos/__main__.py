@@ -1,0 +1,78 @@
+"""`python -m tests.chaos --seed N --faults N`: breaks everything, and counts what was lost."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.chaos.suite import Outcome, Plan, run
+
+
+def main() -> int:
+    """Run the suite; 0 where every invariant held, else 1."""
+    parser = argparse.ArgumentParser(prog="scripts/chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="the same seed, the same faults")
+    parser.add_argument("--faults", type=int, default=40, help="how many")
+    parser.add_argument("--queue", choices=("classic", "quorum"), default="classic")
+    parser.add_argument("--workers", type=int, default=3, help="at a time")
+    parser.add_argument("--real-trainer", action="store_true", help="train; slow, so few faults")
+    parser.add_argument("--folder", type=Path, help="for logs; a new one by default")
+    parsed = parser.parse_args()
+    plan = Plan(
+        seed=parsed.seed,
+        faults=parsed.faults,
+        folder=(parsed.folder or Path(tempfile.mkdtemp(prefix="chaos-"))).resolve(),
+        queue_type=parsed.queue,
+        workers=parsed.workers,
+        real_trainer=parsed.real_trainer,
+        lease=5.0 if parsed.real_trainer else 2.0,
+    )
+    outcome = run(plan)
+    console = Console()
+    console.print(table(outcome))
+    for sentence in outcome.verdict.broken:
+        console.print(f"broken: {sentence}", style="red", markup=False, soft_wrap=True)
+    if outcome.verdict.broken:
+        console.print(f"seed {plan.seed}; the time line:", *outcome.line.lines, sep="\n")
+        console.print(f"logs: {plan.folder}", soft_wrap=True)
+        return 1
+    return 0
+
+
+def table(outcome: Outcome) -> Table:
+    """The run in numbers."""
+    count, plan = outcome.verdict.count, outcome.plan
+    shown = Table(title=f"seed {plan.seed}, {plan.faults} faults, {plan.queue_type} queue")
+    shown.add_column("")
+    shown.add_column("", justify="right")
+    waste = count.wasted_epochs / max(1, plan.faults)
+    rows = {
+        "jobs published": count.published,
+        "ended": count.ended,
+        "lost": count.lost,
+        "duplicated": count.duplicated,
+        "recovered (more than one run)": count.recovered,
+        "claims": count.claims,
+        "epochs trained": count.epochs,
+        "epochs wasted": count.wasted_epochs,
+        "epochs wasted a fault": f"{waste:.2f}",
+        "epochs wasted at once, at most": count.worst_waste,
+        "seconds until settled": f"{outcome.settled_after:.1f}",
+        "seconds in all": f"{outcome.seconds:.0f}",
+        "invariants broken": len(outcome.verdict.broken),
+    }
+    for name, value in rows.items():
+        shown.add_row(name, str(value))
+    kinds = collections.Counter(str(fault.kind) for fault in outcome.faults)
+    shown.caption = ", ".join(f"{kind} {n}" for kind, n in sorted(kinds.items()))
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

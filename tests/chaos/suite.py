@@ -1,0 +1,187 @@
+"""A whole run: start, break things, let everything settle, judge."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+
+from sandbox.photographs import photographs
+from sandbox.stand_in_model import build_stand_in
+from tests.chaos.fleet import Fleet, Slot, wait_for
+from tests.chaos.injector import Injector, TimeLine
+from tests.chaos.jobs import Jobs, journal_of
+from tests.chaos.journal import Journal
+from tests.chaos.schedule import Fault, schedule
+from tests.chaos.timing import MEDIA, QUEUE
+from tests.chaos.verdict import Run, Verdict, notes_of
+from tests.chaos.world import World
+
+STOP_SECONDS = 8.0
+MORE_FILES, MORE_THREADS, MORE_MEMORY_KIB = 16, 4, 40_000
+"""What a worker may have gained over a run: its pools of connections are no leak."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked for.
+
+    Attributes:
+        folder: Logs, journal and time line go here.
+        settle_seconds: How long everything may take to settle once nothing goes wrong any more.
+    """
+
+    seed: int
+    faults: int
+    folder: Path
+    queue_type: str = "classic"
+    workers: int = 3
+    real_trainer: bool = False
+    lease: float = 2.0
+    epoch_seconds: float = 0.12
+    settle_seconds: float = 120.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of it."""
+
+    plan: Plan
+    verdict: Verdict
+    line: TimeLine
+    seconds: float
+    settled_after: float
+    faults: list[Fault]
+
+
+def run(plan: Plan) -> Outcome:
+    """Carry the plan out."""
+    began = time.monotonic()
+    shutil.rmtree(plan.folder, ignore_errors=True)
+    plan.folder.mkdir(parents=True)
+    line = TimeLine(plan.folder / "timeline.txt")
+    line.note(f"seed {plan.seed}, {plan.faults} faults, {plan.queue_type} queue")
+    faults = schedule(plan.seed, plan.faults, workers=plan.workers, lease=plan.lease)
+    with World.running(
+        plan.folder, workers=plan.workers, queue_type=plan.queue_type, lease=plan.lease
+    ) as world:
+        jobs = _jobs(plan, world)
+        more = _base_model(plan)
+        extra = ("--epoch-seconds", str(plan.epoch_seconds))
+        slots = [
+            Slot(
+                number,
+                plan.folder,
+                world.settings(number) | more,
+                (*extra, *(("--real-trainer",) if plan.real_trainer else ())),
+            )
+            for number in range(plan.workers)
+        ]
+        broken: list[str] = []
+        with Fleet(slots) as fleet:
+            baseline = _warm_up(fleet, world, jobs)
+            line.note(f"workers are warm: {baseline}")
+            injector = Injector(world, fleet, jobs, line)
+            for fault in faults:
+                if fault.number % 2:
+                    jobs.publish()
+                injector.inject(fault)
+            injector.cease()
+            line.note("faults have ceased")
+            settled_after = _settle(world, jobs, plan.settle_seconds)
+            line.note(f"settled after {settled_after:.1f} s")
+            broken += _queues(world)
+            broken += _vitals(fleet, baseline)
+            broken += _stop(fleet)
+        broken += _queues(world)
+        notes = notes_of(plan.folder)
+        verdict = Verdict(
+            Run(world, plan.folder, jobs.published, notes, exact=not plan.real_trainer)
+        )
+        verdict.reach()
+        verdict.broken[:0] = broken
+    line.note("judged")
+    return Outcome(plan, verdict, line, time.monotonic() - began, settled_after, faults)
+
+
+def _jobs(plan: Plan, world: World) -> Jobs:
+    journal = Journal(journal_of(plan.folder), "suite")
+    if not plan.real_trainer:
+        return Jobs(world, journal, epochs=(8, 20))
+    addresses = []
+    for photograph in photographs()[:3]:
+        key = f"training/{photograph.name}"
+        world.s3.put_object(Bucket=MEDIA, Key=key, Body=photograph.content)
+        addresses.append(f"s3://{MEDIA}/{key}")
+    return Jobs(world, journal, epochs=(6, 12), pictures=addresses)
+
+
+def _base_model(plan: Plan) -> dict[str, str]:
+    if not plan.real_trainer:
+        return {}
+    return {"BASE_MODEL": str(build_stand_in(plan.folder / "base-model"))}
+
+
+def _warm_up(fleet: Fleet, world: World, jobs: Jobs) -> dict[str, int]:
+    """One job for each worker, and a few more for those that were slow to start."""
+    for _ in fleet.slots:
+        jobs.publish()
+    if _settle(world, jobs, 90.0) == float("inf"):
+        raise RuntimeError("the first jobs did not end, before anything was broken")
+    return fleet.slots[0].vitals()
+
+
+def _settle(world: World, jobs: Jobs, seconds: float) -> float:
+    """How long it took until every job had its ending delivered; infinity for too long."""
+    began = time.monotonic()
+
+    def settled() -> bool:
+        heard = {each.task_id for each in world.backend.endings() if each.accepted}
+        if not {job.task_id for job in jobs.published} <= heard:
+            return False
+        records = world.records().values()
+        return all(record["delivery"] in ("delivered", "set_aside") for record in records)
+
+    return time.monotonic() - began if wait_for(settled, seconds, every=0.5) else float("inf")
+
+
+def _queues(world: World) -> list[str]:
+    """All queues but the dead one are empty, within the longest delay."""
+
+    def waiting() -> dict[str, int]:
+        return {name: n for name, n in world.waiting().items() if n and name != f"{QUEUE}.dead"}
+
+    if wait_for(lambda: not waiting(), 15.0, every=0.5):
+        return []
+    return [f"{count} messages wait in {name}" for name, count in waiting().items()]
+
+
+def _vitals(fleet: Fleet, baseline: dict[str, int]) -> list[str]:
+    """The worker that was never killed has what it had."""
+    time.sleep(3)
+    slot = fleet.slots[0]
+    if slot.starts > 1:
+        return [f"worker 0 was started {slot.starts} times, though nothing killed it"]
+    now = slot.vitals()
+    allowed = {"files": MORE_FILES, "threads": MORE_THREADS, "memory": MORE_MEMORY_KIB}
+    return [
+        f"worker 0 has {now[name]} {name}, {baseline[name]} before"
+        for name in allowed
+        if now[name] > baseline[name] + allowed[name]
+    ]
+
+
+def _stop(fleet: Fleet) -> list[str]:
+    broken = [
+        f"{who} ended with {code}, wanted 0"
+        for who, code in fleet.stop(STOP_SECONDS).items()
+        if code
+    ]
+    for slot in fleet.slots:
+        broken += [
+            f"{each.who} ended with {each.code}, wanted {each.wanted or 'no end'}"
+            for each in slot.exits
+            if each.code not in each.wanted
+        ]
+    return broken
