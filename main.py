@@ -64,6 +64,19 @@ def worker() -> None:
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts: JSON, no table.")] = False,
+) -> None:
+    """Test everything that a worker needs before its first job, and say what to do.
+
+    Exit code 0: a worker can be started; 1: something failed; 2: the settings are wrong.
+    """
+    from consumer.doctor.command import run  # pylint: disable=import-outside-toplevel
+
+    sys.exit(run(as_json=as_json))
+
+
+@app.command()
 def train(
     folder: Annotated[
         Path, typer.Argument(help="Folder of pictures; `name.txt` captions `name.jpg`.")
@@ -104,7 +117,7 @@ def _guarded(command: Callable[[], int]) -> int:
     try:
         return command()
     except ConfigurationError as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_SETTINGS
     except BrokerRefused as error:
         logger.get_logger("main").error("broker_refused", reason=str(error))
@@ -150,14 +163,14 @@ def _run_training(folder: Path, output: Path, overrides: dict[str, Any], resume:
     stop = StopSignal()
     _on_stop_signals(lambda: stop.request(StopReason.SHUTDOWN))
     require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
-    with _Bar() as bar:
+    with _Bar() as progress_bar:
         finished = train_folder(
             folder,
             output,
             settings=settings,
             parameters=parameters,
             resume=resume,
-            on_event=bar.saw,
+            on_event=progress_bar.saw,
             stop=stop,
         )
     if finished.stopped:

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from config import Settings
 from consumer.endings import Endings
@@ -52,22 +52,6 @@ def run_worker(
     _say_hello(settings, machine)
     s3 = open_s3(settings)
     _say_what_s3_promises(s3, settings.state_bucket_name)
-    webhooks = open_webhooks(settings)
-    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    records_s3, lease_seconds = _s3_for_records(settings), settings.lease_ttl_seconds
-    records = JobRecords(
-        records_s3, settings.state_bucket_name, owner=owner, lease_seconds=lease_seconds
-    )
-    turns = StyleTurns(
-        records_s3, settings.state_bucket_name, owner=owner, lease_seconds=lease_seconds
-    )
-    endings = Endings(
-        webhooks,
-        records,
-        retry_delays=settings.ending_retry_delays_seconds,
-        deduplication_seconds=settings.deduplication_window_seconds,
-        stop=shutdown.event,
-    )
     trainer = TrainerProcess(
         settings.trainer_options(),
         settings.trainer_environment(),
@@ -83,30 +67,13 @@ def run_worker(
     folders = WorkFolder(settings.work_dir)
     monitor = GpuMonitor()
     try:
-        desk = Desk(
-            settings=settings,
-            s3=s3,
-            webhooks=webhooks,
-            records=records,
-            endings=endings,
-            publisher=ModelPublisher(
-                s3,
-                model_bucket=settings.model_bucket_name,
-                state_bucket=settings.state_bucket_name,
-                url_scheme=settings.model_url_scheme,
-                turns=turns,
-            ),
-            trainer=trainer,
-            folders=folders,
-            shutdown=shutdown,
-            machine_fails=machine_fails,
-        )
         trainer.start()  # the base model loads while the first message is waited for
         monitor.start()
+        desk = _desk(settings, s3, trainer, folders, shutdown, machine_fails)
         consumer = TrainingConsumer(
             settings,
             handle=Pipeline(desk).handle,
-            handle_ending=endings.handle,
+            handle_ending=desk.endings.handle,
             stop=shutdown.event,
         )
         sweep = RecordSweep(
@@ -123,6 +90,46 @@ def run_worker(
     if failures:
         raise failures[0]
     log.info("worker_stopped")
+
+
+def _desk(
+    settings: Settings,
+    s3: S3Service,
+    trainer: TrainerProcess,
+    folders: WorkFolder,
+    shutdown: Shutdown,
+    machine_fails: Callable[[MachineError], None],
+) -> Desk:
+    """Everything that the pipeline works with."""
+    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    bucket, lease_seconds = settings.state_bucket_name, settings.lease_ttl_seconds
+    records_s3 = _s3_for_records(settings)
+    records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=lease_seconds)
+    webhooks = open_webhooks(settings)
+    return Desk(
+        settings=settings,
+        s3=s3,
+        webhooks=webhooks,
+        records=records,
+        endings=Endings(
+            webhooks,
+            records,
+            retry_delays=settings.ending_retry_delays_seconds,
+            deduplication_seconds=settings.deduplication_window_seconds,
+            stop=shutdown.event,
+        ),
+        publisher=ModelPublisher(
+            s3,
+            model_bucket=settings.model_bucket_name,
+            state_bucket=bucket,
+            url_scheme=settings.model_url_scheme,
+            turns=StyleTurns(records_s3, bucket, owner=owner, lease_seconds=lease_seconds),
+        ),
+        trainer=trainer,
+        folders=folders,
+        shutdown=shutdown,
+        machine_fails=machine_fails,
+    )
 
 
 def open_webhooks(settings: Settings) -> WebhookService:

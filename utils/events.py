@@ -211,6 +211,11 @@ def _value(hint: Any, value: Any, name: str) -> Any:  # pylint: disable=too-many
         return hint(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(hint, type) and type(value) is hint:
+    # A bool is an int to Python, and not to us.
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and isinstance(value, bool) == (hint is bool)
+    ):
         return value
     raise ValueError(f"{name} is {value!r}, not {hint}")

@@ -46,7 +46,7 @@ def examine(settings: Settings) -> list[Finding]:
         if way_in is None:
             way_in = visit
         else:
-            visit.__exit__()
+            visit.close()
     if way_in is None:
         return findings
     with way_in:

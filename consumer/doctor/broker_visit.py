@@ -42,8 +42,7 @@ class BrokerVisit:
         logging.getLogger("pika").setLevel(logging.CRITICAL)
         self._settings = settings
         self._connection: Any = connect(settings)
-        # pika shows neither by a public name.
-        negotiated = self._connection._impl  # pylint: disable=protected-access
+        negotiated = _negotiated(self._connection)
         properties = negotiated.server_properties or {}
         self.product = str(properties.get("product", ""))
         self.version = str(properties.get("version", ""))
@@ -53,6 +52,10 @@ class BrokerVisit:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Say goodbye; what fails at that does not matter."""
         if self._connection.is_open:
             with contextlib.suppress(BrokerError), translated(self._settings, "closing"):
                 self._connection.close()
@@ -74,3 +77,8 @@ class BrokerVisit:
         with translated(self._settings, doing):
             refusal = refusal_of(self._connection, lambda channel: results.append(act(channel)))
         return Refusal(*refusal) if refusal else results[0]
+
+
+def _negotiated(connection: Any) -> Any:
+    """The connection below the blocking one: pika shows what was agreed on by no public name."""
+    return connection._impl  # pylint: disable=protected-access

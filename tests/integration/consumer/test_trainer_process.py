@@ -1,4 +1,5 @@
-"""The trainer process: warm across jobs, obedient within a step, replaced when it dies, never an orphan."""
+"""The trainer process: warm across jobs, obedient within a step, replaced when it dies, never an
+orphan."""
 
 from __future__ import annotations
 
@@ -92,7 +93,10 @@ def test_a_run_tells_its_story_in_order_and_the_next_one_meets_the_same_process(
     stages = [event.stage for event in events if isinstance(event, Progress)]
     assert stages[0] is Stage.PREPARING and stages[-1] is Stage.EXPORTING
     assert any(isinstance(event, Started) and event.pictures_used == 3 for event in events)
-    assert [e.name for e in events if isinstance(e, CheckpointSaved)] == ["epoch-0001", "epoch-0002"]
+    assert [e.name for e in events if isinstance(e, CheckpointSaved)] == [
+        "epoch-0001",
+        "epoch-0002",
+    ]
     assert events[-1] == finished
     assert finished.files[-1] == "lora_weights.safetensors"
     assert all((Path(finished.folder) / name).is_file() for name in finished.files)
@@ -156,9 +160,7 @@ def test_a_killed_trainer_is_one_clear_error_and_the_next_run_gets_a_fresh_one(
     assert trainer.pid != killed
 
 
-def test_the_trainer_ends_when_its_desk_is_killed(
-    tmp_path: Path, options: TrainerOptions
-) -> None:
+def test_the_trainer_ends_when_its_desk_is_killed(tmp_path: Path, options: TrainerOptions) -> None:
     """Not even a SIGKILL of the desk leaves an orphan that keeps the GPU."""
     script = tmp_path / "desk.py"
     script.write_text(

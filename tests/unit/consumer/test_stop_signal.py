@@ -22,9 +22,7 @@ def test_a_signal_that_nobody_gave_stops_nothing() -> None:
         (StopReason.SHUTDOWN, Stopped),
     ],
 )
-def test_each_reason_is_raised_as_its_own_error(
-    reason: StopReason, error: type[Exception]
-) -> None:
+def test_each_reason_is_raised_as_its_own_error(reason: StopReason, error: type[Exception]) -> None:
     signal = StopSignal()
     signal.request(reason)
     with pytest.raises(error):

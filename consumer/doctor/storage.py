@@ -1,0 +1,210 @@
+"""S3: every bucket and prefix that the worker uses, by doing there what the worker does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Iterator
+
+from config import Settings
+from consumer.desk import open_s3
+from consumer.doctor.findings import Finding, clock, fail, now, ok, warn
+from consumer.doctor.storage_rights import PROBE, Right, Use, uses
+from services.condition_probe import probe
+from services.s3_service import S3Location, S3Service
+from utils.errors import AccessDenied, ConfigurationError, ObjectNotFound, StorageError
+
+_SECONDS = 10.0
+_POLICY = "grant the worker the policy that the doctor prints"
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """A finding a bucket, then conditional writes, the clock, and whether the state is public."""
+    try:
+        s3 = open_s3(settings, attempts=2, patience=_SECONDS)
+    except ConfigurationError as error:
+        return [fail("storage", str(error), "check AWS_ENDPOINT_URL_S3 and AWS_S3_REGION_NAME")]
+    findings: list[Finding] = []
+    clocks: list[Finding] = []
+    by_bucket: dict[str, list[Use]] = {}
+    for use in uses(settings):
+        by_bucket.setdefault(use.bucket, []).append(use)
+    usable = set()
+    for bucket, its_uses in by_bucket.items():
+        visit = _BucketVisit(s3, bucket, clocks)
+        finding = visit.examine(its_uses)
+        findings.append(finding)
+        if finding.verdict != "fail":
+            usable.add(bucket)
+    prefixes = {settings.model_bucket_name: "models/", settings.state_bucket_name: "jobs/"}
+    findings += [
+        _conditions(s3, bucket, prefix) for bucket, prefix in prefixes.items() if bucket in usable
+    ]
+    if settings.state_bucket_name in usable:
+        findings.append(_public(settings, s3))
+    return findings + clocks[:1]
+
+
+@dataclasses.dataclass
+class _BucketVisit:
+    """Does in one bucket what the worker does there.
+
+    Attributes:
+        clocks: Receives what S3's answers say of the time.
+    """
+
+    s3: S3Service
+    bucket: str
+    clocks: list[Finding]
+
+    def __post_init__(self) -> None:
+        self._denied: list[str] = []
+        self._done: dict[str, list[str]] = {}
+
+    def examine(self, its_uses: list[Use]) -> Finding:
+        """What may be done there, and what not."""
+        check = f"bucket {self.bucket}"
+        try:
+            for use in its_uses:
+                self._try(use)
+            missing = self._missing_looks_forbidden(its_uses)
+        except StorageError as error:
+            return fail(check, str(error), _remedy(error))
+        if self._denied:
+            return fail(check, f"S3 refuses to {', '.join(self._denied)}", _POLICY)
+        if missing:
+            consequence = (
+                "a new job cannot be told from a forbidden one"
+                if any(use.prefix for use in its_uses)
+                else "a picture that is missing looks like one that is forbidden"
+            )
+            sentence = f"S3 answers 403 for what is not there, so {consequence}"
+            remedy = "grant s3:ListBucket on the bucket, without a condition on prefixes"
+            grave = any(Right.WRITE in use.rights for use in its_uses)
+            return fail(check, sentence, remedy) if grave else warn(check, sentence, remedy)
+        return ok(
+            check,
+            "; ".join(f"{prefix or '*'}: {', '.join(d)}" for prefix, d in self._done.items()),
+        )
+
+    def _try(self, use: Use) -> None:
+        done = self._done.setdefault(use.prefix, [])
+        first = None
+        with self._may("list", use, done):
+            first = next(self.s3.list_objects(self.bucket, use.prefix), None)
+        if Right.WRITE in use.rights:
+            self._try_to_change(use, done)
+        elif first is not None:
+            with self._may("read", use, done):
+                self.s3.head(S3Location(self.bucket, first.key))
+
+    def _try_to_change(self, use: Use, done: list[str]) -> None:
+        location = S3Location(self.bucket, f"{use.prefix}{PROBE}{uuid.uuid4()}")
+        written = False
+        with self._may("write", use, done):
+            self.s3.write(location, b"written by the doctor; can be deleted", "text/plain")
+            written = True
+        if not written:
+            return
+        try:
+            if Right.READ in use.rights:
+                with self._may("read", use, done):
+                    asked = now()
+                    stored = self.s3.read(location)
+                    self.clocks.append(clock("S3", stored.server_date, asked, now()))
+        finally:
+            with self._may("delete", use, done):
+                self.s3.delete(self.bucket, [location.key])
+
+    def _missing_looks_forbidden(self, its_uses: list[Use]) -> bool:
+        """S3 tells what is missing only to those who may list the whole bucket."""
+        readable = [use for use in its_uses if Right.READ in use.rights]
+        try:
+            for use in readable:
+                self.s3.exists(S3Location(self.bucket, f"{use.prefix}{PROBE}{uuid.uuid4()}"))
+        except AccessDenied:
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def _may(self, what: str, use: Use, done: list[str]) -> Iterator[None]:
+        try:
+            yield
+            done.append(what)
+        except AccessDenied:
+            self._denied.append(f"{what} under {use.prefix or 'any prefix'}")
+
+
+def _remedy(error: StorageError) -> str:
+    if isinstance(error, ObjectNotFound):
+        return (
+            "check AWS_STORAGE_BUCKET_NAME, MODEL_BUCKET_NAME, STATE_BUCKET_NAME and IMAGE_BUCKETS,"
+            " or make the bucket"
+        )
+    return "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_S3_REGION_NAME, AWS_ENDPOINT_URL_S3"
+
+
+def _conditions(s3: S3Service, bucket: str, prefix: str) -> Finding:
+    check = f"conditional writes in {bucket}"
+    try:
+        support = probe(s3, bucket, prefix)
+    except StorageError as error:
+        return fail(check, str(error), _POLICY)
+    if support.complete:
+        return ok(check, "If-None-Match and If-Match are honoured")
+    return fail(
+        check,
+        support.explain(),
+        "use a store that honours them (AWS S3, MinIO, Cloudflare R2, Ceph from Squid on), or run "
+        "one worker alone and take this failure as known",
+    )
+
+
+def _public(settings: Settings, s3: S3Service) -> Finding:
+    """Whether somebody without a key can read a job record, which holds a customer's message."""
+    check = f"privacy of {settings.state_bucket_name}"
+    location = S3Location(settings.state_bucket_name, f"jobs/{PROBE}{uuid.uuid4()}")
+    try:
+        s3.write(location, b"written by the doctor; can be deleted", "text/plain")
+        try:
+            statuses = {
+                "read": _without_a_key(settings, f"{location.bucket}/{location.key}"),
+                "list": _without_a_key(
+                    settings, f"{location.bucket}?list-type=2&prefix=jobs/&max-keys=1"
+                ),
+            }
+        finally:
+            s3.delete(location.bucket, [location.key])
+    except StorageError as error:
+        return warn(check, f"could not be tested: {error}")
+    public = [word for word, status in statuses.items() if status == http.HTTPStatus.OK]
+    if public:
+        return warn(
+            check,
+            f"anybody can {' and '.join(public)} job records and checkpoints",
+            "block public access to it, or set STATE_BUCKET_NAME to a private bucket",
+        )
+    if set(statuses.values()) <= {http.HTTPStatus.FORBIDDEN, http.HTTPStatus.UNAUTHORIZED}:
+        return ok(check, "nobody reads it without a key")
+    return ok(check, f"could not be told (the answers without a key were {statuses})")
+
+
+def _without_a_key(settings: Settings, path: str) -> int | None:
+    """The HTTP status of an unsigned GET; None where there was no answer."""
+    region = settings.aws_s3_region_name
+    suffix = ".cn" if region.startswith("cn-") else ""
+    endpoint = settings.aws_endpoint_url_s3 or f"https://s3.{region}.amazonaws.com{suffix}"
+    url = f"{endpoint.rstrip('/')}/{urllib.parse.quote(path, safe='/?&=')}"
+    try:
+        with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+    except (OSError, http.client.HTTPException):
+        return None
