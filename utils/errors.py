@@ -11,7 +11,7 @@
     │   ├── GpuOutOfMemory
     │   ├── TrainingDiverged
     │   ├── TrainingFailed            training broke in a way that has no name of its own
-    │   │   └── CheckpointUnusable    damaged, or of another run: only an older one, or none, can help
+    │   │   └── CheckpointUnusable    damaged, or of another run: an older one may help
     │   ├── TimeLimit
     │   ├── ExportFailed              the written files do not act as the weights
     │   ├── WorkerCrashed             the trainer process died

@@ -40,7 +40,9 @@ def test_a_killed_trainer_is_said_clearly_and_its_job_goes_on_from_the_last_chec
     world.publish(message)
     until(lambda: world.keys(world.state, f"checkpoints/style_22/{task_id}/"))
     until(lambda: world.record(task_id)["checkpoints"])
-    os.kill(_trainer(worker).pid, signal.SIGKILL)
+    trainer = _trainer(worker)
+    assert trainer
+    trainer.kill()
     kind, ending = world.ending(task_id)
     assert kind == "complete"
     retried = [
@@ -66,7 +68,8 @@ def test_ctrl_c_reaches_the_worker_and_not_its_trainer(apart: World) -> None:
         trainer.send_signal(signal.SIGINT)
         trainer.send_signal(signal.SIGTERM)
         time.sleep(1)
-        assert trainer.is_running() and worker.exit_code is None
+        ended = worker.exit_code
+        assert trainer.is_running() and ended is None
         os.kill(worker.pid, signal.SIGINT)
         until(lambda: worker.exit_code is not None, 20)
         assert worker.exit_code == 0

@@ -266,7 +266,8 @@ def test_gradient_checkpointing_is_as_the_options_say(stand_in: Path) -> None:
     ],
 )
 def test_an_error_of_the_device_is_told_from_any_other(error: Exception, kind: type[Any]) -> None:
-    assert type(gpu_error(error)) is kind
+    mapped = gpu_error(error)
+    assert mapped is not None and mapped.__class__ is kind
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("CUDA error")])

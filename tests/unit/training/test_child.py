@@ -161,13 +161,13 @@ def test_a_run_gives_its_facts_in_order_and_its_files_with_the_model_last(
 def test_the_same_run_on_a_warm_process_gives_the_same_model(
     child: Process, make_run: MakeRun, tmp_path: Path
 ) -> None:
-    models = []
+    models: dict[str, dict[str, Any]] = {}
     for name in ("first", "second"):
         child.send(make_run(epochs=1, work_folder=str(tmp_path / name)))
         ending = child.ending()
         assert isinstance(ending, Finished), ending
-        models.append(load_file(Path(ending.folder) / "lora_weights.safetensors"))
-    first, second = models
+        models[name] = load_file(Path(ending.folder) / "lora_weights.safetensors")
+    first, second = models["first"], models["second"]
     assert first.keys() == second.keys()
     assert all((first[name] == second[name]).all() for name in first)
 
