@@ -145,7 +145,8 @@ class Lease(Generic[R]):
         self.update(stamped)
 
     def after_renewal(self) -> None:
-        """Called in the renewing thread after each renewal; for subclasses."""
+        """Called in the renewing thread when a renewal was due, also where some other change had
+        made it; for subclasses."""
 
     def _wait_for_turn(self, deadline: float) -> None:
         # The write in hand may hang in the network, so it is waited for while the hold is certain,
@@ -199,10 +200,9 @@ class Lease(Generic[R]):
 
     def _keep_renewing(self) -> None:
         while not self._stopping.wait(self._until_renewal()):
-            if self._until_renewal() > 0:
-                continue  # some other change has renewed it meanwhile
             try:
-                self.renew()
+                if self._until_renewal() <= 0:  # else some other change has renewed it meanwhile
+                    self.renew()
                 self.after_renewal()
             except LeaseLost:
                 return

@@ -177,6 +177,20 @@ def test_a_cancel_file_is_seen_when_the_job_is_claimed_and_at_each_renewal(s3: S
         assert lease.cancelled.wait(LEASE)
 
 
+def test_a_cancel_file_is_seen_though_other_changes_renew_the_lease_all_the_time(
+    s3: S3Service,
+) -> None:
+    """As where every epoch takes less than a renewal's interval and registers a checkpoint."""
+    job = request()
+    with claimed(worker(s3), job) as lease:
+        s3.write(S3Location(BUCKET, f"jobs/{job.task_id}.cancel"), b"")
+        deadline = time.monotonic() + 2 * LEASE
+        while not lease.cancelled.is_set() and time.monotonic() < deadline:
+            lease.renew()
+            time.sleep(LEASE / 20)
+        assert lease.cancelled.is_set()
+
+
 @pytest.fixture(name="faulty")
 def _faulty(endpoint: str) -> Faulty:
     return Faulty(endpoint)
