@@ -5,12 +5,12 @@
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
 FROM ${BASE} AS build
-# Ubuntu 24.04 has no Python 3.11; this one stands by itself and moves as a folder.
-COPY --from=ghcr.io/astral-sh/uv:0.9.7 /uv /usr/local/bin/uv
-ENV UV_PYTHON_INSTALL_DIR=/opt/python UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
+# Ubuntu 24.04 has no Python 3.11; uv brings one that stands by itself and moves as a folder.
+ENV UV_PYTHON_INSTALL_DIR=/opt/python UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PATH=/opt/uv/bin:$PATH
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get install -y --no-install-recommends ca-certificates python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir uv==0.13.9
 RUN uv python install 3.11 && uv venv --python 3.11 /opt/venv
 # Before the code: this layer, by far the largest, is made anew only when a requirement changes.
 COPY requirements.txt constraints.txt /build/

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -20,15 +21,14 @@ def test_a_job_longer_than_the_heartbeat_and_the_delivery_ack_timeout_is_trained
     message = world.envelope(style_id=21, parameters={"epochs": 1000})
     task_id = message["task_id"]
     world.publish(message)
-    until(lambda: world.backend.progress(task_id))
+    until(lambda: _started(worker, task_id))
     time.sleep(9)
     world.s3.put_object(Bucket=world.state, Key=f"jobs/{task_id}.cancel", Body=b"")
     kind, ending = world.ending(task_id)
     assert (kind, ending["error_code"]) == ("failed", "CANCELLED")
     until(lambda: world.waiting(world.queue) == 0)
     assert len(log_lines(worker, "broker_lost")) == 0, "heartbeats went on"
-    started = [each for each in log_lines(worker, "training_started") if each["task_id"] == task_id]
-    assert len(started) == 1
+    assert len(_started(worker, task_id)) == 1
     assert len({each.webhook_id for each in world.backend.endings(task_id)}) == 1
 
 
@@ -50,10 +50,7 @@ def test_a_killed_trainer_is_said_clearly_and_its_job_goes_on_from_the_last_chec
     ]
     assert len(retried) == 1
     assert retried[0]["code"] == "WORKER_CRASHED" and "SIGKILL" in retried[0]["reason"]
-    second = [each for each in log_lines(worker, "training_started") if each["task_id"] == task_id][
-        1
-    ]
-    assert second["epoch"] >= 2
+    assert _started(worker, task_id)[1]["epoch"] >= 2
     assert ending["training_metric"]["epochs"] == 24
     next_job = world.envelope(style_id=23)
     world.publish(next_job)
@@ -111,6 +108,11 @@ def test_another_worker_goes_on_where_one_was(apart: World, how: str) -> None:
         for each in (*apart.backend.progress(task_id), *apart.backend.endings(task_id))
     ]
     assert sequences == sorted(sequences)
+
+
+def _started(worker: WorkerProcess, task_id: str) -> list[dict[str, Any]]:
+    """The log's lines of the job's runs."""
+    return [each for each in log_lines(worker, "training_started") if each["task_id"] == task_id]
 
 
 def _trainer(worker: WorkerProcess) -> psutil.Process | None:
