@@ -15,6 +15,7 @@ from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
 from services.job_record import Checkpoint, Ending, EndingKind, JobRecord
 from services.s3_service import S3Service
+from training.checkpoint_name import order
 from training.manifest import MANIFEST, verify
 from utils.errors import (
     CheckpointUnusable,
@@ -213,7 +214,8 @@ def clear_up(s3: S3Service, bucket: str, job: TrainingJob, ending: Ending) -> No
         elif ending.code == ErrorCode.CANCELLED:
             unneeded = found
         else:
-            newest = found[-1].rpartition("/")[0] if found else ""
+            names = {key.removeprefix(prefix).partition("/")[0] for key in found}
+            newest = f"{prefix}{max(names, key=order, default='')}/"
             unneeded = [key for key in found if not key.startswith(newest)]
         unneeded += [each.key for each in s3.list_objects(bucket, staging)]
         s3.delete(bucket, unneeded)

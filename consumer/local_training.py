@@ -11,6 +11,7 @@ from pathlib import Path
 from config import TrainerSettings
 from consumer.stop_signal import StopSignal
 from consumer.trainer_process import TrainerProcess
+from training.checkpoint_name import order
 from training.lora_config import HyperParameters, Picture, TrainingRun
 from utils.errors import ConfigurationError
 from utils.events import Event, Finished
@@ -120,5 +121,6 @@ def _caption_of(picture: Path) -> str:
 
 
 def _newest_checkpoint(work: Path) -> str | None:
-    complete = sorted(manifest.parent for manifest in work.glob(f"checkpoints/*/{_MANIFEST}"))
-    return str(complete[-1]) if complete else None
+    complete = [manifest.parent for manifest in work.glob(f"checkpoints/*/{_MANIFEST}")]
+    newest = max(complete, key=lambda folder: order(folder.name), default=None)
+    return str(newest) if newest else None

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from utils import logger  # pylint: disable=import-outside-toplevel
 
     logger.configure(level=options.log_level, log_format=options.log_format, secrets=())
-    Child(options, inbox, os.fdopen(parsed.events_fd, "wb", buffering=0)).serve()
+    events = os.fdopen(parsed.events_fd, "wb", buffering=0)
+    Child(options, inbox, events, bound=logger.bound).serve()
     return 0
 
 

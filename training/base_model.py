@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -14,9 +13,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from training.base_files import first_line, hash_of_weights, load_part, locate
-from training.device import choose_device, gpu_error
+from training.device import choose_device, free_memory, gpu_error, out_of_memory
 from training.lora_config import HyperParameters, TrainerOptions
-from utils.errors import BaseModelUnavailable, GpuBroken, GpuOutOfMemory, TrainingFailed
+from utils.errors import BaseModelUnavailable, GpuBroken, TrainingFailed
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +28,7 @@ DRIFT_BYTES = 64 * 1024**2
 """A detached base that holds this much more GPU memory than a fresh one has leaked."""
 
 Fingerprint = dict[str, list[int]]
+T = TypeVar("T")
 
 
 class BaseModel:
@@ -88,7 +88,7 @@ class BaseModel:
                 checkpointing=options.gradient_checkpointing,
             )
         except Exception as error:
-            if isinstance(gpu_error(error), GpuOutOfMemory):
+            if out_of_memory(error):
                 raise GpuBroken(
                     f"The GPU has too little free memory to load {name}; end whatever else uses it."
                 ) from error
@@ -119,9 +119,13 @@ class BaseModel:
             again.
         """
         self.restore_encoders()
-        posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
         factor = float(self.vae.config.scaling_factor)
-        return posterior.mean * factor, posterior.std * factor
+
+        def encode() -> tuple[Tensor, Tensor]:
+            posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
+            return posterior.mean * factor, posterior.std * factor
+
+        return self._with_room(encode)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -142,14 +146,24 @@ class BaseModel:
             return_tensors="pt",
         )
         # SD1.5 was trained without an attention mask: padding is part of the prompt.
-        states: Tensor = self.text_encoder(tokens.input_ids.to(self.device))[0]
-        return states
 
-    def attach(self, parameters: HyperParameters) -> list[torch.nn.Parameter]:
+        def encode() -> Tensor:
+            states: Tensor = self.text_encoder(tokens.input_ids.to(self.device))[0]
+            return states
+
+        return self._with_room(encode)
+
+    def attach(
+        self, parameters: HyperParameters, *, checkpointing: bool = False
+    ) -> list[torch.nn.Parameter]:
         """Put a fresh LoRA on the UNet and make it ready to train.
 
         The initial weights depend on the seed alone: they are drawn on the CPU, from a random state
         that is put back afterwards.
+
+        Args:
+            parameters: The LoRA's rank, alpha and dropout, and the seed.
+            checkpointing: Turn gradient checkpointing on whatever the options say.
 
         Returns:
             The LoRA's trainable weights, float32, in the order of the UNet's modules.
@@ -163,14 +177,27 @@ class BaseModel:
             torch.default_generator.manual_seed(parameters.seed)
             self.unet.add_adapter(parameters.peft_config(), adapter_name=ADAPTER)
         trainable = [weight for weight in self.unet.parameters() if weight.requires_grad]
-        for (
-            weight
-        ) in trainable:  # PEFT makes them in the base's dtype; fp16 gradients cannot be unscaled
+        # PEFT makes them in the base's dtype; fp16 gradients cannot be unscaled.
+        for weight in trainable:
             weight.data = weight.data.to(torch.float32)
         self.unet.train()  # the LoRA's dropout and gradient checkpointing act in this mode only
-        if self._wants_checkpointing():
+        if checkpointing or self._wants_checkpointing():
             self.unet.enable_gradient_checkpointing()  # the non-reentrant kind, by default
         return trainable
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether gradient checkpointing is on at present."""
+        return bool(self.unet.is_gradient_checkpointing)
+
+    def take_off(self) -> None:
+        """Take the LoRA off, if one is on, with everything that belongs to its training."""
+        if getattr(self.unet, "peft_config", None):
+            self.unet.unload_lora()
+        self.unet.disable_gradient_checkpointing()
+        self.unet.requires_grad_(False)
+        self.unet.zero_grad(set_to_none=True)
+        self.unet.eval()
 
     def detach(self) -> None:
         """Take the LoRA off, if one is on, and prove that the base is what it was.
@@ -178,12 +205,7 @@ class BaseModel:
         Raises:
             TrainingFailed: The base's weights or their names are no longer those that were loaded.
         """
-        if getattr(self.unet, "peft_config", None):
-            self.unet.unload_lora()
-        self.unet.disable_gradient_checkpointing()
-        self.unet.requires_grad_(False)
-        self.unet.zero_grad(set_to_none=True)
-        self.unet.eval()
+        self.take_off()
         self.restore_encoders()
         if self._fingerprint() != self._fresh:
             self.drifted = True
@@ -205,6 +227,21 @@ class BaseModel:
         if self.device.type == "cuda":
             self.vae.to(self.device)
             self.text_encoder.to(self.device)
+
+    def _with_room(self, compute: Callable[[], T]) -> T:
+        """Compute; where memory does not suffice, once more with the UNet out of the way."""
+        try:
+            return compute()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        log.warning("unet_made_room_for_encoders")
+        self.unet.to("cpu")
+        free_memory(self.device)
+        try:
+            return compute()
+        finally:
+            self.unet.to(self.device)
 
     def _wants_checkpointing(self) -> bool:
         """`auto` means: on a GPU with less than `ROOMY_GPU_BYTES` free."""
@@ -229,8 +266,7 @@ class BaseModel:
     def _look_for_leaks(self) -> None:
         if self.device.type != "cuda":
             return
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory(self.device)
         extra = self._allocated_bytes() - self._fresh_bytes
         if extra > DRIFT_BYTES:
             self.drifted = True

@@ -17,11 +17,12 @@ import safetensors.torch
 from torch import Tensor
 
 from training import manifest
+from training.course import Course
 from training.lora_config import HyperParameters
 from utils.errors import CheckpointUnusable
 from utils.events import from_dict
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
 
 
@@ -32,7 +33,7 @@ class RunState:
     Attributes:
         task_id, style_id, claim: Whose checkpoint it is, and under which claim it was written.
         base_model: SHA-256 of the base's UNet weights.
-        parameters: Hyper-parameters in force.
+        course: Hyper-parameters asked for and in force, and what has been changed on the way.
         pictures: Identity of each picture and its caption, in order.
         total_steps: Length of the learning-rate schedule, in optimizer steps.
         epoch: Completed epochs.
@@ -47,7 +48,7 @@ class RunState:
     style_id: int
     claim: int
     base_model: str
-    parameters: HyperParameters
+    course: Course
     pictures: tuple[str, ...]
     total_steps: int
     epoch: int
@@ -74,13 +75,14 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor]
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether training that diverged may go on from here at another rate."""
+        finite = all(bool(weight.isfinite().all()) for weight in self.lora.values())
+        return finite and self.state.skipped_in_a_row == 0
+
 
 _TENSOR_FILES = ("lora", "optimizer", "random")
-
-
-def folder_name(epoch: int, step: int, *, inside_epoch: bool) -> str:
-    """`epoch-0010`, or `epoch-0012-step-0123` where a stop fell inside an epoch."""
-    return f"epoch-{epoch:04d}-step-{step:04d}" if inside_epoch else f"epoch-{epoch:04d}"
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -141,10 +143,11 @@ def refuse_another_run(saved: RunState, now: RunState) -> None:
     Raises:
         CheckpointUnusable: Names everything that differs.
     """
+    then, asked = saved.course.asked, now.course.asked
     unlike = [
-        f"{name} was {getattr(saved.parameters, name)}, is {getattr(now.parameters, name)}"
+        f"{name} was {getattr(then, name)}, is {getattr(asked, name)}"
         for name in (field.name for field in dataclasses.fields(HyperParameters))
-        if getattr(saved.parameters, name) != getattr(now.parameters, name)
+        if getattr(then, name) != getattr(asked, name)
     ]
     if saved.task_id != now.task_id:
         unlike.append(f"it belongs to job {saved.task_id}, this is {now.task_id}")

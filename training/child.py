@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -10,19 +11,21 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
 import diffusers
 import transformers
 
-from training import dataset, export, preview, report
+from training import dataset, export, preview, recovery, report
 from training.base_model import BaseModel
 from training.dataset import Dataset
-from training.device import gpu_error
+from training.device import gpu_error, out_of_memory
 from training.inbox import Inbox
 from training.lora_config import TrainerOptions, TrainingRun
-from training.trainer import LoRATrainer, TrainingResult
+from training.result import TrainingResult
 from utils.errors import (
     REPORTABLE,
     DiskFull,
@@ -51,10 +54,30 @@ class _Output:
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class Child:
-    """Serves runs on one base model."""
+def _unbound(**_: Any) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
-    def __init__(self, options: TrainerOptions, inbox: Inbox, events: IO[bytes]) -> None:
+
+class Child:
+    """Serves runs on one base model.
+
+    Args:
+        options: What the process was told when it started.
+        inbox: Where runs and stops come from.
+        events: Where facts go.
+        bound: Binds names to every log line until its block ends. (Not imported here: a machine
+            that only trains has no such logger.)
+    """
+
+    def __init__(
+        self,
+        options: TrainerOptions,
+        inbox: Inbox,
+        events: IO[bytes],
+        *,
+        bound: Callable[..., AbstractContextManager[None]] = _unbound,
+    ) -> None:
+        self._bound = bound
         self._options, self._inbox, self._events = options, inbox, events
         self._base: BaseModel | None = None
         self._monitor = GpuMonitor()
@@ -71,8 +94,9 @@ class Child:
             log.error("base_model_not_loaded", extra={"reason": str(error)}, exc_info=error)
         while True:
             run = self._inbox.take()
-            log.info("run_taken", extra={"task_id": run.task_id, "claim": run.claim})
-            ending = self._do(run)
+            with self._bound(task_id=run.task_id):
+                log.info("run_taken", extra={"claim": run.claim})
+                ending = self._do(run)
             self._inbox.lay_down()
             self._tell(ending)
 
@@ -88,7 +112,7 @@ class Child:
             )
         except Exception as error:  # pylint: disable=broad-exception-caught
             # Not swallowed: the desk is told, by name.
-            log.error("run_failed", extra={"task_id": run.task_id}, exc_info=error)
+            log.error("run_failed", exc_info=error)
             ending = failed(run, error)
         return self._laid_bare(run, ending)
 
@@ -102,9 +126,9 @@ class Child:
         epochs = run.parameters.epochs
         self._tell(Progress(run.task_id, Stage.PREPARING, 0, epochs, 0, 0))
         data = dataset.prepare(run, base, should_stop=self._inbox.stop_reason)
-        result = LoRATrainer(
+        result = recovery.train(
             run, base, data, emit=self._tell, should_stop=self._inbox.stop_reason
-        ).train()
+        )
         output = _Output()
         if result.stopped is None:
             self._tell(
@@ -139,9 +163,8 @@ class Child:
         folder = Path(run.work_folder) / "output"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        base.restore_encoders()
         metadata = {"task_id": run.task_id, "style_id": str(run.style_id), "claim": str(run.claim)}
-        export.export(base, run.parameters, folder, metadata=metadata)
+        export.export(base, result.parameters, folder, metadata=metadata)
         result = _with_previews(run, base, data, result, folder)
         content = report.build_report(run, base, data, result)
         report.write_report(content, folder)
@@ -156,8 +179,11 @@ class Child:
             self._base.detach()
         except Exception as error:  # pylint: disable=broad-exception-caught
             # Not swallowed: the desk is told, by name.
-            log.error("detach_failed", extra={"task_id": run.task_id}, exc_info=error)
+            log.error("detach_failed", exc_info=error)
             if isinstance(ending, Finished):
+                if out_of_memory(error):  # the model is made; the base is loaded anew
+                    self._base = None
+                    return ending
                 ending = failed(run, error)
             return dataclasses.replace(ending, trainer_usable=False)
         if self._base.drifted:
@@ -215,7 +241,8 @@ def _with_previews(
 ) -> TrainingResult:
     """Paint samples and plot the loss; training does not fail for want of a picture of it."""
     prompts = [example.caption for example in data.usable if example.caption]
-    try:
+
+    def paint_samples() -> None:
         preview.write_samples(
             base,
             list(dict.fromkeys(prompts)),
@@ -224,14 +251,20 @@ def _with_previews(
             resolution=run.parameters.resolution,
             steps=SAMPLE_STEPS if base.device.type == "cuda" else CPU_SAMPLE_STEPS,
         )
+
+    def plot_losses() -> None:
         preview.write_loss_curve(result.losses, folder)
-    except Exception as error:  # pylint: disable=broad-exception-caught  # said in the report
-        if isinstance(gpu_error(error), GpuBroken):
-            raise
-        log.error("preview_failed", extra={"task_id": run.task_id}, exc_info=error)
-        sentence = f"The sample pictures could not be made ({type(error).__name__})."
-        return dataclasses.replace(result, warnings=(*result.warnings, sentence))
-    return result
+
+    missing = []
+    for name, make in (("sample pictures", paint_samples), ("loss curve", plot_losses)):
+        try:
+            make()
+        except Exception as error:  # pylint: disable=broad-exception-caught  # said in the report
+            if isinstance(gpu_error(error), GpuBroken):
+                raise
+            log.error("preview_failed", extra={"preview": name}, exc_info=error)
+            missing.append(f"The {name} could not be made ({type(error).__name__}).")
+    return dataclasses.replace(result, warnings=(*result.warnings, *missing))
 
 
 def _quieten_libraries() -> None:

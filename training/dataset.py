@@ -94,6 +94,11 @@ class Dataset:
             for example in self.usable
         )
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one picture's latent: 4, h/8, w/8."""
+        return tuple(self.latents[self.usable[0].identity].mean.shape)
+
     def batch(self, chosen: Sequence[int]) -> tuple[Latents, Tensor]:
         """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of n pictures."""
         examples = [self.usable[index] for index in chosen]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import resource
 from collections.abc import Iterator
@@ -15,6 +16,27 @@ from training.lora_config import TrainerOptions
 from utils.errors import GpuBroken, GpuOutOfMemory, TrainingServerError
 
 log = logging.getLogger(__name__)
+
+NO_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+)
+"""How the libraries below torch say that memory ran out."""
+NO_DEVICE = (
+    "CUDA error",
+    "CUDA driver error",
+    "cuDNN error",
+    "CUDNN_STATUS",
+    "CUBLAS_STATUS",
+    "NVML",
+)
+"""How they say that the device does not compute."""
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
@@ -46,23 +68,14 @@ def gpu_error(error: BaseException) -> TrainingServerError | None:
     """What an exception says of the device: `GpuOutOfMemory`, `GpuBroken`, or None: nothing."""
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError)
-        and any(sign in text for sign in ("CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory"))
+        isinstance(error, RuntimeError) and any(sign in text for sign in NO_MEMORY)
     ):
         return GpuOutOfMemory(
             "There is not enough memory for this training; lower batch_size or resolution, or turn "
             "gradient checkpointing on."
         )
-    signs = (
-        "CUDA error",
-        "CUDA driver error",
-        "cuDNN error",
-        "CUDNN_STATUS",
-        "CUBLAS_STATUS",
-        "NVML",
-    )
     if isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+        isinstance(error, RuntimeError) and any(sign in text for sign in NO_DEVICE)
     ):
         return GpuBroken(f"The GPU does not compute any more ({text.splitlines()[0][:200]}).")
     return None
@@ -83,6 +96,18 @@ def one_run_accelerator(device: torch.device, dtype: torch.dtype) -> Iterator[Ac
         accelerator.free_memory()
         AcceleratorState._reset_state(True)  # pylint: disable=protected-access
         GradientState._reset_state()  # pylint: disable=protected-access
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the GPU, or the machine, has too little memory."""
+    return isinstance(gpu_error(error), GpuOutOfMemory)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody refers to any more; cycles are broken up first."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from training.base_model import BaseModel
 from training.checkpoint import Checkpoint, RunState
+from training.course import Course
 from training.lora_config import HyperParameters
 from utils.errors import TrainingFailed
 
@@ -46,13 +48,14 @@ class LoopState:
     saved_step: int = 0
 
 
-def begin(base: BaseModel, parameters: HyperParameters, accelerator: Accelerator) -> LoopState:
+def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopState:
     """Attach a fresh LoRA and seed everything from the run's seed.
 
     Raises:
         TrainingFailed: A trainable weight is not float32: its gradients could not be unscaled.
     """
-    weights = base.attach(parameters)
+    parameters = course.parameters
+    weights = base.attach(parameters, checkpointing=course.checkpointing)
     if wrong := {weight.dtype for weight in weights} - {torch.float32}:
         raise TrainingFailed(f"The LoRA's weights are {wrong}, not float32.")
     # The fused kernel is the fastest, but with it Accelerate cannot see that the scaler skipped a
@@ -79,7 +82,10 @@ def begin(base: BaseModel, parameters: HyperParameters, accelerator: Accelerator
 
 
 def capture(state: LoopState, about: RunState, accelerator: Accelerator) -> Checkpoint:
-    """The loop as a checkpoint; `about` says whose it is, and its counters are filled in here."""
+    """The loop as a checkpoint of its own memory, on the CPU, which later steps do not change.
+
+    `about` says whose it is, and its counters are filled in here.
+    """
     random = {
         "noise": state.noise.get_state(),
         "cpu": torch.get_rng_state(),
@@ -99,18 +105,20 @@ def capture(state: LoopState, about: RunState, accelerator: Accelerator) -> Chec
             losses=tuple(state.losses),
             scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
         ),
-        lora=dict(state.lora),
-        optimizer={
-            f"{names[index]}/{entry}": tensor
-            for index, entries in state.optimizer.state_dict()["state"].items()
-            for entry, tensor in entries.items()
-        },
-        random=random,
+        lora=_copied(state.lora),
+        optimizer=_copied(
+            {
+                f"{names[index]}/{entry}": tensor
+                for index, entries in state.optimizer.state_dict()["state"].items()
+                for entry, tensor in entries.items()
+            }
+        ),
+        random=_copied(random),
     )
 
 
 def restore(state: LoopState, saved: Checkpoint, accelerator: Accelerator) -> None:
-    """Set a begun loop to what `capture` took, on the same kind of device."""
+    """Set a begun loop to what `capture` took, on the same kind of device; `saved` is only read."""
     with torch.no_grad():
         for name, weight in state.lora.items():
             weight.copy_(saved.lora[name])
@@ -118,7 +126,8 @@ def restore(state: LoopState, saved: Checkpoint, accelerator: Accelerator) -> No
     entries: dict[int, dict[str, Tensor]] = {}
     for key, tensor in saved.optimizer.items():
         name, entry = key.rsplit("/", 1)
-        entries.setdefault(index[name], {})[entry] = tensor
+        # A copy: AdamW would go on in the saved tensors themselves where they need not be moved.
+        entries.setdefault(index[name], {})[entry] = tensor.clone()
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     if accelerator.scaler and saved.state.scaler:
@@ -150,6 +159,16 @@ def assert_moved(state: LoopState, base: BaseModel, parameters: HyperParameters)
             f"{len(still)} of {len(names)} parts of the LoRA have learnt nothing in "
             f"{state.updates} updates, {still[0]} among them."
         )
+
+
+def weights_are_finite(state: LoopState) -> bool:
+    """Whether every trained weight is a finite number."""
+    finite = [weight.detach().isfinite().all() for weight in state.lora.values()]
+    return bool(torch.stack(finite).all())
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _idle(name: str, side: int) -> bool:

@@ -38,7 +38,8 @@ class HyperParameters:
     epochs: int = _parameter(100, "passes over the pictures", low=1, high=1000)
     learning_rate: float = _parameter(1e-4, "peak learning rate of AdamW", low=1e-7, high=1e-2)
     batch_size: int = _parameter(1, "pictures a forward pass", low=1, high=16)
-    gradient_accumulation_steps: int = _parameter(1, "batches an optimizer step", low=1, high=64)
+    # As many as a step of 64 batches of 16 pictures has where memory allows one picture at a time.
+    gradient_accumulation_steps: int = _parameter(1, "batches an optimizer step", low=1, high=1024)
     resolution: int = _parameter(
         512, "side of the training pictures in pixels, a multiple of 64", low=64, high=1024
     )
@@ -84,9 +85,7 @@ class HyperParameters:
     def peft_config(self) -> LoraConfig:
         """The PEFT configuration of the LoRA on the UNet's attention projections."""
         # Imported here: the front desk names these classes and never imports torch.
-        from peft import (
-            LoraConfig,
-        )  # pylint: disable=import-outside-toplevel
+        from peft import LoraConfig  # pylint: disable=import-outside-toplevel
 
         return LoraConfig(
             r=self.rank,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,25 +44,70 @@ def min_snr_weights(scheduler: Any, gamma: float) -> Tensor:
     return (gamma / snr).clamp(max=1.0)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chance:
+    """Everything that is random about n pictures.
+
+    Attributes:
+        sample: Standard normal, [n, 4, h, w]: the latent's place in its distribution.
+        noise: Standard normal, [n, 4, h, w]: what is mixed into it.
+        timesteps: How much of it, [n].
+        uncaptioned: Which pictures get the empty prompt (arXiv:2207.12598), [n].
+    """
+
+    sample: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    uncaptioned: Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        shape: tuple[int, ...],
+        *,
+        timesteps: int,
+        caption_dropout: float,
+        generator: torch.Generator,
+    ) -> Chance:
+        """Draw it all.
+
+        Args:
+            shape: n, 4, h, w.
+            timesteps: How many the noise schedule has.
+            caption_dropout: Part of the pictures that get the empty prompt.
+            generator: Source of every number, on the device where they are needed.
+        """
+        draw: dict[str, Any] = {"generator": generator, "device": generator.device}
+        return cls(
+            sample=torch.randn(shape, **draw),
+            noise=torch.randn(shape, **draw),
+            timesteps=torch.randint(timesteps, shape[:1], **draw),
+            uncaptioned=torch.rand(shape[:1], **draw) < caption_dropout,
+        )
+
+    def split(self, size: int) -> list[Chance]:
+        """The same, `size` pictures at a time; the last has the rest."""
+        parts = (getattr(self, field.name).split(size) for field in dataclasses.fields(self))
+        return [Chance(*part) for part in zip(*parts, strict=True)]
+
+
 def denoising_losses(
     base: BaseModel,
     batch: tuple[Latents, Tensor],
+    chance: Chance,
     *,
     empty_text: Tensor,
-    caption_dropout: float,
     weights: Tensor,
-    generator: torch.Generator,
     autocast: AbstractContextManager[Any],
 ) -> tuple[Tensor, Tensor]:
-    """Noise each picture of a batch to a random timestep and compare what the UNet makes of it.
+    """Noise each picture of a batch and compare what the UNet makes of it with what is true.
 
     Args:
         base: The base model with the LoRA on.
         batch: Latent distributions, [n, 4, h, w], and embeddings, [n, 77, d].
+        chance: Everything random about these pictures.
         empty_text: Embedding of the empty prompt, [77, d].
-        caption_dropout: Part of the pictures that get the empty prompt (arXiv:2207.12598).
         weights: Loss weight of every timestep.
-        generator: Source of every random number here, on the base's device.
         autocast: Mixed precision for the forward pass.
 
     Returns:
@@ -69,18 +115,16 @@ def denoising_losses(
         with its gradient.
     """
     latents, text = batch
-    draw: dict[str, Any] = {"generator": generator, "device": base.device}
+    text = torch.where(chance.uncaptioned[:, None, None], empty_text, text)
     # A fresh sample of the posterior each time, as if the VAE had encoded the picture again.
-    clean = latents.mean + latents.std * torch.randn(latents.mean.shape, **draw)
-    noise = torch.randn(clean.shape, **draw)
-    steps = torch.randint(base.scheduler.config.num_train_timesteps, (len(text),), **draw)
-    without = torch.rand(len(text), **draw) < caption_dropout
-    text = torch.where(without[:, None, None], empty_text, text)
-    noisy = base.scheduler.add_noise(clean, noise, steps)
+    clean = latents.mean + latents.std * chance.sample
+    noisy = base.scheduler.add_noise(clean, chance.noise, chance.timesteps)
     with autocast:
-        predicted = base.unet(noisy.to(base.dtype), steps, encoder_hidden_states=text).sample
-    target = noise
+        predicted = base.unet(
+            noisy.to(base.dtype), chance.timesteps, encoder_hidden_states=text
+        ).sample
+    target = chance.noise
     if base.scheduler.config.prediction_type == "v_prediction":
-        target = base.scheduler.get_velocity(clean, noise, steps)
+        target = base.scheduler.get_velocity(clean, chance.noise, chance.timesteps)
     errors = F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
-    return errors.detach(), errors * weights[steps]
+    return errors.detach(), errors * weights[chance.timesteps]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from training.base_model import BaseModel
     from training.dataset import Dataset
     from training.lora_config import TrainingRun
-    from training.trainer import TrainingResult
+    from training.result import TrainingResult
 
 REPORT = "training_report.json"
 FILES = (

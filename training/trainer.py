@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,14 +13,17 @@ from torch import Tensor
 
 from training import checkpoint, loop_state
 from training.base_model import BaseModel
-from training.checkpoint import RunState
+from training.checkpoint import Checkpoint, RunState
+from training.checkpoint_name import folder_name
 from training.clock import Clock
+from training.course import Course
 from training.dataset import Dataset
 from training.device import one_run_accelerator, peak_memory_bytes
 from training.loop_state import LoopState
-from training.lora_config import HyperParameters, TrainingRun
-from training.objective import denoising_losses, min_snr_weights
+from training.lora_config import TrainingRun
+from training.objective import Chance, denoising_losses, min_snr_weights
 from training.plan import Plan
+from training.result import TrainingResult
 from utils.errors import StopReason, TrainingDiverged
 from utils.events import CheckpointSaved, Event, Progress, Stage, Started
 
@@ -34,50 +36,19 @@ UPDATES_BEFORE_CHECK = 3
 USUAL_STEPS = 4000
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingResult:
-    """How a run went.
+class LoRATrainer:
+    """Trains one LoRA, in one go: `training.recovery` starts over where that fails.
 
     Attributes:
-        epochs, steps: Completed, over the whole job.
-        loss: Mean unweighted loss of the last completed epoch; None before there is one.
-        losses: The same for every completed epoch.
-        seconds: Wall time of this run's training.
-        steps_per_second: Measured over this run, checkpoints not counted; None when it made no
-            step.
-        peak_memory_bytes: Of the GPU, by torch's allocator; on the CPU the process's largest
-            resident size.
-        skipped_steps: Steps of the whole job that changed nothing, because their gradient was not
-            finite.
-        resumed_from: Epochs that were complete when this run began from a checkpoint; None for a
-            fresh one.
-        stopped: Why the run ended early; None for a finished training.
-        parameters: Hyper-parameters in force.
-        warnings: Sentences for the report.
-    """
-
-    epochs: int
-    steps: int
-    loss: float | None
-    losses: tuple[float, ...]
-    seconds: float
-    steps_per_second: float | None
-    peak_memory_bytes: int
-    skipped_steps: int
-    resumed_from: int | None
-    stopped: StopReason | None
-    parameters: HyperParameters
-    warnings: tuple[str, ...] = ()
-
-
-class LoRATrainer:
-    """Trains one LoRA.
+        newest: The newest checkpoint of the job, in memory: on the disk it is its reader's.
 
     Args:
         run: What is asked for.
         base: The base model. The LoRA stays on it after `train`, for the export: whoever calls
             detaches it.
         dataset: The run's pictures, prepared.
+        course: How it is trained; without one as it is asked for.
+        start: The checkpoint to go on from; without one training begins at the beginning.
         emit: Takes `Started`, `Progress` and `CheckpointSaved`.
         should_stop: Asked before every optimizer step.
     """
@@ -88,16 +59,19 @@ class LoRATrainer:
         base: BaseModel,
         dataset: Dataset,
         *,
+        course: Course | None = None,
+        start: Checkpoint | None = None,
         emit: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], StopReason | None] = lambda: None,
     ) -> None:
         self._run, self._base, self._dataset = run, base, dataset
         self._emit, self._should_stop = emit, should_stop
-        self._parameters = run.parameters
-        self._plan = Plan(len(dataset.usable), run.parameters)
-        self._loss_weights = min_snr_weights(base.scheduler, run.parameters.snr_gamma).to(
-            base.device
-        )
+        self._course = course or Course.of(run.parameters)
+        self._parameters = self._course.parameters
+        self._plan = Plan(len(dataset.usable), self._parameters)
+        self._start = self.newest = start
+        weights = min_snr_weights(base.scheduler, self._parameters.snr_gamma)
+        self._loss_weights = weights.to(base.device)
         self._clock = Clock()
 
     def train(self) -> TrainingResult:
@@ -107,13 +81,12 @@ class LoRATrainer:
             TrainingDiverged: The loss or the gradients stopped being finite.
             TrainingFailed: The base predicts what this loop does not train, or a part of the LoRA
                 does not learn.
-            CheckpointUnusable: `run.resume_from` is damaged, or of another run.
+            CheckpointUnusable: `start` is of another run.
         """
         if self._base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._base.device)
         with one_run_accelerator(self._base.device, self._base.dtype) as accelerator:
             state = self._begin(accelerator)
-            first = state.step
             self._base.offload_encoders()
             stopped = self._loop(state, accelerator)
         return TrainingResult(
@@ -125,7 +98,7 @@ class LoRATrainer:
             steps_per_second=self._clock.steps_per_second,
             peak_memory_bytes=peak_memory_bytes(self._base.device),
             skipped_steps=state.step - state.updates,
-            resumed_from=self._plan.epochs_done(first) if self._run.resume_from else None,
+            resumed_from=self._start.state.epoch if self._start else None,
             stopped=stopped,
             parameters=self._parameters,
             warnings=self._warnings(state),
@@ -136,7 +109,8 @@ class LoRATrainer:
         plan = self._plan
         while state.step < plan.total_steps:
             if reason := self._should_stop():
-                self._save(state, accelerator)
+                if state.step != state.saved_step:
+                    self._save(state, accelerator)
                 return reason
             norm = self._backward(state, accelerator)
             state.optimizer.param_groups[0]["lr"] = plan.learning_rate(state.step)
@@ -154,14 +128,21 @@ class LoRATrainer:
         """Gradients of one optimizer step, clipped; returns their norm before that."""
         batches = self._plan.batches(state.step)
         pictures = sum(map(len, batches))
-        for batch in batches:
+        # Drawn for the whole step, so that smaller batches change nothing but rounding.
+        chance = Chance.draw(
+            (pictures, *self._dataset.latent_shape),
+            timesteps=self._base.scheduler.config.num_train_timesteps,
+            caption_dropout=self._parameters.caption_dropout,
+            generator=state.noise,
+        )
+        parts = chance.split(self._parameters.batch_size)
+        for batch, part in zip(batches, parts, strict=True):
             losses, weighted = denoising_losses(
                 self._base,
                 self._dataset.batch(batch),
+                part,
                 empty_text=self._dataset.embeddings[""],
-                caption_dropout=self._parameters.caption_dropout,
                 weights=self._loss_weights,
-                generator=state.noise,
                 autocast=accelerator.autocast(),
             )
             # Every picture of a step counts alike, also where the last batch is smaller.
@@ -207,16 +188,32 @@ class LoRATrainer:
         state.loss_count.zero_()
         epoch = len(state.losses)
         log.info("epoch_done", extra={"epoch": epoch, "step": state.step, "loss": state.losses[-1]})
-        if epoch % self._run.checkpoint_interval == 0 or epoch == self._parameters.epochs:
+        self._save_if_due(state, accelerator)
+
+    def _save_if_due(self, state: LoopState, accelerator: Accelerator) -> None:
+        """Save at the run's interval and at its end; in mid-trouble wait for the next epoch."""
+        interval, epoch = self._run.checkpoint_interval, len(state.losses)
+        ends = epoch == self._parameters.epochs
+        since = self._plan.epochs_done(state.saved_step)
+        if epoch // interval == since // interval and not ends:
+            return
+        if not loop_state.weights_are_finite(state):
+            raise TrainingDiverged(
+                f"Training diverged: after epoch {epoch} the weights are not finite. Lower "
+                "learning_rate."
+            )
+        # What comes between two skipped steps may be the way into a divergence, not a way back.
+        if not state.skipped_in_a_row or ends:
             self._save(state, accelerator)
 
     def _begin(self, accelerator: Accelerator) -> LoopState:
-        """A fresh state, or the one of the checkpoint to resume from."""
-        state = loop_state.begin(self._base, self._parameters, accelerator)
-        if self._run.resume_from:
-            saved = checkpoint.load(Path(self._run.resume_from))
-            checkpoint.refuse_another_run(saved.state, self._about())
-            loop_state.restore(state, saved, accelerator)
+        """A fresh state, or the one of the checkpoint to start from."""
+        state = loop_state.begin(self._base, self._course, accelerator)
+        changed = bool(self._course.changes)
+        if self._start:
+            checkpoint.refuse_another_run(self._start.state, self._about())
+            loop_state.restore(state, self._start, accelerator)
+            changed = self._course != self._start.state.course
             log.info("resumed", extra={"epoch": len(state.losses), "step": state.step})
         self._emit(
             Started(
@@ -229,17 +226,20 @@ class LoRATrainer:
                 warnings=self._warnings(state),
             )
         )
+        if changed:  # whoever resumes from here on must find it so
+            self._save(state, accelerator)
         return state
 
     def _save(self, state: LoopState, accelerator: Accelerator) -> None:
-        """Write a checkpoint, unless the newest one is of this very step."""
-        if state.step == state.saved_step:
-            return
         began = time.monotonic()
         epoch, inside = len(state.losses), self._plan.inside_epoch(state.step)
-        name = checkpoint.folder_name(epoch, state.step, inside_epoch=inside)
+        name = folder_name(
+            epoch, state.step, inside_epoch=inside, changes=len(self._course.changes)
+        )
         folder = Path(self._run.work_folder) / "checkpoints" / name
-        checkpoint.save(folder, loop_state.capture(state, self._about(), accelerator))
+        captured = loop_state.capture(state, self._about(), accelerator)
+        checkpoint.save(folder, captured)
+        self.newest = captured
         state.saved_step = state.step
         seconds = time.monotonic() - began
         self._clock.leave_out(seconds)
@@ -255,7 +255,7 @@ class LoRATrainer:
             style_id=self._run.style_id,
             claim=self._run.claim,
             base_model=self._base.hash,
-            parameters=self._parameters,
+            course=self._course,
             pictures=self._dataset.identities,
             total_steps=self._plan.total_steps,
             epoch=0,
@@ -283,7 +283,7 @@ class LoRATrainer:
         )
 
     def _warnings(self, state: LoopState) -> tuple[str, ...]:
-        warnings = [*self._base.warnings, *self._dataset.warnings]
+        warnings = [*self._base.warnings, *self._dataset.warnings, *self._course.changes]
         if self._plan.total_steps > USUAL_STEPS:
             warnings.append(
                 f"{self._plan.total_steps} steps are many: styles usually take 1,000 to "

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from training import trainer
+from training import recovery, trainer
 from training.base_model import BaseModel
-from training.dataset import prepare
+from training.dataset import Dataset, prepare
 from training.device import one_run_accelerator
 from training.lora_config import TrainingRun
 from training.objective import denoising_losses
-from training.trainer import LoRATrainer, TrainingResult
+from training.result import TrainingResult
+from training.trainer import LoRATrainer
 from utils.errors import StopReason
 from utils.events import CheckpointSaved, Event
 
@@ -41,13 +42,22 @@ def stop_after(checks: int) -> Callable[[], StopReason | None]:
     return lambda: next(answers, StopReason.SHUTDOWN)
 
 
+def in_one_go(run: TrainingRun, base: BaseModel, data: Dataset, **how: Any) -> TrainingResult:
+    """A run that gives up at the first trouble."""
+    return LoRATrainer(run, base, data, **how).train()
+
+
 def trained(
-    base: BaseModel, run: TrainingRun, **how: Any
+    base: BaseModel,
+    run: TrainingRun,
+    *,
+    through: Callable[..., TrainingResult] = recovery.train,
+    **how: Any,
 ) -> tuple[TrainingResult, Weights, list[Event]]:
     """One whole run, after which the base is bare again."""
     events: list[Event] = []
     try:
-        result = LoRATrainer(run, base, prepare(run, base), emit=events.append, **how).train()
+        result = through(run, base, prepare(run, base), emit=events.append, **how)
         return result, lora_of(base), events
     finally:
         base.detach()

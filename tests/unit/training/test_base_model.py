@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sandbox.stand_in_model import build_stand_in
 from training.base_model import ADAPTER, BaseModel
@@ -253,6 +254,41 @@ def test_gradient_checkpointing_is_as_the_options_say(stand_in: Path) -> None:
         assert not own.unet.is_gradient_checkpointing
 
 
+def test_a_run_may_turn_gradient_checkpointing_on_for_itself(base: BaseModel) -> None:
+    base.attach(SMALL, checkpointing=True)
+    assert base.checkpointing
+    base.detach()
+    base.attach(SMALL)
+    assert not base.checkpointing
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_where_encoding_runs_out_of_memory_the_unet_makes_room_for_it(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def encode() -> Tensor:
+        if part == "vae":
+            return base.encode_images(torch.zeros(1, 3, 64, 64))[0]
+        return base.encode_prompts(["a harbour"])
+
+    expected, encoder = encode(), getattr(base, part)
+    name = "encode" if part == "vae" else "forward"
+    real, fails = getattr(encoder, name), iter([True, False, True, True])
+    moves: list[Any] = []
+
+    def short_of_memory(*arguments: Any, **named: Any) -> Any:
+        if next(fails):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(encoder, name, short_of_memory)
+    monkeypatch.setattr(base.unet, "to", moves.append)
+    assert torch.equal(encode(), expected)
+    with pytest.raises(torch.OutOfMemoryError):
+        encode()
+    assert moves == ["cpu", base.device] * 2
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -260,6 +296,8 @@ def test_gradient_checkpointing_is_as_the_options_say(stand_in: Path) -> None:
         (MemoryError(), GpuOutOfMemory),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), GpuOutOfMemory),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), GpuOutOfMemory),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), GpuOutOfMemory),
+        (torch.AcceleratorError("CUDA error: out of memory"), GpuOutOfMemory),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), GpuBroken),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), GpuBroken),
         (torch.AcceleratorError("CUDA error: unspecified launch failure"), GpuBroken),

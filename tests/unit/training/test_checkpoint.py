@@ -12,16 +12,25 @@ import pytest
 import torch
 
 from training import checkpoint, manifest
-from training.checkpoint import Checkpoint, RunState, folder_name, load, refuse_another_run, save
+from training.checkpoint import Checkpoint, RunState, load, refuse_another_run, save
+from training.checkpoint_name import folder_name, order
+from training.course import Course
 from training.lora_config import HyperParameters
 from utils.errors import CheckpointUnusable
 
+ASKED = HyperParameters(learning_rate=1.1e-4, batch_size=4)
 STATE = RunState(
     task_id="task-1",
     style_id=10,
     claim=3,
     base_model="ab" * 32,
-    parameters=HyperParameters(learning_rate=1.1e-4),
+    course=Course(
+        asked=ASKED,
+        parameters=dataclasses.replace(ASKED, batch_size=2, gradient_accumulation_steps=2),
+        checkpointing=True,
+        rate_halved=True,
+        changes=("Memory ran out.",),
+    ),
     pictures=("one", "two"),
     total_steps=200,
     epoch=7,
@@ -174,10 +183,10 @@ def test_a_checkpoint_of_another_format_is_refused(
         ({"pictures": ("two", "one")}, "pictures or their captions"),
         ({"total_steps": 100}, "schedule had 200 steps, has 100"),
         (
-            {"parameters": HyperParameters(learning_rate=1e-5)},
+            {"course": Course.of(dataclasses.replace(ASKED, learning_rate=1e-5))},
             "learning_rate was 0.00011, is 1e-05",
         ),
-        ({"parameters": HyperParameters(learning_rate=1.1e-4, rank=8)}, "rank was 16, is 8"),
+        ({"course": Course.of(dataclasses.replace(ASKED, rank=8))}, "rank was 16, is 8"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_and_the_difference_named(
@@ -191,6 +200,26 @@ def test_a_later_claim_may_go_on_from_an_earlier_claims_checkpoint() -> None:
     refuse_another_run(STATE, dataclasses.replace(STATE, claim=9, step=0, epoch=0, losses=()))
 
 
-def test_names_sort_by_progress() -> None:
+def test_a_checkpoint_of_a_changed_course_belongs_to_the_job_that_asked_for_another() -> None:
+    refuse_another_run(STATE, dataclasses.replace(STATE, course=Course.of(ASKED)))
+
+
+def test_a_name_says_where_training_was_and_how_often_it_had_been_changed() -> None:
     assert folder_name(10, 100, inside_epoch=False) == "epoch-0010"
     assert folder_name(12, 123, inside_epoch=True) == "epoch-0012-step-0123"
+    assert folder_name(10, 100, inside_epoch=False, changes=2) == "epoch-0010-retake-2"
+    assert folder_name(9, 95, inside_epoch=True, changes=1) == "epoch-0009-step-0095-retake-1"
+
+
+def test_names_are_ordered_as_they_were_made_though_a_retake_goes_back() -> None:
+    made = [
+        "something-else",
+        "epoch-0010",
+        "epoch-0012-step-0123",
+        "epoch-0020",
+        "epoch-0010-retake-1",
+        "epoch-0010-step-0101-retake-1",
+        "epoch-0000-retake-2",
+        "epoch-0010-retake-2",
+    ]
+    assert sorted(reversed(made), key=order) == made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import queue
@@ -16,10 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.unit.training.conftest import MakeRun
-from training.child import failed
+from training.base_model import BaseModel
+from training.child import Child, failed
+from training.inbox import Inbox
 from training.lora_config import Picture, TrainerOptions, TrainingRun
 from utils.errors import (
     REPORTABLE,
@@ -156,6 +161,52 @@ def test_a_run_gives_its_facts_in_order_and_its_files_with_the_model_last(
     assert saved == [f"{run.work_folder}/checkpoints/epoch-000{n}" for n in (1, 2)]
     report = json.loads((Path(ending.folder) / "training_report.json").read_text())
     assert report["steps"] == 6 and len(report["pictures"]) == 3
+
+
+def test_every_log_line_of_a_run_carries_its_task_id_and_none_of_another(
+    child: Process, make_run: MakeRun
+) -> None:
+    before = len(child.log.read_text())
+    for task in ("task-a", "task-b"):
+        child.send(make_run(epochs=1, task_id=task))
+        child.ending()
+    lines = [json.loads(line) for line in child.log.read_text()[before:].splitlines()]
+    events = {"run_taken", "epoch_done", "checkpoint_saved", "model_exported"}
+    for task in ("task-a", "task-b"):
+        assert events <= {line["event"] for line in lines if line.get("task_id") == task}
+    assert [line["task_id"] for line in lines] == sorted(line["task_id"] for line in lines)
+
+
+def test_neither_training_nor_samples_that_run_out_of_memory_fail_the_run(
+    base: BaseModel, options: TrainerOptions, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(unet: Any, arguments: tuple[Any, ...]) -> None:
+        # In training there is room for one picture; for samples, which need no gradients, none.
+        if not unet.training or len(arguments[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(BaseModel, "load", lambda _: base)
+    told = io.BytesIO()
+    child = Child(options, Inbox(io.BytesIO()), told)
+    handle = base.unet.register_forward_pre_hook(too_large)
+    try:
+        # pylint: disable-next=protected-access
+        ending = child._do(make_run(count=4, batch_size=2, epochs=1))
+    finally:
+        handle.remove()
+    assert isinstance(ending, Finished), ending
+    assert "samples.png" not in ending.files
+    assert {"loss_curve.png", "lora_weights.safetensors"} < set(ending.files)
+    report = json.loads((Path(ending.folder) / "training_report.json").read_text())
+    used = ("batch_size", "gradient_accumulation_steps")
+    assert [report["hyperparameters"][name] for name in used] == [1, 2]
+    assert [report["hyperparameters_asked"][name] for name in used] == [2, 1]
+    told_of = ("a batch had 1 instead of 2", "sample pictures could not be made (OutOfMemoryError)")
+    assert all(any(each in warning for warning in report["warnings"]) for each in told_of)
+    with safe_open(Path(ending.folder) / "lora_weights_kohya.safetensors", "pt") as kohya:
+        assert kohya.metadata()["ss_batch_size_per_device"] == "1"
+    starts = [decode(line, EVENTS) for line in told.getvalue().splitlines() if b"Started" in line]
+    assert len(starts) == 3
 
 
 def test_the_same_run_on_a_warm_process_gives_the_same_model(

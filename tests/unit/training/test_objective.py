@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.unit.training.conftest import MakeRun
 from training.base_model import BaseModel
 from training.dataset import prepare
-from training.objective import denoising_losses, min_snr_weights
+from training.objective import Chance, denoising_losses, min_snr_weights
 from training.trainer import LoRATrainer
 from utils.errors import TrainingFailed
 
@@ -20,6 +20,16 @@ def scheduler_like(predicts: str, kept: list[float]) -> Any:
     """What `min_snr_weights` reads of a scheduler."""
     config = type("Config", (), {"prediction_type": predicts})()
     return type("Scheduler", (), {"config": config, "alphas_cumprod": torch.tensor(kept)})()
+
+
+def chance(pictures: int, *, seed: int, caption_dropout: float = 0.0) -> Chance:
+    """Everything random about some pictures of 64 pixels."""
+    return Chance.draw(
+        (pictures, 4, 8, 8),
+        timesteps=1000,
+        caption_dropout=caption_dropout,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def test_min_snr_divides_by_snr_for_noise_and_by_snr_plus_one_for_velocity() -> None:
@@ -72,10 +82,9 @@ def test_the_target_is_what_the_scheduler_says_that_the_base_predicts(
     losses, _ = denoising_losses(
         base,
         (latents, text),
+        chance(2, seed=11),
         empty_text=data.embeddings[""],
-        caption_dropout=0.0,
         weights=torch.ones(1000),
-        generator=torch.Generator().manual_seed(11),
         autocast=torch.autocast("cpu", enabled=False),
     )
     assert seen["noisy"].abs().max() < 1e-6
@@ -103,10 +112,9 @@ def test_captions_are_dropped_as_often_as_asked(
         denoising_losses(
             base,
             (latents, text),
+            chance(200, seed=1, caption_dropout=dropout),
             empty_text=empty,
-            caption_dropout=dropout,
             weights=torch.ones(1000),
-            generator=torch.Generator().manual_seed(1),
             autocast=torch.autocast("cpu", enabled=False),
         )
     finally:

@@ -15,7 +15,7 @@ from training.dataset import Dataset, PictureReport
 from training.lora_config import HyperParameters, Picture, TrainingRun
 from training.lora_formats import MODEL_FILES
 from training.report import FILES, build_report, summary, write_report
-from training.trainer import TrainingResult
+from training.result import TrainingResult
 
 ENTRIES = (
     PictureReport("s3://media/1/image_0.jpg", "used", (), 640, 480, "바다의 새벽"),

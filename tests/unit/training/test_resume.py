@@ -22,6 +22,7 @@ from tests.unit.training.runs import (
 from training import trainer
 from training.base_model import BaseModel
 from training.checkpoint import load
+from training.course import Course
 from training.lora_config import TrainerOptions
 from utils.errors import CheckpointUnusable, StopReason
 from utils.events import Started
@@ -144,7 +145,8 @@ def test_a_checkpoint_holds_the_trained_weights_and_whose_they_are(
     saved = load(Path(checkpoints(events)[-1].folder))
     assert same(dict(sorted(saved.lora.items())), dict(sorted(weights.items())))
     assert (saved.state.task_id, saved.state.claim) == ("task-1", 5)
-    assert saved.state.parameters == run.parameters and saved.state.base_model == base.hash
+    assert saved.state.course == Course.of(run.parameters)
+    assert saved.state.base_model == base.hash
 
 
 def test_a_checkpoint_of_other_pictures_or_parameters_is_refused(

@@ -15,6 +15,7 @@ from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     HalfPrecision,
     Weights,
+    in_one_go,
     lora_of,
     same,
     spoil,
@@ -125,8 +126,8 @@ def test_weights_that_are_not_float32_are_refused_before_the_first_step(
 ) -> None:
     attach = base.attach
 
-    def in_half_precision(parameters: HyperParameters) -> list[torch.nn.Parameter]:
-        weights = attach(parameters)
+    def in_half_precision(parameters: HyperParameters, **how: Any) -> list[torch.nn.Parameter]:
+        weights = attach(parameters, **how)
         for weight in weights:
             weight.data = weight.data.half()
         return weights
@@ -171,7 +172,7 @@ def test_too_many_skipped_steps_in_a_row_are_a_divergence(
 ) -> None:
     spoil(monkeypatch, lambda call: call >= 2)
     with pytest.raises(TrainingDiverged, match="step 13: 11 steps in a row"):
-        trained(base, make_run(count=10, epochs=2))
+        trained(base, make_run(count=10, epochs=2), through=in_one_go)
 
 
 def test_an_epoch_without_a_finite_loss_is_a_divergence(
@@ -179,7 +180,7 @@ def test_an_epoch_without_a_finite_loss_is_a_divergence(
 ) -> None:
     spoil(monkeypatch, lambda call: call >= 3)
     with pytest.raises(TrainingDiverged, match="epoch 2"):
-        trained(base, make_run(epochs=3))
+        trained(base, make_run(epochs=3), through=in_one_go)
 
 
 def test_the_reported_loss_is_unweighted(base: BaseModel, make_run: MakeRun) -> None:
@@ -208,7 +209,7 @@ def test_accumulated_batches_are_one_step_over_all_their_pictures(
 ) -> None:
     """Five pictures at once, and as 2 + 2 + 1: the same gradient, up to rounding."""
 
-    def without_chance(owner: BaseModel, batch: Any, **_: Any) -> Any:
+    def without_chance(owner: BaseModel, batch: Any, _: Any, **__: Any) -> Any:
         latents, text = batch
         steps = torch.full((len(text),), 500)
         out = owner.unet(latents.mean, steps, encoder_hidden_states=text).sample

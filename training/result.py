@@ -1,0 +1,44 @@
+"""How a training went: what the report is made from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from training.lora_config import HyperParameters
+from utils.errors import StopReason
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """How a run went.
+
+    Attributes:
+        epochs, steps: Completed, over the whole job.
+        loss: Mean unweighted loss of the last completed epoch; None before there is one.
+        losses: The same for every completed epoch.
+        seconds: Wall time of this run's training.
+        steps_per_second: Measured over this run (after its last restart), checkpoints not counted;
+            None when it made no step.
+        peak_memory_bytes: Of the GPU, by torch's allocator, since the run's last restart; on the
+            CPU the process's largest resident size.
+        skipped_steps: Steps of the whole job that changed nothing, because their gradient was not
+            finite; those that a restart took back are not among them.
+        resumed_from: Epochs that were complete when this run began from a checkpoint; None for a
+            fresh one.
+        stopped: Why the run ended early; None for a finished training.
+        parameters: Hyper-parameters in force at the end.
+        warnings: Sentences for the report.
+    """
+
+    epochs: int
+    steps: int
+    loss: float | None
+    losses: tuple[float, ...]
+    seconds: float
+    steps_per_second: float | None
+    peak_memory_bytes: int
+    skipped_steps: int
+    resumed_from: int | None
+    stopped: StopReason | None
+    parameters: HyperParameters
+    warnings: tuple[str, ...] = ()
