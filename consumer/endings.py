@@ -200,7 +200,7 @@ class Endings:
                 delivery.body,
                 seconds=self._retry_delays[0],
                 message_id=delivery.message_id,
-                headers=dict(delivery.headers),
+                headers=delivery.carried_headers,
             )
 
     def _tell_refused(

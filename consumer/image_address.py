@@ -27,6 +27,10 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
+class BrokenAddress(ValueError):
+    """It asks for nothing that is forbidden, only nothing can lie there: one picture less."""
+
+
 def read_address(
     address: str, *, default_bucket: str, endpoint: str | None, allowed: Collection[str]
 ) -> tuple[str, S3Location]:
@@ -44,18 +48,20 @@ def read_address(
         The address as it may be shown (without its query), and the location.
 
     Raises:
-        ValueError: It is none of these; the text goes behind the field's name and never repeats a
-            query.
+        BrokenAddress: No object of S3 can have it.
+        ValueError: It points elsewhere: to another bucket, another host, a local file. The text
+            goes behind the field's name and never repeats a query.
     """
     if len(address) > MAX_ADDRESS:
-        raise ValueError(f"is longer than {MAX_ADDRESS} characters")
+        raise BrokenAddress(f"is longer than {MAX_ADDRESS} characters")
     if _UNSAFE.search(address):
-        raise ValueError("contains a control character")
-    if address != address.lstrip():
-        raise ValueError("begins with a space")
+        raise BrokenAddress("contains a control character")
+    address = address.strip()
+    if not address:
+        raise BrokenAddress("is empty")
     shown, location = _split(address, default_bucket, endpoint)
     if not _BUCKET.fullmatch(location.bucket):
-        raise ValueError("names no valid bucket")
+        raise BrokenAddress("names no valid bucket")
     if location.bucket not in allowed:
         raise ValueError(
             f"is in the bucket {location.bucket!r}, which this worker may not read "
@@ -87,7 +93,7 @@ def _from_url(address: str, endpoint: str | None) -> tuple[str, S3Location]:
         parts = urlsplit(address)
         port = parts.port
     except ValueError as error:
-        raise ValueError("is not a well-formed address") from error
+        raise BrokenAddress("is not a well-formed address") from error
     if parts.username is not None or parts.password is not None:
         raise ValueError("carries a user name or password")
     # `hostname` is lower case, as buckets are.
@@ -95,7 +101,7 @@ def _from_url(address: str, endpoint: str | None) -> tuple[str, S3Location]:
     try:
         path = unquote(parts.path, errors="strict").removeprefix("/")
     except UnicodeDecodeError as error:
-        raise ValueError("is not percent-encoded UTF-8") from error
+        raise BrokenAddress("is not percent-encoded UTF-8") from error
     if bucket is None:
         bucket, _, path = path.partition("/")
     return parts._replace(query="", fragment="").geturl(), S3Location(bucket, path)
@@ -119,11 +125,11 @@ def _bucket_in_host(parts: SplitResult, port: int | None, endpoint: str | None) 
 
 def _check_key(key: str) -> None:
     if not key or key.endswith("/"):
-        raise ValueError("names no object in the bucket")
+        raise BrokenAddress("names no object in the bucket")
     if _UNSAFE.search(key):
-        raise ValueError("contains a control character")
+        raise BrokenAddress("contains a control character")
     if len(key.encode()) > MAX_KEY_BYTES:
-        raise ValueError(f"has a key of more than {MAX_KEY_BYTES} bytes")
+        raise BrokenAddress(f"has a key of more than {MAX_KEY_BYTES} bytes")
     # A proxy that tidies paths would take these out of the bucket that was checked.
     if any(part in (".", "..") for part in key.split("/")):
-        raise ValueError("has a key with `.` or `..` in it")
+        raise BrokenAddress("has a key with `.` or `..` in it")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from consumer.settlement import Delivery, Publication, Queue, Settlement
+from consumer.settlement import Delivery, Queue, Settlement
 from utils.logger import get_logger
 
 log = get_logger(__name__)
@@ -101,16 +101,10 @@ def put_off(delivery: Delivery) -> Settlement:
     Its `message_id` stays as it was, None too: an id that the worker made up would change what the
     message means.
     """
-    headers = {
-        name: value
-        for name, value in delivery.headers.items()
-        # The broker's own: it would take a message with its history for one that goes round in
-        # circles.
-        if not name.startswith(("x-death", "x-first-death-", "x-last-death-", "x-delivery-count"))
-        and isinstance(value, (str, int, bool))
-    }
-    return Settlement.ack(
-        Publication(
-            delivery.queue, delivery.body, delivery.message_id, headers, CRASH_DELAY_SECONDS
-        )
+    return Settlement.delayed(
+        delivery.body,
+        seconds=CRASH_DELAY_SECONDS,
+        message_id=delivery.message_id,
+        headers=delivery.carried_headers,
+        queue=delivery.queue,
     )

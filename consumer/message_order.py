@@ -21,10 +21,11 @@ from training.lora_config import HyperParameters
 MAX_STYLE_ID = 2**63 - 1
 MAX_IMAGES = 200
 MAX_TAGS = 50
-MAX_TAG = 100  # characters
-MAX_CAPTION = 1000  # characters; the text encoder reads 77 tokens
+# Characters; what is longer is cut. The text encoder reads 77 tokens, and the report says so.
+MAX_TAG = 200
+MAX_CAPTION = 2000
 _STRICT = ConfigDict(strict=True, frozen=True, hide_input_in_errors=True)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]+")
 
 PARAMETER_NAMES = tuple(field.name for field in dataclasses.fields(HyperParameters))
 
@@ -58,8 +59,8 @@ def _parameters_model() -> type[BaseModel]:
 
 
 Parameters = _parameters_model()
-Caption = Annotated[str, Field(max_length=MAX_CAPTION), AfterValidator(_one_line)]
-Tag = Annotated[str, Field(max_length=MAX_TAG), AfterValidator(_one_line)]
+Caption = Annotated[str, AfterValidator(lambda text: _one_line(text)[:MAX_CAPTION].rstrip())]
+Tag = Annotated[str, AfterValidator(lambda text: _one_line(text)[:MAX_TAG].rstrip())]
 
 
 class Order(BaseModel):
@@ -68,7 +69,7 @@ class Order(BaseModel):
     model_config = _STRICT
 
     style_id: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MAX_STYLE_ID)]
-    images: Annotated[list[str], Field(min_length=1, max_length=MAX_IMAGES)]
+    images: Annotated[list[str | None], Field(min_length=1, max_length=MAX_IMAGES)]
     captions: list[Caption | None] | None = None
     tags: Annotated[list[Tag], Field(max_length=MAX_TAGS)] | None = None
     parameters: Parameters | None = None  # type: ignore[valid-type]  # made at import

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from config import Settings
-from consumer.image_address import read_address
+from consumer.image_address import BrokenAddress, read_address
 from consumer.message_order import MAX_STYLE_ID, PARAMETER_NAMES, Order, complaints, printable
 from consumer.training_job import (
     MESSAGE_TYPE,
@@ -200,19 +200,27 @@ def _checked(order: dict[str, Any], images_field: str, prefix: str) -> Order:
         raise _Wrong(found[0][0], found[0][1] + others) from None
 
 
-def _images(addresses: list[str], field: str, settings: Settings) -> tuple[ImageRef, ...]:
+def _images(addresses: list[str | None], field: str, settings: Settings) -> tuple[ImageRef, ...]:
+    """One a picture asked for. A broken address is one picture less; one that points where nobody
+    may read makes the message invalid, and so does not having a single sound one."""
     images = []
     for index, address in enumerate(addresses):
         try:
             source, location = read_address(
-                address,
+                address or "",
                 default_bucket=settings.aws_storage_bucket_name,
                 endpoint=settings.aws_endpoint_url_s3,
                 allowed=settings.image_buckets,
             )
+        except BrokenAddress as broken:
+            shown = printable((address or "").partition("?")[0])
+            images.append(ImageRef(shown, None, f"has an address that {broken}"))
         except ValueError as error:
             raise _Wrong(f"{field}.{index}", str(error)) from None
-        images.append(ImageRef(source, location))
+        else:
+            images.append(ImageRef(source, location))
+    if not any(image.location for image in images):
+        raise _Wrong(f"{field}.0", (images[0].problem or "").removeprefix("has an address that "))
     return tuple(images)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from config import Settings
 from consumer.stop_signal import StopSignal
-from consumer.training_job import TrainingJob
-from services.s3_service import PictureRequest, S3Service
+from consumer.training_job import ImageRef, TrainingJob
+from services.s3_service import FetchedPicture, PictureRequest, S3Service
 from training.lora_config import Picture
 from utils.errors import ImageDownloadFailed
 from utils.logger import get_logger
@@ -38,24 +38,21 @@ def fetch_pictures(
     """
     began = time.monotonic()
     folder.mkdir()
-    fetched = s3.fetch_pictures(
-        [
-            PictureRequest(image.source, image.location, caption)
-            for image, caption in zip(job.images, job.captions, strict=True)
-        ],
-        folder,
-        max_bytes=settings.max_image_bytes,
-        stop=lambda: stop.reason is not None,
+    fetched = iter(
+        s3.fetch_pictures(
+            [
+                PictureRequest(image.source, image.location, caption)
+                for image, caption in zip(job.images, job.captions, strict=True)
+                if image.location
+            ],
+            folder,
+            max_bytes=settings.max_image_bytes,
+            stop=lambda: stop.reason is not None,
+        )
     )
     stop.check()
     pictures = tuple(
-        Picture(
-            source=each.source,
-            path=str(each.path) if each.path else None,
-            caption=each.caption if each.caption is not None else ", ".join(job.tags),
-            problem=each.problem,
-        )
-        for each in fetched
+        _picture(next(fetched), job) if image.location else _broken(image) for image in job.images
     )
     missing = [picture for picture in pictures if picture.path is None]
     there = len(pictures) - len(missing)
@@ -72,3 +69,16 @@ def fetch_pictures(
             + "; ".join(f"{picture.source}: {picture.problem}" for picture in missing)
         )
     return pictures
+
+
+def _picture(fetched: FetchedPicture, job: TrainingJob) -> Picture:
+    return Picture(
+        source=fetched.source,
+        path=str(fetched.path) if fetched.path else None,
+        caption=fetched.caption if fetched.caption is not None else ", ".join(job.tags),
+        problem=fetched.problem,
+    )
+
+
+def _broken(image: ImageRef) -> Picture:
+    return Picture(source=image.source, path=None, problem=image.problem)

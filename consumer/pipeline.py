@@ -88,6 +88,7 @@ class Pipeline:
             )
         except InvalidMessage as error:
             return self._desk.endings.refuse(delivery, error)
+        job = dataclasses.replace(job, headers=delivery.carried_headers)
         with logger.bound(task_id=job.task_id, style_id=job.style_id):
             try:
                 return self._handle_job(job, delivery)
@@ -116,10 +117,13 @@ class Pipeline:
         match claim:
             case Claimed():
                 # The record is the truth: its id may have got a count, and another worker's
-                # defaults may differ from ours.
+                # defaults may differ from ours. The message stays what was sent.
                 record = claim.lease.record
                 job = dataclasses.replace(
-                    from_understood(record.message, self._settings), task_id=record.task_id
+                    from_understood(record.message, self._settings),
+                    task_id=record.task_id,
+                    body=job.body,
+                    headers=job.headers,
                 )
                 with logger.bound(task_id=job.task_id), claim.lease as lease:
                     return self._work(job, lease)
@@ -301,17 +305,21 @@ class Pipeline:
     ) -> Settlement:
         """No attempt is counted, and this worker takes no further job."""
         log.error("machine_unfit", reason=str(error))
+        self._desk.machine_fails(error)
         delay = self._settings.retry_delays_seconds[0]
         lease.release(
             count_attempt=False, error=(str(code_of(error)), str(error)), quiet_seconds=delay
         )
-        self._desk.machine_fails(error)
         return self._put_off(job, delay)
 
     def _put_off(self, job: TrainingJob, seconds: float) -> Settlement:
-        """The message comes back after a while; until then the GPU takes another job."""
+        """The message comes back after a while; until then the GPU takes another job.
+
+        Its id rides in `message_id`, which counts where the body has none.
+        """
+        headers = job.headers | {OWN_COPY: True}
         return Settlement.delayed(
-            job.body, seconds=seconds, message_id=job.task_id, headers={OWN_COPY: True}
+            job.body, seconds=seconds, message_id=job.task_id, headers=headers
         )
 
     def _deliver_what_is_left(self, task_id: str, original: bytes) -> Settlement:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, Self
 
 from consumer.training_job import TrainingJob
 from consumer.stop_signal import StopSignal
 from services.webhook_service import ProgressAnswer, WebhookService
-from utils.errors import StopReason
+from utils.errors import Stopped, StopReason
 from utils.events import Progress, Stage
 from utils.logger import get_logger
 
@@ -20,6 +21,7 @@ log = get_logger(__name__)
 # So many 404 in a row, from a route that has answered otherwise before, say that the style was
 # deleted.
 _NOT_FOUND_LIMIT = 3
+_NO_ENDING_FOLLOWS = (StopReason.SHUTDOWN, StopReason.LEASE_LOST)
 
 
 class RouteMemory:
@@ -86,14 +88,25 @@ class ProgressReporter:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Where no ending follows, nothing has to wait for a backend that hangs: a shutdown has
+        # seconds to give the job back.
+        self.close(wait=not (isinstance(error, Stopped) and error.reason in _NO_ENDING_FOLLOWS))
 
-    def close(self) -> None:
-        """No report is sent after this returns."""
+    def close(self, *, wait: bool = True) -> None:
+        """No report is begun after this.
+
+        Args:
+            wait: For the report in hand, so that it cannot arrive after an ending.
+        """
         self._closed = True
         self._wake.set()
-        if self._thread.is_alive():
+        if wait and self._thread.is_alive():
             self._thread.join()
 
     def saw(self, progress: Progress) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 MAX_ERROR_MESSAGE = 2000  # characters; headers must fit in one frame
 MAX_MESSAGE_ID = 255  # bytes of AMQP's short string
+_BROKERS_OWN = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count")
 
 
 class Queue(enum.StrEnum):
@@ -30,7 +31,6 @@ class Action(enum.StrEnum):
 
     ACK = "ack"
     REQUEUE = "requeue"
-    KEEP = "keep"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,6 +50,21 @@ class Delivery:
     redelivered: bool = False
     headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     queue: Queue = Queue.TRAINING
+
+    @property
+    def carried_headers(self) -> dict[str, str | int | bool]:
+        """The headers that a copy of the message takes along.
+
+        Not the broker's own: it would take a message with its history for one that goes round in
+        circles. And nothing that AMQP knows and a publication does not, such as tables and times.
+        """
+        return {
+            name: value
+            for name, value in self.headers.items()
+            if isinstance(name, str)  # bytes where they are not UTF-8
+            and not name.startswith(_BROKERS_OWN)
+            and isinstance(value, (str, int, bool))
+        }
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,8 +128,7 @@ class Settlement:
     harmless.
 
     Attributes:
-        action: `ACK`: done with. `REQUEUE`: back to the queue, for any worker. `KEEP`: say nothing;
-            closing the channel gives the message back.
+        action: `ACK`: done with. `REQUEUE`: back to the queue, for any worker.
         publish: What to publish before.
     """
 
@@ -151,28 +165,9 @@ class Settlement:
         return cls.ack(Publication(queue, body, message_id, headers or {}, seconds))
 
     @classmethod
-    def ending(
-        cls,
-        body: bytes,
-        *,
-        message_id: str | None,
-        delay_seconds: float | None = None,
-        headers: Mapping[str, str | int | bool] | None = None,
-    ) -> Settlement:
-        """The job's ending rides on the endings' queue, so that the next job need not wait for the
-        backend.
-        """
-        return cls.ack(Publication(Queue.ENDINGS, body, message_id, headers or {}, delay_seconds))
-
-    @classmethod
     def requeue(cls) -> Settlement:
         """Back to the queue at once."""
         return cls(Action.REQUEUE)
-
-    @classmethod
-    def keep(cls) -> Settlement:
-        """Neither acknowledged nor returned; the broker takes it back with the channel."""
-        return cls(Action.KEEP)
 
 
 def _encodable(text: str) -> str:

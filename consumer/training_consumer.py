@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pika
+import pika.data
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import (
@@ -199,8 +200,6 @@ class TrainingConsumer(BrokerLoop):
                     hand.channel.basic_ack(hand.tag)
                 case Action.REQUEUE:
                     hand.channel.basic_reject(hand.tag, requeue=True)
-                case Action.KEEP:
-                    hand.channel.close()
 
     def _subscribe(self, lane: Lane) -> None:
         source = self._declaration(lane.queue)
@@ -358,6 +357,29 @@ def _log_blocked(_connection: Any, _frame: Any) -> None:
 
 def _log_unblocked(_connection: Any, _frame: Any) -> None:
     log.info("broker_takes_messages_again")
+
+
+def _tolerant(decode: Callable[[bytes, int], tuple[Any, int]]) -> Any:
+    """pika's reading of a header's value, less the error that costs the connection.
+
+    A time in the year 50,000, as from a publisher who counts in milliseconds, is sound AMQP, and
+    Python has no value for it. pika raises in the middle of the frame; the connection is lost, the
+    message comes back, and nothing behind it is ever served. No header of ours is a time.
+    """
+
+    @functools.wraps(decode)
+    def decode_value(encoded: bytes, offset: int) -> tuple[Any, int]:
+        try:
+            return decode(encoded, offset)
+        except (ValueError, OverflowError, OSError):
+            if encoded[offset : offset + 1] != b"T":
+                raise
+            return None, offset + 9  # its kind, and eight bytes
+
+    return decode_value
+
+
+pika.data.decode_value = _tolerant(pika.data.decode_value)
 
 
 def _nothing() -> None:

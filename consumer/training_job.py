@@ -21,11 +21,13 @@ class ImageRef:
 
     Attributes:
         source: Its address as the message spelt it, less a query (which may be a signature).
-        location: Bucket and key.
+        location: Bucket and key; None where no object can have this address.
+        problem: Why there is none, in words an artist understands; None where there is one.
     """
 
     source: str
-    location: S3Location
+    location: S3Location | None
+    problem: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class TrainingJob:
         id_is_derived: The id was made from the body: the publisher gave none.
         ignored_fields: Fields that mean nothing to this worker, by name (the first few).
         body: The message itself.
+        headers: Its AMQP headers, as far as its copies take them along.
     """
 
     task_id: str
@@ -59,6 +62,9 @@ class TrainingJob:
     id_is_derived: bool = False
     ignored_fields: tuple[str, ...] = ()
     body: bytes = dataclasses.field(default=b"", compare=False, repr=False)
+    headers: dict[str, str | int | bool] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def identity(self) -> str:
@@ -68,7 +74,10 @@ class TrainingJob:
         """
         meaning = {
             "style_id": self.style_id,
-            "images": [[image.location.bucket, image.location.key] for image in self.images],
+            "images": [
+                [image.location.bucket, image.location.key] if image.location else image.source
+                for image in self.images
+            ],
             "captions": self.captions,
             "tags": self.tags,
             "parameters": self.parameters,
@@ -78,7 +87,7 @@ class TrainingJob:
     def understood(self) -> dict[str, Any]:
         """The job as JSON values, for the job record; `from_understood` reads them."""
         values = dataclasses.asdict(self)
-        del values["body"]
+        del values["body"], values["headers"]
         return dict(json.loads(json.dumps(values)))
 
 

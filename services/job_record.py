@@ -64,7 +64,8 @@ class Checkpoint:
     """A checkpoint that lies complete on S3.
 
     Attributes:
-        name: `epoch-0010`, `epoch-0012-step-0123` inside an epoch, `-retake-1` after a new start.
+        name: `epoch-0010`, `epoch-0012-step-0123` inside an epoch, with
+            `-retake-1` after training had to start over.
         epoch: Completed epochs.
         step: Completed optimizer steps of the job.
         prefix: Key prefix of its files in the state bucket.

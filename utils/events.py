@@ -87,7 +87,8 @@ class CheckpointSaved:
     change.
 
     Attributes:
-        name: Its folder's name: `epoch-0010`, `epoch-0012-step-0123` inside an epoch, `-retake-1` after a new start.
+        name: Its folder's name: `epoch-0010`, `epoch-0012-step-0123` inside an epoch, with
+            `-retake-1` after training had to start over.
         epoch: Completed epochs.
         step: Completed optimizer steps of the job.
         folder: The checkpoint's absolute local folder.

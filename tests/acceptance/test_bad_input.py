@@ -86,8 +86,7 @@ def test_pictures_that_are_none_are_left_out_by_name_and_the_job_goes_on(
     kind, ending = world.ending(message["task_id"])
     assert kind == "complete", ending
     report = json.loads(world.read(world.media, "models/style_14/training_report.json"))
-    status = {picture["source"]: picture["status"] for picture in report["pictures"]}
-    assert [status[source] for source in bad] == ["left_out"] * len(bad)
+    assert [each["status"] for each in report["pictures"][3:]] == ["left_out"] * len(bad)
     assert all(
         picture["reasons"] for picture in report["pictures"] if picture["status"] == "left_out"
     )
@@ -97,7 +96,7 @@ def test_pictures_that_are_none_are_left_out_by_name_and_the_job_goes_on(
 def test_too_few_good_pictures_end_in_low_quality_data_that_names_them(
     world: World, worker: WorkerProcess
 ) -> None:
-    bad = _bad_pictures(world)[:-1]  # all but the missing one
+    bad = _bad_pictures(world)[:-2]  # all but those that are not there
     message = world.envelope(style_id=15, images=[*world.photographs[:2], *bad], captions=None)
     world.publish(message)
     kind, ending = world.ending(message["task_id"])
@@ -155,8 +154,27 @@ def test_a_backend_that_is_broken_at_first_hears_the_ending_all_the_same(
     assert worker.exit_code is None
 
 
+def test_an_ending_that_the_backend_refuses_is_kept_with_the_message_as_it_was_sent(
+    world: World, worker: WorkerProcess
+) -> None:
+    world.backend.answer = lambda request: (422, {}, b'{"error": "unknown style"}')
+    empty = world.upload("nothing.jpg", b"")
+    body = b'{ "task_id": "refused-1", "style_id": 19, "extra": 1, "image_urls": ["%s"] }'
+    body = body.replace(b"%s", empty.encode())
+    try:
+        world.publish(body, headers={"tenant": "abc"})
+        properties, dead = until(lambda: world.take(f"{world.queue}.dead"))
+    finally:
+        world.backend.answer = None
+    assert dead == body
+    assert properties.headers["x-error-code"] == "WEBHOOK_REJECTED"
+    assert "422" in properties.headers["x-error-message"]
+    assert properties.headers["x-task-id"] == "refused-1"
+    assert worker.exit_code is None
+
+
 def _bad_pictures(world: World) -> list[str]:
-    """Everything that calls itself a picture and is none; the last one is not even there."""
+    """Everything that calls itself a picture and is none; the last two are not even there."""
     whole = io.BytesIO()
     Image.new("RGB", (300, 300), "teal").save(whole, "JPEG")
     return [
@@ -165,6 +183,7 @@ def _bad_pictures(world: World) -> list[str]:
         world.upload("page.jpg", b"<!doctype html><title>404</title>"),
         world.upload("bomb.png", _bomb()),
         f"s3://{world.media}/training/missing.jpg",
+        f"s3://{world.media}/training/",
     ]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import CancelledError
+from typing import Any
 
 import pika
+import pika.data
 import pytest
 from structlog.testing import capture_logs
 
@@ -125,7 +128,7 @@ def test_endings_are_handled_while_a_job_is_trained_and_come_back_after_their_ow
     def settle(delivery: Delivery) -> Settlement:
         if len(endings.deliveries) > 1:
             return Settlement.ack()
-        return Settlement.ending(delivery.body, message_id="t", delay_seconds=0.3)
+        return Settlement.delayed(delivery.body, seconds=0.3, message_id="t", queue=Queue.ENDINGS)
 
     job, endings = Handler(), Handler(settle)
     job.go.clear()
@@ -179,15 +182,44 @@ def test_a_returned_message_goes_to_the_next_worker(
     assert [delivery.redelivered for delivery in handler.deliveries] == [False, True]
 
 
-def test_a_kept_message_goes_back_with_its_channel(
-    start: Start, client: Client, queue: str
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param(b"\x02\xff\xfeS\x00\x00\x00\x01x", id="a name that is no UTF-8"),
+        pytest.param(b"\x01tT" + struct.pack(">Q", 2**62), id="a time that Python cannot hold"),
+        pytest.param(
+            b"\x01tA" + struct.pack(">I", 9) + b"T" + struct.pack(">Q", 2**62),
+            id="such a time in a list",
+        ),
+    ],
+)
+def test_no_header_of_a_publisher_keeps_a_message_from_its_handler(
+    start: Start, client: Client, queue: str, header: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handler = Handler(
-        lambda delivery: Settlement.ack() if delivery.redelivered else Settlement.keep()
-    )
+    """Also not when its handler breaks and the message is put off, with the headers it can take."""
+    encode = pika.data.encode_table
+
+    def raw(pieces: list[bytes], table: dict[str, Any]) -> int:
+        if "raw" not in table:
+            return int(encode(pieces, table))
+        pieces.append(struct.pack(">I", len(table["raw"])) + table["raw"])
+        return len(pieces[-1])
+
+    def settle(delivery: Delivery) -> Settlement:
+        if delivery.body == b"good":
+            return Settlement.ack()
+        raise ZeroDivisionError
+
+    handler = Handler(settle)
     start(handler)
-    client.publish(queue, b"x")
+    with monkeypatch.context() as patched:
+        patched.setattr("pika.data.encode_table", raw)
+        client.publish(queue, b"odd", headers={"raw": header + b"\x04kept" + b"t\x01"})
+    client.publish(queue, b"good")
     until(lambda: handler.returned == 2)
+    assert handler.bodies == [b"odd", b"good"]
+    properties, body = until(lambda: client.get(f"{queue}.delay.10000"))
+    assert (body, properties.headers) == (b"odd", {"kept": True})
 
 
 # --- stopping

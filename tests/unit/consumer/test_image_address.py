@@ -6,8 +6,17 @@ import json
 
 import pytest
 
+from consumer.training_job import from_understood
 from services.s3_types import S3Location
-from tests.unit.consumer.message_samples import BUCKET, ENDPOINT, envelope, flat, read, refused
+from tests.unit.consumer.message_samples import (
+    BUCKET,
+    ENDPOINT,
+    SETTINGS,
+    envelope,
+    flat,
+    read,
+    refused,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,24 +59,12 @@ def test_a_signature_in_an_address_is_not_kept() -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        "",
-        " s3://stylelicense-media/a.jpg",
         "file:///etc/passwd",
         "file:/etc/passwd",
         "data:image/png;base64,AAAA",
         "ftp://stylelicense-media/a.jpg",
         "/etc/passwd",
-        "s3://stylelicense-media",
-        "s3://stylelicense-media/",
-        "s3://stylelicense-media/folder/",
-        "s3:///a.jpg",
-        "s3://UPPER/a.jpg",
-        "s3://stylelicense-media/a/../b.jpg",
-        "s3://stylelicense-media/../second-bucket/b.jpg",
-        f"https://s3.amazonaws.com/{BUCKET}/%2E%2E/somebody-elses/a.jpg",
-        "s3://stylelicense-media/a\x00.jpg",
-        "s3://stylelicense-media/" + "수" * 342,
-        "x" * 8193,
+        "s3://second-bucket-of-another/a/../b.jpg",
         "https://example.com/stylelicense-media/a.jpg",
         f"https://{BUCKET}.s3.amazonaws.com.evil.example/a.jpg",
         f"https://{BUCKET}.s3.amazonaws.com:8443/a.jpg",
@@ -75,16 +72,55 @@ def test_a_signature_in_an_address_is_not_kept() -> None:
         f"http://{BUCKET}.s3.amazonaws.com/a.jpg",
         f"https://127.0.0.1:9000/{BUCKET}/a.jpg",
         "https://stylelicense-media.s3-website-us-east-1.amazonaws.com/a.jpg",
-        "https://[::1/a.jpg",
-        "https://s3.amazonaws.com:99999/a/b.jpg",
-        f"https://s3.amazonaws.com/{BUCKET}/%FF.jpg",
-        f"https://s3.amazonaws.com/{BUCKET}/a%0Ab.jpg",
     ],
 )
-def test_an_address_that_names_no_object_of_an_allowed_bucket_is_refused(address: str) -> None:
+def test_an_address_that_points_elsewhere_makes_the_message_invalid(address: str) -> None:
     error = refused(envelope(images=["s3://stylelicense-media/ok.jpg", address]))
     assert error.field == "data.images.1"
     assert "secret" not in str(error)
+
+
+BROKEN = [
+    "",
+    " ",
+    None,
+    "s3://stylelicense-media",
+    "s3://stylelicense-media/",
+    "s3://stylelicense-media/folder/",
+    "s3:///a.jpg",
+    "s3://UPPER/a.jpg",
+    "s3://stylelicense-media/a/../b.jpg",
+    "s3://stylelicense-media/../second-bucket/b.jpg",
+    f"https://s3.amazonaws.com/{BUCKET}/%2E%2E/somebody-elses/a.jpg",
+    "s3://stylelicense-media/a\x00.jpg",
+    "s3://stylelicense-media/" + "수" * 342,
+    "x" * 8193,
+    "https://[::1/a.jpg?X-Amz-Signature=secret",
+    "https://s3.amazonaws.com:99999/a/b.jpg",
+    f"https://s3.amazonaws.com/{BUCKET}/%FF.jpg",
+    f"https://s3.amazonaws.com/{BUCKET}/a%0Ab.jpg",
+]
+
+
+@pytest.mark.parametrize("address", BROKEN)
+def test_a_broken_address_is_one_picture_less_and_says_why(address: str | None) -> None:
+    job = read(envelope(images=["s3://stylelicense-media/ok.jpg", address], captions=None))
+    sound, broken = job.images
+    assert sound.location == S3Location(BUCKET, "ok.jpg") and sound.problem is None
+    assert broken.location is None and "has an address that" in (broken.problem or "")
+    assert "secret" not in repr(job)
+    assert from_understood(job.understood(), SETTINGS) == job
+
+
+@pytest.mark.parametrize("address", BROKEN)
+def test_a_message_without_a_single_sound_address_is_invalid(address: str | None) -> None:
+    error = refused(envelope(images=[address, address], captions=None))
+    assert error.field == "data.images.0"
+
+
+def test_spaces_around_an_address_are_nobodys_intention() -> None:
+    image = read(flat(image_urls=[" s3://stylelicense-media/a b.jpg "])).images[0]
+    assert image.location == S3Location(BUCKET, "a b.jpg")
 
 
 def test_a_bucket_outside_the_allowlist_is_named() -> None:

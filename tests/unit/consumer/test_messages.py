@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from consumer.message_order import MAX_CAPTION, MAX_TAG
 from consumer.messages import derive_task_id, from_understood
 from services.s3_types import S3Location
 from tests.unit.consumer.message_samples import (
@@ -140,10 +141,16 @@ def test_an_absent_id_is_the_amqp_message_id_and_then_the_bodys_uuid() -> None:
 
 
 def test_captions_and_tags_are_one_line_each() -> None:
-    job = read(flat(captions=[" a\nred\x00house "], tags=["  oil ", "", "\n"]))
+    job = read(flat(captions=[" a\nred\x00\ud800house "], tags=["  oil ", "", "\n"]))
     assert job.captions == ("a red house",)
     assert job.tags == ("oil",)
     assert read(flat(captions=[""])).captions == ("",)
+
+
+def test_long_captions_and_tags_are_cut_and_cost_nobody_a_job() -> None:
+    job = read(flat(captions=["c" * 1_000_000], tags=["t" * 500]))
+    assert job.captions == ("c" * MAX_CAPTION,)
+    assert job.tags == ("t" * MAX_TAG,)
 
 
 def test_fields_that_mean_nothing_are_named_once_in_a_log_line() -> None:
@@ -181,15 +188,12 @@ def test_the_callback_address_stands_in_for_the_webhook_address() -> None:
         ({"image_urls": None}, "image_urls", "is required"),
         ({"image_urls": "a.jpg"}, "image_urls", "a list"),
         ({"image_urls": ["a.jpg"] * 201}, "image_urls", "at most 200"),
-        ({"image_urls": ["a.jpg", None]}, "image_urls.1", "a text"),
+        ({"image_urls": [None]}, "image_urls.0", "is empty"),
         ({"image_urls": [{"url": "a.jpg"}]}, "image_urls.0", "a text"),
         ({"captions": ["a", "b"]}, "captions", "2 entries for 1 pictures"),
         ({"captions": [5]}, "captions.0", "a text"),
-        ({"captions": ["x" * 1001]}, "captions.0", "at most 1000 characters"),
-        ({"captions": ["\ud800"]}, "captions.0", "Unicode"),
         ({"captions": "a"}, "captions", "a list"),
         ({"tags": ["t"] * 51}, "tags", "at most 50"),
-        ({"tags": ["t" * 101]}, "tags.0", "at most 100 characters"),
         ({"tags": "oil"}, "tags", "a list"),
         ({"parameters": []}, "parameters", "an object"),
         ({"parameters": {"epochs": 0}}, "parameters.epochs", "at least 1"),
