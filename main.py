@@ -65,7 +65,7 @@ def worker() -> None:
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="For scripts: JSON, no table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts: JSON.")] = False,
 ) -> None:
     """Test everything that a worker needs before its first job, and say what to do.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from urllib.parse import urlsplit
@@ -10,12 +11,40 @@ from config import LOCAL_HOSTS, Settings
 from consumer.desk import open_webhooks
 from consumer.doctor.findings import Finding, clock, fail, now, ok, warn
 from services.webhook_answers import Reply
-from services.webhook_service import WebhookService
+from services.webhook_service import PATHS, WebhookService
 from utils.errors import ConfigurationError
 from utils.urls import shown
 
 _REFUSED = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
-_BUSY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
+_OTHER_TOKEN = (fail, "it does not accept the token", "INTERNAL_API_TOKEN must be the backend's")
+_TOKEN_TAKEN = (ok, "it accepts the token", "")
+_BUSY = (warn, "it is busy; nothing is known of the token", "run the doctor again later")
+_ELSEWHERE = (
+    fail,
+    "this is not the route of progress reports",
+    f"BACKEND_API_URL must be the origin under which {PATHS['progress']} lies",
+)
+# What the answer to an empty progress report means: by its exact status, else by its hundred.
+_MEANINGS: dict[int, tuple[Callable[[str, str, str], Finding], str, str]] = {
+    400: _TOKEN_TAKEN,
+    401: _OTHER_TOKEN,
+    403: _OTHER_TOKEN,
+    408: _BUSY,
+    422: _TOKEN_TAKEN,
+    425: _BUSY,
+    429: _BUSY,
+    2: (
+        warn,
+        "it takes anything, so nothing is known of the token",
+        "see that this is the backend, and that it checks the token",
+    ),
+    3: (
+        fail,
+        "it sends us elsewhere, and webhooks follow no redirect (the token would go along)",
+        "set BACKEND_API_URL to the origin that it redirects to",
+    ),
+    5: (fail, "it is broken", "look at the backend's log, or at that of the proxy before it"),
+}
 
 
 def examine(settings: Settings) -> list[Finding]:
@@ -47,47 +76,23 @@ def _visit(webhooks: WebhookService, origin: str) -> list[Finding]:
 def _judge(origin: str, reply: Reply, words: str) -> Finding:
     check = f"backend {origin}"
     status = reply.status
-    answer = f"answered {status} to an empty progress report"
     if status is None:
         return fail(check, f"cannot be reached: {words}", _unreachable(words))
-    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+    answer = f"answered {status} to an empty progress report"
+    if status in _REFUSED and "signature" in words.lower():
         return fail(
             check,
-            f"{answer}: it does not accept the token ({words})",
-            "INTERNAL_API_TOKEN must be the backend's",
+            f"{answer}: {words}",
+            "WEBHOOK_SIGNING_SECRET must be the backend's; unset, both derive it from the token"
+            " (docs/protocol.md, section 3)",
         )
-    if status in _REFUSED:
-        if "signature" in words.lower():
-            return fail(
-                check,
-                f"{answer}: {words}",
-                "WEBHOOK_SIGNING_SECRET must be the backend's; unset, both derive it from the token"
-                " (docs/protocol.md, section 3)",
-            )
-        return _accepted(check, origin, f"{answer}, as it should: the token is accepted")
-    if 200 <= status < 300:
-        return warn(
-            check,
-            f"{answer}: it takes anything, so nothing is known of the token",
-            "see that this is the backend, and that it checks the token",
-        )
-    if 300 <= status < 400:
-        where = reply.headers.get("location", "")
-        return fail(
-            check,
-            f"{answer}: it redirects to {shown(where) if '://' in where else 'another path'}, and "
-            "webhooks follow no redirect (the token would go along)",
-            "set BACKEND_API_URL to the address that it redirects to",
-        )
-    if status in _BUSY:
-        return warn(check, f"{answer}: it is busy; nothing is known of the token", "try again")
-    if status >= 500:
-        return fail(check, f"{answer}: {words}", "the backend, or a proxy before it, is broken")
-    return fail(
-        check,
-        f"{answer}: {words}",
-        "BACKEND_API_URL must be the origin under which /api/webhooks/training/progress lies",
-    )
+    verdict, meaning, remedy = _MEANINGS.get(status) or _MEANINGS.get(status // 100, _ELSEWHERE)
+    detail = f"{answer}: {meaning}"
+    if verdict is ok:
+        return _accepted(check, origin, detail)
+    location = reply.headers.get("location", "")
+    said = shown(location) if "://" in location else words
+    return verdict(check, f"{detail} ({said})" if said else detail, remedy)
 
 
 def _accepted(check: str, origin: str, detail: str) -> Finding:

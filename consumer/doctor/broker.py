@@ -135,11 +135,7 @@ def _training_queue(
     name = settings.training_queue
     check = f"queue {name}"
     if isinstance(counted, Refusal):
-        if counted.code == NOT_FOUND:
-            return ok(check, "is not there yet; the worker declares it as the backend does")
-        if counted.code == LOCKED:
-            return fail(check, "is another connection's alone (exclusive)", "delete it there")
-        return fail(check, counted.text)
+        return _out_of_sight(check, counted)
     detail = (
         f"{queue_type or 'its type cannot be told'}; {counted.method.message_count} messages wait, "
         f"{counted.method.consumer_count} consumers"
@@ -151,11 +147,11 @@ def _training_queue(
             "a stream forgets no message: jobs would come again at each start. Declare it as a "
             "classic or quorum queue",
         )
-    backends = visit.attempt(
+    as_the_backend = visit.attempt(
         f"looking at {name}",
         lambda channel: channel.queue_declare(name, durable=True, arguments=IMPOSSIBLE),
     )
-    differs = _difference(backends)
+    differs = _difference(as_the_backend)
     if differs in ("durable", "auto_delete"):
         return fail(
             check,
@@ -172,6 +168,15 @@ def _training_queue(
             "publishes",
         )
     return ok(check, detail)
+
+
+def _out_of_sight(check: str, refusal: Refusal) -> Finding:
+    """The queue cannot be looked at."""
+    if refusal.code == NOT_FOUND:
+        return ok(check, "is not there yet; the worker declares it as the backend does")
+    if refusal.code == LOCKED:
+        return fail(check, "is another connection's alone (exclusive)", "delete it there")
+    return fail(check, refusal.text)
 
 
 def _difference(trial: Any) -> str | None:

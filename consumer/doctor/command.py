@@ -1,4 +1,4 @@
-"""The doctor's command: settings in, a table or JSON out."""
+"""The doctor's command: settings in, a report for a person or JSON out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.text import Text
 
 import config
 from consumer.doctor.examination import Diagnosis, examine
-from consumer.doctor.findings import Finding, fail
+from consumer.doctor.findings import Finding, Verdict, fail
 from utils import logger
 from utils.errors import ConfigurationError
 
 HEALTHY, ILL, SETTINGS_WRONG = 0, 1, 2
-_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+_STYLES = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
 
 
 def run(*, as_json: bool, console: Console | None = None) -> int:
@@ -35,11 +35,13 @@ def run(*, as_json: bool, console: Console | None = None) -> int:
     try:
         settings: config.Settings = config.load()
     except ConfigurationError as error:
-        problem = fail("settings", str(error), "see .env.example")
+        problem = fail("settings", str(error), "set them in the environment or in .env")
         _report(Diagnosis((problem,)), (), as_json, console)
         return SETTINGS_WRONG
     logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
-    diagnosis = examine(settings)
+    waiting = Console(stderr=True)
+    with waiting.status("Looking at everything. What does not answer takes up to two minutes."):
+        diagnosis = examine(settings)
     _report(diagnosis, settings.secrets(), as_json, console)
     return HEALTHY if diagnosis.healthy else ILL
 
@@ -57,28 +59,47 @@ def _report(diagnosis: Diagnosis, secrets: Iterable[str], as_json: bool, console
         }
         print(json.dumps(values, indent=2), file=console.file)
         return
-    findings = [Finding(**values) for values in cleaned]
-    _print_table(findings, console)
-    commands = [finding for finding in findings if finding.command]
-    for finding in commands:
-        console.print(f"\n{finding.check}, the command:", markup=False, highlight=False)
-        console.print(f"  {finding.command}", markup=False, highlight=False, soft_wrap=True)
+    # What matters most comes last: it is what a terminal still shows.
     if diagnosis.iam_policy:
-        console.print("\nThe least that the worker needs on S3, as an IAM policy:")
-        policy = json.dumps(diagnosis.iam_policy, indent=2)
-        console.print(policy, markup=False, highlight=False, soft_wrap=True)
-    counts = {word: sum(finding.verdict == word for finding in findings) for word in _STYLES}
-    console.print(
-        f"\n{counts['ok']} ok, {counts['warn']} to know, {counts['fail']} failed: "
-        + ("a worker can be started." if diagnosis.healthy else "mend what failed first."),
-        highlight=False,
-    )
-
-
-def _print_table(findings: Iterable[Finding], console: Console) -> None:
-    table = Table("check", "result", "what was found", "what to do", show_lines=True)
+        console.print("The least that the worker needs on S3, as an IAM policy:\n")
+        _print_whole(json.dumps(diagnosis.iam_policy, indent=2), console)
+        console.print()
+    findings = [Finding(**(values | {"verdict": Verdict(values["verdict"])})) for values in cleaned]
+    _print_findings(findings, console)
     for finding in findings:
-        style = _STYLES[finding.verdict]
-        words = (Text(finding.check), Text(str(finding.verdict), style))
-        table.add_row(*words, Text(finding.detail), Text(finding.remedy))
-    console.print(table)
+        if finding.command:
+            console.print(f"\nThe command ({finding.check}):\n", markup=False, highlight=False)
+            _print_whole(finding.command, console)
+    console.print()
+    _print_whole(_summary(findings), console)
+
+
+def _print_findings(findings: Iterable[Finding], console: Console) -> None:
+    """A paragraph each: verdict, check and what was found, then what to do."""
+    grid = Table.grid("verdict", "words", padding=(0, 2))
+    grid.columns[1].overflow = "fold"
+    for finding in findings:
+        words = Text.assemble((finding.check, "bold"), ": ", finding.detail)
+        grid.add_row(Text(str(finding.verdict), _STYLES[finding.verdict]), words)
+        if finding.remedy:
+            grid.add_row("", Text(f"→ {finding.remedy}"))
+    console.print(grid)
+
+
+def _print_whole(text: str, console: Console) -> None:
+    """As it stands, so that it can be copied whole."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _summary(findings: Iterable[Finding]) -> str:
+    named = {
+        verdict: [finding.check for finding in findings if finding.verdict is verdict]
+        for verdict in Verdict
+    }
+    counts = (
+        f"{len(named[Verdict.OK])} ok, {len(named[Verdict.WARN])} to know, "
+        f"{len(named[Verdict.FAIL])} failed"
+    )
+    if failed := named[Verdict.FAIL]:
+        return f"{counts} ({', '.join(failed)}): mend what failed, then run the doctor again."
+    return f"{counts}: a worker can be started."

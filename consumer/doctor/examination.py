@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -77,13 +78,14 @@ class _Bounded:
         self._check = check
         self._seconds = seconds
         self._settings = settings
+        self._end = time.monotonic() + seconds
         self._found: list[Finding] | None = None
         self._thread = threading.Thread(target=self._run, name=f"doctor-{name}", daemon=True)
         self._thread.start()
 
     def findings(self) -> list[Finding]:
         """What it found; or that it did not end."""
-        self._thread.join(self._seconds)
+        self._thread.join(max(0.0, self._end - time.monotonic()))
         if self._found is None:
             detail = f"the check did not end within {self._seconds:.0f} s"
             return [fail(self._name, detail, "look at the network between here and there")]

@@ -78,15 +78,7 @@ class _BucketVisit:
         if self._denied:
             return fail(check, f"S3 refuses to {', '.join(self._denied)}", _POLICY)
         if missing:
-            consequence = (
-                "a new job cannot be told from a forbidden one"
-                if any(use.prefix for use in its_uses)
-                else "a picture that is missing looks like one that is forbidden"
-            )
-            sentence = f"S3 answers 403 for what is not there, so {consequence}"
-            remedy = "grant s3:ListBucket on the bucket, without a condition on prefixes"
-            grave = any(Right.WRITE in use.rights for use in its_uses)
-            return fail(check, sentence, remedy) if grave else warn(check, sentence, remedy)
+            return self._forbidden(check, its_uses)
         return ok(
             check,
             "; ".join(f"{prefix or '*'}: {', '.join(d)}" for prefix, d in self._done.items()),
@@ -94,14 +86,23 @@ class _BucketVisit:
 
     def _try(self, use: Use) -> None:
         done = self._done.setdefault(use.prefix, [])
-        first = None
+        if Right.WRITE not in use.rights:
+            self._try_to_read(use, done)
+            return
         with self._may("list", use, done):
+            next(self.s3.list_objects(self.bucket, use.prefix), None)
+        self._try_to_change(use, done)
+
+    def _try_to_read(self, use: Use, done: list[str]) -> None:
+        try:
             first = next(self.s3.list_objects(self.bucket, use.prefix), None)
-        if Right.WRITE in use.rights:
-            self._try_to_change(use, done)
-        elif first is not None:
-            with self._may("read", use, done):
-                self.s3.head(S3Location(self.bucket, first.key))
+        except AccessDenied:
+            return  # the worker can do without; what follows is told at the end
+        done.append("list")
+        # Whether or not there is such an object, only who may read is told so.
+        key = first.key if first else f"{use.prefix}{PROBE}{uuid.uuid4()}"
+        with self._may("read", use, done):
+            self.s3.exists(S3Location(self.bucket, key))
 
     def _try_to_change(self, use: Use, done: list[str]) -> None:
         location = S3Location(self.bucket, f"{use.prefix}{PROBE}{uuid.uuid4()}")
@@ -130,6 +131,21 @@ class _BucketVisit:
         except AccessDenied:
             return True
         return False
+
+    @staticmethod
+    def _forbidden(check: str, its_uses: list[Use]) -> Finding:
+        remedy = "grant s3:ListBucket on the bucket, without a condition on prefixes"
+        forbidden = "S3 answers 403 for what is not there"
+        if any(Right.WRITE in use.rights for use in its_uses):
+            return fail(
+                check, f"{forbidden}, so a new job cannot be told from a forbidden one", remedy
+            )
+        return warn(
+            check,
+            f"{forbidden}: reading could not be tried, and a picture that is missing will look "
+            "like one that is forbidden",
+            remedy,
+        )
 
     @contextlib.contextmanager
     def _may(self, what: str, use: Use, done: list[str]) -> Iterator[None]:

@@ -7,13 +7,15 @@ import http.client
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY
 from services.s3_service import S3Service
+
+_CONDITIONS = ("if-match", "if-none-match")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Fault:
         no_length: Declare no length; the connection's end is the body's.
         delay: Seconds before the answer.
         drip: Seconds between two bytes of the body.
+        careless: Forward it without its conditions, as a store does that ignores them.
     """
 
     status: int = 0
@@ -41,6 +44,7 @@ class Fault:
     no_length: bool = False
     delay: float = 0.0
     drip: float = 0.0
+    careless: bool = False
 
 
 def impatient(endpoint: str, **more: Any) -> S3Service:
@@ -124,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         status, headers, body = fault.status, [("Content-Type", "application/xml")], fault.body
         if not fault.status and fault.forward:
-            status, headers, body = self._forward(sent)
+            status, headers, body = self._forward(sent, _CONDITIONS if fault.careless else ())
         proxy.closing.wait(fault.delay)
         if fault.reset:
             linger = struct.pack("ii", 1, 0)
@@ -133,9 +137,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._answer(fault, status, headers, body)
 
-    def _forward(self, sent: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    def _forward(
+        self, sent: bytes, without: Collection[str]
+    ) -> tuple[int, list[tuple[str, str]], bytes]:
         upstream = http.client.HTTPConnection(self.server.target, timeout=30)
-        headers = {name: value for name, value in self.headers.items() if name != "Expect"}
+        left_out = {"expect", *without}
+        headers = {
+            name: value for name, value in self.headers.items() if name.lower() not in left_out
+        }
         try:
             upstream.request(self.command, self.path, body=sent, headers=headers)
             answer = upstream.getresponse()

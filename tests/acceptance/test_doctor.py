@@ -1,0 +1,176 @@
+"""`python main.py doctor`: all is well, or what is broken is named and so is what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import config
+from config import Settings
+from consumer.doctor.examination import CHECKS, examine
+from consumer.doctor.findings import Finding, Verdict
+from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
+from sandbox.s3_server import SECRET_ACCESS_KEY
+from sandbox.worker_process import ROOT
+from tests.acceptance.world import World
+from tests.integration.services.s3_proxy import Fault, S3Proxy, always
+
+
+@pytest.fixture(name="sound")
+def _sound(apart: World) -> Iterator[World]:
+    """A world in which nothing is broken, with a backend that a test may offend."""
+    with Backend() as backend:
+        apart.backend = backend
+        yield apart
+
+
+def _doctor(
+    *arguments: str, environment: dict[str, str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "doctor", *arguments],
+        env=kept | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+def _failures(world: World, concerned: str, **changed: str) -> list[Finding]:
+    """What one check finds broken, in this process."""
+    values: dict[str, Any] = {
+        name.lower(): value for name, value in world.settings(**changed).items()
+    }
+    settings: Settings = config.load(_env_file=None, **values)
+    diagnosis = examine(settings, tuple(check for check in CHECKS if check[0] == concerned))
+    failures = [each for each in diagnosis.findings if each.verdict is Verdict.FAIL]
+    assert diagnosis.healthy is not bool(failures)
+    return failures
+
+
+def test_where_all_is_well_the_doctor_says_so_and_leaves_nothing_behind(
+    sound: World, tmp_path: Path
+) -> None:
+    sound.publish(b"a job that waits")
+    before = sound.keys(sound.media)
+    done = _doctor(environment=sound.settings() | {"COLUMNS": "160"}, folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("0 failed: a worker can be started.")
+    for said in ("RabbitMQ 3.", "classic; 1 messages wait", '"s3:PutObject"', "rabbitmqctl"):
+        assert said in done.stdout
+    for checked in ("settings", "broker", "bucket", "clock", "backend", "GPU", "RAM", "disk"):
+        assert f"  {checked}" in done.stdout
+    assert done.stderr == ""
+    assert sound.keys(sound.media) == before
+    assert sound.keys(sound.state) == []
+    taken = sound.take(sound.queue)
+    assert taken and taken[1] == b"a job that waits"
+    assert sound.take(f"{sound.queue}.dead") is None
+
+
+def test_all_that_is_broken_is_told_at_once_with_its_remedy_and_without_a_secret(
+    sound: World, tmp_path: Path
+) -> None:
+    wrong = {
+        "RABBITMQ_PASS": "wrong-password",
+        "STATE_BUCKET_NAME": "no-such-bucket",
+        "INTERNAL_API_TOKEN": "another-token-of-more-than-32-characters",
+        # A secret where nobody expects one: settings are shown.
+        "BASE_MODEL": str(tmp_path / "another-token-of-more-than-32-characters"),
+        "ALLOW_CPU": "false",
+        "CUDA_VISIBLE_DEVICES": "-1",
+    }
+    done = _doctor("--json", environment=sound.settings(**wrong), folder=tmp_path)
+    assert done.returncode == 1, done.stderr
+    diagnosis = json.loads(done.stdout)
+    assert diagnosis["healthy"] is False
+    assert diagnosis["iam_policy"]["Version"] == "2012-10-17"
+    remedies = {
+        each["check"]: each["remedy"] + each["command"]
+        for each in diagnosis["findings"]
+        if each["verdict"] == "fail"
+    }
+    for check, remedy in (
+        ("broker 127.0.0.1", "RABBITMQ_PASS"),
+        ("bucket no-such-bucket", "STATE_BUCKET_NAME"),
+        (f"backend {sound.backend.url}", "INTERNAL_API_TOKEN"),
+        ("base model", "BASE_MODEL"),
+        ("GPU", "ALLOW_CPU"),
+    ):
+        assert remedy in remedies.pop(check)
+    assert not remedies
+    secrets = (wrong["RABBITMQ_PASS"], wrong["INTERNAL_API_TOKEN"], TOKEN, SIGNING_SECRET)
+    for secret in (*secrets, SECRET_ACCESS_KEY):
+        assert secret not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_wrong_settings_are_all_named_before_anything_is_looked_at(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    wrong = {"INTERNAL_API_TOKEN": "short-but-secret", "EPOCHS": "many"}
+    done = _doctor(*arguments, environment=wrong, folder=tmp_path)
+    assert done.returncode == 2
+    for name in ("INTERNAL_API_TOKEN", "EPOCHS", "AWS_STORAGE_BUCKET_NAME", "BACKEND_API_URL"):
+        assert name in done.stdout
+    assert "short-but-secret" not in done.stdout + done.stderr
+    if arguments:
+        assert json.loads(done.stdout)["healthy"] is False
+
+
+@pytest.mark.parametrize(
+    ("concerned", "changed", "remedy"),
+    [
+        ("broker", {"RABBITMQ_PORT": "1"}, "RABBITMQ_PORT"),
+        ("broker", {"RABBITMQ_PASS": "wrong-password"}, "RABBITMQ_PASS"),
+        ("storage", {"STATE_BUCKET_NAME": "no-such-bucket"}, "make the bucket"),
+        ("storage", {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, "AWS_ENDPOINT_URL_S3"),
+        ("backend", {"BACKEND_API_URL": "http://127.0.0.1:1"}, "BACKEND_API_URL"),
+        ("backend", {"INTERNAL_API_TOKEN": "w" * 40}, "INTERNAL_API_TOKEN"),
+        ("backend", {"WEBHOOK_SIGNING_SECRET": "whsec_" + "YQ" * 20}, "WEBHOOK_SIGNING_SECRET"),
+        ("base model", {"BASE_MODEL": "/no/such/folder"}, "BASE_MODEL"),
+        ("disk", {"WORK_DIR": "/proc/nowhere"}, "WORK_DIR"),
+    ],
+)
+def test_each_thing_broken_fails_with_its_remedy(
+    sound: World, concerned: str, changed: dict[str, str], remedy: str
+) -> None:
+    assert not _failures(sound, concerned)
+    failures = _failures(sound, concerned, **changed)
+    assert failures
+    assert all(remedy in each.remedy for each in failures)
+
+
+def test_a_queue_declared_differently_fails(sound: World) -> None:
+    with sound.channel() as channel:
+        channel.queue_delete(sound.queue)
+        channel.queue_declare(sound.queue, durable=False)
+    (failure,) = _failures(sound, "broker")
+    assert "not durable" in failure.detail and "delete it while it is empty" in failure.remedy
+
+
+def test_a_store_that_ignores_conditions_fails(sound: World) -> None:
+    with S3Proxy(sound.s3_server.endpoint) as proxy:
+        proxy.fault = always(Fault(careless=True))
+        failures = _failures(sound, "storage", AWS_ENDPOINT_URL_S3=proxy.endpoint)
+    assert len(failures) == 2
+    assert all("one worker alone" in each.remedy for each in failures)
+
+
+def test_a_damaged_base_model_fails(sound: World, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(sound.base_model, tmp_path / "model"))
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    (failure,) = _failures(sound, "base model", BASE_MODEL=str(model))
+    assert "is cut off" in failure.detail and "download it anew" in failure.remedy
