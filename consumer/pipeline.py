@@ -27,7 +27,7 @@ from consumer.trainer_process import TrainerProcess
 from consumer.training_job import TrainingJob, from_understood
 from consumer.work_folder import WorkFolder
 from services.job_lease import JobLease
-from services.job_record import Ending, JobRequest
+from services.job_record import Ending, JobRecord, JobRequest
 from services.job_records import Claimed, Ended, HeldElsewhere, JobRecords, OtherBody
 from services.s3_service import S3Service
 from services.webhook_service import WebhookService
@@ -120,7 +120,7 @@ class Pipeline:
                 # defaults may differ from ours. The message stays what was sent.
                 record = claim.lease.record
                 job = dataclasses.replace(
-                    from_understood(record.message, self._settings),
+                    self._as_recorded(record, job),
                     task_id=record.task_id,
                     body=job.body,
                     headers=job.headers,
@@ -141,6 +141,14 @@ class Pipeline:
                     style_id=job.style_id,
                 )
                 return self._desk.endings.refuse(delivery, error)
+
+    def _as_recorded(self, record: JobRecord, job: TrainingJob) -> TrainingJob:
+        """The job as it was understood first; as it is understood now where that cannot be read."""
+        try:
+            return from_understood(record.message, self._settings)
+        except ValueError as error:  # damaged, or written by another version
+            log.warning("record_not_understood", reason=str(error))
+            return job
 
     def _work(self, job: TrainingJob, lease: JobLease) -> Settlement:
         """From a claim to an ending, or back to the queue."""

@@ -14,7 +14,7 @@ no new checkpoint. An attempt is judged when it is over, not when it begins:
 - a release after an error counts it, a release for a shutdown does not: being preempted is not a
   failure;
 - a holder that went silent (killed, or it took its machine down) is counted by whoever takes the
-  record from it;
+  record from it, unless that is itself: then it was S3 that was silent;
 - a checkpoint beyond the furthest step that any attempt reached sets the count to 0, and its
   attempt is not counted, however it ends. A repeated checkpoint (the last one was damaged, so
   training went one back) is no progress.
@@ -218,8 +218,13 @@ class JobRecord(HeldRecord):
         return self.delivery in (Delivery.DELIVERED, Delivery.SET_ASIDE)
 
     def claimed(self, owner: str, lease_seconds: float) -> JobRecord:
-        """Taken by `owner`: when it was released, or when its holder has gone silent."""
-        free = self if self.hold.released else self.abandoned()
+        """Taken by `owner`: when it was released, or when its holder has gone silent.
+
+        A holder that takes it again was not dead: it could not reach S3, and the job is innocent.
+        """
+        free = self
+        if not self.hold.released:
+            free = self.released(count_attempt=self.hold.owner != owner)
         hold = free.hold.taken(owner, lease_seconds)
         return dataclasses.replace(free, hold=hold, fruitful=False, sweeps=0)
 
@@ -278,16 +283,12 @@ class JobRecord(HeldRecord):
             last_error=error or self.last_error,
         )
 
-    def abandoned(self) -> JobRecord:
-        """Its holder went silent: given back on its behalf, the attempt counted."""
-        return self.released(count_attempt=True)
-
     def swept(self) -> JobRecord:
         """Found abandoned, and about to be published again.
 
         The silence that is normal afterwards doubles each time: the message may be waiting behind
         hours of other jobs.
         """
-        free = self.abandoned()
+        free = self.released(count_attempt=True)
         quiet = free.hold.lease_seconds * 2 ** min(free.sweeps, _LONGEST_BACKOFF)
         return dataclasses.replace(free, hold=free.hold.dropped(quiet), sweeps=free.sweeps + 1)

@@ -71,8 +71,8 @@ class JobRecords:
         s3: With time-outs that let a request fail, and be made again, well within a quarter of the
             lease.
         bucket: The state bucket.
-        owner: This worker's name, for people; what protects a claim is its nonce, so two of a name
-            do no harm.
+        owner: This process's name, like no other's: a holder that finds its own name on a record
+            knows that it was not dead. What protects a claim is its nonce.
         lease_seconds: The lease of this worker's claims.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import dataclasses
 import threading
 import time
@@ -144,13 +145,14 @@ def test_attempts_are_counted_for_deaths_and_failures_but_not_for_preemptions_or
     s3: S3Service,
 ) -> None:
     job = request()
-    one = worker(s3, "one", lease=0.5)
+    names = itertools.count(1)
 
     def next_lease() -> JobLease:
         leases: list[JobLease] = []
+        records = worker(s3, f"worker {next(names)}", lease=0.5)
 
         def take() -> bool:
-            outcome = one.claim(job)
+            outcome = records.claim(job)
             leases.extend([outcome.lease] if isinstance(outcome, Claimed) else [])
             return bool(leases)
 

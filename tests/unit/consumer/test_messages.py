@@ -36,7 +36,7 @@ def test_every_valid_sample_becomes_a_job(path: Path) -> None:
     settings = make_settings(image_buckets=BUCKET, aws_endpoint_url_s3=None)
     job = read(path.read_bytes(), settings=settings)
     assert job.style_id in (10, 11, 123, 124)
-    assert {image.location.bucket for image in job.images} == {BUCKET}
+    assert {image.location and image.location.bucket for image in job.images} == {BUCKET}
     assert len(job.images) == len(job.captions) > 0
 
 

@@ -43,7 +43,7 @@ def checkpoint(step: int, claim: int = 1) -> Checkpoint:
 
 def crash(record: JobRecord) -> JobRecord:
     """The holder dies without a word, and another worker takes the record."""
-    return record.claimed("another", 120.0)
+    return record.claimed(f"worker {record.hold.claim + 1}", 120.0)
 
 
 def test_a_record_survives_json_with_everything_in_it() -> None:
@@ -85,6 +85,14 @@ def test_a_holder_that_is_killed_has_made_an_attempt() -> None:
     assert record.attempts == 0
     assert crash(record).attempts == 1
     assert crash(crash(record)).attempts == 2
+
+
+def test_a_holder_that_takes_its_own_record_again_was_not_dead() -> None:
+    """It could not reach S3 for longer than a lease, and that is not the job's fault."""
+    record = new()
+    for _ in range(5):
+        record = record.claimed("one", 120.0)
+    assert record.attempts == 0
 
 
 def test_ten_preemptions_are_no_attempt() -> None:
