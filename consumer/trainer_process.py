@@ -32,6 +32,9 @@ _ROOT = Path(__file__).resolve().parent.parent
 _CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
 # A child that was told to stop and does not (a hung driver) is replaced after this long.
 _STOP_PATIENCE_SECONDS = 60.0
+# Loading a base model may mean to download it first, and compiling takes minutes; a child that says
+# nothing for so many times the stall's seconds hangs all the same.
+_LONGEST_SILENCE_IN_STALLS = 12
 _POLL_SECONDS = 0.2
 
 
@@ -126,6 +129,8 @@ class TrainerProcess:
                 if not event.trainer_usable:
                     self._replace(child)
                 raise REPORTABLE.get(event.error, TrainingFailed)(event.message)
+        if watch.verdict:
+            child.kill()  # it hangs: a polite end would use up what is left of a shutdown's grace
         if stop.reason is StopReason.SHUTDOWN:
             self.close()
         reason = watch.verdict or child.cause_of_death()
@@ -165,10 +170,12 @@ class _Watch:
         self._stop_seen_at: float | None = None
         self._step: int | None = None
         self._step_at: float | None = None
+        self._heard_at = time.monotonic()
         self.verdict: str | None = None
 
     def saw(self, event: Event) -> None:
         """Take note of an event. The stall clock runs only while steps are being made."""
+        self._heard_at = time.monotonic()
         if not isinstance(event, Progress):
             return
         if event.stage is not Stage.TRAINING:
@@ -189,6 +196,11 @@ class _Watch:
             self.verdict = (
                 f"the trainer made no step for {self._stall_seconds:.0f} seconds and was replaced "
                 "(STALL_SECONDS); the GPU or its driver may hang"
+            )
+        if now - self._heard_at > (silence := self._stall_seconds * _LONGEST_SILENCE_IN_STALLS):
+            self.verdict = (
+                f"the trainer said nothing for {silence:.0f} seconds and was replaced "
+                f"({_LONGEST_SILENCE_IN_STALLS} times STALL_SECONDS)"
             )
         if self._stop.reason:
             self._stop_seen_at = self._stop_seen_at or now
@@ -275,6 +287,10 @@ class _Child:
         if code < 0:
             return f"the trainer crashed ({signal.Signals(-code).name})"
         return f"the trainer ended by itself with exit code {code}; its last log lines say why"
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
 
     def close(self) -> None:
         """Close the pipe, which ends a healthy child, and kill what does not end."""

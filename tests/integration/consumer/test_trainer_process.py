@@ -24,7 +24,7 @@ from consumer.trainer_process import TrainerProcess
 from sandbox.photographs import photographs as real_photographs
 from sandbox.stand_in_model import build_stand_in
 from training.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
-from utils.errors import LowQualityData, StopReason, TrainingServerError, WorkerCrashed
+from utils.errors import LowQualityData, Stopped, StopReason, TrainingServerError, WorkerCrashed
 from utils.events import CheckpointSaved, Event, Finished, Progress, Stage, Started
 
 MakeRun = Callable[..., TrainingRun]
@@ -234,6 +234,38 @@ def test_a_trainer_that_stops_making_steps_is_replaced(
     with pytest.raises(WorkerCrashed, match="no step for 1 seconds"):
         _run(trainer, make_run())
     assert time.monotonic() - began < 15
+    trainer.close()
+
+
+SILENT = "import time; time.sleep(60)"
+
+
+def test_a_trainer_that_never_says_anything_is_replaced_too(
+    options: TrainerOptions, make_run: MakeRun
+) -> None:
+    trainer = TrainerProcess(
+        options, _environment(), stall_seconds=0.1, command=(sys.executable, "-c", SILENT)
+    )
+    began = time.monotonic()
+    with pytest.raises(WorkerCrashed, match="said nothing for 1 seconds"):
+        _run(trainer, make_run())
+    assert time.monotonic() - began < 15
+    trainer.close()
+
+
+def test_a_trainer_that_hangs_over_a_shutdown_costs_none_of_the_time_left_for_the_record(
+    options: TrainerOptions, make_run: MakeRun
+) -> None:
+    trainer = TrainerProcess(
+        options, _environment(), stall_seconds=60, command=(sys.executable, "-c", SILENT)
+    )
+    stop = StopSignal()
+    stop.request(StopReason.SHUTDOWN)
+    trainer.start()
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        trainer.run(make_run(), lambda event: None, stop, max_seconds=60, patience=lambda: 0.0)
+    assert time.monotonic() - began < 1.5
     trainer.close()
 
 
