@@ -76,7 +76,9 @@ class Slot:
     def child(self) -> int | None:
         """Process id of its trainer process, while that lives."""
         notes = journal.read(self._folder / "journal.jsonl")
-        pids = [note["pid"] for note in notes if note["kind"] == "child" and note["who"] == self.who]
+        pids = [
+            note["pid"] for note in notes if note["kind"] == "child" and note["who"] == self.who
+        ]
         if not pids or not Path(f"/proc/{pids[-1]}").exists():
             return None
         return int(pids[-1])

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from sandbox.backend import Answer
-from tests.chaos.fleet import Fleet, Slot
+from tests.chaos.fleet import Fleet, Slot, wait_for
 from tests.chaos.jobs import Jobs
 from tests.chaos.schedule import Fault, Kind
-from tests.chaos.timing import MAX_ATTEMPTS, QUEUE
+from tests.chaos.timing import ATTEMPTS_TO_SPARE, MAX_ATTEMPTS, QUEUE
 from tests.chaos.windows import (
     Window,
     anything,
@@ -121,14 +121,12 @@ class Injector:
 
     def _wait_for_attempts(self, fault: Fault) -> bool:
         """A job must be left an attempt beyond those that faults may cost it at once."""
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
+
+        def enough() -> bool:
             live = [one for one in self._world.records().values() if one["state"] == "live"]
-            if all(one["attempts"] + 2 < MAX_ATTEMPTS for one in live):
-                return True
-            time.sleep(0.3)
-        del fault
-        return False
+            return all(one["attempts"] <= MAX_ATTEMPTS - ATTEMPTS_TO_SPARE for one in live)
+
+        return wait_for(enough, 5, every=0.3)
 
     def _process(self, fault: Fault, slot: Slot) -> None:
         if fault.slot in self._busy:

@@ -83,9 +83,7 @@ class StandIn:
         step = first = _resumed_step(run)
         pictures = sum(picture.path is not None for picture in run.pictures)
         self._note(run, "run", resumed_epoch=first // STEPS_PER_EPOCH)
-        self._tell(
-            Started(run.task_id, epochs, total, step // STEPS_PER_EPOCH, step, pictures)
-        )
+        self._tell(Started(run.task_id, epochs, total, step // STEPS_PER_EPOCH, step, pictures))
         told = 0.0
         stopped: StopReason | None = None
         while step < total:

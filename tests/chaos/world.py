@@ -75,7 +75,9 @@ class World:
 
     @classmethod
     @contextlib.contextmanager
-    def running(cls, folder: Path, *, workers: int, queue_type: str, lease: float) -> Iterator[World]:
+    def running(
+        cls, folder: Path, *, workers: int, queue_type: str, lease: float
+    ) -> Iterator[World]:
         """All servers, for as long as the block runs."""
         with (
             RabbitMqNode(folder / "broker", consumer_timeout_ms=ACK_TIMEOUT_MS) as broker,
