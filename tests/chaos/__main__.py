@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests.chaos.safeguards import Safeguard
+from tests.chaos.schedule import Kind
 from tests.chaos.suite import Outcome, Plan, run
 
 
@@ -19,19 +21,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="the same seed, the same faults")
     parser.add_argument("--faults", type=int, default=40, help="how many")
-    parser.add_argument("--queue", choices=("classic", "quorum"), default="classic")
+    parser.add_argument("--queue-type", choices=("classic", "quorum"), default="classic")
     parser.add_argument("--workers", type=int, default=3, help="at a time")
     parser.add_argument("--real-trainer", action="store_true", help="train; slow, so few faults")
+    parser.add_argument("--only", type=_kinds, default=tuple(Kind), help="faults: words of names")
+    parser.add_argument("--without", type=Safeguard, choices=Safeguard, help="must make it fail")
     parser.add_argument("--folder", type=Path, help="for logs; a new one by default")
     parsed = parser.parse_args()
     plan = Plan(
         seed=parsed.seed,
         faults=parsed.faults,
         folder=(parsed.folder or Path(tempfile.mkdtemp(prefix="chaos-"))).resolve(),
-        queue_type=parsed.queue,
+        queue_type=parsed.queue_type,
         workers=parsed.workers,
         real_trainer=parsed.real_trainer,
-        lease=5.0 if parsed.real_trainer else 2.0,
+        lease=5.0 if parsed.real_trainer else 3.0,
+        kinds=parsed.only,
+        without=parsed.without,
     )
     outcome = run(plan)
     console = Console()
@@ -43,6 +49,14 @@ def main() -> int:
         console.print(f"logs: {plan.folder}", soft_wrap=True)
         return 1
     return 0
+
+
+def _kinds(words: str) -> tuple[Kind, ...]:
+    """The kinds of fault whose names have one of these words, separated by commas."""
+    found = tuple(kind for kind in Kind if any(word in kind for word in words.split(",")))
+    if not found:
+        raise argparse.ArgumentTypeError(f"no fault has such a name; there are {list(Kind)}")
+    return found
 
 
 def table(outcome: Outcome) -> Table:
@@ -63,6 +77,7 @@ def table(outcome: Outcome) -> Table:
         "epochs wasted": count.wasted_epochs,
         "epochs wasted a fault": f"{waste:.2f}",
         "epochs wasted at once, at most": count.worst_waste,
+        "faults left out": outcome.left_out,
         "seconds until settled": f"{outcome.settled_after:.1f}",
         "seconds in all": f"{outcome.seconds:.0f}",
         "invariants broken": len(outcome.verdict.broken),

@@ -83,6 +83,13 @@ class Slot:
             return None
         return int(pids[-1])
 
+    def is_training(self) -> bool:
+        """Whether its trainer process is in the middle of a run."""
+        notes = journal.read(self._folder / "journal.jsonl")
+        kinds = [note["kind"] for note in notes if note["who"] == self.who]
+        last = [kind for kind in kinds if kind in ("run", "epoch", "run_over", "ended")]
+        return last[-1:] == ["epoch"]
+
     def start(self) -> None:
         """Start its first process."""
         self._launch()

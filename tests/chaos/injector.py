@@ -84,13 +84,14 @@ class Injector:
         self._world, self._fleet, self._jobs, self._line = world, fleet, jobs, line
         self._threads: list[threading.Thread] = []
         self._busy: set[int] = set()  # slots that are frozen or shutting down
+        self.left_out = 0
         self.errors: list[BaseException] = []
 
     def inject(self, fault: Fault) -> None:
         """Carry out one fault. What lasts goes on in a thread."""
         time.sleep(fault.pause)
         if fault.kind in _COUNTED and not self._wait_for_attempts(fault):
-            self._line.note(f"{fault.number:3}  left out, a job has few attempts left: {fault}")
+            self._leave_out(fault, "a job has few attempts left")
             return
         self._line.note(f"{fault.number:3}  {fault}")
         if fault.kind in _S3_FAULTS:
@@ -107,6 +108,10 @@ class Injector:
             self._aside(lambda: self._jobs.publish_again(fault.detail))
         else:
             self._process(fault, self._fleet.slots[fault.slot])
+
+    def _leave_out(self, fault: Fault, why: str) -> None:
+        self.left_out += 1
+        self._line.note(f"{fault.number:3}  left out, {why}: {fault}")
 
     def cease(self) -> None:
         """Nothing goes wrong from now on; returns when what lasted is over."""
@@ -130,7 +135,7 @@ class Injector:
 
     def _process(self, fault: Fault, slot: Slot) -> None:
         if fault.slot in self._busy:
-            self._line.note(f"{fault.number:3}  left out, worker {fault.slot} is busy dying")
+            self._leave_out(fault, "the worker is frozen or shutting down")
             return
         match fault.kind:
             case Kind.WORKER_KILLED:
@@ -138,7 +143,7 @@ class Injector:
             case Kind.CHILD_KILLED:
                 _kill(slot.child, signal.SIGKILL)
             case Kind.CHILD_HANGS:
-                _kill(slot.child, signal.SIGSTOP)  # the desk replaces it after STALL_SECONDS
+                self._aside(lambda: self._hang(fault, slot))
             case Kind.CRASH_POINT:
                 assert fault.order
                 slot.order(fault.order)
@@ -160,6 +165,13 @@ class Injector:
             slot.signal(signal.SIGCONT, with_child=True)
         self._jobs.journal.note("thawed", slot=who)
         self._line.note(f"{fault.number:3}  … worker {fault.slot} goes on")
+
+    def _hang(self, fault: Fault, slot: Slot) -> None:
+        # While it trains the desk replaces it after STALL_SECONDS; elsewhere after minutes.
+        if wait_for(slot.is_training, 5.0):
+            _kill(slot.child, signal.SIGSTOP)
+        else:
+            self._leave_out(fault, "it trained nothing")
 
     def _preempt(self, fault: Fault, slot: Slot) -> None:
         if not slot.preempt(PREEMPTION_SECONDS):

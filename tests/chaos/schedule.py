@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import random
+from collections.abc import Collection
 
 from tests.chaos.crash_points import POINTS, Order
 
@@ -90,7 +91,9 @@ class Fault:
         return f"{self.kind} ({whose}, {self.seconds:.1f} s, {self.chance:.0%}{more})"
 
 
-def schedule(seed: int, count: int, *, workers: int, lease: float) -> list[Fault]:
+def schedule(
+    seed: int, count: int, *, workers: int, lease: float, kinds: Collection[Kind] = tuple(Kind)
+) -> list[Fault]:
     """The faults of a run.
 
     Args:
@@ -99,12 +102,13 @@ def schedule(seed: int, count: int, *, workers: int, lease: float) -> list[Fault
         workers: How many workers there are. Number 0 is spared what ends its process, so that what
             leaks is seen.
         lease: `LEASE_TTL_SECONDS`.
+        kinds: What to choose from.
     """
     dice = random.Random(seed)
-    kinds = _deck(dice, count)
+    drawn = _draw(dice, count, kinds)
     points: list[str] = []
     faults = []
-    for number, kind in enumerate(kinds, start=1):
+    for number, kind in enumerate(drawn, start=1):
         order = None
         if kind is Kind.CRASH_POINT:
             points = points or dice.sample(POINTS, len(POINTS))
@@ -115,7 +119,7 @@ def schedule(seed: int, count: int, *, workers: int, lease: float) -> list[Fault
             order = Order(point, nth, dice.choice(("worker", "worker", "worker", "child")))
         seconds = dice.uniform(0.5, 2.5)
         if kind is Kind.FROZEN:
-            seconds = lease * dice.uniform(1.3, 3.0)
+            seconds = lease * dice.uniform(1.3, 4.0)
         if kind in (Kind.BROKER_SILENT, Kind.CHILD_HANGS):
             seconds = dice.uniform(2.0, 7.0)
         faults.append(
@@ -143,18 +147,18 @@ def _slot(dice: random.Random, kind: Kind, workers: int) -> int:
     return dice.randrange(workers)
 
 
-def _deck(dice: random.Random, count: int) -> list[Kind]:
+def _draw(dice: random.Random, count: int, kinds: Collection[Kind]) -> list[Kind]:
     """Every kind in turn, in a new order each time, those with a weight more often."""
-    kinds: list[Kind] = []
+    drawn: list[Kind] = []
     rounds = 0
-    while len(kinds) < count:
+    while len(drawn) < count:
         deck = [
             kind
-            for kind in Kind
+            for kind in kinds
             for _ in range(_WEIGHTS.get(kind, 1))
-            if not (kind in _WORST and rounds % 2)
+            if not (kind in _WORST and rounds % 2 and len(kinds) > len(_WORST))
         ]
         dice.shuffle(deck)
-        kinds += deck
+        drawn += deck
         rounds += 1
-    return kinds[:count]
+    return drawn[:count]

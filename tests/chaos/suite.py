@@ -1,4 +1,21 @@
-"""A whole run: start, break things, let everything settle, judge."""
+"""A whole run: start, break things, let everything settle, judge.
+
+    schedule ──▶ injector ──▶ proxies (broker, S3, backend), signals, crash points
+                                 │
+    jobs ──▶ RabbitMQ node ──▶ 3 workers: `main.worker`, each with its trainer process
+                                 │                                 │
+    verdict ◀── backend's requests, records and objects on S3, queues, logs, journal
+
+What is where: `schedule` draws every fault from the seed before anything starts; `injector` carries
+them out (`tcp_proxy` and `windows` break connections and answers, `fleet` kills and starts workers);
+`worker` is the product's worker with `instruments` around it, which die at named `crash_points` and
+keep a `journal` of claims and epochs; `stand_in_trainer` trains by sleeping; `verdict` counts and
+holds the invariants; `safeguards` takes one away, to see that the suite notices.
+
+The faults, their order, their targets and the jobs are the seed's. Not the seed's is where in its
+work a worker is when a fault hits it: the processes run free, and so the same seed may end
+differently. A broken invariant therefore prints what happened and leaves every log in the folder.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +30,8 @@ from tests.chaos.fleet import Fleet, Slot, wait_for
 from tests.chaos.injector import Injector, TimeLine
 from tests.chaos.jobs import Jobs, journal_of
 from tests.chaos.journal import Journal
-from tests.chaos.schedule import Fault, schedule
+from tests.chaos.safeguards import Safeguard
+from tests.chaos.schedule import Fault, Kind, schedule
 from tests.chaos.timing import MEDIA, QUEUE
 from tests.chaos.verdict import Run, Verdict, notes_of
 from tests.chaos.world import World
@@ -29,7 +47,11 @@ class Plan:
 
     Attributes:
         folder: Logs, journal and time line go here.
+        lease: `LEASE_TTL_SECONDS`.
+        epoch_seconds: How long the stand-in takes for one.
         settle_seconds: How long everything may take to settle once nothing goes wrong any more.
+        kinds: The faults to choose from.
+        without: The safeguard that the workers lack.
     """
 
     seed: int
@@ -38,9 +60,11 @@ class Plan:
     queue_type: str = "classic"
     workers: int = 3
     real_trainer: bool = False
-    lease: float = 2.0
-    epoch_seconds: float = 0.12
-    settle_seconds: float = 120.0
+    lease: float = 3.0
+    epoch_seconds: float = 0.25
+    settle_seconds: float = 150.0
+    kinds: tuple[Kind, ...] = tuple(Kind)
+    without: Safeguard | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +77,7 @@ class Outcome:
     seconds: float
     settled_after: float
     faults: list[Fault]
+    left_out: int
 
 
 def run(plan: Plan) -> Outcome:
@@ -62,20 +87,16 @@ def run(plan: Plan) -> Outcome:
     plan.folder.mkdir(parents=True)
     line = TimeLine(plan.folder / "timeline.txt")
     line.note(f"seed {plan.seed}, {plan.faults} faults, {plan.queue_type} queue")
-    faults = schedule(plan.seed, plan.faults, workers=plan.workers, lease=plan.lease)
+    faults = schedule(
+        plan.seed, plan.faults, workers=plan.workers, lease=plan.lease, kinds=plan.kinds
+    )
     with World.running(
         plan.folder, workers=plan.workers, queue_type=plan.queue_type, lease=plan.lease
     ) as world:
         jobs = _jobs(plan, world)
         more = _base_model(plan)
-        extra = ("--epoch-seconds", str(plan.epoch_seconds))
         slots = [
-            Slot(
-                number,
-                plan.folder,
-                world.settings(number) | more,
-                (*extra, *(("--real-trainer",) if plan.real_trainer else ())),
-            )
+            Slot(number, plan.folder, world.settings(number) | more, _arguments(plan))
             for number in range(plan.workers)
         ]
         broken: list[str] = []
@@ -102,13 +123,22 @@ def run(plan: Plan) -> Outcome:
         verdict.reach()
         verdict.broken[:0] = broken
     line.note("judged")
-    return Outcome(plan, verdict, line, time.monotonic() - began, settled_after, faults)
+    seconds = time.monotonic() - began
+    return Outcome(plan, verdict, line, seconds, settled_after, faults, injector.left_out)
+
+
+def _arguments(plan: Plan) -> tuple[str, ...]:
+    return (
+        *("--epoch-seconds", str(plan.epoch_seconds)),
+        *(("--real-trainer",) if plan.real_trainer else ()),
+        *(("--without", plan.without) if plan.without else ()),
+    )
 
 
 def _jobs(plan: Plan, world: World) -> Jobs:
     journal = Journal(journal_of(plan.folder), "suite")
     if not plan.real_trainer:
-        return Jobs(world, journal, epochs=(8, 20))
+        return Jobs(world, journal, epochs=(8, 24))
     addresses = []
     for photograph in photographs()[:3]:
         key = f"training/{photograph.name}"

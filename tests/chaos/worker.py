@@ -12,9 +12,10 @@ from pathlib import Path
 
 import main as program
 from consumer import desk
-from tests.chaos import instruments
+from tests.chaos import instruments, safeguards
 from tests.chaos.crash_points import CrashPoints
 from tests.chaos.journal import Journal
+from tests.chaos.safeguards import Safeguard
 
 
 def main() -> None:
@@ -25,10 +26,13 @@ def main() -> None:
     parser.add_argument("--who", required=True)
     parser.add_argument("--epoch-seconds", type=float, required=True)
     parser.add_argument("--real-trainer", action="store_true")
+    parser.add_argument("--without", type=Safeguard, choices=Safeguard, default=None)
     parsed = parser.parse_args()
     journal = Journal(parsed.folder / "journal.jsonl", parsed.who)
     points = CrashPoints(parsed.folder / f"crash-{parsed.slot}.json", journal)
     disk_full = parsed.folder / f"disk-full-{parsed.slot}"
+    if parsed.without:
+        safeguards.remove(parsed.without)
     instruments.shorten_waits()
     instruments.add_crash_points(points)
     instruments.keep_journal(journal)

@@ -71,6 +71,8 @@ class World:
         self.ways: list[Ways] = []
         self.backend_way: TcpProxy
         self.broker_turn = threading.Lock()
+        self.s3 = s3_server.client()  # somebody else at the storage
+        self._records: dict[str, tuple[str, dict[str, Any]]] = {}  # by key, with the ETag
         self._arguments = {"x-queue-type": "quorum"} if queue_type == "quorum" else {}
 
     @classmethod
@@ -189,7 +191,7 @@ class World:
 
     def dead(self) -> list[tuple[dict[str, Any], bytes]]:
         """Headers and bodies of what lies in the dead queue; takes it out."""
-        found = []
+        found: list[tuple[dict[str, Any], bytes]] = []
         with self._channel() as channel:
             while True:
                 _, properties, body = channel.basic_get(f"{QUEUE}.dead", auto_ack=True)
@@ -199,23 +201,20 @@ class World:
 
     def records(self) -> dict[str, dict[str, Any]]:
         """All job records, by task id."""
-        found = {}
-        for key in self.keys(STATE, "jobs/"):
-            if key.endswith(".json"):
-                with contextlib.suppress(self.s3.exceptions.NoSuchKey):
-                    record = json.loads(self.s3.get_object(Bucket=STATE, Key=key)["Body"].read())
-                    found[record["task_id"]] = record
-        return found
-
-    @property
-    def s3(self) -> Any:
-        """Somebody else at the storage."""
-        return self.s3_server.client()
+        for listed in self._listed(STATE, "jobs/"):
+            key, etag = listed["Key"], listed["ETag"]
+            if key.endswith(".json") and self._records.get(key, ("", {}))[0] != etag:
+                answer = self.s3.get_object(Bucket=STATE, Key=key)
+                self._records[key] = (answer["ETag"], json.loads(answer["Body"].read()))
+        return {record["task_id"]: record for _, record in tuple(self._records.values())}
 
     def keys(self, bucket: str, prefix: str = "") -> list[str]:
         """Keys under a prefix."""
+        return [listed["Key"] for listed in self._listed(bucket, prefix)]
+
+    def _listed(self, bucket: str, prefix: str) -> list[dict[str, Any]]:
         pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return [found["Key"] for page in pages for found in page.get("Contents", ())]
+        return [dict(found) for page in pages for found in page.get("Contents", ())]
 
     def calm(self) -> None:
         """Nothing goes wrong any more."""
