@@ -65,7 +65,7 @@ def table(outcome: Outcome) -> Table:
     shown = Table(title=f"seed {plan.seed}, {plan.faults} faults, {plan.queue_type} queue")
     shown.add_column("")
     shown.add_column("", justify="right")
-    waste = count.wasted_epochs / max(1, plan.faults)
+    waste = count.wasted_epochs / max(1, len(outcome.faults))
     rows = {
         "jobs published": count.published,
         "ended": count.ended,
@@ -77,7 +77,7 @@ def table(outcome: Outcome) -> Table:
         "epochs wasted": count.wasted_epochs,
         "epochs wasted a fault": f"{waste:.2f}",
         "epochs wasted at once, at most": count.worst_waste,
-        "faults left out": outcome.left_out,
+        "faults left out": plan.faults - len(outcome.faults),
         "seconds until settled": f"{outcome.settled_after:.1f}",
         "seconds in all": f"{outcome.seconds:.0f}",
         "invariants broken": len(outcome.verdict.broken),

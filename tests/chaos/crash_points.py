@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.chaos.journal import Journal
 
-FOLDERS = ("jobs", "checkpoints", "staging", "models", "archive")
+FOLDERS = ("jobs", "checkpoints", "staging", "models")
 POINTS = tuple(
     f"{moment} {act}"
     for act in (

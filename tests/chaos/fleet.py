@@ -67,6 +67,11 @@ class Slot:
         return f"worker-{self.number}-{self.starts}"
 
     @property
+    def log(self) -> Path:
+        """What the present process says."""
+        return self._folder / f"{self.who}.log"
+
+    @property
     def pid(self) -> int:
         """Process id of the present, or the last, process."""
         assert self._process is not None
@@ -129,6 +134,8 @@ class Slot:
     def preempt(self, seconds: float) -> bool:
         """SIGTERM, and SIGKILL after so long. Whether it ended by itself."""
         self.may_end_with(0)
+        if "worker_starting" not in self.log.read_text(encoding="utf-8"):
+            self.may_end_with(-signal.SIGTERM)  # Python itself is still starting
         process = self._process
         assert process is not None
         self.signal(signal.SIGTERM)
@@ -164,7 +171,7 @@ class Slot:
             *((-signal.SIGKILL,) if self._order_path.exists() else ()),
             *((4,) if self._disk_full_path.exists() else ()),
         )
-        with (self._folder / f"{self.who}.log").open("wb") as log:
+        with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # pylint: disable=consider-using-with
                 [
                     *(sys.executable, "-m", "tests.chaos.worker", "--folder", str(self._folder)),

@@ -84,7 +84,7 @@ class Injector:
         self._world, self._fleet, self._jobs, self._line = world, fleet, jobs, line
         self._threads: list[threading.Thread] = []
         self._busy: set[int] = set()  # slots that are frozen or shutting down
-        self.left_out = 0
+        self.left_out: set[int] = set()
         self.errors: list[BaseException] = []
 
     def inject(self, fault: Fault) -> None:
@@ -110,7 +110,7 @@ class Injector:
             self._process(fault, self._fleet.slots[fault.slot])
 
     def _leave_out(self, fault: Fault, why: str) -> None:
-        self.left_out += 1
+        self.left_out.add(fault.number)
         self._line.note(f"{fault.number:3}  left out, {why}: {fault}")
 
     def cease(self) -> None:

@@ -92,7 +92,13 @@ class Fault:
 
 
 def schedule(
-    seed: int, count: int, *, workers: int, lease: float, kinds: Collection[Kind] = tuple(Kind)
+    seed: int,
+    count: int,
+    *,
+    workers: int,
+    lease: float,
+    kinds: Collection[Kind] = tuple(Kind),
+    pace: float = 1.0,
 ) -> list[Fault]:
     """The faults of a run.
 
@@ -103,6 +109,7 @@ def schedule(
             leaks is seen.
         lease: `LEASE_TTL_SECONDS`.
         kinds: What to choose from.
+        pace: Times a second or so from one fault to the next.
     """
     dice = random.Random(seed)
     drawn = _draw(dice, count, kinds)
@@ -125,7 +132,7 @@ def schedule(
         faults.append(
             Fault(
                 number=number,
-                pause=dice.uniform(0.3, 2.0),
+                pause=dice.uniform(0.3, 2.0) * pace,
                 kind=kind,
                 slot=_slot(dice, kind, workers),
                 seconds=seconds,

@@ -106,15 +106,15 @@ class StandIn:
     def _finished(
         self, run: TrainingRun, step: int, stopped: StopReason | None, seconds: float
     ) -> Finished:
-        folder, files = "", ()
+        folder = ""
         if stopped is None:
             self._tell(self._progress(run, Stage.EXPORTING, step))
-            folder, files = str(self._export(run)), FILES
+            folder = str(self._export(run))
         self._note(run, "run_over", epoch=step // STEPS_PER_EPOCH, stopped=stopped)
         return Finished(
             task_id=run.task_id,
             folder=folder,
-            files=files,
+            files=FILES if folder else (),
             epoch=step // STEPS_PER_EPOCH,
             step=step,
             loss=0.1,
