@@ -161,6 +161,8 @@ class CheckpointUploads:
             prefix,
             last=MANIFEST,
             metadata={"task_id": self._job.task_id, "claim": str(self._lease.claim_number)},
+            # Another claim may write a checkpoint of the same name by now.
+            check=self._lease.check,
         )
         self._lease.register_checkpoint(
             Checkpoint(

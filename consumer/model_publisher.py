@@ -88,7 +88,9 @@ class ModelPublisher:
 
         check()
         staging = f"staging/{job.task_id}/{lease.claim_number}/"
-        self._s3.upload_folder(folder, self._state_bucket, staging, last=WEIGHTS, metadata=mark)
+        self._s3.upload_folder(
+            folder, self._state_bucket, staging, last=WEIGHTS, metadata=mark, check=check
+        )
         target = f"models/style_{job.style_id}/"
         with self._turns.take(job.style_id, job.task_id, check) as turn:
 

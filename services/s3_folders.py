@@ -39,7 +39,14 @@ class Reader(Protocol):
 
 
 def upload_folder(
-    store: Writer, folder: Path, bucket: str, prefix: str, *, last: str, metadata: Mapping[str, str]
+    store: Writer,
+    folder: Path,
+    bucket: str,
+    prefix: str,
+    *,
+    last: str,
+    metadata: Mapping[str, str],
+    check: Callable[[], None],
 ) -> dict[str, str]:
     """Upload every file of a folder; see `S3Service.upload_folder`."""
     names = sorted(
@@ -50,6 +57,7 @@ def upload_folder(
     names.remove(last)
 
     def upload(name: str) -> str:
+        check()
         location = S3Location(bucket, _joined(prefix, name))
         return store.upload_file(folder / name, location, metadata=metadata)
 

@@ -7,7 +7,7 @@ import hashlib
 import io
 import mimetypes
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class S3Writing(S3Access):
         *,
         last: str,
         metadata: Mapping[str, str] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> dict[str, str]:
         """Upload a folder's files under `prefix/`, several at a time, and `last` after all others.
 
@@ -80,6 +81,7 @@ class S3Writing(S3Access):
             prefix: Where to.
             last: Name of the file that makes the folder complete.
             metadata: Every object's own metadata (ASCII).
+            check: Called before each file, in any of several threads; ends the upload by raising.
 
         Returns:
             File name (relative, with slashes) to ETag.
@@ -89,7 +91,7 @@ class S3Writing(S3Access):
             ValueError: The folder has no file named `last`.
         """
         return s3_folders.upload_folder(
-            self, folder, bucket, prefix, last=last, metadata=metadata or {}
+            self, folder, bucket, prefix, last=last, metadata=metadata or {}, check=check
         )
 
     def write(self, location: S3Location, body: bytes, content_type: str = _JSON) -> str:

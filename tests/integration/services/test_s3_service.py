@@ -15,6 +15,7 @@ from services.s3_service import S3Location, S3Service
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, once, refusal
 from utils.errors import (
     AccessDenied,
+    LeaseLost,
     ObjectNotFound,
     ObjectTooLarge,
     PreconditionFailed,
@@ -93,6 +94,22 @@ def test_when_one_file_fails_the_last_is_not_written(
     with pytest.raises(StorageError):
         proxied.upload_folder(tmp_path, bucket, "c", last="manifest.json")
     assert not proxied.exists(S3Location(bucket, "c/manifest.json"))
+
+
+def test_an_upload_that_is_called_off_writes_nothing_more(
+    s3: S3Service, bucket: str, tmp_path: Path
+) -> None:
+    for name in ("a.bin", "b.bin", "manifest.json"):
+        (tmp_path / name).write_text(name)
+    checks = iter((None, None, LeaseLost()))
+
+    def check() -> None:
+        if error := next(checks):
+            raise error
+
+    with pytest.raises(LeaseLost):
+        s3.upload_folder(tmp_path, bucket, "c", last="manifest.json", check=check)
+    assert {found.key for found in s3.list_objects(bucket, "c/")} == {"c/a.bin", "c/b.bin"}
 
 
 def test_a_folder_without_its_last_file_is_not_uploaded(s3: S3Service, tmp_path: Path) -> None:
