@@ -126,7 +126,7 @@ def schedule(
             order = Order(point, nth, dice.choice(("worker", "worker", "worker", "child")))
         seconds = dice.uniform(0.5, 2.5)
         if kind is Kind.FROZEN:
-            seconds = lease * dice.uniform(1.3, 4.0)
+            seconds = lease * dice.uniform(1.5, 5.0)
         if kind in (Kind.BROKER_SILENT, Kind.CHILD_HANGS):
             seconds = dice.uniform(2.0, 7.0)
         faults.append(

@@ -152,7 +152,7 @@ def _arguments(plan: Plan) -> tuple[str, ...]:
 def _jobs(plan: Plan, world: World) -> Jobs:
     journal = Journal(journal_of(plan.folder), "suite")
     if not plan.real_trainer:
-        return Jobs(world, journal, epochs=(8, 24))
+        return Jobs(world, journal, epochs=(10, 30))
     addresses = []
     for photograph in photographs()[:3]:
         key = f"training/{photograph.name}"

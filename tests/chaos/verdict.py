@@ -268,14 +268,33 @@ class Verdict:
 
     def _leftovers(self) -> None:
         """After the endings nothing is staged, and of the checkpoints the LoRAs' weights stay."""
-        left = self._run.world.keys(STATE, "staging/")
-        left += [
+        keys = self._run.world.keys(STATE, "staging/")
+        keys += [
             key
             for key in self._run.world.keys(STATE, "checkpoints/")
             if not key.endswith("/lora.safetensors")
         ]
+        left = [key for key in keys if not self._was_in_flight(key)]
         if left:
             self.broken.append(f"{len(left)} objects were left behind, {left[0]} among them")
+
+    def _was_in_flight(self, key: str) -> bool:
+        """A worker that is frozen in the middle of a request writes this one object when it wakes,
+        be it after another claim's ending and its clearing up. Nothing points to it.
+        """
+        mark = self._run.world.s3.head_object(Bucket=STATE, Key=key)["Metadata"]
+        task_id, claim = mark["task_id"], int(mark["claim"])
+        who = [
+            note["who"]
+            for note in self._of[task_id]
+            if (note["kind"], note["claim"]) == ("claimed", claim)
+        ]
+        ended = [note["t"] for note in self._of[task_id] if note["kind"] == "ended"]
+        return (
+            claim < self._ending_claim(task_id)
+            and bool(who and ended)
+            and any(start <= ended[0] <= end for start, end in self._frozen(who[0]))
+        )
 
     def _backend(self) -> None:
         for request in self._run.world.backend.rejected:
