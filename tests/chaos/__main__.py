@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests.chaos.crash_points import POINTS
 from tests.chaos.safeguards import Safeguard
 from tests.chaos.schedule import Kind
 from tests.chaos.suite import Outcome, Plan, run
@@ -24,10 +25,11 @@ def main() -> int:
     parser.add_argument("--queue-type", choices=("classic", "quorum"), default="classic")
     parser.add_argument("--workers", type=int, default=3, help="at a time")
     parser.add_argument("--real-trainer", action="store_true", help="train; slow, so few faults")
-    parser.add_argument("--only", type=_kinds, default=tuple(Kind), help="faults: words of names")
+    parser.add_argument("--only", help="of the faults and crash points, those with these words")
     parser.add_argument("--without", type=Safeguard, choices=Safeguard, help="must make it fail")
     parser.add_argument("--folder", type=Path, help="for logs; a new one by default")
     parsed = parser.parse_args()
+    kinds, points = _chosen(parser, parsed.only) if parsed.only else (tuple(Kind), POINTS)
     plan = Plan(
         seed=parsed.seed,
         faults=parsed.faults,
@@ -36,7 +38,8 @@ def main() -> int:
         workers=parsed.workers,
         real_trainer=parsed.real_trainer,
         lease=5.0 if parsed.real_trainer else 3.0,
-        kinds=parsed.only,
+        kinds=kinds,
+        points=points,
         without=parsed.without,
     )
     outcome = run(plan)
@@ -51,12 +54,17 @@ def main() -> int:
     return 0
 
 
-def _kinds(words: str) -> tuple[Kind, ...]:
-    """The kinds of fault whose names have one of these words, separated by commas."""
-    found = tuple(kind for kind in Kind if any(word in kind for word in words.split(",")))
-    if not found:
-        raise argparse.ArgumentTypeError(f"no fault has such a name; there are {list(Kind)}")
-    return found
+def _chosen(
+    parser: argparse.ArgumentParser, words: str
+) -> tuple[tuple[Kind, ...], tuple[str, ...]]:
+    """The kinds of fault, and the crash points, that have one of these words in their names."""
+    kinds = {kind for kind in Kind if any(word in kind for word in words.split(","))}
+    points = tuple(point for point in POINTS if any(word in point for word in words.split(",")))
+    if points:
+        kinds.add(Kind.CRASH_POINT)
+    if not kinds:
+        parser.error(f"--only: nothing is called so; there are {', '.join((*Kind, *POINTS))}")
+    return tuple(kind for kind in Kind if kind in kinds), points or POINTS
 
 
 def table(outcome: Outcome) -> Table:

@@ -46,7 +46,7 @@ _COUNTED = {
 _S3_FAULTS: dict[Kind, tuple[S3Fault, Callable[[str, str], bool]]] = {
     Kind.S3_500: (refusal(500, "InternalError"), anything),
     Kind.S3_503: (refusal(503, "SlowDown"), anything),
-    Kind.S3_SLOW: (S3Fault(delay=0.4), anything),
+    Kind.S3_SLOW: (S3Fault(delay=0.25), anything),
     Kind.S3_ANSWER_LOST: (S3Fault(reset=True), writes),
     Kind.S3_409: (refusal(409, "ConditionalRequestConflict"), conditional_writes),
     Kind.S3_RESET: (S3Fault(reset=True, forward=False), anything),
@@ -83,6 +83,7 @@ class Injector:
     def __init__(self, world: World, fleet: Fleet, jobs: Jobs, line: TimeLine) -> None:
         self._world, self._fleet, self._jobs, self._line = world, fleet, jobs, line
         self._threads: list[threading.Thread] = []
+        self._freezing = threading.Lock()
         self._busy: set[int] = set()  # slots that are frozen or shutting down
         self.left_out: set[int] = set()
         self.errors: list[BaseException] = []
@@ -105,7 +106,7 @@ class Injector:
         elif fault.kind is Kind.QUEUE_DELETED:
             self._aside(lambda: self._delete_queue(fault))
         elif fault.kind is Kind.PUBLISHED_TWICE:
-            self._aside(lambda: self._jobs.publish_again(fault.detail))
+            self._aside(lambda: self._publish_twice(fault))
         else:
             self._process(fault, self._fleet.slots[fault.slot])
 
@@ -148,6 +149,8 @@ class Injector:
                 assert fault.order
                 slot.order(fault.order)
             case Kind.FROZEN:
+                # One at a time: its job is to be taken from it, by one that is awake.
+                self._freezing.acquire()  # pylint: disable=consider-using-with
                 self._aside(lambda: self._freeze(fault, slot), slot=fault.slot)
             case Kind.PREEMPTED:
                 self._aside(lambda: self._preempt(fault, slot), slot=fault.slot)
@@ -157,14 +160,18 @@ class Injector:
                 raise AssertionError(kind)
 
     def _freeze(self, fault: Fault, slot: Slot) -> None:
-        who = slot.who
-        slot.signal(signal.SIGSTOP, with_child=True)
-        self._jobs.journal.note("frozen", slot=who)
-        time.sleep(fault.seconds)
-        if slot.who == who:
-            slot.signal(signal.SIGCONT, with_child=True)
-        self._jobs.journal.note("thawed", slot=who)
-        self._line.note(f"{fault.number:3}  … worker {fault.slot} goes on")
+        try:
+            wait_for(slot.is_training, 3.0)
+            who = slot.who
+            slot.signal(signal.SIGSTOP, with_child=True)
+            self._jobs.journal.note("frozen", slot=who)
+            time.sleep(fault.seconds)
+            if slot.who == who:
+                slot.signal(signal.SIGCONT, with_child=True)
+            self._jobs.journal.note("thawed", slot=who)
+            self._line.note(f"{fault.number:3}  … worker {fault.slot} goes on")
+        finally:
+            self._freezing.release()
 
     def _hang(self, fault: Fault, slot: Slot) -> None:
         # While it trains the desk replaces it after STALL_SECONDS; elsewhere after minutes.
@@ -250,6 +257,12 @@ class Injector:
             self._world.declare()
             again = self._jobs.publish_unclaimed()
         self._line.note(f"{fault.number:3}  … {name}; published again: {again or 'none'}")
+
+    def _publish_twice(self, fault: Fault) -> None:
+        if fault.detail % 2:
+            self._jobs.publish_again(fault.detail)
+        else:
+            self._jobs.publish(times=2)  # two workers get it at the same moment
 
     def _ways(self, fault: Fault) -> list[Ways]:
         return self._world.ways if fault.slot < 0 else [self._world.ways[fault.slot]]

@@ -57,13 +57,13 @@ class Jobs:
         self._pictures = pictures or self._upload_blanks()
         self._lock = threading.Lock()
 
-    def publish(self) -> Job:
-        """Make the next job and publish it."""
-        number = len(self.published) + 1
-        job = self._invalid(number) if number % 11 == 0 else self._valid(number)
-        self._world.publish(job.body)
+    def publish(self, times: int = 1) -> Job:
+        """Make the next job and publish it, once or more often."""
         with self._lock:
+            number = len(self.published) + 1
+            job = self._invalid(number) if number % 11 == 0 else self._valid(number)
             self.published.append(job)
+        self._world.publish(job.body, times)
         self.journal.note("published", task=job.task_id)
         return job
 

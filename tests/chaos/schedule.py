@@ -9,6 +9,7 @@ import random
 from collections.abc import Collection
 
 from tests.chaos.crash_points import POINTS, Order
+from tests.chaos.timing import LONGEST_FREEZE_IN_LEASES
 
 
 class Kind(enum.StrEnum):
@@ -98,6 +99,7 @@ def schedule(
     workers: int,
     lease: float,
     kinds: Collection[Kind] = tuple(Kind),
+    points: Collection[str] = POINTS,
     pace: float = 1.0,
 ) -> list[Fault]:
     """The faults of a run.
@@ -109,24 +111,25 @@ def schedule(
             leaks is seen.
         lease: `LEASE_TTL_SECONDS`.
         kinds: What to choose from.
+        points: Crash points to choose from.
         pace: Times a second or so from one fault to the next.
     """
     dice = random.Random(seed)
     drawn = _draw(dice, count, kinds)
-    points: list[str] = []
+    deck: list[str] = []
     faults = []
     for number, kind in enumerate(drawn, start=1):
         order = None
         if kind is Kind.CRASH_POINT:
-            points = points or dice.sample(POINTS, len(POINTS))
-            point = points.pop()
+            deck = deck or dice.sample(sorted(points), len(points))
+            point = deck.pop()
             often = "jobs" in point or "progress" in point
             nth = dice.randint(1, 12 if often else 4 if "checkpoints" in point else 1)
             # Its child dies with a worker, and sometimes alone.
             order = Order(point, nth, dice.choice(("worker", "worker", "worker", "child")))
         seconds = dice.uniform(0.5, 2.5)
         if kind is Kind.FROZEN:
-            seconds = lease * dice.uniform(1.5, 5.0)
+            seconds = lease * dice.uniform(1.5, LONGEST_FREEZE_IN_LEASES)
         if kind in (Kind.BROKER_SILENT, Kind.CHILD_HANGS):
             seconds = dice.uniform(2.0, 7.0)
         faults.append(

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from sandbox.photographs import photographs
 from sandbox.stand_in_model import build_stand_in
+from tests.chaos.crash_points import POINTS
 from tests.chaos.fleet import Fleet, Slot, wait_for
 from tests.chaos.injector import Injector, TimeLine
 from tests.chaos.jobs import Jobs, journal_of
@@ -53,7 +54,7 @@ class Plan:
         lease: `LEASE_TTL_SECONDS`.
         epoch_seconds: How long the stand-in takes for one.
         settle_seconds: How long everything may take to settle once nothing goes wrong any more.
-        kinds: The faults to choose from.
+        kinds, points: The faults and the crash points to choose from.
         without: The safeguard that the workers lack.
     """
 
@@ -67,6 +68,7 @@ class Plan:
     epoch_seconds: float = 0.25
     settle_seconds: float = 150.0
     kinds: tuple[Kind, ...] = tuple(Kind)
+    points: tuple[str, ...] = POINTS
     without: Safeguard | None = None
 
 
@@ -100,6 +102,7 @@ def run(plan: Plan) -> Outcome:
         workers=plan.workers,
         lease=plan.lease,
         kinds=plan.kinds,
+        points=plan.points,
         pace=REAL_PACE if plan.real_trainer else 1.0,
     )
     with World.running(

@@ -12,4 +12,5 @@ one each."""
 CHECKPOINT_INTERVAL = 2
 GRACE_SECONDS = 4.0
 """`SHUTDOWN_GRACE_SECONDS` where the platform kills after 5 s."""
+LONGEST_FREEZE_IN_LEASES = 5.0
 ACK_TIMEOUT_MS = 5000

@@ -287,7 +287,7 @@ class Verdict:
         who = [
             note["who"]
             for note in self._of[task_id]
-            if (note["kind"], note["claim"]) == ("claimed", claim)
+            if note["kind"] == "claimed" and note["claim"] == claim
         ]
         ended = [note["t"] for note in self._of[task_id] if note["kind"] == "ended"]
         return (

@@ -24,6 +24,7 @@ from tests.chaos.timing import (
     CRASH_DELAY,
     ENDING_DELAYS,
     GRACE_SECONDS,
+    LONGEST_FREEZE_IN_LEASES,
     MAX_ATTEMPTS,
     MEDIA,
     QUEUE,
@@ -33,6 +34,7 @@ from tests.chaos.timing import (
 from tests.chaos.windows import BackendMood, FaultyS3
 
 PUBLISH_SECONDS = 90.0
+_PERSISTENT = pika.BasicProperties(content_type="application/json", delivery_mode=2)
 SECRETS = (TOKEN, SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SECRET_ACCESS_KEY)
 
 
@@ -133,7 +135,8 @@ class World:
             "RETRY_DELAYS_SECONDS": ",".join(map(str, RETRY_DELAYS)),
             "ENDING_RETRY_DELAYS_SECONDS": ",".join(map(str, ENDING_DELAYS)),
             "DEDUPLICATION_WINDOW_SECONDS": "86400",
-            "STALL_SECONDS": "4",
+            # Longer than a freeze: a worker that wakes is to be stopped by its lost lease.
+            "STALL_SECONDS": str(self.lease * (LONGEST_FREEZE_IN_LEASES + 0.5)),
             "SHUTDOWN_GRACE_SECONDS": str(GRACE_SECONDS),
         }
 
@@ -148,19 +151,15 @@ class World:
             with contextlib.suppress(ChannelClosedByBroker):
                 channel.queue_declare(QUEUE, durable=True, arguments=self._arguments)
 
-    def publish(self, body: bytes) -> None:
-        """Publish until the broker has confirmed it."""
+    def publish(self, body: bytes, times: int = 1) -> None:
+        """Publish, once or more often in a row, until the broker has confirmed it."""
         deadline = time.monotonic() + PUBLISH_SECONDS
         while True:
             try:
                 with self._channel() as channel:
-                    channel.basic_publish(
-                        "",
-                        QUEUE,
-                        body,
-                        pika.BasicProperties(content_type="application/json", delivery_mode=2),
-                        mandatory=True,
-                    )
+                    while times:
+                        channel.basic_publish("", QUEUE, body, _PERSISTENT, mandatory=True)
+                        times -= 1
                 return
             except (AMQPError, OSError):
                 if time.monotonic() > deadline:
