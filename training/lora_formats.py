@@ -206,4 +206,19 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
     # Not `save_file`: its errors hide the operating system's, which tell a full disk from a broken
     # file.
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    path.write_bytes(safetensors.torch.save(contiguous, metadata))
+    path.write_bytes(_with_sorted_metadata(safetensors.torch.save(contiguous, metadata)))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """The same file with its metadata in the order of their names.
+
+    safetensors writes them in a random order, and the same weights would have another hash each
+    time. A file is the header's length (8 bytes, little-endian), the header (JSON, filled up with
+    spaces so that the tensors begin at a multiple of 8), and the tensors.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + memoryview(content)[start:]

@@ -335,6 +335,23 @@ def test_the_kohya_header_says_what_webuis_sort_by(base: BaseModel, tmp_path: Pa
     assert header["sshs_model_hash"] == digest
 
 
+def test_the_same_weights_are_the_same_bytes_in_every_file(
+    base: BaseModel, tmp_path: Path
+) -> None:
+    parameters = attach(base)
+    metadata = {"modelspec.date": "2026-01-20T10:00:00+00:00", "modelspec.title": "항구"}
+    once, again = tmp_path / "once", tmp_path / "again"
+    for folder in (once, again):
+        export.export(base, parameters, folder, metadata=metadata)
+    for name in MODEL_FILES:
+        assert (once / name).read_bytes() == (again / name).read_bytes()
+    content = (once / KOHYA_WEIGHTS).read_bytes()
+    assert int.from_bytes(content[:8], "little") % 8 == 0, "the tensors are not aligned"
+    with safe_open(once / KOHYA_WEIGHTS, framework="pt") as opened:
+        assert metadata.items() <= opened.metadata().items()
+        assert list(opened.keys())
+
+
 def sd15_attention_paths() -> list[str]:
     """SD1.5's attention projections, by its architecture: three blocks down, middle, three up."""
     blocks = [f"down_blocks.{block}.attentions.{n}" for block in (0, 1, 2) for n in (0, 1)]
