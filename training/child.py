@@ -86,7 +86,6 @@ class Child:
 
     def serve(self) -> None:
         """Load the base model, then do runs until the process ends with its pipe."""
-        self._monitor.start()
         try:
             self._loaded_base()
         except TrainingServerError as error:
@@ -202,7 +201,8 @@ class Child:
                     line = line[self._events.write(line) :]
             except OSError:
                 os._exit(0)
-        if isinstance(event, CheckpointSaved):
+        # Every minute the desk looks; where there is no GPU, it has said so.
+        if isinstance(event, CheckpointSaved) and self._base and self._base.device.type == "cuda":
             self._monitor.log_now()
 
 

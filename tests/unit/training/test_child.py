@@ -177,6 +177,14 @@ def test_every_log_line_of_a_run_carries_its_task_id_and_none_of_another(
     assert [line["task_id"] for line in lines] == sorted(line["task_id"] for line in lines)
 
 
+def test_that_there_is_no_gpu_is_the_desks_to_say(child: Process, make_run: MakeRun) -> None:
+    child.send(make_run(epochs=1))
+    child.ending()
+    assert any(isinstance(fact, CheckpointSaved) for fact in child.seen)
+    log = child.log.read_text()
+    assert "no_nvidia_gpu" not in log and "training_on_cpu" not in log
+
+
 def test_neither_training_nor_samples_that_run_out_of_memory_fail_the_run(
     base: BaseModel, options: TrainerOptions, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
