@@ -9,16 +9,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 from config import TrainerSettings
+from consumer.machine import require_fit
 from consumer.stop_signal import StopSignal
 from consumer.trainer_process import TrainerProcess
 from training.checkpoint_name import order
 from training.lora_config import HyperParameters, Picture, TrainingRun
-from utils.errors import ConfigurationError
+from utils.captions import MAX_CAPTION_BYTES, caption_text
+from utils.errors import ConfigurationError, TrainingServerError
 from utils.events import Event, Finished
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+REPORT = "training_report.json"
+MADE = frozenset(
+    {
+        REPORT,
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lora_weights.safetensors",
+        "lora_weights_kohya.safetensors",
+        "loss_curve.png",
+        "samples.png",
+    }
+)
+"""What a training writes into its output folder."""
 
 _WORK = ".training"
 _MAX_PICTURES = 200
-_MAX_CAPTION_BYTES = 16 * 1024
 _MANIFEST = "manifest.json"
 
 
@@ -26,17 +44,21 @@ def pictures_in(folder: Path) -> tuple[Picture, ...]:
     """Every file of a folder that may be a picture, by name; a `.txt` beside one is its caption.
 
     Whether a file is a picture is judged by its content, later; hidden files and captions are not
-    looked at.
+    looked at, nor is what an earlier training has written beside its report.
 
     Raises:
         ConfigurationError: The folder is missing, empty, or holds too many files.
     """
     if not folder.is_dir():
         raise ConfigurationError(f"{folder} is not a folder")
+    made = MADE if (folder / REPORT).is_file() else frozenset()
     files = sorted(
         path
         for path in folder.iterdir()
-        if path.is_file() and not path.name.startswith(".") and path.suffix.lower() != ".txt"
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.suffix.lower() != ".txt"
+        and path.name not in made
     )
     if not files:
         raise ConfigurationError(f"{folder} holds no pictures")
@@ -64,7 +86,8 @@ def train_folder(
 
     Args:
         folder: The pictures.
-        output: Receives the model's files; while training also its checkpoints, in `.training`.
+        output: Receives the model's files, and may be the pictures' folder; while training also
+            its checkpoints, in `.training`.
         settings: What does not depend on the job.
         parameters: Hyper-parameters.
         resume: Continue from the newest checkpoint in `output`, if there is one.
@@ -77,6 +100,10 @@ def train_folder(
         MachineError: This machine cannot train.
     """
     pictures = pictures_in(folder)
+    _refuse_to_overwrite(pictures, folder, output)
+    _look_for_base_model(settings.base_model)
+    environment = settings.trainer_environment()
+    require_fit(environment, allow_cpu=settings.allow_cpu)
     work = output.resolve() / _WORK
     try:
         if not resume:
@@ -85,9 +112,7 @@ def train_folder(
     except OSError as error:
         raise ConfigurationError(f"{output} cannot be written ({error.strerror})") from error
     trainer = TrainerProcess(
-        settings.trainer_options(),
-        settings.trainer_environment(),
-        stall_seconds=settings.stall_seconds,
+        settings.trainer_options(), environment, stall_seconds=settings.stall_seconds
     )
     run = TrainingRun(
         task_id="local",
@@ -103,6 +128,10 @@ def train_folder(
     )
     try:
         finished = trainer.run(run, on_event, stop, max_seconds=float("inf"))
+    except TrainingServerError:
+        if _newest_checkpoint(work) is None:  # there is nothing to go on from
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     finally:
         trainer.close()
     if not finished.stopped:
@@ -112,12 +141,30 @@ def train_folder(
     return finished
 
 
+def _refuse_to_overwrite(pictures: tuple[Picture, ...], folder: Path, output: Path) -> None:
+    """A picture that happens to be named as something that a training writes would be lost."""
+    lost = sorted(MADE.intersection(picture.source for picture in pictures))
+    if lost and output.resolve() == folder.resolve():
+        raise ConfigurationError(
+            f"{output} holds {', '.join(lost)}, which the training would overwrite: choose "
+            "another output folder, or rename it"
+        )
+
+
+def _look_for_base_model(name: str) -> None:
+    """A folder of the settings that is not there is told with its path, before anything starts."""
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ConfigurationError(f"BASE_MODEL: there is no folder {name}")
+
+
 def _caption_of(picture: Path) -> str:
     beside = picture.with_suffix(".txt")
     if not beside.is_file():
         return ""
-    with beside.open("rb") as file:
-        return file.read(_MAX_CAPTION_BYTES).decode(errors="replace").strip()
+    if beside.stat().st_size > MAX_CAPTION_BYTES:
+        log.warning("caption_ignored", caption=str(beside), reason="larger than 16 KiB")
+        return ""
+    return caption_text(beside.read_bytes())
 
 
 def _newest_checkpoint(work: Path) -> str | None:

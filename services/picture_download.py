@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Protocol
 
 from services.s3_types import FetchedPicture, PictureRequest, S3Location, StoredObject
+from utils.captions import MAX_CAPTION_BYTES, caption_text
 from utils.errors import AccessDenied, ObjectNotFound, ObjectTooLarge
 from utils.logger import get_logger
 
 log = get_logger(__name__)
 
 AT_ONCE = 8
-MAX_CAPTION_BYTES = 16 * 1024
 
 NOT_FOUND = "could not be found in storage"
 REFUSED = "could not be read: storage refuses access to it"
@@ -132,5 +132,4 @@ def _caption_beside(store: Store, picture: S3Location) -> str | None:
     except ObjectTooLarge:
         log.warning("caption_ignored", caption=location.uri(), reason="larger than 16 KiB")
         return None
-    text = body.decode("utf-8-sig", errors="replace").replace("\0", " ")
-    return " ".join(text.split()) or None
+    return caption_text(body) or None

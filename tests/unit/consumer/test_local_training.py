@@ -1,0 +1,81 @@
+"""Local training: which files of a folder are its pictures, and what is refused before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from config import TrainerSettings
+from consumer.local_training import MADE, pictures_in, train_folder
+from consumer.stop_signal import StopSignal
+from training import report
+from training.lora_config import HyperParameters
+from utils.errors import ConfigurationError
+
+
+def fill(folder: Path, *names: str) -> Path:
+    """A folder with a file of each name."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"content")
+    return folder
+
+
+def train(folder: Path, output: Path, **settings: str) -> None:
+    """Begin to train; what is refused is refused before anything is written or started."""
+    train_folder(
+        folder,
+        output,
+        settings=TrainerSettings(_env_file=None, **settings),  # type: ignore[call-arg,arg-type]
+        parameters=HyperParameters(),
+        resume=False,
+        on_event=lambda event: None,
+        stop=StopSignal(),
+    )
+
+
+def test_what_a_training_writes_is_known_by_name() -> None:
+    assert MADE == set(report.FILES)
+
+
+def test_what_an_earlier_training_left_in_the_folder_is_no_picture(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "pictures", "one.jpg", "two.png", *MADE)
+    assert [picture.source for picture in pictures_in(folder)] == ["one.jpg", "two.png"]
+
+
+def test_without_a_report_beside_it_a_file_of_such_a_name_is_a_picture(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "pictures", "one.jpg", "samples.png")
+    assert [picture.source for picture in pictures_in(folder)] == ["one.jpg", "samples.png"]
+
+
+def test_a_picture_that_the_training_would_overwrite_is_told_before_it_starts(
+    tmp_path: Path,
+) -> None:
+    folder = fill(tmp_path / "pictures", "one.jpg", "samples.png")
+    with pytest.raises(ConfigurationError, match="samples.png, which the training would overwrite"):
+        train(folder, tmp_path / "elsewhere" / ".." / "pictures")
+    assert sorted(path.name for path in folder.iterdir()) == ["one.jpg", "samples.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "caption"),
+    [
+        (b"\xef\xbb\xbfa harbour\r\nat dawn \n", "a harbour at dawn"),
+        (b" \n", ""),
+        (b"x" * (16 * 1024 + 1), ""),
+    ],
+)
+def test_a_caption_is_the_text_that_it_would_be_on_s3(
+    tmp_path: Path, content: bytes, caption: str
+) -> None:
+    folder = fill(tmp_path / "pictures", "one.jpg")
+    (folder / "one.txt").write_bytes(content)
+    assert [picture.caption for picture in pictures_in(folder)] == [caption]
+
+
+def test_a_base_model_that_is_not_there_is_named_with_its_place(tmp_path: Path) -> None:
+    folder, nowhere = fill(tmp_path / "pictures", "one.jpg"), tmp_path / "nowhere"
+    with pytest.raises(ConfigurationError, match=f"BASE_MODEL: there is no folder {nowhere}"):
+        train(folder, tmp_path / "output", base_model=str(nowhere))
+    assert not (tmp_path / "output").exists()
