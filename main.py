@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from structlog.stdlib import BoundLogger
 
 import config
 from consumer.stop_signal import Shutdown, StopSignal
@@ -42,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)
+log = logger.get_logger("main")
 
 
 @app.callback(invoke_without_command=True)
@@ -109,24 +111,36 @@ def train(
         "seed": seed,
     }
     overrides = {name: value for name, value in given.items() if value is not None}
-    sys.exit(_guarded(lambda: _run_training(folder, output, overrides, resume)))
+    sys.exit(_guarded(lambda: _run_training(folder, output, overrides, resume), say=_Sentences()))
 
 
-def _guarded(command: Callable[[], int]) -> int:
-    """Run a command; errors that a person can mend are printed without a stack trace."""
+class _Sentences:
+    """Stands in for the log where a person looks on."""
+
+    def error(self, _event: str, *, reason: str) -> None:
+        """Print the reason alone."""
+        _print_problem(reason)
+
+
+def _print_problem(sentence: str) -> None:
+    console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _guarded(command: Callable[[], int], *, say: _Sentences | BoundLogger = log) -> int:
+    """Run a command; errors that a person can mend are told without a stack trace."""
     try:
         return command()
-    except ConfigurationError as error:
-        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    except ConfigurationError as error:  # there may be no log yet
+        _print_problem(str(error))
         return EXIT_SETTINGS
     except BrokerRefused as error:
-        logger.get_logger("main").error("broker_refused", reason=str(error))
+        say.error("broker_refused", reason=str(error))
         return EXIT_BROKER
     except MachineError as error:
-        logger.get_logger("main").error("machine_unfit", reason=str(error))
+        say.error("machine_unfit", reason=str(error))
         return EXIT_MACHINE
     except TrainingServerError as error:
-        logger.get_logger("main").error("failed", reason=str(error))
+        say.error("failed", reason=str(error))
         return EXIT_FAILED
 
 
@@ -150,7 +164,6 @@ def _on_stop_signals(first: Callable[[], None]) -> None:
 
 def _run_training(folder: Path, output: Path, overrides: dict[str, Any], resume: bool) -> int:
     from consumer.local_training import train_folder  # pylint: disable=import-outside-toplevel
-    from consumer.machine import require_fit  # pylint: disable=import-outside-toplevel
 
     settings: config.TrainerSettings = config.load(config.TrainerSettings)
     try:
@@ -162,7 +175,6 @@ def _run_training(folder: Path, output: Path, overrides: dict[str, Any], resume:
     logger.configure(level="WARNING", log_format="text", secrets=settings.secrets())
     stop = StopSignal()
     _on_stop_signals(lambda: stop.request(StopReason.SHUTDOWN))
-    require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
     with _Bar() as progress_bar:
         finished = train_folder(
             folder,
@@ -189,34 +201,41 @@ def _say_what_was_made(output: Path, finished: Finished) -> None:
         ("pictures", "samples.png"),
         ("loss", "loss_curve.png"),
     ):
-        console.print(f"  {label:9}{output / name}", highlight=False, soft_wrap=True)
+        if name in finished.files:
+            console.print(f"  {label:9}{output / name}", highlight=False, soft_wrap=True)
 
 
 @dataclasses.dataclass
 class _Bar:
-    """A progress bar that follows the trainer's events."""
+    """A progress bar that follows the trainer's events, from the first of them on."""
 
     def __post_init__(self) -> None:
         self._progress = Progress(
             TextColumn("{task.description:12}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+            TextColumn("{task.fields[steps]}"),
             TextColumn("{task.fields[loss]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
+            transient=True,  # at the end a sentence says what there is to say
         )
-        self._task = self._progress.add_task(str(Stage.PREPARING), total=1, loss="")
+        self._task = self._progress.add_task(str(Stage.PREPARING), total=None, steps="", loss="")
+        self._waiting = console.status("getting ready")
 
     def __enter__(self) -> _Bar:
-        self._progress.start()
+        self._waiting.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._waiting.stop()
+        if self._progress.live.is_started:  # else it would print an empty line
+            self._progress.stop()
 
     def saw(self, event: Event) -> None:
         """Show one event."""
+        self._waiting.stop()
+        self._progress.start()
         match event:
             case Started():
                 for warning in event.warnings:
@@ -228,7 +247,8 @@ class _Bar:
                     self._task,
                     description=str(event.stage),
                     completed=event.step,
-                    total=event.total_steps or 1,
+                    total=event.total_steps or None,
+                    steps=f"{event.step}/{event.total_steps} steps" if event.total_steps else "",
                     loss=loss,
                 )
             case CheckpointSaved():

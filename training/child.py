@@ -86,11 +86,13 @@ class Child:
 
     def serve(self) -> None:
         """Load the base model, then do runs until the process ends with its pipe."""
-        try:
-            self._loaded_base()
-        except TrainingServerError as error:
-            # No run to blame it on yet: the next one tries again, and reports it if it fails again.
-            log.error("base_model_not_loaded", extra={"reason": str(error)}, exc_info=error)
+        if not self._inbox.has_run():
+            try:
+                self._loaded_base()
+            except TrainingServerError as error:
+                # No run to blame it on yet: the next one tries again, and reports it if it fails
+                # again.
+                log.error("base_model_not_loaded", extra=_reason(error))
         while True:
             run = self._inbox.take()
             with self._bound(task_id=run.task_id):
@@ -109,6 +111,10 @@ class Child:
             ending = Finished(
                 run.task_id, "", (), 0, 0, None, time.monotonic() - began, stopped=stop.reason
             )
+        except TrainingServerError as error:
+            # Raised on purpose, its sentence says it all; the desk repeats it at its own level.
+            log.info("run_not_possible", extra=_reason(error))
+            ending = failed(run, error)
         except Exception as error:  # pylint: disable=broad-exception-caught
             # Not swallowed: the desk is told, by name.
             log.error("run_failed", exc_info=error)
@@ -204,6 +210,12 @@ class Child:
         # Every minute the desk looks; where there is no GPU, it has said so.
         if isinstance(event, CheckpointSaved) and self._base and self._base.device.type == "cuda":
             self._monitor.log_now()
+
+
+def _reason(error: TrainingServerError) -> dict[str, str]:
+    """What a log line says of an error that was raised on purpose: its sentence, and its cause."""
+    cause = error.__cause__
+    return {"reason": str(error)} | ({"cause": repr(cause)[:500]} if cause else {})
 
 
 def failed(run: TrainingRun, error: BaseException) -> Failed:

@@ -42,6 +42,11 @@ class Inbox:
             self._in_hand = self._waiting.popleft()
             return self._in_hand.run
 
+    def has_run(self) -> bool:
+        """Whether a run waits to be taken."""
+        with self._changed:
+            return bool(self._waiting)
+
     def stop_reason(self) -> StopReason | None:
         """Why the run in hand is to stop, or None."""
         in_hand = self._in_hand

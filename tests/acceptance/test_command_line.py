@@ -159,8 +159,32 @@ def test_wrong_arguments_are_a_sentence(
     assert pictures.is_dir()
     done = _main(
         *("train", *arguments, "--output", str(tmp_path / "output")),
-        environment=_environment(base_model),
+        # The folder and the arguments are looked at first: no GPU is needed to see what is wrong.
+        environment=_environment(base_model) | {"ALLOW_CPU": "false", "CUDA_VISIBLE_DEVICES": "-1"},
         folder=tmp_path,
     )
     assert done.returncode == 2
-    assert words in done.stderr and "Traceback" not in done.stderr
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"MIN_IMAGES": "5"}, "5 are needed"),
+        ({"BASE_MODEL": "somebody/some-model", "HF_HUB_OFFLINE": "1"}, "somebody/some-model"),
+    ],
+)
+def test_a_training_that_cannot_be_is_a_sentence_and_leaves_nothing_behind(
+    base_model: Path, pictures: Path, tmp_path: Path, changed: dict[str, str], words: str
+) -> None:
+    output = tmp_path / "output"
+    done = _main(
+        *("train", str(pictures), "--output", str(output)),
+        environment=_environment(base_model) | changed,
+        folder=tmp_path,
+    )
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(said) == 1 and words in said[0], done.stderr
+    assert not list(output.iterdir())
