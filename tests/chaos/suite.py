@@ -7,7 +7,8 @@
     verdict ◀── backend's requests, records and objects on S3, queues, logs, journal
 
 What is where: `schedule` draws every fault from the seed before anything starts; `injector` carries
-them out (`tcp_proxy` and `windows` break connections and answers, `fleet` kills and starts workers);
+them out (`tcp_proxy` and `windows` break connections and answers, `fleet` kills and starts
+workers);
 `worker` is the product's worker with `instruments` around it, which die at named `crash_points` and
 keep a `journal` of claims and epochs; `stand_in_trainer` trains by sleeping; `verdict` counts and
 holds the invariants; `safeguards` takes one away, to see that the suite notices.
@@ -40,7 +41,7 @@ from tests.chaos.world import World
 
 STOP_SECONDS = 8.0
 REAL_PACE = 6.0
-"""With the real trainer, whose process takes seconds to import torch: faults are to find it at work."""
+"""With the real trainer, which takes seconds to import torch: faults are to find it at work."""
 MORE_FILES, MORE_THREADS, MORE_MEMORY_KIB = 16, 4, 40_000
 """What a worker may have gained over a run: its pools of connections are no leak."""
 
@@ -216,8 +217,8 @@ def _vitals(fleet: Fleet, baseline: dict[str, int]) -> list[str]:
     allowed = {"files": MORE_FILES, "threads": MORE_THREADS, "memory": MORE_MEMORY_KIB}
     return [
         f"worker 0 has {now[name]} {name}, {baseline[name]} before"
-        for name in allowed
-        if now[name] > baseline[name] + allowed[name]
+        for name, more in allowed.items()
+        if now[name] > baseline[name] + more
     ]
 
 

@@ -1,4 +1,4 @@
-"""Local training: which files of a folder are its pictures, and what is refused before it starts."""
+"""Local training: which files of a folder are its pictures, and what is refused at once."""
 
 from __future__ import annotations
 

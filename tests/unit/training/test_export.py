@@ -335,9 +335,7 @@ def test_the_kohya_header_says_what_webuis_sort_by(base: BaseModel, tmp_path: Pa
     assert header["sshs_model_hash"] == digest
 
 
-def test_the_same_weights_are_the_same_bytes_in_every_file(
-    base: BaseModel, tmp_path: Path
-) -> None:
+def test_the_same_weights_are_the_same_bytes_in_every_file(base: BaseModel, tmp_path: Path) -> None:
     parameters = attach(base)
     metadata = {"modelspec.date": "2026-01-20T10:00:00+00:00", "modelspec.title": "항구"}
     once, again = tmp_path / "once", tmp_path / "again"
