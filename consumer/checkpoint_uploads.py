@@ -13,7 +13,7 @@ from typing import Self
 
 from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
-from services.job_record import Checkpoint, Ending, EndingKind, JobRecord
+from services.job_record import Checkpoint, EndingKind, JobRecord
 from services.s3_service import S3Service
 from training.checkpoint_name import order
 from training.manifest import MANIFEST, verify
@@ -36,7 +36,7 @@ _LONGEST_JOIN_SECONDS = 1.0
 _KEPT_IN_FULL = 2
 
 
-def checkpoint_prefix(job: TrainingJob) -> str:
+def checkpoint_prefix(job: TrainingJob | JobRecord) -> str:
     """Where a job's checkpoints lie in the state bucket."""
     return f"checkpoints/style_{job.style_id}/{job.task_id}/"
 
@@ -203,12 +203,17 @@ def prune(s3: S3Service, bucket: str, prefix: str, *, in_full: tuple[str, ...]) 
         log.warning("checkpoints_not_pruned", reason=str(error))
 
 
-def clear_up(s3: S3Service, bucket: str, job: TrainingJob, ending: Ending) -> None:
+def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
     """After the ending: of a completed job the LoRA's weights of each checkpoint stay, of a
     cancelled one nothing, of a failed one the newest in full, in case it is sent back.
+
+    Returns:
+        Whether all is gone that should be; what is not is logged, and left for the sweep.
     """
-    prefix = checkpoint_prefix(job)
-    staging = f"staging/{job.task_id}/"
+    ending = record.ending
+    assert ending is not None  # an ended record has one
+    prefix = checkpoint_prefix(record)
+    staging = f"staging/{record.task_id}/"
     try:
         found = sorted(each.key for each in s3.list_objects(bucket, prefix))
         if ending.kind is EndingKind.COMPLETE:
@@ -222,7 +227,9 @@ def clear_up(s3: S3Service, bucket: str, job: TrainingJob, ending: Ending) -> No
         unneeded += [each.key for each in s3.list_objects(bucket, staging)]
         s3.delete(bucket, unneeded)
     except StorageError as error:
-        log.warning("not_cleared_up", reason=str(error))
+        log.warning("not_cleared_up", task_id=record.task_id, reason=str(error))
+        return False
+    return True
 
 
 def newest_usable_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import sys
@@ -9,6 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from config import Settings
+from consumer.checkpoint_uploads import clear_up
 from consumer.endings import Endings
 from consumer.machine import Machine, require_fit
 from consumer.model_publisher import ModelPublisher
@@ -77,7 +79,10 @@ def run_worker(
             stop=shutdown.event,
         )
         sweep = RecordSweep(
-            s3, settings.state_bucket_name, lease_seconds=settings.lease_ttl_seconds
+            s3,
+            settings.state_bucket_name,
+            lease_seconds=settings.lease_ttl_seconds,
+            clear_up=functools.partial(clear_up, s3, settings.state_bucket_name),
         )
         with Sweeper(sweep, consumer.publish, settings):
             consumer.run()

@@ -185,7 +185,7 @@ class Pipeline:
         """The ending is durable before anybody is told, and the message acked after that."""
         lease.end(ending)
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
-        clear_up(self._desk.s3, self._settings.state_bucket_name, job, ending)
+        clear_up(self._desk.s3, self._settings.state_bucket_name, lease.record)
         parked = self._desk.endings.deliver(
             lease, original=job.body, for_seconds=endings.DELIVER_AT_ONCE_SECONDS
         )

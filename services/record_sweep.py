@@ -7,16 +7,17 @@ handed to the caller, who publishes it again: a live one to the training queue, 
 ending to the endings' queue. A message too many does no harm, since it is only a hint to look at
 the record.
 
-Settled records stay for years and must not be read at each sweep. So whoever finds one settled puts
-an empty `jobs/{task_id}.settled` beside it, once, and the listing alone tells from then on. A
-settled record never changes again, so the mark cannot be wrong; where it is missing, the record is
-read once more.
+Settled records stay for years and must not be read at each sweep. So whoever finds one settled
+clears up after it, since the worker that ended it may have died or met a broken S3 before it could,
+and then puts an empty `jobs/{task_id}.settled` beside it, once: the listing alone tells from then
+on. A settled record never changes again, so the mark cannot be wrong; where it is missing, the
+record is read once more.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from services.hold import stamped
 from services.job_record import JobRecord
@@ -42,12 +43,21 @@ class RecordSweep:
         s3: As for `JobRecords`.
         bucket: The state bucket.
         lease_seconds: This worker's lease; a younger record is not even read.
+        clear_up: Removes what a settled job needs no more; False where it must be tried again.
     """
 
-    def __init__(self, s3: S3Service, bucket: str, *, lease_seconds: float) -> None:
+    def __init__(
+        self,
+        s3: S3Service,
+        bucket: str,
+        *,
+        lease_seconds: float,
+        clear_up: Callable[[JobRecord], bool] = lambda record: True,
+    ) -> None:
         self._s3 = s3
         self._bucket = bucket
         self._lease_seconds = lease_seconds
+        self._clear_up = clear_up
 
     def abandoned(self) -> Iterator[JobRecord]:
         """The records that this worker is to publish again.
@@ -68,7 +78,8 @@ class RecordSweep:
                 if version is None:
                     continue
                 if version.record.is_settled:
-                    self._mark_settled(info.key)
+                    if self._clear_up(version.record):
+                        self._mark_settled(info.key)
                     continue
                 if version.etag == info.etag and version.age_seconds < self._lease_seconds:
                     return  # the oldest come first, so all that follow are younger still

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from training.base_model import BaseModel
 from training.lora_config import Picture, TrainingRun
+from training.picture_checks import Looks, look_at
 from training.vetting import UnusablePicture, Vetted, vet
 from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
 
@@ -34,6 +35,7 @@ class PictureReport:
         reasons: Why, and what was done to it, in words an artist understands.
         width, height: In pixels after rotation; None where they are not known.
         caption: The caption it is trained with.
+        decoded: What the file was: format, size as stored, colour mode; None where it was none.
     """
 
     source: str
@@ -42,6 +44,7 @@ class PictureReport:
     width: int | None
     height: int | None
     caption: str
+    decoded: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,10 +134,11 @@ def prepare(
     entries: list[PictureReport] = []
     usable: list[Example] = []
     latents: dict[str, Latents] = {}
+    seen: list[tuple[str, Looks]] = []
     for picture in run.pictures:
         if reason := should_stop():
             raise Stopped(reason)
-        entry, example = _take_in(picture, run, base, latents)
+        entry, example = _take_in(picture, run, base, latents, seen)
         entries.append(entry)
         if example:
             usable.append(example)
@@ -149,41 +153,70 @@ def prepare(
             f"Only {len(usable)} pictures are trained on; a style holds better with "
             f"{FEW_PICTURES} to 30."
         )
+    if all(looks.is_grey for _, looks in seen):
+        warnings.append(
+            "All pictures are without colour; such a style comes out tinted unless the captions "
+            "say so (black and white, pencil drawing)."
+        )
     captions = list(dict.fromkeys(["", *(example.caption for example in usable)]))
     embeddings = {caption: base.encode_prompts([caption])[0] for caption in captions}
     return Dataset(tuple(entries), tuple(usable), latents, embeddings, tuple(warnings))
 
 
 def _take_in(
-    picture: Picture, run: TrainingRun, base: BaseModel, latents: dict[str, Latents]
+    picture: Picture,
+    run: TrainingRun,
+    base: BaseModel,
+    latents: dict[str, Latents],
+    seen: list[tuple[str, Looks]],
 ) -> tuple[PictureReport, Example | None]:
-    """Vet and encode one picture; its latents go into `latents`."""
+    """Vet and encode one picture; its latents go into `latents`, its looks into `seen`."""
     if picture.path is None:
-        reason = picture.problem or "could not be fetched"
-        return (
-            PictureReport(picture.source, "left_out", (reason,), None, None, picture.caption),
-            None,
-        )
-    width = height = None
+        return _left_out(picture, picture.problem or "could not be fetched"), None
     try:
         content = Path(picture.path).read_bytes()
         vetted = vet(content, max_pixels=run.max_image_pixels, resolution=run.parameters.resolution)
-        width, height = vetted.image.size
+        looks = look_at(vetted.image, resolution=run.parameters.resolution)
+        alike = _compare(vetted, looks, seen)
         identity = hashlib.sha256(content).hexdigest()
-        if identity not in latents:
-            latents[identity] = _encode(vetted, run.parameters.resolution, base)
+        latents[identity] = _encode(vetted, run.parameters.resolution, base)
     except OSError:
-        reasons: tuple[str, ...] = ("its file could not be read",)
+        return _left_out(picture, "its file could not be read"), None
     except UnusablePicture as unusable:
-        reasons = (str(unusable),)
-        width, height = unusable.size or (width, height)
-    else:
-        status = "warned" if vetted.warnings else "used"
-        entry = PictureReport(
-            picture.source, status, vetted.warnings + vetted.notes, width, height, picture.caption
-        )
-        return entry, Example(picture.source, identity, picture.caption)
-    return PictureReport(picture.source, "left_out", reasons, width, height, picture.caption), None
+        return _left_out(picture, str(unusable), unusable.size), None
+    seen.append((_shown_name(picture.source), looks))
+    cautions = vetted.warnings + looks.warnings + alike
+    entry = PictureReport(
+        picture.source,
+        "warned" if cautions else "used",
+        cautions + vetted.notes,
+        *vetted.image.size,
+        picture.caption,
+        vetted.decoded,
+    )
+    return entry, Example(picture.source, identity, picture.caption)
+
+
+def _left_out(picture: Picture, reason: str, size: tuple[int, int] | None = None) -> PictureReport:
+    return PictureReport(
+        picture.source, "left_out", (reason,), *(size or (None, None)), picture.caption
+    )
+
+
+def _compare(vetted: Vetted, looks: Looks, seen: list[tuple[str, Looks]]) -> tuple[str, ...]:
+    """Compare a picture with those before it.
+
+    Returns:
+        A warning where it looks like one of them.
+
+    Raises:
+        UnusablePicture: It is one of them: trained on twice, it would count twice.
+    """
+    for name, other in seen:
+        if other.pixels == looks.pixels:
+            raise UnusablePicture(f"is the same picture as {name}", vetted.image.size)
+    near = [name for name, other in seen if looks.shows_the_same(other)]
+    return (f"looks like another version of {near[0]}, which then counts twice",) if near else ()
 
 
 def _encode(vetted: Vetted, resolution: int, base: BaseModel) -> Latents:
@@ -197,7 +230,8 @@ def _encode(vetted: Vetted, resolution: int, base: BaseModel) -> Latents:
     mean, std = base.encode_images(pixels[None])
     if not bool((torch.isfinite(mean) & torch.isfinite(std)).all()):
         raise UnusablePicture(
-            "the image encoder cannot represent it (it gave values that are no numbers)"
+            "the image encoder cannot represent it (it gave values that are no numbers)",
+            vetted.image.size,
         )
     return Latents(mean[0], std[0])
 
@@ -221,5 +255,9 @@ def _refuse_too_few(run: TrainingRun, entries: list[PictureReport], usable: int)
 
 
 def _name(entry: PictureReport) -> str:
-    """The last part of its address, without a query, which may carry a signature."""
-    return entry.source.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
+    return _shown_name(entry.source)
+
+
+def _shown_name(source: str) -> str:
+    """The last part of an address, without a query, which may carry a signature."""
+    return source.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]

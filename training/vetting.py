@@ -6,14 +6,14 @@ import dataclasses
 import io
 import warnings
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from training.colour import UnusablePicture, to_srgb
+
+__all__ = ["FORMATS", "UnusablePicture", "Vetted", "vet"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 """What may be opened. Pillow knows more, and starts other programs for some of them."""
-
-BACKGROUND = (255, 255, 255)
-"""Transparent parts are laid on white: a declared colour, not whatever the file hides there."""
 
 _SIGNATURES = (
     (b"<!doctype", "is a web page, not a picture"),
@@ -26,29 +26,19 @@ _SIGNATURES = (
 _HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"hevc", b"msf1")
 
 
-class UnusablePicture(Exception):
-    """The picture cannot be used; the message says why, to follow the picture's name in a sentence.
-
-    Attributes:
-        size: Width and height where they could be read.
-    """
-
-    def __init__(self, reason: str, size: tuple[int, int] | None = None) -> None:
-        super().__init__(reason)
-        self.size = size
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Vetted:
     """A picture that can be used.
 
     Attributes:
-        image: Upright, 8-bit RGB.
+        image: Upright, 8-bit sRGB.
+        decoded: What the file was: format, size as stored, colour mode.
         notes: What was done to it.
         warnings: What the artist should know.
     """
 
     image: Image.Image
+    decoded: str = ""
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -70,14 +60,17 @@ def vet(content: bytes, *, max_pixels: int, resolution: int) -> Vetted:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters raises
         image = _open(content)
         _refuse_by_header(image, max_pixels)
+        several = _first_of_several(image)
         _decode(image)
         upright, notes = _upright(image)
-        rgb, more, cautions = _to_rgb(upright)
+        rgb, more, see_through = to_srgb(upright)
+        cautions = several + see_through
     if min(rgb.size) < resolution:
         cautions += (
             f"is smaller than {resolution} x {resolution} pixels; enlarging it made it soft",
         )
-    return Vetted(rgb, notes + more, cautions)
+    decoded = f"{image.format}, {image.width} x {image.height} pixels, {image.mode}"
+    return Vetted(rgb, decoded, notes + more, cautions)
 
 
 def _open(content: bytes) -> Image.Image:
@@ -110,15 +103,18 @@ def _refuse_by_header(image: Image.Image, max_pixels: int) -> None:
             f"has {width} x {height} pixels, more than the {max_pixels:,} that are allowed",
             image.size,
         )
+
+
+def _first_of_several(image: Image.Image) -> tuple[str, ...]:
+    """A warning where only the first picture of the file is used.
+
+    A phone's MPO holds a second view of the photograph; all else with frames moves or has pages.
+    """
     try:
-        frames = int(getattr(image, "n_frames", 1))
-    except Exception as error:  # counting walks through the file
+        several = image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception as error:  # looking for a second one walks through the file
         raise UnusablePicture("is damaged or cut off: it cannot be decoded", image.size) from error
-    # A phone's MPO holds a second view of the photograph; all else with frames moves or has pages.
-    if image.format != "MPO" and frames > 1:
-        raise UnusablePicture(
-            "is animated or has several pages; send one still picture", image.size
-        )
+    return ("is animated or has several pages; only the first was used",) if several else ()
 
 
 def _decode(image: Image.Image) -> None:
@@ -140,40 +136,3 @@ def _upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     if orientation in range(2, 9):
         return turned, ("was turned upright as its EXIF data says",)
     return image, ()
-
-
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...], tuple[str, ...]]:
-    """To 8-bit RGB; says what was done (notes) and what the artist should know (warnings)."""
-    if image.mode.startswith("I"):
-        return (
-            _from_16_bit(image).convert("RGB"),
-            ("was 16-bit grey, converted to 8-bit colour",),
-            (),
-        )
-    if image.mode == "F":
-        raise UnusablePicture(
-            "stores floating-point values; export it as an 8-bit picture", image.size
-        )
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        lowest = int(np.asarray(rgba.getchannel("A")).min())
-        canvas = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
-        rgb = Image.alpha_composite(canvas, rgba).convert("RGB")
-        see_through = ("has transparent parts, which were laid on white",)
-        return rgb, (), see_through if lowest < 255 else ()
-    notes = {
-        "CMYK": ("was in print colours (CMYK), converted to RGB; colours may shift a little",),
-        "P": ("had a colour palette, converted to full colour",),
-        "L": ("is greyscale, converted to colour",),
-        "LAB": ("was in Lab colours, converted to RGB",),
-        "1": ("is black and white, converted to colour",),
-    }
-    return image.convert("RGB"), notes.get(image.mode, ()), ()
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8-bit by scaling; Pillow's own conversion clips all above 255 to white."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode != "I" or values.max() > 255:  # 32-bit files often hold 8-bit values
-        values /= 257.0
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))

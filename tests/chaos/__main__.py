@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -45,6 +45,9 @@ def main() -> int:
     outcome = run(plan)
     console = Console()
     console.print(table(outcome))
+    for title, counts in _details(outcome).items():
+        told = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()))
+        console.print(f"{title}: {told or 'none'}", highlight=False)
     for sentence in outcome.verdict.broken:
         console.print(f"broken: {sentence}", style="red", markup=False, soft_wrap=True)
     if outcome.verdict.broken:
@@ -85,16 +88,22 @@ def table(outcome: Outcome) -> Table:
         "epochs wasted": count.wasted_epochs,
         "epochs wasted a fault": f"{waste:.2f}",
         "epochs wasted at once, at most": count.worst_waste,
-        "faults left out": plan.faults - len(outcome.faults),
+        "faults": len(outcome.faults),
         "seconds until settled": f"{outcome.settled_after:.1f}",
         "seconds in all": f"{outcome.seconds:.0f}",
         "invariants broken": len(outcome.verdict.broken),
     }
     for name, value in rows.items():
         shown.add_row(name, str(value))
-    kinds = collections.Counter(str(fault.kind) for fault in outcome.faults)
-    shown.caption = ", ".join(f"{kind} {n}" for kind, n in sorted(kinds.items()))
     return shown
+
+
+def _details(outcome: Outcome) -> dict[str, Counter[str]]:
+    """What was broken, and where."""
+    return {
+        "faults": Counter(str(fault.kind) for fault in outcome.faults),
+        "killed at": outcome.verdict.count.crash_points,
+    }
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ POINTS = tuple(
         "delete",
         "webhook progress",
         "webhook complete",
+        "webhook failed",
         "publish",
         "ack",
         "requeue",

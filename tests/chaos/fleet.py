@@ -105,6 +105,10 @@ class Slot:
         self.may_end_with(-signal.SIGKILL)
         order.give(self._order_path)
 
+    def has_no_order(self) -> bool:
+        """Whether it has died where it was told to, or was not told."""
+        return not self._order_path.exists()
+
     def withdraw_order(self) -> None:
         """What has not happened yet will not."""
         self._order_path.unlink(missing_ok=True)
@@ -154,6 +158,15 @@ class Slot:
         self._thread.join()
         assert self._process is not None
         return self._process.wait()
+
+    def bury(self) -> None:
+        """A trainer process that was stopped when its worker was killed cannot see its pipe end."""
+        for note in journal.read(self._folder / "journal.jsonl"):
+            if note["kind"] != "child":
+                continue
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if b"--runs-fd" in Path(f"/proc/{note['pid']}/cmdline").read_bytes():
+                    os.kill(note["pid"], signal.SIGKILL)
 
     def vitals(self) -> dict[str, int]:
         """Open files, threads, and memory (KiB) of the present process."""
@@ -211,6 +224,7 @@ class Fleet:
             slot.signal(signal.SIGCONT, with_child=True)
         for slot in self.slots:
             slot.close(0.0)
+            slot.bury()
 
     def stop(self, seconds: float) -> dict[str, int]:
         """End all, politely, at once. Exit code by name."""

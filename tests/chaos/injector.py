@@ -15,7 +15,7 @@ from sandbox.backend import Answer
 from tests.chaos.fleet import Fleet, Slot, wait_for
 from tests.chaos.jobs import Jobs
 from tests.chaos.schedule import Fault, Kind
-from tests.chaos.timing import ATTEMPTS_TO_SPARE, MAX_ATTEMPTS, QUEUE
+from tests.chaos.timing import ATTEMPTS_TO_SPARE, DEAD_QUEUE, MAX_ATTEMPTS, QUEUE
 from tests.chaos.windows import (
     Window,
     anything,
@@ -23,11 +23,13 @@ from tests.chaos.windows import (
     progress,
     writes,
 )
-from tests.chaos.world import Ways, World
+from tests.chaos.world import Message, Ways, World
 from tests.integration.services.s3_proxy import Fault as S3Fault
 from tests.integration.services.s3_proxy import refusal
 
 PREEMPTION_SECONDS = 5.0
+_PATIENCE_SECONDS = 5.0
+"""How long a fault waits until it can be carried out."""
 _COUNTED = {
     Kind.WORKER_KILLED,
     Kind.CHILD_KILLED,
@@ -39,14 +41,28 @@ _COUNTED = {
     Kind.S3_RESET,
     Kind.S3_AWAY,
     Kind.S3_SLOW,
+    Kind.S3_SILENT,
     Kind.S3_ANSWER_LOST,
 }
 """What can cost a job an attempt."""
+
+_OF_PROCESSES = {
+    Kind.WORKER_KILLED,
+    Kind.CHILD_KILLED,
+    Kind.CHILD_HANGS,
+    Kind.FROZEN,
+    Kind.PREEMPTED,
+    Kind.CRASH_POINT,
+    Kind.DISK_FULL,
+}
+"""What is done to one worker."""
 
 _S3_FAULTS: dict[Kind, tuple[S3Fault, Callable[[str, str], bool]]] = {
     Kind.S3_500: (refusal(500, "InternalError"), anything),
     Kind.S3_503: (refusal(503, "SlowDown"), anything),
     Kind.S3_SLOW: (S3Fault(delay=0.25), anything),
+    # Longer than any time-out of the workers, and than their lease.
+    Kind.S3_SILENT: (S3Fault(delay=4.0, reset=True, forward=False), anything),
     Kind.S3_ANSWER_LOST: (S3Fault(reset=True), writes),
     Kind.S3_409: (refusal(409, "ConditionalRequestConflict"), conditional_writes),
     Kind.S3_RESET: (S3Fault(reset=True, forward=False), anything),
@@ -85,15 +101,19 @@ class Injector:
         self._threads: list[threading.Thread] = []
         self._freezing = threading.Lock()
         self._busy: set[int] = set()  # slots that are frozen or shutting down
-        self.left_out: set[int] = set()
+        self.dead: list[Message] = []  # what deleted dead queues held
         self.errors: list[BaseException] = []
 
-    def inject(self, fault: Fault) -> None:
-        """Carry out one fault. What lasts goes on in a thread."""
+    def inject(self, fault: Fault) -> bool:
+        """Carry out one fault. What lasts goes on in a thread.
+
+        Returns:
+            Whether it could be carried out.
+        """
         time.sleep(fault.pause)
-        if fault.kind in _COUNTED and not self._wait_for_attempts(fault):
-            self._leave_out(fault, "a job has few attempts left")
-            return
+        if reason := self._hindrance(fault):
+            self._line.note(f"{fault.number:3}  left out, {reason}: {fault}")
+            return False
         self._line.note(f"{fault.number:3}  {fault}")
         if fault.kind in _S3_FAULTS:
             self._s3(fault)
@@ -109,10 +129,25 @@ class Injector:
             self._aside(lambda: self._publish_twice(fault))
         else:
             self._process(fault, self._fleet.slots[fault.slot])
+        return True
 
-    def _leave_out(self, fault: Fault, why: str) -> None:
-        self.left_out.add(fault.number)
-        self._line.note(f"{fault.number:3}  left out, {why}: {fault}")
+    def _hindrance(self, fault: Fault) -> str | None:
+        """Why the fault cannot be carried out, after some patience; None where it can."""
+        if fault.kind in _COUNTED and not _in_time(self._attempts_are_left):
+            return "a job has few attempts left"
+        if fault.kind not in _OF_PROCESSES:
+            return None
+        slot = self._fleet.slots[fault.slot]
+        if not _in_time(lambda: fault.slot not in self._busy):
+            return "the worker is frozen or shutting down"
+        if fault.kind is Kind.CRASH_POINT and not _in_time(slot.has_no_order):
+            slot.withdraw_order()  # that point may be far away
+        if fault.kind is Kind.CHILD_KILLED and not _in_time(lambda: slot.child is not None):
+            return "it has no trainer process"
+        # While it trains the desk replaces it after STALL_SECONDS; elsewhere after minutes.
+        if fault.kind is Kind.CHILD_HANGS and not _in_time(slot.is_training):
+            return "it trains nothing"
+        return None
 
     def cease(self) -> None:
         """Nothing goes wrong from now on; returns when what lasted is over."""
@@ -125,26 +160,19 @@ class Injector:
         if self.errors:
             raise self.errors[0]
 
-    def _wait_for_attempts(self, fault: Fault) -> bool:
+    def _attempts_are_left(self) -> bool:
         """A job must be left an attempt beyond those that faults may cost it at once."""
-
-        def enough() -> bool:
-            live = [one for one in self._world.records().values() if one["state"] == "live"]
-            return all(one["attempts"] <= MAX_ATTEMPTS - ATTEMPTS_TO_SPARE for one in live)
-
-        return wait_for(enough, 5, every=0.3)
+        live = [one for one in self._world.records().values() if one["state"] == "live"]
+        return all(one["attempts"] <= MAX_ATTEMPTS - ATTEMPTS_TO_SPARE for one in live)
 
     def _process(self, fault: Fault, slot: Slot) -> None:
-        if fault.slot in self._busy:
-            self._leave_out(fault, "the worker is frozen or shutting down")
-            return
         match fault.kind:
             case Kind.WORKER_KILLED:
                 slot.signal(signal.SIGKILL)
             case Kind.CHILD_KILLED:
                 _kill(slot.child, signal.SIGKILL)
             case Kind.CHILD_HANGS:
-                self._aside(lambda: self._hang(fault, slot))
+                _kill(slot.child, signal.SIGSTOP)
             case Kind.CRASH_POINT:
                 assert fault.order
                 slot.order(fault.order)
@@ -172,13 +200,6 @@ class Injector:
             self._line.note(f"{fault.number:3}  … worker {fault.slot} goes on")
         finally:
             self._freezing.release()
-
-    def _hang(self, fault: Fault, slot: Slot) -> None:
-        # While it trains the desk replaces it after STALL_SECONDS; elsewhere after minutes.
-        if wait_for(slot.is_training, 5.0):
-            _kill(slot.child, signal.SIGSTOP)
-        else:
-            self._leave_out(fault, "it trained nothing")
 
     def _preempt(self, fault: Fault, slot: Slot) -> None:
         if not slot.preempt(PREEMPTION_SECONDS):
@@ -250,12 +271,16 @@ class Injector:
         self._line.note(f"{fault.number:3}  … the broker is back")
 
     def _delete_queue(self, fault: Fault) -> None:
-        names = [QUEUE, *(name for name in self._world.queues() if not name.endswith("dead"))]
-        name = names[fault.detail % len(names)] if fault.detail % 3 else QUEUE
+        own = [name for name in self._world.queues() if name != QUEUE and name != DEAD_QUEUE]
+        name = (QUEUE, QUEUE, DEAD_QUEUE, own[fault.detail // 4 % len(own)])[fault.detail % 4]
         with self._world.broker_turn:
-            self._world.delete_queue(name)
+            held = self._world.delete_queue(name)
             self._world.declare()
-            again = self._jobs.publish_unclaimed()
+            if name == DEAD_QUEUE:
+                self.dead += held
+            again = self._jobs.publish_unclaimed(
+                {body for _, body in held} if name != QUEUE else None
+            )
         self._line.note(f"{fault.number:3}  … {name}; published again: {again or 'none'}")
 
     def _publish_twice(self, fault: Fault) -> None:
@@ -282,6 +307,10 @@ class Injector:
         thread = threading.Thread(target=run, name="fault", daemon=True)
         self._threads.append(thread)
         thread.start()
+
+
+def _in_time(condition: Callable[[], bool]) -> bool:
+    return wait_for(condition, _PATIENCE_SECONDS, every=0.3)
 
 
 def _kill(process: int | None, number: int) -> None:

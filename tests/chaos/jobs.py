@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Jobs:
         """Make the next job and publish it, once or more often."""
         with self._lock:
             number = len(self.published) + 1
-            job = self._invalid(number) if number % 11 == 0 else self._valid(number)
+            job = self._invalid(number) if number % 6 == 0 else self._valid(number)
             self.published.append(job)
         self._world.publish(job.body, times)
         self.journal.note("published", task=job.task_id)
@@ -74,11 +75,14 @@ class Jobs:
         self._world.publish(job.body)
         self.journal.note("published", task=job.task_id)
 
-    def publish_unclaimed(self) -> list[str]:
-        """What nobody has made a record of, from the beginning: a deleted queue may have held it.
+    def publish_unclaimed(self, held: Collection[bytes] | None) -> list[str]:
+        """Publish again what a deleted queue held, and nobody has made a record of.
+
+        Args:
+            held: The bodies that it held; None where nobody knows: then it may have been any.
 
         Returns:
-            Their ids.
+            The ids of what was published.
         """
         records = self._world.records()
         with self._lock:
@@ -87,6 +91,7 @@ class Jobs:
         # An invalid message's record is named after its body.
         told = {record["identity"] for record in records.values()}
         lost += [job for job in jobs if not job.valid and _sha256(job.body) not in told]
+        lost = [job for job in lost if held is None or job.body in held]
         for job in lost:
             self._world.publish(job.body)
         return [job.task_id for job in lost]

@@ -33,6 +33,7 @@ class Kind(enum.StrEnum):
     S3_500 = "S3 answers 500"
     S3_503 = "S3 answers 503"
     S3_SLOW = "S3 slow"
+    S3_SILENT = "S3 black-holed"
     S3_ANSWER_LOST = "S3's answers lost after the write"
     S3_409 = "S3 answers 409"
     S3_RESET = "connections to S3 reset"

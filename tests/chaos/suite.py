@@ -28,6 +28,7 @@ from pathlib import Path
 
 from sandbox.photographs import photographs
 from sandbox.stand_in_model import build_stand_in
+from tests.chaos import journal
 from tests.chaos.crash_points import POINTS
 from tests.chaos.fleet import Fleet, Slot, wait_for
 from tests.chaos.injector import Injector, TimeLine
@@ -35,8 +36,8 @@ from tests.chaos.jobs import Jobs, journal_of
 from tests.chaos.journal import Journal
 from tests.chaos.safeguards import Safeguard
 from tests.chaos.schedule import Fault, Kind, schedule
-from tests.chaos.timing import MEDIA, QUEUE
-from tests.chaos.verdict import Run, Verdict, notes_of
+from tests.chaos.timing import DEAD_QUEUE, MEDIA
+from tests.chaos.verdict import Evidence, Verdict
 from tests.chaos.world import World
 
 STOP_SECONDS = 8.0
@@ -97,15 +98,6 @@ def run(plan: Plan) -> Outcome:
     line = TimeLine(plan.folder / "timeline.txt")
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # its connections break on purpose
     line.note(f"seed {plan.seed}, {plan.faults} faults, {plan.queue_type} queue")
-    faults = schedule(
-        plan.seed,
-        plan.faults,
-        workers=plan.workers,
-        lease=plan.lease,
-        kinds=plan.kinds,
-        points=plan.points,
-        pace=REAL_PACE if plan.real_trainer else 1.0,
-    )
     with World.running(
         plan.folder, workers=plan.workers, queue_type=plan.queue_type, lease=plan.lease
     ) as world:
@@ -120,11 +112,7 @@ def run(plan: Plan) -> Outcome:
             baseline = _warm_up(fleet, world, jobs)
             line.note(f"workers are warm: {baseline}")
             injector = Injector(world, fleet, jobs, line)
-            for fault in faults:
-                if fault.number % 2:
-                    jobs.publish()
-                injector.inject(fault)
-            injector.cease()
+            faults = _break_things(plan, injector, jobs)
             line.note("faults have ceased")
             settled_after = _settle(world, jobs, plan.settle_seconds)
             line.note(f"settled after {settled_after:.1f} s")
@@ -132,17 +120,42 @@ def run(plan: Plan) -> Outcome:
             broken += _vitals(fleet, baseline)
             broken += _stop(fleet)
         broken += _queues(world)
-        notes = notes_of(plan.folder)
-        verdict = Verdict(
-            Run(world, plan.folder, jobs.published, notes, exact=not plan.real_trainer)
+        evidence = Evidence(
+            world=world,
+            folder=plan.folder,
+            jobs=jobs.published,
+            notes=journal.read(journal_of(plan.folder)),
+            dead=injector.dead,
+            exact=not plan.real_trainer,
         )
+        verdict = Verdict(evidence)
         verdict.reach()
         verdict.broken[:0] = broken
     line.note("judged")
     (plan.folder / "broken.txt").write_text("\n".join(verdict.broken), encoding="utf-8")
-    seconds = time.monotonic() - began
-    done = [fault for fault in faults if fault.number not in injector.left_out]
-    return Outcome(plan, verdict, line, seconds, settled_after, done)
+    return Outcome(plan, verdict, line, time.monotonic() - began, settled_after, faults)
+
+
+def _break_things(plan: Plan, injector: Injector, jobs: Jobs) -> list[Fault]:
+    """So many faults, with a new job before every other one. Those that were carried out."""
+    faults: list[Fault] = []
+    for fault in schedule(
+        plan.seed,
+        2 * plan.faults,  # some find nothing to break
+        workers=plan.workers,
+        lease=plan.lease,
+        kinds=plan.kinds,
+        points=plan.points,
+        pace=REAL_PACE if plan.real_trainer else 1.0,
+    ):
+        if len(faults) == plan.faults:
+            break
+        if fault.number % 2:
+            jobs.publish()
+        if injector.inject(fault):
+            faults.append(fault)
+    injector.cease()
+    return faults
 
 
 def _arguments(plan: Plan) -> tuple[str, ...]:
@@ -154,15 +167,15 @@ def _arguments(plan: Plan) -> tuple[str, ...]:
 
 
 def _jobs(plan: Plan, world: World) -> Jobs:
-    journal = Journal(journal_of(plan.folder), "suite")
+    suites_own = Journal(journal_of(plan.folder), "suite")
     if not plan.real_trainer:
-        return Jobs(world, journal, epochs=(10, 30))
+        return Jobs(world, suites_own, epochs=(10, 30))
     addresses = []
     for photograph in photographs()[:3]:
         key = f"training/{photograph.name}"
         world.s3.put_object(Bucket=MEDIA, Key=key, Body=photograph.content)
         addresses.append(f"s3://{MEDIA}/{key}")
-    return Jobs(world, journal, epochs=(6, 12), pictures=addresses)
+    return Jobs(world, suites_own, epochs=(6, 12), pictures=addresses)
 
 
 def _base_model(plan: Plan) -> dict[str, str]:
@@ -181,7 +194,8 @@ def _warm_up(fleet: Fleet, world: World, jobs: Jobs) -> dict[str, int]:
 
 
 def _settle(world: World, jobs: Jobs, seconds: float) -> float:
-    """How long it took until every job had its ending delivered; infinity for too long."""
+    """How long it took until every ending was delivered, and cleared up after; infinity for too
+    long."""
     began = time.monotonic()
 
     def settled() -> bool:
@@ -189,7 +203,9 @@ def _settle(world: World, jobs: Jobs, seconds: float) -> float:
         if not {job.task_id for job in jobs.published} <= heard:
             return False
         records = world.records().values()
-        return all(record["delivery"] in ("delivered", "set_aside") for record in records)
+        if not all(record["delivery"] in ("delivered", "set_aside") for record in records):
+            return False
+        return {record["task_id"] for record in records} == world.settled()
 
     return time.monotonic() - began if wait_for(settled, seconds, every=0.5) else float("inf")
 
@@ -198,7 +214,7 @@ def _queues(world: World) -> list[str]:
     """All queues but the dead one are empty, within the longest delay."""
 
     def waiting() -> dict[str, int]:
-        return {name: n for name, n in world.waiting().items() if n and name != f"{QUEUE}.dead"}
+        return {name: n for name, n in world.waiting().items() if n and name != DEAD_QUEUE}
 
     if wait_for(lambda: not waiting(), 15.0, every=0.5):
         return []

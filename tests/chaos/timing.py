@@ -1,6 +1,7 @@
 """Numbers that the workers and the suite must agree in."""
 
 QUEUE = "model_training"
+DEAD_QUEUE = f"{QUEUE}.dead"
 MEDIA, STATE = "media", "state"
 RETRY_DELAYS = (0.5, 1.0, 2.0)
 ENDING_DELAYS = (1.0, 2.0)

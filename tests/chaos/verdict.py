@@ -13,11 +13,10 @@ from typing import Any
 
 from sandbox.backend import COMPLETE, ReceivedRequest
 from services.job_record import SEQUENCES_PER_CLAIM
-from tests.chaos import journal
 from tests.chaos.jobs import Job
 from tests.chaos.stand_in_trainer import FILES, digest_of
-from tests.chaos.timing import CHECKPOINT_INTERVAL, MEDIA, STATE
-from tests.chaos.world import SECRETS, World
+from tests.chaos.timing import CHECKPOINT_INTERVAL, DEAD_QUEUE, MEDIA, STATE
+from tests.chaos.world import SECRETS, Message, World
 
 STALE_SECONDS = 1.5
 """How long a worker may need, once it is awake, to notice that its job is another's."""
@@ -25,7 +24,11 @@ STALE_SECONDS = 1.5
 
 @dataclasses.dataclass
 class Count:
-    """A run in numbers."""
+    """A run in numbers.
+
+    Attributes:
+        crash_points: How often a process was killed at each.
+    """
 
     published: int = 0
     ended: int = 0
@@ -36,14 +39,16 @@ class Count:
     epochs: int = 0
     wasted_epochs: int = 0
     worst_waste: int = 0
+    crash_points: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 @dataclasses.dataclass
-class Run:
+class Evidence:
     """What the verdict looks at.
 
     Attributes:
         notes: The journal.
+        dead: What dead queues held that were deleted.
         exact: The stand-in trained: its files' contents are known.
     """
 
@@ -51,13 +56,14 @@ class Run:
     folder: Path
     jobs: list[Job]
     notes: list[dict[str, Any]]
+    dead: list[Message]
     exact: bool
 
 
 class Verdict:
     """Counts, and collects what is broken as sentences."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Evidence) -> None:
         self.count = Count(published=len(run.jobs))
         self.broken: list[str] = []
         self._run = run
@@ -75,6 +81,9 @@ class Verdict:
                 self._record(job)
                 self._work(job)
                 self._sequences(job)
+        self.count.crash_points.update(
+            note["point"] for note in self._run.notes if note["kind"] == "crash_point"
+        )
         self._models()
         self._leftovers()
         self._backend()
@@ -304,7 +313,7 @@ class Verdict:
             self.broken.append("a redirect was followed: another host has seen a request")
 
     def _dead(self) -> None:
-        dead = self._run.world.dead()
+        dead = self._run.dead + self._run.world.take_all(DEAD_QUEUE)
         invalid = {job.task_id: job for job in self._run.jobs if not job.valid}
         seen = collections.Counter(headers.get("x-task-id") for headers, _ in dead)
         for headers, _ in dead:
@@ -321,8 +330,3 @@ class Verdict:
             for word in ("Traceback", "handler_crashed", "job_broke"):
                 if word in text:
                     self.broken.append(f"{log.name} says {word}")
-
-
-def notes_of(folder: Path) -> list[dict[str, Any]]:
-    """The run's journal."""
-    return journal.read(folder / "journal.jsonl")

@@ -38,6 +38,10 @@ _PERSISTENT = pika.BasicProperties(content_type="application/json", delivery_mod
 SECRETS = (TOKEN, SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SECRET_ACCESS_KEY)
 
 
+Message = tuple[dict[str, Any], bytes]
+"""Headers and body."""
+
+
 @dataclasses.dataclass
 class Ways:
     """One worker's way to each service."""
@@ -168,10 +172,27 @@ class World:
                 with contextlib.suppress(AMQPError, OSError):
                     self.declare()
 
-    def delete_queue(self, name: str) -> None:
-        """Delete a queue with all that it holds."""
+    def delete_queue(self, name: str) -> list[Message]:
+        """Delete a queue with all that it holds.
+
+        Returns:
+            What it held ready. Of the training queue nothing is known: workers have its messages
+            in hand.
+        """
+        held: list[Message] = []
         with self._channel() as channel:
-            channel.queue_delete(name)
+            if name == QUEUE:
+                channel.queue_delete(name)
+                return held
+        while True:
+            held += self.take_all(name)
+            with self._channel() as channel:
+                try:
+                    channel.queue_delete(name, if_empty=True)
+                    return held
+                except ChannelClosedByBroker as error:
+                    if error.reply_code != 406:  # a message arrived meanwhile
+                        raise
 
     def waiting(self) -> dict[str, int]:
         """How many messages each queue has ready, by name; those that do not exist are left out."""
@@ -188,15 +209,16 @@ class World:
         delays += [f"{QUEUE}.endings.delay.{_ms(s)}" for s in (*ENDING_DELAYS, *for_a_while)]
         return [QUEUE, f"{QUEUE}.endings", f"{QUEUE}.dead", *dict.fromkeys(delays)]
 
-    def dead(self) -> list[tuple[dict[str, Any], bytes]]:
-        """Headers and bodies of what lies in the dead queue; takes it out."""
-        found: list[tuple[dict[str, Any], bytes]] = []
-        with self._channel() as channel:
+    def take_all(self, name: str) -> list[Message]:
+        """Take out what a queue has ready; nothing where it is not there."""
+        found: list[Message] = []
+        with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
             while True:
-                _, properties, body = channel.basic_get(f"{QUEUE}.dead", auto_ack=True)
+                _, properties, body = channel.basic_get(name, auto_ack=True)
                 if properties is None:
-                    return found
+                    break
                 found.append((properties.headers or {}, body))
+        return found
 
     def records(self) -> dict[str, dict[str, Any]]:
         """All job records, by task id."""
@@ -206,6 +228,11 @@ class World:
                 answer = self.s3.get_object(Bucket=STATE, Key=key)
                 self._records[key] = (answer["ETag"], json.loads(answer["Body"].read()))
         return {record["task_id"]: record for _, record in tuple(self._records.values())}
+
+    def settled(self) -> set[str]:
+        """The ids of the jobs that a worker has marked as having nothing left to do."""
+        marks = [key for key in self.keys(STATE, "jobs/") if key.endswith(".settled")]
+        return {mark.removeprefix("jobs/").removesuffix(".settled") for mark in marks}
 
     def keys(self, bucket: str, prefix: str = "") -> list[str]:
         """Keys under a prefix."""

@@ -40,11 +40,12 @@ TYPES_ONLY = {"mypy_boto3_s3"}
 # Imported under a name of its own, installed and pinned with another.
 PART_OF = {"botocore": "boto3", "pydantic_core": "pydantic", "urllib3": "requests"}
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
-TRAINING_MAY_IMPORT = TORCH | {"numpy", "PIL", "matplotlib"} | set(sys.stdlib_module_names)
+PICTURES = {"numpy", "PIL", "matplotlib", "imagehash"}
+TRAINING_MAY_IMPORT = TORCH | PICTURES | set(sys.stdlib_module_names)
 # What a machine that only trains does not have.
 CLIENTS = (
     *("pika", "boto3", "botocore", "standardwebhooks", "pydantic", "pydantic_settings"),
-    *("structlog", "rich", "pynvml", "matplotlib", "moto"),
+    *("structlog", "rich", "pynvml", "matplotlib", "imagehash", "moto"),
 )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from tests.unit.training.conftest import MakeRun
 from training.base_model import BaseModel
@@ -85,7 +85,6 @@ def animation() -> bytes:
         pytest.param(lambda: header_of_a_png(5000, 5000), "more than the 1,000,000", id="bomb"),
         pytest.param(lambda: header_of_a_png(60000, 60000), "far too many pixels", id="huge bomb"),
         pytest.param(lambda: header_of_a_png(0, 10), "no pixels|not a picture", id="no pixels"),
-        pytest.param(animation, "is animated", id="animated"),
         pytest.param(
             lambda: encoded(Image.new("F", (64, 64)), "TIFF"), "floating-point", id="floats"
         ),
@@ -188,6 +187,44 @@ def test_every_colour_mode_becomes_rgb_and_says_so(
 def test_a_phones_picture_with_a_second_view_is_a_still_picture() -> None:
     both = encoded(noise(), "MPO", save_all=True, append_images=[noise()])
     assert vetted(both).image.size == (80, 64)
+
+
+def test_of_an_animation_the_first_picture_is_used_and_the_artist_is_told() -> None:
+    result = vetted(animation())
+    assert result.image.getpixel((5, 5)) == (255, 0, 0)
+    assert "only the first was used" in result.warnings[0]
+    assert result.decoded == "GIF, 64 x 64 pixels, P"
+
+
+def wide_gamut() -> bytes:
+    """A colour profile whose numbers mean other colours than sRGB's: Lab's."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+
+
+@pytest.mark.parametrize("damaged", [b"no profile", wide_gamut()[:200], wide_gamut()])
+def test_a_colour_profile_that_does_not_fit_does_no_harm_and_is_said(damaged: bytes) -> None:
+    result = vetted(encoded(noise(), "PNG", icc_profile=damaged))
+    assert np.array_equal(np.asarray(result.image), np.asarray(noise()))
+    assert result.notes == ("has a damaged colour profile, which was ignored",)
+
+
+def test_a_picture_with_srgbs_own_profile_stays_as_it_is() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    result = vetted(encoded(noise(), "PNG", icc_profile=profile))
+    assert np.array_equal(np.asarray(result.image), np.asarray(noise())) and not result.notes
+
+
+def test_another_profiles_colours_are_converted_to_srgb() -> None:
+    """In this one the red and the blue channel have changed places."""
+    swapped = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = swapped.index(b"rXYZ"), swapped.index(b"bXYZ")
+    swapped[red : red + 4], swapped[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    name = swapped.index("sRGB".encode("utf-16-be"))
+    swapped[name : name + 8] = "BGRs".encode("utf-16-be")
+    red_picture = Image.new("RGB", (64, 64), (255, 0, 0))
+    result = vetted(encoded(red_picture, "PNG", icc_profile=bytes(swapped)))
+    assert result.image.getpixel((5, 5)) == (0, 0, 255)
+    assert "converted to sRGB" in result.notes[0]
 
 
 def test_a_picture_smaller_than_the_training_size_is_used_with_a_warning() -> None:
@@ -330,7 +367,9 @@ def test_each_picture_and_each_caption_is_encoded_once(
     monkeypatch.setattr(base, "encode_images", count_images)
     monkeypatch.setattr(base, "encode_prompts", count_prompts)
     data: Dataset = prepare(twice, base)
-    assert len(images) == 3 and len(data.usable) == 6
+    assert len(images) == 3 and len(data.usable) == 3
+    assert [entry.status for entry in data.entries] == ["used"] * 3 + ["left_out"] * 3
+    assert "is the same picture as picture_0.png" in data.entries[3].reasons
     assert prompts == ["", "caption 0", "caption 1", "caption 2"]
 
 
