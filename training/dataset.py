@@ -198,9 +198,8 @@ def _take_in(
 
 
 def _left_out(picture: Picture, reason: str, size: tuple[int, int] | None = None) -> PictureReport:
-    return PictureReport(
-        picture.source, "left_out", (reason,), *(size or (None, None)), picture.caption
-    )
+    width, height = size or (None, None)
+    return PictureReport(picture.source, "left_out", (reason,), width, height, picture.caption)
 
 
 def _compare(vetted: Vetted, looks: Looks, seen: list[tuple[str, Looks]]) -> tuple[str, ...]:
