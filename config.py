@@ -54,12 +54,24 @@ def setting_names(kind: type[BaseSettings]) -> frozenset[str]:
     return frozenset(name.upper() for name in tuple(kind.model_fields))
 
 
+def _path(value: str | Path) -> str:
+    """Absolute, from the folder in which the program was started: the trainer runs in another."""
+    return os.path.abspath(os.path.expanduser(value))
+
+
+def _base_model(value: str) -> str:
+    """A folder as a path; `owner/name` is the hub's unless there is such a folder."""
+    is_of_the_hub = re.fullmatch(r"[^./~][^/]*/[^/]+", value) and not Path(value).is_dir()
+    return value if is_of_the_hub else _path(value)
+
+
 def _bucket_name(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", value):
         raise ValueError("is not a bucket name (3 to 63 of a-z, 0-9, dot and hyphen; no s3://)")
     return value
 
 
+AbsolutePath = Annotated[Path, BeforeValidator(_path)]
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
 Delays = Annotated[
     tuple[Annotated[float, Field(gt=0, le=86400)], ...],
@@ -86,10 +98,12 @@ class TrainerSettings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    base_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    base_model: Annotated[str, AfterValidator(_base_model)] = (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    )
     base_model_revision: str | None = None
     hf_token: SecretStr | None = None
-    hf_home: Path | None = None
+    hf_home: AbsolutePath | None = None
     mixed_precision: Literal["fp16", "bf16", "no"] = "fp16"
     gradient_checkpointing: Literal["true", "false", "auto"] = "true"
     cuda_visible_devices: str | None = None
@@ -119,7 +133,7 @@ class TrainerSettings(BaseSettings):
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "json"
-    work_dir: Path | None = None
+    work_dir: AbsolutePath | None = None
 
     @field_validator("gradient_checkpointing", "mixed_precision", mode="before")
     @classmethod

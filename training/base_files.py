@@ -35,8 +35,9 @@ def locate(options: TrainerOptions) -> tuple[Path, str]:
         return path.resolve(), name
     if path.is_absolute() or wanted.startswith((".", "~")) or wanted.count("/") != 1:
         raise BaseModelUnavailable(
-            f"The base model {path.name} does not exist: BASE_MODEL must name a diffusers folder, "
-            "or a model on the Hugging Face hub, as stable-diffusion-v1-5/stable-diffusion-v1-5."
+            f"The base model {path.name} does not exist, there is no folder {path.absolute()}: "
+            "BASE_MODEL must name a diffusers folder, or a model on the Hugging Face hub, as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5."
         )
     try:
         folder = DiffusionPipeline.download(

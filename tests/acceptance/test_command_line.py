@@ -62,7 +62,7 @@ def test_a_folder_of_pictures_becomes_a_model_without_any_server(
     output = tmp_path / "output"
     done = _main(
         *("train", str(pictures), "--output", str(output), "--epochs", "2"),
-        environment=_environment(base_model),
+        environment=_environment(Path(os.path.relpath(base_model, tmp_path))),
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr

@@ -248,6 +248,35 @@ def test_settings_cannot_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
         loaded.epochs = 3
 
 
+# ---- folders -------------------------------------------------------------------------------------
+
+
+def test_a_relative_folder_is_meant_from_where_the_program_was_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded = settings(monkeypatch, BASE_MODEL="./base", HF_HOME="hub", WORK_DIR="~/work")
+    monkeypatch.chdir("/")
+    assert loaded.base_model == str(tmp_path / "base")
+    assert loaded.trainer_environment()["HF_HOME"] == str(tmp_path / "hub")
+    assert loaded.work_dir == Path("~/work").expanduser()
+
+
+@pytest.mark.parametrize("value", ["base", "../base", "a/b/c", ".hidden/base"])
+def test_what_can_be_no_name_on_the_hub_is_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str
+) -> None:
+    resolved = os.path.normpath(tmp_path / value)
+    assert settings(monkeypatch, BASE_MODEL=value).base_model == resolved
+
+
+def test_a_name_on_the_hub_stays_one_unless_there_is_such_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert settings(monkeypatch, BASE_MODEL="owner/name").base_model == "owner/name"
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert settings(monkeypatch, BASE_MODEL="owner/name").base_model == f"{tmp_path}/owner/name"
+
+
 # ---- webhooks ------------------------------------------------------------------------------------
 
 
