@@ -159,8 +159,8 @@ def test_the_report_says_what_was_done(world: World, worker: WorkerProcess) -> N
     assert str(world.folder) not in text and "/tmp" not in text.replace(str(world.base_model), "")
 
 
-def test_what_the_machine_lacks_is_said_once(world: World, worker: WorkerProcess) -> None:
-    assert world.s3 and log_lines(worker, "checkpoint_saved")
+def test_what_the_machine_lacks_is_said_once(worker: WorkerProcess) -> None:
+    assert log_lines(worker, "checkpoint_saved")
     for event in ("no_nvidia_gpu", "training_on_cpu"):
         assert len(log_lines(worker, event)) == (not torch.cuda.is_available())
 
