@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import difflib
 import hashlib
 import hmac
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -25,7 +27,12 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    NoDecode,
+    SettingsConfigDict,
+)
 
 from training.lora_config import HyperParameters, TrainerOptions
 from utils.errors import ConfigurationError
@@ -65,6 +72,28 @@ def _base_model(value: str) -> str:
     return value if is_of_the_hub else _path(value)
 
 
+def _host(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\.?", value):
+        return value
+    try:
+        return str(ipaddress.IPv6Address(value))
+    except ValueError:  # its text shows the value, which may be an address with a password
+        raise ValueError("is not a host name alone (RABBITMQ_PORT is the port's setting)") from None
+
+
+def _endpoint(value: str) -> str:
+    origin_of(value)
+    if "_" in str(urlsplit(value).hostname):
+        raise ValueError("has an underscore in its host name, which S3's client refuses")
+    return value
+
+
+def _region(value: str) -> str:
+    if not re.fullmatch(r"(?![0-9]+$)(?!-)[A-Za-z0-9-]{1,63}(?<!-)", value):
+        raise ValueError("is not the name of a region (eu-central-1, for example)")
+    return value
+
+
 def _bucket_name(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", value):
         raise ValueError("is not a bucket name (3 to 63 of a-z, 0-9, dot and hyphen; no s3://)")
@@ -72,7 +101,8 @@ def _bucket_name(value: str) -> str:
 
 
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]
-Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
+Host = Annotated[str, AfterValidator(_host)]
+Hosts = Annotated[tuple[Host, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
 Delays = Annotated[
     tuple[Annotated[float, Field(gt=0, le=86400)], ...],
     NoDecode,
@@ -202,7 +232,7 @@ class TrainerSettings(BaseSettings):
 class Settings(TrainerSettings):
     """Everything that the worker needs; immutable."""
 
-    rabbitmq_host: Texts = ("localhost",)
+    rabbitmq_host: Hosts = ("localhost",)
     rabbitmq_port: int = Field(5672, ge=1, le=65535)
     rabbitmq_user: str = "guest"
     rabbitmq_pass: SecretStr = SecretStr("guest")
@@ -213,8 +243,8 @@ class Settings(TrainerSettings):
 
     aws_access_key_id: str | None = None
     aws_secret_access_key: SecretStr | None = None
-    aws_s3_region_name: str = "ap-northeast-2"
-    aws_endpoint_url_s3: str | None = None
+    aws_s3_region_name: Annotated[str, AfterValidator(_region)] = "ap-northeast-2"
+    aws_endpoint_url_s3: Annotated[str, AfterValidator(_endpoint)] | None = None
     aws_storage_bucket_name: Bucket
     model_bucket_name: Bucket = Field(default_factory=lambda data: data["aws_storage_bucket_name"])
     state_bucket_name: Bucket = Field(default_factory=lambda data: data["model_bucket_name"])
@@ -242,6 +272,13 @@ class Settings(TrainerSettings):
 
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)
+
+    @field_validator("aws_secret_access_key")
+    @classmethod
+    def _keys_come_in_pairs(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if (value is None) != (info.data.get("aws_access_key_id") is None):
+            raise ValueError("belongs to AWS_ACCESS_KEY_ID: set both or neither")
+        return value
 
     @field_validator("internal_api_token")
     @classmethod
@@ -309,6 +346,20 @@ def load(kind: type[TrainerSettings] = Settings, **overrides: Any) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise ConfigurationError(f"The file .env cannot be read: {reason}") from None
+
+
+def unknown_names() -> str | None:
+    """A sentence about the names in `.env` that are no setting's, or None where there are none.
+
+    Only the file is ours alone: the environment is full of other programs' names.
+    """
+    known = sorted(setting_names(Settings))
+    unknown = []
+    for name in sorted(name.upper() for name in DotEnvSettingsSource(Settings).env_vars):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            unknown.append(f"{name} (is it {near[0]}?)" if near else name)
+    return f"in .env stand names that are no settings: {', '.join(unknown)}" if unknown else None
 
 
 def _explain(error: ValidationError) -> str:

@@ -173,6 +173,8 @@ def _run_training(folder: Path, output: Path, overrides: dict[str, Any], resume:
     # The bar is what a person wants to see here; the log is for what goes wrong.
     settings = settings.model_copy(update={"log_level": "WARNING", "log_format": "text"})
     logger.configure(level="WARNING", log_format="text", secrets=settings.secrets())
+    if unknown := config.unknown_names():
+        console.print(f"note: {unknown}", markup=False, highlight=False, soft_wrap=True)
     stop = StopSignal()
     _on_stop_signals(lambda: stop.request(StopReason.SHUTDOWN))
     with _Bar() as progress_bar:
@@ -262,6 +264,8 @@ def _run_worker() -> int:
     logger.configure(
         level=settings.log_level, log_format=settings.log_format, secrets=settings.secrets()
     )
+    if unknown := config.unknown_names():
+        log.warning("settings_unknown", reason=unknown)
     shutdown = Shutdown(settings.shutdown_grace_seconds)
     _on_stop_signals(shutdown.request)
     # Imported late, so that `train` and `--help` need neither pika nor boto3.

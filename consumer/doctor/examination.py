@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from config import Settings
+from config import Settings, unknown_names
 from consumer.doctor import backend, base_model, broker, machine, storage
-from consumer.doctor.findings import Finding, Verdict, fail, ok
+from consumer.doctor.findings import Finding, Verdict, fail, ok, warn
 from consumer.doctor.storage_rights import least_policy
 from utils.errors import TrainingServerError
 
@@ -67,6 +67,8 @@ def _settings(settings: Settings) -> Finding:
         f"backend {settings.backend_api_url}",
         f"base model {settings.base_model}",
     )
+    if unknown := unknown_names():
+        return warn("settings", "; ".join((*parts, unknown)), "correct these names, or remove them")
     return ok("settings", "; ".join(parts))
 
 

@@ -15,6 +15,7 @@ from pydantic import SecretStr, ValidationError
 
 import config
 from config import Settings, TrainerSettings, load, setting_names
+from services.s3_service import S3Service
 from training.lora_config import HyperParameters
 from utils.errors import ConfigurationError
 from utils.urls import origin_of
@@ -122,6 +123,10 @@ def test_problems_of_every_kind_are_reported_together(monkeypatch: pytest.Monkey
         RETRY_DELAYS_SECONDS="10,soon",
         MIXED_PRECISION="fp8",
         WEBHOOK_SIGNING_SECRET="whsec_short",
+        AWS_ENDPOINT_URL_S3="localhost:9000",
+        AWS_S3_REGION_NAME="Seoul!",
+        AWS_ACCESS_KEY_ID="an-id",
+        RABBITMQ_HOST="broker,other:5672",
     )
     expected = {
         "RABBITMQ_PORT: Input should be a valid integer",
@@ -135,6 +140,10 @@ def test_problems_of_every_kind_are_reported_together(monkeypatch: pytest.Monkey
         "RETRY_DELAYS_SECONDS: item 2: Input should be a valid number",
         "MIXED_PRECISION: Input should be 'fp16', 'bf16' or 'no'",
         "WEBHOOK_SIGNING_SECRET: must be whsec_ and base64 of at least 24 bytes",
+        "AWS_ENDPOINT_URL_S3: must be an address like https://",
+        "AWS_S3_REGION_NAME: is not the name of a region",
+        "AWS_SECRET_ACCESS_KEY: belongs to AWS_ACCESS_KEY_ID",
+        "RABBITMQ_HOST: item 2: is not a host name alone (RABBITMQ_PORT",
     }
     lines = text.splitlines()[1:]
     assert {start for start in expected if any(ln.strip().startswith(start) for ln in lines)} == (
@@ -160,6 +169,8 @@ def test_a_wrong_bucket_is_reported_once_not_for_those_that_default_to_it(
         ("BACKEND_API_URL", "https://trainer:hunter2@api.example.com"),
         ("BACKEND_API_URL", "https://trainer:hunter2"),
         ("WEBHOOK_ALLOWED_ORIGINS", "https://trainer:hunter2@api.example.com"),
+        ("AWS_ENDPOINT_URL_S3", "https://trainer:hunter2@minio"),
+        ("RABBITMQ_HOST", "amqp://trainer:hunter2@broker"),
     ],
 )
 def test_no_problem_shows_a_secret(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -178,7 +189,7 @@ def test_no_secret_shows_in_the_settings_own_text(monkeypatch: pytest.MonkeyPatc
         "HF_TOKEN": "hf_hunter2",
         "WEBHOOK_SIGNING_SECRET": key,
     }
-    loaded = settings(monkeypatch, **secrets)
+    loaded = settings(monkeypatch, AWS_ACCESS_KEY_ID="an-id", **secrets)
     for value in (*secrets.values(), TOKEN):
         assert value not in repr(loaded) + str(loaded) + loaded.model_dump_json()
         assert value in loaded.secrets()
@@ -188,6 +199,40 @@ def test_a_dotenv_file_that_is_no_text_is_a_problem_and_not_a_traceback(tmp_path
     (tmp_path / ".env").write_bytes(b"EPOCHS=\xff\xfe")
     with pytest.raises(ConfigurationError, match="UTF-8"):
         load()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_ENDPOINT_URL_S3", "http://minio:9000"),
+        ("AWS_ENDPOINT_URL_S3", "https://[::1]:9000/prefix"),
+        ("RABBITMQ_HOST", "::1"),
+        ("RABBITMQ_HOST", "my_broker.internal."),
+        ("RABBITMQ_HOST", "10.0.0.5"),
+    ],
+)
+def test_an_address_of_each_usual_kind_is_taken(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    assert value in str(getattr(settings(monkeypatch, **{name: value}), name.lower()))
+
+
+def test_what_s3_s_client_refuses_the_settings_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("localhost:9000", "http://mini_o:9000", "minio", "http://"):
+        assert "AWS_ENDPOINT_URL_S3: " in problems(monkeypatch, AWS_ENDPOINT_URL_S3=address)
+        with pytest.raises(ConfigurationError, match="S3 cannot be set up"):
+            S3Service(region="eu-central-1", endpoint_url=address)
+
+
+def test_names_in_the_file_that_are_no_settings_are_told_with_the_nearest_that_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EPOCHE", "3")  # the environment is everybody's
+    assert config.unknown_names() is None
+    (tmp_path / ".env").write_text("EPOCH=7\nlora_rank=8\nZZ=hunter2\n", encoding="utf-8")
+    assert config.unknown_names() == (
+        "in .env stand names that are no settings: EPOCH (is it EPOCHS?), ZZ"
+    )
 
 
 # ---- where the values come from ------------------------------------------------------------------
