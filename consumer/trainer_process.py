@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from consumer import trainer_log
 from consumer.stop_signal import StopSignal
 from training.lora_config import TrainerOptions, TrainingRun
 from utils.errors import REPORTABLE, StopReason, TrainingFailed, WorkerCrashed
@@ -229,12 +230,15 @@ class _Child:
                 cwd=_ROOT,
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
+                # A log for people may have any line in it.
+                stderr=subprocess.PIPE if options.log_format == "json" else None,
                 pass_fds=(runs_read, events_write),
                 start_new_session=True,
             )
         finally:
             os.close(runs_read)
             os.close(events_write)
+        self._log = trainer_log.follow(self.process.stderr) if self.process.stderr else None
         self._buffer = b""
         self._send_lock = threading.Lock()
         self._closed = False
@@ -303,6 +307,8 @@ class _Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self._log:
+            self._log.join(timeout=1)
         os.close(self._events)
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any, cast
 
 import structlog
@@ -74,7 +76,7 @@ class Redactor:
 def configure(
     *, level: str = "INFO", log_format: str = "json", secrets: Iterable[str] = ()
 ) -> None:
-    """Send every log line of this process to standard error.
+    """Send every log line of this process to standard error, and what nobody caught as well.
 
     Args:
         level: `DEBUG`, `INFO`, `WARNING` or `ERROR`.
@@ -117,6 +119,24 @@ def configure(
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_dead_thread
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):  # is no fault
+        sys.__excepthook__(kind, error, trace)
+    else:
+        get_logger(__name__).critical("uncaught_exception", exc_info=(kind, error, trace))
+
+
+def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
+    if dead.exc_value is not None and not issubclass(dead.exc_type, SystemExit):
+        thread = dead.thread.name if dead.thread else None
+        trace = (dead.exc_type, dead.exc_value, dead.exc_traceback)
+        get_logger(__name__).error("thread_died", thread=thread, exc_info=trace)
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sandbox.worker_process import WorkerProcess
-from tests.acceptance.world import World, until
+from tests.acceptance.world import World, log_lines, until
 
 INVALID = Path(__file__).resolve().parents[1] / "contract" / "messages" / "invalid"
 FIELDS = {
@@ -91,6 +91,23 @@ def test_pictures_that_are_none_are_left_out_by_name_and_the_job_goes_on(
         picture["reasons"] for picture in report["pictures"] if picture["status"] == "left_out"
     )
     assert worker.exit_code is None
+
+
+def test_what_a_library_in_c_says_of_a_picture_is_a_line_of_the_log_like_any_other(
+    world: World, worker: WorkerProcess
+) -> None:
+    whole = io.BytesIO()
+    Image.effect_noise((96, 96), 100).save(whole, "TIFF", compression="tiff_lzw")
+    content = bytearray(whole.getvalue())
+    content[2000:2040] = b"\xff" * 40
+    bad = world.upload("broken.tif", bytes(content))
+    message = world.envelope(style_id=18, images=[*world.photographs[:3], bad], captions=None)
+    world.publish(message)
+    assert world.ending(message["task_id"])[0] == "complete"
+    said = [line["text"] for line in log_lines(worker, "native_stderr")]
+    assert any(".tif: Using code not yet in table" in text for text in said)
+    for line in worker.log.read_text(encoding="utf-8").splitlines():
+        assert isinstance(json.loads(line), dict)
 
 
 def test_too_few_good_pictures_end_in_low_quality_data_that_names_them(

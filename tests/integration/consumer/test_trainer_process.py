@@ -212,6 +212,44 @@ def test_every_way_to_die_is_a_sentence(
     trainer.close()
 
 
+LAST_WORDS = """
+import faulthandler, os, signal
+faulthandler.enable()
+os.write(2, b'{"event": "epoch_done", "level": "info"}\\n')
+os.write(2, b"tempfile.tif: Using code not yet in table.\\n")
+os.write(2, b"sent Bearer abcdefgh12345678")
+os.kill(os.getpid(), signal.SIGSEGV)
+"""
+DESK = """
+import sys
+from consumer.trainer_process import TrainerProcess
+from training.lora_config import TrainerOptions
+from utils import logger
+logger.configure()
+trainer = TrainerProcess(
+    TrainerOptions("model"), {}, stall_seconds=60, command=(sys.executable, "-c", sys.argv[1])
+)
+trainer.start()
+trainer.close()
+"""
+
+
+def test_whatever_the_process_writes_to_its_last_word_is_a_line_of_the_log() -> None:
+    desk = subprocess.run(
+        [sys.executable, "-c", DESK, LAST_WORDS],
+        cwd=Path(__file__).resolve().parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [json.loads(line) for line in desk.stderr.splitlines()]
+    assert {"event": "epoch_done", "level": "info"} in lines
+    written = [line["text"] for line in lines if line["event"] == "native_stderr"]
+    assert written[0] == "tempfile.tif: Using code not yet in table."
+    assert written[1].startswith("sent Bearer [redacted]")
+    assert "Segmentation fault" in " ".join(written)
+
+
 STALLS = """
 import json, os, sys, time
 out = int(sys.argv[4])

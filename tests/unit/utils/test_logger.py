@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +25,7 @@ def _logging_as_it_was() -> Iterator[None]:
     """What a test configures ends with it: pytest's own handlers come back."""
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
+    hooks = sys.excepthook, threading.excepthook
     levels = {name: logging.getLogger(name).level for name in TALKATIVE}
     yield
     root.handlers = handlers
@@ -29,6 +33,7 @@ def _logging_as_it_was() -> Iterator[None]:
     for name, value in levels.items():
         logging.getLogger(name).setLevel(value)
     logging.captureWarnings(False)
+    sys.excepthook, threading.excepthook = hooks
     structlog.reset_defaults()
 
 
@@ -112,6 +117,33 @@ def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert "model_published" in text and "style=7" in text
     assert "\x1b" not in text, "colours are for terminals"
     assert SECRET not in text
+
+
+DIES = """
+import sys, threading
+from utils.logger import configure
+configure(secrets=["correct-horse-battery-staple"])
+def die(): raise ValueError("with correct-horse-battery-staple")
+thread = threading.Thread(target=die, name="watch")
+thread.start()
+thread.join()
+die()
+"""
+
+
+def test_what_nobody_caught_is_a_line_of_the_log_too() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", DIES], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert SECRET not in ended.stderr
+    thread, main = (json.loads(line) for line in ended.stderr.splitlines())
+    assert (thread["event"], thread["level"], thread["thread"]) == (
+        *("thread_died", "error"),
+        "watch",
+    )
+    assert (main["event"], main["level"]) == ("uncaught_exception", "critical")
+    assert all(f"ValueError: with {MASK}" in line["exception"] for line in (thread, main))
 
 
 # ---- secrets -------------------------------------------------------------------------------------
