@@ -222,12 +222,3 @@ class S3Reading(S3Access):
             if not page.get("NextContinuationToken"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
-
-    def check_bucket(self, bucket: str) -> None:
-        """Ask whether a bucket is there and may be used.
-
-        Raises:
-            ObjectNotFound, AccessDenied, StorageError: See `utils.errors`.
-        """
-        with self._translated(f"s3://{bucket}"):
-            self._client.head_bucket(Bucket=bucket)

@@ -24,7 +24,6 @@
     │   ├── AccessDenied
     │   ├── ObjectTooLarge
     │   └── PreconditionFailed        a conditional write found another version
-    ├── WebhookError                  the backend could not be told
     ├── BrokerError                   RabbitMQ
     │   └── BrokerRefused             waiting cannot help: credentials, conflicting queues
     └── Stopped                       not a fault: the run was asked to stop, and why
@@ -190,10 +189,6 @@ class PreconditionFailed(StorageError):
     """The object was changed by somebody else."""
 
 
-class WebhookError(TrainingServerError):
-    """The backend could not be told."""
-
-
 class BrokerError(TrainingServerError):
     """RabbitMQ could not be used."""
 
@@ -236,7 +231,6 @@ CODES: dict[type[TrainingServerError], tuple[ErrorCode, bool]] = {
     # A missing or forbidden object is tried again like any trouble of S3's: both happen to whole
     # buckets while a policy is being mended. A size does not mend itself.
     ObjectTooLarge: (ErrorCode.STORAGE_FAILED, False),
-    WebhookError: (ErrorCode.WEBHOOK_REJECTED, False),
 }
 
 

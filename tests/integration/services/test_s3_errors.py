@@ -108,7 +108,6 @@ CALLS: dict[str, Callable[[S3Service, Path], object]] = {
     "head": lambda s3, folder: s3.head(S3Location("bucket", "a")),
     "exists": lambda s3, folder: s3.exists(S3Location("bucket", "a")),
     "list_objects": lambda s3, folder: list(s3.list_objects("bucket", "a")),
-    "check_bucket": lambda s3, folder: s3.check_bucket("bucket"),
     "upload_file": lambda s3, folder: s3.upload_file(folder / "file", S3Location("bucket", "a")),
     "upload_folder": lambda s3, folder: s3.upload_folder(folder, "bucket", "a", last="file"),
     "write": lambda s3, folder: s3.write(S3Location("bucket", "a"), b"1"),
@@ -141,7 +140,6 @@ FAULTS = {
 }
 # What these faults leave without anything to complain of.
 HARMLESS = {
-    ("check_bucket", 200),  # the answer to a HEAD of a bucket has nothing to check
     ("delete", 200),  # asked to be quiet, S3 names only what it could not delete
     ("fetch_pictures", 200),  # whether it is a picture is judged later
     ("download", 200),  # an object without a checksum may be anything

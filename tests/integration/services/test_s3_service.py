@@ -175,12 +175,9 @@ def test_a_copy_keeps_its_metadata_or_gets_another(s3: S3Service, bucket: str) -
         s3.copy(S3Location(bucket, "none"), target)
 
 
-def test_whether_an_object_or_a_bucket_is_there(s3: S3Service, bucket: str) -> None:
+def test_whether_an_object_is_there(s3: S3Service, bucket: str) -> None:
     s3.write(S3Location(bucket, "a"), b"")
     assert s3.exists(S3Location(bucket, "a")) and not s3.exists(S3Location(bucket, "b"))
-    s3.check_bucket(bucket)
-    with pytest.raises(ObjectNotFound):
-        s3.check_bucket("no-such-bucket")
 
 
 # ---- conditional writes --------------------------------------------------------------------------

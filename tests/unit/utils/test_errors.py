@@ -57,7 +57,6 @@ TABLE = {
     "AccessDenied": ("STORAGE_FAILED", True),
     "ObjectTooLarge": ("STORAGE_FAILED", False),
     "PreconditionFailed": ("STORAGE_FAILED", True),
-    "WebhookError": ("WEBHOOK_REJECTED", False),
 }
 
 
