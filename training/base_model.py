@@ -153,6 +153,25 @@ class BaseModel:
 
         return self._with_room(encode)
 
+    def fit_prompt(self, prompt: str) -> str:
+        """As much of a prompt as the text encoder reads (77 tokens), cut between two tags.
+
+        A prompt without commas is cut between two words.
+        """
+        if self._is_read_whole(prompt):
+            return prompt
+        for separator in (",", " "):
+            parts = prompt.split(separator)
+            while len(parts) > 1:
+                parts.pop()
+                if self._is_read_whole(separator.join(parts)):
+                    return separator.join(parts).rstrip()
+        return ""  # a word of hundreds of letters
+
+    def _is_read_whole(self, prompt: str) -> bool:
+        longest: int = self.tokenizer.model_max_length
+        return len(self.tokenizer(prompt, verbose=False).input_ids) <= longest
+
     def attach(
         self, parameters: HyperParameters, *, checkpointing: bool = False
     ) -> list[torch.nn.Parameter]:

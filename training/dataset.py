@@ -178,6 +178,7 @@ def _take_in(
         vetted = vet(content, max_pixels=run.max_image_pixels, resolution=run.parameters.resolution)
         looks = look_at(vetted.image, resolution=run.parameters.resolution)
         alike = _compare(vetted, looks, seen)
+        caption = base.fit_prompt(picture.caption)
         identity = hashlib.sha256(content).hexdigest()
         latents[identity] = _encode(vetted, run.parameters.resolution, base)
     except OSError:
@@ -185,16 +186,21 @@ def _take_in(
     except UnusablePicture as unusable:
         return _left_out(picture, str(unusable), unusable.size), None
     seen.append((_shown_name(picture.source), looks))
-    cautions = vetted.warnings + looks.warnings + alike
+    cut = (
+        (f"has a longer caption than can be read; it was cut after {caption[-30:]!r}",)
+        if caption != picture.caption
+        else ()
+    )
+    cautions = vetted.warnings + looks.warnings + alike + cut
     entry = PictureReport(
         picture.source,
         "warned" if cautions else "used",
         cautions + vetted.notes,
         *vetted.image.size,
-        picture.caption,
+        caption,
         vetted.decoded,
     )
-    return entry, Example(picture.source, identity, picture.caption)
+    return entry, Example(picture.source, identity, caption)
 
 
 def _left_out(picture: Picture, reason: str, size: tuple[int, int] | None = None) -> PictureReport:

@@ -382,6 +382,27 @@ def test_a_picture_is_known_by_its_bytes_and_not_by_its_name(
     assert set(data.latents) == set(digests)
 
 
+@pytest.mark.parametrize("separator", [", ", " "])
+def test_a_caption_longer_than_can_be_read_is_cut_between_tags_or_words_and_said(
+    base: BaseModel, make_run: MakeRun, separator: str
+) -> None:
+    run = make_run(count=3)
+    words = [f"tag{number}" for number in range(100)]
+    long = dataclasses.replace(run.pictures[1], caption=separator.join(words))
+    data = prepare(
+        dataclasses.replace(run, pictures=(run.pictures[0], long, run.pictures[2])), base
+    )
+    caption = data.entries[1].caption
+    kept = caption.split(separator)
+    assert kept == words[: len(kept)] and 3 < len(kept) < 100
+    assert data.entries[1].status == "warned"
+    assert f"cut after '{caption[-30:]}'" in data.entries[1].reasons[0]
+    assert data.usable[1].caption == caption and caption in data.embeddings
+    tokens = base.tokenizer(caption).input_ids
+    assert len(tokens) <= base.tokenizer.model_max_length
+    assert len(base.tokenizer(separator.join(words[: len(kept) + 1])).input_ids) > 77
+
+
 def test_a_stop_while_pictures_are_prepared_is_obeyed_before_the_next_picture(
     base: BaseModel, make_run: MakeRun
 ) -> None:
