@@ -8,6 +8,7 @@ argument that is no number is refused after the permission was checked, and take
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from config import LOCAL_HOSTS, Settings
 from consumer.doctor import broker_limits
 from consumer.doctor.broker_visit import BrokerVisit, Refusal
-from consumer.doctor.findings import Finding, fail, ok, warn
+from consumer.doctor.findings import Finding, Verdict, fail, ok, warn
 from consumer.settlement import Queue
 from consumer.topology import QueueDeclaration, declaration, name_of
 from consumer.training_consumer import NO_ROUTE
@@ -32,15 +33,19 @@ _DIFFERENT = re.compile(r"inequivalent arg '(?P<argument>[\w-]+)'")
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Every host, then everything else through the first that lets the worker in."""
+    """Every host, then everything else through the first that lets the worker in.
+
+    One host of several that is down is no failure: the worker goes to the others.
+    """
     findings: list[Finding] = []
+    unreachable: list[Finding] = []
     way_in: BrokerVisit | None = None
     for host in settings.rabbitmq_host:
         one = settings.model_copy(update={"rabbitmq_host": (host,)})
         try:
             visit = BrokerVisit(one)
         except BrokerError as error:
-            findings.append(_no_way_in(settings, host, error))
+            unreachable.append(_no_way_in(settings, host, error))
             continue
         findings.append(_introduced(settings, host, visit))
         if way_in is None:
@@ -48,7 +53,8 @@ def examine(settings: Settings) -> list[Finding]:
         else:
             visit.close()
     if way_in is None:
-        return findings
+        return unreachable
+    findings += [dataclasses.replace(each, verdict=Verdict.WARN) for each in unreachable]
     with way_in:
         findings += _queues(settings, way_in)
     return findings

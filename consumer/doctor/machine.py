@@ -102,23 +102,26 @@ def memory_limit() -> int:
 
 
 def examine_disk(settings: Settings) -> list[Finding]:
-    """The folder for the job in hand: can it be written, is there room?"""
+    """The folder for the job in hand: can it be written, is there room?
+
+    Where it is not there yet, the nearest folder above it is tried: made here, it would belong to
+    whoever runs the doctor, who may not be the worker's user.
+    """
     folder = (settings.work_dir or Path(tempfile.gettempdir()) / "training-server").resolve()
     check = "disk (WORK_DIR)"
+    present = next(each for each in (folder, *folder.parents) if each.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=present) as file:
             file.write(b"doctor")
             file.flush()
     except OSError as error:
         remedy = "set WORK_DIR to a folder that this user may write"
-        return [fail(check, f"{folder} cannot be written: {error.strerror}", remedy)]
-    return [_room_on_disk(check, folder)]
+        return [fail(check, f"{present} cannot be written: {error.strerror}", remedy)]
+    return [_room_on_disk(check, folder, shutil.disk_usage(present).free)]
 
 
-def _room_on_disk(check: str, folder: Path) -> Finding:
-    free = shutil.disk_usage(folder).free
-    detail = f"{_gib(free)} free in {folder}"
+def _room_on_disk(check: str, folder: Path, free: int) -> Finding:
+    detail = f"{_gib(free)} free for {folder}"
     remedy = f"make room, or set WORK_DIR elsewhere: {_gib(_ENOUGH_DISK)} are enough as a rule"
     if free < _LEAST_DISK:
         return fail(check, detail, remedy)

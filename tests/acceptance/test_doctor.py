@@ -152,6 +152,12 @@ def test_each_thing_broken_fails_with_its_remedy(
     assert all(remedy in each.remedy for each in failures)
 
 
+def test_a_work_folder_that_is_not_there_yet_is_not_made(sound: World, tmp_path: Path) -> None:
+    """It would belong to whoever runs the doctor."""
+    assert not _failures(sound, "disk", WORK_DIR=str(tmp_path / "new" / "work"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_queue_declared_differently_fails(sound: World) -> None:
     with sound.channel() as channel:
         channel.queue_delete(sound.queue)
