@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pika
 from pika.exceptions import ChannelClosedByBroker
 
 from sandbox.backend import COMPLETE, Backend, ReceivedRequest
-from sandbox.demo_screen import Screen
+from sandbox.demo_screen import DemoFailed, Screen
 from sandbox.photographs import photographs
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import S3Server
@@ -34,10 +34,6 @@ MODEL_FILES = (
     "samples.png",
     "loss_curve.png",
 )
-
-
-class DemoFailed(Exception):
-    """Something did not happen as it should; the message says what."""
 
 
 class DemoJob:
@@ -141,8 +137,10 @@ class DemoJob:
         while True:
             # An ending that is there already speaks before a worker that is gone.
             exit_code = self._worker.exit_code
-            ending = self._listen()
+            # What the backend has heard of is on S3 by now, so S3's news are told first.
+            news = self._news()
             self._look_at_s3()
+            ending = self._show(news)
             if ending:
                 break
             if exit_code is not None:
@@ -158,20 +156,24 @@ class DemoJob:
             raise DemoFailed(f"the job ended in failed: {ending.body['error_message']}")
         return ending
 
-    def _listen(self) -> ReceivedRequest | None:
-        """Show the webhooks that came since the last call; the ending is given back."""
+    def _news(self) -> Sequence[ReceivedRequest]:
+        """The webhooks that came since the last call."""
         for refused in self._backend.rejected:
             raise DemoFailed(
                 f"the backend refused {refused.method} {refused.path}: {refused.reason}"
             )
         news = self._backend.requests[self._heard :]
         self._heard += len(news)
+        return news
+
+    def _show(self, news: Sequence[ReceivedRequest]) -> ReceivedRequest | None:
+        """Show webhooks; the ending is given back."""
         for webhook in news:
             if "progress" not in webhook.body:
                 name = webhook.path.rsplit("/", 1)[-1]
                 self._screen.say(f"{name} webhook, signature verified", good=True)
                 return webhook
-            if self._heard == len(news):
+            if webhook is self._backend.requests[0]:
                 self._screen.say("first progress webhook, signature verified", good=True)
             self._screen.show_progress(webhook.body["progress"])
         return None
@@ -227,7 +229,7 @@ class DemoJob:
                 return 0
 
     def _check_webhooks(self, ending: ReceivedRequest) -> None:
-        self._listen()
+        self._show(self._news())
         endings = self._backend.endings()
         if len(endings) != 1:
             raise DemoFailed(f"the job had {len(endings)} endings, not one")

@@ -12,6 +12,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 
+class DemoFailed(Exception):
+    """Something did not happen as it should; the message says what."""
+
+
 class Screen:
     """A context manager: the bar, once there is one, stays below the lines until the block ends."""
 
