@@ -97,6 +97,8 @@ ERRORS: tuple[tuple[type[Exception], str, type[BrokerError], str], ...] = (
     (ReentrancyError, "", BrokerError, "The AMQP client failed while {doing}"),
     (AMQPConnectorException, "", BrokerError, "RabbitMQ could not be reached"),
     (OSError, "", BrokerError, "RabbitMQ could not be reached"),
+    # How pika says that a connection was reset between its opening and its first use.
+    (ValueError, "Expected connected socket", BrokerError, "RabbitMQ could not be reached"),
     # pika states what it expects of the broker as assertions.
     (AssertionError, "", BrokerError, "The AMQP client failed while {doing}"),
 )

@@ -1,8 +1,8 @@
 """An S3 server of one's own: moto in a process of its own, on a free port of this machine.
 
 moto checks an `If-Match` and writes afterwards without a lock in between, so two writers can both
-win. Here every request that changes something waits for its turn, so that a race has one winner, as
-on S3 itself.
+win, and a listing breaks over an object that is deleted meanwhile. Here every request that changes
+or lists something waits for its turn, so that a race has one winner, as on S3 itself.
 """
 
 from __future__ import annotations
@@ -85,14 +85,15 @@ class S3Server:
 
 
 class OneWriterAtATime:
-    """WSGI middleware: what changes something is done alone, and a body must match its SHA-256."""
+    """WSGI middleware: what changes or lists is done alone, and a body must match its SHA-256."""
 
     def __init__(self, application: _Application) -> None:
         self._application = application
         self._turn = threading.Lock()
 
     def __call__(self, environ: _Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+        lists = "list-type=" in environ.get("QUERY_STRING", "")
+        if environ["REQUEST_METHOD"] in ("GET", "HEAD") and not lists:
             return self._application(environ, start_response)
         # The body is read before the turn begins: a slow sender keeps nobody waiting.
         body = _read_body(environ)

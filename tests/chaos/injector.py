@@ -28,7 +28,7 @@ from tests.integration.services.s3_proxy import Fault as S3Fault
 from tests.integration.services.s3_proxy import refusal
 
 PREEMPTION_SECONDS = 5.0
-_PATIENCE_SECONDS = 5.0
+_PATIENCE_SECONDS = 8.0
 """How long a fault waits until it can be carried out."""
 _COUNTED = {
     Kind.WORKER_KILLED,
@@ -56,6 +56,9 @@ _OF_PROCESSES = {
     Kind.DISK_FULL,
 }
 """What is done to one worker."""
+
+_AT_WORK = {Kind.CHILD_HANGS, Kind.FROZEN}
+"""What shows something only while the worker trains."""
 
 _S3_FAULTS: dict[Kind, tuple[S3Fault, Callable[[str, str], bool]]] = {
     Kind.S3_500: (refusal(500, "InternalError"), anything),
@@ -126,6 +129,7 @@ class Injector:
         elif fault.kind is Kind.QUEUE_DELETED:
             self._aside(lambda: self._delete_queue(fault))
         elif fault.kind is Kind.PUBLISHED_TWICE:
+            _in_time(self._two_workers_are_idle)
             self._aside(lambda: self._publish_twice(fault))
         else:
             self._process(fault, self._fleet.slots[fault.slot])
@@ -140,12 +144,16 @@ class Injector:
         slot = self._fleet.slots[fault.slot]
         if not _in_time(lambda: fault.slot not in self._busy):
             return "the worker is frozen or shutting down"
-        if fault.kind is Kind.CRASH_POINT and not _in_time(slot.has_no_order):
-            slot.withdraw_order()  # that point may be far away
+        if fault.kind is Kind.CRASH_POINT:
+            _in_time(slot.has_no_order)  # else that point is far away, and this order replaces it
         if fault.kind is Kind.CHILD_KILLED and not _in_time(lambda: slot.child is not None):
             return "it has no trainer process"
+        if fault.kind is Kind.FROZEN:
+            # One at a time: its job is to be taken from it, by one that is awake.
+            with self._freezing:
+                pass
         # While it trains the desk replaces it after STALL_SECONDS; elsewhere after minutes.
-        if fault.kind is Kind.CHILD_HANGS and not _in_time(slot.is_training):
+        if fault.kind in _AT_WORK and not _in_time(slot.is_training):
             return "it trains nothing"
         return None
 
@@ -165,6 +173,9 @@ class Injector:
         live = [one for one in self._world.records().values() if one["state"] == "live"]
         return all(one["attempts"] <= MAX_ATTEMPTS - ATTEMPTS_TO_SPARE for one in live)
 
+    def _two_workers_are_idle(self) -> bool:
+        return self._jobs.unended() <= len(self._fleet.slots) - 2
+
     def _process(self, fault: Fault, slot: Slot) -> None:
         match fault.kind:
             case Kind.WORKER_KILLED:
@@ -176,8 +187,9 @@ class Injector:
             case Kind.CRASH_POINT:
                 assert fault.order
                 slot.order(fault.order)
+                if fault.order.point.endswith("requeue"):  # only who shuts down returns a message
+                    self._aside(lambda: self._preempt(fault, slot), slot=fault.slot)
             case Kind.FROZEN:
-                # One at a time: its job is to be taken from it, by one that is awake.
                 self._freezing.acquire()  # pylint: disable=consider-using-with
                 self._aside(lambda: self._freeze(fault, slot), slot=fault.slot)
             case Kind.PREEMPTED:
@@ -189,7 +201,6 @@ class Injector:
 
     def _freeze(self, fault: Fault, slot: Slot) -> None:
         try:
-            wait_for(slot.is_training, 3.0)
             who = slot.who
             slot.signal(signal.SIGSTOP, with_child=True)
             self._jobs.journal.note("frozen", slot=who)

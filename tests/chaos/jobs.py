@@ -68,6 +68,11 @@ class Jobs:
         self.journal.note("published", task=job.task_id)
         return job
 
+    def unended(self) -> int:
+        """How many there are whose record has no ending, or that have no record yet."""
+        ended = [one for one in self._world.records().values() if one["state"] == "ended"]
+        return len(self.published) - len(ended)
+
     def publish_again(self, which: int) -> None:
         """The same message once more, as a platform does that is not sure of the first."""
         with self._lock:

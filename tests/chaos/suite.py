@@ -13,9 +13,10 @@ workers);
 keep a `journal` of claims and epochs; `stand_in_trainer` trains by sleeping; `verdict` counts and
 holds the invariants; `safeguards` takes one away, to see that the suite notices.
 
-The faults, their order, their targets and the jobs are the seed's. Not the seed's is where in its
-work a worker is when a fault hits it: the processes run free, and so the same seed may end
-differently. A broken invariant therefore prints what happened and leaves every log in the folder.
+The faults, their order and their targets are the seed's, and so is each job. Not the seed's is
+where in its work a worker is when a fault hits it, nor how many jobs it takes to keep all of them
+busy: the processes run free, and so the same seed may end differently. A broken invariant therefore
+prints what happened and leaves every log in the folder.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def run(plan: Plan) -> Outcome:
 
 
 def _break_things(plan: Plan, injector: Injector, jobs: Jobs) -> list[Fault]:
-    """So many faults, with a new job before every other one. Those that were carried out."""
+    """So many faults, with work for every worker all the time. Those that were carried out."""
     faults: list[Fault] = []
     for fault in schedule(
         plan.seed,
@@ -150,7 +151,7 @@ def _break_things(plan: Plan, injector: Injector, jobs: Jobs) -> list[Fault]:
     ):
         if len(faults) == plan.faults:
             break
-        if fault.number % 2:
+        while jobs.unended() < plan.workers:
             jobs.publish()
         if injector.inject(fault):
             faults.append(fault)

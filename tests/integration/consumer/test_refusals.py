@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import re
 import socket
@@ -97,6 +98,24 @@ def test_the_first_host_that_answers_is_taken(start: Start, client: Client, queu
     start(handler, rabbitmq_host="127.0.0.2,127.0.0.1,127.0.0.3")
     client.publish(queue, b"x")
     until(lambda: handler.returned)
+
+
+def test_a_connection_that_is_reset_while_it_opens_is_made_again(
+    start: Start, client: Client, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, resets = socket.socket.getpeername, [OSError(errno.ENOTCONN, "it was reset")]
+
+    def reset_once(opened: socket.socket) -> object:
+        if resets:
+            raise resets.pop()
+        return real(opened)
+
+    monkeypatch.setattr(socket.socket, "getpeername", reset_once)
+    handler = Handler()
+    start(handler)
+    client.publish(queue, b"x")
+    until(lambda: handler.returned)
+    assert not resets
 
 
 # --- the table
