@@ -154,11 +154,14 @@ class TrainerSettings(BaseSettings):
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     caption_dropout: float = 0.1
+    deliver: str = "last"
 
     min_images: int = Field(3, ge=1, le=200)
     max_image_bytes: int = Field(50 * 1024**2, ge=1024)
     max_image_pixels: int = Field(100_000_000, ge=64 * 64)
     checkpoint_interval: int = Field(10, ge=1)
+    preview_share: float = Field(0.1, ge=0, le=1)
+    sample_steps: int = Field(25, ge=1, le=100)
     stall_seconds: Seconds = 300.0
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -93,6 +93,12 @@ def train(
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    deliver: Annotated[
+        str | None, typer.Option(help="Which checkpoint becomes the model: last or best.")
+    ] = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to judge by, not trained on.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on from the newest checkpoint in OUTPUT.")
     ] = False,
@@ -109,9 +115,14 @@ def train(
         "rank": rank,
         "alpha": alpha,
         "seed": seed,
+        "deliver": deliver,
     }
     overrides = {name: value for name, value in given.items() if value is not None}
-    sys.exit(_guarded(lambda: _run_training(folder, output, overrides, resume), say=_Sentences()))
+    sys.exit(
+        _guarded(
+            lambda: _run_training(folder, output, overrides, validation, resume), say=_Sentences()
+        )
+    )
 
 
 class _Sentences:
@@ -162,7 +173,9 @@ def _on_stop_signals(first: Callable[[], None]) -> None:
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
-def _run_training(folder: Path, output: Path, overrides: dict[str, Any], resume: bool) -> int:
+def _run_training(
+    folder: Path, output: Path, overrides: dict[str, Any], validation: Path | None, resume: bool
+) -> int:
     from consumer.local_training import train_folder  # pylint: disable=import-outside-toplevel
 
     settings: config.TrainerSettings = config.load(config.TrainerSettings)
@@ -183,6 +196,7 @@ def _run_training(folder: Path, output: Path, overrides: dict[str, Any], resume:
             output,
             settings=settings,
             parameters=parameters,
+            validation=validation,
             resume=resume,
             on_event=progress_bar.saw,
             stop=stop,

@@ -78,6 +78,7 @@ def train_folder(
     *,
     settings: TrainerSettings,
     parameters: HyperParameters,
+    validation: Path | None = None,
     resume: bool,
     on_event: Callable[[Event], None],
     stop: StopSignal,
@@ -90,6 +91,7 @@ def train_folder(
             its checkpoints, in `.training`.
         settings: What does not depend on the job.
         parameters: Hyper-parameters.
+        validation: Folder of pictures that are looked at and not trained on.
         resume: Continue from the newest checkpoint in `output`, if there is one.
         on_event: Sees every event of the trainer.
         stop: Ends training at the next step, with a checkpoint.
@@ -104,6 +106,7 @@ def train_folder(
     _look_for_base_model(settings.base_model)
     environment = settings.trainer_environment()
     require_fit(environment, allow_cpu=settings.allow_cpu)
+    held_out = pictures_in(validation) if validation else ()
     work = output.resolve() / _WORK
     try:
         if not resume:
@@ -125,6 +128,9 @@ def train_folder(
         min_images=settings.min_images,
         max_image_pixels=settings.max_image_pixels,
         checkpoint_interval=settings.checkpoint_interval,
+        validation_pictures=held_out,
+        sample_steps=settings.sample_steps,
+        preview_share=settings.preview_share,
     )
     try:
         finished = trainer.run(run, on_event, stop, max_seconds=float("inf"))

@@ -24,6 +24,8 @@ MAX_TAGS = 50
 # Characters; what is longer is cut. The text encoder reads 77 tokens, and the report says so.
 MAX_TAG = 200
 MAX_CAPTION = 2000
+MAX_SAMPLE_PROMPTS = 4
+MAX_SAMPLE_PROMPT = 500
 _STRICT = ConfigDict(strict=True, frozen=True, hide_input_in_errors=True)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]+")
 
@@ -61,6 +63,9 @@ def _parameters_model() -> type[BaseModel]:
 Parameters = _parameters_model()
 Caption = Annotated[str, AfterValidator(lambda text: _one_line(text)[:MAX_CAPTION].rstrip())]
 Tag = Annotated[str, AfterValidator(lambda text: _one_line(text)[:MAX_TAG].rstrip())]
+SamplePrompt = Annotated[
+    str, AfterValidator(lambda text: _one_line(text)[:MAX_SAMPLE_PROMPT].rstrip())
+]
 
 
 class Order(BaseModel):
@@ -72,6 +77,10 @@ class Order(BaseModel):
     images: Annotated[list[str | None], Field(min_length=1, max_length=MAX_IMAGES)]
     captions: list[Caption | None] | None = None
     tags: Annotated[list[Tag], Field(max_length=MAX_TAGS)] | None = None
+    validation_images: Annotated[list[str | None], Field(max_length=MAX_IMAGES)] | None = None
+    sample_prompts: Annotated[list[SamplePrompt], Field(max_length=MAX_SAMPLE_PROMPTS)] | None = (
+        None
+    )
     parameters: Parameters | None = None  # type: ignore[valid-type]  # made at import
 
     def given_parameters(self) -> dict[str, Any]:

@@ -45,7 +45,9 @@ MAX_COMPLAINTS = 5
 _TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _BODIES = uuid.UUID("8c1f4f3e-2b77-5d0a-9f0e-6a3d8c5b1e42")  # namespace of ids made from bodies
-_ORDER_FIELDS = ("style_id", "captions", "tags", "parameters")
+_ORDER_FIELDS = (
+    *("style_id", "captions", "tags", "validation_images", "sample_prompts", "parameters"),
+)
 
 
 class _Wrong(Exception):
@@ -164,6 +166,11 @@ def _job(
     images_field = other if order.get(own) is None and order.get(other) is not None else own
     checked = _checked(order, images_field, prefix)
     images = _images(checked.images, f"{prefix}{images_field}", settings)
+    if not any(image.location for image in images):
+        problem = (images[0].problem or "").removeprefix("has an address that ")
+        raise _Wrong(f"{prefix}{images_field}.0", problem)
+    validation_field = f"{prefix}validation_images"
+    validation_images = _images(checked.validation_images or [], validation_field, settings)
     captions = checked.captions or [None] * len(images)
     if len(captions) != len(images):
         raise _Wrong(f"{prefix}captions", f"has {len(captions)} entries for {len(images)} pictures")
@@ -181,6 +188,8 @@ def _job(
         created_at=created_at if _is_plain_text(created_at, MAX_CREATED_AT) else None,
         id_is_derived=task_id is None,
         ignored_fields=_ignored(message, order, prefix, images_field),
+        validation_images=validation_images,
+        sample_prompts=tuple(prompt for prompt in checked.sample_prompts or () if prompt),
         body=body,
     )
 
@@ -202,7 +211,7 @@ def _checked(order: dict[str, Any], images_field: str, prefix: str) -> Order:
 
 def _images(addresses: list[str | None], field: str, settings: Settings) -> tuple[ImageRef, ...]:
     """One a picture asked for. A broken address is one picture less; one that points where nobody
-    may read makes the message invalid, and so does not having a single sound one."""
+    may read makes the message invalid."""
     images = []
     for index, address in enumerate(addresses):
         try:
@@ -219,8 +228,6 @@ def _images(addresses: list[str | None], field: str, settings: Settings) -> tupl
             raise _Wrong(f"{field}.{index}", str(error)) from None
         else:
             images.append(ImageRef(source, location))
-    if not any(image.location for image in images):
-        raise _Wrong(f"{field}.0", (images[0].problem or "").removeprefix("has an address that "))
     return tuple(images)
 
 

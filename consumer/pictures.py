@@ -36,13 +36,52 @@ def fetch_pictures(
         StorageError: S3 as a whole is in trouble.
         Stopped, Cancelled: A stop was asked for.
     """
+    pictures = _fetch(s3, settings, job, (job.images, job.captions), folder, stop)
+    missing = [picture for picture in pictures if picture.path is None]
+    there = len(pictures) - len(missing)
+    if there < settings.min_images <= len(pictures):
+        raise ImageDownloadFailed(
+            f"only {there} of {len(pictures)} pictures could be fetched, and "
+            f"{settings.min_images} are needed: "
+            + "; ".join(f"{picture.source}: {picture.problem}" for picture in missing)
+        )
+    return pictures
+
+
+def fetch_validation_pictures(
+    s3: S3Service, settings: Settings, job: TrainingJob, folder: Path, stop: StopSignal
+) -> tuple[Picture, ...]:
+    """Download the pictures that are held out; none of them has to be there.
+
+    Args:
+        s3, settings, job, folder, stop: As for `fetch_pictures`.
+
+    Raises:
+        StorageError: S3 as a whole is in trouble.
+        Stopped, Cancelled: A stop was asked for.
+    """
+    if not job.validation_images:
+        return ()
+    captions = (None,) * len(job.validation_images)
+    return _fetch(s3, settings, job, (job.validation_images, captions), folder, stop)
+
+
+def _fetch(
+    s3: S3Service,
+    settings: Settings,
+    job: TrainingJob,
+    wanted: tuple[tuple[ImageRef, ...], tuple[str | None, ...]],
+    folder: Path,
+    stop: StopSignal,
+) -> tuple[Picture, ...]:
+    """Download pictures with their captions, side by side."""
     began = time.monotonic()
     folder.mkdir()
     fetched = iter(
         s3.fetch_pictures(
             [
                 PictureRequest(image.source, image.location, caption)
-                for image, caption in zip(job.images, job.captions, strict=True)
+                for image, caption in zip(*wanted, strict=True)
                 if image.location
             ],
             folder,
@@ -52,22 +91,14 @@ def fetch_pictures(
     )
     stop.check()
     pictures = tuple(
-        _picture(next(fetched), job) if image.location else _broken(image) for image in job.images
+        _picture(next(fetched), job) if image.location else _broken(image) for image in wanted[0]
     )
-    missing = [picture for picture in pictures if picture.path is None]
-    there = len(pictures) - len(missing)
     log.info(
         "pictures_fetched",
-        pictures=there,
-        missing=len(missing),
+        pictures=sum(picture.path is not None for picture in pictures),
+        missing=sum(picture.path is None for picture in pictures),
         seconds=round(time.monotonic() - began, 3),
     )
-    if there < settings.min_images <= len(pictures):
-        raise ImageDownloadFailed(
-            f"only {there} of {len(pictures)} pictures could be fetched, and "
-            f"{settings.min_images} are needed: "
-            + "; ".join(f"{picture.source}: {picture.problem}" for picture in missing)
-        )
     return pictures
 
 

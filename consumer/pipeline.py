@@ -19,7 +19,7 @@ from consumer.endings import Endings
 from consumer.lease_relay import relayed
 from consumer.machine import require_fit
 from consumer.model_publisher import ModelPublisher
-from consumer.pictures import fetch_pictures
+from consumer.pictures import fetch_pictures, fetch_validation_pictures
 from consumer.progress_reporter import ProgressReporter, RouteMemory
 from consumer.settlement import Delivery, Publication, Settlement
 from consumer.stop_signal import Shutdown, StopSignal
@@ -227,6 +227,12 @@ class Pipeline:
                 min_images=settings.min_images,
                 max_image_pixels=settings.max_image_pixels,
                 checkpoint_interval=settings.checkpoint_interval,
+                validation_pictures=fetch_validation_pictures(
+                    desk.s3, settings, job, folder / "validation", stop
+                ),
+                sample_prompts=job.sample_prompts,
+                sample_steps=settings.sample_steps,
+                preview_share=settings.preview_share,
             )
             stop.check()
             finished = desk.trainer.run(

@@ -45,6 +45,8 @@ class TrainingJob:
         webhook_url: As given; whether its origin may be used is for the webhook service to judge.
         created_at: As given.
         id_is_derived: The id was made from the body: the publisher gave none.
+        validation_images: Pictures that are looked at and not trained on.
+        sample_prompts: What samples are painted of; none: the captions.
         ignored_fields: Fields that mean nothing to this worker, by name (the first few).
         body: The message itself.
         headers: Its AMQP headers, as far as its copies take them along.
@@ -61,6 +63,8 @@ class TrainingJob:
     created_at: str | None = None
     id_is_derived: bool = False
     ignored_fields: tuple[str, ...] = ()
+    validation_images: tuple[ImageRef, ...] = ()
+    sample_prompts: tuple[str, ...] = ()
     body: bytes = dataclasses.field(default=b"", compare=False, repr=False)
     headers: dict[str, str | int | bool] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
@@ -72,16 +76,18 @@ class TrainingJob:
 
         Spelling, dialect, date, the address that is told and this worker's defaults are not in it.
         """
-        meaning = {
+        meaning: dict[str, Any] = {
             "style_id": self.style_id,
-            "images": [
-                [image.location.bucket, image.location.key] if image.location else image.source
-                for image in self.images
-            ],
+            "images": _places(self.images),
             "captions": self.captions,
             "tags": self.tags,
             "parameters": self.parameters,
         }
+        # Only where they are given: the identity of a message without them is in older records.
+        if self.validation_images:
+            meaning["validation_images"] = _places(self.validation_images)
+        if self.sample_prompts:
+            meaning["sample_prompts"] = self.sample_prompts
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
     def understood(self) -> dict[str, Any]:
@@ -116,6 +122,8 @@ def to_message(job: TrainingJob) -> bytes:
         "images": [image.source for image in job.images],
         "captions": list(job.captions) if any(c is not None for c in job.captions) else None,
         "tags": list(job.tags) or None,
+        "validation_images": [image.source for image in job.validation_images] or None,
+        "sample_prompts": list(job.sample_prompts) or None,
         "parameters": job.parameters or None,
     }
     message = {
@@ -126,3 +134,11 @@ def to_message(job: TrainingJob) -> bytes:
         "created_at": job.created_at,
     }
     return json.dumps({k: v for k, v in message.items() if v is not None}).encode()
+
+
+def _places(images: tuple[ImageRef, ...]) -> list[Any]:
+    """Where pictures lie, however their addresses are spelt."""
+    return [
+        [image.location.bucket, image.location.key] if image.location else image.source
+        for image in images
+    ]

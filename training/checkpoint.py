@@ -19,6 +19,7 @@ from torch import Tensor
 from training import manifest
 from training.course import Course
 from training.lora_config import HyperParameters
+from training.probe import Probed
 from utils.errors import CheckpointUnusable
 from utils.events import from_dict
 
@@ -42,6 +43,7 @@ class RunState:
         skipped_in_a_row: Steps without an update up to now.
         losses: Mean unweighted loss of each completed epoch.
         scaler: State of the gradient scaler, None without one.
+        probes: What the probe found at the beginning and at each checkpoint.
     """
 
     task_id: str
@@ -57,6 +59,7 @@ class RunState:
     skipped_in_a_row: int
     losses: tuple[float, ...]
     scaler: dict[str, Any] | None
+    probes: tuple[Probed, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,12 +71,17 @@ class Checkpoint:
         lora: Trainable weights by their name in the UNet.
         optimizer: AdamW's state, `{weight's name}/{entry}`.
         random: States of the random generators by name, and the sums of the epoch in hand.
+        best: The LoRA of the best checkpoint so far, where that is to be delivered: older
+            checkpoints may be gone when training ends, on another machine perhaps.
+        samples: JPEG files as bytes, by epoch and prompt (see `training.grids`).
     """
 
     state: RunState
     lora: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor]
+    best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    samples: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def is_sound(self) -> bool:
@@ -83,6 +91,7 @@ class Checkpoint:
 
 
 _TENSOR_FILES = ("lora", "optimizer", "random")
+_OPTIONAL_FILES = ("best", "samples")
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -93,7 +102,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """
     files = {
         f"{name}.safetensors": safetensors.torch.save(_on_cpu(getattr(checkpoint, name)))
-        for name in _TENSOR_FILES
+        for name in (*_TENSOR_FILES, *_OPTIONAL_FILES)
+        if name in _TENSOR_FILES or getattr(checkpoint, name)
     }
     state = checkpoint.state
     files[STATE] = json.dumps(dataclasses.asdict(state), indent=2).encode()
@@ -125,10 +135,11 @@ def load(folder: Path) -> Checkpoint:
     try:
         return Checkpoint(
             from_dict(RunState, json.loads((folder / STATE).read_bytes())),
-            *(
-                safetensors.torch.load_file(folder / f"{name}.safetensors")
-                for name in _TENSOR_FILES
-            ),
+            **{
+                name: safetensors.torch.load_file(folder / f"{name}.safetensors")
+                for name in (*_TENSOR_FILES, *_OPTIONAL_FILES)
+                if name in _TENSOR_FILES or f"{name}.safetensors" in facts["files"]
+            },
         )
     except (ValueError, OSError, safetensors.SafetensorError) as error:
         raise CheckpointUnusable(

@@ -19,10 +19,11 @@ from typing import IO, Any
 import diffusers
 import transformers
 
-from training import dataset, export, preview, recovery, report
+from training import export, held_out, preview, recovery, report
 from training.base_model import BaseModel
 from training.dataset import Dataset
 from training.device import gpu_error, out_of_memory
+from training.examiner import prompts_of, sample_steps
 from training.inbox import Inbox
 from training.lora_config import TrainerOptions, TrainingRun
 from training.result import TrainingResult
@@ -39,10 +40,6 @@ from utils.events import CheckpointSaved, Event, Failed, Finished, Progress, Sta
 from utils.gpu_monitor import GpuMonitor
 
 log = logging.getLogger(__name__)
-
-CPU_SAMPLE_STEPS = 8
-"""On a CPU the samples are a sketch: each step of the sampler takes as long as a training step."""
-SAMPLE_STEPS = 25
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,7 +127,7 @@ class Child:
         """The run from its pictures to its files."""
         epochs = run.parameters.epochs
         self._tell(Progress(run.task_id, Stage.PREPARING, 0, epochs, 0, 0))
-        data = dataset.prepare(run, base, should_stop=self._inbox.stop_reason)
+        data = held_out.prepare(run, base, should_stop=self._inbox.stop_reason)
         result = recovery.train(
             run, base, data, emit=self._tell, should_stop=self._inbox.stop_reason
         )
@@ -252,20 +249,21 @@ def _with_previews(
     run: TrainingRun, base: BaseModel, data: Dataset, result: TrainingResult, folder: Path
 ) -> TrainingResult:
     """Paint samples and plot the loss; training does not fail for want of a picture of it."""
-    prompts = [example.caption for example in data.usable if example.caption]
 
     def paint_samples() -> None:
         preview.write_samples(
             base,
-            list(dict.fromkeys(prompts)),
+            prompts_of(run, data),
             run.parameters.seed,
             folder,
             resolution=run.parameters.resolution,
-            steps=SAMPLE_STEPS if base.device.type == "cuda" else CPU_SAMPLE_STEPS,
+            steps=sample_steps(run, base),
         )
 
     def plot_losses() -> None:
-        preview.write_loss_curve(result.losses, folder)
+        preview.write_loss_curve(
+            result.losses, folder, probes=result.probes, delivered=result.delivered_epoch
+        )
 
     missing = []
     for name, make in (("sample pictures", paint_samples), ("loss curve", plot_losses)):

@@ -81,6 +81,7 @@ class Dataset:
             another's caption.
         embeddings: [77, d] by caption; the empty prompt's is always there.
         warnings: Sentences for the report.
+        held_out: Pictures that the probe looks at and the loop never sees, if there are any.
     """
 
     entries: tuple[PictureReport, ...]
@@ -88,6 +89,7 @@ class Dataset:
     latents: dict[str, Latents]
     embeddings: dict[str, Tensor]
     warnings: tuple[str, ...] = ()
+    held_out: Dataset | None = None
 
     @property
     def identities(self) -> tuple[str, ...]:

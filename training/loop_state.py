@@ -15,6 +15,7 @@ from training.base_model import BaseModel
 from training.checkpoint import Checkpoint, RunState
 from training.course import Course
 from training.lora_config import HyperParameters
+from training.probe import Probed
 from utils.errors import TrainingFailed
 
 
@@ -34,6 +35,9 @@ class LoopState:
         skipped_in_a_row: Steps without an update up to now.
         losses: Mean loss of each completed epoch.
         saved_step: Step of the newest checkpoint.
+        probes: What the probe has found.
+        best: The best LoRA so far, on the CPU, where it is to be delivered.
+        samples: Sample pictures of checkpoints (see `training.grids`).
     """
 
     lora: dict[str, torch.nn.Parameter]
@@ -46,6 +50,24 @@ class LoopState:
     skipped_in_a_row: int = 0
     losses: list[float] = dataclasses.field(default_factory=list)
     saved_step: int = 0
+    probes: list[Probed] = dataclasses.field(default_factory=list)
+    best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    samples: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        """Completed epochs."""
+        return len(self.losses)
+
+    def keep_as_best(self) -> None:
+        """Remember the LoRA as it is now."""
+        self.best = _copied(self.lora)
+
+    def take_the_best(self) -> None:
+        """Set the LoRA to what was kept."""
+        with torch.no_grad():
+            for name, weight in self.lora.items():
+                weight.copy_(self.best[name])
 
 
 def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopState:
@@ -104,6 +126,7 @@ def capture(state: LoopState, about: RunState, accelerator: Accelerator) -> Chec
             skipped_in_a_row=state.skipped_in_a_row,
             losses=tuple(state.losses),
             scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
+            probes=tuple(state.probes),
         ),
         lora=_copied(state.lora),
         optimizer=_copied(
@@ -114,6 +137,9 @@ def capture(state: LoopState, about: RunState, accelerator: Accelerator) -> Chec
             }
         ),
         random=_copied(random),
+        # Nothing changes these in place.
+        best=dict(state.best),
+        samples=dict(state.samples),
     )
 
 
@@ -142,6 +168,8 @@ def restore(state: LoopState, saved: Checkpoint, accelerator: Accelerator) -> No
     state.updates = saved.state.updates
     state.skipped_in_a_row = saved.state.skipped_in_a_row
     state.losses = list(saved.state.losses)
+    state.probes = list(saved.state.probes)
+    state.best, state.samples = dict(saved.best), dict(saved.samples)
 
 
 def assert_moved(state: LoopState, base: BaseModel, parameters: HyperParameters) -> None:

@@ -65,6 +65,9 @@ class HyperParameters:
     caption_dropout: float = _parameter(
         0.1, "part of the steps with an empty prompt (arXiv:2207.12598)", low=0.0, high=1.0
     )
+    deliver: str = _parameter(
+        "last", "which checkpoint becomes the model", choices=("last", "best")
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -129,6 +132,10 @@ class TrainingRun:
         min_images: Fewer usable pictures than this fail the run.
         max_image_pixels: Larger pictures are left out.
         checkpoint_interval: Epochs between checkpoints.
+        validation_pictures: Never trained on: the probe looks at them.
+        sample_prompts: What samples are painted of; none: the captions.
+        sample_steps: Steps of the sampler; a CPU makes a sketch of fewer.
+        preview_share: Part of the training's time that samples at checkpoints may take.
     """
 
     task_id: str
@@ -141,6 +148,10 @@ class TrainingRun:
     min_images: int = 3
     max_image_pixels: int = 100_000_000
     checkpoint_interval: int = 10
+    validation_pictures: tuple[Picture, ...] = ()
+    sample_prompts: tuple[str, ...] = ()
+    sample_steps: int = 25
+    preview_share: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,18 +3,20 @@ loss over the epochs."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw, ImageFont
+
+from training.evaluation import evaluating, mixed_precision
+from training.probe import Interrupted, Probed
 
 if TYPE_CHECKING:
     from training.base_model import BaseModel
@@ -24,10 +26,56 @@ log = logging.getLogger(__name__)
 SAMPLES = "samples.png"
 LOSS_CURVE = "loss_curve.png"
 MAX_PROMPTS = 4
+GUIDANCE = 7.5
+"""Scale of classifier-free guidance (arXiv:2207.12598)."""
 COLUMNS = ("Without the LoRA", "With the LoRA")
 
 # Measures of the sheet, in pixels.
 MARGIN, LINE, LEAST_CELL, FONT_SIZE = 16, 28, 240, 16
+
+
+def chosen_prompts(prompts: Sequence[str]) -> list[str]:
+    """The first `MAX_PROMPTS` different ones; none stands for the empty prompt."""
+    return list(dict.fromkeys(prompts))[:MAX_PROMPTS] or [""]
+
+
+def paint(
+    base: BaseModel,
+    prompts: Sequence[str],
+    seed: int,
+    *,
+    with_lora: bool,
+    resolution: int,
+    steps: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Image.Image]:
+    """One picture a prompt; the n-th is painted from the noise of `seed` + n.
+
+    Training is not disturbed: no global generator is drawn from, and modes, gradients' flags and
+    dtypes are as before.
+
+    Args:
+        base: The base model with the LoRA attached; it is left attached and switched on.
+        prompts: What to paint.
+        seed: Of the noise, which is the same on every machine: it is drawn on the CPU.
+        with_lora: Whether the LoRA has an effect.
+        resolution: Side of each picture in pixels, a multiple of 8.
+        steps: Steps of the DDIM sampler (arXiv:2010.02502).
+        should_stop: Asked before each step.
+
+    Raises:
+        Interrupted: A stop was asked for.
+    """
+    texts = base.encode_prompts(["", *prompts])
+    side = resolution // 8
+    pictures = []
+    with evaluating(base, with_lora=with_lora):
+        for n in range(len(prompts)):
+            noise = torch.randn(
+                (1, 4, side, side), generator=torch.Generator().manual_seed(seed + n)
+            )
+            pictures.append(_paint(base, texts[[0, 1 + n]], noise, steps, should_stop))
+    return pictures
 
 
 def write_samples(
@@ -38,7 +86,6 @@ def write_samples(
     *,
     resolution: int = 512,
     steps: int = 25,
-    guidance: float = 7.5,
 ) -> Path:
     """Paint a few prompts without and with the attached LoRA, side by side, into `samples.png`.
 
@@ -53,7 +100,6 @@ def write_samples(
         folder: Where the file goes.
         resolution: Side of each picture in pixels, a multiple of 8.
         steps: Steps of the DDIM sampler (arXiv:2010.02502).
-        guidance: Classifier-free guidance scale (arXiv:2207.12598).
 
     Returns:
         The file's path.
@@ -61,36 +107,31 @@ def write_samples(
     Raises:
         OSError: The disk is full or read-only.
     """
-    chosen = list(dict.fromkeys(prompts))[:MAX_PROMPTS] or [""]
-    texts = base.encode_prompts(["", *chosen])
-    side = resolution // 8
-    # Drawn on the CPU, the noise of a seed is the same on every machine.
-    noises = [
-        torch.randn((1, 4, side, side), generator=torch.Generator().manual_seed(seed + n))
-        for n in range(len(chosen))
+    chosen = chosen_prompts(prompts)
+    columns = [
+        paint(base, chosen, seed, with_lora=on, resolution=resolution, steps=steps)
+        for on in (False, True)
     ]
-    columns: list[list[Image.Image]] = []
-    for with_lora in (False, True):
-        with _sampling(base, with_lora=with_lora):
-            columns.append(
-                [
-                    _paint(base, texts[[0, 1 + n]], noises[n], steps, guidance)
-                    for n in range(len(chosen))
-                ]
-            )
     sheet = _sheet(chosen, list(zip(*columns, strict=True)))
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     return _save(folder / SAMPLES, buffer)
 
 
-def write_loss_curve(losses: Sequence[float], folder: Path, *, first_epoch: int = 1) -> Path:
-    """Plot the loss of every epoch, and its smoothed course, into `loss_curve.png`.
+def write_loss_curve(
+    losses: Sequence[float],
+    folder: Path,
+    *,
+    probes: Sequence[Probed] = (),
+    delivered: int | None = None,
+) -> Path:
+    """Plot the loss of every epoch, and what the probe found, into `loss_curve.png`.
 
     Args:
         losses: Mean unweighted loss of each epoch, in order; one that is not finite leaves a gap.
         folder: Where the file goes.
-        first_epoch: Number of the first of `losses`.
+        probes: Drawn below the losses, on a scale of their own.
+        delivered: The epoch that became the model.
 
     Returns:
         The file's path.
@@ -102,18 +143,37 @@ def write_loss_curve(losses: Sequence[float], folder: Path, *, first_epoch: int 
     # pylint: disable-next=import-outside-toplevel
     from matplotlib import figure, ticker
 
-    epochs = range(first_epoch, first_epoch + len(losses))
-    sheet = figure.Figure(figsize=(8, 4.5), layout="constrained")
-    axes = sheet.add_subplot()
+    epochs = range(1, 1 + len(losses))
+    sheet = figure.Figure(figsize=(8, 7 if probes else 4.5), layout="constrained")
+    axes, *below = sheet.subplots(2 if probes else 1, sharex=True, squeeze=False)[:, 0]
     axes.plot(epochs, losses, color="0.7", marker="." if len(losses) <= 50 else "", label="epoch")
     axes.plot(epochs, smoothed(losses), color="tab:blue", linewidth=2, label="smoothed")
-    axes.set(xlabel="epoch", ylabel="mean loss (unweighted)", title="Training loss")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    axes.set(ylabel="mean loss (unweighted)", title="Training loss (random noise each step)")
+    for second in below:
+        _plot_probes(second, probes)
+    last = (axes, *below)[-1]
+    last.set(xlabel="epoch")
+    last.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    for each in (axes, *below):
+        if delivered is not None:
+            each.axvline(delivered, color="tab:green", linestyle=":", label="delivered")
+        each.grid(alpha=0.3)
+        each.legend()
     buffer = io.BytesIO()
     sheet.savefig(buffer, format="png", dpi=120)
     return _save(folder / LOSS_CURVE, buffer)
+
+
+def _plot_probes(axes: Any, probes: Sequence[Probed]) -> None:
+    epochs = [each.epoch for each in probes]
+    for label, color, values in (
+        ("training pictures", "tab:blue", [each.training for each in probes]),
+        ("held-out pictures", "tab:orange", [each.held_out for each in probes]),
+    ):
+        if any(value is not None for value in values):
+            gaps = [math.nan if value is None else value for value in values]
+            axes.plot(epochs, gaps, color=color, marker="o", label=label)
+    axes.set(ylabel="probe", title="Probe: the same pictures and noise each time")
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
@@ -129,48 +189,28 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return course
 
 
-@contextlib.contextmanager
-def _sampling(base: BaseModel, *, with_lora: bool) -> Iterator[None]:
-    """Evaluation mode without gradients, with the LoRA on or off; afterwards all is as before, and
-    the LoRA on.
-
-    Gradient checkpointing needs no switch: without gradients the UNet does none.
-    """
-    modes = [(module, module.training) for module in base.unet.modules()]
-    trained = [(weight, weight.requires_grad) for weight in base.unet.parameters()]
-    base.unet.eval()
-    if not with_lora:
-        base.unet.disable_adapters()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        base.unet.enable_adapters()
-        for weight, requires_grad in trained:  # the adapter's switch flips these
-            weight.requires_grad_(requires_grad)
-        for module, training in modes:
-            module.training = training
-
-
 def _paint(
-    base: BaseModel, texts: torch.Tensor, noise: torch.Tensor, steps: int, guidance: float
+    base: BaseModel,
+    texts: torch.Tensor,
+    noise: torch.Tensor,
+    steps: int,
+    should_stop: Callable[[], bool],
 ) -> Image.Image:
     """One picture from `texts`, the states of the empty prompt and of the prompt, [2, 77, d]."""
     # Clipping is for pixels; latents reach beyond 1, and DDPM's default would cut them off.
     scheduler = DDIMScheduler.from_config(base.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(steps, device=base.device)
     latents = noise.to(base.device) * scheduler.init_noise_sigma
-    # The frozen weights are in half precision, the LoRA in single.
-    half = base.dtype != torch.float32
-    mixed = torch.autocast(base.device.type, dtype=base.dtype, enabled=half)
     for timestep in scheduler.timesteps:
+        if should_stop():
+            raise Interrupted
         pair = scheduler.scale_model_input(latents.expand(2, -1, -1, -1), timestep)
-        with mixed:
+        with mixed_precision(base):
             prediction = base.unet(
                 pair.to(base.dtype), timestep, encoder_hidden_states=texts, return_dict=False
             )[0]
         plain, guided = prediction.float().chunk(2)
-        latents = scheduler.step(plain + guidance * (guided - plain), timestep, latents).prev_sample
+        latents = scheduler.step(plain + GUIDANCE * (guided - plain), timestep, latents).prev_sample
     return _decode(base, latents)
 
 

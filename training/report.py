@@ -62,6 +62,10 @@ def build_report(
         "pictures_used": len(statuses) - statuses.count("left_out"),
         "pictures_left_out": statuses.count("left_out"),
         "pictures": [dataclasses.asdict(entry) for entry in dataset.entries],
+        "validation_pictures": [
+            dataclasses.asdict(entry)
+            for entry in (dataset.held_out.entries if dataset.held_out else ())
+        ],
         "hyperparameters": dataclasses.asdict(result.parameters),
         "hyperparameters_asked": dataclasses.asdict(run.parameters),
         "epochs": result.epochs,
@@ -73,6 +77,11 @@ def build_report(
         "steps_per_second": result.steps_per_second,
         "peak_memory_bytes": result.peak_memory_bytes,
         "resumed_from": result.resumed_from,
+        "probes": [dataclasses.asdict(each) for each in result.probes],
+        "best_epoch": result.best_epoch,
+        "delivered_epoch": result.delivered_epoch,
+        "probe_seconds": round(result.probe_seconds, 3),
+        "sample_seconds": round(result.sample_seconds, 3),
         "stopped": result.stopped,
         "base_model": {"name": base.name, "hash": base.hash, "dtype": _name_of(base.dtype)},
         "versions": versions(base.device),
@@ -110,6 +119,8 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: report[name] for name in names},
         "resumed_from": report["resumed_from"],
+        "best_epoch": report["best_epoch"],
+        "delivered_epoch": report["delivered_epoch"],
         "base_model": report["base_model"]["name"],
         "warnings": len(report["warnings"]),
     }

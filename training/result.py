@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import Tensor
+
 from training.lora_config import HyperParameters
+from training.probe import Probed
 from utils.errors import StopReason
 
 
@@ -28,6 +31,11 @@ class TrainingResult:
         stopped: Why the run ended early; None for a finished training.
         parameters: Hyper-parameters in force at the end.
         warnings: Sentences for the report.
+        probes: What the probe found, over the whole job.
+        best_epoch: The checkpoint that the probe recommends; None where it found nothing.
+        delivered_epoch: Epoch of the weights that are on the base now.
+        samples: Sample pictures of checkpoints (see `training.grids`).
+        probe_seconds, sample_seconds: What probe and samples took of `seconds`.
     """
 
     epochs: int
@@ -42,3 +50,9 @@ class TrainingResult:
     stopped: StopReason | None
     parameters: HyperParameters
     warnings: tuple[str, ...] = ()
+    probes: tuple[Probed, ...] = ()
+    best_epoch: int | None = None
+    delivered_epoch: int | None = None
+    samples: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    probe_seconds: float = 0.0
+    sample_seconds: float = 0.0

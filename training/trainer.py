@@ -19,10 +19,12 @@ from training.clock import Clock
 from training.course import Course
 from training.dataset import Dataset
 from training.device import one_run_accelerator, peak_memory_bytes
+from training.examiner import Examiner
 from training.loop_state import LoopState
 from training.lora_config import TrainingRun
 from training.objective import Chance, denoising_losses, min_snr_weights
 from training.plan import Plan
+from training.probe import Probed, best_of, verdict
 from training.result import TrainingResult
 from utils.errors import StopReason, TrainingDiverged
 from utils.events import CheckpointSaved, Event, Progress, Stage, Started
@@ -73,6 +75,7 @@ class LoRATrainer:
         weights = min_snr_weights(base.scheduler, self._parameters.snr_gamma)
         self._loss_weights = weights.to(base.device)
         self._clock = Clock()
+        self._examiner = Examiner(run, base, dataset, should_stop, self._clock)
 
     def train(self) -> TrainingResult:
         """Train to the last epoch, or to a stop; then the run is saved where it stands.
@@ -89,6 +92,8 @@ class LoRATrainer:
             state = self._begin(accelerator)
             self._base.offload_encoders()
             stopped = self._loop(state, accelerator)
+        best = best_of(state.probes)
+        delivered = None if stopped else self._choose(state, best)
         return TrainingResult(
             epochs=len(state.losses),
             steps=state.step,
@@ -101,28 +106,52 @@ class LoRATrainer:
             resumed_from=self._start.state.epoch if self._start else None,
             stopped=stopped,
             parameters=self._parameters,
-            warnings=self._warnings(state),
+            warnings=self._warnings(state) + verdict(state.probes),
+            probes=tuple(state.probes),
+            best_epoch=best.epoch if best else None,
+            delivered_epoch=delivered,
+            samples=dict(state.samples),
+            probe_seconds=self._examiner.probe_seconds,
+            sample_seconds=self._examiner.sample_seconds,
         )
+
+    def _choose(self, state: LoopState, best: Probed | None) -> int:
+        """Leave the weights that are asked for on the base, and say of which epoch they are."""
+        if self._parameters.deliver != "best" or not best or not state.best:
+            return state.epoch
+        state.take_the_best()
+        log.info("best_checkpoint_chosen", extra={"epoch": best.epoch, "of": state.epoch})
+        return best.epoch
 
     def _loop(self, state: LoopState, accelerator: Accelerator) -> StopReason | None:
         """Step to the plan's end, or to a stop, whose reason is returned."""
         plan = self._plan
-        while state.step < plan.total_steps:
+        while True:
+            if not plan.inside_epoch(state.step):
+                seen = self._examiner.examine(state)
+                self._save_if_due(state, accelerator)
+                if seen and state.step == plan.total_steps:
+                    break
             if reason := self._should_stop():
                 if state.step != state.saved_step:
                     self._save(state, accelerator)
                 return reason
-            norm = self._backward(state, accelerator)
-            state.optimizer.param_groups[0]["lr"] = plan.learning_rate(state.step)
-            self._update(state, norm, accelerator)
-            state.step += 1
-            self._clock.tick()
-            if not plan.inside_epoch(state.step):
-                self._end_epoch(state, accelerator)
-            self._report_progress(state)
+            if state.step < plan.total_steps:  # else the last examination is to be made again
+                self._step(state, accelerator)
         if state.updates < UPDATES_BEFORE_CHECK:
             loop_state.assert_moved(state, self._base, self._parameters)
         return None
+
+    def _step(self, state: LoopState, accelerator: Accelerator) -> None:
+        """One optimizer step."""
+        norm = self._backward(state, accelerator)
+        state.optimizer.param_groups[0]["lr"] = self._plan.learning_rate(state.step)
+        self._update(state, norm, accelerator)
+        state.step += 1
+        self._clock.tick()
+        if not self._plan.inside_epoch(state.step):
+            self._end_epoch(state)
+        self._report_progress(state)
 
     def _backward(self, state: LoopState, accelerator: Accelerator) -> Tensor:
         """Gradients of one optimizer step, clipped; returns their norm before that."""
@@ -176,7 +205,7 @@ class LoRATrainer:
                 "row had no finite gradient. Lower learning_rate."
             )
 
-    def _end_epoch(self, state: LoopState, accelerator: Accelerator) -> None:
+    def _end_epoch(self, state: LoopState) -> None:
         total, count = torch.stack([state.loss_sum, state.loss_count.to(torch.float32)]).tolist()
         if not count:
             raise TrainingDiverged(
@@ -188,14 +217,13 @@ class LoRATrainer:
         state.loss_count.zero_()
         epoch = len(state.losses)
         log.info("epoch_done", extra={"epoch": epoch, "step": state.step, "loss": state.losses[-1]})
-        self._save_if_due(state, accelerator)
 
     def _save_if_due(self, state: LoopState, accelerator: Accelerator) -> None:
         """Save at the run's interval and at its end; in mid-trouble wait for the next epoch."""
         interval, epoch = self._run.checkpoint_interval, len(state.losses)
         ends = epoch == self._parameters.epochs
         since = self._plan.epochs_done(state.saved_step)
-        if epoch // interval == since // interval and not ends:
+        if state.step == state.saved_step or (epoch // interval == since // interval and not ends):
             return
         if not loop_state.weights_are_finite(state):
             raise TrainingDiverged(

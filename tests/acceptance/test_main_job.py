@@ -186,3 +186,25 @@ def _same_weights(one: Path, other: Path) -> bool:
     name = "adapter_model.safetensors"
     ours, theirs = load_file(one / name), load_file(other / name)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_held_out_pictures_are_fetched_and_the_best_checkpoint_is_delivered(
+    world: World, worker: WorkerProcess
+) -> None:
+    assert worker.exit_code is None
+    message = world.envelope(
+        style_id=9,
+        parameters={"epochs": 4, "deliver": "best"},
+        validation_images=[world.photographs[4], f"s3://{world.media}/nowhere.jpg"],
+        sample_prompts=["a lighthouse"],
+    )
+    world.publish(message)
+    kind, ending = world.ending(message["task_id"])
+    assert kind == "complete", ending
+    report = json.loads(world.read(world.media, "models/style_9/training_report.json"))
+    assert [each["status"] for each in report["validation_pictures"]] == ["used", "left_out"]
+    assert [each["epoch"] for each in report["probes"]] == [0, 2, 4]
+    assert all(each["held_out"] > 0 for each in report["probes"])
+    best = min(report["probes"][1:], key=lambda each: each["held_out"])["epoch"]
+    assert report["best_epoch"] == report["delivered_epoch"] == best
+    assert ending["report"]["delivered_epoch"] == best

@@ -353,3 +353,44 @@ def test_mutilated_messages_become_a_job_or_a_refusal_and_nothing_else() -> None
             str(error).encode()
         else:
             assert from_understood(job.understood(), SETTINGS) == job
+
+
+# --- pictures to judge by, and what to paint
+
+
+def test_validation_images_and_sample_prompts_are_understood_in_both_dialects() -> None:
+    more = {
+        "validation_images": ["s3://%s/v.jpg" % BUCKET, None],
+        "sample_prompts": ["a\nboat", ""],
+    }
+    for job in (read(envelope(**more)), read(flat(**more))):
+        assert [image.location for image in job.validation_images] == [
+            S3Location(BUCKET, "v.jpg"),
+            None,
+        ]
+        assert job.validation_images[1].problem
+        assert job.sample_prompts == ("a boat",)
+        assert not job.ignored_fields
+    assert read(flat(sample_prompts=["p" * 501])).sample_prompts == ("p" * 500,)
+    assert not read(flat(validation_images=["", "s3://x"])).validation_images[0].location
+    plain = read(envelope())
+    assert (plain.validation_images, plain.sample_prompts) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"validation_images": "a.jpg"}, "validation_images"),
+        ({"validation_images": ["a.jpg"] * 201}, "validation_images"),
+        ({"validation_images": ["s3://somebody-elses/a.jpg"]}, "validation_images.0"),
+        ({"validation_images": ["file:///etc/passwd"]}, "validation_images.0"),
+        ({"sample_prompts": ["a"] * 5}, "sample_prompts"),
+        ({"sample_prompts": [5]}, "sample_prompts.0"),
+        ({"parameters": {"deliver": "first"}}, "parameters.deliver"),
+    ],
+)
+def test_they_have_the_limits_of_pictures_and_limits_of_their_own(
+    wrong: dict[str, Any], field: str
+) -> None:
+    assert refused(envelope(**wrong)).field == f"data.{field}"
+    assert refused(flat(**wrong)).field == field

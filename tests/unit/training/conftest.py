@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from sandbox.stand_in_model import build_stand_in
+from training import probe
 from training.base_model import BaseModel
 from training.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
 
@@ -23,6 +24,12 @@ MakeRun = Callable[..., TrainingRun]
 def one_thread() -> None:
     """Sums in another order have other last bits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe is quicker, and no less a probe."""
+    monkeypatch.setattr(probe, "CPU_PASSES", 4)
 
 
 @pytest.fixture(scope="session")

@@ -132,6 +132,8 @@ def test_the_summary_is_a_few_scalars(report: dict[str, Any], base: BaseModel) -
         "seconds": 12.346,
         "steps_per_second": 0.5,
         "resumed_from": 1,
+        "best_epoch": None,
+        "delivered_epoch": None,
         "base_model": base.name,
         "warnings": 3 + len(base.warnings),
     }
