@@ -51,8 +51,9 @@ def main() -> int:
     for sentence in outcome.verdict.broken:
         console.print(f"broken: {sentence}", style="red", markup=False, soft_wrap=True)
     if outcome.verdict.broken:
-        console.print(f"seed {plan.seed}; the time line:", *outcome.line.lines, sep="\n")
-        console.print(f"logs: {plan.folder}", soft_wrap=True)
+        end = f"logs: {plan.folder}"
+        words = [f"seed {plan.seed}; the time line:", *outcome.line.lines, end]
+        console.print(*words, sep="\n", markup=False, highlight=False, soft_wrap=True)
         return 1
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextlib
 import os
 import random
 import signal
@@ -282,7 +284,7 @@ class Injector:
         self._line.note(f"{fault.number:3}  … the broker is back")
 
     def _delete_queue(self, fault: Fault) -> None:
-        own = [name for name in self._world.queues() if name != QUEUE and name != DEAD_QUEUE]
+        own = [name for name in self._world.queues() if name not in (QUEUE, DEAD_QUEUE)]
         name = (QUEUE, QUEUE, DEAD_QUEUE, own[fault.detail // 4 % len(own)])[fault.detail % 4]
         with self._world.broker_turn:
             held = self._world.delete_queue(name)
@@ -326,7 +328,5 @@ def _in_time(condition: Callable[[], bool]) -> bool:
 
 def _kill(process: int | None, number: int) -> None:
     if process is not None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
-        except ProcessLookupError:
-            return

@@ -1,7 +1,16 @@
 """The product's safeguards, and a way to take each of them away in a worker under test.
 
-A suite that passes proves something only if it fails without what it tests:
-`scripts/chaos --without fence` must end with a broken invariant.
+A suite that passes proves something only if it fails without what it tests. Each of these, with the
+faults that the safeguard is there for, must end with broken invariants, and did with seed 1:
+
+    scripts/chaos --without conditional-writes --only "published twice" --faults 12
+        jobs with two endings, epochs trained by two workers at once, sequences told twice
+    scripts/chaos --without fence --only frozen --faults 8
+        training long after the job was taken away, models of a stale claim visible
+    scripts/chaos --without confirms --only "queue deleted" --faults 12
+        messages that were to go to the dead queue are nowhere
+    scripts/chaos --without record-before-ack --only "webhook complete" --faults 10
+        jobs with two endings, trained again after the first
 """
 
 # Taking something out means reaching inside.

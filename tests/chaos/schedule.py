@@ -123,16 +123,8 @@ def schedule(
         order = None
         if kind is Kind.CRASH_POINT:
             deck = deck or dice.sample(sorted(points), len(points))
-            point = deck.pop()
-            often = "jobs" in point or "progress" in point
-            nth = dice.randint(1, 12 if often else 4 if "checkpoints" in point else 1)
-            # Its child dies with a worker, and sometimes alone.
-            order = Order(point, nth, dice.choice(("worker", "worker", "worker", "child")))
-        seconds = dice.uniform(0.5, 2.5)
-        if kind is Kind.FROZEN:
-            seconds = lease * dice.uniform(1.5, LONGEST_FREEZE_IN_LEASES)
-        if kind in (Kind.BROKER_SILENT, Kind.CHILD_HANGS):
-            seconds = dice.uniform(2.0, 7.0)
+            order = _order(dice, deck.pop())
+        seconds = _seconds(dice, kind, lease)
         faults.append(
             Fault(
                 number=number,
@@ -147,6 +139,22 @@ def schedule(
             )
         )
     return faults
+
+
+def _order(dice: random.Random, point: str) -> Order:
+    often = "jobs" in point or "progress" in point
+    nth = dice.randint(1, 12 if often else 4 if "checkpoints" in point else 1)
+    # Its child dies with a worker, and sometimes alone.
+    return Order(point, nth, dice.choice(("worker", "worker", "worker", "child")))
+
+
+def _seconds(dice: random.Random, kind: Kind, lease: float) -> float:
+    seconds = dice.uniform(0.5, 2.5)
+    if kind is Kind.FROZEN:
+        seconds = lease * dice.uniform(1.5, LONGEST_FREEZE_IN_LEASES)
+    if kind in (Kind.BROKER_SILENT, Kind.CHILD_HANGS):
+        seconds = dice.uniform(2.0, 7.0)
+    return seconds
 
 
 def _slot(dice: random.Random, kind: Kind, workers: int) -> int:

@@ -117,7 +117,7 @@ def run(plan: Plan) -> Outcome:
             line.note("faults have ceased")
             settled_after = _settle(world, jobs, plan.settle_seconds)
             line.note(f"settled after {settled_after:.1f} s")
-            broken += _queues(world)
+            broken += _queues(world, quiet=plan.lease + 2.0)  # longer than any delay
             broken += _vitals(fleet, baseline)
             broken += _stop(fleet)
         broken += _queues(world)
@@ -211,15 +211,22 @@ def _settle(world: World, jobs: Jobs, seconds: float) -> float:
     return time.monotonic() - began if wait_for(settled, seconds, every=0.5) else float("inf")
 
 
-def _queues(world: World) -> list[str]:
-    """All queues but the dead one are empty, within the longest delay."""
-
-    def waiting() -> dict[str, int]:
-        return {name: n for name, n in world.waiting().items() if n and name != DEAD_QUEUE}
-
-    if wait_for(lambda: not waiting(), 15.0, every=0.5):
-        return []
-    return [f"{count} messages wait in {name}" for name, count in waiting().items()]
+def _queues(world: World, *, quiet: float = 0.0) -> list[str]:
+    """All queues but the dead one get empty, and stay so: a worker may have had a copy in hand."""
+    deadline = time.monotonic() + quiet + 15.0
+    empty_since = None
+    while True:
+        waiting = {name: n for name, n in world.waiting().items() if n and name != DEAD_QUEUE}
+        now = time.monotonic()
+        if not waiting:
+            empty_since = empty_since or now
+            if now - empty_since >= quiet:
+                return []
+        elif now > deadline:
+            return [f"{count} messages wait in {name}" for name, count in waiting.items()]
+        else:
+            empty_since = None
+        time.sleep(0.5)
 
 
 def _vitals(fleet: Fleet, baseline: dict[str, int]) -> list[str]:
@@ -227,7 +234,6 @@ def _vitals(fleet: Fleet, baseline: dict[str, int]) -> list[str]:
     slot = fleet.slots[0]
     if len(fleet.slots) == 1:
         return []
-    time.sleep(3)
     if slot.starts > 1:
         return [f"worker 0 was started {slot.starts} times, though nothing killed it"]
     now = slot.vitals()

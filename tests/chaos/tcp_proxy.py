@@ -55,6 +55,7 @@ class TcpProxy:
         self._refusing_until = 0.0
         self._cutting_until = 0.0
         self._cut_after = 0
+        self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tcp-proxy")
 
@@ -112,7 +113,8 @@ class TcpProxy:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _close(self) -> None:
-        self._server.close()
+        if self._server:
+            self._server.close()
         tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()
