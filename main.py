@@ -213,7 +213,7 @@ def _say_what_was_made(output: Path, finished: Finished) -> None:
     console.print(f"Trained {finished.epoch} epochs in {finished.seconds:.0f} s{loss}.")
     for label, name in (
         ("model", "lora_weights.safetensors"),
-        ("report", "training_report.json"),
+        ("report", "training_report.html"),
         ("pictures", "samples.png"),
         ("loss", "loss_curve.png"),
     ):

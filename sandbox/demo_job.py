@@ -31,6 +31,7 @@ MODEL_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "training_report.json",
+    "training_report.html",
     "samples.png",
     "loss_curve.png",
 )
@@ -247,7 +248,7 @@ class DemoJob:
             "Model": str(self._output / "lora_weights.safetensors"),
             "  for ComfyUI": str(self._output / "lora_weights_kohya.safetensors"),
             "  for PEFT": str(self._output / "adapter_model.safetensors"),
-            "Report": str(self._output / "training_report.json"),
+            "Report": str(self._output / "training_report.html"),
             "Pictures": str(self._output / "samples.png"),
             "Loss curve": str(self._output / "loss_curve.png"),
             "Time": f"{seconds:.0f} s from the first upload to the worker's end",

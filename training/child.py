@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import diffusers
+import jinja2
 import transformers
 
-from training import export, held_out, preview, recovery, report
+from training import export, held_out, html_report, preview, recovery, report
 from training.base_model import BaseModel
 from training.dataset import Dataset
 from training.device import gpu_error, out_of_memory
@@ -170,6 +171,7 @@ class Child:
         result = _with_previews(run, base, data, result, folder)
         content = report.build_report(run, base, data, result)
         report.write_report(content, folder)
+        _write_html(content, run, data, result, folder)
         files = tuple(name for name in report.FILES if (folder / name).is_file())
         return _Output(str(folder), files, report.summary(content))
 
@@ -275,6 +277,17 @@ def _with_previews(
             log.error("preview_failed", extra={"preview": name}, exc_info=error)
             missing.append(f"The {name} could not be made ({type(error).__name__}).")
     return dataclasses.replace(result, warnings=(*result.warnings, *missing))
+
+
+def _write_html(
+    content: dict[str, Any], run: TrainingRun, data: Dataset, result: TrainingResult, folder: Path
+) -> None:
+    """The report for people. The facts are safe in the other one: training does not fail of it."""
+    try:
+        prompts = preview.chosen_prompts(prompts_of(run, data))
+        html_report.write_html(content, run, result, prompts, folder)
+    except (ValueError, TypeError, LookupError, jinja2.TemplateError) as error:
+        log.error("html_report_failed", exc_info=error)
 
 
 def _quieten_libraries() -> None:

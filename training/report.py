@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from training.html_report import HTML_REPORT
 from training.lora_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIFFUSERS_WEIGHTS, KOHYA_WEIGHTS
 from training.preview import LOSS_CURVE, SAMPLES
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 REPORT = "training_report.json"
 FILES = (
     REPORT,
+    HTML_REPORT,
     LOSS_CURVE,
     SAMPLES,
     ADAPTER_CONFIG,

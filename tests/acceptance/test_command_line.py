@@ -73,7 +73,12 @@ def test_a_folder_of_pictures_becomes_a_model_without_any_server(
     assert captions["astronaut.jpg"] == "an astronaut"
     assert len(captions) == 4
     assert not (output / ".training").exists()
-    for name in ("samples.png", "loss_curve.png", "lora_weights_kohya.safetensors"):
+    for name in (
+        "samples.png",
+        "training_report.html",
+        "loss_curve.png",
+        "lora_weights_kohya.safetensors",
+    ):
         assert (output / name).is_file()
 
 

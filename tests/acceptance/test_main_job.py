@@ -20,6 +20,7 @@ MODEL_FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "training_report.json",
+    "training_report.html",
     "samples.png",
     "loss_curve.png",
 }

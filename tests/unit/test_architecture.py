@@ -40,7 +40,7 @@ TYPES_ONLY = {"mypy_boto3_s3"}
 # Imported under a name of its own, installed and pinned with another.
 PART_OF = {"botocore": "boto3", "pydantic_core": "pydantic", "urllib3": "requests"}
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
-PICTURES = {"numpy", "PIL", "matplotlib", "imagehash"}
+PICTURES = {"numpy", "PIL", "matplotlib", "imagehash", "jinja2"}
 TRAINING_MAY_IMPORT = TORCH | PICTURES | set(sys.stdlib_module_names)
 # What a machine that only trains does not have.
 CLIENTS = (

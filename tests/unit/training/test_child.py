@@ -151,7 +151,9 @@ def test_a_run_gives_its_facts_in_order_and_its_files_with_the_model_last(
     assert Path(ending.folder) == Path(run.work_folder) / "output"
     assert ending.files[-1] == "lora_weights.safetensors"
     assert set(ending.files) == {path.name for path in Path(ending.folder).iterdir()}
-    assert {"samples.png", "loss_curve.png", "training_report.json"} < set(ending.files)
+    assert {"samples.png", "loss_curve.png", "training_report.json", "training_report.html"} < set(
+        ending.files
+    )
     assert ending.summary["steps"] == 6
     kinds = list(dict.fromkeys(type(fact) for fact in child.seen))
     assert kinds[:2] == [Progress, Started] and kinds[-1] is Finished

@@ -1,0 +1,225 @@
+"""The artist's report: whole in one file, readable in a real browser, wide and narrow, and harmless
+whatever a message says."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.unit.training.browser import chromium, look
+from training import grids
+from training.html_report import write_html
+from training.lora_config import HyperParameters, Picture, TrainingRun
+from training.preview import write_loss_curve
+from training.probe import Probed
+from training.result import TrainingResult
+
+EVIL = "<script>document.title='taken'</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
+LONG = "averyveryverylongwordwithoutanyplacetobreak" * 8
+PROMPTS = ["a harbour at dawn", EVIL, LONG]
+PROBES = tuple(
+    Probed(10 * n, 100 * n, 0.2 - 0.02 * n, 0.2 - 0.03 * n + 0.006 * n * n) for n in range(6)
+)
+
+
+def picture(number: int) -> Image.Image:
+    """A coloured gradient."""
+    across, down = np.meshgrid(np.linspace(0, 255, 96), np.linspace(0, 255, 64))
+    pixels = np.stack([across, down, np.full_like(across, 40 * number % 256)], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, TrainingResult]:
+    """A run with every kind of picture and of trouble."""
+    entries, pictures = [], []
+    for number in range(14):
+        path = folder / f"picture-{number}.png"
+        picture(number).save(path)
+        status = ("used", "warned", "left_out")[number % 3]
+        name = {1: f"{EVIL}.png", 2: f"{LONG}.png"}.get(number, f"image_{number}.png")
+        entries.append(
+            {
+                "source": f"s3://media/training/{name}",
+                "status": status,
+                "reasons": [EVIL, "is smaller than 512 x 512 pixels"] if status != "used" else [],
+                "width": 96,
+                "height": 64,
+                "caption": EVIL if number == 3 else f"a red house, {number}",
+            }
+        )
+        pictures.append(Picture(f"s3://media/training/{name}", str(path)))
+    broken = folder / "broken.png"
+    broken.write_bytes(b"<svg onload=alert(1)>")
+    pictures[5] = dataclasses.replace(pictures[5], path=str(broken))
+    pictures[8] = dataclasses.replace(pictures[8], path=None)
+    samples: dict[str, Any] = {}
+    for row in ("base", "10", "20", "30", "50"):
+        samples = grids.with_row(samples, row, [picture(n) for n in range(3)])
+    parameters = HyperParameters(epochs=50, deliver="best")
+    result = TrainingResult(
+        epochs=50,
+        steps=500,
+        loss=0.1,
+        losses=(0.2, math.nan, 0.1),
+        seconds=4000.0,
+        steps_per_second=1.0,
+        peak_memory_bytes=1,
+        skipped_steps=0,
+        resumed_from=None,
+        stopped=None,
+        parameters=parameters,
+        probes=PROBES,
+        best_epoch=20,
+        delivered_epoch=20,
+        samples=samples,
+    )
+    run = TrainingRun(
+        "task-1",
+        10,
+        1,
+        tuple(pictures),
+        parameters,
+        str(folder),
+        validation_pictures=(pictures[0],),
+    )
+    report = {
+        "task_id": "task-1",
+        "style_id": 10,
+        "pictures_asked": 14,
+        "pictures_used": 10,
+        "pictures": entries,
+        "validation_pictures": entries[:1],
+        "hyperparameters": dataclasses.asdict(parameters),
+        "hyperparameters_asked": dataclasses.asdict(parameters) | {"rank": 8},
+        "epochs": 50,
+        "steps": 500,
+        "losses": [0.2, None, 0.1],
+        "seconds": 4000.0,
+        "probes": [dataclasses.asdict(each) for each in PROBES],
+        "best_epoch": 20,
+        "delivered_epoch": 20,
+        "probe_seconds": 3.0,
+        "sample_seconds": 20.0,
+        "base_model": {"name": EVIL, "hash": "ab" * 32},
+        "versions": {"torch": "2"},
+        "warnings": [EVIL, "After epoch 20 the LoRA began to copy its pictures."],
+    }
+    return report | changed, run, result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a run with everything in it, its report written."""
+    path = tmp_path_factory.mktemp("report")
+    report, run, result = make(path)
+    write_loss_curve([0.2, math.nan, 0.1], path, probes=PROBES, delivered=20)
+    picture(1).resize((1200, 900)).save(path / "samples.png")
+    write_html(report, run, result, PROMPTS, path)
+    yield path
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Path:
+    """Its report."""
+    return folder / "training_report.html"
+
+
+@pytest.fixture(scope="module")
+def wide(page: Path) -> dict[str, Any]:
+    """What a browser finds in it on a wide screen."""
+    return look(page, width=1280)
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_every_picture_and_nothing_beyond_the_edge(page: Path, width: int) -> None:
+    found = look(page, width=width)
+    assert found["width"] == width
+    assert found["needed"] <= width and not found["wide"]
+    # 12 thumbnails and one of a held-out picture; two cannot be shown; curve, sheet, 5 x 3 samples.
+    assert found["images"] == 13 + 2 + 15
+    assert not found["broken"] and not found["unnamed"]
+
+
+def test_what_a_message_says_is_text_and_nothing_else(wide: dict[str, Any]) -> None:
+    found = wide
+    assert (found["scripts"], found["handlers"], found["foreign"]) == (0, 0, [])
+    assert found["text"].count("alert(1)") >= 10 and "{{ 7*7 }}" in found["text"]
+    assert "&amp;" not in found["text"]
+
+
+def test_it_says_what_an_artist_asks(wide: dict[str, Any]) -> None:
+    found = wide
+    headings = [text for level, text in found["headings"] if level == "H2"]
+    assert headings == [
+        *("What you should know", "What was chosen", "Samples", "Your pictures"),
+        *("Held-out pictures", "Technical"),
+    ]
+    assert [level for level, _ in found["headings"]].count("H1") == 1
+    text = found["text"]
+    for said in (
+        "10 of 14",
+        "1 h 6 min",
+        "Epoch 20 is the model: its loss on the held-out pictures was the lowest.",
+        "left out",
+        "is smaller than 512 x 512 pixels",
+        "After epoch 20",
+        "Without the LoRA",
+    ):
+        assert said in text, said
+
+
+def test_it_is_whole_in_itself_and_forbids_what_it_does_not_need(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert not re.findall(r"https?://", text)
+    assert str(page.parent) not in text
+    assert len(text) < 1_500_000
+
+
+def test_thumbnails_carry_nothing_but_the_picture(tmp_path: Path) -> None:
+    report, run, result = make(tmp_path)
+    secret = Image.Exif()
+    secret[0x010E] = "the artist's address"
+    with Image.open(run.pictures[0].path or "") as plain:
+        buffer = io.BytesIO()
+        plain.convert("RGB").save(buffer, "JPEG", exif=secret, comment=b"the artist's address")
+    Path(run.pictures[0].path or "").write_bytes(buffer.getvalue())
+    text = write_html(report, run, result, PROMPTS, tmp_path).read_text(encoding="utf-8")
+    inside = [base64.b64decode(each) for each in re.findall(r'base64,([^"]+)"', text)]
+    assert inside and not any(b"address" in each for each in inside)
+
+
+def test_a_run_without_samples_probe_or_pictures_to_show_has_a_report_too(tmp_path: Path) -> None:
+    report, run, result = make(
+        tmp_path, warnings=[], probes=[], best_epoch=None, validation_pictures=[], losses=[]
+    )
+    result = dataclasses.replace(result, samples={}, probes=())
+    run = dataclasses.replace(
+        run,
+        validation_pictures=(),
+        max_image_pixels=1,
+        pictures=tuple(dataclasses.replace(each, caption="") for each in run.pictures),
+    )
+    found = look(write_html(report, run, result, [], tmp_path), width=360)
+    assert found["images"] == 0 and not found["wide"]
+    assert "could not compare" in found["text"]
+
+
+def test_it_can_be_photographed(page: Path, folder: Path) -> None:
+    """And is no blank sheet."""
+    for width in (500, 1280):  # narrower windows the browser does not open
+        target = folder / f"page-{width}.png"
+        chromium(page, f"--screenshot={target}", width=width, height=1600)
+        with Image.open(target) as shot:
+            assert shot.width == width
+            assert len(shot.convert("RGB").getcolors(1 << 24) or ()) > 1000
