@@ -27,6 +27,7 @@ from training.device import gpu_error, out_of_memory
 from training.examiner import prompts_of, sample_steps
 from training.inbox import Inbox
 from training.lora_config import TrainerOptions, TrainingRun
+from training.model_card import model_card
 from training.result import TrainingResult
 from utils.errors import (
     REPORTABLE,
@@ -166,8 +167,8 @@ class Child:
         folder = Path(run.work_folder) / "output"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        metadata = {"task_id": run.task_id, "style_id": str(run.style_id), "claim": str(run.claim)}
-        export.export(base, result.parameters, folder, metadata=metadata)
+        card = model_card(run, base, data, result)
+        export.export(base, result.parameters, folder, metadata=card)
         result = _with_previews(run, base, data, result, folder)
         content = report.build_report(run, base, data, result)
         report.write_report(content, folder)

@@ -26,6 +26,7 @@ from utils.events import CheckpointSaved, Event, Failed, Finished, Progress, Sta
 STEPS_PER_EPOCH = 4
 FILES = (
     "training_report.json",
+    "training_report.html",
     "loss_curve.png",
     "samples.png",
     "adapter_config.json",

@@ -230,7 +230,7 @@ class Verdict:
         prefix = f"models/style_{style_id}/"
         found = self._objects(MEDIA, prefix)
         marks = {(mark.get("task_id"), mark.get("claim")) for mark, _ in found.values()}
-        if not set(FILES) - {"samples.png", "loss_curve.png"} <= set(found):
+        if not set(FILES) - {"samples.png", "loss_curve.png", "training_report.html"} <= set(found):
             self.broken.append(f"style {style_id}: has only {sorted(found)}")
             return None
         if len(marks) != 1:

@@ -363,6 +363,22 @@ def sd15_attention_paths() -> list[str]:
     ]
 
 
+def kohya_modules() -> dict[str, tuple[int, int]]:
+    """Names of SD1.5's attention modules as files from kohya's trainer spell them, with the widths
+    in and out of each, by SD1.5's published shape: 320, 640 and 1280 channels, 768 of text."""
+    blocks = {f"down_blocks_{n}_attentions_{m}": 320 << n for n in range(3) for m in range(2)}
+    blocks["mid_block_attentions_0"] = 1280
+    blocks |= {f"up_blocks_{n}_attentions_{m}": 2560 >> n for n in range(1, 4) for m in range(3)}
+    modules = {}
+    for block, width in blocks.items():
+        for attention, source in (("attn1", width), ("attn2", 768)):
+            name = f"lora_unet_{block}_transformer_blocks_0_{attention}"
+            modules[f"{name}_to_q"] = (width, width)
+            modules[f"{name}_to_k"] = modules[f"{name}_to_v"] = (source, width)
+            modules[f"{name}_to_out_0"] = (width, width)
+    return modules
+
+
 def test_sd15_itself_is_exported_with_the_names_that_kohya_uses(
     base: BaseModel, tmp_path: Path
 ) -> None:
@@ -374,13 +390,19 @@ def test_sd15_itself_is_exported_with_the_names_that_kohya_uses(
     stir(unet)
     full: Any = SimpleNamespace(unet=unet, name="sd15", scheduler=base.scheduler)
     export.export(full, parameters, tmp_path, metadata={})
-    paths = sd15_attention_paths()
-    assert len(paths) == 128
-    kohya = {
-        f"lora_unet_{path.replace('.', '_')}.{part}"
-        for path in paths
-        for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    modules = kohya_modules()
+    assert len(modules) == 128
+    tensors = load_file(tmp_path / KOHYA_WEIGHTS)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        f"{module}.{part}": shape
+        for module, (inputs, outputs) in modules.items()
+        for part, shape in {
+            "lora_down.weight": (4, inputs),
+            "lora_up.weight": (outputs, 4),
+            "alpha": (),
+        }.items()
     }
-    assert load_file(tmp_path / KOHYA_WEIGHTS).keys() == kohya
+    assert all(tensors[f"{module}.alpha"] == 8.0 for module in modules)
+    paths = sd15_attention_paths()
     diffusers = {f"unet.{path}.lora_{part}.weight" for path in paths for part in "AB"}
     assert load_file(tmp_path / DIFFUSERS_WEIGHTS).keys() == diffusers
