@@ -79,6 +79,20 @@ def doctor(
 
 
 @app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A LoRA as safetensors.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts: JSON.")] = False,
+) -> None:
+    """Say what a LoRA file is: format, rank, alpha, targets, base, norms, metadata.
+
+    Exit code 1: it is damaged, a pickle, or no LoRA.
+    """
+    from consumer.inspect_command import run  # pylint: disable=import-outside-toplevel
+
+    sys.exit(run(file, as_json=as_json))
+
+
+@app.command()
 def train(
     folder: Annotated[
         Path, typer.Argument(help="Folder of pictures; `name.txt` captions `name.jpg`.")

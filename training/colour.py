@@ -54,7 +54,6 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...], tuple[str
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         alpha, colours = rgba.getchannel("A"), rgba.convert("RGB")
-        notes = ()
     else:
         colours = image.convert("RGB") if image.mode in ("P", "1", "LAB") else image
     rgb, profile_notes = _through_profile(colours, image.info.get("icc_profile"))

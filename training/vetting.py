@@ -60,17 +60,17 @@ def vet(content: bytes, *, max_pixels: int, resolution: int) -> Vetted:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters raises
         image = _open(content)
         _refuse_by_header(image, max_pixels)
-        several = _first_of_several(image)
+        several, deep = _first_of_several(image), _deep_colour(image)
         _decode(image)
         upright, notes = _upright(image)
-        rgb, more, see_through = to_srgb(upright)
+        rgb, more, see_through = _converted(upright)
         cautions = several + see_through
     if min(rgb.size) < resolution:
         cautions += (
             f"is smaller than {resolution} x {resolution} pixels; enlarging it made it soft",
         )
     decoded = f"{image.format}, {image.width} x {image.height} pixels, {image.mode}"
-    return Vetted(rgb, decoded, notes + more, cautions)
+    return Vetted(rgb, decoded, notes + deep + more, cautions)
 
 
 def _open(content: bytes) -> Image.Image:
@@ -115,6 +115,31 @@ def _first_of_several(image: Image.Image) -> tuple[str, ...]:
     except Exception as error:  # looking for a second one walks through the file
         raise UnusablePicture("is damaged or cut off: it cannot be decoded", image.size) from error
     return ("is animated or has several pages; only the first was used",) if several else ()
+
+
+def _deep_colour(image: Image.Image) -> tuple[str, ...]:
+    """A note where the decoder is about to keep 8 of 16 bits of each colour, unasked."""
+    packed = [part for tile in image.tile for part in tile[-1:]]
+    raw = str(packed[0][0] if packed and isinstance(packed[0], tuple) else packed[:1])
+    deep = ";16" in raw and not image.mode.startswith("I")
+    return ("had 16 bits a colour, converted to 8",) if deep else ()
+
+
+def _converted(
+    image: Image.Image,
+) -> tuple[Image.Image, tuple[str, ...], tuple[str, ...]]:
+    """`to_srgb`, where whatever a rare way of storing colours raises is this picture's alone."""
+    try:
+        return to_srgb(image)
+    except UnusablePicture:
+        raise
+    except MemoryError as error:
+        raise UnusablePicture("is too large to be converted", image.size) from error
+    except Exception as error:
+        raise UnusablePicture(
+            f"stores its colours in a way that cannot be read ({image.mode}); export it as PNG",
+            image.size,
+        ) from error
 
 
 def _decode(image: Image.Image) -> None:

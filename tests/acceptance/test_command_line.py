@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sandbox.photographs import photographs
 from sandbox.rabbitmq_node import RabbitMqNode
@@ -193,3 +195,28 @@ def test_a_training_that_cannot_be_is_a_sentence_and_leaves_nothing_behind(
     said = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(said) == 1 and words in said[0], done.stderr
     assert not list(output.iterdir())
+
+
+def test_inspect_says_what_a_lora_file_is_and_refuses_what_is_none(tmp_path: Path) -> None:
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    path = tmp_path / "style.safetensors"
+    tensors = {
+        f"{layer}.lora_down.weight": torch.ones(2, 768),
+        f"{layer}.lora_up.weight": torch.ones(4, 2),
+        f"{layer}.alpha": torch.tensor(8.0),
+    }
+    save_file(tensors, path, metadata={"modelspec.title": "Harbour \x1b[31mred"})
+    bare = {"PATH": os.environ["PATH"], "COLUMNS": "200"}
+    table = _main("inspect", str(path), environment=bare, folder=tmp_path)
+    assert table.returncode == 0, table.stderr
+    for said in ("kohya", "Stable Diffusion 1, by its shapes", layer, "1 × to_k", "Harbour"):
+        assert said in table.stdout
+    assert "\x1b[31m" not in table.stdout
+    as_json = _main("inspect", str(path), "--json", environment=bare, folder=tmp_path)
+    found = json.loads(as_json.stdout)
+    assert (found["format"], found["ranks"], found["alphas"]) == ("kohya", [2], [8.0])
+    pickle = tmp_path / "style.pt"
+    pickle.write_bytes(b"PK\x03\x04")
+    refused = _main("inspect", "style.pt", environment=bare, folder=tmp_path)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "is a pickle" in refused.stderr and "Traceback" not in refused.stderr
