@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from torch import Tensor
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -119,7 +119,7 @@ def _first_of_several(image: Image.Image) -> tuple[str, ...]:
 
 def _deep_colour(image: Image.Image) -> tuple[str, ...]:
     """A note where the decoder is about to keep 8 of 16 bits of each colour, unasked."""
-    packed = [part for tile in image.tile for part in tile[-1:]]
+    packed = [part for tile in getattr(image, "tile", ()) for part in tile[-1:]]
     raw = str(packed[0][0] if packed and isinstance(packed[0], tuple) else packed[:1])
     deep = ";16" in raw and not image.mode.startswith("I")
     return ("had 16 bits a colour, converted to 8",) if deep else ()

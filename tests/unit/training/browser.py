@@ -61,7 +61,7 @@ def look(page: Path, *, width: int) -> dict[str, Any]:
 
 def chromium(page: Path, *options: str, width: int, height: int = 1000) -> str:
     """Open a page; what the browser prints."""
-    program = shutil.which("chromium")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
     assert program, f"there is no chromium: {INSTALL}"
     profile = page.parent / ".chromium"
     ran = subprocess.run(

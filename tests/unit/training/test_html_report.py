@@ -140,6 +140,7 @@ def wide(page: Path) -> dict[str, Any]:
     return look(page, width=1280)
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_every_picture_and_nothing_beyond_the_edge(page: Path, width: int) -> None:
     found = look(page, width=width)
@@ -150,6 +151,7 @@ def test_a_browser_shows_every_picture_and_nothing_beyond_the_edge(page: Path, w
     assert not found["broken"] and not found["unnamed"]
 
 
+@pytest.mark.browser
 def test_what_a_message_says_is_text_and_nothing_else(wide: dict[str, Any]) -> None:
     found = wide
     assert (found["scripts"], found["handlers"], found["foreign"]) == (0, 0, [])
@@ -157,6 +159,7 @@ def test_what_a_message_says_is_text_and_nothing_else(wide: dict[str, Any]) -> N
     assert "&amp;" not in found["text"]
 
 
+@pytest.mark.browser
 def test_it_says_what_an_artist_asks(wide: dict[str, Any]) -> None:
     found = wide
     headings = [text for level, text in found["headings"] if level == "H2"]
@@ -199,6 +202,7 @@ def test_thumbnails_carry_nothing_but_the_picture(tmp_path: Path) -> None:
     assert inside and not any(b"address" in each for each in inside)
 
 
+@pytest.mark.browser
 def test_a_run_without_samples_probe_or_pictures_to_show_has_a_report_too(tmp_path: Path) -> None:
     report, run, result = make(
         tmp_path, warnings=[], probes=[], best_epoch=None, validation_pictures=[], losses=[]
@@ -215,6 +219,7 @@ def test_a_run_without_samples_probe_or_pictures_to_show_has_a_report_too(tmp_pa
     assert "could not compare" in found["text"]
 
 
+@pytest.mark.browser
 def test_it_can_be_photographed(page: Path, folder: Path) -> None:
     """And is no blank sheet."""
     for width in (500, 1280):  # narrower windows the browser does not open
