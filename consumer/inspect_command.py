@@ -49,7 +49,7 @@ def _show(found: Inspection, console: Console) -> None:
             f"{len(found.layers)} ({found.parameters:,} numbers, {', '.join(found.dtypes)})",
         ),
         ("targets", ", ".join(f"{count} × {name}" for name, count in found.targets.items())),
-        ("‖ΔW‖", "{0:.4g} to {2:.4g}, mean {1:.4g}".format(*found.norms) if found.norms else "–"),
+        ("‖ΔW‖", _spread(found.norms)),
     ):
         facts.add_row(name, Text(_printable(value)))
     console.print(facts)
@@ -77,3 +77,10 @@ def _show(found: Inspection, console: Console) -> None:
 def _printable(text: str) -> str:
     """A stranger's text, fit for a terminal: no escape sequences."""
     return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
+def _spread(norms: tuple[float, float, float] | None) -> str:
+    if not norms:
+        return "–"
+    least, mean, most = norms
+    return f"{least:.4g} to {most:.4g}, mean {mean:.4g}"

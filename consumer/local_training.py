@@ -108,15 +108,7 @@ def train_folder(
     require_fit(environment, allow_cpu=settings.allow_cpu)
     held_out = pictures_in(validation) if validation else ()
     work = output.resolve() / _WORK
-    try:
-        if not resume:
-            shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"{output} cannot be written ({error.strerror})") from error
-    trainer = TrainerProcess(
-        settings.trainer_options(), environment, stall_seconds=settings.stall_seconds
-    )
+    _make_folder(work, output, emptied=not resume)
     run = TrainingRun(
         task_id="local",
         style_id=0,
@@ -132,6 +124,9 @@ def train_folder(
         sample_steps=settings.sample_steps,
         preview_share=settings.preview_share,
     )
+    trainer = TrainerProcess(
+        settings.trainer_options(), environment, stall_seconds=settings.stall_seconds
+    )
     try:
         finished = trainer.run(run, on_event, stop, max_seconds=float("inf"))
     except TrainingServerError:
@@ -145,6 +140,15 @@ def train_folder(
             os.replace(Path(finished.folder) / name, output / name)
         shutil.rmtree(work, ignore_errors=True)
     return finished
+
+
+def _make_folder(work: Path, output: Path, *, emptied: bool) -> None:
+    try:
+        if emptied:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{output} cannot be written ({error.strerror})") from error
 
 
 def _refuse_to_overwrite(pictures: tuple[Picture, ...], folder: Path, output: Path) -> None:

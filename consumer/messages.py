@@ -165,12 +165,7 @@ def _job(
     own, other = ("images", "image_urls") if prefix else ("image_urls", "images")
     images_field = other if order.get(own) is None and order.get(other) is not None else own
     checked = _checked(order, images_field, prefix)
-    images = _images(checked.images, f"{prefix}{images_field}", settings)
-    if not any(image.location for image in images):
-        problem = (images[0].problem or "").removeprefix("has an address that ")
-        raise _Wrong(f"{prefix}{images_field}.0", problem)
-    validation_field = f"{prefix}validation_images"
-    validation_images = _images(checked.validation_images or [], validation_field, settings)
+    images = _images_to_train_on(checked.images, f"{prefix}{images_field}", settings)
     captions = checked.captions or [None] * len(images)
     if len(captions) != len(images):
         raise _Wrong(f"{prefix}captions", f"has {len(captions)} entries for {len(images)} pictures")
@@ -188,7 +183,9 @@ def _job(
         created_at=created_at if _is_plain_text(created_at, MAX_CREATED_AT) else None,
         id_is_derived=task_id is None,
         ignored_fields=_ignored(message, order, prefix, images_field),
-        validation_images=validation_images,
+        validation_images=_images(
+            checked.validation_images or [], f"{prefix}validation_images", settings
+        ),
         sample_prompts=tuple(prompt for prompt in checked.sample_prompts or () if prompt),
         body=body,
     )
@@ -207,6 +204,16 @@ def _checked(order: dict[str, Any], images_field: str, prefix: str) -> Order:
             found.append((prefix + ".".join(path), reason))
         others = "".join(f"; {field}: {reason}" for field, reason in found[1:])
         raise _Wrong(found[0][0], found[0][1] + others) from None
+
+
+def _images_to_train_on(
+    addresses: list[str | None], field: str, settings: Settings
+) -> tuple[ImageRef, ...]:
+    images = _images(addresses, field, settings)
+    if not any(image.location for image in images):
+        problem = (images[0].problem or "").removeprefix("has an address that ")
+        raise _Wrong(f"{field}.0", problem)
+    return images
 
 
 def _images(addresses: list[str | None], field: str, settings: Settings) -> tuple[ImageRef, ...]:

@@ -111,7 +111,7 @@ class Examiner:
             return self._probe.measure(state.epoch, state.step)
         except Interrupted:
             return None
-        except Exception as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
         # Training itself may need less than the machine's other users leave for this.
