@@ -104,8 +104,7 @@ def train_folder(
     pictures = pictures_in(folder)
     _refuse_to_overwrite(pictures, folder, output)
     _look_for_base_model(settings.base_model)
-    environment = settings.trainer_environment()
-    require_fit(environment, allow_cpu=settings.allow_cpu)
+    require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
     held_out = pictures_in(validation) if validation else ()
     work = output.resolve() / _WORK
     _make_folder(work, output, emptied=not resume)
@@ -125,7 +124,9 @@ def train_folder(
         preview_share=settings.preview_share,
     )
     trainer = TrainerProcess(
-        settings.trainer_options(), environment, stall_seconds=settings.stall_seconds
+        settings.trainer_options(),
+        settings.trainer_environment(),
+        stall_seconds=settings.stall_seconds,
     )
     try:
         finished = trainer.run(run, on_event, stop, max_seconds=float("inf"))

@@ -360,7 +360,7 @@ def test_mutilated_messages_become_a_job_or_a_refusal_and_nothing_else() -> None
 
 def test_validation_images_and_sample_prompts_are_understood_in_both_dialects() -> None:
     more = {
-        "validation_images": ["s3://%s/v.jpg" % BUCKET, None],
+        "validation_images": [f"s3://{BUCKET}/v.jpg", None],
         "sample_prompts": ["a\nboat", ""],
     }
     for job in (read(envelope(**more)), read(flat(**more))):
