@@ -31,6 +31,7 @@ MADE = frozenset(
         "lora_weights_kohya.safetensors",
         "loss_curve.png",
         "samples.png",
+        "training_report.html",
     }
 )
 """What a training writes into its output folder."""

@@ -78,15 +78,16 @@ def test_the_target_is_what_the_scheduler_says_that_the_base_predicts(
         velocity = kept.sqrt() * noise - (1 - kept).sqrt() * clean
         return type("Out", (), {"sample": noise if predicts == "epsilon" else velocity})()
 
-    monkeypatch.setattr(base, "unet", perfect)
-    losses, _ = denoising_losses(
-        base,
-        (latents, text),
-        chance(2, seed=11),
-        empty_text=data.embeddings[""],
-        weights=torch.ones(1000),
-        autocast=torch.autocast("cpu", enabled=False),
-    )
+    with monkeypatch.context() as patch:  # the base is wanted whole when the test is over
+        patch.setattr(base, "unet", perfect)
+        losses, _ = denoising_losses(
+            base,
+            (latents, text),
+            chance(2, seed=11),
+            empty_text=data.embeddings[""],
+            weights=torch.ones(1000),
+            autocast=torch.autocast("cpu", enabled=False),
+        )
     assert seen["noisy"].abs().max() < 1e-6
     assert losses.max() < 1e-9
 
