@@ -33,6 +33,7 @@ ONE_IMPORTER = {
     "requests": "services/webhook_service.py",
     "standardwebhooks": "services/webhook_service.py",
     "pynvml": "utils/gpu_monitor.py",
+    "prometheus_client": "utils/metrics.py",
     "dotenv": "config.py",
     "pydantic_settings": "config.py",
 }
@@ -45,7 +46,7 @@ TRAINING_MAY_IMPORT = TORCH | PICTURES | set(sys.stdlib_module_names)
 # What a machine that only trains does not have.
 CLIENTS = (
     *("pika", "boto3", "botocore", "standardwebhooks", "pydantic", "pydantic_settings"),
-    *("structlog", "rich", "pynvml", "matplotlib", "imagehash", "moto"),
+    *("structlog", "rich", "pynvml", "matplotlib", "imagehash", "moto", "prometheus_client"),
 )
 
 

@@ -1,0 +1,245 @@
+"""What the worker counts and measures, by the names under which Prometheus finds it.
+
+The only importer of prometheus_client. The metrics stand in a registry of their own, made once a
+worker and handed to whoever has something to count. Names and units follow Prometheus' conventions:
+seconds, bytes, ratios from 0 to 1; what only rises ends in `_total`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.openmetrics import exposition as openmetrics
+
+from utils.errors import ErrorCode
+
+PREFIX = "training_server"
+NO_CODE = "none"
+"""The label `code` of what did not fail."""
+
+READINESS = ("broker", "s3", "gpu", "base_model")
+"""The parts of readiness: the label `check`, and what `/ready` names."""
+
+WASTE = ("failed", "retry", "machine", "lease_lost", "shutdown", "cancelled")
+"""Why GPU time led to nothing: the label `reason` of `wasted_gpu_seconds_total`."""
+
+_QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SAVING = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_JOBS = (30.0, 60.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0)
+_OPENMETRICS = "application/openmetrics-text"
+
+
+class Metrics:
+    """One worker's metrics. Safe to share between threads.
+
+    Attributes are named as the metrics are, without the prefix and, of what only rises, `_total`.
+    """
+
+    def __init__(self) -> None:
+        # The times of making: half of all series, and of no use to alerts.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=self.registry)
+        self._add_jobs()
+        self._add_training()
+        self._add_queues()
+        self._add_services()
+        self._add_machine()
+        self._start_at_zero()
+
+    def _add_jobs(self) -> None:
+        self.jobs = self._counter(
+            "jobs", "Jobs that this worker has ended, by ending and error code", "ending", "code"
+        )
+        self.job_in_hand = self._gauge("job_in_hand", "1 while the worker holds a job")
+        self.job_duration_seconds = self._histogram(
+            "job_duration_seconds", "From a claim to the job's ending", _JOBS, "ending"
+        )
+        self.job_wait_seconds = self._histogram(
+            "job_wait_seconds", "From a message's making (created_at) to its first delivery", _JOBS
+        )
+        self.job_retries = self._counter(
+            "job_retries", "Attempts that failed and are to be made again, by error code", "code"
+        )
+        self.jobs_given_back = self._counter(
+            "jobs_given_back", "Jobs that this worker gave back unfinished, by reason", "reason"
+        )
+        self.messages = self._counter("messages", "Messages taken from a queue", "queue")
+        self.redeliveries = self._counter(
+            "redeliveries", "Messages that the broker had handed over before", "queue"
+        )
+        self.messages_refused = self._counter(
+            "messages_refused", "Messages that can never become a job, by error code", "code"
+        )
+
+    def _add_training(self) -> None:
+        self.training_seconds = self._counter(
+            "training_seconds", "Time in which the trainer worked on a run"
+        )
+        self.epochs = self._counter("epochs", "Epochs trained, repeated ones too")
+        self.steps = self._counter("steps", "Optimizer steps trained, repeated ones too")
+        self.wasted_gpu_seconds = self._counter(
+            "wasted_gpu_seconds",
+            "Trainer time whose work was thrown away: after the last registered checkpoint of an "
+            "attempt that broke off, or all of a run whose job failed",
+            "reason",
+        )
+        self.steps_per_second = self._gauge("steps_per_second", "Speed of the run in hand")
+        self.loss = self._gauge("loss", "Mean loss of the last epoch of the newest run")
+        self.job_progress_ratio = self._gauge("job_progress_ratio", "Steps done of the job in hand")
+        self.job_remaining_seconds = self._gauge(
+            "job_remaining_seconds", "Estimated training time that the job in hand still needs"
+        )
+        self.lease_remaining_seconds = self._gauge(
+            "lease_remaining_seconds", "Until the hold on the job in hand runs out unless renewed"
+        )
+        self.checkpoint_save_seconds = self._histogram(
+            "checkpoint_save_seconds", "How long training stood still for a checkpoint", _SAVING
+        )
+        self.checkpoint_upload_seconds = self._histogram(
+            "checkpoint_upload_seconds", "From upload to registration of a checkpoint", _SAVING
+        )
+        self.trainer_up = self._gauge("trainer_up", "1 while the trainer process lives")
+        self.trainer_restarts = self._counter(
+            "trainer_restarts", "Trainer processes started in place of one that died or hung"
+        )
+        self.trainer_gpu_memory_allocated_bytes = self._gauge(
+            "trainer_gpu_memory_allocated_bytes", "Memory of the GPU that the trainer's tensors use"
+        )
+
+    def _add_queues(self) -> None:
+        self.queue_messages = self._gauge(
+            "queue_messages", "Messages ready in a queue, those in hand not counted", "queue"
+        )
+        self.queue_consumers = self._gauge("queue_consumers", "Consumers of a queue", "queue")
+        self.queue_oldest_message_age_seconds = self._gauge(
+            "queue_oldest_message_age_seconds",
+            "The oldest waiting training message has waited at most so long; 0 with none waiting, "
+            "no number while nothing is known",
+        )
+        self.broker_connected = self._gauge("broker_connected", "1 while connected to RabbitMQ")
+        self.consuming = self._gauge("consuming", "1 while a training message would be taken")
+        self.broker_reconnects = self._counter(
+            "broker_reconnects", "Connections to RabbitMQ after the first"
+        )
+
+    def _add_services(self) -> None:
+        self.webhook_attempts = self._counter(
+            "webhook_attempts", "Webhooks sent, by kind and status class", "kind", "outcome"
+        )
+        self.webhook_duration_seconds = self._histogram(
+            "webhook_duration_seconds", "One attempt at a webhook", _QUICK, "kind"
+        )
+        self.s3_requests = self._counter(
+            "s3_requests", "Calls to S3, with the client's own repetitions", "operation", "outcome"
+        )
+        self.s3_request_duration_seconds = self._histogram(
+            "s3_request_duration_seconds",
+            "One call to S3, until its answer's head where a body follows",
+            _QUICK,
+            "operation",
+        )
+        self.s3_bytes = self._counter(
+            "s3_bytes", "Bytes of objects sent to and received from S3", "direction"
+        )
+
+    def _add_machine(self) -> None:
+        self.gpu_memory_used_bytes = self._gauge(
+            "gpu_memory_used_bytes", "GPU memory in use by all processes", "gpu"
+        )
+        self.gpu_memory_size_bytes = self._gauge("gpu_memory_size_bytes", "GPU memory", "gpu")
+        self.gpu_utilisation_ratio = self._gauge(
+            "gpu_utilisation_ratio", "Part of the time in which a kernel ran", "gpu"
+        )
+        self.gpu_temperature_celsius = self._gauge(
+            "gpu_temperature_celsius", "Temperature of the GPU's chip", "gpu"
+        )
+        self.gpu_power_watts = self._gauge("gpu_power_watts", "Power drawn by the GPU", "gpu")
+        self.gpu_throttled = self._gauge(
+            "gpu_throttled",
+            "1 while the GPU holds its clocks down for this reason",
+            "gpu",
+            "reason",
+        )
+        self.disk_free_bytes = self._gauge(
+            "disk_free_bytes", "Free space of the worker's folders", "folder"
+        )
+        self.disk_size_bytes = self._gauge("disk_size_bytes", "Size of their disks", "folder")
+        self.ready = self._gauge("ready", "1 while /ready answers 200")
+        self.ready_check = self._gauge("ready_check", "1 while this part is ready", "check")
+        self.worker = Info(f"{PREFIX}_worker", "What this worker is", registry=self.registry)
+
+    def _start_at_zero(self) -> None:
+        """A series that appears with its first event hides that event from `increase()`."""
+        self.jobs.labels("complete", NO_CODE)
+        for code in ErrorCode:
+            self.jobs.labels("failed", code)
+            self.job_retries.labels(code)
+        self.messages_refused.labels(ErrorCode.INVALID_MESSAGE)
+        self.messages_refused.labels(ErrorCode.UNKNOWN_TYPE)
+        for queue in ("training", "endings"):
+            self.messages.labels(queue)
+            self.redeliveries.labels(queue)
+        for reason in WASTE:
+            self.wasted_gpu_seconds.labels(reason)
+        for direction in ("sent", "received"):
+            self.s3_bytes.labels(direction)
+        for check in READINESS:
+            self.ready_check.labels(check)
+        self.queue_oldest_message_age_seconds.set(float("nan"))
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """Everything as text for a scraper.
+
+        Args:
+            accept: The request's `Accept` header.
+
+        Returns:
+            The text, and its content type: OpenMetrics where that was asked for.
+        """
+        # Not `choose_encoder`, which would read versions and escapings off a stranger's header.
+        if _OPENMETRICS in _kinds(accept):
+            text: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
+            return text, openmetrics.CONTENT_TYPE_LATEST
+        return prometheus_client.generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
+    ) -> Histogram:
+        return Histogram(f"{PREFIX}_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+
+def wants_text(accept: str) -> bool:
+    """Whether an `Accept` header names a format of Prometheus, as scrapers' do."""
+    return bool(_kinds(accept) & {"text/plain", _OPENMETRICS})
+
+
+def _kinds(accept: str) -> set[str]:
+    return {part.split(";")[0].strip().lower() for part in accept.split(",")}
+
+
+def exported_names() -> frozenset[str]:
+    """The name of every series that a worker exports, as a query spells it.
+
+    A histogram has three: `_bucket`, `_sum` and `_count`.
+    """
+    return frozenset(_series(Metrics().registry))
+
+
+def _series(registry: CollectorRegistry) -> Iterator[str]:
+    endings = {
+        "counter": ("_total",),
+        "histogram": ("_bucket", "_sum", "_count"),
+        "info": ("_info",),
+    }
+    for family in registry.collect():
+        yield from (family.name + ending for ending in endings.get(family.type, ("",)))
