@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from consumer.lane import InHand, Lane
+from consumer.observer import Observer
 from consumer.outbox import Backoff, Outbox
 from consumer.settlement import Action, Publication
 from utils.errors import BrokerError, BrokerRefused
@@ -19,6 +20,7 @@ log = get_logger(__name__)
 STEADY_SECONDS = 5.0  # a connection that lived so long makes the next back-off short again
 STOP_CHECK_SECONDS = 0.1
 RESUBSCRIBE_SECONDS = 1.0  # no hot loop with a broker that cancels each consumer
+LOOK_SECONDS = 5.0  # between two looks at the queues' lengths, one short request a queue
 
 
 class BrokerLoop(abc.ABC):
@@ -28,13 +30,23 @@ class BrokerLoop(abc.ABC):
         lanes: The queues; the first is the one whose work keeps the worker busy.
         stop: Set by whoever wants it to end.
         stop_seconds: How long `run` may take after that.
+        observer: Is told of connections and of the queues' lengths.
 
     Attributes:
         connected: Whether there is a connection at the moment.
         consuming: Whether a message of the first lane would be taken at the moment.
     """
 
-    def __init__(self, lanes: Sequence[Lane], stop: threading.Event, stop_seconds: float) -> None:
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        stop: threading.Event,
+        stop_seconds: float,
+        observer: Observer | None = None,
+    ) -> None:
+        self._observer = observer or Observer()
+        self._turned_at = time.monotonic()
+        self._look_at = float("-inf")
         self.connected = False
         self.consuming = False
         self._lanes = tuple(lanes)
@@ -48,6 +60,10 @@ class BrokerLoop(abc.ABC):
     def busy(self) -> bool:
         """Whether a training message is in hand."""
         return self._lanes[0].in_hand is not None
+
+    def turned_within(self, seconds: float) -> bool:
+        """Whether the owner's thread has come round in that time, connected or not."""
+        return time.monotonic() - self._turned_at < seconds
 
     def run(self) -> None:
         """Consume until `stop` is set. Blocks; call it once.
@@ -112,6 +128,10 @@ class BrokerLoop(abc.ABC):
         """Acknowledge a delivery or return it, by its own open channel. Raises `BrokerError`."""
 
     @abc.abstractmethod
+    def _look_at_queues(self) -> None:
+        """Ask the broker for the queues' lengths, and tell the observer. Raises `BrokerError`."""
+
+    @abc.abstractmethod
     def _subscribe(self, lane: Lane) -> None:
         """Give the lane a new channel that consumes. Raises `BrokerError`."""
 
@@ -132,10 +152,14 @@ class BrokerLoop(abc.ABC):
 
     def _serve(self) -> None:
         backoff = Backoff()
+        connections = 0
         while not self._is_over():
+            self._turned_at = time.monotonic()
             steady_at = float("inf")
             try:
                 self._connect()
+                self._observer.connected(again=connections > 0)
+                connections += 1
                 steady_at = time.monotonic() + STEADY_SECONDS
                 while not self._is_over():
                     self._turn()
@@ -149,9 +173,11 @@ class BrokerLoop(abc.ABC):
                 delay = backoff.next()
                 log.warning("broker_lost", error=str(error), retry_in=round(delay, 1))
                 self._disconnect()
+                self._observer.disconnected()
                 self._pause(delay)
 
     def _turn(self) -> None:
+        self._turned_at = time.monotonic()
         self._process_events()
         for lane in self._lanes:
             self._collect(lane)
@@ -160,6 +186,9 @@ class BrokerLoop(abc.ABC):
             self._settle(lane)
             self._tend(lane)
         self.consuming = self._lanes[0].is_consuming()
+        if self._turned_at >= self._look_at:
+            self._look_at = self._turned_at + LOOK_SECONDS
+            self._look_at_queues()
 
     def _collect(self, lane: Lane) -> None:
         """Bring what a handler wants published on its way."""

@@ -56,6 +56,7 @@ class CheckpointUploads:
         bucket: str,
         *,
         patience: Callable[[], float],
+        uploaded: Callable[[str, float], None] = lambda name, seconds: None,
     ) -> None:
         """Args:
         job: Whose checkpoints.
@@ -63,7 +64,9 @@ class CheckpointUploads:
         s3: The storage.
         bucket: The state bucket.
         patience: Seconds that may be waited for the last one, asked when it comes to that.
+        uploaded: Is told of each that is registered: its name, and how long it took.
         """
+        self._uploaded = uploaded
         self._job = job
         self._lease = lease
         self._s3 = s3
@@ -173,12 +176,14 @@ class CheckpointUploads:
                 claim=self._lease.claim_number,
             )
         )
+        seconds = time.monotonic() - began
+        self._uploaded(saved.name, seconds)
         log.info(
             "checkpoint_uploaded",
             checkpoint=saved.name,
             epoch=saved.epoch,
             step=saved.step,
-            seconds=round(time.monotonic() - began, 3),
+            seconds=round(seconds, 3),
         )
         self._prune()
 

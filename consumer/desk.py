@@ -11,11 +11,15 @@ from collections.abc import Callable, Sequence
 
 from config import Settings
 from consumer.checkpoint_uploads import clear_up
+from consumer.condition import Condition
 from consumer.endings import Endings
+from consumer.http_pages import HttpPages
 from consumer.machine import Machine, require_fit
 from consumer.model_publisher import ModelPublisher
+from consumer.observer import Observer
 from consumer.pipeline import Desk, Pipeline
 from consumer.stop_signal import Shutdown
+from consumer.surroundings import PATIENCE_SECONDS, Surroundings
 from consumer.sweeper import Sweeper
 from consumer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
@@ -29,10 +33,12 @@ from services.webhook_service import WebhookService
 from utils.errors import MachineError, StorageError
 from utils.gpu_monitor import GpuMonitor
 from utils.logger import get_logger
+from utils.metrics import Metrics
 
 log = get_logger(__name__)
 
 TRAINER = (sys.executable, "-m", "training")
+GPU_SAMPLE_SECONDS = 5.0
 
 
 def run_worker(
@@ -46,37 +52,57 @@ def run_worker(
         trainer_command: Starts the trainer process.
 
     Raises:
-        ConfigurationError: A folder or a service cannot be set up as the settings say.
+        ConfigurationError: A folder, a port or a service cannot be set up as the settings say.
         MachineError: This machine cannot train; the job in hand went back.
         BrokerRefused: RabbitMQ refuses the worker, and waiting will not help.
     """
-    machine = require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
-    _say_hello(settings, machine)
-    s3 = open_s3(settings)
+    observer = Observer()
+    condition = Condition(settings, observer, shutdown.event)
+    # First of all, so that a platform's probes are answered while the GPU is tested.
+    with HttpPages(settings.http_host, settings.http_port, condition, observer.metrics):
+        machine = require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
+        _say_hello(settings, machine, observer)
+        condition.machine = machine
+        _serve(settings, shutdown, trainer_command, observer, condition)
+    log.info("worker_stopped")
+
+
+def _serve(
+    settings: Settings,
+    shutdown: Shutdown,
+    trainer_command: Sequence[str],
+    observer: Observer,
+    condition: Condition,
+) -> None:
+    """Take jobs on a machine that is fit, until the shutdown."""
+    s3 = open_s3(settings, metrics=observer.metrics)
     _say_what_s3_promises(s3, settings.state_bucket_name)
-    trainer = TrainerProcess(
+    trainer = condition.trainer = TrainerProcess(
         settings.trainer_options(),
         settings.trainer_environment(),
         stall_seconds=settings.stall_seconds,
         command=trainer_command,
+        metrics=observer.metrics,
     )
     failures: list[MachineError] = []
 
     def machine_fails(error: MachineError) -> None:
         failures.append(error)
+        condition.machine_problem = str(error)
         shutdown.request()
 
     folders = WorkFolder(settings.work_dir)
-    monitor = GpuMonitor()
+    monitor = GpuMonitor(sample_seconds=GPU_SAMPLE_SECONDS, observe=observer.gpus)
     try:
         trainer.start()  # the base model loads while the first message is waited for
         monitor.start()
-        desk = _desk(settings, s3, trainer, folders, shutdown, machine_fails)
-        consumer = TrainingConsumer(
+        desk = _desk(settings, s3, trainer, folders, shutdown, machine_fails, observer)
+        consumer = condition.broker = TrainingConsumer(
             settings,
             handle=Pipeline(desk).handle,
             handle_ending=desk.endings.handle,
             stop=shutdown.event,
+            observer=observer,
         )
         sweep = RecordSweep(
             s3,
@@ -84,7 +110,10 @@ def run_worker(
             lease_seconds=settings.lease_ttl_seconds,
             clear_up=functools.partial(clear_up, s3, settings.state_bucket_name),
         )
-        with Sweeper(sweep, consumer.publish, settings):
+        with (
+            Sweeper(sweep, consumer.publish, settings),
+            _surroundings(settings, folders, condition, observer),
+        ):
             consumer.run()
     finally:
         # In this order: the consumer has returned what it held; the child ends before its folder
@@ -94,7 +123,22 @@ def run_worker(
         folders.close()
     if failures:
         raise failures[0]
-    log.info("worker_stopped")
+
+
+def _surroundings(
+    settings: Settings, folders: WorkFolder, condition: Condition, observer: Observer
+) -> Surroundings:
+    """Whoever looks at S3 and the disks."""
+    watched = {"work": folders.path}
+    if settings.hf_home:
+        watched["models"] = settings.hf_home
+    return Surroundings(
+        settings,
+        open_s3(settings, attempts=1, patience=PATIENCE_SECONDS),
+        watched,
+        condition,
+        observer.metrics,
+    )
 
 
 def _desk(
@@ -104,13 +148,14 @@ def _desk(
     folders: WorkFolder,
     shutdown: Shutdown,
     machine_fails: Callable[[MachineError], None],
+    observer: Observer,
 ) -> Desk:
     """Everything that the pipeline works with."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     bucket, lease_seconds = settings.state_bucket_name, settings.lease_ttl_seconds
-    records_s3 = _s3_for_records(settings)
+    records_s3 = _s3_for_records(settings, observer.metrics)
     records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=lease_seconds)
-    webhooks = open_webhooks(settings)
+    webhooks = open_webhooks(settings, observer.metrics)
     return Desk(
         settings=settings,
         s3=s3,
@@ -122,6 +167,7 @@ def _desk(
             retry_delays=settings.ending_retry_delays_seconds,
             deduplication_seconds=settings.deduplication_window_seconds,
             stop=shutdown.event,
+            observer=observer,
         ),
         publisher=ModelPublisher(
             s3,
@@ -134,26 +180,35 @@ def _desk(
         folders=folders,
         shutdown=shutdown,
         machine_fails=machine_fails,
+        observer=observer,
     )
 
 
-def open_webhooks(settings: Settings) -> WebhookService:
+def open_webhooks(settings: Settings, metrics: Metrics | None = None) -> WebhookService:
     """The backend's ear, as the settings say."""
     return WebhookService(
         backend_url=settings.backend_api_url,
         allowed_origins=settings.webhook_allowed_origins,
         token=settings.internal_api_token.get_secret_value(),
         signing_secrets=settings.signing_secrets(),
+        metrics=metrics,
     )
 
 
-def open_s3(settings: Settings, *, attempts: int = 3, patience: float = 20.0) -> S3Service:
+def open_s3(
+    settings: Settings,
+    *,
+    attempts: int = 3,
+    patience: float = 20.0,
+    metrics: Metrics | None = None,
+) -> S3Service:
     """S3, as the settings say.
 
     Args:
         settings: Region, address, keys.
         attempts: How often, in all, a request is made that fails for a passing reason.
         patience: Seconds to wait for a connection, and for the next bytes.
+        metrics: Where requests are counted.
 
     Raises:
         ConfigurationError: No client can be made of them.
@@ -167,15 +222,18 @@ def open_s3(settings: Settings, *, attempts: int = 3, patience: float = 20.0) ->
         connect_timeout=min(5.0, patience),
         read_timeout=patience,
         attempts=attempts,
+        metrics=metrics,
     )
 
 
-def _s3_for_records(settings: Settings) -> S3Service:
+def _s3_for_records(settings: Settings, metrics: Metrics) -> S3Service:
     """A request for a record must fail, and be made again, well within the lease."""
-    return open_s3(settings, attempts=2, patience=min(10.0, settings.lease_ttl_seconds / 8))
+    patience = min(10.0, settings.lease_ttl_seconds / 8)
+    return open_s3(settings, attempts=2, patience=patience, metrics=metrics)
 
 
-def _say_hello(settings: Settings, machine: Machine) -> None:
+def _say_hello(settings: Settings, machine: Machine, observer: Observer) -> None:
+    observer.metrics.worker.info({"device": machine.device, "base_model": settings.base_model})
     log.info(
         "worker_starting",
         device=machine.device,

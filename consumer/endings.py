@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from consumer.observer import Observer
 from consumer.training_job import TrainingJob
 from consumer.settlement import Delivery, Publication, Queue, Settlement
 from services import webhook_service
@@ -91,6 +92,7 @@ class Endings:
         retry_delays: Seconds before each further try of a parked ending; the last repeats.
         deduplication_seconds: An invalid message told longer ago than this is told again.
         stop: Ends waiting when the worker shuts down.
+        observer: Is told of refused messages.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class Endings:
         retry_delays: Sequence[float],
         deduplication_seconds: float,
         stop: threading.Event,
+        observer: Observer | None = None,
     ) -> None:
+        self._observer = observer or Observer()
         self._webhooks = webhooks
         self._records = records
         self._retry_delays = tuple(retry_delays)
@@ -186,6 +190,7 @@ class Endings:
         be named."""
         code = code_of(error)
         log.warning("message_refused", code=str(code), field=error.field, reason=str(error))
+        self._observer.refused(code)
         dead = Publication.to_dead(
             delivery.body, code=code, message=str(error), task_id=error.task_id
         )

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from config import Settings
-from consumer import endings, messages
+from consumer import endings, messages, run_events
 from consumer.checkpoint_uploads import CheckpointUploads, clear_up, newest_usable_checkpoint
 from consumer.endings import Endings
 from consumer.lease_relay import relayed
 from consumer.machine import require_fit
 from consumer.model_publisher import ModelPublisher
+from consumer.observer import Observer
 from consumer.pictures import fetch_pictures, fetch_validation_pictures
 from consumer.progress_reporter import ProgressReporter, RouteMemory
 from consumer.settlement import Delivery, Publication, Settlement
@@ -48,7 +49,6 @@ from utils.errors import (
     code_of,
     is_retryable,
 )
-from utils.events import CheckpointSaved, Event, Finished, Progress, Stage, Started
 
 log = logger.get_logger(__name__)
 
@@ -70,6 +70,7 @@ class Desk:
     folders: WorkFolder
     shutdown: Shutdown
     machine_fails: Callable[[MachineError], None]
+    observer: Observer
 
 
 class Pipeline:
@@ -125,7 +126,13 @@ class Pipeline:
                     body=job.body,
                     headers=job.headers,
                 )
-                with logger.bound(task_id=job.task_id), claim.lease as lease:
+                if not (delivery.redelivered or own_copy):
+                    self._desk.observer.queues.took(job.created_at)
+                with (
+                    logger.bound(task_id=job.task_id),
+                    claim.lease as lease,
+                    self._desk.observer.holding(job, lease),
+                ):
                     return self._work(job, lease)
             case HeldElsewhere():
                 log.info("job_held_elsewhere", wait_seconds=round(claim.wait_seconds, 1))
@@ -185,6 +192,7 @@ class Pipeline:
         """The ending is durable before anybody is told, and the message acked after that."""
         lease.end(ending)
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
+        self._desk.observer.ended(ending)
         clear_up(self._desk.s3, self._settings.state_bucket_name, lease.record)
         parked = self._desk.endings.deliver(
             lease, original=job.body, for_seconds=endings.DELIVER_AT_ONCE_SECONDS
@@ -212,6 +220,7 @@ class Pipeline:
                 desk.s3,
                 settings.state_bucket_name,
                 patience=desk.shutdown.seconds_for_saving,
+                uploaded=desk.observer.uploaded,
             ) as uploads,
         ):
             run = TrainingRun(
@@ -235,16 +244,17 @@ class Pipeline:
                 preview_share=settings.preview_share,
             )
             stop.check()
-            finished = desk.trainer.run(
-                run,
-                lambda event: _dispatch(event, reporter, uploads),
-                stop,
-                max_seconds=settings.max_job_seconds,
-                patience=desk.shutdown.seconds_for_saving,
-            )
+            with desk.observer.training():
+                finished = desk.trainer.run(
+                    run,
+                    lambda event: run_events.dispatch(event, desk.observer, reporter, uploads),
+                    stop,
+                    max_seconds=settings.max_job_seconds,
+                    patience=desk.shutdown.seconds_for_saving,
+                )
             uploads.settle()
             stop.check()
-            reporter.saw(_uploading(finished, job))
+            reporter.saw(run_events.uploading(finished, job))
             model_url = desk.publisher.publish(
                 Path(finished.folder), finished.files, job, lease, stop
             )
@@ -269,6 +279,7 @@ class Pipeline:
             attempts=lease.record.attempts_with_this,
             delay_seconds=delay,
         )
+        self._desk.observer.tried_again(code_of(error))
         lease.release(
             count_attempt=True, error=(str(code_of(error)), str(error)), quiet_seconds=delay
         )
@@ -297,6 +308,7 @@ class Pipeline:
     def _give_back(self, job: TrainingJob, lease: JobLease, stopped: Stopped) -> Settlement:
         """The worker shuts down, or the job is another's: no attempt is counted."""
         log.info("job_given_back", reason=str(stopped.reason))
+        self._desk.observer.given_back(stopped.reason)
         if stopped.reason is StopReason.LEASE_LOST:
             return self._put_off(job, self._settings.lease_ttl_seconds)
         with contextlib.suppress(LeaseLost):
@@ -319,6 +331,7 @@ class Pipeline:
     ) -> Settlement:
         """No attempt is counted, and this worker takes no further job."""
         log.error("machine_unfit", reason=str(error))
+        self._desk.observer.unfit()
         self._desk.machine_fails(error)
         delay = self._settings.retry_delays_seconds[0]
         lease.release(
@@ -346,37 +359,6 @@ class Pipeline:
             return Settlement.ack(
                 *self._desk.endings.deliver(lease, original=original, for_seconds=0)
             )
-
-
-def _dispatch(event: Event, reporter: ProgressReporter, uploads: CheckpointUploads) -> None:
-    """Hand one event of the trainer to whom it concerns."""
-    match event:
-        case Started():
-            log.info(
-                "training_started",
-                epoch=event.epoch,
-                total_epochs=event.total_epochs,
-                total_steps=event.total_steps,
-                pictures=event.pictures_used,
-            )
-        case Progress():
-            reporter.saw(event)
-        case CheckpointSaved():
-            uploads.submit(event)
-        case _:
-            pass  # how the run ended is the caller's to see
-
-
-def _uploading(finished: Finished, job: TrainingJob) -> Progress:
-    return Progress(
-        task_id=job.task_id,
-        stage=Stage.UPLOADING,
-        epoch=finished.epoch,
-        total_epochs=finished.epoch,
-        step=finished.step,
-        total_steps=finished.step,
-        loss=finished.loss,
-    )
 
 
 def _of_the_disk(error: OSError) -> MachineError:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import selectors
+import queue
 import signal
 import subprocess
 import sys
@@ -24,8 +24,20 @@ from consumer import trainer_log
 from consumer.stop_signal import StopSignal
 from training.lora_config import TrainerOptions, TrainingRun
 from utils.errors import REPORTABLE, StopReason, TrainingFailed, WorkerCrashed
-from utils.events import EVENTS, Event, Failed, Finished, Progress, Stage, Stop, decode, encode
+from utils.events import (
+    EVENTS,
+    BaseModelReady,
+    Event,
+    Failed,
+    Finished,
+    Progress,
+    Stage,
+    Stop,
+    decode,
+    encode,
+)
 from utils.logger import get_logger
+from utils.metrics import Metrics
 
 log = get_logger(__name__)
 
@@ -47,6 +59,7 @@ class TrainerProcess:
         environment: The child's whole environment.
         stall_seconds: A run that trains and makes no step for this long is given up.
         command: Starts the child; anything that speaks `utils.events` over the two pipes will do.
+        metrics: Where restarts are counted.
     """
 
     def __init__(
@@ -56,7 +69,10 @@ class TrainerProcess:
         *,
         stall_seconds: float,
         command: Sequence[str] = (sys.executable, "-m", "training"),
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
+        self._started = False
         self._options = options
         self._environment = dict(environment)
         self._stall_seconds = stall_seconds
@@ -70,6 +86,12 @@ class TrainerProcess:
         child = self._child
         return child.process.pid if child and child.process.poll() is None else None
 
+    @property
+    def base_model_ready(self) -> bool:
+        """Whether the living child has the base model in memory."""
+        child = self._child
+        return child is not None and child.base_model_ready and self.pid is not None
+
     def start(self) -> None:
         """Start a child if none lives; it loads the base model at once, while the desk waits for a
         job."""
@@ -78,6 +100,9 @@ class TrainerProcess:
                 self._discard()
                 self._child = _Child(self._command, self._options, self._environment)
                 log.info("trainer_started", pid=self._child.process.pid)
+                if self._started:
+                    self._metrics.trainer_restarts.inc()
+                self._started = True
 
     def close(self) -> None:
         """End the child, politely for a moment, then for certain."""
@@ -212,14 +237,20 @@ class _Watch:
 
 
 class _Child:
-    """One operating-system process and its two pipes."""
+    """One operating-system process and its two pipes.
+
+    Its words are read as they come, between runs too: then it tells that the base model is loaded.
+
+    Attributes:
+        base_model_ready: Whether it has the base model in memory, as it said last.
+    """
 
     def __init__(
         self, command: Sequence[str], options: TrainerOptions, environment: Mapping[str, str]
     ) -> None:
         self._out_of_memory_before = _out_of_memory_kills()
         runs_read, self._runs = os.pipe()
-        self._events, events_write = os.pipe()
+        events_read, events_write = os.pipe()
         try:
             self.process = subprocess.Popen(  # pylint: disable=consider-using-with
                 [
@@ -239,9 +270,14 @@ class _Child:
             os.close(runs_read)
             os.close(events_write)
         self._log = trainer_log.follow(self.process.stderr) if self.process.stderr else None
-        self._buffer = b""
         self._send_lock = threading.Lock()
         self._closed = False
+        self.base_model_ready = False
+        self._heard: queue.SimpleQueue[Event | ValueError | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(
+            target=self._read, args=(events_read,), name="trainer-events", daemon=True
+        )
+        self._reader.start()
 
     def send(self, line: bytes) -> None:
         """Write one line to the child. A child that is gone is noticed by whoever reads its
@@ -256,21 +292,34 @@ class _Child:
 
     def events(self, watch: _Watch) -> Iterator[Event]:
         """Events until the child's pipe ends or the watch has a verdict."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._events, selectors.EVENT_READ)
-            while watch.judge() is None:
-                while b"\n" in self._buffer:
-                    line, self._buffer = self._buffer.split(b"\n", 1)
-                    try:
-                        yield decode(line, EVENTS)
-                    except ValueError as error:
-                        watch.verdict = f"the trainer said something that is no event: {error}"
-                        return
-                if selector.select(_POLL_SECONDS):
-                    chunk = os.read(self._events, 1 << 16)
-                    if not chunk:
-                        return
-                    self._buffer += chunk
+        while watch.judge() is None:
+            try:
+                heard = self._heard.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if heard is None:
+                return
+            if isinstance(heard, ValueError):
+                watch.verdict = f"the trainer said something that is no event: {heard}"
+                return
+            yield heard
+
+    def _read(self, pipe: int) -> None:
+        """Take down what the child says until its pipe ends."""
+        with os.fdopen(pipe, "rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break  # it died over it
+                try:
+                    said = decode(line, (*EVENTS, BaseModelReady))
+                except ValueError as error:
+                    said = error
+                if isinstance(said, BaseModelReady):
+                    self.base_model_ready = said.ready
+                else:
+                    self._heard.put(said)
+        self.base_model_ready = False
+        self._heard.put(None)
 
     def cause_of_death(self) -> str:
         """A sentence about how the process ended."""
@@ -309,7 +358,7 @@ class _Child:
             self.process.wait()
         if self._log:
             self._log.join(timeout=1)
-        os.close(self._events)
+        self._reader.join(timeout=1)
 
 
 def _out_of_memory_kills() -> int:

@@ -51,6 +51,7 @@ from pika.exceptions import (
 from config import Settings
 from consumer.broker_loop import BrokerLoop
 from consumer.lane import Handler, InHand, Lane
+from consumer.observer import Observer
 from consumer.settlement import Action, Delivery, Publication, Queue
 from consumer.topology import QueueDeclaration, declaration
 from utils.errors import BrokerError, BrokerRefused
@@ -114,10 +115,7 @@ class TrainingConsumer(BrokerLoop):
             leave that queue.
         stop: Set by whoever wants the worker to stop.
         stop_seconds: How long `run` may take after that; `SHUTDOWN_GRACE_SECONDS` if None.
-
-    Attributes:
-        connected: Whether there is a connection at the moment.
-        consuming: Whether a training message would be taken at the moment.
+        observer: Is told of connections, deliveries and the queues' lengths.
     """
 
     def __init__(
@@ -128,14 +126,16 @@ class TrainingConsumer(BrokerLoop):
         handle_ending: Handler | None = None,
         stop: threading.Event,
         stop_seconds: float | None = None,
+        observer: Observer | None = None,
     ) -> None:
         lanes = [Lane(Queue.TRAINING, handle, self._wake)]
         if handle_ending:
             lanes.append(Lane(Queue.ENDINGS, handle_ending, self._wake))
-        super().__init__(lanes, stop, stop_seconds or settings.shutdown_grace_seconds)
+        super().__init__(lanes, stop, stop_seconds or settings.shutdown_grace_seconds, observer)
         self._settings = settings
         self._connection: pika.BlockingConnection | None = None
         self._outgoing: BlockingChannel | None = None
+        self._looking: BlockingChannel | None = None
         self._declared: set[str] = set()
         # All that pika tells is raised too, and logged here once, without its stack traces.
         logging.getLogger("pika").setLevel(logging.CRITICAL)
@@ -155,7 +155,7 @@ class TrainingConsumer(BrokerLoop):
     def _disconnect(self) -> None:
         self.connected = self.consuming = False
         connection, self._connection = self._connection, None
-        self._outgoing = None
+        self._outgoing = self._looking = None
         self._declared.clear()
         for lane in self._lanes:
             lane.channel = None
@@ -171,7 +171,6 @@ class TrainingConsumer(BrokerLoop):
             self._open_connection().process_data_events(time_limit=TURN_SECONDS)
 
     def _publish(self, publication: Publication) -> None:
-        """Publish, and wait for the broker's confirmation."""
         target = self._declaration(publication.queue, publication.delay_seconds)
         if publication.delay_seconds is not None:
             # What leaves a delay queue for a queue that is not there is dropped without a word.
@@ -202,6 +201,18 @@ class TrainingConsumer(BrokerLoop):
                     hand.channel.basic_ack(hand.tag)
                 case Action.REQUEUE:
                     hand.channel.basic_reject(hand.tag, requeue=True)
+
+    def _look_at_queues(self) -> None:
+        for queue in Queue:
+            name = self._declaration(queue).name
+            with self._errors(f"looking at {name}"):
+                if self._looking is None or not self._looking.is_open:
+                    self._looking = self._open_connection().channel()
+                try:
+                    found = self._looking.queue_declare(name, passive=True).method
+                except ChannelClosedByBroker:
+                    continue  # it is gone: whoever needs it next declares it
+                self._observer.looked(queue, found.message_count, found.consumer_count)
 
     def _subscribe(self, lane: Lane) -> None:
         source = self._declaration(lane.queue)
@@ -236,6 +247,7 @@ class TrainingConsumer(BrokerLoop):
             headers=properties.headers or {},
             queue=lane.queue,
         )
+        self._observer.took(delivery)
         lane.take(delivery, method.delivery_tag)
 
     def _declaration(self, queue: Queue, delay_seconds: float | None = None) -> QueueDeclaration:
@@ -353,11 +365,11 @@ def connection_parameters(settings: Settings) -> list[pika.ConnectionParameters]
     ]
 
 
-def _log_blocked(_connection: Any, _frame: Any) -> None:
+def _log_blocked(*_: Any) -> None:
     log.warning("broker_blocks_publishers", why="it is short of memory or disk")
 
 
-def _log_unblocked(_connection: Any, _frame: Any) -> None:
+def _log_unblocked(*_: Any) -> None:
     log.info("broker_takes_messages_again")
 
 

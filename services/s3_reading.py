@@ -199,6 +199,15 @@ class S3Reading(S3Access):
             return False
         return True
 
+    def reach(self, bucket: str) -> None:
+        """Make sure that the bucket can be reached now, by the cheapest of requests.
+
+        Raises:
+            ObjectNotFound, AccessDenied, StorageError: See `utils.errors`.
+        """
+        with self._translated(f"s3://{bucket}"):
+            self._client.head_bucket(Bucket=bucket)
+
     def list_objects(self, bucket: str, prefix: str) -> Iterator[ObjectInfo]:
         """Every object whose key begins with `prefix`, by key; pages are asked for as needed.
 

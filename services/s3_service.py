@@ -20,12 +20,13 @@ from botocore import exceptions as botocore_errors
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
-from services import s3_errors
+from services import s3_errors, s3_metrics
 from services.s3_errors import Transient
 from services.s3_reading import S3Reading
 from services.s3_types import FetchedPicture, ObjectInfo, PictureRequest, S3Location, StoredObject
 from services.s3_writing import S3Writing
 from utils.errors import ConfigurationError, ObjectNotFound, StorageError, TrainingServerError
+from utils.metrics import Metrics
 
 __all__ = [
     "FetchedPicture",
@@ -135,6 +136,7 @@ class S3Service(S3Reading, S3Writing):
         connect_timeout: Seconds to wait for a connection.
         read_timeout: Seconds to wait for the next bytes.
         attempts: How often, in all, a request is made that fails for a passing reason.
+        metrics: Where requests and bytes are counted; None for nowhere.
 
     Raises:
         ConfigurationError: No client can be made of this.
@@ -150,6 +152,7 @@ class S3Service(S3Reading, S3Writing):
         connect_timeout: float = 5.0,
         read_timeout: float = 20.0,
         attempts: int = 3,
+        metrics: Metrics | None = None,
     ) -> None:
         config = Config(
             connect_timeout=connect_timeout,
@@ -174,4 +177,6 @@ class S3Service(S3Reading, S3Writing):
             )
         except (botocore_errors.BotoCoreError, ValueError) as error:
             raise ConfigurationError(f"S3 cannot be set up: {error}") from error
+        if metrics:
+            s3_metrics.count_requests(client.meta.events, metrics)
         super().__init__(client, translated, attempts)

@@ -35,6 +35,7 @@ from services.webhook_answers import (
 )
 from utils.errors import ConfigurationError
 from utils.logger import get_logger
+from utils.metrics import Metrics
 from utils.urls import origin_of, shown
 
 __all__ = [
@@ -83,6 +84,7 @@ class WebhookService:
         signing_secrets: `whsec_…`; each of them signs.
         timeout: Seconds that one attempt may take in all.
         schedule: The waits between attempts to deliver an ending.
+        metrics: Where attempts are counted.
 
     Raises:
         ConfigurationError: An origin or a secret is malformed.
@@ -97,7 +99,9 @@ class WebhookService:
         signing_secrets: Sequence[str],
         timeout: float = 10.0,
         schedule: RetrySchedule = RetrySchedule(),
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         try:
             self._backend = origin_of(backend_url)
             self._allowed = frozenset({self._backend, *map(origin_of, allowed_origins)})
@@ -209,7 +213,12 @@ class WebhookService:
         url = self.origin_for(origin) + PATHS[kind]
         text = json.dumps(_finite(body), separators=(",", ":"))  # ASCII, so these are the bytes
         headers = self._headers(webhook_id, text)
-        return _Exchange(method, url, headers, text.encode("ascii"), self._timeout).reply()
+        began = time.monotonic()
+        reply = _Exchange(method, url, headers, text.encode("ascii"), self._timeout).reply()
+        outcome = f"{reply.status // 100}xx" if reply.status else "no_answer"
+        self._metrics.webhook_attempts.labels(kind, outcome).inc()
+        self._metrics.webhook_duration_seconds.labels(kind).observe(time.monotonic() - began)
+        return reply
 
     def _headers(self, webhook_id: str, text: str) -> dict[str, str]:
         now = datetime.now(UTC)

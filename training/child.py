@@ -38,7 +38,16 @@ from utils.errors import (
     TrainingFailed,
     TrainingServerError,
 )
-from utils.events import CheckpointSaved, Event, Failed, Finished, Progress, Stage, encode
+from utils.events import (
+    BaseModelReady,
+    CheckpointSaved,
+    Event,
+    Failed,
+    Finished,
+    Progress,
+    Stage,
+    encode,
+)
 from utils.gpu_monitor import GpuMonitor
 
 log = logging.getLogger(__name__)
@@ -122,8 +131,15 @@ class Child:
 
     def _loaded_base(self) -> BaseModel:
         if self._base is None:
+            began = time.monotonic()
             self._base = BaseModel.load(self._options)
+            self._tell(BaseModelReady(True, time.monotonic() - began))
         return self._base
+
+    def _give_up_base(self) -> None:
+        """The next run loads it anew."""
+        self._base = None
+        self._tell(BaseModelReady(False))
 
     def _train(self, run: TrainingRun, base: BaseModel, began: float) -> Finished:
         """The run from its pictures to its files."""
@@ -187,7 +203,7 @@ class Child:
             log.error("detach_failed", exc_info=error)
             if isinstance(ending, Finished):
                 if out_of_memory(error):  # the model is made; the base is loaded anew
-                    self._base = None
+                    self._give_up_base()
                     return ending
                 ending = failed(run, error)
             return dataclasses.replace(ending, trainer_usable=False)
@@ -195,10 +211,10 @@ class Child:
             # Only a Failed can say so; after a Finished the next load starts from nothing.
             if isinstance(ending, Failed):
                 return dataclasses.replace(ending, trainer_usable=False)
-            self._base = None
+            self._give_up_base()
         return ending
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: Event | BaseModelReady) -> None:
         """Write one fact. Without a reader there is nothing left to do: the process ends."""
         line = memoryview(encode(event))
         with self._telling:

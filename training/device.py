@@ -110,6 +110,11 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def allocated_bytes(device: torch.device) -> int | None:
+    """What tensors take of the GPU now, by torch's allocator; None without CUDA."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The GPU's peak by torch's allocator; without CUDA the process's largest resident size."""
     if device.type == "cuda":

@@ -18,7 +18,7 @@ from training.checkpoint_name import folder_name
 from training.clock import Clock
 from training.course import Course
 from training.dataset import Dataset
-from training.device import one_run_accelerator, peak_memory_bytes
+from training.device import allocated_bytes, one_run_accelerator, peak_memory_bytes
 from training.examiner import Examiner
 from training.loop_state import LoopState
 from training.lora_config import TrainingRun
@@ -307,6 +307,7 @@ class LoRATrainer:
                 total_steps=self._plan.total_steps,
                 loss=state.losses[-1] if state.losses else None,
                 steps_per_second=self._clock.steps_per_second,
+                gpu_memory_allocated=allocated_bytes(self._base.device),
             )
         )
 

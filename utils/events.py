@@ -2,7 +2,8 @@
 line.
 
 In go a `TrainingRun` (see `training.lora_config`) and a `Stop`; out come `Started`, `Progress`,
-`CheckpointSaved`, `Finished` and `Failed`. Nothing else crosses the pipe, and nothing is pickled.
+`CheckpointSaved`, `Finished` and `Failed`, and between runs too `BaseModelReady`. Nothing else crosses
+the pipe, and nothing is pickled.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Progress:
         loss: Mean unweighted loss of the last completed epoch, or None before there is one.
         steps_per_second: Measured over this run's training steps; None before there is a
             measurement.
+        gpu_memory_allocated: Bytes of the GPU that the trainer's tensors use; None without a GPU.
     """
 
     task_id: str
@@ -79,6 +81,7 @@ class Progress:
     total_steps: int
     loss: float | None = None
     steps_per_second: float | None = None
+    gpu_memory_allocated: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -145,6 +148,19 @@ class Failed:
     error: str
     message: str
     trainer_usable: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BaseModelReady:
+    """The base model has been loaded, or been given up to be loaded anew: of no run in particular.
+
+    Attributes:
+        ready: Whether a run finds it in memory.
+        seconds: How long loading took.
+    """
+
+    ready: bool
+    seconds: float = 0.0
 
 
 Event = Started | Progress | CheckpointSaved | Finished | Failed

@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
+
+# Bits of NVML's clocks-event reasons that hold a busy GPU down, by what a person would look after.
+_THROTTLES = {
+    "power": 0x4 | 0x80,  # the software's cap, the hardware's brake
+    "heat": 0x20 | 0x40,  # the software's and the hardware's limit
+    "hardware": 0x8,  # a slowdown for either, or for the power supply
+}
+THROTTLE_REASONS = tuple(_THROTTLES)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,6 +30,7 @@ class GpuReading:
             cannot be read.
         temperature_celsius: Of the chip; None where it cannot be read.
         power_watts: Drawn now; None where it cannot be read.
+        throttled: Why it holds its clocks down, of `THROTTLE_REASONS`; None where it cannot be read.
     """
 
     index: int
@@ -29,32 +40,43 @@ class GpuReading:
     utilisation_percent: int | None
     temperature_celsius: int | None
     power_watts: float | None
+    throttled: tuple[str, ...] | None = None
 
 
 class GpuMonitor:
-    """Reads the GPUs on demand, and logs them every minute once started.
+    """Reads the GPUs on demand; once started, every few seconds, and logs them every minute.
 
     A machine without NVIDIA's driver says so once and has no readings.
     """
 
     def __init__(
-        self, *, interval_seconds: float = 60.0, log: logging.Logger | None = None
+        self,
+        *,
+        interval_seconds: float = 60.0,
+        sample_seconds: float | None = None,
+        observe: Callable[[list[GpuReading]], None] = lambda readings: None,
+        log: logging.Logger | None = None,
     ) -> None:
         """
         Args:
             interval_seconds: Time between two log lines.
+            sample_seconds: Time between two readings; None for that between two log lines.
+            observe: Is given every reading.
             log: Where to; a logger of this module by default.
         """
         self._interval = interval_seconds
+        self._sample = sample_seconds or interval_seconds
+        self._observe = observe
         self._log = log or logging.getLogger(__name__)
         self._lock = threading.Lock()
         self._nvml: Any = None
         self._absent = False
+        self._lost = False
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Log every `interval_seconds` from a daemon thread, from now on; once is enough."""
+        """Read and log from a daemon thread, from now on; once is enough."""
         if self._thread is None:
             self._stopping.clear()
             self._thread = threading.Thread(target=self._watch, name="gpu-monitor", daemon=True)
@@ -78,10 +100,14 @@ class GpuMonitor:
             if nvml is None:
                 return []
             try:
-                return [_read(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+                readings = [_read(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+                self._lost = False
+                return readings
             except nvml.NVMLError as error:
                 # The driver can be lost while the machine runs ("GPU has fallen off the bus").
-                self._log.warning("gpu_unreadable", extra={"reason": str(error)})
+                if not self._lost:
+                    self._log.warning("gpu_unreadable", extra={"reason": str(error)})
+                self._lost = True
                 return []
 
     def driver_version(self) -> str | None:
@@ -92,15 +118,24 @@ class GpuMonitor:
 
     def log_now(self) -> None:
         """One log line a GPU."""
-        for reading in self.read():
+        self._write(self.read())
+
+    def _write(self, readings: list[GpuReading]) -> None:
+        for reading in readings:
             # A log record has a `name` of its own already, so every key gets a prefix.
             fields = dataclasses.asdict(reading).items()
             self._log.info("gpu", extra={f"gpu_{key}": value for key, value in fields})
 
     def _watch(self) -> None:
+        logged_at = float("-inf")
         while True:
-            self.log_now()
-            if self._absent or self._stopping.wait(self._interval):
+            readings = self.read()
+            self._observe(readings)
+            # A little early is on time: the waits are as long as the samples are apart.
+            if (now := time.monotonic()) - logged_at > self._interval - self._sample / 2:
+                logged_at = now
+                self._write(readings)
+            if self._absent or self._stopping.wait(self._sample):
                 return
 
     def _opened(self) -> Any:
@@ -134,7 +169,13 @@ def _read(nvml: Any, index: int) -> GpuReading:
             nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU
         ),
         power_watts=None if power is None else power / 1000.0,  # NVML counts milliwatts
+        throttled=_throttles(nvml, handle),
     )
+
+
+def _throttles(nvml: Any, handle: Any) -> tuple[str, ...] | None:
+    bits = _optional(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    return None if bits is None else tuple(name for name, mask in _THROTTLES.items() if bits & mask)
 
 
 def _optional(nvml: Any, function: Any, *arguments: Any) -> Any:

@@ -31,7 +31,10 @@ _SECRET_SHAPES = (
     (re.compile(r"(?i)([?&](?:x-amz-[\w-]*|signature|awsaccesskeyid)=)[^&\s\"']+"), r"\1" + MASK),
 )
 # These libraries tell every request at DEBUG, headers and all.
-_TALKATIVE = ("botocore", "boto3", "s3transfer", "urllib3", "pika", "PIL", "matplotlib", "httpx")
+_TALKATIVE = (
+    *("botocore", "boto3", "s3transfer", "urllib3", "pika", "PIL", "matplotlib", "httpx"),
+    *("uvicorn.error", "asyncio"),
+)
 
 
 class Redactor:

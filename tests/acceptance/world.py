@@ -77,6 +77,7 @@ class World:
             "OMP_NUM_THREADS": "1",
             "BASE_MODEL": str(self.base_model),
             "ALLOW_CPU": "true",
+            "HTTP_PORT": "0",
             "RESOLUTION": "64",
             "LORA_RANK": "4",
             "LORA_ALPHA": "8",

@@ -21,7 +21,17 @@ from training import manifest
 from training.inbox import Inbox
 from training.lora_config import TrainingRun
 from utils.errors import CheckpointUnusable, DiskFull, StopReason, TrainingServerError
-from utils.events import CheckpointSaved, Event, Failed, Finished, Progress, Stage, Started, encode
+from utils.events import (
+    BaseModelReady,
+    CheckpointSaved,
+    Event,
+    Failed,
+    Finished,
+    Progress,
+    Stage,
+    Started,
+    encode,
+)
 
 STEPS_PER_EPOCH = 4
 FILES = (
@@ -65,6 +75,7 @@ class StandIn:
 
     def serve(self) -> None:
         """Do runs until the process ends with its pipe."""
+        self._tell(BaseModelReady(True))
         while True:
             run = self._inbox.take()
             try:
@@ -177,7 +188,7 @@ class StandIn:
     def _note(self, run: TrainingRun, kind: str, **facts: Any) -> None:
         self._journal.note(kind, task=run.task_id, claim=run.claim, **facts)
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: Event | BaseModelReady) -> None:
         line = memoryview(encode(event))
         try:
             while line:

@@ -128,6 +128,7 @@ class World:
             "INTERNAL_API_TOKEN": TOKEN,
             "WEBHOOK_SIGNING_SECRET": SIGNING_SECRET,
             "ALLOW_CPU": "true",
+            "HTTP_PORT": "0",
             "OMP_NUM_THREADS": "1",
             "RESOLUTION": "64",
             "LORA_RANK": "4",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.s3_server import S3Server
+from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.s3_service import S3Location, S3Service
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, once, refusal
 from utils.errors import (
@@ -21,6 +21,7 @@ from utils.errors import (
     PreconditionFailed,
     StorageError,
 )
+from utils.metrics import PREFIX, Metrics
 
 MEBIBYTE = 1024**2
 
@@ -292,3 +293,52 @@ def test_a_write_that_never_arrived_is_repeated_and_succeeds(
     proxy.fault = once(Fault(reset=True, forward=False), "PUT")
     etag = proxied.create(S3Location(bucket, "a"), b"mine")
     assert proxied.read(S3Location(bucket, "a")).etag == etag
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+def test_requests_and_bytes_are_counted(s3_server: S3Server, bucket: str, tmp_path: Path) -> None:
+    metrics = Metrics()
+    s3 = S3Service(
+        region=REGION,
+        endpoint_url=s3_server.endpoint,
+        access_key_id=ACCESS_KEY_ID,
+        secret_access_key=SECRET_ACCESS_KEY,
+        metrics=metrics,
+    )
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"{PREFIX}_s3_{name}", labels)
+
+    (tmp_path / "file").write_bytes(b"x" * 1000)
+    place = S3Location(bucket, "folder/file")
+    s3.upload_file(tmp_path / "file", place)
+    s3.write(place, b"y" * 500)
+    assert s3.read(place).body == b"y" * 500
+    assert not s3.exists(S3Location(bucket, "nothing"))
+    s3.reach(bucket)
+    with pytest.raises(StorageError):
+        s3.reach("no-such-bucket")
+    assert value("bytes_total", direction="sent") == 1500
+    assert value("bytes_total", direction="received") == 500
+    assert value("requests_total", operation="put_object", outcome="2xx") == 2
+    assert value("requests_total", operation="head_object", outcome="4xx") == 1
+    assert value("requests_total", operation="head_bucket", outcome="4xx") == 1
+    assert value("request_duration_seconds_count", operation="get_object") == 1
+
+
+def test_a_request_without_an_answer_is_counted_too() -> None:
+    metrics = Metrics()
+    s3 = S3Service(
+        region=REGION,
+        endpoint_url="http://127.0.0.1:1",
+        access_key_id=ACCESS_KEY_ID,
+        secret_access_key=SECRET_ACCESS_KEY,
+        attempts=1,
+        metrics=metrics,
+    )
+    with pytest.raises(StorageError):
+        s3.reach("bucket")
+    labels = {"operation": "head_bucket", "outcome": "no_answer"}
+    assert metrics.registry.get_sample_value(f"{PREFIX}_s3_requests_total", labels) == 1

@@ -30,6 +30,7 @@ from tests.integration.services.webhook_setup import (
     service,
 )
 from utils.errors import ConfigurationError
+from utils.metrics import PREFIX, Metrics
 
 OTHER_SECRET = "whsec_" + base64.b64encode(b"another secret of 24 byte").decode()
 
@@ -329,3 +330,23 @@ def test_the_usual_schedule_is_the_fields_with_some_jitter() -> None:
         assert all(0.8 * seconds <= wait <= 1.2 * seconds for wait in waits)
     patient = EndingAnswer(EndingOutcome.RETRY, retry_after=100.0)
     assert schedule.seconds(1, patient) == 100.0
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+def test_every_attempt_is_counted_and_timed(backend: Backend) -> None:
+    metrics = Metrics()
+    webhooks = service(backend.url, metrics=metrics)
+    backend.answer = sequence(Answer(503), Answer(200))
+    webhooks.deliver(backend.url, ENDING, for_seconds=10, stop=threading.Event())
+    unreachable = service("http://127.0.0.1:1", metrics=metrics)
+    unreachable.send_progress("http://127.0.0.1:1", REPORT)
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"{PREFIX}_webhook_{name}", labels)
+
+    assert value("attempts_total", kind="failed", outcome="5xx") == 1
+    assert value("attempts_total", kind="failed", outcome="2xx") == 1
+    assert value("attempts_total", kind="progress", outcome="no_answer") == 1
+    assert value("duration_seconds_count", kind="failed") == 2

@@ -37,6 +37,7 @@ from utils.errors import (
 )
 from utils.events import (
     EVENTS,
+    BaseModelReady,
     CheckpointSaved,
     Failed,
     Finished,
@@ -73,6 +74,7 @@ class Process:
         os.close(events_out)
         self.log = log
         self.seen: list[Any] = []
+        self.told_of_base: list[bool] = []
         self._facts: queue.Queue[Any] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -115,7 +117,11 @@ class Process:
     def _read(self) -> None:
         with os.fdopen(self.events, "rb") as lines:
             for line in lines:
-                self._facts.put(decode(line, EVENTS))
+                fact = decode(line, (*EVENTS, BaseModelReady))
+                if isinstance(fact, BaseModelReady):
+                    self.told_of_base.append(fact.ready)
+                else:
+                    self._facts.put(fact)
 
 
 @pytest.fixture(scope="module")
@@ -347,9 +353,11 @@ def test_a_model_that_cannot_be_loaded_fails_each_run_until_it_can(
             ending = process.ending()
             assert isinstance(ending, Failed) and ending.error == "BaseModelUnavailable"
             assert "late-model" in ending.message and ending.trainer_usable
+        assert not process.told_of_base
         late.symlink_to(stand_in)
         process.send(make_run(epochs=1))
         assert isinstance(process.ending(), Finished)
+        assert process.told_of_base == [True]
     finally:
         process.close()
 

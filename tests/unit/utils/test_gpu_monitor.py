@@ -59,6 +59,11 @@ class FakeNvml(types.ModuleType):
             raise self.NVMLError("Not Supported")
         return 250_500
 
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: int) -> int:
+        if handle:
+            raise self.NVMLError("Not Supported")
+        return 0x1 | 0x4 | 0x40  # idle, the power cap, the hardware's thermal limit
+
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
@@ -70,8 +75,8 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 def test_every_gpu_is_read_with_its_units(nvml: FakeNvml) -> None:
     assert GpuMonitor().read() == [
-        GpuReading(0, "GPU number 0", 5, 10, 97, 61, 250.5),
-        GpuReading(1, "GPU number 1", 5, 10, 97, 61, None),
+        GpuReading(0, "GPU number 0", 5, 10, 97, 61, 250.5, ("power", "heat")),
+        GpuReading(1, "GPU number 1", 5, 10, 97, 61, None, None),
     ]
     assert nvml.opened == 1
 
@@ -114,6 +119,7 @@ def test_a_gpu_that_is_lost_later_is_a_warning_and_no_crash(
     assert len(monitor.read()) == 2
     nvml.lost = True
     assert not monitor.read()
+    assert not monitor.read()  # said once, however often it is looked at
     assert [record.msg for record in caplog.records] == ["gpu_unreadable"]
 
 
@@ -133,6 +139,20 @@ def test_once_started_it_logs_at_every_interval_until_it_is_stopped(
     assert count >= 6
     assert len(caplog.records) == count
     assert {record.name for record in caplog.records} == {"mine"}
+    assert nvml.opened == 0
+
+
+def test_it_reads_more_often_than_it_logs(nvml: FakeNvml, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[list[GpuReading]] = []
+    monitor = GpuMonitor(interval_seconds=60, sample_seconds=0.01, observe=seen.append)
+    with caplog.at_level(logging.INFO):
+        monitor.start()
+        end = time.monotonic() + 10
+        while len(seen) < 5 and time.monotonic() < end:
+            time.sleep(0.01)
+        monitor.stop()
+    assert len(seen) >= 5
+    assert len(caplog.records) == len(seen[0]) == 2
     assert nvml.opened == 0
 
 

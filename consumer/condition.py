@@ -1,0 +1,158 @@
+"""Is the worker alive, is it ready, what is it doing: the answers of the HTTP pages.
+
+Everything here is read off what others have noted, so an answer takes no time and waits for nobody.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from config import Settings
+from consumer.broker_loop import BrokerLoop
+from consumer.job_watch import remaining_seconds
+from consumer.machine import Machine
+from consumer.observer import Observer
+from consumer.trainer_process import TrainerProcess
+from utils.metrics import READINESS
+
+CHILDLESS_SECONDS = 30.0
+"""A trainer that died is replaced sooner than this; one that cannot be started never is."""
+STUCK_SECONDS = 300.0
+"""The connection's thread may hang in a connection attempt to each of several hosts, no longer."""
+
+
+class Condition:
+    """A worker's condition; the parts are put in as they come to be.
+
+    Args:
+        settings: What the worker is to be.
+        observer: What is known of its work.
+        stop: Set once the worker shuts down.
+
+    Attributes:
+        machine: What the test of the GPU found; None until it is over.
+        machine_problem: Why the machine cannot train any more.
+        trainer: The trainer process.
+        broker: The connection's life.
+        storage_problem: Why S3 cannot be used; None while it can.
+        stop: Set once the worker shuts down.
+    """
+
+    def __init__(self, settings: Settings, observer: Observer, stop: threading.Event) -> None:
+        self.machine: Machine | None = None
+        self.machine_problem: str | None = None
+        self.trainer: TrainerProcess | None = None
+        self.broker: BrokerLoop | None = None
+        self.storage_problem: str | None = "not looked at yet"
+        self.stop = stop
+        self._settings = settings
+        self._observer = observer
+        self._born_at = self._child_seen_at = time.monotonic()
+
+    @property
+    def is_training(self) -> bool:
+        """Whether a job is in hand."""
+        return self._observer.job is not None
+
+    def health(self) -> dict[str, Any]:
+        """Whether the process should live on; its `problem` says why not."""
+        problem = self._fatal_problem()
+        health: dict[str, Any] = {
+            "status": "unhealthy" if problem else "healthy",
+            "cuda_available": bool(self.machine and self.machine.cuda),
+            "is_training": self.is_training,
+        }
+        return health | ({"problem": problem} if problem else {})
+
+    def problems(self) -> dict[str, str]:
+        """Why the worker is not ready, by the parts of `utils.metrics.READINESS`; empty: it is."""
+        found = {
+            "broker": self._broker_problem(),
+            "s3": self.storage_problem,
+            "gpu": self._gpu_problem(),
+            "base_model": self._base_model_problem(),
+        }
+        assert tuple(found) == READINESS
+        return {part: problem for part, problem in found.items() if problem}
+
+    def status(self) -> dict[str, Any]:
+        """What the worker is and does."""
+        job, machine = self._observer.job, self.machine
+        queues = self._observer.queues
+        oldest = queues.oldest_seconds
+        return {
+            "is_running": self._fatal_problem() is None and not self.stop.is_set(),
+            "is_ready": not self.problems(),
+            "is_training": job is not None,
+            "uptime_seconds": round(time.monotonic() - self._born_at, 1),
+            "gpu_count": int(bool(machine and machine.cuda)),
+            "gpu_name": machine.device if machine and machine.cuda else None,
+            "device": machine.device if machine else None,
+            "base_model": self._settings.base_model,
+            "base_model_loaded": bool(self.trainer and self.trainer.base_model_ready),
+            "queue": {
+                "name": self._settings.training_queue,
+                "length": queues.length,
+                "oldest_seconds_at_most": None if oldest is None else round(oldest, 1),
+            },
+            "job": job.facts() if job else None,
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """The metrics for those who read no Prometheus: the job in hand, else the last one."""
+        latest = self._observer.last
+        trainer_bytes = latest.gpu_memory_allocated if latest else None
+        return {
+            "current_step": latest.step if latest else 0,
+            "total_steps": latest.total_steps if latest else 0,
+            "current_epoch": latest.epoch if latest else 0,
+            "total_epochs": latest.total_epochs if latest else 0,
+            "last_loss": latest.loss if latest else None,
+            "steps_per_second": latest.steps_per_second if latest else None,
+            "estimated_seconds": remaining_seconds(latest) if self.is_training else None,
+            "is_training": self.is_training,
+            "gpu_memory_allocated": (trainer_bytes or 0) if self.is_training else 0,
+            "queue_length": self._observer.queues.length,
+        }
+
+    def show(self) -> None:
+        """Bring the metrics of the condition up to date."""
+        metrics, problems = self._observer.metrics, self.problems()
+        metrics.ready.set(not problems)
+        for part in READINESS:
+            metrics.ready_check.labels(part).set(part not in problems)
+        metrics.trainer_up.set(bool(self.trainer and self.trainer.pid))
+        metrics.consuming.set(bool(self.broker and self.broker.consuming))
+        if job := self._observer.job:
+            job.show_lease()
+
+    def _fatal_problem(self) -> str | None:
+        if self.broker and not self.broker.turned_within(STUCK_SECONDS):
+            return f"the connection's thread has not turned for {STUCK_SECONDS:.0f} seconds"
+        now = time.monotonic()
+        if self.trainer is None or self.trainer.pid or self.stop.is_set():
+            self._child_seen_at = now
+        if now - self._child_seen_at > CHILDLESS_SECONDS:
+            return f"there has been no trainer process for {CHILDLESS_SECONDS:.0f} seconds"
+        return None
+
+    def _broker_problem(self) -> str | None:
+        if self.stop.is_set():
+            return "the worker shuts down"
+        if self.broker is None:
+            return "not connected yet"
+        if not self.broker.connected:
+            return "there is no connection to RabbitMQ"
+        if not self.broker.consuming and not self.broker.busy:
+            return "connected, but no consumer of the training queue"
+        return None
+
+    def _gpu_problem(self) -> str | None:
+        return self.machine_problem or (None if self.machine else "not tested yet")
+
+    def _base_model_problem(self) -> str | None:
+        if self.trainer is None or not self.trainer.pid:
+            return "there is no trainer process"
+        return None if self.trainer.base_model_ready else "not loaded yet"

@@ -1,0 +1,205 @@
+"""What ops see of a running worker, with a broker that is killed and comes back."""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sandbox.backend import Backend
+from sandbox.photographs import photographs
+from sandbox.rabbitmq_node import RabbitMqNode
+from sandbox.s3_server import S3Server
+from sandbox.worker_process import WorkerProcess
+from tests.acceptance.pages import Pages
+from tests.acceptance.world import World, log_lines, until
+from tests.chaos.tcp_proxy import TcpProxy
+from utils.metrics import READINESS, exported_names
+
+TRUTH_SECONDS = 10.0
+SCRAPER = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+
+
+@pytest.fixture(scope="module", name="mortal")
+def _mortal(
+    s3_server: S3Server, base_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    """A world whose broker is nobody else's, so that it may be killed."""
+    folder = tmp_path_factory.mktemp("mortal")
+    with RabbitMqNode(folder / "broker") as broker, Backend() as backend:
+        world = World(broker, s3_server, backend, base_model, folder)
+        world.photographs = tuple(world.upload(each.name, each.content) for each in photographs())
+        yield world
+        assert backend.rejected == ()
+
+
+@pytest.fixture(scope="module", name="storage_way")
+def _storage_way(s3_server: S3Server) -> Iterator[TcpProxy]:
+    with TcpProxy("127.0.0.1", int(s3_server.endpoint.rsplit(":", 1)[1])) as way:
+        yield way
+
+
+@pytest.fixture(scope="module", name="watched")
+def _watched(mortal: World, storage_way: TcpProxy) -> Iterator[WorkerProcess]:
+    endpoint = f"http://127.0.0.1:{storage_way.port}"
+    with mortal.worker(
+        AWS_ENDPOINT_URL_S3=endpoint, IMAGE_BUCKETS=mortal.media, LEASE_TTL_SECONDS="60"
+    ) as worker:
+        yield worker
+        assert worker.stop() == 0, worker.last_words(20)
+
+
+@pytest.fixture(scope="module", name="pages")
+def _pages(watched: WorkerProcess) -> Pages:
+    return Pages(watched)
+
+
+def test_it_is_healthy_from_the_first_moment_and_ready_when_the_model_is_loaded(
+    pages: Pages, watched: WorkerProcess
+) -> None:
+    status, _, body = pages.ask("/ready")
+    early = (status, b"not" in body)
+    assert pages.status("/health") == 200
+    until(lambda: pages.status("/ready") == 200)
+    assert early == (503, True), "it was asked before the GPU was tested"
+    assert pages.json("/ready") == {"ready": True, "checks": dict.fromkeys(READINESS, "ok")}
+    assert pages.json("/health") == {
+        "status": "healthy",
+        "cuda_available": False,
+        "is_training": False,
+    }
+    assert log_lines(watched, "consuming")
+
+
+def test_the_pages_are_shown_and_nothing_else(pages: Pages, watched: WorkerProcess) -> None:
+    for path in ("/health", "/status", "/metrics"):
+        status, head, body = pages.ask(path)
+        assert (status, head["content-type"]) == (200, "application/json")
+        assert "server" not in head and head["cache-control"] == "no-store"
+        assert pages.ask(path, method="HEAD")[2] == b"" != body
+    for method in ("POST", "PUT", "DELETE", "PATCH"):
+        assert pages.ask("/status", method=method)[0] == 405
+    for path in ("/", "/docs", "/openapi.json", "/../config.py", "/health/"):
+        assert pages.status(path) == 404
+    said = watched.log.read_text(encoding="utf-8")
+    assert "HTTP/1.1" not in said and "uvicorn" not in said, "a probe is no news"
+
+
+def test_a_request_without_end_is_not_collected(pages: Pages) -> None:
+    with socket.create_connection(("127.0.0.1", pages.port), timeout=30) as chatterer:
+        chatterer.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                chatterer.sendall(b"x" * 65536)
+    assert pages.status("/health") == 200
+
+
+def test_a_scraper_gets_text_and_everybody_else_json(pages: Pages) -> None:
+    _, head, text = pages.ask("/metrics", headers={"Accept": SCRAPER})
+    assert head["content-type"].startswith("application/openmetrics-text")
+    assert text.endswith(b"# EOF\n")
+    _, head, text = pages.ask("/metrics", headers={"Accept": "text/plain"})
+    assert head["content-type"].startswith("text/plain")
+    names = {line.split(b" ")[0].split(b"{")[0] for line in text.splitlines() if line[:1] != b"#"}
+    assert {name.decode() for name in names} <= exported_names()
+    numbers = pages.json("/metrics")
+    assert {"current_step", "total_steps", "last_loss", "gpu_memory_allocated"} <= set(numbers)
+    assert numbers["is_training"] is False
+
+
+def test_storage_that_is_away_is_told_within_ten_seconds(
+    pages: Pages, storage_way: TcpProxy
+) -> None:
+    began = time.monotonic()
+    storage_way.refuse(TRUTH_SECONDS + 5)
+    until(lambda: pages.status("/ready") == 503, TRUTH_SECONDS)
+    checks = pages.json("/ready")["checks"]
+    assert "could not be reached" in checks["s3"] and checks["broker"] == "ok"
+    assert time.monotonic() - began < TRUTH_SECONDS
+    assert pages.status("/health") == 200
+    storage_way.calm()
+    until(lambda: pages.status("/ready") == 200, TRUTH_SECONDS)
+
+
+def test_a_killed_broker_is_told_within_ten_seconds_and_the_job_is_in_sight_all_along(
+    mortal: World, pages: Pages, watched: WorkerProcess
+) -> None:
+    message = mortal.envelope(style_id=71, parameters={"epochs": 1000})
+    task_id = message["task_id"]
+    mortal.publish(message)
+    until(lambda: (pages.json("/status")["job"] or {}).get("step", 0) > 5)
+    assert pages.status("/ready") == 200, "a worker with a job in hand is ready"
+    job = pages.json("/status")["job"]
+    assert (job["task_id"], job["style_id"], job["stage"]) == (task_id, 71, "training")
+    assert job["total_epochs"] == 1000 and job["total_steps"] == 3000
+    assert 0 < job["lease_remaining_seconds"] <= 60
+    until(lambda: pages.json("/status")["job"]["steps_per_second"])
+    until(lambda: pages.metric("queue_messages", queue="training") == 0)
+
+    mortal.broker.kill()
+    killed = time.monotonic()
+    until(lambda: pages.status("/ready") == 503, TRUTH_SECONDS)
+    assert time.monotonic() - killed < TRUTH_SECONDS
+    assert "RabbitMQ" in pages.json("/ready")["checks"]["broker"]
+    assert pages.json("/health") == {
+        "status": "healthy",
+        "cuda_available": False,
+        "is_training": True,
+    }
+    assert pages.metric("ready_check", check="broker") == 0
+    assert pages.metric("ready_check", check="s3") == 1
+    assert math.isnan(pages.metric("queue_oldest_message_age_seconds"))
+    step = pages.json("/status")["job"]["step"]
+
+    mortal.broker.start()
+    until(lambda: pages.status("/ready") == 200, TRUTH_SECONDS + 5)
+    assert pages.metric("broker_reconnects_total") == 1
+    assert pages.json("/status")["job"]["step"] > step, "it went on training meanwhile"
+    assert pages.status("/health") == 200
+    mortal.s3.put_object(Bucket=mortal.state, Key=f"jobs/{task_id}.cancel", Body=b"")
+    assert mortal.ending(task_id)[1]["error_code"] == "CANCELLED"
+    until(lambda: pages.json("/status")["job"] is None)
+    assert pages.metric("jobs_total", ending="failed", code="CANCELLED") == 1
+    assert pages.metric("wasted_gpu_seconds_total", reason="cancelled") > 1
+    assert not log_lines(watched, "handler_crashed")
+
+
+def test_a_job_leaves_its_marks_in_the_metrics(mortal: World, pages: Pages) -> None:
+    message = mortal.envelope(style_id=72, parameters={"epochs": 4})
+    before = pages.metric("epochs_total")
+    mortal.publish(message)
+    assert mortal.ending(message["task_id"])[0] == "complete"
+    until(lambda: pages.metric("jobs_total", ending="complete", code="none") == 1)
+    assert pages.metric("epochs_total") - before == 4
+    assert pages.metric("training_seconds_total") > 0
+    assert pages.metric("checkpoint_save_seconds_count") >= 2
+    assert pages.metric("checkpoint_upload_seconds_count") >= 1
+    assert pages.metric("webhook_attempts_total", kind="complete", outcome="2xx") == 1
+    assert pages.metric("webhook_duration_seconds_count", kind="complete") == 1
+    assert pages.metric("s3_bytes_total", direction="sent") > 100_000
+    assert pages.metric("s3_bytes_total", direction="received") > 100_000
+    assert pages.metric("s3_requests_total", operation="put_object", outcome="2xx") > 10
+    assert pages.metric("s3_request_duration_seconds_count", operation="get_object") > 3
+    assert pages.metric("messages_total", queue="training") >= 2
+    assert pages.metric("disk_free_bytes", folder="work") > 0
+    assert pages.metric("trainer_up") == 1 and pages.metric("trainer_restarts_total") == 0
+    numbers = pages.json("/metrics")
+    assert numbers["current_step"] == numbers["total_steps"] == 12
+    assert numbers["last_loss"] > 0 and numbers["is_training"] is False
+
+
+def test_a_port_in_use_is_said_at_once_with_its_setting(mortal: World) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with mortal.worker(HTTP_PORT=str(port)) as worker:
+            until(lambda: worker.exit_code is not None)
+            assert worker.exit_code == 2
+            said = worker.last_words()
+            assert f"HTTP_PORT {port}" in said and "in use" in said
+            assert "Traceback" not in said

@@ -1,0 +1,199 @@
+"""The pages over a condition that is set by hand: what they answer, and to whom they do not."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import config
+from config import Settings
+from consumer import condition as condition_module
+from consumer import http_pages
+from consumer.condition import Condition
+from consumer.http_pages import HttpPages
+from consumer.machine import Machine
+from consumer.observer import Observer
+from consumer.trainer_process import TrainerProcess
+from consumer.training_consumer import TrainingConsumer
+from utils.errors import ConfigurationError
+
+
+class Broker(TrainingConsumer):
+    # pylint: disable=super-init-not-called
+    """A connection in whatever state a test wants."""
+
+    def __init__(self) -> None:
+        self.connected = self.consuming = self.holds = True
+        self.stuck = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is in hand."""
+        return self.holds
+
+    def turned_within(self, seconds: float) -> bool:
+        """Whether the thread is well."""
+        return not self.stuck
+
+
+class Trainer(TrainerProcess):
+    # pylint: disable=super-init-not-called
+    """A child that lives, or not."""
+
+    def __init__(self) -> None:
+        self.alive = self.loaded = True
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child."""
+        return 1 if self.alive else None
+
+    @property
+    def base_model_ready(self) -> bool:
+        """Whether it has its model."""
+        return self.loaded
+
+
+@pytest.fixture(name="condition")
+def _condition() -> Condition:
+    """A worker that is well."""
+    settings: Settings = config.load(
+        _env_file=None,
+        backend_api_url="https://backend.example",
+        internal_api_token="t" * 32,
+        aws_storage_bucket_name="media",
+    )
+    condition = Condition(settings, Observer(), threading.Event())
+    condition.machine = Machine(cuda=True, device="NVIDIA H200")
+    condition.trainer, condition.broker = Trainer(), Broker()
+    condition.storage_problem = None
+    return condition
+
+
+@pytest.fixture(name="pages")
+def _pages(condition: Condition) -> Iterator[HttpPages]:
+    with HttpPages("127.0.0.1", 0, condition, Observer().metrics) as pages:
+        yield pages
+
+
+def ask(pages: HttpPages, path: str) -> tuple[int, dict[str, Any]]:
+    """Status and content of a page."""
+    connection = http.client.HTTPConnection("127.0.0.1", pages.port, timeout=10)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    body: dict[str, Any] = json.loads(answer.read())
+    connection.close()
+    return answer.status, body
+
+
+def test_a_worker_that_is_well_is_ready(pages: HttpPages) -> None:
+    assert ask(pages, "/ready")[0] == ask(pages, "/health")[0] == 200
+    status = ask(pages, "/status")[1]
+    assert (status["is_running"], status["gpu_count"], status["gpu_name"]) == (
+        True,
+        1,
+        "NVIDIA H200",
+    )
+
+
+@pytest.mark.parametrize("part", ["broker", "s3", "gpu", "base_model"])
+def test_each_part_that_is_missing_is_named_alone(
+    pages: HttpPages, condition: Condition, part: str
+) -> None:
+    broker, trainer = condition.broker, condition.trainer
+    assert isinstance(broker, Broker) and isinstance(trainer, Trainer)
+    match part:
+        case "broker":
+            broker.connected = False
+        case "s3":
+            condition.storage_problem = "s3://state: S3 did not answer in time"
+        case "gpu":
+            condition.machine_problem = "the GPU does not compute any more"
+        case "base_model":
+            trainer.loaded = False
+    code, ready = ask(pages, "/ready")
+    assert (code, ready["ready"]) == (503, False)
+    assert [name for name, said in ready["checks"].items() if said != "ok"] == [part]
+    assert ask(pages, "/health")[0] == 200, "no reason to shoot it"
+
+
+def test_a_worker_that_neither_consumes_nor_holds_a_job_is_not_ready(
+    pages: HttpPages, condition: Condition
+) -> None:
+    broker = condition.broker
+    assert isinstance(broker, Broker)
+    broker.consuming = False
+    assert ask(pages, "/ready")[0] == 200
+    broker.holds = False
+    assert ask(pages, "/ready")[0] == 503
+
+
+def test_before_anything_is_known_it_is_alive_and_not_ready() -> None:
+    settings: Settings = config.load(
+        _env_file=None,
+        backend_api_url="https://backend.example",
+        internal_api_token="t" * 32,
+        aws_storage_bucket_name="media",
+    )
+    newborn = Condition(settings, Observer(), threading.Event())
+    assert len(newborn.problems()) == 4
+    assert newborn.health()["status"] == "healthy"
+
+
+def test_a_child_that_stays_away_is_a_reason_to_start_the_worker_anew(
+    pages: HttpPages, condition: Condition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = condition.trainer
+    assert isinstance(trainer, Trainer)
+    trainer.alive = False
+    assert ask(pages, "/health")[0] == 200, "it is being replaced, perhaps"
+    monkeypatch.setattr(condition_module, "CHILDLESS_SECONDS", 0.05)
+    time.sleep(0.1)
+    code, health = ask(pages, "/health")
+    assert (code, health["status"]) == (503, "unhealthy")
+    assert "no trainer process" in health["problem"]
+    trainer.alive = True
+    assert ask(pages, "/health")[0] == 200
+
+
+def test_a_connection_s_thread_that_stands_still_is_one_too(
+    pages: HttpPages, condition: Condition
+) -> None:
+    broker = condition.broker
+    assert isinstance(broker, Broker)
+    broker.stuck = True
+    assert ask(pages, "/health")[0] == 503
+
+
+def test_a_worker_that_stops_is_alive_and_not_ready(condition: Condition) -> None:
+    condition.stop.set()
+    assert condition.problems() == {"broker": "the worker shuts down"}
+    assert condition.health()["status"] == "healthy"
+    assert condition.status()["is_running"] is False
+
+
+def test_who_sends_half_a_request_is_cut_off(
+    condition: Condition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_pages, "_CONNECTION_SECONDS", 0.2)
+    with (
+        HttpPages("127.0.0.1", 0, condition, Observer().metrics) as pages,
+        socket.create_connection(("127.0.0.1", pages.port), timeout=30) as lingering,
+    ):
+        lingering.sendall(b"GET /health HTTP/1.1\r\n")
+        try:
+            assert lingering.recv(1) == b""
+        except ConnectionResetError:
+            pass
+
+
+def test_a_host_that_is_not_this_machine_is_a_setting_s_fault(condition: Condition) -> None:
+    with pytest.raises(ConfigurationError, match="HTTP_HOST 192.0.2.1"):
+        HttpPages("192.0.2.1", 0, condition, Observer().metrics)

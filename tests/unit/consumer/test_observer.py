@@ -1,0 +1,149 @@
+"""What a worker counts of a job: time that was of use, and time that was not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from consumer import job_watch
+from consumer.observer import Observer
+from consumer.settlement import Delivery, Queue
+from services.job_lease import JobLease
+from services.job_record import Ending, EndingKind, JobRecord, JobRequest
+from tests.unit.consumer.message_samples import envelope, read
+from utils.errors import ErrorCode, StopReason
+from utils.events import CheckpointSaved, Progress, Stage, Started
+from utils.gpu_monitor import GpuReading
+from utils.metrics import PREFIX
+
+
+class Clock:
+    """Moves by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        """As of the module `time`."""
+        return self.now
+
+
+@pytest.fixture(name="clock")
+def _clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(job_watch, "time", clock)
+    return clock
+
+
+@pytest.fixture(name="observer")
+def _observer(clock: Clock) -> Iterator[Observer]:
+    """One with a job in hand whose trainer has worked for 60 seconds, its last checkpoint after 40
+    of them."""
+    observer = Observer()
+    record = JobRecord.new(JobRequest("t-1", 10, "identity", {}), "me", 120.0)
+    target: Any = None
+    lease = JobLease(target, record, "etag", time.monotonic(), lambda task_id: False)
+    with observer.holding(read(envelope()), lease):
+        with observer.training():
+            observer.saw(Started("t-1", 10, 30, 0, 0, 3))
+            clock.now += 40
+            observer.saw(progress(4, 12))
+            observer.saw(CheckpointSaved("t-1", "epoch-0004", 4, 12, "/tmp/x", 0.5))
+            observer.uploaded("epoch-0004", 1.5)
+            clock.now += 15
+            observer.saw(progress(5, 16))
+            observer.saw(CheckpointSaved("t-1", "epoch-0005", 5, 16, "/tmp/y", 0.5))
+            clock.now += 5
+        clock.now += 100  # uploads, which cost the GPU nothing
+        yield observer
+
+
+def progress(epoch: int, step: int) -> Progress:
+    """How far a run is."""
+    return Progress("t-1", Stage.TRAINING, epoch, 10, step, 30, 0.5, 2.0, 2**30)
+
+
+def value(observer: Observer, name: str, **labels: str) -> float | None:
+    """One series."""
+    return observer.metrics.registry.get_sample_value(f"{PREFIX}_{name}", labels)
+
+
+def failure(code: ErrorCode) -> Ending:
+    """A job's failure."""
+    return Ending(EndingKind.FAILED, {}, code=str(code))
+
+
+def test_trainer_time_epochs_and_steps_are_counted_once(observer: Observer) -> None:
+    assert value(observer, "training_seconds_total") == 60
+    assert (value(observer, "epochs_total"), value(observer, "steps_total")) == (5, 16)
+    assert value(observer, "checkpoint_save_seconds_count") == 2
+    assert value(observer, "checkpoint_upload_seconds_sum") == 1.5
+    assert value(observer, "job_progress_ratio") == 16 / 30
+    assert value(observer, "job_remaining_seconds") == 7
+    assert value(observer, "trainer_gpu_memory_allocated_bytes") == 2**30
+
+
+def test_an_attempt_that_breaks_off_wastes_what_its_last_registered_checkpoint_lacks(
+    observer: Observer,
+) -> None:
+    observer.tried_again(ErrorCode.WORKER_CRASHED)
+    assert value(observer, "wasted_gpu_seconds_total", reason="retry") == 20
+    assert value(observer, "job_retries_total", code="WORKER_CRASHED") == 1
+
+
+def test_a_stop_wastes_as_little(observer: Observer) -> None:
+    observer.given_back(StopReason.SHUTDOWN)
+    assert value(observer, "wasted_gpu_seconds_total", reason="shutdown") == 20
+    assert value(observer, "jobs_given_back_total", reason="shutdown") == 1
+
+
+def test_a_failed_job_wastes_all_of_its_run(observer: Observer) -> None:
+    observer.ended(failure(ErrorCode.TRAINING_DIVERGED))
+    assert value(observer, "wasted_gpu_seconds_total", reason="failed") == 60
+    assert value(observer, "jobs_total", ending="failed", code="TRAINING_DIVERGED") == 1
+
+
+def test_a_job_that_is_done_wastes_nothing_and_is_known_by_its_time(observer: Observer) -> None:
+    observer.ended(Ending(EndingKind.COMPLETE, {}))
+    assert value(observer, "jobs_total", ending="complete", code="none") == 1
+    assert value(observer, "job_duration_seconds_sum", ending="complete") == 160
+    for reason in ("failed", "cancelled", "retry"):
+        assert value(observer, "wasted_gpu_seconds_total", reason=reason) == 0
+
+
+def test_training_that_starts_over_counts_its_epochs_again(observer: Observer) -> None:
+    with observer.training():
+        observer.saw(progress(2, 6))
+        observer.saw(progress(4, 12))
+    assert value(observer, "epochs_total") == 7
+
+
+def test_without_a_job_the_gauges_of_a_job_are_zero() -> None:
+    observer = Observer()
+    observer.saw(progress(1, 3))
+    observer.given_back(StopReason.SHUTDOWN)
+    assert value(observer, "job_in_hand") == value(observer, "job_remaining_seconds") == 0
+    assert value(observer, "epochs_total") == 0
+
+
+def test_messages_and_redeliveries_are_counted_by_queue() -> None:
+    observer = Observer()
+    observer.took(Delivery(b""))
+    observer.took(Delivery(b"", redelivered=True))
+    observer.took(Delivery(b"", queue=Queue.ENDINGS))
+    assert value(observer, "messages_total", queue="training") == 2
+    assert value(observer, "redeliveries_total", queue="training") == 1
+    assert value(observer, "messages_total", queue="endings") == 1
+
+
+def test_a_gpu_s_readings_are_in_base_units_and_go_when_it_is_lost() -> None:
+    observer = Observer()
+    observer.gpus([GpuReading(0, "H200", 5, 10, 97, 61, 250.5, ("heat",))])
+    assert value(observer, "gpu_utilisation_ratio", gpu="0") == 0.97
+    assert value(observer, "gpu_throttled", gpu="0", reason="heat") == 1
+    assert value(observer, "gpu_throttled", gpu="0", reason="power") == 0
+    observer.gpus([])
+    assert value(observer, "gpu_temperature_celsius", gpu="0") is None
