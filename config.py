@@ -1,4 +1,5 @@
-"""Settings: read once from the environment and `.env`, frozen, every problem reported at once.
+"""Settings: read once from the environment, `.env` and a file of `--config`, in this order; frozen;
+every problem reported at once.
 
 This is the only module that reads the environment. Names and defaults are those of
 docs/protocol.md, section 5; `.env.example` documents each of them.
@@ -11,7 +12,6 @@ import dataclasses
 import difflib
 import hashlib
 import hmac
-import ipaddress
 import os
 import re
 from pathlib import Path
@@ -30,11 +30,14 @@ from pydantic import (
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
+    InitSettingsSource,
     NoDecode,
+    PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
 from training.lora_config import HyperParameters, TrainerOptions
+from utils import setting_values, settings_file
 from utils.errors import ConfigurationError
 from utils.urls import origin_of
 
@@ -50,69 +53,28 @@ PARAMETER_OF = {
 """The hyper-parameter that each training setting is the default of."""
 
 
-def _split(value: Any) -> Any:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
 def setting_names(kind: type[BaseSettings]) -> frozenset[str]:
     """The names of all settings of a kind, as the environment spells them."""
     return frozenset(name.upper() for name in tuple(kind.model_fields))
 
 
-def _path(value: str | Path) -> str:
-    """Absolute, from the folder in which the program was started: the trainer runs in another."""
-    return os.path.abspath(os.path.expanduser(value))
-
-
-def _base_model(value: str) -> str:
-    """A folder as a path; `owner/name` is the hub's unless there is such a folder."""
-    is_of_the_hub = re.fullmatch(r"[^./~][^/]*/[^/]+", value) and not Path(value).is_dir()
-    return value if is_of_the_hub else _path(value)
-
-
-def _host(value: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\.?", value):
-        return value
-    try:
-        return str(ipaddress.IPv6Address(value))
-    except ValueError:  # its text shows the value, which may be an address with a password
-        raise ValueError("is not a host name alone (RABBITMQ_PORT is the port's setting)") from None
-
-
-def _endpoint(value: str) -> str:
-    origin_of(value)
-    if "_" in str(urlsplit(value).hostname):
-        raise ValueError("has an underscore in its host name, which S3's client refuses")
-    return value
-
-
-def _region(value: str) -> str:
-    if not re.fullmatch(r"(?![0-9]+$)(?!-)[A-Za-z0-9-]{1,63}(?<!-)", value):
-        raise ValueError("is not the name of a region (eu-central-1, for example)")
-    return value
-
-
-def _bucket_name(value: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", value):
-        raise ValueError("is not a bucket name (3 to 63 of a-z, 0-9, dot and hyphen; no s3://)")
-    return value
-
-
-AbsolutePath = Annotated[Path, BeforeValidator(_path)]
-Host = Annotated[str, AfterValidator(_host)]
-Hosts = Annotated[tuple[Host, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
+AbsolutePath = Annotated[Path, BeforeValidator(setting_values.path)]
+Host = Annotated[str, AfterValidator(setting_values.host)]
+Hosts = Annotated[
+    tuple[Host, ...], NoDecode, BeforeValidator(setting_values.split), Field(min_length=1)
+]
 Delays = Annotated[
     tuple[Annotated[float, Field(gt=0, le=86400)], ...],
     NoDecode,
-    BeforeValidator(_split),
+    BeforeValidator(setting_values.split),
     Field(min_length=1),
 ]
 Origin = Annotated[str, AfterValidator(origin_of)]
-Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)]
-Bucket = Annotated[str, AfterValidator(_bucket_name)]
-Buckets = Annotated[tuple[Bucket, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
+Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(setting_values.split)]
+Bucket = Annotated[str, AfterValidator(setting_values.bucket_name)]
+Buckets = Annotated[
+    tuple[Bucket, ...], NoDecode, BeforeValidator(setting_values.split), Field(min_length=1)
+]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -128,7 +90,7 @@ class TrainerSettings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    base_model: Annotated[str, AfterValidator(_base_model)] = (
+    base_model: Annotated[str, AfterValidator(setting_values.base_model)] = (
         "stable-diffusion-v1-5/stable-diffusion-v1-5"
     )
     base_model_revision: str | None = None
@@ -246,8 +208,8 @@ class Settings(TrainerSettings):
 
     aws_access_key_id: str | None = None
     aws_secret_access_key: SecretStr | None = None
-    aws_s3_region_name: Annotated[str, AfterValidator(_region)] = "ap-northeast-2"
-    aws_endpoint_url_s3: Annotated[str, AfterValidator(_endpoint)] | None = None
+    aws_s3_region_name: Annotated[str, AfterValidator(setting_values.region)] = "ap-northeast-2"
+    aws_endpoint_url_s3: Annotated[str, AfterValidator(setting_values.endpoint)] | None = None
     aws_storage_bucket_name: Bucket
     model_bucket_name: Bucket = Field(default_factory=lambda data: data["aws_storage_bucket_name"])
     state_bucket_name: Bucket = Field(default_factory=lambda data: data["model_bucket_name"])
@@ -295,7 +257,7 @@ class Settings(TrainerSettings):
     def _signing_secrets_are_well_formed(cls, value: SecretStr | None) -> SecretStr | None:
         if value is None:
             return value
-        for secret in _split(value.get_secret_value()) or ("",):
+        for secret in setting_values.split(value.get_secret_value()) or ("",):
             try:
                 key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
             except ValueError:  # its text says which byte is wrong
@@ -322,7 +284,7 @@ class Settings(TrainerSettings):
     def signing_secrets(self) -> tuple[str, ...]:
         """The keys that sign webhooks, `whsec_…`; derived from the token where none is set."""
         if self.webhook_signing_secret:
-            return tuple(_split(self.webhook_signing_secret.get_secret_value()))
+            return tuple(setting_values.split(self.webhook_signing_secret.get_secret_value()))
         token = self.internal_api_token.get_secret_value().encode()
         digest = hmac.new(token, b"training-server webhook signing v1", hashlib.sha256).digest()
         return ("whsec_" + base64.b64encode(digest).decode(),)
@@ -332,18 +294,21 @@ class Settings(TrainerSettings):
         return super().secrets() + self.signing_secrets()
 
 
-def load(kind: type[TrainerSettings] = Settings, **overrides: Any) -> Any:
+def load(
+    kind: type[TrainerSettings] = Settings, *, file: Path | None = None, **overrides: Any
+) -> Any:
     """Read the settings.
 
     Args:
         kind: `Settings` for the worker, `TrainerSettings` for local training.
+        file: More settings, in TOML or JSON; the environment and `.env` win over it.
         overrides: Values that win over the environment.
 
     Raises:
         ConfigurationError: One line a problem, by the setting's name; values are never shown.
     """
     try:
-        return kind(**overrides)
+        return (_over(file, kind) if file else kind)(**overrides)
     except ValidationError as error:
         raise ConfigurationError(_explain(error)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -351,18 +316,48 @@ def load(kind: type[TrainerSettings] = Settings, **overrides: Any) -> Any:
         raise ConfigurationError(f"The file .env cannot be read: {reason}") from None
 
 
-def unknown_names() -> str | None:
-    """A sentence about the names in `.env` that are no setting's, or None where there are none.
+def _over(file: Path, kind: type[TrainerSettings]) -> type[TrainerSettings]:
+    """The same settings, with a file below all other sources."""
+    values = settings_file.read(file)
 
-    Only the file is ours alone: the environment is full of other programs' names.
+    class WithFile(kind):  # type: ignore[valid-type, misc]
+        """As `kind`."""
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            """pydantic-settings' hook: the first source counts."""
+            last = InitSettingsSource(settings_cls, values)
+            return init_settings, env_settings, dotenv_settings, last
+
+    return WithFile
+
+
+def unknown_names(file: Path | None = None) -> str | None:
+    """A sentence about the names in `.env` and in a file of `--config` that are no setting's, or
+    None where there are none.
+
+    Only the files are ours alone: the environment is full of other programs' names.
     """
+    found = {".env": {name.upper() for name in DotEnvSettingsSource(Settings).env_vars}}
+    if file:
+        found[str(file)] = {name.upper() for name in settings_file.read(file)}
     known = sorted(setting_names(Settings))
-    unknown = []
-    for name in sorted(name.upper() for name in DotEnvSettingsSource(Settings).env_vars):
-        if name not in known:
+    told = []
+    for place, names in found.items():
+        unknown = []
+        for name in sorted(names - set(known)):
             near = difflib.get_close_matches(name, known, n=1)
             unknown.append(f"{name} (is it {near[0]}?)" if near else name)
-    return f"in .env stand names that are no settings: {', '.join(unknown)}" if unknown else None
+        if unknown:
+            told.append(f"in {place} stand names that are no settings: {', '.join(unknown)}")
+    return "; ".join(told) or None
 
 
 def _explain(error: ValidationError) -> str:

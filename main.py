@@ -53,13 +53,19 @@ def default(context: typer.Context) -> None:
         worker()
 
 
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="More settings, in TOML or JSON; the environment wins."),
+]
+
+
 @app.command()
-def worker() -> None:
+def worker(config_file: ConfigFile = None) -> None:
     """Take training jobs from RabbitMQ until told to stop (SIGTERM or Ctrl-C).
 
     Settings come from the environment and `.env`; `.env.example` documents each.
     """
-    code = _guarded(_run_worker)
+    code = _guarded(lambda: _run_worker(config_file))
     # A thread that hangs in the network must not hold up the end: everything is settled by now.
     logging.shutdown()
     os._exit(code)
@@ -68,6 +74,7 @@ def worker() -> None:
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For scripts: JSON.")] = False,
+    config_file: ConfigFile = None,
 ) -> None:
     """Test everything that a worker needs before its first job, and say what to do.
 
@@ -75,7 +82,7 @@ def doctor(
     """
     from consumer.doctor.command import run  # pylint: disable=import-outside-toplevel
 
-    sys.exit(run(as_json=as_json))
+    sys.exit(run(as_json=as_json, config_file=config_file))
 
 
 @app.command()
@@ -116,6 +123,7 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="Go on from the newest checkpoint in OUTPUT.")
     ] = False,
+    config_file: ConfigFile = None,
 ) -> None:
     """Train on a folder of pictures: no broker, no S3, no backend.
 
@@ -134,7 +142,8 @@ def train(
     overrides = {name: value for name, value in given.items() if value is not None}
     sys.exit(
         _guarded(
-            lambda: _run_training(folder, output, overrides, validation, resume), say=_Sentences()
+            lambda: _run_training(folder, output, overrides, validation, resume, config_file),
+            say=_Sentences(),
         )
     )
 
@@ -188,11 +197,16 @@ def _on_stop_signals(first: Callable[[], None]) -> None:
 
 
 def _run_training(
-    folder: Path, output: Path, overrides: dict[str, Any], validation: Path | None, resume: bool
+    folder: Path,
+    output: Path,
+    overrides: dict[str, Any],
+    validation: Path | None,
+    resume: bool,
+    config_file: Path | None,
 ) -> int:
     from consumer.local_training import train_folder  # pylint: disable=import-outside-toplevel
 
-    settings: config.TrainerSettings = config.load(config.TrainerSettings)
+    settings: config.TrainerSettings = config.load(config.TrainerSettings, file=config_file)
     try:
         parameters = settings.hyper_parameters(**overrides)
     except ValueError as error:
@@ -200,7 +214,7 @@ def _run_training(
     # The bar is what a person wants to see here; the log is for what goes wrong.
     settings = settings.model_copy(update={"log_level": "WARNING", "log_format": "text"})
     logger.configure(level="WARNING", log_format="text", secrets=settings.secrets())
-    if unknown := config.unknown_names():
+    if unknown := config.unknown_names(config_file):
         console.print(f"note: {unknown}", markup=False, highlight=False, soft_wrap=True)
     stop = StopSignal()
     _on_stop_signals(lambda: stop.request(StopReason.SHUTDOWN))
@@ -287,12 +301,12 @@ class _Bar:
                 pass
 
 
-def _run_worker() -> int:
-    settings: config.Settings = config.load()
+def _run_worker(config_file: Path | None) -> int:
+    settings: config.Settings = config.load(file=config_file)
     logger.configure(
         level=settings.log_level, log_format=settings.log_format, secrets=settings.secrets()
     )
-    if unknown := config.unknown_names():
+    if unknown := config.unknown_names(config_file):
         log.warning("settings_unknown", reason=unknown)
     shutdown = Shutdown(settings.shutdown_grace_seconds)
     _on_stop_signals(shutdown.request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,11 +22,12 @@ HEALTHY, ILL, SETTINGS_WRONG = 0, 1, 2
 _STYLES = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
 
 
-def run(*, as_json: bool, console: Console | None = None) -> int:
+def run(*, as_json: bool, config_file: Path | None = None, console: Console | None = None) -> int:
     """Examine everything and report on standard output.
 
     Args:
         as_json: For scripts.
+        config_file: More settings.
         console: Where to; standard output by default.
 
     Returns:
@@ -33,15 +35,15 @@ def run(*, as_json: bool, console: Console | None = None) -> int:
     """
     console = console or Console(emoji=False)
     try:
-        settings: config.Settings = config.load()
+        settings: config.Settings = config.load(file=config_file)
     except ConfigurationError as error:
-        problem = fail("settings", str(error), "set them in the environment or in .env")
+        problem = fail("settings", str(error), "set them in the environment, .env or --config")
         _report(Diagnosis((problem,)), (), as_json, console)
         return SETTINGS_WRONG
     logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
     waiting = Console(stderr=True)
     with waiting.status("Looking at everything. What does not answer takes up to two minutes."):
-        diagnosis = examine(settings)
+        diagnosis = examine(settings, unknown=config.unknown_names(config_file))
     _report(diagnosis, settings.secrets(), as_json, console)
     return HEALTHY if diagnosis.healthy else ILL
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from config import Settings, unknown_names
+from config import Settings
 from consumer.doctor import backend, base_model, broker, machine, storage
 from consumer.doctor.findings import Finding, Verdict, fail, ok, warn
 from consumer.doctor.storage_rights import least_policy
@@ -48,16 +48,27 @@ class Diagnosis:
         return all(finding.verdict is not Verdict.FAIL for finding in self.findings)
 
 
-def examine(settings: Settings, checks: tuple[tuple[str, Check, float], ...] = CHECKS) -> Diagnosis:
-    """Run all checks. One that fails, breaks or hangs hides none of the others."""
+def examine(
+    settings: Settings,
+    checks: tuple[tuple[str, Check, float], ...] = CHECKS,
+    *,
+    unknown: str | None = None,
+) -> Diagnosis:
+    """Run all checks. One that fails, breaks or hangs hides none of the others.
+
+    Args:
+        settings: What to examine.
+        checks: How.
+        unknown: A sentence about names that are no settings, where there are some.
+    """
     running = [_Bounded(name, check, seconds, settings) for name, check, seconds in checks]
-    findings = [_settings(settings)]
+    findings = [_settings(settings, unknown)]
     for each in running:
         findings += each.findings()
     return Diagnosis(tuple(findings), least_policy(settings))
 
 
-def _settings(settings: Settings) -> Finding:
+def _settings(settings: Settings, unknown: str | None) -> Finding:
     parts = (
         f"RabbitMQ {', '.join(settings.rabbitmq_host)}, queue {settings.training_queue}",
         f"pictures from {', '.join(settings.image_buckets)}",
@@ -67,7 +78,7 @@ def _settings(settings: Settings) -> Finding:
         f"backend {settings.backend_api_url}",
         f"base model {settings.base_model}",
     )
-    if unknown := unknown_names():
+    if unknown:
         return warn("settings", "; ".join((*parts, unknown)), "correct these names, or remove them")
     return ok("settings", "; ".join(parts))
 
