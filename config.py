@@ -238,6 +238,14 @@ class Settings(TrainerSettings):
     http_host: str = "127.0.0.1"
     http_port: int = Field(8080, ge=0, le=65535)
 
+    otel_exporter_otlp_endpoint: (
+        Annotated[str, AfterValidator(setting_values.http_address)] | None
+    ) = None
+    otel_exporter_otlp_headers: SecretStr | None = None
+    otel_service_name: str = "training-server"
+    sentry_dsn: SecretStr | None = None
+    sentry_environment: str | None = None
+
     @field_validator("aws_secret_access_key")
     @classmethod
     def _keys_come_in_pairs(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:

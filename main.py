@@ -6,6 +6,7 @@ RabbitMQ refuses this worker; 4 this machine cannot train; 130 a local training 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -65,7 +66,8 @@ def worker(config_file: ConfigFile = None) -> None:
 
     Settings come from the environment and `.env`; `.env.example` documents each.
     """
-    code = _guarded(lambda: _run_worker(config_file))
+    with contextlib.ExitStack() as lasting:  # the last error is logged after the run
+        code = _guarded(lambda: _run_worker(config_file, lasting))
     # A thread that hangs in the network must not hold up the end: everything is settled by now.
     logging.shutdown()
     os._exit(code)
@@ -301,7 +303,7 @@ class _Bar:
                 pass
 
 
-def _run_worker(config_file: Path | None) -> int:
+def _run_worker(config_file: Path | None, lasting: contextlib.ExitStack) -> int:
     settings: config.Settings = config.load(file=config_file)
     logger.configure(
         level=settings.log_level, log_format=settings.log_format, secrets=settings.secrets()
@@ -311,8 +313,19 @@ def _run_worker(config_file: Path | None) -> int:
     shutdown = Shutdown(settings.shutdown_grace_seconds)
     _on_stop_signals(shutdown.request)
     # Imported late, so that `train` and `--help` need neither pika nor boto3.
-    from consumer.desk import run_worker  # pylint: disable=import-outside-toplevel
+    # pylint: disable=import-outside-toplevel
+    from consumer.desk import LAST_WORDS_SECONDS, run_worker
+    from services.error_reports import reported
 
+    dsn = settings.sentry_dsn
+    lasting.enter_context(
+        reported(
+            dsn.get_secret_value() if dsn else None,
+            environment=settings.sentry_environment,
+            secrets=settings.secrets(),
+            flush_seconds=LAST_WORDS_SECONDS,
+        )
+    )
     run_worker(settings, shutdown)
     return 0
 

@@ -29,6 +29,7 @@ from services.job_records import JobRecords
 from services.record_sweep import RecordSweep
 from services.s3_service import S3Service
 from services.style_turn import StyleTurns
+from services.tracing import open_tracing
 from services.webhook_service import WebhookService
 from utils.errors import MachineError, StorageError
 from utils.gpu_monitor import GpuMonitor
@@ -39,6 +40,7 @@ log = get_logger(__name__)
 
 TRAINER = (sys.executable, "-m", "training")
 GPU_SAMPLE_SECONDS = 5.0
+LAST_WORDS_SECONDS = 1.0  # for the last spans and reports, at the end of a shutdown's grace
 
 
 def run_worker(
@@ -56,14 +58,25 @@ def run_worker(
         MachineError: This machine cannot train; the job in hand went back.
         BrokerRefused: RabbitMQ refuses the worker, and waiting will not help.
     """
-    observer = Observer()
+    secrets = settings.secrets()
+    otlp_headers = settings.otel_exporter_otlp_headers
+    tracing = open_tracing(
+        settings.otel_exporter_otlp_endpoint,
+        headers=otlp_headers.get_secret_value() if otlp_headers else "",
+        service=settings.otel_service_name,
+        secrets=secrets,
+    )
+    observer = Observer(tracing=tracing)
     condition = Condition(settings, observer, shutdown.event)
     # First of all, so that a platform's probes are answered while the GPU is tested.
     with HttpPages(settings.http_host, settings.http_port, condition, observer.metrics):
         machine = require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
         _say_hello(settings, machine, observer)
         condition.machine = machine
-        _serve(settings, shutdown, trainer_command, observer, condition)
+        try:
+            _serve(settings, shutdown, trainer_command, observer, condition)
+        finally:
+            tracing.close(LAST_WORDS_SECONDS)
     log.info("worker_stopped")
 
 
@@ -155,7 +168,7 @@ def _desk(
     bucket, lease_seconds = settings.state_bucket_name, settings.lease_ttl_seconds
     records_s3 = _s3_for_records(settings, observer.metrics)
     records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=lease_seconds)
-    webhooks = open_webhooks(settings, observer.metrics)
+    webhooks = open_webhooks(settings, observer)
     return Desk(
         settings=settings,
         s3=s3,
@@ -184,14 +197,16 @@ def _desk(
     )
 
 
-def open_webhooks(settings: Settings, metrics: Metrics | None = None) -> WebhookService:
+def open_webhooks(settings: Settings, observer: Observer | None = None) -> WebhookService:
     """The backend's ear, as the settings say."""
+    observer = observer or Observer()
     return WebhookService(
         backend_url=settings.backend_api_url,
         allowed_origins=settings.webhook_allowed_origins,
         token=settings.internal_api_token.get_secret_value(),
         signing_secrets=settings.signing_secrets(),
-        metrics=metrics,
+        metrics=observer.metrics,
+        trace_headers=observer.tracing.headers,
     )
 
 

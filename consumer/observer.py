@@ -14,10 +14,13 @@ from consumer.settlement import Delivery, Queue
 from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
 from services.job_record import Ending, EndingKind
+from services.tracing import Tracing
 from utils.errors import ErrorCode, StopReason
-from utils.events import Event, Progress
+from utils.events import Event, Progress, Stage
 from utils.gpu_monitor import THROTTLE_REASONS, GpuReading
 from utils.metrics import NO_CODE, Metrics
+
+_SPANS = {Stage.PREPARING: "vet", Stage.TRAINING: "train", Stage.EXPORTING: "export"}
 
 
 class Observer:
@@ -25,18 +28,22 @@ class Observer:
 
     Args:
         metrics: Where it is counted.
+        tracing: Where it becomes spans.
 
     Attributes:
-        metrics: The same.
+        metrics, tracing: The same.
         queues: Their lengths and waits.
         last: How far the newest job was when it was last heard of; kept after its end.
     """
 
-    def __init__(self, metrics: Metrics | None = None) -> None:
+    def __init__(self, metrics: Metrics | None = None, tracing: Tracing | None = None) -> None:
         self.metrics = metrics or Metrics()
+        self.tracing = tracing or Tracing()
         self.queues = QueueWatch(self.metrics)
         self.last: Progress | None = None
         self._job: JobWatch | None = None
+        self._stage: Stage | None = None
+        self._stage_span = contextlib.ExitStack()
 
     @property
     def job(self) -> JobWatch | None:
@@ -49,8 +56,10 @@ class Observer:
         self._job = JobWatch(job, lease, self.metrics)
         self.metrics.job_in_hand.set(1)
         self.metrics.job_progress_ratio.set(0)
+        claimed = {"style_id": job.style_id, "claim": lease.claim_number}
         try:
-            yield
+            with self.tracing.job(job.task_id, carrier=job.headers, **claimed):
+                yield
         finally:
             self._job = None
             for gauge in (
@@ -62,15 +71,25 @@ class Observer:
             ):
                 gauge.set(0)
 
-    def training(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
         """While the block runs the trainer works on the job in hand."""
-        return self._job.run() if self._job else contextlib.nullcontext()
+        self._stage = None
+        with self._job.run() if self._job else contextlib.nullcontext(), self._stage_span:
+            yield
 
     def saw(self, event: Event) -> None:
         """The trainer has said something of the job in hand."""
-        if self._job:
-            self._job.saw(event)
-            self.last = self._job.latest
+        if self._job is None:
+            return
+        self._job.saw(event)
+        self.last = self._job.latest
+        if isinstance(event, Progress) and event.stage is not self._stage:
+            self._stage = event.stage
+            self._stage_span.close()
+            self._stage_span.enter_context(
+                self.tracing.span(_SPANS.get(event.stage, str(event.stage)))
+            )
 
     def uploaded(self, name: str, seconds: float) -> None:
         """A checkpoint of the job in hand is registered."""
@@ -106,6 +125,7 @@ class Observer:
     def ended(self, ending: Ending) -> None:
         """The job in hand has its ending."""
         self.metrics.jobs.labels(ending.kind, ending.code or NO_CODE).inc()
+        self.tracing.note(ending=ending.kind, code=ending.code)
         if self._job is None:
             return
         seconds = self._job.seconds
@@ -119,11 +139,13 @@ class Observer:
     def tried_again(self, code: ErrorCode) -> None:
         """The attempt in hand failed, and there will be another."""
         self.metrics.job_retries.labels(code).inc()
+        self.tracing.note(tried_again=code)
         self._wasted("retry")
 
     def given_back(self, reason: StopReason) -> None:
         """The worker stops, or the job in hand is another's."""
         self.metrics.jobs_given_back.labels(reason).inc()
+        self.tracing.note(given_back=reason)
         self._wasted(str(reason))
 
     def unfit(self) -> None:

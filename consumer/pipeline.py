@@ -194,9 +194,10 @@ class Pipeline:
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
         self._desk.observer.ended(ending)
         clear_up(self._desk.s3, self._settings.state_bucket_name, lease.record)
-        parked = self._desk.endings.deliver(
-            lease, original=job.body, for_seconds=endings.DELIVER_AT_ONCE_SECONDS
-        )
+        with self._desk.observer.tracing.span("tell"):
+            parked = self._desk.endings.deliver(
+                lease, original=job.body, for_seconds=endings.DELIVER_AT_ONCE_SECONDS
+            )
         return Settlement.ack(*dead, *parked)
 
     def _train_and_publish(self, job: TrainingJob, lease: JobLease, stop: StopSignal) -> Ending:
@@ -223,26 +224,8 @@ class Pipeline:
                 uploaded=desk.observer.uploaded,
             ) as uploads,
         ):
-            run = TrainingRun(
-                task_id=job.task_id,
-                style_id=job.style_id,
-                claim=lease.claim_number,
-                pictures=fetch_pictures(desk.s3, settings, job, folder / "pictures", stop),
-                parameters=job.hyper_parameters,
-                work_folder=str(folder),
-                resume_from=newest_usable_checkpoint(
-                    desk.s3, settings.state_bucket_name, lease.record, folder
-                ),
-                min_images=settings.min_images,
-                max_image_pixels=settings.max_image_pixels,
-                checkpoint_interval=settings.checkpoint_interval,
-                validation_pictures=fetch_validation_pictures(
-                    desk.s3, settings, job, folder / "validation", stop
-                ),
-                sample_prompts=job.sample_prompts,
-                sample_steps=settings.sample_steps,
-                preview_share=settings.preview_share,
-            )
+            with desk.observer.tracing.span("fetch"):
+                run = self._fetched_run(job, lease, folder, stop)
             stop.check()
             with desk.observer.training():
                 finished = desk.trainer.run(
@@ -255,11 +238,38 @@ class Pipeline:
             uploads.settle()
             stop.check()
             reporter.saw(run_events.uploading(finished, job))
-            model_url = desk.publisher.publish(
-                Path(finished.folder), finished.files, job, lease, stop
-            )
+            with desk.observer.tracing.span("upload"):
+                model_url = desk.publisher.publish(
+                    Path(finished.folder), finished.files, job, lease, stop
+                )
         # The reporter is closed: no progress follows the ending.
         return endings.complete(job, finished, model_url, sequence=lease.next_sequence())
+
+    def _fetched_run(
+        self, job: TrainingJob, lease: JobLease, folder: Path, stop: StopSignal
+    ) -> TrainingRun:
+        """What the trainer is told, with everything that it needs in the job's folder."""
+        s3, settings = self._desk.s3, self._settings
+        return TrainingRun(
+            task_id=job.task_id,
+            style_id=job.style_id,
+            claim=lease.claim_number,
+            pictures=fetch_pictures(s3, settings, job, folder / "pictures", stop),
+            parameters=job.hyper_parameters,
+            work_folder=str(folder),
+            resume_from=newest_usable_checkpoint(
+                s3, settings.state_bucket_name, lease.record, folder
+            ),
+            min_images=settings.min_images,
+            max_image_pixels=settings.max_image_pixels,
+            checkpoint_interval=settings.checkpoint_interval,
+            validation_pictures=fetch_validation_pictures(
+                s3, settings, job, folder / "validation", stop
+            ),
+            sample_prompts=job.sample_prompts,
+            sample_steps=settings.sample_steps,
+            preview_share=settings.preview_share,
+        )
 
     def _is_last_attempt(self, lease: JobLease) -> bool:
         return lease.record.attempts_with_this >= self._settings.max_attempts

@@ -42,6 +42,7 @@ _KEPT_HEADERS = (
     "content-type",
     "user-agent",
     "webhook-id",
+    "traceparent",
     "webhook-timestamp",
     "x-request-source",
 )

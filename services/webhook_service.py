@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -85,6 +85,7 @@ class WebhookService:
         timeout: Seconds that one attempt may take in all.
         schedule: The waits between attempts to deliver an ending.
         metrics: Where attempts are counted.
+        trace_headers: Headers by which the backend can go on with a trace.
 
     Raises:
         ConfigurationError: An origin or a secret is malformed.
@@ -100,7 +101,9 @@ class WebhookService:
         timeout: float = 10.0,
         schedule: RetrySchedule = RetrySchedule(),
         metrics: Metrics | None = None,
+        trace_headers: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
+        self._trace_headers = trace_headers
         self._metrics = metrics or Metrics()
         try:
             self._backend = origin_of(backend_url)
@@ -222,7 +225,7 @@ class WebhookService:
 
     def _headers(self, webhook_id: str, text: str) -> dict[str, str]:
         now = datetime.now(UTC)
-        return {
+        return dict(self._trace_headers()) | {
             "Authorization": f"Bearer {self._token}",
             "X-Request-Source": "training-server",
             "Content-Type": "application/json",

@@ -52,6 +52,12 @@ def endpoint(value: str) -> str:
     return value
 
 
+def http_address(value: str) -> str:
+    """An address of a service, perhaps with a path, and without a password."""
+    origin_of(value)
+    return value
+
+
 def region(value: str) -> str:
     """The name of a region."""
     if not re.fullmatch(r"(?![0-9]+$)(?!-)[A-Za-z0-9-]{1,63}(?<!-)", value):

@@ -17,6 +17,7 @@ from sandbox.s3_server import S3Server
 from sandbox.worker_process import WorkerProcess
 from tests.acceptance.pages import Pages
 from tests.acceptance.world import World, log_lines, until
+from tests.collectors import Collector, SentryDoor, attributes
 from tests.chaos.tcp_proxy import TcpProxy
 from utils.metrics import READINESS, exported_names
 
@@ -43,11 +44,27 @@ def _storage_way(s3_server: S3Server) -> Iterator[TcpProxy]:
         yield way
 
 
+@pytest.fixture(scope="module", name="collector")
+def _collector() -> Iterator[Collector]:
+    with Collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module", name="sentry")
+def _sentry() -> Iterator[SentryDoor]:
+    with SentryDoor() as sentry:
+        yield sentry
+
+
 @pytest.fixture(scope="module", name="watched")
-def _watched(mortal: World, storage_way: TcpProxy) -> Iterator[WorkerProcess]:
-    endpoint = f"http://127.0.0.1:{storage_way.port}"
+def _watched(
+    mortal: World, storage_way: TcpProxy, collector: Collector, sentry: SentryDoor
+) -> Iterator[WorkerProcess]:
     with mortal.worker(
-        AWS_ENDPOINT_URL_S3=endpoint, IMAGE_BUCKETS=mortal.media, LEASE_TTL_SECONDS="60"
+        AWS_ENDPOINT_URL_S3=f"http://127.0.0.1:{storage_way.port}",
+        LEASE_TTL_SECONDS="60",
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint,
+        SENTRY_DSN=sentry.dsn,
     ) as worker:
         yield worker
         assert worker.stop() == 0, worker.last_words(20)
@@ -190,6 +207,47 @@ def test_a_job_leaves_its_marks_in_the_metrics(mortal: World, pages: Pages) -> N
     numbers = pages.json("/metrics")
     assert numbers["current_step"] == numbers["total_steps"] == 12
     assert numbers["last_loss"] > 0 and numbers["is_training"] is False
+
+
+def test_a_job_is_a_trace_that_goes_on_from_the_backend_s_and_back_to_it(
+    mortal: World, collector: Collector, watched: WorkerProcess
+) -> None:
+    message = mortal.envelope(style_id=73)
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    mortal.publish(message, headers={"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"})
+    assert mortal.ending(message["task_id"])[0] == "complete"
+    names = {"job", "fetch", "vet", "train", "export", "upload", "tell"}
+    until(lambda: {span.name for span in collector.spans(trace_id)} == names)
+    spans = {span.name: span for span in collector.spans(trace_id)}
+    job = spans.pop("job")
+    assert job.parent_span_id.hex() == "00f067aa0ba902b7"
+    assert attributes(job)["training.task_id"] == message["task_id"]
+    assert attributes(job)["training.ending"] == "complete"
+    order = ["fetch", "vet", "train", "export", "upload", "tell"]
+    assert sorted(spans, key=lambda name: spans[name].start_time_unix_nano) == order
+    assert {span.parent_span_id for span in spans.values()} == {job.span_id}
+    (told,) = mortal.backend.endings(message["task_id"])
+    assert told.headers["traceparent"].startswith(f"00-{trace_id}-{spans['tell'].span_id.hex()}")
+    story = [line for line in log_lines(watched) if line.get("task_id") == message["task_id"]]
+    events = [line["event"] for line in story]
+    steps = ["job_claimed", "pictures_fetched", "run_taken", "training_started", "epoch_done"]
+    steps += ["checkpoint_uploaded", "model_published", "job_ended", "ending_sent"]
+    assert [event for event in dict.fromkeys(events) if event in steps] == steps
+    assert all({"level", "timestamp", "logger"} <= set(line) for line in story)
+
+
+def test_a_failed_job_is_an_error_report(mortal: World, sentry: SentryDoor) -> None:
+    message = mortal.envelope(style_id=74, images=[f"s3://{mortal.media}/training/none.jpg"] * 3)
+    message["data"]["captions"] = None
+    mortal.publish(message)
+    assert mortal.ending(message["task_id"])[1]["error_code"] == "IMAGE_DOWNLOAD_FAILED"
+
+    def reports() -> list[dict[str, str]]:
+        failed = [each for each in sentry.events() if each["message"] == "job_failed"]
+        return [each["tags"] for each in failed if each["tags"]["task_id"] == message["task_id"]]
+
+    (tags,) = until(reports)
+    assert (tags["style_id"], tags["code"]) == ("74", "IMAGE_DOWNLOAD_FAILED")
 
 
 def test_a_port_in_use_is_said_at_once_with_its_setting(mortal: World) -> None:

@@ -34,12 +34,24 @@ ONE_IMPORTER = {
     "standardwebhooks": "services/webhook_service.py",
     "pynvml": "utils/gpu_monitor.py",
     "prometheus_client": "utils/metrics.py",
+    "opentelemetry": "services/otel_tracing.py",
+    "sentry_sdk": "services/error_reports.py",
+    "starlette": "consumer/http_pages.py",
+    "uvicorn": "consumer/http_pages.py",
     "dotenv": "config.py",
     "pydantic_settings": "config.py",
 }
 TYPES_ONLY = {"mypy_boto3_s3"}
 # Imported under a name of its own, installed and pinned with another.
 PART_OF = {"botocore": "boto3", "pydantic_core": "pydantic", "urllib3": "requests"}
+# One import name of several packages, of which these are used.
+SHARED = {
+    "opentelemetry": {
+        "opentelemetry-api",
+        "opentelemetry-sdk",
+        "opentelemetry-exporter-otlp-proto-http",
+    }
+}
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
 PICTURES = {"numpy", "PIL", "matplotlib", "imagehash", "jinja2"}
 TRAINING_MAY_IMPORT = TORCH | PICTURES | set(sys.stdlib_module_names)
@@ -208,6 +220,16 @@ print("imported", len({modules!r}))
     assert ran.stdout.strip().endswith(f"imported {len(modules)}")
 
 
+def test_what_is_optional_is_read_only_where_it_is_wanted() -> None:
+    ran = python("""
+import sys
+import main, consumer.desk
+print(sorted({"opentelemetry", "sentry_sdk", "torch"} & set(sys.modules)))
+""")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "[]"
+
+
 def test_the_front_desk_does_not_import_torch() -> None:
     ran = python(f"""
 import sys
@@ -225,7 +247,9 @@ def test_the_requirements_are_what_the_product_imports_and_no_more() -> None:
     packages = importlib.metadata.packages_distributions()
     foreign = {name for path in product_files() for name in imports(path)}
     foreign -= {*ROOMS, *sys.stdlib_module_names, *TYPES_ONLY, *PART_OF}
-    assert distributions("requirements.txt") == {normal(packages[name][0]) for name in foreign}
+    wanted = {normal(packages[name][0]) for name in foreign - set(SHARED)}
+    wanted = wanted.union(*(SHARED[name] for name in foreign & set(SHARED)))
+    assert distributions("requirements.txt") == wanted
 
 
 def test_every_installed_package_is_pinned() -> None:

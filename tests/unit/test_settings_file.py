@@ -134,7 +134,7 @@ def test_every_command_that_has_settings_takes_the_file(
 ) -> None:
     """A file that is not there is the first thing that each of them stumbles over."""
     ended: list[int] = []
-    monkeypatch.setattr(main.os, "_exit", ended.append)
+    monkeypatch.setattr(os, "_exit", ended.append)
     ran = CliRunner().invoke(main.app, [*command, "--config", "nowhere.toml"])
     assert "nowhere.toml cannot be read" in " ".join(ran.output.split())
     assert (ended or [ran.exit_code]) == [2]

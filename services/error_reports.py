@@ -1,0 +1,119 @@
+"""Errors to Sentry, where a DSN is set: every log line at ERROR or above, redacted as the log is.
+
+The only importer of sentry_sdk, and only where it is wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from utils.errors import ConfigurationError
+from utils.logger import Redactor
+
+_TAGS = ("task_id", "style_id", "code")
+_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "_logger", "_name"}
+
+
+@contextlib.contextmanager
+def reported(
+    dsn: str | None, *, environment: str | None, secrets: Iterable[str], flush_seconds: float
+) -> Iterator[None]:
+    """While the block runs, errors that are logged are reported.
+
+    Args:
+        dsn: `SENTRY_DSN`; None for nowhere.
+        environment: `SENTRY_ENVIRONMENT`.
+        secrets: Values that must not be told.
+        flush_seconds: How long the end may wait for the last report.
+
+    Raises:
+        ConfigurationError: The library is not there, or the DSN is malformed.
+    """
+    if dsn is None:
+        yield
+        return
+    sentry = _library()
+    try:
+        client = sentry.Client(
+            dsn=dsn,
+            environment=environment,
+            # Nothing by itself: no patched libraries, no arguments, no local variables, no metrics.
+            default_integrations=False,
+            auto_enabling_integrations=False,
+            include_local_variables=False,
+            auto_session_tracking=False,
+            send_client_reports=False,
+            max_breadcrumbs=0,
+        )
+    except (sentry.utils.BadDsn, ValueError) as error:
+        raise ConfigurationError("SENTRY_DSN is no address of a Sentry project") from error
+    from_exception = functools.partial(
+        sentry.utils.event_from_exception, client_options=client.options
+    )
+    handler = _Handler(client.capture_event, from_exception, Redactor(secrets))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        client.close(timeout=flush_seconds)
+
+
+def _library() -> Any:
+    try:
+        import sentry_sdk  # pylint: disable=import-outside-toplevel
+        import sentry_sdk.utils  # pylint: disable=import-outside-toplevel
+    except ImportError as error:
+        raise ConfigurationError("SENTRY_DSN is set, and sentry-sdk is not installed") from error
+    return sentry_sdk
+
+
+class _Handler(logging.Handler):
+    """A log line as Sentry's event: the slug is its message, and what it is grouped by."""
+
+    def __init__(
+        self,
+        capture: Callable[..., object],
+        from_exception: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
+        redactor: Redactor,
+    ) -> None:
+        super().__init__(logging.ERROR)
+        self._capture = capture
+        self._from_exception = from_exception
+        self._redactor = redactor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """logging's hook."""
+        if record.name.startswith(("sentry_sdk", "urllib3")):
+            return  # a report about a report
+        try:
+            self._capture(self._redactor.clean(self._event(record)))
+        except Exception:  # pylint: disable=broad-exception-caught  # logging's own way
+            self.handleError(record)
+
+    def _event(self, record: logging.LogRecord) -> dict[str, Any]:
+        if isinstance(record.msg, dict):  # structlog's
+            fields = dict(record.msg)
+            slug, trace = str(fields.pop("event", "")), fields.pop("exc_info", None)
+            trace = sys.exc_info() if trace is True else trace
+        else:
+            slug, trace = record.getMessage(), record.exc_info
+            fields = {name: value for name, value in vars(record).items() if name not in _OWN}
+        event: dict[str, Any] = {}
+        if isinstance(trace, tuple) and trace[0] is not None:
+            event, _ = self._from_exception(trace)
+            event.pop("timestamp", None)
+        tags = {name: str(fields[name]) for name in _TAGS if fields.get(name) is not None}
+        return event | {
+            "level": record.levelname.lower().replace("critical", "fatal"),
+            "logger": record.name,
+            "message": slug,
+            "fingerprint": [slug, tags.get("code", "")],
+            "tags": tags,
+            "extra": fields,
+        }
