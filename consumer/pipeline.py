@@ -21,7 +21,7 @@ from consumer.machine import require_fit
 from consumer.model_publisher import ModelPublisher
 from consumer.observer import Observer
 from consumer.pictures import fetch_pictures, fetch_validation_pictures
-from consumer.progress_reporter import ProgressReporter, RouteMemory
+from consumer.progress_reporter import ProgressReporter, RouteMemory, queued
 from consumer.settlement import Delivery, Publication, Settlement
 from consumer.stop_signal import Shutdown, StopSignal
 from consumer.trainer_process import TrainerProcess
@@ -290,10 +290,20 @@ class Pipeline:
             delay_seconds=delay,
         )
         self._desk.observer.tried_again(code_of(error))
+        self._tell_place(job, lease, delay)
         lease.release(
             count_attempt=True, error=(str(code_of(error)), str(error)), quiet_seconds=delay
         )
         return self._put_off(job, delay)
+
+    def _tell_place(self, job: TrainingJob, lease: JobLease, delay: float) -> None:
+        """Tell the artist how long the job waits now, where that can be said; in one attempt."""
+        desk = self._desk
+        place = desk.observer.queues.place_at_the_end(delay)
+        if place is None or desk.observer.job is None or desk.shutdown.event.is_set():
+            return
+        report = queued(job, desk.observer.job.latest, *place, sequence=lease.next_sequence())
+        desk.webhooks.send_progress(desk.webhooks.origin_for(job.webhook_url), report)
 
     def _failed(
         self, job: TrainingJob, lease: JobLease, error: TrainingServerError

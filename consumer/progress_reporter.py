@@ -68,14 +68,7 @@ class ProgressReporter:
         self._next_sequence = next_sequence
         self._stop = stop
         self._interval = interval_seconds
-        self._latest = Progress(
-            task_id=job.task_id,
-            stage=Stage.PREPARING,
-            epoch=0,
-            total_epochs=job.hyper_parameters.epochs,
-            step=0,
-            total_steps=0,
-        )
+        self._latest = _at_the_beginning(job)
         self._not_found = 0
         self._wake = threading.Event()
         self._closed = False
@@ -137,22 +130,55 @@ class ProgressReporter:
             self._stop.request(StopReason.CANCELLED)
 
     def _body(self) -> dict[str, Any]:
-        latest = self._latest
-        done = latest.step / latest.total_steps if latest.total_steps else 0.0
-        rate = latest.steps_per_second
-        progress: dict[str, Any] = {
-            "current_epoch": latest.epoch,
-            "total_epochs": latest.total_epochs,
-            "progress_percent": int(100 * done),
-            # The field is required and an integer, so 0 stands for "not measured yet" as well.
-            "estimated_seconds": round((latest.total_steps - latest.step) / rate) if rate else 0,
-            "stage": str(latest.stage),
-        }
-        if latest.loss is not None:
-            progress["loss"] = latest.loss
-        return {
-            "style_id": self._job.style_id,
-            "progress": progress,
-            "task_id": self._job.task_id,
-            "sequence": self._next_sequence(),
-        }
+        return _report(self._job, _progress(self._latest), self._next_sequence())
+
+
+def queued(
+    job: TrainingJob, latest: Progress | None, place: int, seconds: float, *, sequence: int
+) -> dict[str, Any]:
+    """The report of a job that waits for another attempt.
+
+    Args:
+        job: The job.
+        latest: How far it was; None where nothing was trained.
+        place: In the queue, counted from 1.
+        seconds: Until it is expected to be taken.
+        sequence: Its number among the job's news.
+    """
+    latest = latest or _at_the_beginning(job)
+    waiting = {
+        "stage": str(Stage.QUEUED),
+        "estimated_seconds": round(seconds),
+        "queue_position": place,
+    }
+    return _report(job, _progress(latest) | waiting, sequence)
+
+
+def _at_the_beginning(job: TrainingJob) -> Progress:
+    epochs = job.hyper_parameters.epochs
+    return Progress(job.task_id, Stage.PREPARING, 0, epochs, 0, 0)
+
+
+def _progress(latest: Progress) -> dict[str, Any]:
+    done = latest.step / latest.total_steps if latest.total_steps else 0.0
+    rate = latest.steps_per_second
+    progress: dict[str, Any] = {
+        "current_epoch": latest.epoch,
+        "total_epochs": latest.total_epochs,
+        "progress_percent": int(100 * done),
+        # The field is required and an integer, so 0 stands for "not measured yet" as well.
+        "estimated_seconds": round((latest.total_steps - latest.step) / rate) if rate else 0,
+        "stage": str(latest.stage),
+    }
+    if latest.loss is not None:
+        progress["loss"] = latest.loss
+    return progress
+
+
+def _report(job: TrainingJob, progress: dict[str, Any], sequence: int) -> dict[str, Any]:
+    return {
+        "style_id": job.style_id,
+        "progress": progress,
+        "task_id": job.task_id,
+        "sequence": sequence,
+    }

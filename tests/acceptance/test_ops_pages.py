@@ -7,7 +7,9 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from sandbox.backend import Backend
@@ -234,6 +236,37 @@ def test_a_job_is_a_trace_that_goes_on_from_the_backend_s_and_back_to_it(
     steps += ["checkpoint_uploaded", "model_published", "job_ended", "ending_sent"]
     assert [event for event in dict.fromkeys(events) if event in steps] == steps
     assert all({"level", "timestamp", "logger"} <= set(line) for line in story)
+
+
+def test_a_job_that_is_to_be_tried_again_tells_its_place_in_the_queue(
+    mortal: World, pages: Pages, watched: WorkerProcess
+) -> None:
+    """The job before it was done, so the worker knows how long a job takes."""
+    message = mortal.envelope(style_id=75, parameters={"epochs": 200})
+    task_id = message["task_id"]
+    mortal.publish(message)
+    until(lambda: (pages.json("/status")["job"] or {}).get("epoch", 0) > 2)
+    waiting = mortal.envelope(style_id=76)
+    mortal.publish(waiting)
+    until(lambda: pages.metric("queue_messages", queue="training") == 1)
+    (trainer,) = (
+        each for each in psutil.Process(watched.pid).children() if "--runs-fd" in each.cmdline()
+    )
+    trainer.kill()
+
+    def placed() -> list[dict[str, Any]]:
+        told = (each.body["progress"] for each in mortal.backend.progress(task_id))
+        return [each for each in told if each["stage"] == "queued"]
+
+    (progress,) = until(placed)
+    assert progress["queue_position"] == 2 and progress["estimated_seconds"] > 0
+    assert progress["current_epoch"] > 0
+    mortal.s3.put_object(Bucket=mortal.state, Key=f"jobs/{task_id}.cancel", Body=b"")
+    assert mortal.ending(waiting["task_id"])[0] == "complete"
+    assert mortal.ending(task_id)[1]["error_code"] == "CANCELLED"
+    assert pages.metric("trainer_restarts_total") == 1
+    assert pages.metric("job_retries_total", code="WORKER_CRASHED") == 1
+    assert pages.metric("wasted_gpu_seconds_total", reason="retry") > 0
 
 
 def test_a_failed_job_is_an_error_report(mortal: World, sentry: SentryDoor) -> None:

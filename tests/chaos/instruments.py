@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from consumer import checkpoint_uploads, desk, endings, lane, outbox, pipeline
+from consumer import checkpoint_uploads, desk, endings, lane, outbox, pipeline, run_events
 from consumer.checkpoint_uploads import CheckpointUploads
 from consumer.machine import Machine
 from consumer.settlement import Action
@@ -172,7 +172,7 @@ def keep_journal_of_epochs(journal: Journal) -> None:
     seen: dict[str, int] = {}
 
     def dispatch(original: Any) -> Any:
-        def wrapped(event: Any, reporter: Any, uploads: CheckpointUploads) -> None:
+        def wrapped(event: Any, observer: Any, reporter: Any, uploads: CheckpointUploads) -> None:
             facts = {"task": event.task_id, "claim": uploads._lease.claim_number}
             match event:
                 case Started():
@@ -188,11 +188,11 @@ def keep_journal_of_epochs(journal: Journal) -> None:
                     seen[event.task_id] = event.epoch
                 case _:
                     pass
-            original(event, reporter, uploads)
+            original(event, observer, reporter, uploads)
 
         return wrapped
 
-    _wrap(pipeline, "_dispatch", dispatch)
+    _wrap(run_events, "dispatch", dispatch)
 
 
 def fill_disk(marker: Path) -> None:
