@@ -1,9 +1,10 @@
 """`python -m benchmarks.scrape_cost`: what twenty requests a second on /metrics cost training.
 
-The whole worker runs, on private servers, with the stand-in model: a real RabbitMQ, an S3 server and a
-backend. The trainer has a core of its own; the front desk, the servers and the scraper share another.
-Stretches with and without scraping alternate (off on, on off, …), so that what drifts falls on both,
-and each pair is one comparison. Steps are counted between the trainer's own log lines.
+The whole worker runs, on private servers, with the stand-in model: a real RabbitMQ, an S3 server
+and a backend. The trainer has a core of its own; the front desk, the servers and the scraper share
+another. Stretches with and without scraping alternate (on off, off on, …), so that what drifts
+falls on both, and each pair is one comparison. Steps are counted between the trainer's own log
+lines.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The worker's HTTP pages, for ops and their tools: /health, /ready, /status and /metrics.
 
 Served by a thread of their own, from what is already known: no job holds them up, and they hold up
-no job. Nothing can be changed here, so only GET and HEAD are answered. They tell no secret, but they
-are for ops: `HTTP_HOST` is this machine alone unless told otherwise.
+no job. Nothing can be changed here, so only GET and HEAD are answered. They tell no secret, but
+they are for ops: `HTTP_HOST` is this machine alone unless told otherwise.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class HttpPages:
         port: Where they are.
 
     Raises:
-        ConfigurationError: The port is in use or may not be used, or the host is not this machine's.
+        ConfigurationError: The port is in use or may not be used, or the host is not this
+            machine's.
     """
 
     def __init__(self, host: str, port: int, condition: Condition, metrics: Metrics) -> None:

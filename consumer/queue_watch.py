@@ -1,9 +1,9 @@
 """How long the queues are, and how long one waits in them, as far as a worker can know.
 
-A worker cannot look into a queue: it can ask for the length, and it sees a message only when that is
-handed over. Two bounds follow. A message that waits now came after the queue was last seen empty;
-and since a queue is first in, first out, it was made after the one that was handed over last. So the
-oldest has waited no longer than the smaller of the two.
+A worker cannot look into a queue: it can ask for the length, and it sees a message only when that
+is handed over. Two bounds follow. A message that waits now came after the queue was last seen
+empty; and since a queue is first in, first out, it was made after the one that was handed over
+last. So the oldest has waited no longer than the smaller of the two.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the desk does with each event of a run: the newest state is reported, a checkpoint uploaded."""
+"""What the desk does with each event of a run: it reports the newest state, uploads checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looks every few seconds at what the worker stands on: S3 and the disks. The pages tell the result."""
+"""Looks every few seconds at what the worker stands on, S3 and the disks; the pages tell of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts a client's requests by the events that the SDK tells of each; the SDK itself stays outside."""
+"""Counts a client's requests, by what the SDK tells of each; the SDK itself stays outside."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 line.
 
 In go a `TrainingRun` (see `training.lora_config`) and a `Stop`; out come `Started`, `Progress`,
-`CheckpointSaved`, `Finished` and `Failed`, and between runs too `BaseModelReady`. Nothing else crosses
-the pipe, and nothing is pickled.
+`CheckpointSaved`, `Finished` and `Failed`, and between runs too `BaseModelReady`. Nothing else
+crosses the pipe, and nothing is pickled.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ class GpuReading:
             cannot be read.
         temperature_celsius: Of the chip; None where it cannot be read.
         power_watts: Drawn now; None where it cannot be read.
-        throttled: Why it holds its clocks down, of `THROTTLE_REASONS`; None where it cannot be read.
+        throttled: Why it holds its clocks down, of `THROTTLE_REASONS`; None where it cannot be
+            read.
     """
 
     index: int

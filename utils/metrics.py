@@ -7,7 +7,7 @@ seconds, bytes, ratios from 0 to 1; what only rises ends in `_total`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
@@ -202,8 +202,8 @@ class Metrics:
         """
         # Not `choose_encoder`, which would read versions and escapings off a stranger's header.
         if _OPENMETRICS in _kinds(accept):
-            text: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
-            return text, openmetrics.CONTENT_TYPE_LATEST
+            encode: Callable[[CollectorRegistry], bytes] = openmetrics.generate_latest
+            return encode(self.registry), openmetrics.CONTENT_TYPE_LATEST
         return prometheus_client.generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
