@@ -23,7 +23,7 @@ from training.probe import Probed
 from utils.errors import CheckpointUnusable
 from utils.events import from_dict
 
-FORMAT = 2
+FORMAT = 3
 STATE = "state.json"
 
 

@@ -34,6 +34,11 @@ class Course:
         """The course of a job to which nothing has happened yet."""
         return cls(asked, asked)
 
+    @property
+    def planned(self) -> HyperParameters:
+        """What the plan of the steps is made from: smaller batches are parts of those asked for."""
+        return dataclasses.replace(self.asked, learning_rate=self.parameters.learning_rate)
+
     def with_less_memory(self, epoch: int, *, checkpointing_is_on: bool) -> Self | None:
         """Gradient checkpointing first, since it changes no number; then smaller batches.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from training.base_model import BaseModel
+from training.buckets import Frame, frame_for
 from training.lora_config import Picture, TrainingRun
 from training.picture_checks import Looks, look_at
 from training.vetting import UnusablePicture, Vetted, vet
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 
 FEW_PICTURES = 10
 """With fewer usable pictures than this, a style comes out weakly."""
+MUCH_LOST = 0.1
+"""A part of the picture; a crop of more is said in the report."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class PictureReport:
         width, height: In pixels after rotation; None where they are not known.
         caption: The caption it is trained with.
         decoded: What the file was: format, size as stored, colour mode; None where it was none.
+        trained_as: What it is scaled and cropped to, such as "640 x 384"; None where it is not.
     """
 
     source: str
@@ -45,6 +50,7 @@ class PictureReport:
     height: int | None
     caption: str
     decoded: str | None = None
+    trained_as: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class Latents:
     std: Tensor
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """Everything that the loop reads, on the device: thirty pictures take about 8 MB.
 
@@ -99,13 +105,14 @@ class Dataset:
             for example in self.usable
         )
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one picture's latent: 4, h/8, w/8."""
-        return tuple(self.latents[self.usable[0].identity].mean.shape)
+    @functools.cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of each usable picture's latent: 4, h/8, w/8. Those of one shape can share a batch."""
+        return tuple(tuple(self.latents[each.identity].mean.shape) for each in self.usable)
 
     def batch(self, chosen: Sequence[int]) -> tuple[Latents, Tensor]:
-        """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of n pictures."""
+        """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of n pictures of one
+        shape."""
         examples = [self.usable[index] for index in chosen]
         latents = [self.latents[example.identity] for example in examples]
         return (
@@ -177,30 +184,29 @@ def _take_in(
         return _left_out(picture, picture.problem or "could not be fetched"), None
     try:
         content = Path(picture.path).read_bytes()
-        vetted = vet(content, max_pixels=run.max_image_pixels, resolution=run.parameters.resolution)
+        vetted = vet(content, max_pixels=run.max_image_pixels)
         looks = look_at(vetted.image, resolution=run.parameters.resolution)
         alike = _compare(vetted, looks, seen)
         caption = base.fit_prompt(picture.caption)
         identity = hashlib.sha256(content).hexdigest()
-        latents[identity] = _encode(vetted, run.parameters.resolution, base)
+        frame = frame_for(*vetted.image.size, run.parameters.resolution)
+        latents[identity] = _encode(vetted, frame, base)
     except OSError:
         return _left_out(picture, "its file could not be read"), None
     except UnusablePicture as unusable:
         return _left_out(picture, str(unusable), unusable.size), None
     seen.append((_shown_name(picture.source), looks))
-    cut = (
-        (f"has a longer caption than can be read; it was cut after {caption[-30:]!r}",)
-        if caption != picture.caption
-        else ()
-    )
-    cautions = vetted.warnings + looks.warnings + alike + cut
+    cautions = vetted.warnings + _enlarged(vetted, frame) + looks.warnings + alike
+    if caption != picture.caption:
+        cautions += (f"has a longer caption than can be read; it was cut after {caption[-30:]!r}",)
     entry = PictureReport(
         picture.source,
         "warned" if cautions else "used",
-        cautions + vetted.notes,
+        cautions + vetted.notes + _cropped(vetted, frame),
         *vetted.image.size,
         caption,
         vetted.decoded,
+        str(frame),
     )
     return entry, Example(picture.source, identity, caption)
 
@@ -226,14 +232,24 @@ def _compare(vetted: Vetted, looks: Looks, seen: list[tuple[str, Looks]]) -> tup
     return (f"looks like another version of {near[0]}, which then counts twice",) if near else ()
 
 
-def _encode(vetted: Vetted, resolution: int, base: BaseModel) -> Latents:
-    """Centre-crop, resize and encode.
+def _enlarged(vetted: Vetted, frame: Frame) -> tuple[str, ...]:
+    small = frame.enlarges(*vetted.image.size)
+    return (f"is smaller than {frame} pixels; enlarging it made it soft",) if small else ()
+
+
+def _cropped(vetted: Vetted, frame: Frame) -> tuple[str, ...]:
+    lost = 1 - frame.keeps(*vetted.image.size)
+    return (f"lost {lost:.0%} at its edges, to fit {frame} pixels",) if lost > MUCH_LOST else ()
+
+
+def _encode(vetted: Vetted, frame: Frame, base: BaseModel) -> Latents:
+    """Scale, crop around the centre, and encode.
 
     Raises:
         UnusablePicture: The VAE makes no finite numbers of it.
     """
-    square = ImageOps.fit(vetted.image, (resolution, resolution), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+    fitted = ImageOps.fit(vetted.image, (frame.width, frame.height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
     mean, std = base.encode_images(pixels[None])
     if not bool((torch.isfinite(mean) & torch.isfinite(std)).all()):
         raise UnusablePicture(

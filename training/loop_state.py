@@ -204,7 +204,8 @@ def _idle(name: str, side: int) -> bool:
 
     Args:
         name: A weight of the LoRA.
-        side: Side of the innermost feature map; 1 in SD1.5 at 64 pixels.
+        side: Side of the innermost feature map of a square picture; 1 in SD1.5 at 64 pixels, where
+            there is no other frame: in larger ones there is more to choose from.
     """
     middle = name.startswith("mid_block.") and ".attn1." in name
     return side <= 1 and middle and (".to_q." in name or ".to_k." in name)

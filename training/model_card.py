@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from training.base_model import BaseModel
@@ -47,6 +47,8 @@ def model_card(
         "ss_steps": result.steps,
         "ss_epoch": result.delivered_epoch or result.epochs,
         "ss_num_train_images": len(dataset.usable),
+        "ss_enable_bucket": True,
+        "ss_bucket_info": json.dumps({"buckets": _frames(dataset)}),
         "ss_tag_frequency": json.dumps({"training": tags}, ensure_ascii=False),
         # Of the base's UNet as diffusers keeps it, which is what the LoRA was made for.
         "ss_new_sd_model_hash": base.hash,
@@ -56,6 +58,15 @@ def model_card(
         "modelspec.trigger_phrase": trigger_word,
     }
     return {name: str(value) for name, value in entries.items() if value != ""}
+
+
+def _frames(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """How many pictures were trained on in each size, by a number, as kohya's readers expect."""
+    frames = Counter(tuple(8 * side for side in reversed(shape[1:])) for shape in dataset.shapes)
+    return {
+        str(number): {"resolution": list(size), "count": count}
+        for number, (size, count) in enumerate(sorted(frames.items()))
+    }
 
 
 def tag_counts(captions: Iterable[str]) -> dict[str, int]:

@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from training.buckets import MOST_STRETCHED
 from training.vetting import UnusablePicture
 
 log = logging.getLogger(__name__)
 
 LEAST_PART = 4
 """A picture whose shorter side is less than this part of the training size shows blocks."""
-MOST_STRETCHED = 4.0
-"""Longer than this many times its width, a picture would lose nearly all of itself to the frame."""
 ONE_COLOUR = 8
 """Values of 255 within which everything looks like one colour."""
 NEARLY_ALL = 0.98

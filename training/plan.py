@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Hashable
 
 import numpy as np
 
@@ -15,20 +17,17 @@ class Plan:
     """A run's steps, numbered from 0 over the whole job: a resumed run follows the same plan.
 
     Attributes:
-        pictures: Usable pictures, n.
-        parameters: Hyper-parameters in force.
+        shapes: What each usable picture can share a batch by, n of them.
+        parameters: Hyper-parameters (see `Course.planned`).
     """
 
-    pictures: int
+    shapes: tuple[Hashable, ...]
     parameters: HyperParameters
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in which each picture is seen once; the last may have fewer pictures."""
-        parameters = self.parameters
-        return math.ceil(
-            self.pictures / (parameters.batch_size * parameters.gradient_accumulation_steps)
-        )
+        return math.ceil(len(self._epoch(0)) / self.parameters.gradient_accumulation_steps)
 
     @property
     def total_steps(self) -> int:
@@ -36,14 +35,24 @@ class Plan:
         return self.steps_per_epoch * self.parameters.epochs
 
     def batches(self, step: int) -> list[list[int]]:
-        """The pictures of one optimizer step, as batches of indices below n."""
+        """The pictures of one optimizer step, as batches of indices below n; the pictures of a
+        batch are of one shape."""
         epoch, position = divmod(step, self.steps_per_epoch)
+        batches = self.parameters.gradient_accumulation_steps
+        return self._epoch(epoch)[position * batches : (position + 1) * batches]
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """An epoch's batches. There are as many in each epoch."""
         # A generator of its own for each epoch: the order needs no state in a checkpoint.
-        order = np.random.default_rng([self.parameters.seed, epoch]).permutation(self.pictures)
-        size = self.parameters.batch_size
-        group = size * self.parameters.gradient_accumulation_steps
-        chosen: list[int] = order[position * group : (position + 1) * group].tolist()
-        return [chosen[i : i + size] for i in range(0, len(chosen), size)]
+        order = np.random.default_rng([self.parameters.seed, epoch]).permutation(len(self.shapes))
+        full: list[list[int]] = []
+        begun: dict[Hashable, list[int]] = {}
+        for index in order.tolist():
+            batch = begun.setdefault(self.shapes[index], [])
+            batch.append(index)
+            if len(batch) == self.parameters.batch_size:
+                full.append(begun.pop(self.shapes[index]))
+        return full + list(begun.values())
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then the chosen shape, over the whole job's length."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ class LoRATrainer:
         self._emit, self._should_stop = emit, should_stop
         self._course = course or Course.of(run.parameters)
         self._parameters = self._course.parameters
-        self._plan = Plan(len(dataset.usable), self._parameters)
+        self._plan = Plan(dataset.shapes, self._course.planned)
         self._start = self.newest = start
         weights = min_snr_weights(base.scheduler, self._parameters.snr_gamma)
         self._loss_weights = weights.to(base.device)
@@ -157,19 +158,11 @@ class LoRATrainer:
         """Gradients of one optimizer step, clipped; returns their norm before that."""
         batches = self._plan.batches(state.step)
         pictures = sum(map(len, batches))
-        # Drawn for the whole step, so that smaller batches change nothing but rounding.
-        chance = Chance.draw(
-            (pictures, *self._dataset.latent_shape),
-            timesteps=self._base.scheduler.config.num_train_timesteps,
-            caption_dropout=self._parameters.caption_dropout,
-            generator=state.noise,
-        )
-        parts = chance.split(self._parameters.batch_size)
-        for batch, part in zip(batches, parts, strict=True):
+        for batch, chance in self._parts(batches, state.noise):
             losses, weighted = denoising_losses(
                 self._base,
                 self._dataset.batch(batch),
-                part,
+                chance,
                 empty_text=self._dataset.embeddings[""],
                 weights=self._loss_weights,
                 autocast=accelerator.autocast(),
@@ -182,6 +175,25 @@ class LoRATrainer:
         weights = list(state.lora.values())  # an iterator would be empty where it is needed
         norm: Tensor = accelerator.clip_grad_norm_(weights, self._parameters.max_grad_norm)
         return norm
+
+    def _parts(
+        self, batches: list[list[int]], noise: torch.Generator
+    ) -> Iterator[tuple[list[int], Chance]]:
+        """As many pictures at a time as memory allows, and what is random about them."""
+        size = self._parameters.batch_size
+        for shape, alike in itertools.groupby(
+            batches, lambda batch: self._dataset.shapes[batch[0]]
+        ):
+            pictures = list(itertools.chain.from_iterable(alike))
+            # Drawn for all of them, so that smaller batches change nothing but rounding.
+            chance = Chance.draw(
+                (len(pictures), *shape),
+                timesteps=self._base.scheduler.config.num_train_timesteps,
+                caption_dropout=self._parameters.caption_dropout,
+                generator=noise,
+            )
+            parts = [pictures[i : i + size] for i in range(0, len(pictures), size)]
+            yield from zip(parts, chance.split(size), strict=True)
 
     def _update(self, state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
         """Apply the gradients; if they are not finite, skip the step and count it."""

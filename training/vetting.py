@@ -43,13 +43,12 @@ class Vetted:
     warnings: tuple[str, ...] = ()
 
 
-def vet(content: bytes, *, max_pixels: int, resolution: int) -> Vetted:
+def vet(content: bytes, *, max_pixels: int) -> Vetted:
     """Decode a picture and bring it to upright 8-bit RGB.
 
     Args:
         content: The file's bytes.
         max_pixels: A header that announces more is refused before anything is decoded.
-        resolution: Side of the training pictures in pixels; smaller pictures get a warning.
 
     Raises:
         UnusablePicture: Says why.
@@ -64,13 +63,8 @@ def vet(content: bytes, *, max_pixels: int, resolution: int) -> Vetted:
         _decode(image)
         upright, notes = _upright(image)
         rgb, more, see_through = _converted(upright)
-        cautions = several + see_through
-    if min(rgb.size) < resolution:
-        cautions += (
-            f"is smaller than {resolution} x {resolution} pixels; enlarging it made it soft",
-        )
     decoded = f"{image.format}, {image.width} x {image.height} pixels, {image.mode}"
-    return Vetted(rgb, decoded, notes + deep + more, cautions)
+    return Vetted(rgb, decoded, notes + deep + more, several + see_through)
 
 
 def _open(content: bytes) -> Image.Image:

@@ -72,6 +72,21 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Picture, ...]:
+    """Three wide pictures, a high one and a square one: three frames at 128 pixels."""
+    folder = tmp_path_factory.mktemp("mixed")
+    random = np.random.default_rng(8)
+    pictures = []
+    for number, (width, height) in enumerate([(12, 4), (8, 8), (12, 4), (4, 12), (12, 4)]):
+        squares = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        path = folder / f"mixed_{number}.png"
+        Image.fromarray(np.kron(squares, np.ones((16, 16, 1), dtype=np.uint8))).save(path)
+        caption = f"ink, harbour, {number} boats, gulls"
+        pictures.append(Picture(f"s3://media/training/{path.name}", str(path), caption))
+    return tuple(pictures)
+
+
 @pytest.fixture
 def make_run(tmp_path: Path, photographs: list[Path]) -> MakeRun:
     """Runs of three pictures and small steps; parameters and fields can be set by name."""

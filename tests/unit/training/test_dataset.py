@@ -54,7 +54,7 @@ def header_of_a_png(width: int, height: int) -> bytes:
 
 def vetted(content: bytes, *, max_pixels: int = 1_000_000) -> Vetted:
     """Vet with the usual limits of these tests."""
-    return vet(content, max_pixels=max_pixels, resolution=64)
+    return vet(content, max_pixels=max_pixels)
 
 
 def animation() -> bytes:
@@ -225,10 +225,6 @@ def test_another_profiles_colours_are_converted_to_srgb() -> None:
     result = vetted(encoded(red_picture, "PNG", icc_profile=bytes(swapped)))
     assert result.image.getpixel((5, 5)) == (0, 0, 255)
     assert "converted to sRGB" in result.notes[0]
-
-
-def test_a_picture_smaller_than_the_training_size_is_used_with_a_warning() -> None:
-    assert "smaller than 64 x 64" in vetted(encoded(noise(size=(32, 100)))).warnings[0]
 
 
 # ---- preparing -----------------------------------------------------------------------------------

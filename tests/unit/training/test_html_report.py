@@ -54,6 +54,7 @@ def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, Tra
                 "reasons": [EVIL, "is smaller than 512 x 512 pixels"] if status != "used" else [],
                 "width": 96,
                 "height": 64,
+                "trained_as": None if status == "left_out" else "640 x 384",
                 "caption": EVIL if number == 3 else f"a red house, {number}",
             }
         )
@@ -175,6 +176,7 @@ def test_it_says_what_an_artist_asks(wide: dict[str, Any]) -> None:
         "Epoch 20 is the model: its loss on the held-out pictures was the lowest.",
         "left out",
         "is smaller than 512 x 512 pixels",
+        "96 × 64, trained as 640 × 384",
         "After epoch 20",
         "Without the LoRA",
     ):

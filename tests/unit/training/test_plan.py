@@ -7,6 +7,8 @@ import pytest
 from training.lora_config import HyperParameters
 from training.plan import Plan
 
+SQUARE = ("square",)
+
 
 @pytest.mark.parametrize(
     ("pictures", "batch", "accumulation", "sizes"),
@@ -25,7 +27,7 @@ def test_every_epoch_sees_every_picture_once_in_steps_of_the_right_size(
     parameters = HyperParameters(
         epochs=3, batch_size=batch, gradient_accumulation_steps=accumulation
     )
-    plan = Plan(pictures, parameters)
+    plan = Plan(SQUARE * pictures, parameters)
     assert plan.steps_per_epoch == len(sizes) and plan.total_steps == 3 * len(sizes)
     for epoch in range(3):
         steps = [plan.batches(epoch * len(sizes) + i) for i in range(len(sizes))]
@@ -35,7 +37,7 @@ def test_every_epoch_sees_every_picture_once_in_steps_of_the_right_size(
 
 def test_each_epoch_has_an_order_of_its_own_that_depends_on_the_seed_alone() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        plan = Plan(20, HyperParameters(epochs=5, seed=seed, batch_size=16))
+        plan = Plan(SQUARE * 20, HyperParameters(epochs=5, seed=seed, batch_size=16))
         return [i for step in (0, 1) for b in plan.batches(epoch * 2 + step) for i in b]
 
     assert order(1, 0) == order(1, 0) != order(1, 1)
@@ -46,7 +48,7 @@ def test_each_epoch_has_an_order_of_its_own_that_depends_on_the_seed_alone() -> 
 def test_the_rate_warms_up_from_above_zero_peaks_and_falls_over_the_whole_job(
     schedule: str,
 ) -> None:
-    plan = Plan(10, HyperParameters(epochs=10, warmup_ratio=0.1, lr_schedule=schedule))
+    plan = Plan(SQUARE * 10, HyperParameters(epochs=10, warmup_ratio=0.1, lr_schedule=schedule))
     rates = [plan.learning_rate(step) for step in range(plan.total_steps)]
     assert rates[0] > 0 and rates[:10] == sorted(rates[:10])
     assert rates[10] == max(rates) == pytest.approx(1e-4)

@@ -65,6 +65,7 @@ def test_every_picture_that_was_asked_for_has_its_entry_in_order(report: dict[st
         "height": None,
         "caption": "a cat",
         "decoded": None,
+        "trained_as": None,
     }
     counts = ("pictures_asked", "pictures_used", "pictures_left_out")
     assert [report[name] for name in counts] == [3, 2, 1]

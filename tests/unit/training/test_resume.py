@@ -23,18 +23,18 @@ from training import trainer
 from training.base_model import BaseModel
 from training.checkpoint import load
 from training.course import Course
-from training.lora_config import TrainerOptions
+from training.lora_config import Picture, TrainerOptions
 from utils.errors import CheckpointUnusable, StopReason
 from utils.events import Started
 
-HARD = {  # dropout, captions dropped, an odd last batch, and accumulation: everything at once
-    "count": 5,
+HARD = {  # three frames, dropout, captions dropped, odd batches, accumulation: everything at once
+    "resolution": 128,
     "epochs": 3,
     "batch_size": 2,
     "gradient_accumulation_steps": 2,
     "dropout": 0.1,
     "caption_dropout": 0.5,
-}  # two steps an epoch: one of 2 + 2 pictures, one of a single picture
+}  # two steps an epoch, each of two batches: three wide pictures, a high one and a square one
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,11 @@ def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(
     base: BaseModel,
     options: TrainerOptions,
     make_run: MakeRun,
+    mixed: tuple[Picture, ...],
     unbroken: dict[str, Any],
     stop: int,
 ) -> None:
-    run = make_run(**HARD)
+    run = make_run(**HARD, pictures=mixed)
     if not unbroken:
         result, weights, _ = trained(base, run)
         unbroken.update(result=result, weights=weights)

@@ -200,7 +200,7 @@ def test_the_optimizer_uses_the_rate_of_the_plan(base: BaseModel, make_run: Make
         trained(base, run)
     finally:
         handle.remove()
-    plan = Plan(4, run.parameters)
+    plan = Plan((0,) * 4, run.parameters)
     assert rates == [plan.learning_rate(step) for step in range(8)]
 
 
