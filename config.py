@@ -116,6 +116,7 @@ class TrainerSettings(BaseSettings):
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     caption_dropout: float = 0.1
+    shuffle_tags: bool = False
     deliver: str = "last"
 
     min_images: int = Field(3, ge=1, le=200)

@@ -122,6 +122,9 @@ def train(
     validation: Annotated[
         Path | None, typer.Option(help="Folder of pictures to judge by, not trained on.")
     ] = None,
+    trigger_word: Annotated[
+        str, typer.Option(help="A word in front of every prompt, to call the style by.")
+    ] = "",
     resume: Annotated[
         bool, typer.Option(help="Go on from the newest checkpoint in OUTPUT.")
     ] = False,
@@ -142,9 +145,10 @@ def train(
         "deliver": deliver,
     }
     overrides = {name: value for name, value in given.items() if value is not None}
+    how = {"validation": validation, "trigger_word": trigger_word, "resume": resume}
     sys.exit(
         _guarded(
-            lambda: _run_training(folder, output, overrides, validation, resume, config_file),
+            lambda: _run_training(folder, output, overrides, config_file, **how),
             say=_Sentences(),
         )
     )
@@ -199,12 +203,7 @@ def _on_stop_signals(first: Callable[[], None]) -> None:
 
 
 def _run_training(
-    folder: Path,
-    output: Path,
-    overrides: dict[str, Any],
-    validation: Path | None,
-    resume: bool,
-    config_file: Path | None,
+    folder: Path, output: Path, overrides: dict[str, Any], config_file: Path | None, **how: Any
 ) -> int:
     from consumer.local_training import train_folder  # pylint: disable=import-outside-toplevel
 
@@ -226,8 +225,7 @@ def _run_training(
             output,
             settings=settings,
             parameters=parameters,
-            validation=validation,
-            resume=resume,
+            **how,
             on_event=progress_bar.saw,
             stop=stop,
         )

@@ -14,6 +14,7 @@ from consumer.stop_signal import StopSignal
 from consumer.trainer_process import TrainerProcess
 from training.checkpoint_name import order
 from training.lora_config import HyperParameters, Picture, TrainingRun
+from training.prompts import checked_trigger_word
 from utils.captions import MAX_CAPTION_BYTES, caption_text
 from utils.errors import ConfigurationError, TrainingServerError
 from utils.events import Event, Finished
@@ -80,6 +81,7 @@ def train_folder(
     settings: TrainerSettings,
     parameters: HyperParameters,
     validation: Path | None = None,
+    trigger_word: str = "",
     resume: bool,
     on_event: Callable[[Event], None],
     stop: StopSignal,
@@ -93,15 +95,17 @@ def train_folder(
         settings: What does not depend on the job.
         parameters: Hyper-parameters.
         validation: Folder of pictures that are looked at and not trained on.
+        trigger_word: In front of every prompt, or the empty string.
         resume: Continue from the newest checkpoint in `output`, if there is one.
         on_event: Sees every event of the trainer.
         stop: Ends training at the next step, with a checkpoint.
 
     Raises:
-        ConfigurationError: Something is wrong with a folder.
+        ConfigurationError: Something is wrong with a folder, or with the trigger word.
         JobError: Training failed.
         MachineError: This machine cannot train.
     """
+    trigger_word = _checked(trigger_word)
     pictures = pictures_in(folder)
     _refuse_to_overwrite(pictures, folder, output)
     _look_for_base_model(settings.base_model)
@@ -121,6 +125,7 @@ def train_folder(
         max_image_pixels=settings.max_image_pixels,
         checkpoint_interval=settings.checkpoint_interval,
         validation_pictures=held_out,
+        trigger_word=trigger_word,
         sample_steps=settings.sample_steps,
         preview_share=settings.preview_share,
     )
@@ -138,10 +143,14 @@ def train_folder(
     finally:
         trainer.close()
     if not finished.stopped:
-        for name in finished.files:
-            os.replace(Path(finished.folder) / name, output / name)
+        _hand_over(finished, output)
         shutil.rmtree(work, ignore_errors=True)
     return finished
+
+
+def _hand_over(finished: Finished, output: Path) -> None:
+    for name in finished.files:
+        os.replace(Path(finished.folder) / name, output / name)
 
 
 def _make_folder(work: Path, output: Path, *, emptied: bool) -> None:
@@ -151,6 +160,13 @@ def _make_folder(work: Path, output: Path, *, emptied: bool) -> None:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"{output} cannot be written ({error.strerror})") from error
+
+
+def _checked(trigger_word: str) -> str:
+    try:
+        return checked_trigger_word(trigger_word)
+    except ValueError as error:
+        raise ConfigurationError(f"the trigger word {error}") from error
 
 
 def _refuse_to_overwrite(pictures: tuple[Picture, ...], folder: Path, output: Path) -> None:

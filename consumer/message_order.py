@@ -17,6 +17,7 @@ from pydantic import create_model as _create_model
 from pydantic_core import ErrorDetails
 
 from training.lora_config import HyperParameters
+from training.prompts import checked_trigger_word
 
 MAX_STYLE_ID = 2**63 - 1
 MAX_IMAGES = 200
@@ -41,11 +42,17 @@ def _one_line(value: str) -> str:
     return _CONTROL.sub(" ", value).strip()
 
 
+def _trigger_word(value: str) -> str:
+    return checked_trigger_word(_one_line(value))
+
+
 def _parameter_type(field: dataclasses.Field[Any], kind: Any) -> Any:
     limits = field.metadata
     if limits["choices"]:
         return Literal[limits["choices"]]
     bounds = Field(ge=limits["low"], le=limits["high"])
+    if kind is bool:
+        return bool
     if kind is int:
         return Annotated[int, BeforeValidator(_whole), bounds]
     return Annotated[float, Field(allow_inf_nan=False), bounds]
@@ -81,6 +88,7 @@ class Order(BaseModel):
     sample_prompts: Annotated[list[SamplePrompt], Field(max_length=MAX_SAMPLE_PROMPTS)] | None = (
         None
     )
+    trigger_word: Annotated[str, AfterValidator(_trigger_word)] | None = None
     parameters: Parameters | None = None  # type: ignore[valid-type]  # made at import
 
     def given_parameters(self) -> dict[str, Any]:
@@ -108,6 +116,7 @@ def _reason(problem: ErrorDetails) -> str:
     words = {
         "missing": "is required",
         "int_type": "must be a whole number",
+        "bool_type": "must be true or false",
         "float_type": "must be a number",
         "finite_number": "must be a finite number",
         "string_type": "must be a text",
@@ -120,6 +129,7 @@ def _reason(problem: ErrorDetails) -> str:
         "greater_than_equal": "must be at least {ge}",
         "less_than_equal": "must be at most {le}",
         "literal_error": "must be {expected}",
+        "value_error": "{error}",
     }
     reason = words.get(kind, problem["msg"]).format_map(limits)
     value = problem["input"]

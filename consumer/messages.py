@@ -46,7 +46,8 @@ _TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _BODIES = uuid.UUID("8c1f4f3e-2b77-5d0a-9f0e-6a3d8c5b1e42")  # namespace of ids made from bodies
 _ORDER_FIELDS = (
-    *("style_id", "captions", "tags", "validation_images", "sample_prompts", "parameters"),
+    *("style_id", "captions", "tags", "validation_images", "sample_prompts", "trigger_word"),
+    "parameters",
 )
 
 
@@ -187,6 +188,7 @@ def _job(
             checked.validation_images or [], f"{prefix}validation_images", settings
         ),
         sample_prompts=tuple(prompt for prompt in checked.sample_prompts or () if prompt),
+        trigger_word=checked.trigger_word or "",
         body=body,
     )
 

@@ -267,6 +267,7 @@ class Pipeline:
                 s3, settings, job, folder / "validation", stop
             ),
             sample_prompts=job.sample_prompts,
+            trigger_word=job.trigger_word,
             sample_steps=settings.sample_steps,
             preview_share=settings.preview_share,
         )

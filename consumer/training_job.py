@@ -47,6 +47,7 @@ class TrainingJob:
         id_is_derived: The id was made from the body: the publisher gave none.
         validation_images: Pictures that are looked at and not trained on.
         sample_prompts: What samples are painted of; none: the captions.
+        trigger_word: In front of every prompt, or the empty string.
         ignored_fields: Fields that mean nothing to this worker, by name (the first few).
         body: The message itself.
         headers: Its AMQP headers, as far as its copies take them along.
@@ -65,6 +66,7 @@ class TrainingJob:
     ignored_fields: tuple[str, ...] = ()
     validation_images: tuple[ImageRef, ...] = ()
     sample_prompts: tuple[str, ...] = ()
+    trigger_word: str = ""
     body: bytes = dataclasses.field(default=b"", compare=False, repr=False)
     headers: dict[str, str | int | bool] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
@@ -88,6 +90,8 @@ class TrainingJob:
             meaning["validation_images"] = _places(self.validation_images)
         if self.sample_prompts:
             meaning["sample_prompts"] = self.sample_prompts
+        if self.trigger_word:
+            meaning["trigger_word"] = self.trigger_word
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
     def understood(self) -> dict[str, Any]:
@@ -124,6 +128,7 @@ def to_message(job: TrainingJob) -> bytes:
         "tags": list(job.tags) or None,
         "validation_images": [image.source for image in job.validation_images] or None,
         "sample_prompts": list(job.sample_prompts) or None,
+        "trigger_word": job.trigger_word or None,
         "parameters": job.parameters or None,
     }
     message = {

@@ -18,6 +18,7 @@ from training.base_model import BaseModel
 from training.buckets import Frame, frame_for
 from training.lora_config import Picture, TrainingRun
 from training.picture_checks import Looks, look_at
+from training.prompts import orders, with_trigger
 from training.vetting import UnusablePicture, Vetted, vet
 from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
 
@@ -61,11 +62,13 @@ class Example:
         source: Its address.
         identity: SHA-256 of its bytes, the key of its latents.
         caption: Its caption, the key of its embedding.
+        orders: The caption, and the same tags in other orders where they are to be shuffled.
     """
 
     source: str
     identity: str
     caption: str
+    orders: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ class Dataset:
         usable: What is trained on, in order.
         latents: By the picture's identity, never by position: a shuffle cannot pair a picture with
             another's caption.
-        embeddings: [77, d] by caption; the empty prompt's is always there.
+        embeddings: [77, d] by caption, in each of its orders; the empty prompt's is always there.
         warnings: Sentences for the report.
         held_out: Pictures that the probe looks at and the loop never sees, if there are any.
     """
@@ -110,14 +113,16 @@ class Dataset:
         """Of each usable picture's latent: 4, h/8, w/8. Those of one shape can share a batch."""
         return tuple(tuple(self.latents[each.identity].mean.shape) for each in self.usable)
 
-    def batch(self, chosen: Sequence[int]) -> tuple[Latents, Tensor]:
+    def batch(self, chosen: Sequence[int], epoch: int = 0) -> tuple[Latents, Tensor]:
         """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of n pictures of one
-        shape."""
+        shape; the order of their tags depends on the epoch alone."""
         examples = [self.usable[index] for index in chosen]
         latents = [self.latents[example.identity] for example in examples]
         return (
             Latents(torch.stack([x.mean for x in latents]), torch.stack([x.std for x in latents])),
-            torch.stack([self.embeddings[example.caption] for example in examples]),
+            torch.stack(
+                [self.embeddings[each.orders[epoch % len(each.orders)]] for each in examples]
+            ),
         )
 
 
@@ -167,7 +172,7 @@ def prepare(
             "All pictures are without colour; such a style comes out tinted unless the captions "
             "say so (black and white, pencil drawing)."
         )
-    captions = list(dict.fromkeys(["", *(example.caption for example in usable)]))
+    captions = dict.fromkeys(["", *(caption for example in usable for caption in example.orders)])
     embeddings = {caption: base.encode_prompts([caption])[0] for caption in captions}
     return Dataset(tuple(entries), tuple(usable), latents, embeddings, tuple(warnings))
 
@@ -187,7 +192,8 @@ def _take_in(
         vetted = vet(content, max_pixels=run.max_image_pixels)
         looks = look_at(vetted.image, resolution=run.parameters.resolution)
         alike = _compare(vetted, looks, seen)
-        caption = base.fit_prompt(picture.caption)
+        prompt = with_trigger(run.trigger_word, picture.caption)
+        caption = base.fit_prompt(prompt)
         identity = hashlib.sha256(content).hexdigest()
         frame = frame_for(*vetted.image.size, run.parameters.resolution)
         latents[identity] = _encode(vetted, frame, base)
@@ -197,7 +203,7 @@ def _take_in(
         return _left_out(picture, str(unusable), unusable.size), None
     seen.append((_shown_name(picture.source), looks))
     cautions = vetted.warnings + _enlarged(vetted, frame) + looks.warnings + alike
-    if caption != picture.caption:
+    if caption != prompt:
         cautions += (f"has a longer caption than can be read; it was cut after {caption[-30:]!r}",)
     entry = PictureReport(
         picture.source,
@@ -208,7 +214,14 @@ def _take_in(
         vetted.decoded,
         str(frame),
     )
-    return entry, Example(picture.source, identity, caption)
+    return entry, Example(picture.source, identity, caption, _orders(caption, identity, run))
+
+
+def _orders(caption: str, identity: str, run: TrainingRun) -> tuple[str, ...]:
+    if not run.parameters.shuffle_tags:
+        return (caption,)
+    # By the picture: those of one caption do not all have the same order at a time.
+    return orders(caption, first=run.trigger_word, seed=f"{run.parameters.seed}/{identity}")
 
 
 def _left_out(picture: Picture, reason: str, size: tuple[int, int] | None = None) -> PictureReport:

@@ -20,6 +20,7 @@ from training.clock import Clock
 from training.device import free_memory, gpu_error, out_of_memory
 from training.loop_state import LoopState, weights_are_finite
 from training.probe import Interrupted, Probe, Probed, best_of
+from training.prompts import with_trigger
 from utils.errors import GpuBroken, StopReason
 
 if TYPE_CHECKING:
@@ -173,7 +174,8 @@ class Examiner:
 def prompts_of(run: TrainingRun, dataset: Dataset) -> list[str]:
     """What samples are painted of: as the message wishes, else the captions."""
     captions = [example.caption for example in dataset.usable if example.caption]
-    return list(run.sample_prompts) or captions
+    asked = [with_trigger(run.trigger_word, prompt) for prompt in run.sample_prompts]
+    return asked or captions
 
 
 def sample_steps(run: TrainingRun, base: BaseModel) -> int:

@@ -65,6 +65,9 @@ class HyperParameters:
     caption_dropout: float = _parameter(
         0.1, "part of the steps with an empty prompt (arXiv:2207.12598)", low=0.0, high=1.0
     )
+    shuffle_tags: bool = _parameter(
+        False, "the parts of a caption between commas come in another order each epoch"
+    )
     deliver: str = _parameter(
         "last", "which checkpoint becomes the model", choices=("last", "best")
     )
@@ -134,6 +137,7 @@ class TrainingRun:
         checkpoint_interval: Epochs between checkpoints.
         validation_pictures: Never trained on: the probe looks at them.
         sample_prompts: What samples are painted of; none: the captions.
+        trigger_word: In front of every prompt, or the empty string.
         sample_steps: Steps of the sampler; a CPU makes a sketch of fewer.
         preview_share: Part of the training's time that samples at checkpoints may take.
     """
@@ -150,6 +154,7 @@ class TrainingRun:
     checkpoint_interval: int = 10
     validation_pictures: tuple[Picture, ...] = ()
     sample_prompts: tuple[str, ...] = ()
+    trigger_word: str = ""
     sample_steps: int = 25
     preview_share: float = 0.0
 

@@ -26,8 +26,6 @@ def model_card(
     base: BaseModel,
     dataset: Dataset,
     result: TrainingResult,
-    *,
-    trigger_word: str = "",
 ) -> dict[str, str]:
     """Header entries for the kohya file, besides those that `lora_formats.kohya_metadata` makes.
 
@@ -36,7 +34,6 @@ def model_card(
         base: What it was trained on.
         dataset: The pictures and their captions.
         result: How the training went.
-        trigger_word: Calls the style up in a prompt.
     """
     tags = tag_counts(example.caption for example in dataset.usable)
     entries = {
@@ -55,7 +52,8 @@ def model_card(
         "modelspec.title": f"Style {run.style_id}",
         "modelspec.description": f"A style learnt from {len(dataset.usable)} pictures.",
         "modelspec.tags": ", ".join(list(tags)[:SHOWN_TAGS]),
-        "modelspec.trigger_phrase": trigger_word,
+        "ss_shuffle_caption": run.parameters.shuffle_tags,
+        "modelspec.trigger_phrase": run.trigger_word,
     }
     return {name: str(value) for name, value in entries.items() if value != ""}
 

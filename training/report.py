@@ -60,6 +60,7 @@ def build_report(
     report = {
         "task_id": run.task_id,
         "style_id": run.style_id,
+        "trigger_word": run.trigger_word,
         "pictures_asked": len(statuses),
         "pictures_used": len(statuses) - statuses.count("left_out"),
         "pictures_left_out": statuses.count("left_out"),

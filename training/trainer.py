@@ -161,7 +161,7 @@ class LoRATrainer:
         for batch, chance in self._parts(batches, state.noise):
             losses, weighted = denoising_losses(
                 self._base,
-                self._dataset.batch(batch),
+                self._dataset.batch(batch, state.epoch),
                 chance,
                 empty_text=self._dataset.embeddings[""],
                 weights=self._loss_weights,

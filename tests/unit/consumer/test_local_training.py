@@ -22,13 +22,14 @@ def fill(folder: Path, *names: str) -> Path:
     return folder
 
 
-def train(folder: Path, output: Path, **settings: str) -> None:
+def train(folder: Path, output: Path, *, trigger_word: str = "", **settings: str) -> None:
     """Begin to train; what is refused is refused before anything is written or started."""
     train_folder(
         folder,
         output,
         settings=TrainerSettings(_env_file=None, **settings),  # type: ignore[call-arg,arg-type]
         parameters=HyperParameters(),
+        trigger_word=trigger_word,
         resume=False,
         on_event=lambda event: None,
         stop=StopSignal(),
@@ -42,6 +43,12 @@ def test_what_a_training_writes_is_known_by_name() -> None:
 def test_what_an_earlier_training_left_in_the_folder_is_no_picture(tmp_path: Path) -> None:
     folder = fill(tmp_path / "pictures", "one.jpg", "two.png", *MADE)
     assert [picture.source for picture in pictures_in(folder)] == ["one.jpg", "two.png"]
+
+
+def test_a_trigger_word_that_would_be_several_tags_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="the trigger word must be without commas"):
+        train(fill(tmp_path / "pictures", "one.jpg"), tmp_path / "model", trigger_word="a, b")
+    assert not (tmp_path / "model").exists()
 
 
 def test_without_a_report_beside_it_a_file_of_such_a_name_is_a_picture(tmp_path: Path) -> None:

@@ -239,7 +239,9 @@ def test_every_hyper_parameter_can_be_set_within_its_limits_and_not_beyond() -> 
         limits = field.metadata
         good: tuple[Any, ...] = limits["choices"]
         bad: tuple[Any, ...] = ("", 5)
-        if not good:
+        if isinstance(field.default, bool):
+            good, bad = (True, False), (1, "true")
+        elif not good:
             good = (limits["low"], limits["high"])
             bad = (limits["low"] - 1, limits["high"] + 1, str(limits["low"]))
         for value in good:
@@ -358,10 +360,12 @@ def test_mutilated_messages_become_a_job_or_a_refusal_and_nothing_else() -> None
 # --- pictures to judge by, and what to paint
 
 
-def test_validation_images_and_sample_prompts_are_understood_in_both_dialects() -> None:
+def test_validation_images_prompts_and_trigger_word_are_understood_in_both_dialects() -> None:
     more = {
         "validation_images": [f"s3://{BUCKET}/v.jpg", None],
         "sample_prompts": ["a\nboat", ""],
+        "trigger_word": " ink\nstyle ",
+        "parameters": {"shuffle_tags": True},
     }
     for job in (read(envelope(**more)), read(flat(**more))):
         assert [image.location for image in job.validation_images] == [
@@ -370,11 +374,14 @@ def test_validation_images_and_sample_prompts_are_understood_in_both_dialects() 
         ]
         assert job.validation_images[1].problem
         assert job.sample_prompts == ("a boat",)
+        assert job.trigger_word == "ink style"
+        assert job.hyper_parameters.shuffle_tags
         assert not job.ignored_fields
     assert read(flat(sample_prompts=["p" * 501])).sample_prompts == ("p" * 500,)
     assert not read(flat(validation_images=["", "s3://x"])).validation_images[0].location
     plain = read(envelope())
-    assert (plain.validation_images, plain.sample_prompts) == ((), ())
+    assert (plain.validation_images, plain.sample_prompts, plain.trigger_word) == ((), (), "")
+    assert not plain.hyper_parameters.shuffle_tags
 
 
 @pytest.mark.parametrize(
@@ -386,7 +393,12 @@ def test_validation_images_and_sample_prompts_are_understood_in_both_dialects() 
         ({"validation_images": ["file:///etc/passwd"]}, "validation_images.0"),
         ({"sample_prompts": ["a"] * 5}, "sample_prompts"),
         ({"sample_prompts": [5]}, "sample_prompts.0"),
+        ({"trigger_word": 5}, "trigger_word"),
+        ({"trigger_word": "x" * 65}, "trigger_word"),
+        ({"trigger_word": "ink, style"}, "trigger_word"),
         ({"parameters": {"deliver": "first"}}, "parameters.deliver"),
+        ({"parameters": {"shuffle_tags": 1}}, "parameters.shuffle_tags"),
+        ({"parameters": {"shuffle_tags": "true"}}, "parameters.shuffle_tags"),
     ],
 )
 def test_they_have_the_limits_of_pictures_and_limits_of_their_own(

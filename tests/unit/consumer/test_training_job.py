@@ -63,19 +63,21 @@ def test_identity_is_what_was_understood_and_not_how_it_was_written() -> None:
 
 
 def test_pictures_to_judge_by_and_prompts_are_part_of_the_job_and_of_its_identity() -> None:
-    job = read(envelope(validation_images=["v.jpg"], sample_prompts=["a boat"]))
+    job = read(envelope(validation_images=["v.jpg"], sample_prompts=["a boat"], trigger_word="ink"))
     assert from_understood(json.loads(json.dumps(job.understood())), SETTINGS) == job
     assert read(to_message(job)).validation_images == job.validation_images
     assert read(to_message(job)).sample_prompts == job.sample_prompts
+    assert read(to_message(job)).trigger_word == "ink"
     others = [
+        envelope(trigger_word="ink"),
         envelope(sample_prompts=["a boat"]),
         envelope(validation_images=["v.jpg"]),
         envelope(),
     ]
-    assert len({job.identity, *(read(each).identity for each in others)}) == 4
+    assert len({job.identity, *(read(each).identity for each in others)}) == 5
 
 
 def test_the_identity_of_a_message_without_them_is_the_one_in_older_records() -> None:
     stored = read(envelope()).understood()
-    del stored["validation_images"], stored["sample_prompts"]
+    del stored["validation_images"], stored["sample_prompts"], stored["trigger_word"]
     assert from_understood(stored, SETTINGS).identity == read(envelope()).identity

@@ -96,6 +96,7 @@ def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, Tra
     report = {
         "task_id": "task-1",
         "style_id": 10,
+        "trigger_word": "inkstyle",
         "pictures_asked": 14,
         "pictures_used": 10,
         "pictures": entries,
@@ -172,6 +173,7 @@ def test_it_says_what_an_artist_asks(wide: dict[str, Any]) -> None:
     text = found["text"]
     for said in (
         "10 of 14",
+        "inkstyle",
         "1 h 6 min",
         "Epoch 20 is the model: its loss on the held-out pictures was the lowest.",
         "left out",

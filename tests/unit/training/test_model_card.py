@@ -20,7 +20,7 @@ from training.trainer import LoRATrainer
 def test_the_file_says_what_it_was_made_of_and_how_to_call_it(
     base: BaseModel, make_run: MakeRun, tmp_path: Path
 ) -> None:
-    run = make_run(epochs=1)
+    run = make_run(epochs=1, trigger_word="inkstyle")
     captions = ("ink, harbour", "ink,  a  boat ", "바다, ink")
     run = dataclasses.replace(
         run,
@@ -31,12 +31,12 @@ def test_the_file_says_what_it_was_made_of_and_how_to_call_it(
     )
     data = prepare(run, base)
     result = LoRATrainer(run, base, data).train()
-    card = model_card(run, base, data, result, trigger_word="inkstyle")
+    card = model_card(run, base, data, result)
     export.export(base, run.parameters, tmp_path, metadata=card)
     with safe_open(tmp_path / KOHYA_WEIGHTS, framework="pt") as opened:
         header = opened.metadata()
     assert json.loads(header["ss_tag_frequency"]) == {
-        "training": {"ink": 3, "a boat": 1, "harbour": 1, "바다": 1}
+        "training": {"ink": 3, "inkstyle": 3, "a boat": 1, "harbour": 1, "바다": 1}
     }
     expected = {
         "task_id": "task-1",
@@ -47,7 +47,7 @@ def test_the_file_says_what_it_was_made_of_and_how_to_call_it(
         "ss_new_sd_model_hash": base.hash,
         "ss_base_model_version": "sd_v1",
         "modelspec.title": "Style 10",
-        "modelspec.tags": "ink, a boat, harbour, 바다",
+        "modelspec.tags": "ink, inkstyle, a boat, harbour, 바다",
         "modelspec.trigger_phrase": "inkstyle",
         "modelspec.architecture": "stable-diffusion-v1/lora",
     }

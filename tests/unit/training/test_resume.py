@@ -27,13 +27,15 @@ from training.lora_config import Picture, TrainerOptions
 from utils.errors import CheckpointUnusable, StopReason
 from utils.events import Started
 
-HARD = {  # three frames, dropout, captions dropped, odd batches, accumulation: everything at once
+HARD = {  # three frames, dropout, captions dropped, tags shuffled, odd batches: everything at once
     "resolution": 128,
     "epochs": 3,
     "batch_size": 2,
     "gradient_accumulation_steps": 2,
     "dropout": 0.1,
     "caption_dropout": 0.5,
+    "shuffle_tags": True,
+    "trigger_word": "inkstyle",
 }  # two steps an epoch, each of two batches: three wide pictures, a high one and a square one
 
 
