@@ -43,7 +43,12 @@ from utils.urls import origin_of
 
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
-SETTING_OF = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+SETTING_OF = {
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target": "lora_target",
+}
 """Hyper-parameters whose setting has another name."""
 
 PARAMETER_OF = {
@@ -108,9 +113,12 @@ class TrainerSettings(BaseSettings):
     resolution: int = 512
     lora_rank: int = 16
     lora_alpha: float = 32.0
+    lora_target: str = "attention"
+    rslora: bool = False
     lora_dropout: float = 0.1
     seed: int = 42
     snr_gamma: float = 5.0
+    noise_offset: float = 0.0
     lr_schedule: str = "cosine"
     warmup_ratio: float = 0.05
     weight_decay: float = 0.01

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TARGETS = {"attention": ATTENTION, "attention+ff": (*ATTENTION, "ff.net.0.proj", "ff.net.2")}
+"""Which of the UNet's layers get a LoRA: 128 of SD1.5's, or with the feed-forward ones 160."""
 LR_SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -47,10 +49,24 @@ class HyperParameters:
     alpha: float = _parameter(
         32.0, "LoRA alpha; the effect is scaled by alpha / rank", low=0.01, high=1024.0
     )
+    target: str = _parameter(
+        "attention",
+        "layers that get a LoRA; feed-forward ones add capacity (arXiv:2305.14314)",
+        choices=tuple(TARGETS),
+    )
+    rslora: bool = _parameter(
+        False, "rank-stabilised: scaled by alpha / √rank (arXiv:2312.03732), for high ranks"
+    )
     dropout: float = _parameter(0.1, "dropout before the LoRA", low=0.0, high=0.9)
     seed: int = _parameter(42, "seed of weights, noise, timesteps and order", low=0, high=2**31 - 1)
     snr_gamma: float = _parameter(
         5.0, "min-SNR weighting (arXiv:2303.09556); 0 turns it off", low=0.0, high=100.0
+    )
+    noise_offset: float = _parameter(
+        0.0,
+        "noise of one value a channel, for very dark or bright styles (why: arXiv:2305.08891)",
+        low=0.0,
+        high=1.0,
     )
     lr_schedule: str = _parameter(
         "cosine", "shape of the learning rate after warm-up", choices=LR_SCHEDULES
@@ -89,7 +105,7 @@ class HyperParameters:
             raise ValueError(f"resolution is {self.resolution}; it must be a multiple of 64")
 
     def peft_config(self) -> LoraConfig:
-        """The PEFT configuration of the LoRA on the UNet's attention projections."""
+        """The PEFT configuration of the LoRA on the UNet."""
         # Imported here: the front desk names these classes and never imports torch.
         from peft import LoraConfig  # pylint: disable=import-outside-toplevel
 
@@ -97,7 +113,8 @@ class HyperParameters:
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=list(TARGET_MODULES),
+            target_modules=list(TARGETS[self.target]),
+            use_rslora=self.rslora,
             init_lora_weights=True,
             bias="none",
         )

@@ -183,6 +183,7 @@ def kohya_metadata(base: BaseModel, parameters: HyperParameters, layer: Layer) -
         "ss_batch_size_per_device": parameters.batch_size,
         "ss_gradient_accumulation_steps": parameters.gradient_accumulation_steps,
         "ss_max_grad_norm": parameters.max_grad_norm,
+        "ss_noise_offset": parameters.noise_offset,
         "ss_min_snr_gamma": parameters.snr_gamma,
         "ss_caption_dropout_rate": parameters.caption_dropout,
         "ss_seed": parameters.seed,

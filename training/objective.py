@@ -67,6 +67,7 @@ class Chance:
         *,
         timesteps: int,
         caption_dropout: float,
+        noise_offset: float = 0.0,
         generator: torch.Generator,
     ) -> Chance:
         """Draw it all.
@@ -75,12 +76,17 @@ class Chance:
             shape: n, 4, h, w.
             timesteps: How many the noise schedule has.
             caption_dropout: Part of the pictures that get the empty prompt.
+            noise_offset: Size of a part of the noise that is one value a channel, so that a picture's
+                mean can be learnt, too.
             generator: Source of every number, on the device where they are needed.
         """
         draw: dict[str, Any] = {"generator": generator, "device": generator.device}
+        sample, noise = torch.randn(shape, **draw), torch.randn(shape, **draw)
+        if noise_offset:
+            noise += noise_offset * torch.randn((*shape[:2], 1, 1), **draw)
         return cls(
-            sample=torch.randn(shape, **draw),
-            noise=torch.randn(shape, **draw),
+            sample=sample,
+            noise=noise,
             timesteps=torch.randint(timesteps, shape[:1], **draw),
             uncaptioned=torch.rand(shape[:1], **draw) < caption_dropout,
         )

@@ -190,6 +190,7 @@ class LoRATrainer:
                 (len(pictures), *shape),
                 timesteps=self._base.scheduler.config.num_train_timesteps,
                 caption_dropout=self._parameters.caption_dropout,
+                noise_offset=self._parameters.noise_offset,
                 generator=noise,
             )
             parts = [pictures[i : i + size] for i in range(0, len(pictures), size)]

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from training import export
 from training.base_model import ADAPTER, BaseModel
-from training.lora_config import TARGET_MODULES, HyperParameters, TrainerOptions
+from training.lora_config import ATTENTION, HyperParameters, TrainerOptions
 from training.lora_formats import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -33,9 +33,9 @@ from utils.errors import ExportFailed
 Tensors = dict[str, torch.Tensor]
 
 
-def attach(base: BaseModel, *, rank: int = 4, alpha: float = 9.0) -> HyperParameters:
+def attach(base: BaseModel, *, rank: int = 4, alpha: float = 9.0, **more: Any) -> HyperParameters:
     """Attach a LoRA and move its weights about as far as training does."""
-    parameters = HyperParameters(rank=rank, alpha=alpha, resolution=64)
+    parameters = HyperParameters(rank=rank, alpha=alpha, resolution=64, **more)
     base.attach(parameters)
     stir(base.unet)
     return parameters
@@ -99,12 +99,20 @@ def fixture_exported(
     return attached, folder
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 9.0), (3, 0.5)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"rank": 4, "alpha": 4.0},
+        {"rank": 4, "alpha": 9.0},
+        {"rank": 3, "alpha": 0.5},
+        {"rank": 4, "alpha": 9.0, "target": "attention+ff", "rslora": True},
+    ],
+)
 def test_every_file_changes_the_prediction_as_the_live_lora_does(
-    base: BaseModel, stand_in: Path, tmp_path: Path, rank: int, alpha: float
+    base: BaseModel, stand_in: Path, tmp_path: Path, how: dict[str, Any]
 ) -> None:
     plain = paint(base.unet)
-    export.export(base, attach(base, rank=rank, alpha=alpha), tmp_path, metadata={})
+    export.export(base, attach(base, **how), tmp_path, metadata={})
     effect = paint(base.unet) - plain
     assert effect.norm() > 0.002 * plain.norm()
     for file, load in USERS.items():
@@ -115,10 +123,7 @@ def test_every_file_changes_the_prediction_as_the_live_lora_does(
 def test_rank_stabilised_scaling_comes_out_right_in_all_files(
     base: BaseModel, stand_in: Path, tmp_path: Path
 ) -> None:
-    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=list(TARGET_MODULES))
-    base.unet.add_adapter(config, adapter_name=ADAPTER)
-    stir(base.unet)
-    export.export(base, HyperParameters(resolution=64), tmp_path, metadata={})
+    export.export(base, attach(base, alpha=6.0, rslora=True), tmp_path, metadata={})
     live = paint(base.unet)
     for file, load in USERS.items():
         painted = paint(load(stand_in, tmp_path, file))
@@ -251,7 +256,7 @@ def test_a_file_with_the_plain_weights_is_refused_even_if_its_metadata_would_men
     base, folder = exported
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     file = tmp_path / DIFFUSERS_WEIGHTS
-    metadata = {"unet.r": 4, "unet.lora_alpha": 9, "unet.target_modules": list(TARGET_MODULES)}
+    metadata = {"unet.r": 4, "unet.lora_alpha": 9, "unet.target_modules": list(ATTENTION)}
     save_file(
         _unfolded(load_file(file)), file, metadata={"lora_adapter_metadata": json.dumps(metadata)}
     )
@@ -310,7 +315,7 @@ def test_the_peft_configuration_names_the_base_and_the_true_alpha(
     config = json.loads(text)
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 9.0, "LORA")
     assert config["base_model_name_or_path"] == base.name
-    assert config["target_modules"] == sorted(TARGET_MODULES)
+    assert config["target_modules"] == sorted(ATTENTION)
     assert str(stand_in.parent) not in text
 
 

@@ -22,12 +22,13 @@ def scheduler_like(predicts: str, kept: list[float]) -> Any:
     return type("Scheduler", (), {"config": config, "alphas_cumprod": torch.tensor(kept)})()
 
 
-def chance(pictures: int, *, seed: int, caption_dropout: float = 0.0) -> Chance:
+def chance(pictures: int, *, seed: int, caption_dropout: float = 0.0, **more: float) -> Chance:
     """Everything random about some pictures of 64 pixels."""
     return Chance.draw(
         (pictures, 4, 8, 8),
         timesteps=1000,
         caption_dropout=caption_dropout,
+        **more,
         generator=torch.Generator().manual_seed(seed),
     )
 
@@ -48,6 +49,15 @@ def test_min_snr_is_finite_where_a_schedule_ends_in_pure_noise(predicts: str) ->
 
 def test_gamma_zero_turns_min_snr_off() -> None:
     assert min_snr_weights(scheduler_like("epsilon", [0.99, 0.0]), 0.0).tolist() == [1.0, 1.0]
+
+
+def test_offset_noise_is_one_value_a_channel_and_of_the_size_that_is_asked_for() -> None:
+    plain, offset = chance(500, seed=3), chance(500, seed=3, noise_offset=0.3)
+    assert torch.equal(offset.sample, plain.sample)
+    added = offset.noise - plain.noise
+    torch.testing.assert_close(added, added.mean(dim=(2, 3), keepdim=True).expand_as(added))
+    assert float(added[..., 0, 0].std()) == pytest.approx(0.3, rel=0.1)
+    assert torch.equal(chance(500, seed=3, noise_offset=0.0).timesteps, plain.timesteps)
 
 
 def test_a_base_that_predicts_samples_is_refused(

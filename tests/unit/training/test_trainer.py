@@ -313,3 +313,13 @@ def test_at_64_pixels_the_middle_of_sd15_is_excused_from_learning_and_nothing_el
                 loop_state.assert_moved(state, base, parameters)
         else:
             loop_state.assert_moved(state, base, parameters)
+
+
+def test_feed_forward_layers_learn_where_they_are_asked_for(
+    base: BaseModel, make_run: MakeRun
+) -> None:
+    how = {"target": "attention+ff", "rslora": True, "noise_offset": 0.1, "epochs": 1}
+    _, weights, _ = trained(base, make_run(**how))
+    ups = {name: weight for name, weight in weights.items() if ".lora_B." in name}
+    assert len(ups) == 60 and sum(".ff." in name for name in ups) == 12
+    assert all(weight.any() for weight in ups.values())
