@@ -76,8 +76,8 @@ class Chance:
             shape: n, 4, h, w.
             timesteps: How many the noise schedule has.
             caption_dropout: Part of the pictures that get the empty prompt.
-            noise_offset: Size of a part of the noise that is one value a channel, so that a picture's
-                mean can be learnt, too.
+            noise_offset: Size of a part of the noise that is one value a channel: a picture's mean
+                can be learnt, too.
             generator: Source of every number, on the device where they are needed.
         """
         draw: dict[str, Any] = {"generator": generator, "device": generator.device}
