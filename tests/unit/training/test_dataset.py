@@ -40,15 +40,15 @@ def noise(mode: str = "RGB", size: tuple[int, int] = (80, 64)) -> Image.Image:
     return Image.fromarray(values if mode != "CMYK" else values).convert(mode)
 
 
-def header_of_a_png(width: int, height: int) -> bytes:
-    """A PNG that announces a size and has next to no data."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+def header_of_a_png(width: int, height: int, *, depth: int = 8, rows: bytes = b"\0" * 100) -> bytes:
+    """A PNG in colour that announces a size, and has next to no data."""
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checked = kind + content
         return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
 
-    data = chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    data = chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
 
 
@@ -182,6 +182,41 @@ def test_every_colour_mode_becomes_rgb_and_says_so(
     if colour:
         found = np.asarray(result.image)[32, 32].astype(int)
         assert np.abs(found - colour).max() <= 3
+
+
+def in_16_bits(width: int, height: int) -> bytes:
+    """A PNG with 16 bits for each colour, red from left to right; Pillow writes none."""
+    line = np.zeros((width, 3), dtype=">u2")
+    line[:, 0] = np.linspace(0, 65535, width)
+    rows = (b"\0" + line.tobytes()) * height
+    return header_of_a_png(width, height, depth=16, rows=rows)
+
+
+def test_a_picture_with_16_bits_a_colour_keeps_its_colours_and_says_what_was_done() -> None:
+    result = vetted(in_16_bits(64, 64))
+    values = np.asarray(result.image)
+    assert values[0, 0, 0] == 0 and values[0, -1, 0] == 255 and not values[..., 1:].any()
+    assert result.notes == ("had 16 bits a colour, converted to 8",)
+    assert not vetted(header_of_a_png(64, 64, rows=(b"\0" + bytes(192)) * 64)).notes
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        (ValueError("conversion not supported"), r"cannot be read \(RGB\); export it as PNG"),
+        (MemoryError(), "is too large to be converted"),
+        (UnusablePicture("has colours of its own"), "has colours of its own"),
+    ],
+)
+def test_colours_that_cannot_be_converted_cost_one_picture_and_not_the_job(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, reason: str
+) -> None:
+    def fail(_: Image.Image) -> None:
+        raise raised
+
+    monkeypatch.setattr("training.vetting.to_srgb", fail)
+    with pytest.raises(UnusablePicture, match=reason):
+        vetted(encoded(noise()))
 
 
 def test_a_phones_picture_with_a_second_view_is_a_still_picture() -> None:

@@ -58,7 +58,7 @@ def fixture_painter(stand_in: Path) -> BaseModel:
         said = texts[torch.randint(len(texts), (8,), generator=chance)]
         noisy = base.scheduler.add_noise(clean, noise, timesteps)
         predicted = base.unet(noisy, timesteps, encoder_hidden_states=said).sample
-        F.mse_loss(predicted, noise).backward()
+        torch.autograd.backward(F.mse_loss(predicted, noise))
         optimizer.step()
         optimizer.zero_grad()
     base.take_off()
