@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from structlog.stdlib import BoundLogger
 
 import config
+from consumer.ops.command_line import add_commands
 from consumer.stop_signal import Shutdown, StopSignal
 from utils import logger
 from utils.errors import (
@@ -146,12 +147,15 @@ def train(
     }
     overrides = {name: value for name, value in given.items() if value is not None}
     how = {"validation": validation, "trigger_word": trigger_word, "resume": resume}
-    sys.exit(
-        _guarded(
-            lambda: _run_training(folder, output, overrides, config_file, **how),
-            say=_Sentences(),
-        )
-    )
+    _end(lambda: _run_training(folder, output, overrides, config_file, **how))
+
+
+def _end(command: Callable[[], int]) -> None:
+    """Run a command that a person looks on at, and end with its exit code."""
+    sys.exit(_guarded(command, say=_Sentences()))
+
+
+add_commands(app, _end)
 
 
 class _Sentences:

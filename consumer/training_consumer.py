@@ -176,12 +176,7 @@ class TrainingConsumer(BrokerLoop):
             # What leaves a delay queue for a queue that is not there is dropped without a word.
             self._declare_again(self._declaration(publication.queue))
         self._declare(target)
-        properties = pika.BasicProperties(
-            content_type="application/json",
-            delivery_mode=pika.DeliveryMode.Persistent.value,
-            message_id=publication.message_id,
-            headers=dict(publication.headers) or None,
-        )
+        properties = properties_of(publication)
         with self._errors(f"publishing to {target.name}"):
             if self._outgoing is None or not self._outgoing.is_open:
                 self._outgoing = self._open_connection().channel()
@@ -311,6 +306,16 @@ def translated(settings: Settings, doing: str) -> Iterator[None]:
                 )
                 raise ours(f"{told} ({error!r})") from error
         raise
+
+
+def properties_of(publication: Publication) -> pika.BasicProperties:
+    """Persistent, and named after its task."""
+    return pika.BasicProperties(
+        content_type="application/json",
+        delivery_mode=pika.DeliveryMode.Persistent.value,
+        message_id=publication.message_id,
+        headers=dict(publication.headers) or None,
+    )
 
 
 def connect(settings: Settings) -> pika.BlockingConnection:

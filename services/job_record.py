@@ -8,6 +8,9 @@ A record lives like this, each arrow one conditional write:
              ▼ │ claim                        ▼ │ claim (the ending stays as it is)
            released                         released
 
+A person may send a job back: one that failed, and of which the backend has heard, is released as it
+was before its ending; an ending that was set aside has its delivery pending again.
+
 **How attempts are counted.** `attempts` is the number of attempts in a row that are over and made
 no new checkpoint. An attempt is judged when it is over, not when it begins:
 
@@ -214,7 +217,7 @@ class JobRecord(HeldRecord):
 
     @property
     def is_settled(self) -> bool:
-        """Nothing will ever be written to this record again."""
+        """Nothing is written to this record again, unless a person sends the job back."""
         return self.delivery in (Delivery.DELIVERED, Delivery.SET_ASIDE)
 
     def claimed(self, owner: str, lease_seconds: float) -> JobRecord:
@@ -267,6 +270,49 @@ class JobRecord(HeldRecord):
             return self
         return dataclasses.replace(
             self, hold=self.hold.dropped(), delivery=delivery, delivery_detail=detail
+        )
+
+    def reopened(self) -> JobRecord:
+        """A failed job, sent back for a fresh attempt, from the newest checkpoint that is left.
+
+        What the backend was told stays told: the attempt has an ending of its own, under an id of
+        its own, and the next claim's number makes its `sequence` a later one.
+
+        Raises:
+            ValueError: The job has not failed, or the backend has yet to hear that it did.
+        """
+        ending = self.ending
+        if ending is None or ending.kind is not EndingKind.FAILED or not self.is_settled:
+            raise ValueError(f"a job that is {self.state} ({self.delivery}) cannot be reopened")
+        reason = str(ending.body.get("error_message", ""))
+        return dataclasses.replace(
+            self,
+            hold=self.hold.dropped(),
+            state=State.LIVE,
+            attempts=0,
+            fruitful=False,
+            ending=None,
+            delivery=Delivery.NONE,
+            delivery_detail=None,
+            last_error=LastError(ending.code or "", reason, claim=self.claim, at=ending.at),
+            sweeps=0,
+            ended_at=None,
+        )
+
+    def to_be_told_again(self) -> JobRecord:
+        """The same ending, which the backend had refused for good, on its way once more.
+
+        Raises:
+            ValueError: It was not set aside.
+        """
+        if self.delivery is not Delivery.SET_ASIDE:
+            raise ValueError(f"an ending that is {self.delivery} cannot be told again")
+        return dataclasses.replace(
+            self,
+            hold=self.hold.dropped(),
+            delivery=Delivery.PENDING,
+            delivery_detail=None,
+            sweeps=0,
         )
 
     def released(

@@ -31,6 +31,16 @@ FOLDER = "jobs/"
 _RACES = 10
 
 
+def record_at(bucket: str, task_id: str) -> S3Location:
+    """Where a job's record lies."""
+    return S3Location(bucket, f"{FOLDER}{task_id}.json")
+
+
+def cancel_file_at(bucket: str, task_id: str) -> S3Location:
+    """Where the file lies that cancels a job."""
+    return S3Location(bucket, f"{FOLDER}{task_id}.cancel")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Claimed:
     """The job is this worker's; enter the lease at once, for it already runs."""
@@ -189,7 +199,7 @@ class JobRecords:
         Raises:
             StorageError: S3 cannot be used.
         """
-        return self._s3.exists(S3Location(self._bucket, f"{FOLDER}{task_id}.cancel"))
+        return self._s3.exists(cancel_file_at(self._bucket, task_id))
 
     def _claim_one(self, request: JobRequest, *, create: bool) -> Claim | None:
         target = self._target(request.task_id)
@@ -255,6 +265,4 @@ class JobRecords:
         return Claimed(lease)
 
     def _target(self, task_id: str) -> RecordObject[JobRecord]:
-        return RecordObject(
-            self._s3, S3Location(self._bucket, f"{FOLDER}{task_id}.json"), JobRecord
-        )
+        return RecordObject(self._s3, record_at(self._bucket, task_id), JobRecord)

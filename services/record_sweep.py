@@ -10,8 +10,9 @@ the record.
 Settled records stay for years and must not be read at each sweep. So whoever finds one settled
 clears up after it, since the worker that ended it may have died or met a broken S3 before it could,
 and then puts an empty `jobs/{task_id}.settled` beside it, once: the listing alone tells from then
-on. A settled record never changes again, so the mark cannot be wrong; where it is missing, the
-record is read once more.
+on. Only a person who sends the job back changes a settled record. That removes the mark after its
+write, and the sweep looks at the record once more after making the mark: whichever comes last, none
+stays beside a record that lives again. Where the mark is missing, the record is read once more.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class RecordSweep:
                     continue
                 if version.record.is_settled:
                     if self._clear_up(version.record):
-                        self._mark_settled(info.key)
+                        self._mark_settled(target)
                     continue
                 if version.etag == info.etag and version.age_seconds < self._lease_seconds:
                     return  # the oldest come first, so all that follow are younger still
@@ -112,11 +113,18 @@ class RecordSweep:
         ]
         return sorted(found, key=lambda info: info.last_modified)
 
-    def _mark_settled(self, key: str) -> None:
+    def _mark_settled(self, target: RecordObject[JobRecord]) -> None:
+        mark = settled_mark(target.location)
         with contextlib.suppress(PreconditionFailed):  # then somebody else has marked it
-            self._s3.create(
-                S3Location(self._bucket, key.removesuffix(RECORD_SUFFIX) + SETTLED_SUFFIX), b""
-            )
+            self._s3.create(mark, b"")
+        again = target.read()
+        if again is None or not again.record.is_settled:
+            self._s3.delete(mark.bucket, [mark.key])
+
+
+def settled_mark(record: S3Location) -> S3Location:
+    """The empty object that says of a record that nothing is left to do."""
+    return S3Location(record.bucket, record.key.removesuffix(RECORD_SUFFIX) + SETTLED_SUFFIX)
 
 
 def is_abandoned(version: Version[JobRecord]) -> bool:

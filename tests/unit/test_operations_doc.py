@@ -15,6 +15,7 @@ import main
 from config import Settings
 from consumer.doctor.broker_limits import advice
 from consumer.doctor.storage_rights import Right, uses
+from utils.errors import ErrorCode
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -116,5 +117,4 @@ def test_the_rights_on_s3_are_those_that_the_doctor_tests() -> None:
 
 def test_the_settings_that_are_named_exist() -> None:
     named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)(?:=.*?)?`", DOCUMENT))
-    codes = {"INVALID_MESSAGE", "UNKNOWN_TYPE", "TRAINING_FAILED", "WORKER_CRASHED"}
-    assert named - codes - {"WEBHOOK_REJECTED"} <= config.setting_names(Settings)
+    assert named - set(ErrorCode) <= config.setting_names(Settings)

@@ -1,0 +1,99 @@
+"""A job record as ops want to see it: one flat line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from services.job_record import Delivery, JobRecord, State
+from services.record_object import Version
+from services.record_listing import Found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobView:
+    """One job.
+
+    Attributes:
+        task_id: Its id.
+        style_id: Its style; None where the record cannot be read.
+        state: `waiting` (for its message to be taken again), `held`, `silent` (its holder's lease
+            has run out), `ended`, or `unknown`.
+        owner: Who has it, or had it last.
+        claim: The number of that hold.
+        attempts: Attempts in a row without a new checkpoint.
+        epoch: Completed epochs of the newest checkpoint.
+        epochs: Those asked for.
+        ending: `complete`, `failed` with its code, or empty.
+        delivery: Whether the backend has heard: `none`, `pending`, `delivered` or `set_aside`.
+        detail: The error, or what the backend answered, or why the record cannot be read.
+        seconds_since_written: By the store's own clock.
+        created_at, ended_at: By the workers' clocks.
+    """
+
+    task_id: str
+    style_id: int | None = None
+    state: str = "unknown"
+    owner: str = ""
+    claim: int = 0
+    attempts: int = 0
+    epoch: int = 0
+    epochs: int | None = None
+    ending: str = ""
+    delivery: str = ""
+    detail: str = ""
+    seconds_since_written: float | None = None
+    created_at: str = ""
+    ended_at: str | None = None
+
+
+def view(found: Found) -> JobView:
+    """The line about what lies under a job's id."""
+    if found.version is None:
+        return JobView(found.task_id, detail=found.problem)
+    record = found.version.record
+    ending = record.ending
+    return JobView(
+        task_id=record.task_id,
+        style_id=record.style_id,
+        state=_state(found.version),
+        owner=record.hold.owner,
+        claim=record.claim,
+        attempts=record.attempts,
+        epoch=_epoch(record),
+        epochs=_epochs(record.message),
+        ending=f"{ending.kind} {ending.code or ''}".strip() if ending else "",
+        delivery=str(record.delivery),
+        detail=_detail(record),
+        seconds_since_written=found.version.age_seconds,
+        created_at=record.created_at,
+        ended_at=record.ended_at,
+    )
+
+
+def _state(version: Version[JobRecord]) -> str:
+    record = version.record
+    if record.state is State.ENDED:
+        return "ended"
+    if record.hold.released:
+        return "waiting"
+    return "held" if version.age_seconds <= record.hold.lease_seconds else "silent"
+
+
+def _epoch(record: JobRecord) -> int:
+    if record.ending and (trained := record.ending.body.get("training_metric")):
+        return int(trained.get("epochs", 0))
+    return record.checkpoint.epoch if record.checkpoint else 0
+
+
+def _epochs(message: dict[str, Any]) -> int | None:
+    epochs = (message.get("hyper_parameters") or {}).get("epochs")
+    return epochs if isinstance(epochs, int) else None
+
+
+def _detail(record: JobRecord) -> str:
+    if record.delivery is Delivery.SET_ASIDE:
+        return record.delivery_detail or ""
+    if record.ending:
+        return str(record.ending.body.get("error_message", ""))
+    return record.last_error.message if record.last_error else ""

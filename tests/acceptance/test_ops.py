@@ -1,0 +1,141 @@
+"""What ops type, against a worker that runs: order, look, cancel, send back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sandbox.photographs import photographs
+from sandbox.worker_process import ROOT, WorkerProcess
+from tests.acceptance.world import World, log_lines, until
+
+
+def _main(world: World, *arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *arguments],
+        env=world.settings(**changed) | {"PATH": os.environ["PATH"]},
+        cwd=world.folder,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+def _json(done: subprocess.CompletedProcess[str]) -> Any:
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(name="pictures")
+def _pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for each in photographs()[:3]:
+        (folder / each.name).write_bytes(each.content)
+    (folder / "astronaut.txt").write_text("an astronaut", encoding="utf-8")
+    (folder / "two words & more.png").write_bytes(photographs()[3].content)
+    return folder
+
+
+def test_a_folder_is_ordered_trained_and_waited_for(
+    world: World, worker: WorkerProcess, pictures: Path
+) -> None:
+    assert worker.exit_code is None
+    order = ("--style-id", "61", "--parameter", "epochs=2", "--tag", "harbour", "--wait", "--json")
+    done = _main(world, "publish", str(pictures), *order)
+    assert done.returncode == 0, done.stderr
+    told = _json(done)
+    assert told["epochs"] == 2 and told["job"]["ending"] == "complete"
+    kind, ending = world.ending(told["task_id"])
+    assert kind == "complete" and ending["style_id"] == 61
+    report = json.loads(world.read(world.media, "models/style_61/training_report.json"))
+    captions = {each["source"].rsplit("-", 1)[1]: each["caption"] for each in report["pictures"]}
+    assert len(captions) == 4 and captions["astronaut.jpg"] == "an astronaut"
+    assert captions["two_words_more.png"] == "harbour"
+    (job,) = _json(_main(world, "jobs", told["task_id"], "--json"))["jobs"]
+    assert (job["state"], job["ending"], job["epoch"]) == ("ended", "complete", 2)
+    shown = _main(world, "jobs", COLUMNS="200").stdout
+    assert told["task_id"] in shown and "complete" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--parameter", "epochs=100000"), "epochs"),
+        (("--parameter", "epoch=2"), "epochs"),
+        (("--parameter", "epochs"), "NAME=VALUE"),
+        (("--task-id", "../elsewhere"), "task_id"),
+    ],
+)
+def test_an_order_that_no_worker_would_take_is_told_before_anything_is_uploaded(
+    apart: World, pictures: Path, arguments: tuple[str, ...], named: str
+) -> None:
+    done = _main(apart, "publish", str(pictures), "--style-id", "62", *arguments)
+    assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
+    assert not apart.keys(apart.media, "training/62/")
+    assert apart.waiting(apart.queue) == 0
+
+
+def test_a_job_is_cancelled_by_its_id(world: World, worker: WorkerProcess) -> None:
+    assert worker.exit_code is None
+    message = world.envelope(style_id=63, parameters={"epochs": 1000})
+    task_id = message["task_id"]
+    world.publish(message)
+    until(lambda: world.backend.progress(task_id))
+    done = _main(world, "cancel", task_id)
+    assert done.returncode == 0 and task_id in done.stderr
+    assert world.ending(task_id)[1]["error_code"] == "CANCELLED"
+    until(lambda: world.record(task_id)["delivery"] == "delivered")
+    again = _main(world, "cancel", task_id)
+    assert again.returncode == 2 and "has ended" in again.stderr
+
+
+def test_what_was_given_up_is_sent_back_trained_and_told_anew(apart: World) -> None:
+    with apart.worker(MAX_ATTEMPTS="1", CHECKPOINT_INTERVAL="1000") as worker:
+        message = apart.envelope(style_id=64, parameters={"epochs": 24})
+        task_id = message["task_id"]
+        apart.publish(message)
+        until(lambda: log_lines(worker, "training_started"))
+        for child in psutil.Process(worker.pid).children():
+            if "--runs-fd" in child.cmdline():
+                child.kill()
+        kind, first = apart.ending(task_id)
+        assert (kind, first["error_code"]) == ("failed", "WORKER_CRASHED")
+        until(lambda: apart.record(task_id)["delivery"] == "delivered")
+        dead = until(lambda: _json(_main(apart, "redrive", "--json"))["messages"])
+        assert [each["task_id"] for each in dead] == [task_id]
+        done = _main(apart, "redrive", task_id, "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        endings = until(lambda: _two(apart, task_id))
+        assert [each.path.rsplit("/", 1)[1] for each in endings] == ["failed", "complete"]
+        assert endings[0].webhook_id != endings[1].webhook_id
+        assert endings[1].body["sequence"] > endings[0].body["sequence"]
+        until(lambda: apart.record(task_id)["delivery"] == "delivered")
+        assert _json(_main(apart, "redrive", "--json"))["messages"] == []
+        assert worker.stop() == 0
+
+
+def test_a_job_that_nobody_knows_is_said_to_be_unknown(apart: World) -> None:
+    done = _main(apart, "jobs", "nobody-knows-it", "--json")
+    assert done.returncode == 1 and "no such record" in _json(done)["jobs"][0]["detail"]
+    missing = _main(apart, "redrive", "nobody-knows-it")
+    assert missing.returncode == 1 and "nobody-knows-it" in missing.stderr
+
+
+def test_a_broker_that_is_away_is_told_in_a_sentence(apart: World, pictures: Path) -> None:
+    done = _main(apart, "publish", str(pictures), "--style-id", "65", RABBITMQ_PORT="1")
+    assert done.returncode == 1
+    assert "RabbitMQ" in done.stderr and "Traceback" not in done.stderr
+
+
+def _two(world: World, task_id: str) -> Any:
+    endings = [each for each in world.backend.endings(task_id) if each.accepted]
+    return endings if len(endings) == 2 else None
