@@ -62,13 +62,19 @@ ConfigFile = Annotated[
 
 
 @app.command()
-def worker(config_file: ConfigFile = None) -> None:
+def worker(
+    once: Annotated[bool, typer.Option("--once", help="One training message, then end.")] = False,
+    idle_seconds: Annotated[
+        float, typer.Option(min=0, help="With --once: end after so long without a message.")
+    ] = 60.0,
+    config_file: ConfigFile = None,
+) -> None:
     """Take training jobs from RabbitMQ until told to stop (SIGTERM or Ctrl-C).
 
     Settings come from the environment and `.env`; `.env.example` documents each.
     """
     with contextlib.ExitStack() as lasting:  # the last error is logged after the run
-        code = _guarded(lambda: _run_worker(config_file, lasting))
+        code = _guarded(lambda: _run_worker(config_file, idle_seconds if once else None, lasting))
     # A thread that hangs in the network must not hold up the end: everything is settled by now.
     logging.shutdown()
     os._exit(code)
@@ -305,7 +311,9 @@ class _Bar:
                 pass
 
 
-def _run_worker(config_file: Path | None, lasting: contextlib.ExitStack) -> int:
+def _run_worker(
+    config_file: Path | None, once_idle: float | None, lasting: contextlib.ExitStack
+) -> int:
     settings: config.Settings = config.load(file=config_file)
     logger.configure(
         level=settings.log_level, log_format=settings.log_format, secrets=settings.secrets()
@@ -328,7 +336,7 @@ def _run_worker(config_file: Path | None, lasting: contextlib.ExitStack) -> int:
             flush_seconds=LAST_WORDS_SECONDS,
         )
     )
-    run_worker(settings, shutdown)
+    run_worker(settings, shutdown, once_idle=once_idle)
     return 0
 
 

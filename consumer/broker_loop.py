@@ -31,6 +31,8 @@ class BrokerLoop(abc.ABC):
         stop: Set by whoever wants it to end.
         stop_seconds: How long `run` may take after that.
         observer: Is told of connections and of the queues' lengths.
+        idle_seconds: Stop by itself once the first lane has taken and settled all that it may, and
+            after so many seconds in which nothing came; None: only when told to.
 
     Attributes:
         connected: Whether there is a connection at the moment.
@@ -43,6 +45,7 @@ class BrokerLoop(abc.ABC):
         stop: threading.Event,
         stop_seconds: float,
         observer: Observer | None = None,
+        idle_seconds: float | None = None,
     ) -> None:
         self._observer = observer or Observer()
         self._turned_at = time.monotonic()
@@ -53,6 +56,8 @@ class BrokerLoop(abc.ABC):
         self._outbox = Outbox()
         self._stop = stop
         self._stop_seconds = stop_seconds
+        self._idle_seconds = idle_seconds
+        self._idle_since = time.monotonic()
         self._abandoned = threading.Event()
         self._failure: BaseException | None = None
 
@@ -75,7 +80,8 @@ class BrokerLoop(abc.ABC):
         owner = threading.Thread(target=self._own, name="broker", daemon=True)
         owner.start()
         while owner.is_alive() and not self._stop.wait(STOP_CHECK_SECONDS):
-            pass
+            if self._idle_seconds is not None and self._has_done_its_part(self._idle_seconds):
+                self._stop.set()
         deadline = time.monotonic() + self._stop_seconds
         while owner.is_alive() and time.monotonic() < deadline:
             if not self.connected and self._is_idle():
@@ -183,8 +189,10 @@ class BrokerLoop(abc.ABC):
             self._collect(lane)
         self._publish_due()
         for lane in self._lanes:
-            self._settle(lane)
+            # In this order: a lane that may take no more is cancelled before its last message is
+            # acknowledged, and the broker sends it no other.
             self._tend(lane)
+            self._settle(lane)
         self.consuming = self._lanes[0].is_consuming()
         if self._turned_at >= self._look_at:
             self._look_at = self._turned_at + LOOK_SECONDS
@@ -222,7 +230,7 @@ class BrokerLoop(abc.ABC):
 
     def _tend(self, lane: Lane) -> None:
         """Subscribe where there is neither subscription nor job in hand; not when stopping."""
-        if self._stop.is_set():
+        if self._stop.is_set() or lane.is_spent():
             if lane.is_consuming():
                 self._unsubscribe(lane)
         elif not lane.is_consuming() and not lane.in_hand:
@@ -239,6 +247,15 @@ class BrokerLoop(abc.ABC):
                 self._collect(lane)
                 self._settle(lane)
             time.sleep(0.05)
+
+    def _has_done_its_part(self, idle_seconds: float) -> bool:
+        """Whether nothing is left to wait for. A broker that is away is waited for."""
+        first = self._lanes[0]
+        if first.is_spent():
+            return first.in_hand is None and self._outbox.is_empty()
+        if not self.consuming or not self._is_idle():
+            self._idle_since = time.monotonic()
+        return time.monotonic() - self._idle_since >= idle_seconds
 
     def _is_working(self) -> bool:
         return any(lane.is_working() for lane in self._lanes)

@@ -44,7 +44,11 @@ LAST_WORDS_SECONDS = 1.0  # for the last spans and reports, at the end of a shut
 
 
 def run_worker(
-    settings: Settings, shutdown: Shutdown, *, trainer_command: Sequence[str] = TRAINER
+    settings: Settings,
+    shutdown: Shutdown,
+    *,
+    trainer_command: Sequence[str] = TRAINER,
+    once_idle: float | None = None,
 ) -> None:
     """Take jobs until the shutdown.
 
@@ -52,6 +56,7 @@ def run_worker(
         settings: All of them.
         shutdown: Ends the worker, after the job in hand has been saved.
         trainer_command: Starts the trainer process.
+        once_idle: End after one training message, or after so many seconds without one.
 
     Raises:
         ConfigurationError: A folder, a port or a service cannot be set up as the settings say.
@@ -74,7 +79,7 @@ def run_worker(
         _say_hello(settings, machine, observer)
         condition.machine = machine
         try:
-            _serve(settings, shutdown, trainer_command, observer, condition)
+            _serve(settings, shutdown, trainer_command, observer, condition, once_idle)
         finally:
             tracing.close(LAST_WORDS_SECONDS)
     log.info("worker_stopped")
@@ -86,6 +91,7 @@ def _serve(
     trainer_command: Sequence[str],
     observer: Observer,
     condition: Condition,
+    once_idle: float | None,
 ) -> None:
     """Take jobs on a machine that is fit, until the shutdown."""
     s3 = open_s3(settings, metrics=observer.metrics)
@@ -116,6 +122,7 @@ def _serve(
             handle_ending=desk.endings.handle,
             stop=shutdown.event,
             observer=observer,
+            once_idle=once_idle,
         )
         sweep = RecordSweep(
             s3,

@@ -5,6 +5,7 @@ The thread does no AMQP. It leaves a `Settlement` behind, and the connection's o
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -52,6 +53,7 @@ class Lane:
         queue: The queue.
         handle: Called in a thread of its own, one delivery at a time.
         wake: Called when a handler has returned.
+        limit: Take no more than so many deliveries.
 
     Attributes:
         channel: The connection owner's channel for this queue; None without one.
@@ -59,17 +61,21 @@ class Lane:
         in_hand: The delivery in hand; None if there is none.
     """
 
-    def __init__(self, queue: Queue, handle: Handler, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, queue: Queue, handle: Handler, wake: Callable[[], None], limit: float = math.inf
+    ) -> None:
         self.queue = queue
         self.channel: Any = None
         self.opened_at = float("-inf")
         self.in_hand: InHand | None = None
         self._handle = handle
         self._wake = wake
+        self._left = limit
 
     def take(self, delivery: Delivery, tag: int) -> None:
         """Start handling a delivery that came by the lane's channel."""
         hand = self.in_hand = InHand(delivery, self.channel, tag)
+        self._left -= 1
         threading.Thread(
             target=self._work, args=(hand,), name=f"{self.queue.value}-handler", daemon=True
         ).start()
@@ -77,6 +83,10 @@ class Lane:
     def is_working(self) -> bool:
         """Whether a handler has not returned yet."""
         return self.in_hand is not None and self.in_hand.settlement is None
+
+    def is_spent(self) -> bool:
+        """Whether it has taken all that it may take."""
+        return self._left <= 0
 
     def is_consuming(self) -> bool:
         """Whether the broker would hand over a message: neither channel nor consumer has gone."""

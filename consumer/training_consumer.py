@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import random
 import re
@@ -73,12 +74,7 @@ ERRORS: tuple[tuple[type[Exception], str, type[BrokerError], str], ...] = (
         BrokerRefused,
         "RabbitMQ refuses the login of user {user!r}: check RABBITMQ_USER and RABBITMQ_PASS",
     ),
-    (
-        AuthenticationError,
-        "",
-        BrokerRefused,
-        "RabbitMQ offers no login with user name and password",
-    ),
+    (AuthenticationError, "", BrokerRefused, "RabbitMQ offers no login with name and password"),
     (
         ProbableAccessDeniedError,
         r"\((?:403|530)\)(?!.*limit)",
@@ -116,6 +112,7 @@ class TrainingConsumer(BrokerLoop):
         stop: Set by whoever wants the worker to stop.
         stop_seconds: How long `run` may take after that; `SHUTDOWN_GRACE_SECONDS` if None.
         observer: Is told of connections, deliveries and the queues' lengths.
+        once_idle: Take one training message and stop, or stop after so many seconds without one.
     """
 
     def __init__(
@@ -127,11 +124,14 @@ class TrainingConsumer(BrokerLoop):
         stop: threading.Event,
         stop_seconds: float | None = None,
         observer: Observer | None = None,
+        once_idle: float | None = None,
     ) -> None:
-        lanes = [Lane(Queue.TRAINING, handle, self._wake)]
+        limit = math.inf if once_idle is None else 1
+        lanes = [Lane(Queue.TRAINING, handle, self._wake, limit)]
         if handle_ending:
             lanes.append(Lane(Queue.ENDINGS, handle_ending, self._wake))
-        super().__init__(lanes, stop, stop_seconds or settings.shutdown_grace_seconds, observer)
+        stop_seconds = stop_seconds or settings.shutdown_grace_seconds
+        super().__init__(lanes, stop, stop_seconds, observer, once_idle)
         self._settings = settings
         self._connection: pika.BlockingConnection | None = None
         self._outgoing: BlockingChannel | None = None
@@ -144,7 +144,9 @@ class TrainingConsumer(BrokerLoop):
         self._connection = connect(self._settings)
         with self._errors("connecting"):
             self._connection.add_on_connection_blocked_callback(_log_blocked)
-            self._connection.add_on_connection_unblocked_callback(_log_unblocked)
+            self._connection.add_on_connection_unblocked_callback(
+                lambda *_: log.info("broker_takes_messages_again")
+            )
         self.connected = True
         for queue in Queue:
             self._declare(self._declaration(queue))
@@ -284,7 +286,7 @@ class TrainingConsumer(BrokerLoop):
         """End the owner's wait for events; from any thread, whatever the connection's state."""
         if (connection := self._connection) is not None:
             with contextlib.suppress(ConnectionWrongStateError):
-                connection.add_callback_threadsafe(_nothing)
+                connection.add_callback_threadsafe(lambda: None)  # it only ends a wait
 
     def _errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return translated(self._settings, doing)
@@ -374,16 +376,11 @@ def _log_blocked(*_: Any) -> None:
     log.warning("broker_blocks_publishers", why="it is short of memory or disk")
 
 
-def _log_unblocked(*_: Any) -> None:
-    log.info("broker_takes_messages_again")
-
-
 def _tolerant(decode: Callable[[bytes, int], tuple[Any, int]]) -> Any:
     """pika's reading of a header's value, less the error that costs the connection.
 
-    A time in the year 50,000, as from a publisher who counts in milliseconds, is sound AMQP, and
-    Python has no value for it. pika raises in the middle of the frame; the connection is lost, the
-    message comes back, and nothing behind it is ever served. No header of ours is a time.
+    A time in the year 50,000, from a publisher who counts in milliseconds, is sound AMQP, and no
+    value of Python's. pika raises in mid-frame, the connection is lost, and the message comes back.
     """
 
     @functools.wraps(decode)
@@ -399,7 +396,3 @@ def _tolerant(decode: Callable[[bytes, int], tuple[Any, int]]) -> Any:
 
 
 pika.data.decode_value = _tolerant(pika.data.decode_value)
-
-
-def _nothing() -> None:
-    """A callback that only ends a wait."""

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from services.s3_service import S3Service
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="More settings, in TOML or JSON; the environment wins."),
+]
 Json = Annotated[bool, typer.Option("--json", help="For scripts: JSON on standard output.")]
 
 
@@ -51,12 +55,20 @@ def add_commands(app: typer.Typer, end: Callable[[Callable[[], int]], None]) -> 
         ] = None,
         wait: Annotated[bool, typer.Option("--wait", help="Until the job has ended.")] = False,
         as_json: Json = False,
+        config_file: ConfigFile = None,
     ) -> None:
         """Order a training: pictures to S3, and a message to the queue.
 
         Exit code 0: it was published, and with --wait has completed; 1: it failed.
         """
-        end(lambda: _publish(folder, style_id, task_id, tag, parameter, wait, as_json))
+
+        def order() -> int:
+            parameters = _parameters(parameter or [])
+            return _publish(
+                _Server.of(config_file), folder, style_id, task_id, tag, parameters, wait, as_json
+            )
+
+        end(order)
 
     @app.command()
     def jobs(
@@ -66,49 +78,75 @@ def add_commands(app: typer.Typer, end: Callable[[Callable[[], int]], None]) -> 
         ] = False,
         limit: Annotated[int, typer.Option(min=1, help="No more than so many.")] = 50,
         as_json: Json = False,
+        config_file: ConfigFile = None,
     ) -> None:
         """Show the jobs' records on S3: state, owner, attempts, ending, and who has heard of it.
 
         Exit code 1: a record that was asked for is not there, or cannot be read.
         """
-        end(lambda: _jobs(tasks or [], live, limit, as_json))
+        end(lambda: _jobs(_Server.of(config_file), tasks or [], live, limit, as_json))
 
     @app.command()
-    def cancel(task: Annotated[str, typer.Argument(help="The job's id.")]) -> None:
+    def cancel(
+        task: Annotated[str, typer.Argument(help="The job's id.")],
+        config_file: ConfigFile = None,
+    ) -> None:
         """Have a job cancelled, wherever it is; its worker sees it within a quarter of a lease."""
-        end(lambda: _cancel(task))
+        end(lambda: _cancel(_Server.of(config_file), task))
 
     @app.command()
     def redrive(
         tasks: Annotated[list[str] | None, typer.Argument(help="Send these back.")] = None,
         everything: Annotated[bool, typer.Option("--all", help="Send all back.")] = False,
         as_json: Json = False,
+        config_file: ConfigFile = None,
     ) -> None:
         """Look into the dead queue, or send messages back from it, each as a fresh attempt.
 
         Without a task and without --all nothing is changed. Exit code 1: something that was to be
         sent back was not; it lies where it was.
         """
-        end(lambda: _redrive(tasks or [], everything, as_json))
+        end(lambda: _redrive(_Server.of(config_file), tasks or [], everything, as_json))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Server:
+    """What the commands speak of: the settings, and the storage that they name."""
+
+    settings: config.Settings
+    s3: S3Service
+
+    @classmethod
+    def of(cls, config_file: Path | None) -> _Server:
+        """As the settings say."""
+        from consumer.desk import open_s3
+
+        settings: config.Settings = config.load(file=config_file)
+        logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
+        return cls(settings, open_s3(settings))
+
+    @property
+    def state(self) -> str:
+        """The state bucket."""
+        return self.settings.state_bucket_name
 
 
 def _publish(
+    server: _Server,
     folder: Path,
     style_id: int,
     task_id: str | None,
     tags: list[str] | None,
-    given: list[str] | None,
+    parameters: dict[str, Any],
     wait: bool,
     as_json: bool,
 ) -> int:
     from consumer.ops import order, screen
 
-    settings, s3 = _connected()
-    parameters = _parameters(given or [])
     with screen.JobBar() as shown:
         placed = order.place(
-            settings,
-            s3,
+            server.settings,
+            server.s3,
             folder,
             style_id=style_id,
             task_id=task_id,
@@ -117,7 +155,7 @@ def _publish(
             on_upload=shown.uploaded,
         )
     if wait:
-        return _wait(settings, s3, placed, as_json)
+        return _wait(server, placed, as_json)
     if as_json:
         screen.print_json(dataclasses.asdict(placed))
     else:
@@ -125,7 +163,7 @@ def _publish(
     return DONE
 
 
-def _wait(settings: config.Settings, s3: S3Service, placed: Order, as_json: bool) -> int:
+def _wait(server: _Server, placed: Order, as_json: bool) -> int:
     from consumer.ops import screen
     from consumer.ops.follow import follow
 
@@ -133,7 +171,7 @@ def _wait(settings: config.Settings, s3: S3Service, placed: Order, as_json: bool
         screen.say(f"published {placed.task_id}; Ctrl-C ends the waiting, not the job")
     try:
         with screen.JobBar() as shown:
-            job = follow(s3, settings.state_bucket_name, placed.task_id, shown.saw)
+            job = follow(server.s3, server.state, placed.task_id, shown.saw)
     except KeyboardInterrupt:
         screen.say(f"the job goes on: main.py jobs {placed.task_id}")
         return INTERRUPTED
@@ -145,28 +183,25 @@ def _wait(settings: config.Settings, s3: S3Service, placed: Order, as_json: bool
     return DONE if completed else FAILED
 
 
-def _jobs(tasks: list[str], live: bool, limit: int, as_json: bool) -> int:
+def _jobs(server: _Server, tasks: list[str], live: bool, limit: int, as_json: bool) -> int:
     from consumer.ops import screen
     from consumer.ops.job_view import view
     from services.record_listing import look_up, newest
 
-    settings, s3 = _connected()
-    bucket = settings.state_bucket_name
     if tasks:
-        found, more = look_up(s3, bucket, tasks), 0
+        found, more = look_up(server.s3, server.state, tasks), 0
     else:
-        found, more = newest(s3, bucket, limit=limit, unsettled_only=live)
+        found, more = newest(server.s3, server.state, limit=limit, unsettled_only=live)
     views = [view(one) for one in found]
     screen.jobs(views, more, as_json=as_json)
     return FAILED if any(one.state == "unknown" for one in views) else DONE
 
 
-def _cancel(task: str) -> int:
+def _cancel(server: _Server, task: str) -> int:
     from consumer.ops import screen
     from consumer.ops.cancel import cancel
 
-    settings, s3 = _connected()
-    record = cancel(s3, settings.state_bucket_name, task)
+    record = cancel(server.s3, server.state, task)
     if record is None:
         screen.say(
             f"{task} will be cancelled as soon as a worker takes it. None has seen it yet: "
@@ -178,31 +213,21 @@ def _cancel(task: str) -> int:
     return DONE
 
 
-def _redrive(tasks: list[str], everything: bool, as_json: bool) -> int:
+def _redrive(server: _Server, tasks: list[str], everything: bool, as_json: bool) -> int:
     from consumer.ops import redrive, screen
 
     if tasks and everything:
         raise ConfigurationError("name tasks or say --all, not both")
-    settings, s3 = _connected()
     if not tasks and not everything:
-        letters, more = redrive.look(settings)
+        letters, more = redrive.look(server.settings)
         screen.dead(letters, more, as_json=as_json)
         return DONE
-    done, more = redrive.send_back(settings, s3, None if everything else tasks)
+    done, more = redrive.send_back(server.settings, server.s3, None if everything else tasks)
     screen.redriven(done, more, as_json=as_json)
     missing = set(tasks) - {one.task_id for one in done}
     if missing and not as_json:
         screen.say(f"not in the dead queue: {', '.join(sorted(missing))}", "yellow")
     return FAILED if missing or not all(one.sent_back for one in done) else DONE
-
-
-def _connected() -> tuple[config.Settings, S3Service]:
-    """The settings, and the storage that they name."""
-    from consumer.desk import open_s3
-
-    settings: config.Settings = config.load()
-    logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
-    return settings, open_s3(settings)
 
 
 def _parameters(given: list[str]) -> dict[str, Any]:

@@ -123,6 +123,23 @@ def test_what_was_given_up_is_sent_back_trained_and_told_anew(apart: World) -> N
         assert worker.stop() == 0
 
 
+def test_a_worker_for_one_job_trains_it_and_ends_by_itself(apart: World) -> None:
+    messages = [apart.envelope(style_id=66), apart.envelope(style_id=67)]
+    for message in messages:
+        apart.publish(message)
+    done = _main(apart, "worker", "--once")
+    assert done.returncode == 0, done.stderr
+    assert apart.ending(messages[0]["task_id"])[0] == "complete"
+    assert not apart.keys(apart.state, f"jobs/{messages[1]['task_id']}.json")
+    assert apart.waiting(apart.queue)
+
+
+def test_a_worker_for_one_job_that_finds_none_ends_after_a_while(apart: World) -> None:
+    done = _main(apart, "worker", "--once", "--idle-seconds", "1")
+    assert done.returncode == 0, done.stderr
+    assert "worker_stopped" in done.stderr and "job_claimed" not in done.stderr
+
+
 def test_a_job_that_nobody_knows_is_said_to_be_unknown(apart: World) -> None:
     done = _main(apart, "jobs", "nobody-knows-it", "--json")
     assert done.returncode == 1 and "no such record" in _json(done)["jobs"][0]["detail"]

@@ -35,6 +35,7 @@ def _start(rabbitmq: RabbitMqNode, queue: str) -> Iterator[Start]:
         handle_ending: Callable[[Delivery], Settlement] | None = None,
         *,
         stop_seconds: float = 5.0,
+        once_idle: float | None = None,
         **values: Any,
     ) -> Worker:
         stop, errors = threading.Event(), list[BaseException]()
@@ -44,6 +45,7 @@ def _start(rabbitmq: RabbitMqNode, queue: str) -> Iterator[Start]:
             handle_ending=handle_ending,
             stop=stop,
             stop_seconds=stop_seconds,
+            once_idle=once_idle,
         )
 
         def run() -> None:
@@ -55,7 +57,7 @@ def _start(rabbitmq: RabbitMqNode, queue: str) -> Iterator[Start]:
         thread = threading.Thread(target=run)
         thread.start()
         workers.append(Worker(consumer, stop, thread, errors))
-        until(lambda: consumer.consuming or errors)
+        until(lambda: consumer.consuming or errors or not thread.is_alive())
         return workers[-1]
 
     yield start

@@ -270,3 +270,55 @@ def test_a_stop_is_quick_where_no_broker_answers(rabbitmq: RabbitMqNode, queue: 
         began = time.monotonic()
         TrainingConsumer(settings, handle=Handler(), stop=stop, stop_seconds=5).run()
         assert time.monotonic() - began < 2
+
+
+# --- one message, then the end
+
+
+def test_once_takes_one_message_and_leaves_the_next_untouched(
+    start: Start, client: Client, queue: str
+) -> None:
+    """Not even as one that came back: `redelivered` has a meaning for messages without an id."""
+    with client.channel() as channel:
+        channel.queue_declare(queue, durable=True)
+    client.publish(queue, b"one", b"two")
+    handler = Handler()
+    worker = start(handler, once_idle=60.0)
+    worker.thread.join(SOON)
+    worker.end()
+    assert handler.bodies == [b"one"]
+    with client.channel() as channel:
+        method, _, body = channel.basic_get(queue, auto_ack=True)
+    assert (body, method.redelivered) == (b"two", False)
+    assert client.unsettled(queue) == 0
+
+
+def test_once_ends_only_when_what_the_job_wants_published_is_with_the_broker(
+    start: Start, client: Client, queue: str
+) -> None:
+    settlement = Settlement.dead(b"one", code="GPU_OOM", message="", task_id="t")
+    handler = Handler(lambda delivery: settlement)
+    handler.go.clear()
+    worker = start(handler, once_idle=60.0)
+    client.publish(queue, b"one")
+    until(lambda: handler.running)
+    assert not worker.stop.wait(1), "the job is in hand: nobody asks it to stop"
+    handler.go.set()
+    worker.thread.join(SOON)
+    worker.end()
+    assert client.waiting(f"{queue}.dead") == 1 and client.unsettled(queue) == 0
+
+
+def test_once_ends_after_a_while_without_a_message_and_not_in_the_midst_of_an_ending(
+    start: Start, client: Client, queue: str
+) -> None:
+    ending = Handler()
+    ending.go.clear()
+    worker = start(Handler(), ending, once_idle=0.5)
+    client.publish(f"{queue}.endings", b"ending")
+    until(lambda: ending.running)
+    assert not worker.stop.wait(1.5), "an ending is being delivered"
+    ending.go.set()
+    worker.thread.join(SOON)
+    worker.end()
+    assert client.unsettled(f"{queue}.endings") == 0
