@@ -144,8 +144,8 @@ def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_pictures_
 def test_it_goes_on_from_the_newest_checkpoint_and_ends_where_a_roomy_run_ends(
     base: BaseModel, make_run: MakeRun
 ) -> None:
-    """Up to rounding, since the noise of pictures of one shape is drawn at once. (The LoRA's dropout is
-    off: its masks are drawn batch by batch.)"""
+    """Up to rounding, since the noise of pictures of one shape is drawn at once. (The LoRA's
+    dropout is off: its masks are drawn batch by batch.)"""
     run = make_run(count=5, epochs=4, batch_size=2, dropout=0.0, checkpoint_interval=1)
     roomy, expected, _ = trained(base, run)
     # Three passes an epoch; the memory goes in the third epoch.
