@@ -347,7 +347,7 @@ def _over(file: Path, kind: type[TrainerSettings]) -> type[TrainerSettings]:
             init_settings: PydanticBaseSettingsSource,
             env_settings: PydanticBaseSettingsSource,
             dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,  # pylint: disable=unused-argument
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             """pydantic-settings' hook: the first source counts."""
             last = InitSettingsSource(settings_cls, values)

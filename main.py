@@ -141,7 +141,7 @@ def train(
 
     All other settings come from the environment and `.env`, as for the worker.
     """
-    given = {
+    overrides = {
         "epochs": epochs,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
@@ -151,9 +151,15 @@ def train(
         "seed": seed,
         "deliver": deliver,
     }
-    overrides = {name: value for name, value in given.items() if value is not None}
-    how = {"validation": validation, "trigger_word": trigger_word, "resume": resume}
-    _end(lambda: _run_training(folder, output, overrides, config_file, **how))
+    _end(
+        lambda: _run_training(
+            folder,
+            output,
+            overrides,
+            config_file,
+            {"validation": validation, "trigger_word": trigger_word, "resume": resume},
+        )
+    )
 
 
 def _end(command: Callable[[], int]) -> None:
@@ -213,13 +219,19 @@ def _on_stop_signals(first: Callable[[], None]) -> None:
 
 
 def _run_training(
-    folder: Path, output: Path, overrides: dict[str, Any], config_file: Path | None, **how: Any
+    folder: Path,
+    output: Path,
+    overrides: dict[str, Any],
+    config_file: Path | None,
+    how: dict[str, Any],
 ) -> int:
     from consumer.local_training import train_folder  # pylint: disable=import-outside-toplevel
 
     settings: config.TrainerSettings = config.load(config.TrainerSettings, file=config_file)
     try:
-        parameters = settings.hyper_parameters(**overrides)
+        parameters = settings.hyper_parameters(
+            **{name: value for name, value in overrides.items() if value is not None}
+        )
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
     # The bar is what a person wants to see here; the log is for what goes wrong.

@@ -93,12 +93,10 @@ def main() -> int:
 
 
 def _measure(world: World, worker: WorkerProcess, core: int, parsed: argparse.Namespace) -> int:
-    port = until(lambda: log_lines(worker, "http_listening"))[0]["port"]
-    message = world.envelope(parameters={"epochs": 1000})
-    world.publish(message)
+    world.publish(world.envelope(parameters={"epochs": 1000}))
     until(lambda: len(log_lines(worker, "epoch_done")) > 3)
     _pin_trainer(worker, core)
-    scraper = Scraper(port, parsed.rate)
+    scraper = Scraper(log_lines(worker, "http_listening")[0]["port"], parsed.rate)
     time.sleep(parsed.seconds)  # warm
     costs, asked = [], 0.0
     for pair in range(parsed.pairs):

@@ -32,6 +32,7 @@ class _Observer:
     def begins(
         self, *, event_name: str, params: dict[str, Any], context: dict[str, Any], **_: Any
     ) -> None:
+        """A request is about to be made."""
         context[_BEGAN_AT] = time.monotonic()
         if event_name.endswith(".PutObject"):
             context[_BYTES] = _size(params["body"])
@@ -45,6 +46,7 @@ class _Observer:
         context: dict[str, Any],
         **_: Any,
     ) -> None:
+        """A request got an answer, of whatever status."""
         status = http_response.status_code
         self._count(event_name, f"{status // 100}xx", context)
         if status >= 300:
@@ -55,6 +57,7 @@ class _Observer:
             self._metrics.s3_bytes.labels("sent").inc(context[_BYTES])
 
     def fails(self, *, event_name: str, context: dict[str, Any], **_: Any) -> None:
+        """A request got no answer."""
         self._count(event_name, "no_answer", context)
 
     def _count(self, event_name: str, outcome: str, context: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ def open_tracing(
     if endpoint is None:
         return Tracing()
     try:
-        from services import otel_tracing  # pylint: disable=import-outside-toplevel
+        from services import otel_tracing  # pylint: disable=import-outside-toplevel,cyclic-import
     except ImportError as error:
         raise ConfigurationError(
             f"OTEL_EXPORTER_OTLP_ENDPOINT is set, and the libraries for it are not there ({error})"

@@ -191,20 +191,17 @@ def _take_in(
         content = Path(picture.path).read_bytes()
         vetted = vet(content, max_pixels=run.max_image_pixels)
         looks = look_at(vetted.image, resolution=run.parameters.resolution)
-        alike = _compare(vetted, looks, seen)
-        prompt = with_trigger(run.trigger_word, picture.caption)
-        caption = base.fit_prompt(prompt)
-        identity = hashlib.sha256(content).hexdigest()
+        cautions = looks.warnings + _compare(vetted, looks, seen)
+        caption, cut = _caption(picture, run, base)
         frame = frame_for(*vetted.image.size, run.parameters.resolution)
+        identity = hashlib.sha256(content).hexdigest()
         latents[identity] = _encode(vetted, frame, base)
     except OSError:
         return _left_out(picture, "its file could not be read"), None
     except UnusablePicture as unusable:
         return _left_out(picture, str(unusable), unusable.size), None
     seen.append((_shown_name(picture.source), looks))
-    cautions = vetted.warnings + _enlarged(vetted, frame) + looks.warnings + alike
-    if caption != prompt:
-        cautions += (f"has a longer caption than can be read; it was cut after {caption[-30:]!r}",)
+    cautions = vetted.warnings + _enlarged(vetted, frame) + cautions + cut
     entry = PictureReport(
         picture.source,
         "warned" if cautions else "used",
@@ -215,6 +212,15 @@ def _take_in(
         str(frame),
     )
     return entry, Example(picture.source, identity, caption, _orders(caption, identity, run))
+
+
+def _caption(picture: Picture, run: TrainingRun, base: BaseModel) -> tuple[str, tuple[str, ...]]:
+    """What a picture is trained with, and a warning where that is not the whole of its caption."""
+    prompt = with_trigger(run.trigger_word, picture.caption)
+    caption = base.fit_prompt(prompt)
+    if caption == prompt:
+        return caption, ()
+    return caption, (f"has a longer caption than can be read; it was cut after {caption[-30:]!r}",)
 
 
 def _orders(caption: str, identity: str, run: TrainingRun) -> tuple[str, ...]:

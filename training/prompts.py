@@ -26,8 +26,7 @@ def checked_trigger_word(text: str) -> str:
 
 def with_trigger(word: str, prompt: str) -> str:
     """A prompt with the trigger word in front, unless it begins with it already."""
-    first, comma, rest = prompt.partition(",")
-    if not word or first.strip().casefold() == word.casefold():
+    if not word or prompt.split(",", 1)[0].strip().casefold() == word.casefold():
         return prompt
     return f"{word}, {prompt}" if prompt else word
 

@@ -85,7 +85,9 @@ def test_a_place_is_told_once_a_job_s_time_is_known(watch: QueueWatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "claimed", [None, "", "yesterday", "2026", ago(40 * 86400), ago(-3600), "9999-12-31T23:59:59"]
+    "claimed",
+    [None, "", "yesterday", "2026", ago(40 * 86400), ago(-3600), "9999-12-31T23:59:59"],
+    ids=["none", "empty", "words", "a year", "too long ago", "to come", "never"],
 )
 def test_a_time_that_cannot_be_true_is_not_believed(claimed: str | None) -> None:
     assert age_of(claimed) is None
