@@ -93,8 +93,7 @@ def test_a_secret_of_the_file_is_a_secret(file: Path) -> None:
 
 def test_a_name_that_is_no_setting_is_named_with_the_one_it_may_be(file: Path) -> None:
     file.write_text(TOML + 'RABBIT_HOST = "x"\nfavourite_colour = "blue"\n', encoding="utf-8")
-    unknown = config.unknown_names(file)
-    assert unknown is not None
+    unknown = config.unknown_names(file) or ""
     assert "RABBIT_HOST (is it RABBITMQ_HOST?)" in unknown and "FAVOURITE_COLOUR" in unknown
     assert "blue" not in unknown and str(file) in unknown
 

@@ -107,6 +107,7 @@ CALLS: dict[str, Callable[[S3Service, Path], object]] = {
     "read": lambda s3, folder: s3.read(S3Location("bucket", "a")),
     "head": lambda s3, folder: s3.head(S3Location("bucket", "a")),
     "exists": lambda s3, folder: s3.exists(S3Location("bucket", "a")),
+    "reach": lambda s3, folder: s3.reach("bucket"),
     "list_objects": lambda s3, folder: list(s3.list_objects("bucket", "a")),
     "upload_file": lambda s3, folder: s3.upload_file(folder / "file", S3Location("bucket", "a")),
     "upload_folder": lambda s3, folder: s3.upload_folder(folder, "bucket", "a", last="file"),
@@ -142,6 +143,7 @@ FAULTS = {
 HARMLESS = {
     ("delete", 200),  # asked to be quiet, S3 names only what it could not delete
     ("fetch_pictures", 200),  # whether it is a picture is judged later
+    ("reach", 200),  # the answer to a HEAD has no body to judge by
     ("download", 200),  # an object without a checksum may be anything
 }
 
