@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import logging
@@ -37,6 +38,8 @@ NO_DEVICE = (
     "NVML",
 )
 """How they say that the device does not compute."""
+
+MOST_STEPS_AHEAD = 2
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
@@ -96,6 +99,30 @@ def one_run_accelerator(device: torch.device, dtype: torch.dtype) -> Iterator[Ac
         accelerator.free_memory()
         AcceleratorState._reset_state(True)  # pylint: disable=protected-access
         GradientState._reset_state()  # pylint: disable=protected-access
+
+
+class Pace:
+    """Keeps the host no more than two steps ahead of the GPU, so that a stop is obeyed that soon.
+
+    The GPU always has the next step's work: nothing waits for nothing to do.
+
+    Args:
+        device: Where the steps are computed; on a CPU the host is never ahead.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ends: collections.deque[torch.cuda.Event] = collections.deque()
+
+    def keep(self) -> None:
+        """A step has been launched."""
+        if self._device.type != "cuda":
+            return
+        end = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        end.record(torch.cuda.current_stream(self._device))
+        self._ends.append(end)
+        if len(self._ends) > MOST_STEPS_AHEAD:
+            self._ends.popleft().synchronize()
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from training.checkpoint import Checkpoint, RunState
 from training.course import Course
 from training.lora_config import HyperParameters
 from training.probe import Probed
+from training.tally import Tally
 from utils.errors import TrainingFailed
 
 
@@ -29,10 +30,11 @@ class LoopState:
         noise: Source of noise, timesteps, posterior samples and caption dropout. (The LoRA's own
             dropout draws from torch's global generators, which are part of a checkpoint too.
             Nothing draws from Python's or NumPy's.)
-        loss_sum, loss_count: Of the epoch in hand, on the device; fetched once an epoch.
+        tally: Counts on the device; read once an epoch.
         step: Completed optimizer steps of the job.
-        updates: Those that changed the weights.
-        skipped_in_a_row: Steps without an update up to now.
+        updates: Those that changed the weights, when the tally was last read.
+        skipped: Those that did not, up to then.
+        skipped_in_a_row: The last of them without an update in between.
         losses: Mean loss of each completed epoch.
         saved_step: Step of the newest checkpoint.
         probes: What the probe has found.
@@ -43,10 +45,10 @@ class LoopState:
     lora: dict[str, torch.nn.Parameter]
     optimizer: Any
     noise: torch.Generator
-    loss_sum: Tensor
-    loss_count: Tensor
+    tally: Tally
     step: int = 0
     updates: int = 0
+    skipped: int = 0
     skipped_in_a_row: int = 0
     losses: list[float] = dataclasses.field(default_factory=list)
     saved_step: int = 0
@@ -61,7 +63,7 @@ class LoopState:
 
     def keep_as_best(self) -> None:
         """Remember the LoRA as it is now."""
-        self.best = _copied(self.lora)
+        self.best = _copied(self.lora, wait=True)
 
     def take_the_best(self) -> None:
         """Set the LoRA to what was kept."""
@@ -80,15 +82,13 @@ def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopStat
     weights = base.attach(parameters, checkpointing=course.checkpointing)
     if wrong := {weight.dtype for weight in weights} - {torch.float32}:
         raise TrainingFailed(f"The LoRA's weights are {wrong}, not float32.")
-    # The fused kernel is the fastest, but with it Accelerate cannot see that the scaler skipped a
-    # step.
-    fused = base.device.type == "cuda" and accelerator.scaler is None
+    # The fused kernel itself leaves the weights alone where it is told to: the host need not know.
     optimizer = accelerator.prepare_optimizer(
         torch.optim.AdamW(
             weights,
             lr=parameters.learning_rate,
             weight_decay=parameters.weight_decay,
-            fused=fused,
+            fused=True,
         )
     )
     # Two streams: with one seed for both, the dropout masks would follow the noise.
@@ -98,26 +98,50 @@ def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopStat
         lora={name: w for name, w in base.unet.named_parameters() if w.requires_grad},
         optimizer=optimizer,
         noise=torch.Generator(base.device).manual_seed(int(noise_seed)),
-        loss_sum=torch.zeros((), device=base.device),
-        loss_count=torch.zeros((), device=base.device, dtype=torch.int64),
+        tally=Tally(base.device),
     )
 
 
-def capture(state: LoopState, about: RunState, accelerator: Accelerator) -> Checkpoint:
+def update(state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
+    """Apply the gradients, unless they are not finite.
+
+    Args:
+        state: The loop; the step goes into its tally.
+        norm: Of the gradients before they were clipped, [].
+        accelerator: Whose scaler looks at the gradients itself.
+    """
+    skipped = ~torch.isfinite(norm)
+    if accelerator.scaler is None:
+        # What the scaler does: torch's fused optimizers read this where the gradients are.
+        state.optimizer.optimizer.found_inf = skipped.to(torch.float32)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.tally.add_step(skipped)
+
+
+def capture(
+    state: LoopState, about: RunState, accelerator: Accelerator
+) -> tuple[Checkpoint, Callable[[], None]]:
     """The loop as a checkpoint of its own memory, on the CPU, which later steps do not change.
 
-    `about` says whose it is, and its counters are filled in here.
+    Args:
+        state: The loop, its tally read.
+        about: Whose it is; the counters are filled in here.
+        accelerator: Whose scaler it is.
+
+    Returns:
+        The checkpoint, and a function that returns once the tensors have arrived from the GPU.
     """
     random = {
         "noise": state.noise.get_state(),
         "cpu": torch.get_rng_state(),
-        "loss_sum": state.loss_sum,
-        "loss_count": state.loss_count,
+        "loss_sum": state.tally.loss_sum,
+        "loss_count": state.tally.loss_count,
     }
     if state.noise.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(state.noise.device)
     names = list(state.lora)
-    return Checkpoint(
+    captured = Checkpoint(
         state=dataclasses.replace(
             about,
             step=state.step,
@@ -141,6 +165,11 @@ def capture(state: LoopState, about: RunState, accelerator: Accelerator) -> Chec
         best=dict(state.best),
         samples=dict(state.samples),
     )
+    if state.noise.device.type != "cuda":
+        return captured, lambda: None
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(state.noise.device))
+    return captured, arrived.synchronize
 
 
 def restore(state: LoopState, saved: Checkpoint, accelerator: Accelerator) -> None:
@@ -158,14 +187,19 @@ def restore(state: LoopState, saved: Checkpoint, accelerator: Accelerator) -> No
     state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     if accelerator.scaler and saved.state.scaler:
         accelerator.scaler.load_state_dict(saved.state.scaler)
-    state.loss_sum.copy_(saved.random["loss_sum"])
-    state.loss_count.copy_(saved.random["loss_count"])
+    state.tally.restore(
+        loss_sum=saved.random["loss_sum"],
+        loss_count=saved.random["loss_count"],
+        updates=saved.state.updates,
+        skipped_in_a_row=saved.state.skipped_in_a_row,
+    )
     state.noise.set_state(saved.random["noise"])
     torch.set_rng_state(saved.random["cpu"])
     if state.noise.device.type == "cuda":
         torch.cuda.set_rng_state(saved.random["cuda"], state.noise.device)
     state.step = state.saved_step = saved.state.step
     state.updates = saved.state.updates
+    state.skipped = state.step - state.updates
     state.skipped_in_a_row = saved.state.skipped_in_a_row
     state.losses = list(saved.state.losses)
     state.probes = list(saved.state.probes)
@@ -195,8 +229,24 @@ def weights_are_finite(state: LoopState) -> bool:
     return bool(torch.stack(finite).all())
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+def _copied(tensors: Mapping[str, Tensor], *, wait: bool = False) -> dict[str, Tensor]:
+    """Copies on the CPU. From a GPU they come in one piece for each dtype, into pinned memory, so
+    that the steps after this need not wait; unless `wait`, they may still be on their way."""
+    copies = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type == "cpu":
+            copies[name] = tensor.detach().clone()
+        else:
+            groups.setdefault((tensor.device, tensor.dtype), []).append(name)
+    for (_, dtype), names in groups.items():
+        together = torch.cat([tensors[name].detach().reshape(-1) for name in names])
+        arriving = torch.empty(together.shape, dtype=dtype, pin_memory=True)
+        arriving.copy_(together, non_blocking=not wait)
+        sizes = [tensors[name].numel() for name in names]
+        for name, part in zip(names, torch.split(arriving, sizes), strict=True):
+            copies[name] = part.view(tensors[name].shape)
+    return {name: copies[name] for name in tensors}
 
 
 def _idle(name: str, side: int) -> bool:

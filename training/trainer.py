@@ -16,10 +16,11 @@ from training import checkpoint, loop_state
 from training.base_model import BaseModel
 from training.checkpoint import Checkpoint, RunState
 from training.checkpoint_name import folder_name
+from training.checkpoint_writer import CheckpointWriter
 from training.clock import Clock
 from training.course import Course
 from training.dataset import Dataset
-from training.device import allocated_bytes, one_run_accelerator, peak_memory_bytes
+from training.device import Pace, allocated_bytes, one_run_accelerator, peak_memory_bytes
 from training.examiner import Examiner
 from training.loop_state import LoopState
 from training.lora_config import TrainingRun
@@ -27,8 +28,9 @@ from training.objective import Chance, denoising_losses, min_snr_weights
 from training.plan import Plan
 from training.probe import Probed, best_of, verdict
 from training.result import TrainingResult
+from training.tally import Counted
 from utils.errors import StopReason, TrainingDiverged
-from utils.events import CheckpointSaved, Event, Progress, Stage, Started
+from utils.events import Event, Progress, Stage, Started
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,8 @@ class LoRATrainer:
         self._start = self.newest = start
         weights = min_snr_weights(base.scheduler, self._parameters.snr_gamma)
         self._loss_weights = weights.to(base.device)
-        self._clock = Clock()
+        self._clock, self._pace = Clock(), Pace(base.device)
+        self._writer = CheckpointWriter(emit)
         self._examiner = Examiner(run, base, dataset, should_stop, self._clock)
 
     def train(self) -> TrainingResult:
@@ -89,10 +92,11 @@ class LoRATrainer:
         """
         if self._base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._base.device)
-        with one_run_accelerator(self._base.device, self._base.dtype) as accelerator:
+        with self._writer, one_run_accelerator(self._base.device, self._base.dtype) as accelerator:
             state = self._begin(accelerator)
             self._base.offload_encoders()
             stopped = self._loop(state, accelerator)
+            self._writer.settle()
         best = best_of(state.probes)
         delivered = None if stopped else self._choose(state, best)
         return TrainingResult(
@@ -103,7 +107,7 @@ class LoRATrainer:
             seconds=self._clock.seconds,
             steps_per_second=self._clock.steps_per_second,
             peak_memory_bytes=peak_memory_bytes(self._base.device),
-            skipped_steps=state.step - state.updates,
+            skipped_steps=state.skipped,
             resumed_from=self._start.state.epoch if self._start else None,
             stopped=stopped,
             parameters=self._parameters,
@@ -135,6 +139,7 @@ class LoRATrainer:
                     break
             if reason := self._should_stop():
                 if state.step != state.saved_step:
+                    self._count(state)
                     self._save(state, accelerator)
                 return reason
             if state.step < plan.total_steps:  # else the last examination is to be made again
@@ -144,11 +149,12 @@ class LoRATrainer:
         return None
 
     def _step(self, state: LoopState, accelerator: Accelerator) -> None:
-        """One optimizer step."""
+        """One optimizer step. Nothing in it waits for the device."""
         norm = self._backward(state, accelerator)
         state.optimizer.param_groups[0]["lr"] = self._plan.learning_rate(state.step)
-        self._update(state, norm, accelerator)
+        loop_state.update(state, norm, accelerator)
         state.step += 1
+        self._pace.keep()
         self._clock.tick()
         if not self._plan.inside_epoch(state.step):
             self._end_epoch(state)
@@ -169,9 +175,7 @@ class LoRATrainer:
             )
             # Every picture of a step counts alike, also where the last batch is smaller.
             accelerator.backward(weighted.sum() / pictures)
-            finite = torch.isfinite(losses)
-            state.loss_sum += torch.where(finite, losses, 0.0).sum()
-            state.loss_count += finite.sum()
+            state.tally.add_losses(losses)
         weights = list(state.lora.values())  # an iterator would be empty where it is needed
         norm: Tensor = accelerator.clip_grad_norm_(weights, self._parameters.max_grad_norm)
         return norm
@@ -196,40 +200,36 @@ class LoRATrainer:
             parts = [pictures[i : i + size] for i in range(0, len(pictures), size)]
             yield from zip(parts, chance.split(size), strict=True)
 
-    def _update(self, state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
-        """Apply the gradients; if they are not finite, skip the step and count it."""
-        # With fp16 the scaler looks at the gradients itself; without it the norm tells.
-        applied = accelerator.scaler is not None or bool(torch.isfinite(norm))
-        if applied:
-            state.optimizer.step()
-            applied = not state.optimizer.step_was_skipped
-        state.optimizer.zero_grad(set_to_none=True)
-        if applied:
-            state.updates += 1
-            state.skipped_in_a_row = 0
-            if state.updates == UPDATES_BEFORE_CHECK:
-                loop_state.assert_moved(state, self._base, self._parameters)
-            return
-        state.skipped_in_a_row += 1
-        log.warning("step_skipped", extra={"step": state.step + 1, "gradient_norm": float(norm)})
-        if state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            raise TrainingDiverged(
-                f"Training diverged at step {state.step + 1}: {state.skipped_in_a_row} steps in a "
-                "row had no finite gradient. Lower learning_rate."
-            )
-
     def _end_epoch(self, state: LoopState) -> None:
-        total, count = torch.stack([state.loss_sum, state.loss_count.to(torch.float32)]).tolist()
-        if not count:
+        counted = self._count(state)
+        if not counted.loss_count:
             raise TrainingDiverged(
                 f"Training diverged: epoch {len(state.losses) + 1} had no finite loss. Lower "
                 "learning_rate."
             )
-        state.losses.append(total / count)
-        state.loss_sum.zero_()
-        state.loss_count.zero_()
+        state.losses.append(counted.loss_sum / counted.loss_count)
+        state.tally.start_epoch()
         epoch = len(state.losses)
         log.info("epoch_done", extra={"epoch": epoch, "step": state.step, "loss": state.losses[-1]})
+
+    def _count(self, state: LoopState) -> Counted:
+        """Read the tally: whether steps were skipped, too many perhaps, and whether all learns."""
+        before, counted = state.updates, state.tally.read()
+        skipped = state.step - counted.updates
+        if skipped > state.skipped:
+            log.warning(
+                "steps_skipped", extra={"step": state.step, "steps": skipped - state.skipped}
+            )
+        state.updates, state.skipped = counted.updates, skipped
+        state.skipped_in_a_row = counted.skipped_in_a_row
+        if counted.longest_row > MAX_SKIPPED_IN_A_ROW:
+            raise TrainingDiverged(
+                f"Training diverged before step {state.step + 1}: {counted.longest_row} steps in a "
+                "row had no finite gradient. Lower learning_rate."
+            )
+        if before < UPDATES_BEFORE_CHECK <= state.updates:
+            loop_state.assert_moved(state, self._base, self._parameters)
+        return counted
 
     def _save_if_due(self, state: LoopState, accelerator: Accelerator) -> None:
         """Save at the run's interval and at its end; in mid-trouble wait for the next epoch."""
@@ -278,16 +278,11 @@ class LoRATrainer:
             epoch, state.step, inside_epoch=inside, changes=len(self._course.changes)
         )
         folder = Path(self._run.work_folder) / "checkpoints" / name
-        captured = loop_state.capture(state, self._about(), accelerator)
-        checkpoint.save(folder, captured)
+        captured, ready = loop_state.capture(state, self._about(), accelerator)
+        self._writer.write(folder, captured, ready)
         self.newest = captured
         state.saved_step = state.step
-        seconds = time.monotonic() - began
-        self._clock.leave_out(seconds)
-        log.info("checkpoint_saved", extra={"checkpoint": name, "seconds": seconds})
-        self._emit(
-            CheckpointSaved(self._run.task_id, name, epoch, state.step, str(folder), seconds)
-        )
+        self._clock.leave_out(time.monotonic() - began)
 
     def _about(self) -> RunState:
         """Whose checkpoint it is, its counters still at zero."""
@@ -332,6 +327,8 @@ class LoRATrainer:
                 f"{USUAL_STEPS:,}. More may copy the pictures instead of learning the style; fewer "
                 "epochs are recommended."
             )
-        if skipped := state.step - state.updates:
-            warnings.append(f"{skipped} steps were skipped because their gradient was not finite.")
+        if state.skipped:
+            warnings.append(
+                f"{state.skipped} steps were skipped because their gradient was not finite."
+            )
         return tuple(warnings)
