@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.unit.training.conftest import MakeRun
-from training import checkpoint, checkpoint_writer
+from training import checkpoint
 from training.base_model import BaseModel
 from training.checkpoint import Checkpoint
 from training.dataset import prepare
@@ -66,7 +66,7 @@ def test_a_disk_that_fails_ends_the_run_and_is_told_of_no_checkpoint(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_writer.checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint, "save", full)
     told: list[Event] = []
     with pytest.raises(OSError, match="No space left"):
         train(base, make_run(epochs=3, checkpoint_interval=1), told.append)

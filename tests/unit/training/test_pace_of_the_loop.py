@@ -25,7 +25,7 @@ class Reads(TorchDispatchMode):
     """Counts how often the host asks for a tensor's value."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(
