@@ -108,6 +108,7 @@ class TrainerSettings(BaseSettings):
 
     epochs: int = 100
     learning_rate: float = 1e-4
+    optimizer: str = "adamw"
     batch_size: int = 1
     gradient_accumulation_steps: int = 1
     resolution: int = 512
@@ -154,17 +155,19 @@ class TrainerSettings(BaseSettings):
     @field_validator(*PARAMETER_OF)
     @classmethod
     def _is_within_the_limits(cls, value: Any, info: ValidationInfo) -> Any:
-        HyperParameters(**{PARAMETER_OF[str(info.field_name)]: value})
+        HyperParameters(**{PARAMETER_OF[str(info.field_name)]: value}).require_libraries()
         return value
 
     def hyper_parameters(self, **overrides: Any) -> HyperParameters:
         """The defaults of these settings with a message's own parameters over them.
 
         Raises:
-            ValueError: A parameter is outside its limits.
+            ValueError: A parameter is outside its limits, or asks for a library that is not there.
         """
         values = {name: getattr(self, setting) for setting, name in PARAMETER_OF.items()}
-        return HyperParameters(**(values | overrides))
+        parameters = HyperParameters(**(values | overrides))
+        parameters.require_libraries()
+        return parameters
 
     def trainer_options(self) -> TrainerOptions:
         """What the trainer process is told when it starts."""

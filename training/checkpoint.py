@@ -69,7 +69,7 @@ class Checkpoint:
     Attributes:
         state: Everything that is not a tensor.
         lora: Trainable weights by their name in the UNet.
-        optimizer: AdamW's state, `{weight's name}/{entry}`.
+        optimizer: Its state (see `training.optimizer`), `{weight's name}/{entry}`.
         random: States of the random generators by name, and the sums of the epoch in hand.
         best: The LoRA of the best checkpoint so far, where that is to be delivered: older
             checkpoints may be gone when training ends, on another machine perhaps.

@@ -39,6 +39,12 @@ class Course:
         """What the plan of the steps is made from: smaller batches are parts of those asked for."""
         return dataclasses.replace(self.asked, learning_rate=self.parameters.learning_rate)
 
+    @property
+    def rate_unit(self) -> float:
+        """What the optimizer's rates are multiples of: 1, or for Prodigy, which multiplies them with
+        the rate that it finds, the one asked for. The schedule and a halving act on both alike."""
+        return self.asked.learning_rate if self.parameters.optimizer == "prodigy" else 1.0
+
     def with_less_memory(self, epoch: int, *, checkpointing_is_on: bool) -> Self | None:
         """Gradient checkpointing first, since it changes no number; then smaller batches.
 
@@ -89,8 +95,8 @@ class Course:
         except ValueError:  # below what a learning rate may be
             return None
         sentence = (
-            f"Training diverged: from epoch {epoch} on, it was repeated at half the learning rate, "
-            f"{rate:g}."
+            f"Training diverged: from epoch {epoch} on, it was repeated at half the learning rate"
+            f"{'' if self.parameters.optimizer == 'prodigy' else f', {rate:g}'}."
         )
         return dataclasses.replace(
             self, parameters=slower, rate_halved=True, changes=(*self.changes, sentence)

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from training import optimizer as optimizers
 from training.base_model import BaseModel
 from training.checkpoint import Checkpoint, RunState
 from training.course import Course
@@ -26,7 +27,7 @@ class LoopState:
 
     Attributes:
         lora: Trainable float32 weights by their name in the UNet.
-        optimizer: Accelerate's AdamW over them.
+        optimizer: Over them, as Accelerate wraps it.
         noise: Source of noise, timesteps, posterior samples and caption dropout. (The LoRA's own
             dropout draws from torch's global generators, which are part of a checkpoint too.
             Nothing draws from Python's or NumPy's.)
@@ -82,15 +83,7 @@ def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopStat
     weights = base.attach(parameters, checkpointing=course.checkpointing)
     if wrong := {weight.dtype for weight in weights} - {torch.float32}:
         raise TrainingFailed(f"The LoRA's weights are {wrong}, not float32.")
-    # The fused kernel itself leaves the weights alone where it is told to: the host need not know.
-    optimizer = accelerator.prepare_optimizer(
-        torch.optim.AdamW(
-            weights,
-            lr=parameters.learning_rate,
-            weight_decay=parameters.weight_decay,
-            fused=True,
-        )
-    )
+    optimizer = accelerator.prepare_optimizer(optimizers.create(weights, parameters))
     # Two streams: with one seed for both, the dropout masks would follow the noise.
     noise_seed, dropout_seed = np.random.SeedSequence(parameters.seed).generate_state(2)
     torch.manual_seed(int(dropout_seed))
@@ -111,10 +104,11 @@ def update(state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
         accelerator: Whose scaler looks at the gradients itself.
     """
     skipped = ~torch.isfinite(norm)
-    if accelerator.scaler is None:
-        # What the scaler does: torch's fused optimizers read this where the gradients are.
+    if accelerator.scaler is None and optimizers.heeds_found_inf(state.optimizer):
+        # What the scaler does, too: the step looks at it where the gradients are.
         state.optimizer.optimizer.found_inf = skipped.to(torch.float32)
-    state.optimizer.step()
+    if accelerator.scaler or optimizers.heeds_found_inf(state.optimizer) or not bool(skipped):
+        state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.tally.add_step(skipped)
 
@@ -140,7 +134,6 @@ def capture(
     }
     if state.noise.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(state.noise.device)
-    names = list(state.lora)
     captured = Checkpoint(
         state=dataclasses.replace(
             about,
@@ -153,13 +146,7 @@ def capture(
             probes=tuple(state.probes),
         ),
         lora=_copied(state.lora),
-        optimizer=_copied(
-            {
-                f"{names[index]}/{entry}": tensor
-                for index, entries in state.optimizer.state_dict()["state"].items()
-                for entry, tensor in entries.items()
-            }
-        ),
+        optimizer=_copied(optimizers.state_tensors(state.optimizer, list(state.lora))),
         random=_copied(random),
         # Nothing changes these in place.
         best=dict(state.best),
@@ -177,14 +164,7 @@ def restore(state: LoopState, saved: Checkpoint, accelerator: Accelerator) -> No
     with torch.no_grad():
         for name, weight in state.lora.items():
             weight.copy_(saved.lora[name])
-    index = {name: i for i, name in enumerate(state.lora)}
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in saved.optimizer.items():
-        name, entry = key.rsplit("/", 1)
-        # A copy: AdamW would go on in the saved tensors themselves where they need not be moved.
-        entries.setdefault(index[name], {})[entry] = tensor.clone()
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    optimizers.restore(state.optimizer, saved.optimizer, list(state.lora))
     if accelerator.scaler and saved.state.scaler:
         accelerator.scaler.load_state_dict(saved.state.scaler)
     state.tally.restore(

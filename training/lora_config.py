@@ -8,6 +8,7 @@ parameter's limits: the message's validation and the settings are made from it.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TARGETS = {"attention": ATTENTION, "attention+ff": (*ATTENTION, "ff.net.0.proj", "ff.net.2")}
 """Which of the UNet's layers get a LoRA: 128 of SD1.5's, or with the feed-forward ones 160."""
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+"""The library of each optimizer that torch does not have."""
 LR_SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -38,7 +42,15 @@ class HyperParameters:
     """
 
     epochs: int = _parameter(100, "passes over the pictures", low=1, high=1000)
-    learning_rate: float = _parameter(1e-4, "peak learning rate of AdamW", low=1e-7, high=1e-2)
+    learning_rate: float = _parameter(
+        1e-4, "peak learning rate; Prodigy finds its own and does not read it", low=1e-7, high=1e-2
+    )
+    optimizer: str = _parameter(
+        "adamw",
+        "AdamW (arXiv:1711.05101), the same with its state in 8 bits (arXiv:2110.02861), or "
+        "Prodigy, which finds the rate itself (arXiv:2306.06101)",
+        choices=OPTIMIZERS,
+    )
     batch_size: int = _parameter(1, "pictures a forward pass", low=1, high=16)
     # As many as a step of 64 batches of 16 pictures has where memory allows one picture at a time.
     gradient_accumulation_steps: int = _parameter(1, "batches an optimizer step", low=1, high=1024)
@@ -73,7 +85,7 @@ class HyperParameters:
     )
     warmup_ratio: float = _parameter(0.05, "part of the steps that warms up", low=0.0, high=0.9)
     weight_decay: float = _parameter(
-        0.01, "AdamW's weight decay (arXiv:1711.05101)", low=0.0, high=1.0
+        0.01, "weight decay, decoupled (arXiv:1711.05101)", low=0.0, high=1.0
     )
     max_grad_norm: float = _parameter(
         1.0, "gradient norm is clipped to this", low=0.001, high=1000.0
@@ -103,6 +115,21 @@ class HyperParameters:
                 )
         if self.resolution % 64:
             raise ValueError(f"resolution is {self.resolution}; it must be a multiple of 64")
+
+    def require_libraries(self) -> None:
+        """Refuse what this machine's libraries cannot do, without importing them.
+
+        Not a part of the limits: what another machine trained can be read here.
+
+        Raises:
+            ValueError: Names the library that is not installed.
+        """
+        library = LIBRARIES.get(self.optimizer)
+        if library and not importlib.util.find_spec(library):
+            raise ValueError(
+                f"optimizer is {self.optimizer!r}, and the library {library} that it needs is not "
+                "installed on this worker; choose adamw, or install it"
+            )
 
     def peft_config(self) -> LoraConfig:
         """The PEFT configuration of the LoRA on the UNet."""

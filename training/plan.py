@@ -19,10 +19,12 @@ class Plan:
     Attributes:
         shapes: What each usable picture can share a batch by, n of them.
         parameters: Hyper-parameters (see `Course.planned`).
+        rate_unit: What the optimizer's rates are multiples of (see `Course.rate_unit`).
     """
 
     shapes: tuple[Hashable, ...]
     parameters: HyperParameters
+    rate_unit: float = 1.0
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
@@ -56,7 +58,7 @@ class Plan:
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then the chosen shape, over the whole job's length."""
-        peak, total = self.parameters.learning_rate, self.total_steps
+        peak, total = self.parameters.learning_rate / self.rate_unit, self.total_steps
         warmup = int(total * self.parameters.warmup_ratio)
         if step < warmup:
             return peak * (step + 1) / (warmup + 1)  # never 0: the first update counts too

@@ -73,7 +73,7 @@ class LoRATrainer:
         self._emit, self._should_stop = emit, should_stop
         self._course = course or Course.of(run.parameters)
         self._parameters = self._course.parameters
-        self._plan = Plan(dataset.shapes, self._course.planned)
+        self._plan = Plan(dataset.shapes, self._course.planned, self._course.rate_unit)
         self._start = self.newest = start
         weights = min_snr_weights(base.scheduler, self._parameters.snr_gamma)
         self._loss_weights = weights.to(base.device)

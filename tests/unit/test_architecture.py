@@ -54,11 +54,15 @@ SHARED = {
 }
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
 PICTURES = {"numpy", "PIL", "matplotlib", "imagehash", "jinja2"}
-TRAINING_MAY_IMPORT = TORCH | PICTURES | set(sys.stdlib_module_names)
+OPTIMIZERS = {"prodigyopt", "bitsandbytes"}
+# Used where somebody has installed it.
+OPTIONAL = {"bitsandbytes"}
+TRAINING_MAY_IMPORT = TORCH | PICTURES | OPTIMIZERS | set(sys.stdlib_module_names)
 # What a machine that only trains does not have.
 CLIENTS = (
     *("pika", "boto3", "botocore", "standardwebhooks", "pydantic", "pydantic_settings"),
     *("structlog", "rich", "pynvml", "matplotlib", "imagehash", "moto", "prometheus_client"),
+    *OPTIMIZERS,
 )
 
 
@@ -246,7 +250,7 @@ print(sorted({TORCH!r} & set(sys.modules)))
 def test_the_requirements_are_what_the_product_imports_and_no_more() -> None:
     packages = importlib.metadata.packages_distributions()
     foreign = {name for path in product_files() for name in imports(path)}
-    foreign -= {*ROOMS, *sys.stdlib_module_names, *TYPES_ONLY, *PART_OF}
+    foreign -= {*ROOMS, *sys.stdlib_module_names, *TYPES_ONLY, *PART_OF, *OPTIONAL}
     wanted = {normal(packages[name][0]) for name in foreign - set(SHARED)}
     wanted = wanted.union(*(SHARED[name] for name in foreign & set(SHARED)))
     assert distributions("requirements.txt") == wanted

@@ -1,0 +1,120 @@
+"""Optimizers: each learns, is stopped and resumed to the same bits, or is refused in good time."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from config import TrainerSettings
+from tests.unit.training.conftest import MakeRun
+from tests.unit.training.runs import checkpoints, same, stop_after, trained
+from training import optimizer
+from training.base_model import BaseModel
+from training.course import Course
+from training.lora_config import HyperParameters
+from training.plan import Plan
+from utils.errors import TrainingFailed
+
+
+def test_prodigy_stopped_and_resumed_ends_with_the_same_bits(
+    base: BaseModel, make_run: MakeRun
+) -> None:
+    run = make_run(optimizer="prodigy", epochs=3, dropout=0.1)
+    whole, weights, _ = trained(base, run)
+    stopped, _, events = trained(base, run, should_stop=stop_after(5))
+    assert stopped.steps == 5
+    again = dataclasses.replace(run, resume_from=checkpoints(events)[-1].folder)
+    result, resumed, _ = trained(base, again)
+    assert same(resumed, weights) and result.losses == whole.losses
+
+
+def test_prodigy_finds_a_rate_and_keeps_it_to_the_last_digit() -> None:
+    whole, found = downhill(steps=300)
+    halfway, _ = downhill(steps=150)
+    resumed, kept = downhill(steps=150, start=halfway)
+    assert found > 1000 * 1e-6  # where it begins
+    assert kept == found
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def downhill(
+    steps: int, start: dict[str, torch.Tensor] | None = None
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Prodigy on its way to a minimum: its state after some steps, and the rate it has found."""
+    place = start["place"].clone() if start else torch.zeros(3)
+    weight = torch.nn.Parameter(place)
+    made = optimizer.create([weight], HyperParameters(optimizer="prodigy"), fused=False)
+    if start:
+        state = {key: tensor for key, tensor in start.items() if key != "place"}
+        optimizer.restore(made, state, ["w"])
+    for _ in range(steps):
+        made.zero_grad()
+        ((weight - torch.tensor([1.0, -2.0, 3.0])) ** 2).sum().backward()  # type: ignore[no-untyped-call]
+        made.step()
+    state = {key: value.clone() for key, value in optimizer.state_tensors(made, ["w"]).items()}
+    return state | {"place": weight.detach().clone()}, made.param_groups[0]["d"]
+
+
+def test_prodigy_prints_nothing(
+    base: BaseModel, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(base, make_run(optimizer="prodigy", epochs=1))
+    assert not capsys.readouterr().out
+
+
+def test_the_schedule_and_a_halving_act_on_the_rate_that_prodigy_finds() -> None:
+    asked = HyperParameters(optimizer="prodigy", learning_rate=3e-4, epochs=10, warmup_ratio=0.2)
+    course = Course.of(asked)
+    halved = course.at_half_the_rate(1)
+    assert halved is not None
+    for one, peak in ((course, 1.0), (halved, 0.5)):
+        plan = Plan((0,) * 10, one.planned, one.rate_unit)
+        rates = [plan.learning_rate(step) for step in range(plan.total_steps)]
+        assert rates[20] == max(rates) == pytest.approx(peak)
+        assert rates[0] < peak / 10 and rates[-1] < peak / 100
+
+
+def test_nested_entries_and_numbers_of_an_optimizer_s_state_come_back_as_they_were() -> None:
+    """8-bit AdamW's state is nested, and of bytes."""
+
+    class Nested(torch.optim.SGD):
+        """As 8-bit AdamW keeps its state."""
+
+    weights = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    one, other = Nested(weights, lr=1.0), Nested(weights, lr=1.0)
+    state: dict[str, Any] = {
+        "step": 3,
+        "quantised": {"state1": torch.arange(4, dtype=torch.uint8), "max": torch.tensor([0.1])},
+    }
+    one.load_state_dict({**one.state_dict(), "state": {0: state, 1: state}})
+    one.param_groups[0]["found"] = 0.1 + 0.2
+    names = ["a.lora_A.weight", "b.lora_B.weight"]
+    optimizer.restore(other, optimizer.state_tensors(one, names), names)
+    assert repr(other.state_dict()) == repr(one.state_dict())
+    assert other.param_groups[0]["found"] == 0.1 + 0.2
+
+
+def test_eight_bits_need_a_gpu() -> None:
+    weights = [torch.nn.Parameter(torch.ones(4))]
+    with pytest.raises(TrainingFailed, match="on a GPU only; choose adamw or prodigy"):
+        optimizer.create(weights, HyperParameters(optimizer="adamw8bit"), fused=False)
+
+
+def test_an_optimizer_whose_library_is_missing_is_refused_in_settings_and_parameters_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="library prodigyopt .* is not installed on this worker"):
+        settings().hyper_parameters(optimizer="prodigy")
+    monkeypatch.setenv("OPTIMIZER", "adamw8bit")
+    with pytest.raises(ValueError, match="library bitsandbytes .* is not installed"):
+        settings()
+
+
+def settings() -> TrainerSettings:
+    """The defaults, and the environment."""
+    return TrainerSettings(_env_file=None)  # type: ignore[call-arg]
