@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import create_model as _create_model
 from pydantic_core import ErrorDetails
 
-from training.lora_config import HyperParameters
+from training.lora_config import LEFT_OUT, HyperParameters
 from training.prompts import checked_trigger_word
 
 MAX_STYLE_ID = 2**63 - 1
@@ -139,6 +139,8 @@ def _reason(problem: ErrorDetails) -> str:
 
 
 def _unknown(name: str) -> str:
+    if name in LEFT_OUT:
+        return LEFT_OUT[name]
     near = difflib.get_close_matches(name[:80], PARAMETER_NAMES, n=1)
     return "is not a parameter; " + (
         f"did you mean {near[0]}?" if near else f"there are {', '.join(PARAMETER_NAMES)}"

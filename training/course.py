@@ -41,8 +41,8 @@ class Course:
 
     @property
     def rate_unit(self) -> float:
-        """What the optimizer's rates are multiples of: 1, or for Prodigy, which multiplies them with
-        the rate that it finds, the one asked for. The schedule and a halving act on both alike."""
+        """What the optimizer's rates are multiples of: 1; for Prodigy, which multiplies them with
+        the rate that it finds, the one asked for. Schedule and halving act on both alike."""
         return self.asked.learning_rate if self.parameters.optimizer == "prodigy" else 1.0
 
     def with_less_memory(self, epoch: int, *, checkpointing_is_on: bool) -> Self | None:

@@ -21,6 +21,7 @@ MOST_CONFIG_BYTES = 1 << 20
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 
 _DOWN = re.compile(r"(.+)\.(?:lora_A|lora_down|lora\.down)\.weight")
+_DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _UP = ("lora_B", "lora_up", "lora.up")
 # Width of the text that cross-attention reads -> the family of models that has it.
 _FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
@@ -279,7 +280,14 @@ def _warnings(tensors: Mapping[str, Tensor], layers: tuple[LayerFacts, ...]) -> 
         notes.append(f"{broken} layers have weights that are not finite: it paints nothing.")
     if still := sum(layer.norm == 0 for layer in layers):
         notes.append(f"{still} of {len(layers)} layers have no effect.")
-    used = 2 * len(layers) + sum(name.endswith(".alpha") for name in tensors)
+    scales = sum(name.endswith(_DORA) for name in tensors)
+    if scales:
+        notes.append(
+            f"{scales} layers are DoRA's, which also sets the length of each row of the base's "
+            "weight: the norms are those of its low-rank part, and readers differ in what they "
+            "make of the rest (diffusers drops a dora_scale of SD1.5)."
+        )
+    used = 2 * len(layers) + scales + sum(name.endswith(".alpha") for name in tensors)
     if others := len(tensors) - used:
-        notes.append(f"{others} tensors are of another kind (DoRA, LoCon) and not in the norms.")
+        notes.append(f"{others} tensors are of another kind (such as LoCon) and not in the norms.")
     return tuple(notes)

@@ -20,6 +20,12 @@ TARGETS = {"attention": ATTENTION, "attention+ff": (*ATTENTION, "ff.net.0.proj",
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 """The library of each optimizer that torch does not have."""
+LEFT_OUT = {
+    "use_dora": "is not offered: readers of kohya files (diffusers, ComfyUI, A1111) make different "
+    "things of DoRA's dora_scale, or drop it, so that one style would have several looks; leave it "
+    "out, or set rslora or target for more capacity"
+}
+"""Parameters that people may well ask for, and why there are none of that name."""
 LR_SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -81,14 +87,18 @@ class HyperParameters:
         high=1.0,
     )
     lr_schedule: str = _parameter(
-        "cosine", "shape of the learning rate after warm-up", choices=LR_SCHEDULES
+        "cosine",
+        "shape of the learning rate after warm-up (arXiv:1608.03983)",
+        choices=LR_SCHEDULES,
     )
-    warmup_ratio: float = _parameter(0.05, "part of the steps that warms up", low=0.0, high=0.9)
+    warmup_ratio: float = _parameter(
+        0.05, "part of the steps that warms up (arXiv:1706.02677)", low=0.0, high=0.9
+    )
     weight_decay: float = _parameter(
         0.01, "weight decay, decoupled (arXiv:1711.05101)", low=0.0, high=1.0
     )
     max_grad_norm: float = _parameter(
-        1.0, "gradient norm is clipped to this", low=0.001, high=1000.0
+        1.0, "gradient norm is clipped to this (arXiv:1211.5063)", low=0.001, high=1000.0
     )
     caption_dropout: float = _parameter(
         0.1, "part of the steps with an empty prompt (arXiv:2207.12598)", low=0.0, high=1.0

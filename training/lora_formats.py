@@ -36,6 +36,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KOHYA_WEIGHTS = "lora_weights_kohya.safetensors"
 DIFFUSERS_WEIGHTS = "lora_weights.safetensors"
+_OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "prodigy": "prodigyopt.Prodigy",
+}
 MODEL_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, DIFFUSERS_WEIGHTS)
 
 
@@ -179,7 +184,7 @@ def kohya_metadata(base: BaseModel, parameters: HyperParameters, layer: Layer) -
         "ss_learning_rate": parameters.learning_rate,
         "ss_unet_lr": parameters.learning_rate,
         "ss_lr_scheduler": parameters.lr_schedule,
-        "ss_optimizer": "torch.optim.AdamW",
+        "ss_optimizer": _OPTIMIZERS[parameters.optimizer],
         "ss_batch_size_per_device": parameters.batch_size,
         "ss_gradient_accumulation_steps": parameters.gradient_accumulation_steps,
         "ss_max_grad_norm": parameters.max_grad_norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import random
 import uuid
@@ -162,6 +163,12 @@ def test_fields_that_mean_nothing_are_named_once_in_a_log_line() -> None:
     assert [line["fields"] for line in lines] == [list(job.ignored_fields)]
 
 
+def test_dora_is_refused_with_the_reason() -> None:
+    error = refused(json.dumps(flat(parameters={"use_dora": True})).encode())
+    assert error.field == "parameters.use_dora"
+    assert "is not offered: readers of kohya files" in str(error)
+
+
 def test_a_thousand_unknown_fields_do_not_flood_the_log() -> None:
     assert len(read(flat() | {f"f{n}": n for n in range(1000)}).ignored_fields) == 20
 
@@ -226,6 +233,15 @@ def test_a_broken_rule_is_named_with_its_field(
     assert words in str(error)
 
 
+def test_an_optimizer_that_this_worker_lacks_is_refused_by_its_library_s_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    error = refused(flat(parameters={"optimizer": "prodigy"}))
+    assert error.field == "parameters.optimizer"
+    assert "the library prodigyopt that it needs is not installed" in str(error)
+
+
 def test_a_slip_in_a_parameters_name_is_recognised() -> None:
     error = refused(envelope(parameters={"epoch": 5, "learningrate": 1e-4}))
     assert str(error) == (
@@ -234,7 +250,10 @@ def test_a_slip_in_a_parameters_name_is_recognised() -> None:
     )
 
 
-def test_every_hyper_parameter_can_be_set_within_its_limits_and_not_beyond() -> None:
+def test_every_hyper_parameter_can_be_set_within_its_limits_and_not_beyond(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # all that is optional
     for field in dataclasses.fields(HyperParameters):
         limits = field.metadata
         good: tuple[Any, ...] = limits["choices"]

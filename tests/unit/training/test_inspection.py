@@ -105,7 +105,7 @@ def test_a_file_that_says_nothing_is_recognised_by_its_shapes(
 
 def test_layers_without_effect_broken_ones_and_other_kinds_are_noted(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    tensors = {"other.dora_scale": torch.ones(1)}
+    tensors = {"other.hada_w1_a": torch.ones(1)}
     for name, value in (("still", 0.0), ("broken", math.nan), ("good", 1.0)):
         tensors[f"unet.{name}.lora_A.weight"] = torch.ones(2, 4)
         tensors[f"unet.{name}.lora_B.weight"] = torch.full((4, 2), value)
@@ -115,6 +115,20 @@ def test_layers_without_effect_broken_ones_and_other_kinds_are_noted(tmp_path: P
     assert "1 layers have weights that are not finite" in said
     assert "1 of 3 layers have no effect" in said and "1 tensors are of another kind" in said
     assert found.norms == (0.0, 4.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"]
+)
+def test_a_dora_is_told_in_every_spelling(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.safetensors"
+    factors = {
+        f"{LAYER}.lora_down.weight": torch.ones(2, 4),
+        f"{LAYER}.lora_up.weight": torch.ones(3, 2),
+    }
+    save_file(factors | {f"{LAYER}.{name}": torch.ones(3)}, path)
+    (note,) = inspect(path).notes
+    assert note.startswith("1 layers are DoRA's") and "low-rank part" in note
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -1,0 +1,33 @@
+"""docs/parameters.md has every hyper-parameter as the source has it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from config import PARAMETER_OF
+from training.lora_config import HyperParameters
+
+DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "parameters.md"
+
+
+def test_every_hyper_parameter_has_its_row() -> None:
+    rows = [line for line in DOCUMENT.read_text("utf-8").splitlines() if line.startswith("| `")]
+    assert rows == [_row(field) for field in dataclasses.fields(HyperParameters)]
+
+
+def _row(field: dataclasses.Field[Any]) -> str:
+    limits = field.metadata
+    if limits["choices"]:
+        allowed = ", ".join(f"`{choice}`" for choice in limits["choices"])
+    elif isinstance(field.default, bool):
+        allowed = "true, false"
+    else:
+        allowed = f"{limits['low']:g} – {limits['high']:.10g}"
+    default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+    setting = next(name for name, parameter in PARAMETER_OF.items() if parameter == field.name)
+    return (
+        f"| `{field.name}` | {default.lower() if isinstance(field.default, bool) else default} | "
+        f"{allowed} | `{setting.upper()}` | {limits['doc']} |"
+    )
