@@ -220,7 +220,8 @@ def _caption(picture: Picture, run: TrainingRun, base: BaseModel) -> tuple[str, 
     caption = base.fit_prompt(prompt)
     if caption == prompt:
         return caption, ()
-    return caption, (f"has a longer caption than can be read; it was cut after {caption[-30:]!r}",)
+    end = " ".join(caption.rpartition(",")[2].split()[-5:])
+    return caption, (f"has a longer caption than can be read; it was cut after “{end[-60:]}”",)
 
 
 def _orders(caption: str, identity: str, run: TrainingRun) -> tuple[str, ...]:

@@ -60,8 +60,7 @@ def export(
         base: The base model with the trained LoRA attached to its UNet.
         parameters: The hyper-parameters in force at the end, for the kohya file's metadata.
         folder: Where the files go; made if it is not there.
-        metadata: More header entries of the kohya file, such as `modelspec.title`; they win over
-            the ones made here.
+        metadata: More header entries, such as `modelspec.title`; they win over the ones made here.
 
     Raises:
         ExportFailed: A weight is not finite, or a file does not reproduce the trained weights;
@@ -74,12 +73,11 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
         staging = Path(scratch)
-        write_diffusers(
-            _for_disk({name: layer.folded() for name, layer in live.items()}), config, staging
-        )
+        header = kohya_metadata(base, parameters, next(iter(plain.values()))) | metadata
+        folded = _for_disk({name: layer.folded() for name, layer in live.items()})
+        write_diffusers(folded, config, header, staging)
         write_peft(plain, config, base.name, staging)
-        header = kohya_metadata(base, parameters, next(iter(plain.values())))
-        write_kohya(plain, header | metadata, staging)
+        write_kohya(plain, header, staging)
         verify(base.unet, staging)
         for name in MODEL_FILES:
             os.replace(staging / name, folder / name)

@@ -41,6 +41,13 @@ _OPTIMIZERS = {
     "adamw8bit": "bitsandbytes.optim.AdamW8bit",
     "prodigy": "prodigyopt.Prodigy",
 }
+_OF_ANY_FORMAT = (
+    *("modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation"),
+    *("modelspec.title", "modelspec.description", "modelspec.resolution", "modelspec.tags"),
+    *("modelspec.prediction_type", "modelspec.trigger_phrase"),
+    *("ss_base_model_version", "ss_new_sd_model_hash", "ss_tag_frequency"),
+)
+"""Header entries for every file; not the date: the same weights would have another hash each day."""
 MODEL_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, DIFFUSERS_WEIGHTS)
 
 
@@ -94,9 +101,11 @@ def lora_layers(model: torch.nn.Module) -> dict[str, Layer]:
     return layers
 
 
-def write_diffusers(layers: dict[str, Layer], config: LoraConfig, folder: Path) -> None:
+def write_diffusers(
+    layers: dict[str, Layer], config: LoraConfig, metadata: dict[str, str], folder: Path
+) -> None:
     """Write `lora_weights.safetensors`. The layers' scaling must be folded; no place in the file
-    could hold it."""
+    could hold it. Of the kohya file's `metadata` it has what is true of any format."""
     # Only what every PEFT knows: diffusers hands these to `LoraConfig`, and an older one refuses a
     # newer one's names.
     header = {
@@ -111,7 +120,8 @@ def write_diffusers(layers: dict[str, Layer], config: LoraConfig, folder: Path) 
     _write(
         folder / DIFFUSERS_WEIGHTS,
         _peft_keys(layers, "unet."),
-        {"format": "pt", "lora_adapter_metadata": packed},
+        {"format": "pt", "lora_adapter_metadata": packed}
+        | {key: metadata[key] for key in _OF_ANY_FORMAT if key in metadata},
     )
 
 

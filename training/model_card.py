@@ -49,7 +49,7 @@ def model_card(
         "ss_tag_frequency": json.dumps({"training": tags}, ensure_ascii=False),
         # Of the base's UNet as diffusers keeps it, which is what the LoRA was made for.
         "ss_new_sd_model_hash": base.hash,
-        "modelspec.title": f"Style {run.style_id}",
+        "modelspec.title": f"Style {run.style_id or run.trigger_word}".strip(),
         "modelspec.description": f"A style learnt from {len(dataset.usable)} pictures.",
         "modelspec.tags": ", ".join(list(tags)[:SHOWN_TAGS]),
         "ss_shuffle_caption": run.parameters.shuffle_tags,

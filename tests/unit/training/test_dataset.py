@@ -427,7 +427,10 @@ def test_a_caption_longer_than_can_be_read_is_cut_between_tags_or_words_and_said
     kept = caption.split(separator)
     assert kept == words[: len(kept)] and 3 < len(kept) < 100
     assert data.entries[1].status == "warned"
-    assert f"cut after '{caption[-30:]}'" in data.entries[1].reasons[0]
+    assert (
+        f"cut after “{' '.join(caption.split(', ')[-1].split()[-5:])}”"
+        in data.entries[1].reasons[0]
+    )
     assert data.usable[1].caption == caption and caption in data.embeddings
     tokens = base.tokenizer(caption).input_ids
     assert len(tokens) <= base.tokenizer.model_max_length

@@ -411,3 +411,20 @@ def test_sd15_itself_is_exported_with_the_names_that_kohya_uses(
     paths = sd15_attention_paths()
     diffusers = {f"unet.{path}.lora_{part}.weight" for path in paths for part in "AB"}
     assert load_file(tmp_path / DIFFUSERS_WEIGHTS).keys() == diffusers
+
+
+def test_the_diffusers_file_says_too_what_it_is_of_and_is_the_same_each_time(
+    base: BaseModel, tmp_path: Path
+) -> None:
+    parameters = attach(base)
+    metadata = {"modelspec.title": "Harbour", "modelspec.trigger_phrase": "inkstyle"}
+    for number in (1, 2):
+        dated = metadata | {"modelspec.date": f"2026-01-0{number}", "ss_network_alpha": "9.0"}
+        export.export(base, parameters, tmp_path / str(number), metadata=dated)
+    one, other = (tmp_path / number / DIFFUSERS_WEIGHTS for number in "12")
+    with safe_open(one, framework="pt") as opened:
+        header = opened.metadata()
+    assert metadata.items() <= header.items()
+    assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert "ss_network_alpha" not in header  # it is another one here
+    assert one.read_bytes() == other.read_bytes()

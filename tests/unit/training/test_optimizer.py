@@ -47,7 +47,7 @@ def downhill(
     """Prodigy on its way to a minimum: its state after some steps, and the rate it has found."""
     place = start["place"].clone() if start else torch.zeros(3)
     weight = torch.nn.Parameter(place)
-    made = optimizer.create([weight], HyperParameters(optimizer="prodigy"), fused=False)
+    made = optimizer.create([weight], HyperParameters(optimizer="prodigy"))
     if start:
         state = {key: tensor for key, tensor in start.items() if key != "place"}
         optimizer.restore(made, state, ["w"])
@@ -100,7 +100,7 @@ def test_nested_entries_and_numbers_of_an_optimizer_s_state_come_back_as_they_we
 def test_eight_bits_need_a_gpu() -> None:
     weights = [torch.nn.Parameter(torch.ones(4))]
     with pytest.raises(TrainingFailed, match="on a GPU only; choose adamw or prodigy"):
-        optimizer.create(weights, HyperParameters(optimizer="adamw8bit"), fused=False)
+        optimizer.create(weights, HyperParameters(optimizer="adamw8bit"))
 
 
 def test_an_optimizer_whose_library_is_missing_is_refused_in_settings_and_parameters_by_its_name(
