@@ -134,6 +134,7 @@ class TrainerSettings(BaseSettings):
     checkpoint_interval: int = Field(10, ge=1)
     preview_share: float = Field(0.1, ge=0, le=1)
     sample_steps: int = Field(25, ge=1, le=100)
+    tensorboard: Annotated[bool, AfterValidator(setting_values.tensorboard)] = False
     stall_seconds: Seconds = 300.0
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

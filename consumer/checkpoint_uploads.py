@@ -4,6 +4,7 @@ record when it is whole."""
 from __future__ import annotations
 
 import contextvars
+import math
 import shutil
 import threading
 import time
@@ -11,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from consumer.curve_uploads import CurveUploads
 from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
 from services.job_record import Checkpoint, EndingKind, JobRecord
 from services.s3_service import S3Service
 from training.checkpoint_name import order
+from training.lora_config import CURVES
 from training.manifest import MANIFEST, verify
 from utils.errors import (
     CheckpointUnusable,
@@ -34,6 +37,11 @@ _RETRY_SECONDS = 2.0
 _LONGEST_SETTLE_SECONDS = 600.0
 _LONGEST_JOIN_SECONDS = 1.0
 _KEPT_IN_FULL = 2
+
+
+def curves_prefix(job: TrainingJob | JobRecord) -> str:
+    """Where its event files lie beside them."""
+    return f"{checkpoint_prefix(job)}{CURVES}/"
 
 
 def checkpoint_prefix(job: TrainingJob | JobRecord) -> str:
@@ -55,6 +63,7 @@ class CheckpointUploads:
         s3: S3Service,
         bucket: str,
         *,
+        curves: Path,
         patience: Callable[[], float],
         uploaded: Callable[[str, float], None] = lambda name, seconds: None,
     ) -> None:
@@ -63,6 +72,7 @@ class CheckpointUploads:
         lease: Registers each; once it is lost nothing more is uploaded.
         s3: The storage.
         bucket: The state bucket.
+        curves: Where the trainer writes event files, if any are wanted: they go up with each.
         patience: Seconds that may be waited for the last one, asked when it comes to that.
         uploaded: Is told of each that is registered: its name, and how long it took.
         """
@@ -72,6 +82,7 @@ class CheckpointUploads:
         self._s3 = s3
         self._bucket = bucket
         self._patience = patience
+        self._curves = CurveUploads(curves, s3, bucket, curves_prefix(job), lease)
         self._prefix = checkpoint_prefix(job)
         self._waiting: CheckpointSaved | None = None
         self._busy = False
@@ -88,7 +99,8 @@ class CheckpointUploads:
 
     def __exit__(self, *_: object) -> None:
         # After an error, too: a checkpoint that was made before it is what the next attempt needs.
-        self.settle()
+        if self.settle() and math.isinf(self._patience()):  # a shutdown has no time for more
+            self._curves.upload()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -185,6 +197,7 @@ class CheckpointUploads:
             step=saved.step,
             seconds=round(seconds, 3),
         )
+        self._curves.upload()
         self._prune()
 
     def _prune(self) -> None:
@@ -193,7 +206,8 @@ class CheckpointUploads:
 
 
 def prune(s3: S3Service, bucket: str, prefix: str, *, in_full: tuple[str, ...]) -> None:
-    """Of every checkpoint under `prefix` but those `in_full`, keep the LoRA's weights alone.
+    """Of every checkpoint under `prefix` but those `in_full`, keep the LoRA's weights alone. What
+    lies beside the checkpoints stays.
 
     What cannot be removed now is logged and removed another time: a job never fails of it.
     """
@@ -201,7 +215,8 @@ def prune(s3: S3Service, bucket: str, prefix: str, *, in_full: tuple[str, ...]) 
         keys = [
             found.key
             for found in s3.list_objects(bucket, prefix)
-            if not found.key.startswith(in_full) and not found.key.endswith("/" + LORA_WEIGHTS)
+            if not found.key.startswith((*in_full, prefix + CURVES))
+            and not found.key.endswith("/" + LORA_WEIGHTS)
         ]
         s3.delete(bucket, keys)
     except StorageError as error:
@@ -209,8 +224,8 @@ def prune(s3: S3Service, bucket: str, prefix: str, *, in_full: tuple[str, ...]) 
 
 
 def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
-    """After the ending: of a completed job the LoRA's weights of each checkpoint stay, of a
-    cancelled one nothing, of a failed one the newest in full, in case it is sent back.
+    """After the ending: of a completed job the LoRA's weights of each checkpoint stay, of a failed
+    one the newest in full, in case it is sent back, of both the curves; of a cancelled one nothing.
 
     Returns:
         Whether all is gone that should be; what is not is logged, and left for the sweep.
@@ -220,11 +235,12 @@ def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
     prefix = checkpoint_prefix(record)
     staging = f"staging/{record.task_id}/"
     try:
-        found = sorted(each.key for each in s3.list_objects(bucket, prefix))
+        lying = sorted(each.key for each in s3.list_objects(bucket, prefix))
+        found = [key for key in lying if not key.startswith(curves_prefix(record))]
         if ending.kind is EndingKind.COMPLETE:
             unneeded = [key for key in found if not key.endswith("/" + LORA_WEIGHTS)]
         elif ending.code == ErrorCode.CANCELLED:
-            unneeded = found
+            unneeded = lying
         else:
             names = {key.removeprefix(prefix).partition("/")[0] for key in found}
             newest = f"{prefix}{max(names, key=order, default='')}/"

@@ -13,7 +13,7 @@ from consumer.machine import require_fit
 from consumer.stop_signal import StopSignal
 from consumer.trainer_process import TrainerProcess
 from training.checkpoint_name import order
-from training.lora_config import HyperParameters, Picture, TrainingRun
+from training.lora_config import CURVES, HyperParameters, Picture, TrainingRun
 from training.prompts import checked_trigger_word
 from utils.captions import MAX_CAPTION_BYTES, caption_text
 from utils.errors import ConfigurationError, TrainingServerError
@@ -128,6 +128,7 @@ def train_folder(
         trigger_word=trigger_word,
         sample_steps=settings.sample_steps,
         preview_share=settings.preview_share,
+        tensorboard=settings.tensorboard,
     )
     trainer = TrainerProcess(
         settings.trainer_options(),
@@ -144,6 +145,7 @@ def train_folder(
         trainer.close()
     if not finished.stopped:
         _hand_over(finished, output)
+        _hand_over_curves(work / CURVES, output / CURVES)
         shutil.rmtree(work, ignore_errors=True)
     return finished
 
@@ -151,6 +153,15 @@ def train_folder(
 def _hand_over(finished: Finished, output: Path) -> None:
     for name in finished.files:
         os.replace(Path(finished.folder) / name, output / name)
+
+
+def _hand_over_curves(made: Path, target: Path) -> None:
+    """Beside those of earlier trainings, which TensorBoard shows no more: steps count from 0
+    again."""
+    if made.is_dir():
+        target.mkdir(exist_ok=True)
+        for file in made.iterdir():
+            os.replace(file, target / file.name)
 
 
 def _make_folder(work: Path, output: Path, *, emptied: bool) -> None:

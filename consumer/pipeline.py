@@ -32,7 +32,7 @@ from services.job_record import Ending, JobRecord, JobRequest
 from services.job_records import Claimed, Ended, HeldElsewhere, JobRecords, OtherBody
 from services.s3_service import S3Service
 from services.webhook_service import WebhookService
-from training.lora_config import TrainingRun
+from training.lora_config import CURVES, TrainingRun
 from utils import logger
 from utils.errors import (
     DiskFull,
@@ -220,6 +220,7 @@ class Pipeline:
                 lease,
                 desk.s3,
                 settings.state_bucket_name,
+                curves=folder / CURVES,
                 patience=desk.shutdown.seconds_for_saving,
                 uploaded=desk.observer.uploaded,
             ) as uploads,
@@ -270,6 +271,7 @@ class Pipeline:
             trigger_word=job.trigger_word,
             sample_steps=settings.sample_steps,
             preview_share=settings.preview_share,
+            tensorboard=settings.tensorboard,
         )
 
     def _is_last_attempt(self, lease: JobLease) -> bool:

@@ -26,6 +26,8 @@ LEFT_OUT = {
     "out, or set rslora or target for more capacity"
 }
 """Parameters that people may well ask for, and why there are none of that name."""
+CURVES = "tensorboard"
+"""The folder of the event files, in a run's work folder."""
 LR_SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -194,6 +196,7 @@ class TrainingRun:
         trigger_word: In front of every prompt, or the empty string.
         sample_steps: Steps of the sampler; a CPU makes a sketch of fewer.
         preview_share: Part of the training's time that samples at checkpoints may take.
+        tensorboard: Draw curves, as event files in the folder `CURVES`.
     """
 
     task_id: str
@@ -211,6 +214,7 @@ class TrainingRun:
     trigger_word: str = ""
     sample_steps: int = 25
     preview_share: float = 0.0
+    tensorboard: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from training.checkpoint_name import folder_name
 from training.checkpoint_writer import CheckpointWriter
 from training.clock import Clock
 from training.course import Course
+from training.curves import Curves
 from training.dataset import Dataset
 from training.device import Pace, allocated_bytes, one_run_accelerator, peak_memory_bytes
 from training.examiner import Examiner
@@ -79,6 +80,7 @@ class LoRATrainer:
         self._loss_weights = weights.to(base.device)
         self._clock, self._pace = Clock(), Pace(base.device)
         self._writer = CheckpointWriter(emit)
+        self._curves = Curves(run, start.state.step if start else 0)
         self._examiner = Examiner(run, base, dataset, should_stop, self._clock)
 
     def train(self) -> TrainingResult:
@@ -92,7 +94,11 @@ class LoRATrainer:
         """
         if self._base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._base.device)
-        with self._writer, one_run_accelerator(self._base.device, self._base.dtype) as accelerator:
+        with (
+            self._writer,
+            one_run_accelerator(self._base.device, self._base.dtype) as accelerator,
+            self._curves,
+        ):
             state = self._begin(accelerator)
             self._base.offload_encoders()
             stopped = self._loop(state, accelerator)
@@ -134,6 +140,7 @@ class LoRATrainer:
         while True:
             if not plan.inside_epoch(state.step):
                 seen = self._examiner.examine(state)
+                self._curves.draw(state, plan, self._clock)
                 self._save_if_due(state, accelerator)
                 if seen and state.step == plan.total_steps:
                     break

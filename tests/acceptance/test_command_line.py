@@ -64,7 +64,8 @@ def test_a_folder_of_pictures_becomes_a_model_without_any_server(
     output = tmp_path / "output"
     done = _main(
         *("train", str(pictures), "--output", str(output), "--epochs", "2"),
-        environment=_environment(Path(os.path.relpath(base_model, tmp_path))),
+        environment=_environment(Path(os.path.relpath(base_model, tmp_path)))
+        | {"TENSORBOARD": "true"},
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -75,6 +76,7 @@ def test_a_folder_of_pictures_becomes_a_model_without_any_server(
     assert captions["astronaut.jpg"] == "an astronaut"
     assert len(captions) == 4
     assert not (output / ".training").exists()
+    assert list(output.glob("tensorboard/events.out.tfevents.*"))
     for name in (
         "samples.png",
         "training_report.html",

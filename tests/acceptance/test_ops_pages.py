@@ -67,6 +67,7 @@ def _watched(
         LEASE_TTL_SECONDS="60",
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint,
         SENTRY_DSN=sentry.dsn,
+        TENSORBOARD="true",
     ) as worker:
         yield worker
         assert worker.stop() == 0, worker.last_words(20)
@@ -209,6 +210,9 @@ def test_a_job_leaves_its_marks_in_the_metrics(mortal: World, pages: Pages) -> N
     numbers = pages.json("/metrics")
     assert numbers["current_step"] == numbers["total_steps"] == 12
     assert numbers["last_loss"] > 0 and numbers["is_training"] is False
+    kept = mortal.keys(mortal.state, f"checkpoints/style_72/{message['task_id']}/")
+    assert [key for key in kept if "/tensorboard/claim-0001.events.out.tfevents." in key]
+    assert not mortal.keys(mortal.state, "checkpoints/style_71/"), "that one was cancelled"
 
 
 def test_a_job_is_a_trace_that_goes_on_from_the_backend_s_and_back_to_it(

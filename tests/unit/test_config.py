@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,16 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["RABBITMQ_HOST", "RETRY_DELAYS_SECONDS", "IMAGE_BUCKETS"])
 def test_a_list_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert f"{name}: " in problems(monkeypatch, **{name: " , "})
+
+
+def test_curves_without_their_library_are_refused_at_once_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert settings(monkeypatch, TENSORBOARD="true").tensorboard
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
+    told = problems(monkeypatch, TENSORBOARD="true", EPOCHS="none")
+    assert "TENSORBOARD: " in told and "not installed" in told and "EPOCHS" in told
+    assert not settings(monkeypatch, TENSORBOARD="false", EPOCHS="1").tensorboard
 
 
 def test_a_signing_secret_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
