@@ -5,8 +5,11 @@
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
 FROM ${BASE} AS build
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # Ubuntu 24.04 has no Python 3.11; uv brings one that stands by itself and moves as a folder.
 ENV UV_PYTHON_INSTALL_DIR=/opt/python UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PATH=/opt/uv/bin:$PATH
+# Nothing of these packages but the certificates reaches the image, and Ubuntu keeps one version of each.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3-venv \
     && rm -rf /var/lib/apt/lists/* \
@@ -17,7 +20,7 @@ COPY requirements.txt constraints.txt /build/
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/venv/bin/python --requirements /build/requirements.txt
 
-FROM ${BASE}
+FROM ${BASE} AS runtime
 # Ubuntu's image has a user of its own with this id.
 RUN userdel --remove ubuntu \
     && useradd --uid 1000 --create-home trainer \
@@ -25,14 +28,41 @@ RUN userdel --remove ubuntu \
 COPY --from=build /opt/python /opt/python
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /etc/ssl/certs /etc/ssl/certs
-
+# All that is written goes to these three, so the root file system may be read-only: the base model, fetched once, to
+# /models; pictures and checkpoints of the job in hand to /work; the rest to /tmp.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    HF_HOME=/models WORK_DIR=/work MPLCONFIGDIR=/tmp/matplotlib
 WORKDIR /app
-COPY . .
-USER trainer
-# The base model is fetched once into /models; the pictures and checkpoints of the job in hand lie in /work.
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HOME=/models WORK_DIR=/work
-VOLUME ["/models"]
 
-# In this form Python itself gets the SIGTERM, without a shell in between. All else comes from the environment.
-ENTRYPOINT ["python", "main.py"]
+# A stand-in for the backend, for compose alone; it takes every webhook that is signed as it should be.
+FROM runtime AS stand-in-backend
+COPY sandbox/__init__.py sandbox/backend.py sandbox/backend_server.py sandbox/
+USER 1000:1000
+EXPOSE 8000
+ENTRYPOINT ["python", "-m", "sandbox.backend_server"]
+
+FROM runtime AS worker
+COPY . .
+RUN rm -r sandbox
+USER 1000:1000
+VOLUME ["/models", "/work"]
+EXPOSE 8080
+# A worker that loads or trains is silent and healthy; five minutes are for the check before the start.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=300s --retries=3 CMD ["python", "deploy/health_check.py"]
+# In exec form, and the script ends in an exec: Python itself gets the SIGTERM.
+ENTRYPOINT ["/app/deploy/entrypoint"]
 CMD ["worker"]
+
+# The same with the base model in it, for machines that start without a volume: --target worker-with-model.
+FROM worker AS worker-with-model
+ARG MODEL=stable-diffusion-v1-5/stable-diffusion-v1-5
+ARG MODEL_REVISION=main
+USER 0:0
+RUN --mount=type=secret,id=hf_token,env=HF_TOKEN \
+    HF_HOME=/tmp/hub python -m training.fetch_base_model "${MODEL}" "${MODEL_REVISION}" /opt/base-model \
+    && rm -rf /tmp/hub
+USER 1000:1000
+ENV BASE_MODEL=/opt/base-model
+
+# What `docker build` makes unless told otherwise.
+FROM worker

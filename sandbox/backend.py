@@ -112,6 +112,7 @@ class Backend:
         answer: Asked for each verified request; None answers as the real backend does. A plain
             (status, headers, body) does as well.
         on_request: Told of each verified request.
+        host, port: Where it listens; port 0 takes any free one.
 
     Attributes:
         url: Its origin, `http://127.0.0.1:port`.
@@ -125,6 +126,8 @@ class Backend:
         secrets: Collection[str] = (SIGNING_SECRET,),
         answer: Callable[[ReceivedRequest], tuple[Any, ...] | None] | None = None,
         on_request: Callable[[ReceivedRequest], None] | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
         self.answer = answer
         self._token = token
@@ -134,7 +137,7 @@ class Backend:
         self._requests: list[ReceivedRequest] = []
         self._rejected: list[ReceivedRequest] = []
         self.closing = threading.Event()
-        self._server = _Server(self)
+        self._server = _Server(self, (host, port))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="backend"
@@ -257,8 +260,8 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, backend: Backend) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, backend: Backend, address: tuple[str, int]) -> None:
+        super().__init__(address, _Handler)
         self.backend = backend
 
     def handle_error(self, request: Any, client_address: Any) -> None:

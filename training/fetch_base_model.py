@@ -1,0 +1,27 @@
+"""`python -m training.fetch_base_model MODEL REVISION FOLDER`: a base model into a folder, whole.
+
+For images that carry it: what the worker needs of the model, and nothing else, as `BASE_MODEL` names it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from training.base_files import locate
+from training.lora_config import TrainerOptions
+
+
+def fetch(model: str, revision: str | None, folder: Path) -> None:
+    """Copy a model's files, fetched from the hub where they must be, into `folder`.
+
+    Raises:
+        BaseModelUnavailable: There is no such model.
+    """
+    source, _ = locate(TrainerOptions(base_model=model, base_model_revision=revision))
+    shutil.copytree(source, folder)  # the hub's cache holds links, which are followed
+
+
+if __name__ == "__main__":
+    fetch(sys.argv[1], sys.argv[2] or None, Path(sys.argv[3]))
