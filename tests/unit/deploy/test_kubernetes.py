@@ -1,0 +1,132 @@
+"""The manifests are valid by Kubernetes' own schemas and KEDA's, strictly, and fit the worker."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from cloudcoil.models.keda import v1alpha1 as keda
+from typer.testing import CliRunner
+
+import config
+import main
+from config import Settings
+
+FOLDER = Path(__file__).parents[3] / "deploy" / "kubernetes"
+KUBERNETES = "1.37.0"
+
+
+def _documents() -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (f"{path.name} {document['kind']}", document)
+        for path in sorted(FOLDER.glob("*.yaml"))
+        for document in yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    ]
+
+
+DOCUMENTS = _documents()
+NAMED = dict(DOCUMENTS)
+SCALED_JOB = NAMED["jobs.yaml ScaledJob"]
+DEPLOYMENT = NAMED["deployment.yaml Deployment"]
+
+
+def _strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same schema, with every field refused that it does not know."""
+    closed = copy.deepcopy(schema)
+    for each in (closed, *closed.get("$defs", {}).values()):
+        if "properties" in each:
+            each.setdefault("additionalProperties", False)
+    return closed
+
+
+def _validate(document: dict[str, Any]) -> None:
+    if document["apiVersion"].startswith("keda.sh/"):
+        model = getattr(keda, document["kind"])
+        jsonschema.validate(document, _strict(model.model_json_schema(by_alias=True)))
+    else:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+def _pods() -> list[dict[str, Any]]:
+    return [
+        SCALED_JOB["spec"]["jobTargetRef"]["template"]["spec"],
+        DEPLOYMENT["spec"]["template"]["spec"],
+    ]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_manifest_is_valid(name: str) -> None:
+    _validate(NAMED[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("jobs.yaml ScaledJob", ("spec", "rollout", "strategi"), "gradual"),
+        ("jobs.yaml ScaledJob", ("spec", "maxReplicaCount"), "many"),
+        ("deployment.yaml ScaledObject", ("spec", "cooldown"), 3),
+        ("deployment.yaml Deployment", ("spec", "strategy", "maxSurge"), 0),
+        ("deployment.yaml PodDisruptionBudget", ("spec", "selector"), "all"),
+    ],
+)
+def test_a_manifest_with_a_mistake_is_not(name: str, path: tuple[str, ...], value: Any) -> None:
+    document = copy.deepcopy(NAMED[name])
+    inner = document
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        _validate(document)
+
+
+def test_what_the_scaled_job_makes_is_a_valid_job() -> None:
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "one"}}
+    kubernetes_validate.validate(
+        job | {"spec": SCALED_JOB["spec"]["jobTargetRef"]}, KUBERNETES, strict=True
+    )
+
+
+def test_a_pod_for_each_message_is_never_two_for_one() -> None:
+    spec = SCALED_JOB["spec"]
+    assert spec["rollout"]["strategy"] == "gradual"
+    assert spec["jobTargetRef"]["backoffLimit"] == 0
+    assert {each["metadata"]["protocol"] for each in spec["triggers"]} == {"http"}
+    queues = {each["metadata"]["queueName"] for each in spec["triggers"]}
+    assert queues == {"model_training", "model_training.endings"}
+    longest = Settings.model_fields["max_job_seconds"].default
+    assert spec["jobTargetRef"]["activeDeadlineSeconds"] >= longest + 3600
+
+
+def test_the_pod_for_one_message_runs_a_command_that_there_is() -> None:
+    container = _pods()[0]["containers"][0]
+    assert container["command"] == ["python", "main.py"]
+    asked = CliRunner().invoke(main.app, [*container["args"], "--help"])
+    assert asked.exit_code == 0, asked.output
+
+
+@pytest.mark.parametrize("pod", _pods())
+def test_a_pod_has_one_gpu_no_rights_and_time_to_save(pod: dict[str, Any]) -> None:
+    container = pod["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert pod["securityContext"]["runAsUser"] == 1000
+    assert pod["automountServiceAccountToken"] is False
+    grace = float(NAMED["worker.yaml ConfigMap"]["data"]["SHUTDOWN_GRACE_SECONDS"])
+    assert grace < pod["terminationGracePeriodSeconds"]
+    mounted = {each["mountPath"] for each in container["volumeMounts"]}
+    assert {"/models", "/work", "/tmp"} <= mounted
+
+
+def test_settings_are_the_workers_and_secrets_are_referred_to() -> None:
+    values = NAMED["worker.yaml ConfigMap"]["data"]
+    assert {name.lower() for name in values} <= set(Settings.model_fields)
+    secret = {"RABBITMQ_PASS", "AWS_SECRET_ACCESS_KEY", "INTERNAL_API_TOKEN", "HF_TOKEN"}
+    assert not secret & set(values)
+    assert not [name for name, _ in DOCUMENTS if name.endswith(" Secret")]
+    required = {"internal_api_token": "t" * 32}
+    config.load(_env_file=None, **{k.lower(): v for k, v in values.items()} | required)
