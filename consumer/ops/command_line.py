@@ -89,10 +89,11 @@ def add_commands(app: typer.Typer, end: Callable[[Callable[[], int]], None]) -> 
     @app.command()
     def cancel(
         task: Annotated[str, typer.Argument(help="The job's id.")],
+        as_json: Json = False,
         config_file: ConfigFile = None,
     ) -> None:
         """Have a job cancelled, wherever it is; its worker sees it within a quarter of a lease."""
-        end(lambda: _cancel(_Server.of(config_file), task))
+        end(lambda: _cancel(_Server.of(config_file), task, as_json))
 
     @app.command()
     def redrive(
@@ -179,7 +180,8 @@ def _wait(server: _Server, placed: Order, as_json: bool) -> int:
     if as_json:
         screen.print_json(dataclasses.asdict(placed) | {"job": dataclasses.asdict(job)})
     else:
-        screen.say(f"{placed.task_id}: {job.ending}. {job.detail}", "green" if completed else "red")
+        told = ": ".join(filter(None, (placed.task_id, job.ending, job.model_url or job.detail)))
+        screen.say(told, "green" if completed else "red")
     return DONE if completed else FAILED
 
 
@@ -197,19 +199,21 @@ def _jobs(server: _Server, tasks: list[str], live: bool, limit: int, as_json: bo
     return FAILED if any(one.state == "unknown" for one in views) else DONE
 
 
-def _cancel(server: _Server, task: str) -> int:
+def _cancel(server: _Server, task: str, as_json: bool) -> int:
     from consumer.ops import screen
     from consumer.ops.cancel import cancel
 
     record = cancel(server.s3, server.state, task)
-    if record is None:
+    looks_every = record.hold.lease_seconds / 4 if record else None
+    if as_json:
+        screen.print_json({"task_id": task, "looked_for_every_seconds": looks_every})
+    elif looks_every is None:
         screen.say(
             f"{task} will be cancelled as soon as a worker takes it. None has seen it yet: "
             "is the id right?"
         )
     else:
-        seconds = record.hold.lease_seconds / 4
-        screen.say(f"{task} will be cancelled; its worker looks every {seconds:.0f} s")
+        screen.say(f"{task} will be cancelled; its worker looks every {looks_every:.0f} s")
     return DONE
 
 
@@ -239,6 +243,7 @@ def _parameters(given: list[str]) -> dict[str, Any]:
             raise ConfigurationError(f"--parameter {each}: NAME=VALUE is wanted, epochs=200 say")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+            json.dumps(found[name], allow_nan=False)
+        except ValueError:  # no JSON, or no number that JSON has: judged as the text that it is
             found[name] = value
     return found

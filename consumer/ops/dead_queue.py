@@ -9,7 +9,7 @@ copy, so that looking never costs a message.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from config import Settings
@@ -51,7 +51,9 @@ Judge = Callable[[DeadLetter], Publication | None]
 """What is published in a letter's place; None leaves it where it is."""
 
 
-def go_through(settings: Settings, judge: Judge, *, limit: int) -> int:
+def go_through(
+    settings: Settings, judge: Judge, *, limit: int, into: Collection[Queue] = ()
+) -> int:
     """Show every message of the dead queue to `judge`, and do as it says.
 
     A message leaves the dead queue only after the broker has confirmed what takes its place.
@@ -60,6 +62,7 @@ def go_through(settings: Settings, judge: Judge, *, limit: int) -> int:
         settings: The broker and the queue.
         judge: Sees each message, oldest first.
         limit: No more than so many.
+        into: Queues that are made first where they are missing; for looking, none.
 
     Returns:
         How many messages were not looked at.
@@ -83,7 +86,7 @@ def go_through(settings: Settings, judge: Judge, *, limit: int) -> int:
         return max(0, left - limit)
 
     with BrokerVisit(settings) as visit:
-        for queue in (Queue.TRAINING, Queue.ENDINGS):
+        for queue in into:
             post.ensure(visit, settings, queue)
         answer = visit.attempt(f"going through {dead}", act)
     if isinstance(answer, Refusal):

@@ -26,6 +26,7 @@ class JobView:
         epochs: Those asked for.
         ending: `complete`, `failed` with its code, or empty.
         delivery: Whether the backend has heard: `none`, `pending`, `delivered` or `set_aside`.
+        model_url: Where the model is, of a job that has completed.
         detail: The error, or what the backend answered, or why the record cannot be read.
         seconds_since_written: By the store's own clock.
         created_at, ended_at: By the workers' clocks.
@@ -41,6 +42,7 @@ class JobView:
     epochs: int | None = None
     ending: str = ""
     delivery: str = ""
+    model_url: str = ""
     detail: str = ""
     seconds_since_written: float | None = None
     created_at: str = ""
@@ -64,6 +66,7 @@ def view(found: Found) -> JobView:
         epochs=_epochs(record.message),
         ending=f"{ending.kind} {ending.code or ''}".strip() if ending else "",
         delivery=str(record.delivery),
+        model_url=str(ending.body.get("model_url", "")) if ending else "",
         detail=_detail(record),
         seconds_since_written=found.version.age_seconds,
         created_at=record.created_at,

@@ -14,7 +14,7 @@ from typing import Any
 from config import Settings
 from consumer import messages
 from consumer.local_training import pictures_in
-from consumer.ops.post import publish_one
+from consumer.ops import post
 from consumer.settlement import Publication, Queue
 from consumer.training_job import MESSAGE_TYPE
 from services.job_records import record_at
@@ -56,7 +56,7 @@ def place(
 ) -> Order:
     """Upload the pictures of a folder, and publish the message that asks for a training on them.
 
-    Nothing is uploaded before the order is found sound; `NAME.txt` captions the picture beside it.
+    Nothing is uploaded before the order is found sound and the broker is there; `NAME.txt` captions the picture beside it.
 
     Args:
         settings: Buckets, broker, queue, and the limits of the parameters.
@@ -83,10 +83,11 @@ def place(
         raise ConfigurationError(f"no worker would take this order: {error}") from error
     if s3.exists(record_at(settings.state_bucket_name, task_id)):
         raise ConfigurationError(f"there is a job {task_id} already: choose another id")
+    post.check(settings)
     for index, picture in enumerate(pictures):
         s3.upload_file(folder / picture.source, places[index])
         on_upload(index + 1, len(pictures))
-    publish_one(settings, Publication(Queue.TRAINING, body, task_id))
+    post.publish_one(settings, Publication(Queue.TRAINING, body, task_id))
     return Order(
         task_id, style_id, tuple(each.uri() for each in places), job.hyper_parameters.epochs
     )

@@ -35,6 +35,16 @@ def publish(channel: Any, settings: Settings, publication: Publication) -> None:
     channel.basic_publish("", name, publication.body, properties_of(publication), mandatory=True)
 
 
+def check(settings: Settings) -> None:
+    """See that a training message would find its queue.
+
+    Raises:
+        BrokerError: It would not; `BrokerRefused` where waiting cannot help.
+    """
+    with BrokerVisit(settings) as visit:
+        ensure(visit, settings, Queue.TRAINING)
+
+
 def publish_one(settings: Settings, publication: Publication) -> None:
     """Publish a single message over a connection of its own.
 

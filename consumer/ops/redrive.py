@@ -101,7 +101,7 @@ def send_back(
         )
         return publication
 
-    more = go_through(settings, judge, limit=MOST)
+    more = go_through(settings, judge, limit=MOST, into=(Queue.TRAINING, Queue.ENDINGS))
     return done, more
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,6 +19,7 @@ from consumer.ops.job_view import JobView
 from consumer.ops.redrive import Redriven
 
 _STYLES = {"held": "green", "silent": "bold red", "waiting": "yellow", "unknown": "bold red"}
+_READABLE = 24
 
 
 def print_json(value: Any) -> None:
@@ -94,13 +96,15 @@ class JobBar:
     """A bar on standard error that follows one job: its pictures going up, then its epochs."""
 
     def __init__(self) -> None:
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:24}"),
             BarColumn(),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("pictures", total=None, count="")
 
@@ -148,10 +152,37 @@ def _print(table: Table, instead: str, more: int) -> None:
     console = Console(highlight=False)
     if instead:
         console.print(instead)
-    else:
+    elif _needs(table) <= console.width:
         console.print(table)
+    else:
+        _print_narrow(table, console)
     if more:
         console.print(f"and {more} more")
+
+
+def _needs(table: Table) -> int:
+    """The width below which words would be cut short, or stand a few letters a line."""
+    longest = (
+        max(cell_len(str(words)) for words in (column.header, *column.cells))
+        for column in table.columns
+    )
+    widths = (
+        size if column.no_wrap else min(size, _READABLE)
+        for column, size in zip(table.columns, longest, strict=True)
+    )
+    return sum(widths) + 2 * len(table.columns)
+
+
+def _print_narrow(table: Table, console: Console) -> None:
+    """A paragraph for each row, where the table would have to cut its words short."""
+    titles = [str(column.header) for column in table.columns]
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        indent = ""
+        for title, cell in zip(titles, row, strict=True):
+            if str(cell):
+                words = cell if isinstance(cell, Text) else Text(str(cell))
+                console.print(Text(f"{indent}{title} ") + words, soft_wrap=True)
+                indent = "  "
 
 
 def _ago(seconds: float | None) -> str:

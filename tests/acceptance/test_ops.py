@@ -62,8 +62,11 @@ def test_a_folder_is_ordered_trained_and_waited_for(
     assert captions["two_words_more.png"] == "harbour"
     (job,) = _json(_main(world, "jobs", told["task_id"], "--json"))["jobs"]
     assert (job["state"], job["ending"], job["epoch"]) == ("ended", "complete", 2)
-    shown = _main(world, "jobs", COLUMNS="200").stdout
-    assert told["task_id"] in shown and "complete" in shown
+    assert job["model_url"] == f"s3://{world.media}/models/style_61/lora_weights.safetensors"
+    for columns in ("200", "60"):  # as a table, and a paragraph each where that would be cut
+        shown = _main(world, "jobs", COLUMNS=columns).stdout
+        words = (told["task_id"], "complete", "delivered", job["owner"], " ago")
+        assert all(each in shown for each in words)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,7 @@ def test_a_folder_is_ordered_trained_and_waited_for(
         (("--parameter", "epochs=100000"), "epochs"),
         (("--parameter", "epoch=2"), "epochs"),
         (("--parameter", "epochs"), "NAME=VALUE"),
+        (("--parameter", "learning_rate=NaN"), "learning_rate"),
         (("--task-id", "../elsewhere"), "task_id"),
     ],
 )
@@ -90,8 +94,8 @@ def test_a_job_is_cancelled_by_its_id(world: World, worker: WorkerProcess) -> No
     task_id = message["task_id"]
     world.publish(message)
     until(lambda: world.backend.progress(task_id))
-    done = _main(world, "cancel", task_id)
-    assert done.returncode == 0 and task_id in done.stderr
+    done = _main(world, "cancel", task_id, "--json")
+    assert done.returncode == 0 and _json(done)["task_id"] == task_id
     assert world.ending(task_id)[1]["error_code"] == "CANCELLED"
     until(lambda: world.record(task_id)["delivery"] == "delivered")
     again = _main(world, "cancel", task_id)
@@ -151,6 +155,13 @@ def test_a_broker_that_is_away_is_told_in_a_sentence(apart: World, pictures: Pat
     done = _main(apart, "publish", str(pictures), "--style-id", "65", RABBITMQ_PORT="1")
     assert done.returncode == 1
     assert "RabbitMQ" in done.stderr and "Traceback" not in done.stderr
+    assert not apart.keys(apart.media, "training/65/")
+
+
+def test_looking_into_the_dead_queue_makes_no_queue(apart: World) -> None:
+    done = _main(apart, "redrive", TRAINING_QUEUE="a-queue-that-nobody-uses")
+    assert done.returncode == 0 and "empty" in done.stdout
+    assert "a-queue-that-nobody-uses" not in apart.broker.ctl("list_queues", "name")
 
 
 def _two(world: World, task_id: str) -> Any:
