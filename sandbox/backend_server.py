@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
     backend = Backend(
         token=os.environ.get("INTERNAL_API_TOKEN") or TOKEN,
         secrets=(os.environ.get("WEBHOOK_SIGNING_SECRET") or SIGNING_SECRET).split(","),
-        on_request=_show,
+        on_request=show,
         host=host,
         port=port,
     )
@@ -30,7 +30,8 @@ def main(arguments: list[str]) -> None:
         threading.Event().wait()
 
 
-def _show(request: ReceivedRequest) -> None:
+def show(request: ReceivedRequest) -> None:
+    """Print a line for a request, at once."""
     print(request.method, request.path, request.status, json.dumps(request.body), flush=True)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,14 +23,42 @@ from services.webhook_service import Ending, EndingOutcome, WebhookService
 from tests.acceptance.world import World, until
 from training.fetch_base_model import fetch
 
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+# Root writes where it likes, unless that right is taken from it.
+UNPRIVILEGED = ("setpriv", "--bounding-set=-dac_override,-fowner") if os.geteuid() == 0 else ()
 
 
-def _entrypoint(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+@pytest.fixture(scope="module", name="image")
+def _image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What lies in the image's /app: the files that `.dockerignore` lets in, less those that the
+    Dockerfile removes. Nobody may write there.
+    """
+    app = tmp_path_factory.mktemp("image") / "app"
+    app.mkdir()
+    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
+        if line.startswith("!"):
+            source, target = ROOT / line[1:], app / line[1:]
+            target.parent.mkdir(exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, target)
+    shutil.rmtree(app / "sandbox")
+    for path in (app, *app.rglob("*")):
+        path.chmod(path.stat().st_mode & 0o555)
+    yield app
+    for path in (app, *app.rglob("*")):  # so that pytest can remove it
+        path.chmod(path.stat().st_mode | 0o200)
+
+
+def _entrypoint(
+    environment: dict[str, str], *arguments: str, app: Path = ROOT
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [str(ROOT / "deploy" / "entrypoint"), *arguments],
-        env={**environment, "PATH": PATH},
-        cwd=ROOT,  # as the image's /app
+        [*UNPRIVILEGED, str(app / "deploy" / "entrypoint"), *arguments],
+        env={"PYTHONDONTWRITEBYTECODE": "1", **environment, "PATH": PATH},
+        cwd=app,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -53,27 +83,63 @@ def _free_port() -> int:
         return port
 
 
-def test_a_backend_that_is_down_is_told_and_the_worker_starts_all_the_same(apart: World) -> None:
+def test_the_images_files_are_enough_for_a_job_and_none_of_them_is_written_to(
+    apart: World, image: Path, tmp_path: Path
+) -> None:
+    before = sorted(image.rglob("*"))
     port = str(_free_port())
-    settings = apart.settings(HTTP_PORT=port, BACKEND_API_URL="http://127.0.0.1:1")
-    with _entrypoint(settings, "worker") as started:
+    settings = apart.settings(
+        HTTP_PORT=port,
+        IMAGE_BUCKETS=f"{apart.media},a-bucket-that-is-missing",
+        HOME="/nonexistent",
+        HF_HOME=str(tmp_path / "models"),
+        MPLCONFIGDIR=str(tmp_path / "matplotlib"),
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
+    message = apart.envelope(style_id=71)
+    with _entrypoint(settings, "worker", app=image) as started:
         try:
             healthy = until(lambda: _ask(HTTP_PORT=port).returncode == 0 or started.poll())
             assert healthy is True
             assert json.loads(_ask(HTTP_PORT=port).stdout)["status"]
             until(lambda: _ask(f"http://127.0.0.1:{port}", "ready").returncode == 0)
+            apart.publish(message)
+            assert apart.ending(message["task_id"])[0] == "complete"
         finally:
             started.send_signal(signal.SIGTERM)
         said, _ = started.communicate(timeout=60)
     assert started.returncode == 0, said
+    # The doctor has told what is wrong, and has not stood in the way.
     assert "mend what failed" in said and "worker_stopped" in said
     assert _ask(HTTP_PORT=port).returncode == 1
+    assert sorted(image.rglob("*")) == before
 
 
-def test_wrong_settings_end_it_with_2_and_nothing_is_started() -> None:
-    with _entrypoint({"EPOCHS": "many"}) as started:
+def test_nobody_can_write_among_the_images_files(image: Path) -> None:
+    touch = subprocess.run(
+        [*UNPRIVILEGED, "touch", image / "new"], capture_output=True, check=False
+    )
+    assert touch.returncode != 0 and b"denied" in touch.stderr
+
+
+@pytest.mark.parametrize("option", [("--config", "{file}"), ("--config={file}",)])
+def test_wrong_settings_end_it_with_2_and_nothing_is_started(
+    option: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "settings of mine.toml"
+    file.write_text('epochs = "many"\n', encoding="utf-8")
+    arguments = ["worker", *(each.format(file=file) for each in option)]
+    with _entrypoint({}, *arguments) as started:
         said, _ = started.communicate(timeout=60)
-    assert started.returncode == 2 and "EPOCHS" in said and "worker_starting" not in said
+    assert started.returncode == 2 and "EPOCHS" in said and "mend what failed" in said
+    assert "worker_starting" not in said
+
+
+def test_a_worker_for_one_message_starts_without_a_look() -> None:
+    with _entrypoint({}, "worker", "--once") as started:
+        said, _ = started.communicate(timeout=60)
+    assert started.returncode == 2 and "BACKEND_API_URL" in said
+    assert "mend what failed" not in said
 
 
 def test_a_stop_during_the_check_is_obeyed_at_once(apart: World) -> None:
@@ -115,28 +181,39 @@ def test_a_worker_that_says_that_it_is_ill_is_unhealthy(ill: int) -> None:
     assert asked.returncode == 1 and "stands still" in asked.stdout
 
 
-def test_the_stand_in_backend_takes_a_signed_webhook() -> None:
+def test_the_stand_in_backend_takes_a_webhook_that_is_signed_and_refuses_another(
+    tmp_path: Path,
+) -> None:
+    (copied,) = re.findall("^COPY (sandbox/.*) sandbox/$", DOCKERFILE, flags=re.MULTILINE)
+    (tmp_path / "sandbox").mkdir()
+    for name in copied.split():  # the stage of the Dockerfile has these files alone
+        shutil.copy(ROOT / name, tmp_path / name)
     port = str(_free_port())
     with subprocess.Popen(
         [sys.executable, "-m", "sandbox.backend_server", "127.0.0.1", port],
-        cwd=ROOT,
+        cwd=tmp_path,
+        env={"PATH": PATH, "WEBHOOK_SIGNING_SECRET": SIGNING_SECRET, "INTERNAL_API_TOKEN": TOKEN},
         stdout=subprocess.PIPE,
         text=True,
     ) as server:
         try:
             assert server.stdout and "listens" in server.stdout.readline()
-            url = f"http://127.0.0.1:{port}"
-            webhooks = WebhookService(
-                backend_url=url, allowed_origins=(), token=TOKEN, signing_secrets=(SIGNING_SECRET,)
-            )
-            body = {"style_id": 7, "error_message": "it broke", "error_code": "GPU_OOM"}
-            answer = webhooks.deliver(
-                url, Ending("failed", "msg_1", body), for_seconds=0, stop=threading.Event()
-            )
-            assert answer.outcome is EndingOutcome.DELIVERED
+            forged = _tell(f"http://127.0.0.1:{port}", "whsec_" + "a" * 40)
+            assert forged is not EndingOutcome.DELIVERED
+            told = _tell(f"http://127.0.0.1:{port}", SIGNING_SECRET)
+            assert told is EndingOutcome.DELIVERED
             assert "POST /api/webhooks/training/failed 200" in server.stdout.readline()
         finally:
             server.terminate()
+
+
+def _tell(url: str, secret: str) -> EndingOutcome:
+    webhooks = WebhookService(
+        backend_url=url, allowed_origins=(), token=TOKEN, signing_secrets=(secret,)
+    )
+    body = {"style_id": 7, "error_message": "it broke", "error_code": "GPU_OOM"}
+    ending = Ending("failed", "msg_1", body)
+    return webhooks.deliver(url, ending, for_seconds=0, stop=threading.Event()).outcome
 
 
 def test_a_base_model_is_put_into_a_folder_whole(base_model: Path, tmp_path: Path) -> None:
