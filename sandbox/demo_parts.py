@@ -61,7 +61,7 @@ def play(screen: Screen, output: Path) -> dict[str, str]:
         for bucket in (MEDIA, MODELS, STATE):
             s3.create_bucket(bucket)
         rabbit = stack.enter_context(RabbitMqNode(folder / "rabbitmq"))
-        backend = stack.enter_context(Backend(token=token, secrets=[_signing_secret(token)]))
+        backend = stack.enter_context(Backend(token=token, secrets=[signing_secret(token)]))
         screen.say(f"RabbitMQ on port {rabbit.port}, S3 at {s3.endpoint}, backend at {backend.url}")
         settings = settings_of_the_worker(
             rabbit=rabbit, s3=s3, backend=backend, token=token, folder=folder
@@ -90,7 +90,7 @@ def play(screen: Screen, output: Path) -> dict[str, str]:
             raise
 
 
-def _signing_secret(token: str) -> str:
+def signing_secret(token: str) -> str:
     """What both sides derive where no WEBHOOK_SIGNING_SECRET is set: docs/protocol.md, 3."""
     digest = hmac.new(
         token.encode(), b"training-server webhook signing v1", hashlib.sha256

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -44,6 +45,8 @@ class RabbitMqNode:
         folder: Where data, log and configuration go; made if it is not there.
         consumer_timeout_ms: The broker's delivery-ack time-out, looked at every second; None leaves
             30 minutes.
+        configuration: More lines of `rabbitmq.conf`; they win.
+        plugins: Plugins that are switched on.
 
     Attributes:
         host: Always the loopback address.
@@ -54,7 +57,14 @@ class RabbitMqNode:
         RabbitMqMissing: From the constructor: no RabbitMQ on this machine, and how to install it.
     """
 
-    def __init__(self, folder: str | Path, *, consumer_timeout_ms: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        consumer_timeout_ms: int | None = None,
+        configuration: str = "",
+        plugins: Sequence[str] = (),
+    ) -> None:
         self.folder = Path(folder).resolve()
         self.host = HOST
         self.port, self._dist_port, self._epmd_port = _free_ports(3)
@@ -62,6 +72,8 @@ class RabbitMqNode:
         self.name = f"private-{secrets.token_hex(4)}@localhost"
         self._scripts = _find_scripts()
         self._consumer_timeout_ms = consumer_timeout_ms
+        self._more_configuration = configuration
+        self._plugins = plugins
         self._epmd: subprocess.Popen[bytes] | None = None
         self._server: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
@@ -149,9 +161,9 @@ class RabbitMqNode:
         files = {
             "rabbitmq.conf": f"listeners.tcp.1 = {HOST}:{self.port}\n"
             "disk_free_limit.absolute = 1MB\n"  # the default stops publishers on a small disk
-            "log.file.level = info\n",
+            "log.file.level = info\n" + self._more_configuration,
             "advanced.config": self._advanced_configuration(),
-            "enabled_plugins": "[].\n",
+            "enabled_plugins": f"[{','.join(self._plugins)}].\n",
             "environment.conf": "",  # in place of /etc/rabbitmq/rabbitmq-env.conf
         }
         for name, text in files.items():

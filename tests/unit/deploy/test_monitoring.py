@@ -1,0 +1,148 @@
+"""The dashboard and the alerts ask for what the worker exports, and the runbook knows every alert."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+
+from config import Settings
+from consumer.settlement import Queue
+from utils.errors import ErrorCode
+from utils.gpu_monitor import THROTTLE_REASONS
+from utils.metrics import NO_CODE, PREFIX, WASTE, Metrics, exported_names
+
+ROOT = Path(__file__).parents[3]
+DEPLOY = ROOT / "deploy"
+DASHBOARD = json.loads(
+    (DEPLOY / "grafana" / "dashboards" / "training-server.json").read_text(encoding="utf-8")
+)
+RULES = [
+    rule
+    for group in yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text("utf-8"))["groups"]
+    for rule in group["rules"]
+]
+PROMETHEUS_OWN = {"up"}
+# tests/integration/deploy asks a real RabbitMQ for these.
+BROKERS_OWN = {"rabbitmq_detailed_queue_messages_ready": {"queue", "vhost"}}
+SCRAPED = {
+    each["job_name"]
+    for each in yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8"))[
+        "scrape_configs"
+    ]
+}
+# What Prometheus itself adds to a series, and what a histogram has.
+LABELS_FROM_OUTSIDE = {"instance", "job", "le"}
+
+STATUSES = {"2xx", "3xx", "4xx", "5xx", "no_answer"}
+VALUES: dict[str, set[str]] = {
+    "job": SCRAPED,
+    "queue": set(Queue),
+    "ending": {"complete", "failed"},
+    "code": {*ErrorCode, NO_CODE},
+    "outcome": STATUSES,
+    "reason": {*WASTE, *THROTTLE_REASONS},
+}
+"""What a label can say."""
+
+
+def _queries() -> list[str]:
+    queries = [
+        target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())
+    ]
+    queries += [rule["expr"] for rule in RULES]
+    # Grafana fills in its variables before Prometheus reads them.
+    return [query.replace("$instance", ".*") for query in queries]
+
+
+def _nodes(node: Any) -> Iterator[Any]:
+    yield node
+    for name in ("lhs", "rhs", "expr", "vector_selector"):
+        if (inner := getattr(node, name, None)) is not None and not isinstance(inner, str):
+            yield from _nodes(inner)
+    for inner in getattr(node, "args", None) or ():
+        yield from _nodes(inner)
+
+
+def _selectors(query: str) -> list[Any]:
+    nodes = _nodes(promql_parser.parse(query))
+    return [node for node in nodes if isinstance(node, promql_parser.VectorSelector)]
+
+
+def _labels() -> dict[str, set[str]]:
+    """The labels that each metric is made with, by its series' names."""
+    return {
+        f"{PREFIX}_{name}{ending}": set(getattr(metric, "_labelnames"))
+        for name, metric in vars(Metrics()).items()
+        if hasattr(metric, "_labelnames")
+        for ending in ("", "_total", "_bucket", "_sum", "_count", "_info")
+    }
+
+
+@pytest.mark.parametrize("query", sorted(set(_queries())))
+def test_a_query_asks_for_what_the_worker_exports(query: str) -> None:
+    selectors = _selectors(query)
+    assert selectors, "a query names a series"
+    labels = _labels()
+    for selector in selectors:
+        assert selector.name in exported_names() | PROMETHEUS_OWN | set(BROKERS_OWN)
+        asked = {matcher.name for matcher in selector.matchers.matchers}
+        own = labels.get(selector.name, set()) | BROKERS_OWN.get(selector.name, set())
+        assert asked <= own | LABELS_FROM_OUTSIDE
+
+
+@pytest.mark.parametrize("query", sorted(set(_queries())))
+def test_a_query_asks_for_values_that_a_label_can_have(query: str) -> None:
+    for selector in _selectors(query):
+        for matcher in selector.matchers.matchers:
+            if matcher.name != "instance":
+                possible = VALUES[matcher.name]
+                if selector.name in BROKERS_OWN:
+                    possible = {Settings.model_fields["training_queue"].default}
+                assert set(matcher.value.split("|")) <= possible, str(selector)
+
+
+def test_the_parser_refuses_what_prometheus_would() -> None:
+    with pytest.raises(ValueError):
+        promql_parser.parse("sum(rate(x_total[5m])")
+
+
+def test_the_dashboard_shows_what_the_worker_measures() -> None:
+    shown = {selector.name for query in _queries() for selector in _selectors(query)}
+    stems = {re.sub("_(bucket|sum|count)$", "", name) for name in shown}
+    own = {name for name in exported_names() if name.startswith("training_server_")}
+    missing = {re.sub("_(bucket|sum|count)$", "", name) for name in own} - stems
+    assert not missing
+
+
+def test_panels_do_not_lie_over_each_other() -> None:
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(ids) == len(set(ids))
+    cells = [
+        (x, y)
+        for panel in DASHBOARD["panels"]
+        for place in (panel["gridPos"],)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24
+
+
+def test_every_alert_has_its_lines_in_the_runbook_and_none_is_left_over() -> None:
+    runbook = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = runbook.partition("## What each alert means")[2].partition("\n## ")[0]
+    described = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
+    assert sorted(described) == sorted(rule["alert"] for rule in RULES)
+
+
+def test_an_alert_waits_a_while_and_says_how_bad_it_is() -> None:
+    for rule in RULES:
+        assert re.fullmatch(r"\d+[mh]", rule["for"])
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert rule["annotations"]["summary"] and rule["annotations"]["description"]
