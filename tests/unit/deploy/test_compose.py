@@ -1,0 +1,105 @@
+"""The stack on one machine: what it names is there, it starts a worker that is set up soundly, and it keeps
+within its limits. (That the file is valid Compose is `scripts/lint`'s to see.)"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import config
+from config import Settings
+
+ROOT = Path(__file__).parents[3]
+DEPLOY = ROOT / "deploy"
+TEXT = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
+STACK: dict[str, Any] = yaml.safe_load(TEXT)
+SERVICES: dict[str, dict[str, Any]] = STACK["services"]
+LASTING = {name: each for name, each in SERVICES.items() if each.get("restart") != "no"}
+WORKER = SERVICES["worker"]
+EXAMPLE = dict(
+    line.split("=", 1)
+    for line in (DEPLOY / "compose.env.example").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+)
+
+
+def _seconds(duration: str) -> float:
+    match = re.fullmatch(r"(\d+)s", duration)
+    assert match
+    return float(match[1])
+
+
+def test_every_value_that_is_asked_for_stands_in_the_example_and_no_secret_has_a_default() -> None:
+    asked = dict(re.findall(r"\$\{(\w+)(?::?([?-][^}]*))?\}", TEXT))
+    assert set(asked) - {"MINIO_USER"} == set(EXAMPLE)
+    assert not any(EXAMPLE.values())
+    required = {name for name, rest in asked.items() if rest.startswith("?")}
+    assert required == set(EXAMPLE) - {"HF_TOKEN"}
+
+
+def test_the_worker_is_set_up_by_its_own_settings_and_they_are_sound() -> None:
+    given = {name: str(value) for name, value in WORKER["environment"].items()}
+    assert {name.lower() for name in given} <= set(Settings.model_fields)
+    filled = {
+        name: re.sub(r"^\$\{.*\}$", "whsec_" + "a" * 40, text) for name, text in given.items()
+    }
+    settings: Settings = config.load(
+        _env_file=None, **{name.lower(): text for name, text in filled.items()}
+    )
+    assert settings.http_host == "0.0.0.0"
+    assert settings.shutdown_grace_seconds < _seconds(WORKER["stop_grace_period"])
+
+
+def test_the_worker_has_a_gpu_shared_memory_and_nothing_else_to_write_to_but_its_volumes() -> None:
+    (device,) = WORKER["deploy"]["resources"]["reservations"]["devices"]
+    assert device["driver"] == "nvidia" and "gpu" in device["capabilities"]
+    assert WORKER["shm_size"] == "1gb" and WORKER["read_only"] is True
+    targets = {each.split(":")[1] for each in WORKER["volumes"]}
+    assert targets == {"/models", "/work"} and WORKER["tmpfs"][0].startswith("/tmp:")
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_a_service_comes_back_and_fills_neither_memory_nor_disk(name: str) -> None:
+    service = LASTING[name]
+    assert service["restart"] == "unless-stopped"
+    assert {"max-size", "max-file"} <= set(service["logging"]["options"])
+    assert {"cpus", "memory"} <= set(service["deploy"]["resources"]["limits"])
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_an_image_is_built_here_or_pinned(name: str) -> None:
+    service = SERVICES[name]
+    if "build" in service:
+        dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+        assert f" AS {service['build']['target']}\n" in dockerfile
+    else:
+        assert re.search(r":(v|RELEASE\.)?\d+[.-]\d+[^:]*$", service["image"])
+
+
+def test_only_this_machine_reaches_what_is_published() -> None:
+    published = [port for each in SERVICES.values() for port in each.get("ports", ())]
+    assert published and all(port.startswith("127.0.0.1:") for port in published)
+
+
+def test_every_file_that_is_mounted_and_every_volume_is_there() -> None:
+    for each in SERVICES.values():
+        for mount in each.get("volumes", ()):
+            source = mount.split(":")[0]
+            known = (DEPLOY / source).exists() if source.startswith(".") else None
+            assert known if known is not None else source in STACK["volumes"]
+
+
+def test_prometheus_asks_services_that_there_are() -> None:
+    scrapes = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8"))
+    named = [
+        name.split(":")[0]
+        for scrape in scrapes["scrape_configs"]
+        for kind, key in (("dns_sd_configs", "names"), ("static_configs", "targets"))
+        for part in scrape.get(kind, ())
+        for name in part[key]
+    ]
+    assert len(named) == 2 and set(named) <= set(SERVICES)
