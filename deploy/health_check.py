@@ -1,7 +1,8 @@
 """Asks a worker how it is: `python deploy/health_check.py [ADDRESS] [PAGE]`.
 
-Exit code 0 where the page answers 200, else 1. The page is `health` unless another is named; the address
-that of a worker on this machine, at `HTTP_PORT`. Standard library alone: it runs in the image's HEALTHCHECK.
+Exit code 0 where the page answers 200, else 1. The page is `health` unless another is named; the
+address that of a worker on this machine, at `HTTP_PORT`. Standard library alone: it is the image's
+HEALTHCHECK.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A stack for trying things out, without Docker: `python -m sandbox.stack [FOLDER]`.
 
-A private RabbitMQ node, an S3 server, and a backend that checks every signature; the base model as the
-demo chooses it. All that the worker and the commands are told is in `FOLDER/env`, to be sourced by a
-shell; photographs to train on are in `FOLDER/pictures`. Everything ends with this program.
+A private RabbitMQ node, an S3 server, and a backend that checks every signature; the base model as
+the demo chooses it. All that the worker and the commands are told is in `FOLDER/env`, to be sourced
+by a shell; photographs to train on are in `FOLDER/pictures`. Everything ends with this program.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def main(folder: Path) -> None:
 def _write(path: Path, values: dict[str, str]) -> None:
     """For a shell to read, and for nobody else: there are secrets in it."""
     path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with open(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    ) as file:
         file.writelines(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
 
 

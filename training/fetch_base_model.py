@@ -1,6 +1,7 @@
 """`python -m training.fetch_base_model MODEL REVISION FOLDER`: a base model into a folder, whole.
 
-For images that carry it: what the worker needs of the model, and nothing else, as `BASE_MODEL` names it.
+For images that carry it: what the worker needs of the model, and nothing else. `BASE_MODEL` then
+names the folder.
 """
 
 from __future__ import annotations

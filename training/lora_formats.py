@@ -47,7 +47,7 @@ _OF_ANY_FORMAT = (
     *("modelspec.prediction_type", "modelspec.trigger_phrase"),
     *("ss_base_model_version", "ss_new_sd_model_hash", "ss_tag_frequency"),
 )
-"""Header entries for every file; not the date: the same weights would have another hash each day."""
+"""Header entries for every file; not the date: the same weights would change their hash daily."""
 MODEL_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, DIFFUSERS_WEIGHTS)
 
 

@@ -56,7 +56,8 @@ def place(
 ) -> Order:
     """Upload the pictures of a folder, and publish the message that asks for a training on them.
 
-    Nothing is uploaded before the order is found sound and the broker is there; `NAME.txt` captions the picture beside it.
+    Nothing is uploaded before the order is found sound and the broker is there. `NAME.txt` captions
+    the picture beside it.
 
     Args:
         settings: Buckets, broker, queue, and the limits of the parameters.

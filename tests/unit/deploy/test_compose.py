@@ -1,5 +1,5 @@
-"""The stack on one machine: what it names is there, it starts a worker that is set up soundly, and it keeps
-within its limits. (That the file is valid Compose is `scripts/lint`'s to see.)"""
+"""The stack on one machine: what it names is there, it starts a worker that is set up soundly, and
+it keeps within its limits. (That the file is valid Compose is `scripts/lint`'s to see.)"""
 
 from __future__ import annotations
 
@@ -47,9 +47,8 @@ def test_the_worker_is_set_up_by_its_own_settings_and_they_are_sound() -> None:
     filled = {
         name: re.sub(r"^\$\{.*\}$", "whsec_" + "a" * 40, text) for name, text in given.items()
     }
-    settings: Settings = config.load(
-        _env_file=None, **{name.lower(): text for name, text in filled.items()}
-    )
+    values: dict[str, Any] = {name.lower(): text for name, text in filled.items()}
+    settings: Settings = config.load(_env_file=None, **values)
     assert settings.http_host == "0.0.0.0"
     assert settings.shutdown_grace_seconds < _seconds(WORKER["stop_grace_period"])
 

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for what the worker exports, and the runbook knows every alert."""
+"""The dashboard and the alerts ask for what the worker exports; the runbook knows every alert."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_query_asks_for_values_that_a_label_can_have(query: str) -> None:
             if matcher.name != "instance":
                 possible = VALUES[matcher.name]
                 if selector.name in BROKERS_OWN:
-                    possible = {Settings.model_fields["training_queue"].default}
+                    possible = {dict(Settings.model_fields)["training_queue"].default}
                 assert set(matcher.value.split("|")) <= possible, str(selector)
 
 
