@@ -1,0 +1,245 @@
+"""`python -m benchmarks`: how fast training is here, side by side with a plain loop.
+
+On a GPU with SD1.5 in full size, its weights random (speed does not depend on them), 512 pixels,
+fp16. On a CPU with the tiny stand-in, and the ratio alone means anything. Legs of both loops
+alternate (ours, plain, ours, …), so that what drifts falls on both; the first pair warms up and
+does not count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import loops, machine, pictures
+from benchmarks.case import Case
+from benchmarks.full_size import build_full_size
+from benchmarks.peers import Peer, PeerFailed
+from sandbox.stand_in_model import build_stand_in
+from training.base_model import BaseModel
+from training.dataset import prepare
+from training.lora_config import TrainerOptions
+
+console = Console()
+FULL_SIDE, TINY_SIDE = 512, 64
+
+
+def main(
+    output: Annotated[
+        Path, typer.Option(help="Folder that receives benchmarks.json and benchmarks.png.")
+    ] = Path("build/benchmarks"),
+    peer_script: Annotated[
+        list[Path] | None,
+        typer.Option(help="diffusers' or kohya's script, from a checkout; may be repeated."),
+    ] = None,
+    peer_python: Annotated[
+        Path | None, typer.Option(help="The interpreter to run these with; default: this one.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of legs that count.")] = 5,
+    steps: Annotated[int, typer.Option(min=4, help="Optimizer steps a leg.")] = 60,
+    batch_sizes: Annotated[str, typer.Option(help="On a GPU, separated by commas.")] = "1,4,8",
+    quick: Annotated[bool, typer.Option(help="One case, a pair of short legs.")] = False,
+) -> None:
+    """Measure, print a table, write it as JSON and as a plot."""
+    logging.getLogger("training").setLevel(logging.ERROR)
+    peers = [_peer(script, peer_python) for script in peer_script or ()]
+    on_gpu = torch.cuda.is_available()
+    if quick:
+        repeats, steps = 1, 8
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as place:
+        bench = _Bench(Path(place), on_gpu, steps, repeats)
+        results = [bench.measure(case) for case in _cases(on_gpu, batch_sizes, quick)]
+        document = bench.facts | {"results": results, "peers": bench.ask(peers, results)}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "benchmarks.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    _plot(document, output / "benchmarks.png")
+    _show(document)
+    console.print(f"{output}/benchmarks.json and {output}/benchmarks.png have the whole of it.")
+
+
+def _peer(script: Path, python: Path | None) -> Peer:
+    try:
+        return Peer(script.absolute(), str(python)) if python else Peer(script.absolute())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--peer-script") from error
+
+
+def _cases(on_gpu: bool, batch_sizes: str, quick: bool) -> list[Case]:
+    if not on_gpu:
+        kinds = [Case(1, False, 10, TINY_SIDE), Case(1, True, 10, TINY_SIDE)]
+        return kinds[:1] if quick else kinds
+    try:
+        sizes = [int(size) for size in batch_sizes.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(
+            "must be numbers with commas", param_hint="--batch-sizes"
+        ) from error
+    return [
+        Case(size, checkpointing, count, FULL_SIDE)
+        for size in (sizes[:1] if quick else sizes)
+        for checkpointing in ((True,) if quick else (True, False))
+        for count in ((10,) if quick else (10, 30))
+    ]
+
+
+class _Bench:
+    """The model, the pictures, and what is measured with them."""
+
+    def __init__(self, place: Path, on_gpu: bool, steps: int, repeats: int) -> None:
+        self._place, self._steps, self._repeats = place, steps, repeats
+        build = build_full_size if on_gpu else build_stand_in
+        self.model = build(place / "model")
+        side = FULL_SIDE if on_gpu else TINY_SIDE
+        self._pictures = pictures.paint(place / "pictures", 30, side + side // 4)
+        began = time.monotonic()
+        self._base = BaseModel.load(
+            TrainerOptions(str(self.model), gradient_checkpointing="false", allow_cpu=True)
+        )
+        loaded = time.monotonic() - began
+        first = Case(1, True, 10, side)
+        cold, warm = (loops.first_step_seconds(self._base, first, self._pictures) for _ in range(2))
+        self.facts: dict[str, Any] = {
+            "machine": machine.describe(self._base.device),
+            "model": "SD1.5 in full size, random weights" if on_gpu else "tiny stand-in",
+            "precision": str(self._base.dtype).removeprefix("torch."),
+            "steps_a_leg": steps,
+            "pairs": repeats,
+            "matrix_teraflops": machine.matrix_rate(self._base.device, self._base.dtype),
+            "base_model_load_seconds": loaded,
+            "first_step_cold_seconds": loaded + cold,
+            "first_step_warm_seconds": warm,
+        }
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """One row: pairs of legs, and what a checkpoint costs."""
+        base, folder = self._base, self._place / "work"
+        run = loops.run_of(case, self._pictures, folder, steps=self._steps, every=1000)
+        base.restore_encoders()
+        data = prepare(run, base)
+        pairs = []
+        for number in range(1 + self._repeats):
+            console.print(f"[dim]{case}: pair {number} of {self._repeats}[/]", highlight=False)
+            pairs.append((loops.ours(base, case, run, data), loops.plain(base, case, run)))
+        counted = pairs[1:]
+        row: dict[str, Any] = dataclasses.asdict(case)
+        for side, legs in zip(("ours", "plain"), zip(*counted, strict=True), strict=True):
+            step = statistics.median(leg.step_seconds for leg in legs)
+            row[side] = {
+                "step_seconds": step,
+                "steps_per_second": 1 / step,
+                "pictures_per_second": case.batch_size / step,
+                "legs": [leg.step_seconds for leg in legs],
+                "peak_bytes": max(leg.peak_bytes for leg in legs),
+            }
+        ratios = [plain.step_seconds / ours.step_seconds for ours, plain in counted]
+        row["ratio"], row["ratios"] = statistics.median(ratios), ratios
+        if base.device.type == "cuda":
+            done = row["ours"]["pictures_per_second"] * machine.TERAFLOP[case.checkpointing]
+            row["share_of_matrix_rate"] = done / self.facts["matrix_teraflops"]
+        often = loops.run_of(case, self._pictures, folder, steps=self._steps, every=2)
+        epochs = max(6, often.parameters.epochs)
+        parameters = dataclasses.replace(often.parameters, epochs=epochs)
+        often = dataclasses.replace(often, parameters=parameters)
+        row["checkpoint"] = loops.checkpoint_cost(base, case, often, data)
+        return row
+
+    def ask(self, peers: list[Peer], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The other trainers, case by case; what fails is told, and the rest goes on."""
+        names = [field.name for field in dataclasses.fields(Case)]
+        found = []
+        for peer in peers:
+            if self._base.device.type != "cuda":
+                console.print(f"{peer.name} needs a GPU, and was not run.")
+                continue
+            for row in results:
+                case = Case(**{name: row[name] for name in names})
+                try:
+                    step = peer.step_seconds(
+                        case,
+                        self.model,
+                        self._pictures,
+                        self._place / "peer",
+                        few=self._steps,
+                        many=4 * self._steps,
+                    )
+                except PeerFailed as error:
+                    console.print(f"{case}: {error}", markup=False)
+                    continue
+                ratio = step / row["ours"]["step_seconds"]
+                found.append({"peer": peer.name, "case": str(case), "step_seconds": step})
+                found[-1]["ratio"] = ratio
+        return found
+
+
+def _show(document: dict[str, Any]) -> None:
+    on_gpu = document["machine"]["cuda"] is not None
+    table = Table(title=f"{document['machine']['device']}, {document['model']}")
+    table.add_column("case")
+    for heading in ("steps/s", "plain", "ratio", "ckpt epoch"):
+        table.add_column(heading, justify="right")
+    if on_gpu:
+        for heading in ("pictures/s", "of matrix rate", "peak GiB", "plain GiB"):
+            table.add_column(heading, justify="right")
+    names = [field.name for field in dataclasses.fields(Case)]
+    for row in document["results"]:
+        cells = [
+            str(Case(**{name: row[name] for name in names})),
+            f"{row['ours']['steps_per_second']:.2f}",
+            f"{row['plain']['steps_per_second']:.2f}",
+            f"{row['ratio']:.2f} x",
+            f"{row['checkpoint']['share']:+.1%}",
+        ]
+        if on_gpu:
+            cells += [
+                f"{row['ours']['pictures_per_second']:.2f}",
+                f"{row['share_of_matrix_rate']:.0%}",
+                f"{row['ours']['peak_bytes'] / 2**30:.2f}",
+                f"{row['plain']['peak_bytes'] / 2**30:.2f}",
+            ]
+        table.add_row(*cells)
+    console.print(table)
+    for peer in document["peers"]:
+        console.print(f"{peer['peer']}, {peer['case']}: we are {peer['ratio']:.2f} x as fast.")
+    console.print(
+        f"First step of a cold job {document['first_step_cold_seconds']:.2f} s after the start of "
+        f"loading, of a warm one {document['first_step_warm_seconds']:.2f} s after its pictures "
+        "were there."
+    )
+    if not on_gpu:
+        console.print("Without a GPU the ratios alone mean anything; nothing else is a figure.")
+
+
+def _plot(document: dict[str, Any], file: Path) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # pylint: disable=import-outside-toplevel
+
+    rows = document["results"]
+    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.5 * len(rows)), layout="constrained")
+    for offset, side in ((-0.2, "ours"), (0.2, "plain")):
+        places = [index + offset for index in range(len(rows))]
+        axes.barh(places, [row[side]["steps_per_second"] for row in rows], 0.38, label=side)
+    names = [field.name for field in dataclasses.fields(Case)]
+    labels = [str(Case(**{name: row[name] for name in names})) for row in rows]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("optimizer steps a second")
+    axes.set_title(f"{document['machine']['device']}, {document['model']}")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)

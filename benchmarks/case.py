@@ -1,0 +1,26 @@
+"""What is measured: one combination of batch, checkpointing and number of pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        batch_size: Pictures a step.
+        checkpointing: Gradient checkpointing, on both sides.
+        pictures: In the data set: an epoch's steps, times the batch.
+        resolution: Side of the training pictures, in pixels.
+    """
+
+    batch_size: int
+    checkpointing: bool
+    pictures: int
+    resolution: int
+
+    def __str__(self) -> str:
+        how = "on" if self.checkpointing else "off"
+        return f"batch {self.batch_size}, checkpointing {how}, {self.pictures} pictures"
