@@ -83,7 +83,8 @@ class Peer:
 
     def arguments(self, case: Case, model: Path, data: Path, out: Path, steps: int) -> list[str]:
         """The script's command line, without interpreter and script."""
-        common = {
+        own: dict[str, object]
+        common: dict[str, object] = {
             "pretrained_model_name_or_path": model,
             "train_data_dir": data,
             "output_dir": out,
