@@ -18,10 +18,10 @@ from utils.urls import origin_of
 
 
 def split(value: Any) -> Any:
-    """Items of a text with commas; anything else as it is."""
+    """Items of a text with commas; a number alone, as a file may have it, is one item."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
+    return (value,) if isinstance(value, (int, float)) else value
 
 
 def path(value: str | Path) -> str:

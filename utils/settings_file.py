@@ -22,10 +22,11 @@ def read(path: Path) -> dict[str, Any]:
         ConfigurationError: It cannot be read, or is not such a file.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
             raise ConfigurationError(f"The file {path} is too large to hold settings")
-        values = _parsed(path, content.decode("utf-8"))
+        values = _parsed(path, content.decode("utf-8-sig"))
     except OSError as error:
         raise ConfigurationError(f"The file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -48,7 +49,7 @@ def _parsed(path: Path, text: str) -> Any:
     if path.suffix == ".toml":
         try:
             return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ConfigurationError(f"The file {path} is not TOML: {_where(error)}") from None
     if path.suffix == ".json":
         try:

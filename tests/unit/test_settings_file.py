@@ -109,6 +109,7 @@ def test_a_name_that_is_no_setting_is_named_with_the_one_it_may_be(file: Path) -
         ("a.json", b'{"HF_TOKEN": "hunter2", "HF_TOKEN": ""}', "twice"),
         ("a.json", b'["hunter2"]', "one object"),
         ("a.json", b"[" * 100_000, "not JSON"),
+        ("a.toml", b"x = " + b"[" * 100_000, "not TOML"),
         ("a.yaml", b"hf_token: hunter2", ".toml or .json"),
         ("a.toml", b"# hunter2" * 200_000, "too large"),
         ("missing.toml", None, "No such file"),
