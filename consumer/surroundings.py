@@ -1,4 +1,4 @@
-"""Looks every few seconds at what the worker stands on, S3 and the disks; the pages tell of it."""
+"""Looks every few seconds at what the worker stands on: S3, the disks, a trainer that is idle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Surroundings:
         settings: Which buckets.
         s3: A service of its own, whose requests fail fast.
         folders: Folders whose disks are watched, by the metric's label.
-        condition: Is told about S3.
+        condition: Is told about S3, and knows the trainer.
         metrics: Are told about the disks.
     """
 
@@ -57,7 +57,8 @@ class Surroundings:
     def _loop(self) -> None:
         while not self._stopping.is_set():
             self._look_at_disks()
-            self._condition.storage_problem = self._storage_problem()
+            self._condition.saw_storage(self._storage_problem())
+            self._look_at_trainer()
             self._stopping.wait(LOOK_SECONDS)
 
     def _storage_problem(self) -> str | None:
@@ -67,6 +68,11 @@ class Surroundings:
             except TrainingServerError as error:
                 return str(error)
         return None
+
+    def _look_at_trainer(self) -> None:
+        trainer = self._condition.trainer
+        if trainer and not self._condition.is_training:  # else its run sees to it
+            trainer.revive()
 
     def _look_at_disks(self) -> None:
         for label, folder in self._folders.items():

@@ -49,6 +49,7 @@ _STOP_PATIENCE_SECONDS = 60.0
 # nothing for so many times the stall's seconds hangs all the same.
 _LONGEST_SILENCE_IN_STALLS = 12
 _POLL_SECONDS = 0.2
+REVIVE_SECONDS = 60.0
 
 
 class TrainerProcess:
@@ -72,7 +73,8 @@ class TrainerProcess:
         metrics: Metrics | None = None,
     ) -> None:
         self._metrics = metrics or Metrics()
-        self._started = False
+        self._started = self._closed = False
+        self._revived_at = float("-inf")
         self._options = options
         self._environment = dict(environment)
         self._stall_seconds = stall_seconds
@@ -96,7 +98,7 @@ class TrainerProcess:
         """Start a child if none lives; it loads the base model at once, while the desk waits for a
         job."""
         with self._lock:
-            if self.pid is None:
+            if self.pid is None and not self._closed:
                 self._discard()
                 self._child = _Child(self._command, self._options, self._environment)
                 log.info("trainer_started", pid=self._child.process.pid)
@@ -104,9 +106,21 @@ class TrainerProcess:
                     self._metrics.trainer_restarts.inc()
                 self._started = True
 
+    def revive(self) -> None:
+        """Replace a child that died while there was nothing to do, so that the next job need not
+        wait for the base model. One that cannot live is not started again and again."""
+        child, now = self._child, time.monotonic()
+        if child is None or self.pid or self._closed:
+            return
+        if now - self._revived_at > REVIVE_SECONDS:
+            self._revived_at = now
+            log.warning("trainer_died_idle", reason=child.cause_of_death())
+            self.start()
+
     def close(self) -> None:
         """End the child, politely for a moment, then for certain."""
         with self._lock:
+            self._closed = True
             self._discard()
 
     def run(

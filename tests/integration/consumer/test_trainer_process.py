@@ -26,6 +26,7 @@ from sandbox.stand_in_model import build_stand_in
 from training.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
 from utils.errors import LowQualityData, Stopped, StopReason, TrainingServerError, WorkerCrashed
 from utils.events import CheckpointSaved, Event, Finished, Progress, Stage, Started
+from utils.metrics import Metrics
 
 MakeRun = Callable[..., TrainingRun]
 
@@ -210,6 +211,43 @@ def test_every_way_to_die_is_a_sentence(
     with pytest.raises(WorkerCrashed, match=error):
         _run(trainer, make_run())
     trainer.close()
+
+
+def test_a_child_that_dies_idle_is_replaced_and_one_that_cannot_live_is_not_again_and_again(
+    options: TrainerOptions,
+) -> None:
+    metrics = Metrics()
+    trainer = TrainerProcess(
+        options,
+        _environment(),
+        stall_seconds=60,
+        command=(sys.executable, "-c", "import time; time.sleep(600)"),
+        metrics=metrics,
+    )
+    trainer.revive()
+    assert trainer.pid is None, "nobody has started it yet"
+    trainer.start()
+    first = trainer.pid
+    assert first
+    trainer.revive()
+    assert trainer.pid == first
+    _kill(trainer)
+    trainer.revive()
+    assert trainer.pid not in (None, first)
+    assert metrics.registry.get_sample_value("training_server_trainer_restarts_total") == 1
+    _kill(trainer)
+    trainer.revive()
+    assert trainer.pid is None, "it has just been replaced"
+    trainer.close()
+    trainer.start()
+    assert trainer.pid is None, "nothing comes to life after the end"
+
+
+def _kill(trainer: TrainerProcess) -> None:
+    assert trainer.pid
+    os.kill(trainer.pid, signal.SIGKILL)
+    while trainer.pid:
+        time.sleep(0.01)
 
 
 LAST_WORDS = """
