@@ -20,7 +20,7 @@ log = get_logger(__name__)
 STEADY_SECONDS = 5.0  # a connection that lived so long makes the next back-off short again
 STOP_CHECK_SECONDS = 0.1
 RESUBSCRIBE_SECONDS = 1.0  # no hot loop with a broker that cancels each consumer
-LOOK_SECONDS = 5.0  # between two looks at the queues' lengths, one short request a queue
+LOOK_SECONDS = 3.0  # between two looks at the queues' lengths, one short request a queue
 
 
 class BrokerLoop(abc.ABC):

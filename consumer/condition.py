@@ -18,7 +18,11 @@ from consumer.trainer_process import TrainerProcess
 from utils.metrics import READINESS
 
 CHILDLESS_SECONDS = 30.0
-"""A trainer that died is replaced sooner than this; one that cannot be started never is."""
+"""A trainer that died is replaced sooner than this; one that dies at every start is not."""
+BROKER_SILENT_SECONDS = 5.0
+"""The owner asks RabbitMQ for the queues' lengths more often; while nothing comes, it waits."""
+S3_SILENT_SECONDS = 9.0
+"""A look at S3 may hang where no time-out reaches, in the resolver for one."""
 STUCK_SECONDS = 300.0
 """The connection's thread may hang in a connection attempt to each of several hosts, no longer."""
 
@@ -36,7 +40,6 @@ class Condition:
         machine_problem: Why the machine cannot train any more.
         trainer: The trainer process.
         broker: The connection's life.
-        storage_problem: Why S3 cannot be used; None while it can.
         stop: Set once the worker shuts down.
     """
 
@@ -45,7 +48,8 @@ class Condition:
         self.machine_problem: str | None = None
         self.trainer: TrainerProcess | None = None
         self.broker: BrokerLoop | None = None
-        self.storage_problem: str | None = "not looked at yet"
+        self._storage_problem: str | None = "not looked at yet"
+        self._storage_seen_at = float("inf")
         self.stop = stop
         self._settings = settings
         self._observer = observer
@@ -55,6 +59,10 @@ class Condition:
     def is_training(self) -> bool:
         """Whether a job is in hand."""
         return self._observer.job is not None
+
+    def saw_storage(self, problem: str | None) -> None:
+        """S3 was looked at: why it cannot be used, or None."""
+        self._storage_problem, self._storage_seen_at = problem, time.monotonic()
 
     def health(self) -> dict[str, Any]:
         """Whether the process should live on; its `problem` says why not."""
@@ -70,7 +78,7 @@ class Condition:
         """Why the worker is not ready, by the parts of `utils.metrics.READINESS`; empty: it is."""
         found = {
             "broker": self._broker_problem(),
-            "s3": self.storage_problem,
+            "s3": self._s3_problem(),
             "gpu": self._gpu_problem(),
             "base_model": self._base_model_problem(),
         }
@@ -87,7 +95,7 @@ class Condition:
             "is_ready": not self.problems(),
             "is_training": job is not None,
             "uptime_seconds": round(time.monotonic() - self._born_at, 1),
-            "gpu_count": int(bool(machine and machine.cuda)),
+            "gpu_count": machine.count if machine and machine.cuda else 0,
             "gpu_name": machine.device if machine and machine.cuda else None,
             "device": machine.device if machine else None,
             "base_model": self._settings.base_model,
@@ -145,11 +153,20 @@ class Condition:
             return "not connected yet"
         if not self.broker.connected:
             return "there is no connection to RabbitMQ"
+        if not self.broker.turned_within(BROKER_SILENT_SECONDS):
+            return f"RabbitMQ has not answered for {BROKER_SILENT_SECONDS:.0f} seconds"
         if not self.broker.consuming and not self.broker.busy:
             return "connected, but no consumer of the training queue"
         return None
 
+    def _s3_problem(self) -> str | None:
+        if time.monotonic() - self._storage_seen_at > S3_SILENT_SECONDS:
+            return f"S3 has not answered for {S3_SILENT_SECONDS:.0f} seconds"
+        return self._storage_problem
+
     def _gpu_problem(self) -> str | None:
+        if self._observer.gpus_lost:
+            return "the driver does not answer any more (NVML)"
         return self.machine_problem or (None if self.machine else "not tested yet")
 
     def _base_model_problem(self) -> str | None:

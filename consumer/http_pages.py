@@ -7,8 +7,10 @@ they are for ops: `HTTP_HOST` is this machine alone unless told otherwise.
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
+from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
 import uvicorn
@@ -61,7 +63,7 @@ class HttpPages:
             "/metrics": self._show_metrics,
         }
         app = Starlette(
-            routes=[Route(path, page, methods=["GET"]) for path, page in routes.items()],
+            routes=[Route(path, _guarded(page), methods=["GET"]) for path, page in routes.items()],
             exception_handlers={404: _refusal, 405: _refusal},
         )
         app.router.redirect_slashes = False  # it would redirect to whatever host a request names
@@ -75,11 +77,12 @@ class HttpPages:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=_CONNECTIONS,
                 h11_max_incomplete_event_size=_HEADER_BYTES,
                 timeout_graceful_shutdown=1,
             )
         )
+        # It tells of each broken request, which anybody can send; what breaks here is told below.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
         log.info("http_listening", host=host, port=self.port)
 
@@ -97,12 +100,12 @@ class HttpPages:
 
     async def _health(self, _request: Request) -> Response:
         health = self._condition.health()
-        return _json(health, ok="problem" not in health)
+        return _json(health, status=503 if "problem" in health else 200)
 
     async def _ready(self, _request: Request) -> Response:
         problems = self._condition.problems()
         checks = {part: problems.get(part, "ok") for part in READINESS}
-        return _json({"ready": not problems, "checks": checks}, ok=not problems)
+        return _json({"ready": not problems, "checks": checks}, status=503 if problems else 200)
 
     async def _status(self, _request: Request) -> Response:
         return _json(self._condition.status())
@@ -117,12 +120,42 @@ class HttpPages:
 
 
 class _BriefConnection(H11Protocol):
-    """A connection for one request, cut off after some seconds: nobody can collect them."""
+    """A connection for one request, cut off after some seconds: nobody can collect them.
+
+    Where there are many at once, a new one takes the place of the oldest, which has had its time: a
+    probe is answered though somebody holds all that he can get.
+    """
+
+    begun_at: float
 
     def connection_made(self, transport: Any) -> None:
         """uvicorn's hook at the connection's beginning."""
         super().connection_made(transport)
+        self.begun_at = self.loop.time()
         self.loop.call_later(_CONNECTION_SECONDS, transport.abort)
+        if len(self.connections) > _CONNECTIONS:
+            oldest = min(
+                (each for each in self.connections if isinstance(each, _BriefConnection)),
+                key=lambda each: each.begun_at,
+            )
+            self.connections.discard(oldest)  # it is lost a moment later, and must not count twice
+            oldest.transport.abort()
+
+
+_Page = Callable[[Request], Awaitable[Response]]
+
+
+def _guarded(page: _Page) -> _Page:
+    """The page, with a bug of ours told in the log and not to whoever asks."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await page(request)
+        except Exception:  # pylint: disable=broad-exception-caught  # logged
+            log.exception("page_broke", page=request.scope["path"])
+            return _json({"error": "the worker's log says more"}, status=500)
+
+    return answer
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -142,8 +175,8 @@ def _listening(host: str, port: int) -> socket.socket:
     return opened
 
 
-def _json(content: dict[str, Any], *, ok: bool = True) -> Response:
-    return JSONResponse(content, status_code=200 if ok else 503, headers=_NO_STORE)
+def _json(content: dict[str, Any], *, status: int = 200) -> Response:
+    return JSONResponse(content, status_code=status, headers=_NO_STORE)
 
 
 async def _refusal(_request: Request, error: Exception) -> Response:

@@ -23,12 +23,14 @@ class Machine:
     Attributes:
         cuda: There is a GPU and it computes.
         device: Its name, or `cpu`.
+        count: How many GPUs the trainer may see; it uses the first.
         memory_bytes: The GPU's memory.
         problem: What is wrong with the GPU; None if it is well or absent.
     """
 
     cuda: bool
     device: str
+    count: int = 0
     memory_bytes: int | None = None
     problem: str | None = None
 

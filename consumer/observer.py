@@ -34,6 +34,7 @@ class Observer:
         metrics, tracing: The same.
         queues: Their lengths and waits.
         last: How far the newest job was when it was last heard of; kept after its end.
+        gpus_lost: GPUs that could be read cannot be read any more.
     """
 
     def __init__(self, metrics: Metrics | None = None, tracing: Tracing | None = None) -> None:
@@ -41,6 +42,8 @@ class Observer:
         self.tracing = tracing or Tracing()
         self.queues = QueueWatch(self.metrics)
         self.last: Progress | None = None
+        self.gpus_lost = False
+        self._gpus_seen = False
         self._job: JobWatch | None = None
         self._stage: Stage | None = None
         self._stage_span = contextlib.ExitStack()
@@ -157,6 +160,8 @@ class Observer:
         """The GPUs were read. What one does not tell is not shown, and nothing of one that is
         lost."""
         metrics = self.metrics
+        self._gpus_seen = self._gpus_seen or bool(readings)
+        self.gpus_lost = self._gpus_seen and not readings
         for gauge in (
             metrics.gpu_memory_used_bytes,
             metrics.gpu_memory_size_bytes,

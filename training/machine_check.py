@@ -17,23 +17,31 @@ def check() -> dict[str, str | int | bool | None]:
 
     Returns:
         `cuda` (there is a usable GPU), `device` (its name), `memory_bytes` (its size), `problem`
-        (what is wrong with it, else None). No GPU at all is not a problem in itself.
+        (what is wrong with it, else None), `count` (of all). No GPU at all is not a problem in
+        itself.
     """
     if not torch.cuda.is_available():
-        return {"cuda": False, "device": "cpu", "memory_bytes": None, "problem": None}
+        return {"cuda": False, "device": "cpu", "memory_bytes": None, "problem": None, "count": 0}
     try:
         device = torch.cuda.get_device_properties(0)
         ones = torch.ones(256, 256, device="cuda", dtype=torch.float16)
         wrong = int((ones @ ones != 256).sum().item())
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
-        return {"cuda": False, "device": "cuda", "memory_bytes": None, "problem": first_line}
+        return {
+            "cuda": False,
+            "device": "cuda",
+            "memory_bytes": None,
+            "problem": first_line,
+            "count": 0,
+        }
     problem = f"{wrong} of 65536 products came out wrong" if wrong else None
     return {
         "cuda": not wrong,
         "device": device.name,
         "memory_bytes": device.total_memory,
         "problem": problem,
+        "count": torch.cuda.device_count(),
     }
 
 

@@ -33,7 +33,7 @@ _SECRET_SHAPES = (
 # These libraries tell every request at DEBUG, headers and all.
 _TALKATIVE = (
     *("botocore", "boto3", "s3transfer", "urllib3", "pika", "PIL", "matplotlib", "httpx"),
-    *("uvicorn.error", "asyncio"),
+    "asyncio",
 )
 
 

@@ -46,6 +46,12 @@ def _storage_way(s3_server: S3Server) -> Iterator[TcpProxy]:
         yield way
 
 
+@pytest.fixture(scope="module", name="broker_way")
+def _broker_way(mortal: World) -> Iterator[TcpProxy]:
+    with TcpProxy(mortal.broker.host, mortal.broker.port) as way:
+        yield way
+
+
 @pytest.fixture(scope="module", name="collector")
 def _collector() -> Iterator[Collector]:
     with Collector() as collector:
@@ -60,9 +66,15 @@ def _sentry() -> Iterator[SentryDoor]:
 
 @pytest.fixture(scope="module", name="watched")
 def _watched(
-    mortal: World, storage_way: TcpProxy, collector: Collector, sentry: SentryDoor
+    mortal: World,
+    storage_way: TcpProxy,
+    broker_way: TcpProxy,
+    collector: Collector,
+    sentry: SentryDoor,
 ) -> Iterator[WorkerProcess]:
     with mortal.worker(
+        RABBITMQ_PORT=str(broker_way.port),
+        RABBITMQ_HEARTBEAT_SECONDS="20",  # as it is by default
         AWS_ENDPOINT_URL_S3=f"http://127.0.0.1:{storage_way.port}",
         LEASE_TTL_SECONDS="60",
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint,
@@ -143,6 +155,19 @@ def test_storage_that_is_away_is_told_within_ten_seconds(
     assert pages.status("/health") == 200
     storage_way.calm()
     until(lambda: pages.status("/ready") == 200, TRUTH_SECONDS)
+
+
+def test_a_broker_that_falls_silent_is_told_long_before_its_heartbeats_are_missed(
+    pages: Pages, broker_way: TcpProxy
+) -> None:
+    """As a machine does that vanishes: no connection is closed, and nothing comes."""
+    broker_way.go_silent(TRUTH_SECONDS + 10)
+    until(lambda: pages.status("/ready") == 503, TRUTH_SECONDS)
+    assert "not answered" in pages.json("/ready")["checks"]["broker"]
+    assert pages.status("/health") == 200
+    broker_way.calm()
+    until(lambda: pages.status("/ready") == 200, TRUTH_SECONDS)
+    assert pages.metric("broker_reconnects_total") == 0
 
 
 def test_a_killed_broker_is_told_within_ten_seconds_and_the_job_is_in_sight_all_along(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -23,6 +24,7 @@ from consumer.observer import Observer
 from consumer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
 from utils.errors import ConfigurationError
+from utils.gpu_monitor import GpuReading
 
 
 class Broker(TrainingConsumer):
@@ -61,19 +63,24 @@ class Trainer(TrainerProcess):
         return self.loaded
 
 
-@pytest.fixture(name="condition")
-def _condition() -> Condition:
-    """A worker that is well."""
+def _settings() -> Settings:
     settings: Settings = config.load(
         _env_file=None,
         backend_api_url="https://backend.example",
         internal_api_token="t" * 32,
         aws_storage_bucket_name="media",
     )
+    return settings
+
+
+@pytest.fixture(name="condition")
+def _condition() -> Condition:
+    """A worker that is well."""
+    settings = _settings()
     condition = Condition(settings, Observer(), threading.Event())
-    condition.machine = Machine(cuda=True, device="NVIDIA H200")
+    condition.machine = Machine(cuda=True, device="NVIDIA H200", count=2)
     condition.trainer, condition.broker = Trainer(), Broker()
-    condition.storage_problem = None
+    condition.saw_storage(None)
     return condition
 
 
@@ -98,7 +105,7 @@ def test_a_worker_that_is_well_is_ready(pages: HttpPages) -> None:
     status = ask(pages, "/status")[1]
     assert (status["is_running"], status["gpu_count"], status["gpu_name"]) == (
         True,
-        1,
+        2,
         "NVIDIA H200",
     )
 
@@ -113,7 +120,7 @@ def test_each_part_that_is_missing_is_named_alone(
         case "broker":
             broker.connected = False
         case "s3":
-            condition.storage_problem = "s3://state: S3 did not answer in time"
+            condition.saw_storage("s3://state: S3 did not answer in time")
         case "gpu":
             condition.machine_problem = "the GPU does not compute any more"
         case "base_model":
@@ -135,13 +142,74 @@ def test_a_worker_that_neither_consumes_nor_holds_a_job_is_not_ready(
     assert ask(pages, "/ready")[0] == 503
 
 
+def test_who_has_not_answered_for_long_is_told_though_no_error_has_come(
+    pages: HttpPages, condition: Condition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that vanishes sends no farewell, and a look at it may hang."""
+    broker = condition.broker
+    assert isinstance(broker, Broker)
+    broker.stuck = True
+    checks = ask(pages, "/ready")[1]["checks"]
+    assert checks["broker"] == "RabbitMQ has not answered for 5 seconds"
+    assert {checks[part] for part in ("s3", "gpu", "base_model")} == {"ok"}
+    broker.stuck = False
+    monkeypatch.setattr(condition_module, "S3_SILENT_SECONDS", 0.01)
+    time.sleep(0.05)
+    assert "has not answered" in ask(pages, "/ready")[1]["checks"]["s3"]
+
+
+def test_a_gpu_that_was_read_and_is_not_any_more_is_lost() -> None:
+    observer = Observer()
+    condition = Condition(_settings(), observer, threading.Event())
+    condition.machine = Machine(cuda=True, device="NVIDIA H200", count=1)
+    observer.gpus([])
+    assert "gpu" not in condition.problems(), "NVIDIA's driver was never there"
+    observer.gpus([GpuReading(0, "NVIDIA H200", 1, 2, None, None, None)])
+    assert "gpu" not in condition.problems()
+    observer.gpus([])
+    assert "NVML" in condition.problems()["gpu"]
+
+
+def test_a_page_that_breaks_breaks_no_other(
+    pages: HttpPages, condition: Condition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(condition, "status", lambda: 1 / 0)
+    assert ask(pages, "/status") == (500, {"error": "the worker's log says more"})
+    assert ask(pages, "/health")[0] == 200
+
+
+def test_whoever_holds_all_connections_keeps_no_probe_out(
+    pages: HttpPages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_pages, "_CONNECTIONS", 5)
+    with contextlib.ExitStack() as held:
+        began = time.monotonic()
+        greedy = []
+        for _ in range(20):
+            greedy.append(socket.create_connection(("127.0.0.1", pages.port), timeout=10))
+            held.callback(greedy[-1].close)
+            greedy[-1].sendall(b"GET /health HTTP/1.1\r\n")
+        assert ask(pages, "/health")[0] == 200
+        with contextlib.suppress(ConnectionResetError):
+            assert greedy[0].recv(1) == b"", "the oldest made room"
+        assert time.monotonic() - began < http_pages._CONNECTION_SECONDS, "and not by its age"
+
+
+def test_who_sends_nonsense_writes_nothing_into_the_log(
+    pages: HttpPages, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunked = b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzzzz\r\n"
+    upgrade = b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
+    for nonsense in (b"\x16\x03\x01garbage\r\n\r\n", chunked, upgrade):
+        with socket.create_connection(("127.0.0.1", pages.port), timeout=10) as stranger:
+            stranger.sendall(nonsense)
+            assert stranger.recv(100).startswith(b"HTTP/1.1 ")
+    assert ask(pages, "/health")[0] == 200
+    assert not caplog.records
+
+
 def test_before_anything_is_known_it_is_alive_and_not_ready() -> None:
-    settings: Settings = config.load(
-        _env_file=None,
-        backend_api_url="https://backend.example",
-        internal_api_token="t" * 32,
-        aws_storage_bucket_name="media",
-    )
+    settings = _settings()
     newborn = Condition(settings, Observer(), threading.Event())
     assert len(newborn.problems()) == 4
     assert newborn.health()["status"] == "healthy"
