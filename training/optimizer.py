@@ -28,15 +28,21 @@ def create(
         parameters: Optimizer, rate, weight decay.
 
     Raises:
-        TrainingFailed: It cannot compute on this device.
+        TrainingFailed: Its library is not here, though it was where the job was taken; or it cannot
+            compute on this device.
     """
+    try:
+        parameters.require_libraries()
+    except ValueError as error:
+        raise TrainingFailed(f"This job cannot be trained here: {error}.") from error
     match parameters.optimizer:
         case "adamw8bit":
             if weights[0].device.type != "cuda":
                 raise TrainingFailed(
                     "The optimizer adamw8bit computes on a GPU only; choose adamw or prodigy."
                 )
-            from bitsandbytes.optim import AdamW8bit  # pylint: disable=import-outside-toplevel
+            # pylint: disable-next=import-outside-toplevel,import-error
+            from bitsandbytes.optim import AdamW8bit
 
             made: torch.optim.Optimizer = AdamW8bit(
                 weights, lr=parameters.learning_rate, weight_decay=parameters.weight_decay

@@ -97,7 +97,8 @@ def test_nested_entries_and_numbers_of_an_optimizer_s_state_come_back_as_they_we
     assert other.param_groups[0]["found"] == 0.1 + 0.2
 
 
-def test_eight_bits_need_a_gpu() -> None:
+def test_eight_bits_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     weights = [torch.nn.Parameter(torch.ones(4))]
     with pytest.raises(TrainingFailed, match="on a GPU only; choose adamw or prodigy"):
         optimizer.create(weights, HyperParameters(optimizer="adamw8bit"))
@@ -109,6 +110,8 @@ def test_an_optimizer_whose_library_is_missing_is_refused_in_settings_and_parame
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="library prodigyopt .* is not installed on this worker"):
         settings().hyper_parameters(optimizer="prodigy")
+    with pytest.raises(TrainingFailed, match="cannot be trained here: .* library prodigyopt"):
+        optimizer.create([], HyperParameters(optimizer="prodigy"))
     monkeypatch.setenv("OPTIMIZER", "adamw8bit")
     with pytest.raises(ValueError, match="library bitsandbytes .* is not installed"):
         settings()
