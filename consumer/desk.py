@@ -102,6 +102,7 @@ def _serve(
         stall_seconds=settings.stall_seconds,
         command=trainer_command,
         metrics=observer.metrics,
+        secrets=settings.secrets(),
     )
     failures: list[MachineError] = []
 

@@ -11,33 +11,36 @@ import sys
 import threading
 from typing import IO
 
-from utils.logger import get_logger
+from utils.logger import Redactor, get_logger
 
 log = get_logger(__name__)
 
 _LONGEST_LINE = 1 << 16
 
 
-def follow(stream: IO[bytes]) -> threading.Thread:
+def follow(stream: IO[bytes], redactor: Redactor) -> threading.Thread:
     """Pass on, in a thread of its own, what comes until the stream's end.
 
     Args:
         stream: The process's standard error; its log lines are JSON. Closed at its end.
+        redactor: Knows the secrets, which that process knows by their shape at most.
 
     Returns:
         The thread, which ends with the stream.
     """
-    thread = threading.Thread(target=_pass_on, args=(stream,), name="trainer-log", daemon=True)
+    thread = threading.Thread(
+        target=_pass_on, args=(stream, redactor), name="trainer-log", daemon=True
+    )
     thread.start()
     return thread
 
 
-def _pass_on(stream: IO[bytes]) -> None:
+def _pass_on(stream: IO[bytes], redactor: Redactor) -> None:
     with stream:
         while content := stream.readline(_LONGEST_LINE):
             line = content.decode(errors="replace").rstrip()
             if _is_of_the_log(line):
-                sys.stderr.write(line + "\n")
+                sys.stderr.write(redactor.clean(line) + "\n")
             elif line:
                 log.warning("native_stderr", text=line)
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from consumer import trainer_log
@@ -36,7 +36,7 @@ from utils.events import (
     decode,
     encode,
 )
-from utils.logger import get_logger
+from utils.logger import Redactor, get_logger
 from utils.metrics import Metrics
 
 log = get_logger(__name__)
@@ -61,6 +61,7 @@ class TrainerProcess:
         stall_seconds: A run that trains and makes no step for this long is given up.
         command: Starts the child; anything that speaks `utils.events` over the two pipes will do.
         metrics: Where restarts are counted.
+        secrets: Masked in what the child logs.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TrainerProcess:
         stall_seconds: float,
         command: Sequence[str] = (sys.executable, "-m", "training"),
         metrics: Metrics | None = None,
+        secrets: Iterable[str] = (),
     ) -> None:
         self._metrics = metrics or Metrics()
         self._started = self._closed = False
@@ -79,6 +81,7 @@ class TrainerProcess:
         self._environment = dict(environment)
         self._stall_seconds = stall_seconds
         self._command = tuple(command)
+        self._redactor = Redactor(secrets)
         self._child: _Child | None = None
         self._lock = threading.Lock()
 
@@ -100,7 +103,9 @@ class TrainerProcess:
         with self._lock:
             if self.pid is None and not self._closed:
                 self._discard()
-                self._child = _Child(self._command, self._options, self._environment)
+                self._child = _Child(
+                    self._command, self._options, self._environment, self._redactor
+                )
                 log.info("trainer_started", pid=self._child.process.pid)
                 if self._started:
                     self._metrics.trainer_restarts.inc()
@@ -260,7 +265,11 @@ class _Child:
     """
 
     def __init__(
-        self, command: Sequence[str], options: TrainerOptions, environment: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        options: TrainerOptions,
+        environment: Mapping[str, str],
+        redactor: Redactor,
     ) -> None:
         self._out_of_memory_before = _out_of_memory_kills()
         runs_read, self._runs = os.pipe()
@@ -283,7 +292,8 @@ class _Child:
         finally:
             os.close(runs_read)
             os.close(events_write)
-        self._log = trainer_log.follow(self.process.stderr) if self.process.stderr else None
+        stderr = self.process.stderr
+        self._log = trainer_log.follow(stderr, redactor) if stderr else None
         self._send_lock = threading.Lock()
         self._closed = False
         self.base_model_ready = False

@@ -103,7 +103,7 @@ class Child:
                 log.error("base_model_not_loaded", extra=_reason(error))
         while True:
             run = self._inbox.take()
-            with self._bound(task_id=run.task_id):
+            with self._bound(task_id=run.task_id, style_id=run.style_id):
                 log.info("run_taken", extra={"claim": run.claim})
                 ending = self._do(run)
             self._inbox.lay_down()

@@ -7,6 +7,7 @@ loggers. Both go through the same processors to standard error.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -43,7 +44,8 @@ class Redactor:
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         # Long ones first: one secret may contain another. A very short one would mask half of every
         # line.
-        self._values = sorted({s for s in secrets if len(s) >= 6}, key=len, reverse=True)
+        values = sorted({s for s in secrets if len(s) >= 6}, key=len, reverse=True)
+        self._values = re.compile("|".join(map(_spellings, values))) if values else None
 
     def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         """The processor's interface of structlog."""
@@ -69,11 +71,26 @@ class Redactor:
         return self._text(str(value))
 
     def _text(self, text: str) -> str:
-        for secret in self._values:
-            text = text.replace(secret, MASK)
+        if self._values:
+            text = self._values.sub(MASK, text)
         for shape, replacement in _SECRET_SHAPES:
             text = shape.sub(replacement, text)
         return text
+
+
+def _spellings(secret: str) -> str:
+    """A pattern of a secret as it is, as it stands in an address (percent-encoded), and within
+    quotation marks (after backslashes)."""
+    pattern = ""
+    for sign in secret:
+        if sign.isascii() and sign.isalnum():
+            pattern += sign
+            continue
+        encoded = "".join(f"%{byte:02x}" for byte in sign.encode())
+        escaped = json.dumps(sign)[1:-1]
+        others = {" ": r"|\+"}.get(sign, "")
+        pattern += rf"(?:\\*{re.escape(sign)}|(?i:{encoded})|\\*{re.escape(escaped)}{others})"
+    return pattern
 
 
 def configure(

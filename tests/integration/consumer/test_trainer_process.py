@@ -225,28 +225,31 @@ def test_a_child_that_dies_idle_is_replaced_and_one_that_cannot_live_is_not_agai
         metrics=metrics,
     )
     trainer.revive()
-    assert trainer.pid is None, "nobody has started it yet"
+    assert not _lives(trainer), "nobody has started it yet"
     trainer.start()
     first = trainer.pid
-    assert first
     trainer.revive()
-    assert trainer.pid == first
+    assert _lives(trainer) and trainer.pid == first
     _kill(trainer)
     trainer.revive()
-    assert trainer.pid not in (None, first)
+    assert _lives(trainer) and trainer.pid != first
     assert metrics.registry.get_sample_value("training_server_trainer_restarts_total") == 1
     _kill(trainer)
     trainer.revive()
-    assert trainer.pid is None, "it has just been replaced"
+    assert not _lives(trainer), "it has just been replaced"
     trainer.close()
     trainer.start()
-    assert trainer.pid is None, "nothing comes to life after the end"
+    assert not _lives(trainer), "nothing comes to life after the end"
+
+
+def _lives(trainer: TrainerProcess) -> bool:
+    return trainer.pid is not None
 
 
 def _kill(trainer: TrainerProcess) -> None:
     assert trainer.pid
     os.kill(trainer.pid, signal.SIGKILL)
-    while trainer.pid:
+    while _lives(trainer):
         time.sleep(0.01)
 
 
@@ -254,6 +257,7 @@ LAST_WORDS = """
 import faulthandler, os, signal
 faulthandler.enable()
 os.write(2, b'{"event": "epoch_done", "level": "info"}\\n')
+os.write(2, b'{"event": "hub_refused", "reason": "token a-token-of-a-mirror"}\\n')
 os.write(2, b"tempfile.tif: Using code not yet in table.\\n")
 os.write(2, b"sent Bearer abcdefgh12345678")
 os.kill(os.getpid(), signal.SIGSEGV)
@@ -265,7 +269,11 @@ from training.lora_config import TrainerOptions
 from utils import logger
 logger.configure()
 trainer = TrainerProcess(
-    TrainerOptions("model"), {}, stall_seconds=60, command=(sys.executable, "-c", sys.argv[1])
+    TrainerOptions("model"),
+    {},
+    stall_seconds=60,
+    command=(sys.executable, "-c", sys.argv[1]),
+    secrets=["a-token-of-a-mirror"],
 )
 trainer.start()
 trainer.close()
@@ -282,6 +290,7 @@ def test_whatever_the_process_writes_to_its_last_word_is_a_line_of_the_log() -> 
     )
     lines = [json.loads(line) for line in desk.stderr.splitlines()]
     assert {"event": "epoch_done", "level": "info"} in lines
+    assert {"event": "hub_refused", "reason": "token [redacted]"} in lines
     written = [line["text"] for line in lines if line["event"] == "native_stderr"]
     assert written[0] == "tempfile.tif: Using code not yet in table."
     assert written[1].startswith("sent Bearer [redacted]")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import pytest
 import structlog
@@ -52,6 +54,27 @@ def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> Non
     assert line["level"] == "info"
     assert line["logger"] == "services.s3_service"
     assert line["timestamp"].endswith("Z")
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        str,
+        quote,
+        lambda secret: quote(secret, safe=""),
+        lambda secret: re.sub("%..", lambda code: code[0].lower(), quote(secret, safe="")),
+        quote_plus,
+        repr,
+        json.dumps,
+        lambda secret: json.dumps({"in": json.dumps(secret)}),
+        lambda secret: str(secret.encode()),
+    ],
+)
+def test_a_secret_is_masked_however_it_is_spelt(spell: Callable[[str], str]) -> None:
+    for secret in ("p@ss/w+rd=12 x", 'quoted"back\\slash', "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEX"):
+        said = Redactor([secret]).clean(f"url: /?key={spell(secret)}&page=7 refused")
+        assert MASK in said and said.endswith("refused")
+        assert not re.search(r"p@ss|rd=12|p%40ss|quoted|slash|K7MDENG|FEMI", said, re.IGNORECASE)
 
 
 def test_a_line_break_in_a_value_makes_no_second_line(capsys: pytest.CaptureFixture[str]) -> None:
