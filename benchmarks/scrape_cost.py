@@ -5,6 +5,10 @@ and a backend. The trainer has a core of its own; the front desk, the servers an
 another. Stretches with and without scraping alternate (on off, off on, …), so that what drifts
 falls on both, and each pair is one comparison. Steps are counted between the trainer's own log
 lines.
+
+On a machine that does other work besides, `--realtime` (root only) keeps that off the trainer's
+core: it runs before every ordinary process. Many short stretches are better there than few long
+ones, and the median of the pairs is what counts.
 """
 
 from __future__ import annotations
@@ -51,10 +55,18 @@ class Scraper:
         else:
             self._on.clear()
 
+    def close(self) -> None:
+        """Ask no more."""
+        self._over = True
+        self._on.set()
+        self._thread.join()
+
     def _loop(self) -> None:
         while True:
             self._on.wait()
             due = time.monotonic() + self._pause
+            if self._over:
+                return
             connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
             connection.request("GET", "/metrics", headers={"Accept": "text/plain"})
             self.answers += connection.getresponse().status == 200
@@ -69,6 +81,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=7.0, help="of one stretch")
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
     parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--realtime", action="store_true", help="nobody else on its core (root)")
     parsed = parser.parse_args()
     trainer_core, *rest = sorted(os.sched_getaffinity(0), reverse=True)
     if not rest:
@@ -95,7 +108,7 @@ def main() -> int:
 def _measure(world: World, worker: WorkerProcess, core: int, parsed: argparse.Namespace) -> int:
     world.publish(world.envelope(parameters={"epochs": 1000}))
     until(lambda: len(log_lines(worker, "epoch_done")) > 3)
-    _pin_trainer(worker, core)
+    _pin_trainer(worker, core, realtime=parsed.realtime)
     scraper = Scraper(log_lines(worker, "http_listening")[0]["port"], parsed.rate)
     time.sleep(parsed.seconds)  # warm
     costs, asked = [], 0.0
@@ -113,6 +126,7 @@ def _measure(world: World, worker: WorkerProcess, core: int, parsed: argparse.Na
             f"cost {100 * costs[-1]:+.2f} %",
             flush=True,
         )
+    scraper.close()
     middle, spread = statistics.fmean(costs), statistics.stdev(costs) / len(costs) ** 0.5
     print(
         f"{asked / parsed.pairs:.1f} requests a second cost {100 * middle:+.2f} % of the steps "
@@ -122,7 +136,7 @@ def _measure(world: World, worker: WorkerProcess, core: int, parsed: argparse.Na
     return 0
 
 
-def _pin_trainer(worker: WorkerProcess, core: int) -> None:
+def _pin_trainer(worker: WorkerProcess, core: int, *, realtime: bool) -> None:
     (trainer,) = (
         each
         for each in psutil.Process(worker.pid).children()
@@ -130,6 +144,8 @@ def _pin_trainer(worker: WorkerProcess, core: int) -> None:
     )
     for thread in trainer.threads():
         os.sched_setaffinity(thread.id, {core})
+        if realtime:
+            os.sched_setscheduler(thread.id, os.SCHED_FIFO, os.sched_param(1))
 
 
 def _speed(worker: WorkerProcess, seconds: float) -> float:

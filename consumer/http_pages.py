@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from consumer.condition import Condition
 from utils.errors import ConfigurationError
 from utils.logger import get_logger
-from utils.metrics import READINESS, Metrics, wants_text
+from utils.metrics import READINESS, Metrics, formats
 
 log = get_logger(__name__)
 
@@ -31,6 +32,9 @@ _STOP_SECONDS = 2.0
 _CONNECTION_SECONDS = 5.0
 _CONNECTIONS = 100
 _HEADER_BYTES = 16 * 1024
+_KEPT_SECONDS = 1.0
+"""Making the metrics' text takes milliseconds of a core that may be the trainer's other half: who
+asks more often gets the same one."""
 _NO_STORE = {"Cache-Control": "no-store", "Connection": "close"}
 
 
@@ -54,6 +58,7 @@ class HttpPages:
     def __init__(self, host: str, port: int, condition: Condition, metrics: Metrics) -> None:
         self._condition = condition
         self._metrics = metrics
+        self._kept: dict[frozenset[str], tuple[float, bytes, str]] = {}
         self._socket = _listening(host, port)
         self.port: int = self._socket.getsockname()[1]
         routes = {
@@ -112,10 +117,15 @@ class HttpPages:
 
     async def _show_metrics(self, request: Request) -> Response:
         accept = ",".join(request.headers.getlist("accept"))
-        if not wants_text(accept):
+        wanted = formats(accept)
+        if not wanted:
             return _json(self._condition.numbers())
-        self._condition.show()
-        text, content_type = self._metrics.render(accept)
+        now = time.monotonic()
+        made_at, text, content_type = self._kept.get(wanted, (float("-inf"), b"", ""))
+        if now - made_at >= _KEPT_SECONDS:
+            self._condition.show()
+            text, content_type = self._metrics.render(accept)
+            self._kept[wanted] = now, text, content_type
         return Response(text, headers={"Content-Type": content_type, **_NO_STORE})
 
 

@@ -218,9 +218,9 @@ class Metrics:
         return Histogram(f"{PREFIX}_{name}", text, labels, buckets=buckets, registry=self.registry)
 
 
-def wants_text(accept: str) -> bool:
-    """Whether an `Accept` header names a format of Prometheus, as scrapers' do."""
-    return bool(_kinds(accept) & {"text/plain", _OPENMETRICS})
+def formats(accept: str) -> frozenset[str]:
+    """The formats of Prometheus that an `Accept` header names, as scrapers' do; empty: none."""
+    return frozenset(_kinds(accept) & {"text/plain", _OPENMETRICS})
 
 
 def _kinds(accept: str) -> set[str]:

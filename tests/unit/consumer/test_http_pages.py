@@ -25,6 +25,7 @@ from consumer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
 from utils.errors import ConfigurationError
 from utils.gpu_monitor import GpuReading
+from utils.metrics import Metrics
 
 
 class Broker(TrainingConsumer):
@@ -193,6 +194,35 @@ def test_whoever_holds_all_connections_keeps_no_probe_out(
         with contextlib.suppress(ConnectionResetError):
             assert greedy[0].recv(1) == b"", "the oldest made room"
         assert time.monotonic() - began < http_pages._CONNECTION_SECONDS, "and not by its age"
+
+
+def test_the_metrics_text_is_made_once_a_second_however_many_ask(
+    condition: Condition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = Metrics()
+    made: list[str] = []
+
+    def render(accept: str) -> tuple[bytes, str]:
+        made.append(accept)
+        return b"text", "text/plain"
+
+    monkeypatch.setattr(metrics, "render", render)
+    monkeypatch.setattr(http_pages, "_KEPT_SECONDS", 60.0)
+    with HttpPages("127.0.0.1", 0, condition, metrics) as pages:
+
+        def scrape(accept: str) -> None:
+            connection = http.client.HTTPConnection("127.0.0.1", pages.port, timeout=10)
+            connection.request("GET", "/metrics", headers={"Accept": accept})
+            assert connection.getresponse().read() == b"text"
+            connection.close()
+
+        for _ in range(3):
+            scrape("text/plain")
+            scrape("application/openmetrics-text")
+        assert made == ["text/plain", "application/openmetrics-text"], "each its own"
+        monkeypatch.setattr(http_pages, "_KEPT_SECONDS", 0.0)
+        scrape("text/plain")
+        assert len(made) == 3
 
 
 def test_who_sends_nonsense_writes_nothing_into_the_log(

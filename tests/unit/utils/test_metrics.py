@@ -9,7 +9,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as classic
 
 from utils.errors import ErrorCode
-from utils.metrics import PREFIX, READINESS, Metrics, exported_names, wants_text
+from utils.metrics import PREFIX, READINESS, Metrics, exported_names, formats
 
 SCRAPER = (
     "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
@@ -80,5 +80,5 @@ def test_all_names_are_those_of_a_worker_in_use() -> None:
     ],
 )
 def test_who_names_a_format_of_prometheus_gets_it(accept: str, text: bool) -> None:
-    assert wants_text(accept) is text
+    assert bool(formats(accept)) is text
     assert Metrics().render(accept)[0]
