@@ -106,11 +106,18 @@ def main() -> int:
 
 
 def _measure(world: World, worker: WorkerProcess, core: int, parsed: argparse.Namespace) -> int:
-    world.publish(world.envelope(parameters={"epochs": 1000}))
+    port = until(lambda: log_lines(worker, "http_listening"))[0]["port"]
+    pictures = list(world.photographs[:6])
+    message = world.envelope(images=pictures, captions=None, parameters={"epochs": 1000})
+    world.publish(message)
     until(lambda: len(log_lines(worker, "epoch_done")) > 3)
     _pin_trainer(worker, core, realtime=parsed.realtime)
-    scraper = Scraper(log_lines(worker, "http_listening")[0]["port"], parsed.rate)
     time.sleep(parsed.seconds)  # warm
+    _compare(worker, Scraper(port, parsed.rate), parsed)
+    return 0
+
+
+def _compare(worker: WorkerProcess, scraper: Scraper, parsed: argparse.Namespace) -> None:
     costs, asked = [], 0.0
     for pair in range(parsed.pairs):
         speeds = {}
@@ -122,7 +129,7 @@ def _measure(world: World, worker: WorkerProcess, core: int, parsed: argparse.Na
                 asked += (scraper.answers - before) / (time.monotonic() - began)
         costs.append(1 - speeds[True] / speeds[False])
         print(
-            f"pair {pair + 1:2}: {speeds[False]:.2f} steps/s without, {speeds[True]:.2f} with, "
+            f"pair {pair + 1:3}: {speeds[False]:.2f} steps/s without, {speeds[True]:.2f} with, "
             f"cost {100 * costs[-1]:+.2f} %",
             flush=True,
         )
@@ -131,9 +138,8 @@ def _measure(world: World, worker: WorkerProcess, core: int, parsed: argparse.Na
     print(
         f"{asked / parsed.pairs:.1f} requests a second cost {100 * middle:+.2f} % of the steps "
         f"(standard error {100 * spread:.2f}, median {100 * statistics.median(costs):+.2f}, "
-        f"{parsed.pairs} pairs of {parsed.seconds:.0f} s)"
+        f"{parsed.pairs} pairs of {parsed.seconds:g} s)"
     )
-    return 0
 
 
 def _pin_trainer(worker: WorkerProcess, core: int, *, realtime: bool) -> None:
@@ -155,6 +161,8 @@ def _speed(worker: WorkerProcess, seconds: float) -> float:
     with worker.log.open("rb") as log:
         log.seek(size)
         epochs = [_epoch(line) for line in log if b'"epoch_done"' in line and line.endswith(b"\n")]
+    if len(epochs) < 2:
+        raise RuntimeError(f"no two epochs ended within {seconds} s: choose longer stretches")
     (begin, first), (end, last) = epochs[0], epochs[-1]
     return (last - first) / (end - begin)
 

@@ -183,8 +183,8 @@ def test_whoever_holds_all_connections_keeps_no_probe_out(
     pages: HttpPages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_pages, "_CONNECTIONS", 5)
+    monkeypatch.setattr(http_pages, "_CONNECTION_SECONDS", 60.0)
     with contextlib.ExitStack() as held:
-        began = time.monotonic()
         greedy = []
         for _ in range(20):
             greedy.append(socket.create_connection(("127.0.0.1", pages.port), timeout=10))
@@ -193,7 +193,6 @@ def test_whoever_holds_all_connections_keeps_no_probe_out(
         assert ask(pages, "/health")[0] == 200
         with contextlib.suppress(ConnectionResetError):
             assert greedy[0].recv(1) == b"", "the oldest made room"
-        assert time.monotonic() - began < http_pages._CONNECTION_SECONDS, "and not by its age"
 
 
 def test_the_metrics_text_is_made_once_a_second_however_many_ask(
