@@ -229,7 +229,8 @@ class Pipeline:
                 run = self._fetched_run(job, lease, folder, stop)
             stop.check()
             with desk.observer.training():
-                finished = desk.trainer.run(
+                finished = run_events.continued_or_from_the_beginning(
+                    desk.trainer,
                     run,
                     lambda event: run_events.dispatch(event, desk.observer, reporter, uploads),
                     stop,

@@ -1,11 +1,18 @@
-"""What the desk does with each event of a run: it reports the newest state, uploads checkpoints."""
+"""A run and its events: the newest state is reported, checkpoints are uploaded."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
 
 from consumer.checkpoint_uploads import CheckpointUploads
 from consumer.observer import Observer
 from consumer.progress_reporter import ProgressReporter
+from consumer.stop_signal import StopSignal
+from consumer.trainer_process import TrainerProcess
 from consumer.training_job import TrainingJob
+from training.lora_config import TrainingRun
+from utils.errors import CheckpointUnusable
 from utils.events import CheckpointSaved, Event, Finished, Progress, Stage, Started
 from utils.logger import get_logger
 
@@ -32,6 +39,33 @@ def dispatch(
             uploads.submit(event)
         case _:
             pass  # how the run ended is the caller's to see
+
+
+def continued_or_from_the_beginning(
+    trainer: TrainerProcess,
+    run: TrainingRun,
+    on_event: Callable[[Event], None],
+    stop: StopSignal,
+    *,
+    max_seconds: float,
+    patience: Callable[[], float],
+) -> Finished:
+    """Train, from the run's checkpoint if it has one.
+
+    A sound checkpoint may be of no use all the same: pictures or base model are others by now, or
+    another version wrote it. That costs the epochs so far, and not the job.
+
+    Raises:
+        As `TrainerProcess.run`.
+    """
+    try:
+        return trainer.run(run, on_event, stop, max_seconds=max_seconds, patience=patience)
+    except CheckpointUnusable as error:
+        if run.resume_from is None:
+            raise
+        log.warning("checkpoint_not_continued", reason=str(error))
+    afresh = dataclasses.replace(run, resume_from=None)
+    return trainer.run(afresh, on_event, stop, max_seconds=max_seconds, patience=patience)
 
 
 def uploading(finished: Finished, job: TrainingJob) -> Progress:
