@@ -29,7 +29,7 @@ from benchmarks.full_size import build_full_size
 from benchmarks.peers import Peer, PeerFailed
 from sandbox.stand_in_model import build_stand_in
 from training.base_model import BaseModel
-from training.dataset import prepare
+from training.dataset import Dataset, prepare
 from training.lora_config import TrainerOptions
 
 console = Console()
@@ -132,28 +132,19 @@ class _Bench:
         for number in range(1 + self._repeats):
             console.print(f"[dim]{case}: pair {number} of {self._repeats}[/]", highlight=False)
             pairs.append((loops.ours(base, case, run, data), loops.plain(base, case, run)))
-        counted = pairs[1:]
-        row: dict[str, Any] = dataclasses.asdict(case)
-        for side, legs in zip(("ours", "plain"), zip(*counted, strict=True), strict=True):
-            step = statistics.median(leg.step_seconds for leg in legs)
-            row[side] = {
-                "step_seconds": step,
-                "steps_per_second": 1 / step,
-                "pictures_per_second": case.batch_size / step,
-                "legs": [leg.step_seconds for leg in legs],
-                "peak_bytes": max(leg.peak_bytes for leg in legs),
-            }
-        ratios = [plain.step_seconds / ours.step_seconds for ours, plain in counted]
-        row["ratio"], row["ratios"] = statistics.median(ratios), ratios
+        row = dataclasses.asdict(case) | _compared(case, pairs[1:])
         if base.device.type == "cuda":
             done = row["ours"]["pictures_per_second"] * machine.TERAFLOP[case.checkpointing]
             row["share_of_matrix_rate"] = done / self.facts["matrix_teraflops"]
-        often = loops.run_of(case, self._pictures, folder, steps=self._steps, every=2)
-        epochs = max(6, often.parameters.epochs)
-        parameters = dataclasses.replace(often.parameters, epochs=epochs)
-        often = dataclasses.replace(often, parameters=parameters)
-        row["checkpoint"] = loops.checkpoint_cost(base, case, often, data)
+        row["checkpoint"] = self._checkpoint_cost(case, data)
         return row
+
+    def _checkpoint_cost(self, case: Case, data: Dataset) -> dict[str, Any]:
+        folder = self._place / "work"
+        run = loops.run_of(case, self._pictures, folder, steps=self._steps, every=2)
+        parameters = dataclasses.replace(run.parameters, epochs=max(6, run.parameters.epochs))
+        run = dataclasses.replace(run, parameters=parameters)
+        return loops.checkpoint_cost(self._base, case, run, data)
 
     def ask(self, peers: list[Peer], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The other trainers, case by case; what fails is told, and the rest goes on."""
@@ -181,6 +172,22 @@ class _Bench:
                 found.append({"peer": peer.name, "case": str(case), "step_seconds": step})
                 found[-1]["ratio"] = ratio
         return found
+
+
+def _compared(case: Case, pairs: list[tuple[loops.Leg, loops.Leg]]) -> dict[str, Any]:
+    """Both sides' figures, and the ratio: the median of the pairs' own."""
+    found: dict[str, Any] = {}
+    for side, legs in zip(("ours", "plain"), zip(*pairs, strict=True), strict=True):
+        step = statistics.median(leg.step_seconds for leg in legs)
+        found[side] = {
+            "step_seconds": step,
+            "steps_per_second": 1 / step,
+            "pictures_per_second": case.batch_size / step,
+            "legs": [leg.step_seconds for leg in legs],
+            "peak_bytes": max(leg.peak_bytes for leg in legs),
+        }
+    ratios = [plain.step_seconds / ours.step_seconds for ours, plain in pairs]
+    return found | {"ratio": statistics.median(ratios), "ratios": ratios}
 
 
 def _show(document: dict[str, Any]) -> None:

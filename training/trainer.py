@@ -94,14 +94,11 @@ class LoRATrainer:
         """
         if self._base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._base.device)
-        with (
-            self._writer,
-            one_run_accelerator(self._base.device, self._base.dtype) as accelerator,
-            self._curves,
-        ):
-            state = self._begin(accelerator)
-            self._base.offload_encoders()
-            stopped = self._loop(state, accelerator)
+        with self._writer, one_run_accelerator(self._base.device, self._base.dtype) as accelerator:
+            with self._curves:
+                state = self._begin(accelerator)
+                self._base.offload_encoders()
+                stopped = self._loop(state, accelerator)
             self._writer.settle()
         best = best_of(state.probes)
         delivered = None if stopped else self._choose(state, best)
