@@ -1,4 +1,4 @@
-"""What a checkpoint stood on has changed when the job is taken up again: it is trained, not failed."""
+"""What a checkpoint stood on has changed when the job is taken up again: it goes on, or anew."""
 
 from __future__ import annotations
 
