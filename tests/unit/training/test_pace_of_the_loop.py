@@ -31,6 +31,7 @@ class Reads(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # pylint: disable-next=protected-access
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
@@ -69,6 +70,7 @@ def test_on_a_gpu_no_step_synchronises(
     stand_in: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, steps = BaseModel.load(TrainerOptions(str(stand_in))), 0
+    # pylint: disable-next=protected-access
     update, backward = loop_state.update, LoRATrainer._backward
 
     def strictly(call: Callable[..., Any]) -> Callable[..., Any]:

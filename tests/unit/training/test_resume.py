@@ -56,8 +56,7 @@ def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(
 ) -> None:
     run = make_run(**HARD, pictures=mixed)
     if not unbroken:
-        result, weights, _ = trained(base, run)
-        unbroken.update(result=result, weights=weights)
+        unbroken["result"], unbroken["weights"], _ = trained(base, run)
     stopped, _, events = trained(base, run, should_stop=stop_after(stop))
     assert (stopped.stopped, stopped.steps) == (StopReason.SHUTDOWN, stop)
     saved = checkpoints(events)[-1]
@@ -65,9 +64,8 @@ def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(
     assert (saved.name, saved.epoch, saved.step) == (name, stop // 2, stop)
 
     torch.manual_seed(999)  # another process, another claim
-    other = BaseModel.load(options) if stop == 1 else base
     again = dataclasses.replace(run, claim=2, resume_from=saved.folder)
-    result, weights, events = trained(other, again)
+    result, weights, events = trained(BaseModel.load(options) if stop == 1 else base, again)
     assert same(weights, unbroken["weights"])
     assert result.losses == unbroken["result"].losses
     assert (result.resumed_from, result.steps, result.epochs) == (stop // 2, 6, 3)

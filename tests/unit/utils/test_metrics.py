@@ -38,7 +38,7 @@ def test_a_scraper_can_read_them(accept: str, parse: type) -> None:
     metrics = Metrics()
     metrics.jobs.labels("failed", ErrorCode.GPU_OOM).inc(2)
     text, content_type = metrics.render(accept)
-    assert content_type.split(";")[0] == accept.split(";")[0]
+    assert content_type.partition(";")[0] == accept.partition(";")[0]
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in parse(text.decode())
