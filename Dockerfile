@@ -21,6 +21,11 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/venv/bin/python --requirements /build/requirements.txt
 
 FROM ${BASE} AS runtime
+# For COMPILE_FROM_STEPS: torch.compile builds what starts its kernels with gcc. uv's Python brings the headers.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 # Ubuntu's image has a user of its own with this id.
 RUN userdel --remove ubuntu \
     && useradd --uid 1000 --create-home trainer \

@@ -103,6 +103,7 @@ class TrainerSettings(BaseSettings):
     hf_home: AbsolutePath | None = None
     mixed_precision: Literal["fp16", "bf16", "no"] = "fp16"
     gradient_checkpointing: Literal["true", "false", "auto"] = "true"
+    compile_from_steps: int = Field(0, ge=0)
     cuda_visible_devices: str | None = None
     allow_cpu: bool = False
 
@@ -177,6 +178,7 @@ class TrainerSettings(BaseSettings):
             base_model_revision=self.base_model_revision,
             mixed_precision=self.mixed_precision,
             gradient_checkpointing=self.gradient_checkpointing,
+            compile_from_steps=self.compile_from_steps,
             allow_cpu=self.allow_cpu,
             log_level=self.log_level,
             log_format=self.log_format,
@@ -197,6 +199,8 @@ class TrainerSettings(BaseSettings):
             environment["HF_TOKEN"] = self.hf_token.get_secret_value()
         if self.hf_home:
             environment["HF_HOME"] = str(self.hf_home)
+            # Beside the base model, on its volume: what was compiled outlives a restart.
+            environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.hf_home / "torchinductor"))
         if self.cuda_visible_devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
         return environment

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from training.base_files import first_line, hash_of_weights, load_part, locate
+from training.compilation import Compilation
 from training.device import choose_device, free_memory, gpu_error, out_of_memory
 from training.lora_config import HyperParameters, TrainerOptions
 from utils.errors import BaseModelUnavailable, GpuBroken, TrainingFailed
@@ -43,6 +44,7 @@ class BaseModel:
         unet, vae, text_encoder, tokenizer: The parts, in evaluation mode, without gradients.
         scheduler: The base's own noise schedule and prediction type, as a DDPM scheduler.
         warnings: Sentences for the report, about the machine rather than a run.
+        compilation: Compiles the UNet's blocks for long jobs, where that is asked for.
         drifted: True once GPU memory did not come back after a run: the process should be replaced.
     """
 
@@ -54,12 +56,14 @@ class BaseModel:
         device: torch.device,
         dtype: torch.dtype,
         checkpointing: str,
+        compile_from_steps: int,
     ) -> None:
         """Load from a complete local diffusers folder; `load` is the way in."""
         self.name, self.device, self.dtype = name, device, dtype
         self.warnings: tuple[str, ...] = ()
         self.drifted = False
         self._checkpointing = checkpointing
+        self.compilation = Compilation(compile_from_steps)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.scheduler: Any = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         self.text_encoder = load_part(CLIPTextModel, folder, "text_encoder", dtype).to(device)
@@ -86,6 +90,7 @@ class BaseModel:
                 device=device,
                 dtype=dtype,
                 checkpointing=options.gradient_checkpointing,
+                compile_from_steps=options.compile_from_steps,
             )
         except Exception as error:
             if out_of_memory(error):
@@ -211,6 +216,7 @@ class BaseModel:
 
     def take_off(self) -> None:
         """Take the LoRA off, if one is on, with everything that belongs to its training."""
+        self.compilation.end(self.unet)
         if getattr(self.unet, "peft_config", None):
             self.unet.unload_lora()
         self.unet.disable_gradient_checkpointing()

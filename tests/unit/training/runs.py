@@ -36,6 +36,13 @@ def same(left: Weights, right: Weights) -> bool:
     return list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def close(left: Weights, right: Weights) -> bool:
+    """Whether two LoRAs are equal but for rounding."""
+    return left.keys() == right.keys() and all(
+        torch.allclose(left[name], right[name], rtol=1e-3, atol=2e-5) for name in left
+    )
+
+
 def stop_after(checks: int) -> Callable[[], StopReason | None]:
     """Answers `None` so many times, then asks to stop."""
     answers = iter([None] * checks)

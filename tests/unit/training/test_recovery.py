@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
-    Weights,
+    close,
     checkpoints,
     in_one_go,
     lora_of,
@@ -90,13 +90,6 @@ def rates_of(run: Callable[[], Any]) -> list[float]:
     finally:
         handle.remove()
     return rates
-
-
-def close(left: Weights, right: Weights) -> bool:
-    """Whether two LoRAs are equal but for rounding."""
-    return left.keys() == right.keys() and all(
-        torch.allclose(left[name], right[name], rtol=1e-3, atol=2e-5) for name in left
-    )
 
 
 # ---- memory --------------------------------------------------------------------------------------
