@@ -8,6 +8,7 @@ ends when its pipe does, at once.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -40,9 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inbox = Inbox(os.fdopen(parsed.runs_fd, "rb", buffering=0))
     inbox.start()
 
+    # What the libraries bring, half a million objects, lives as long as the process: looking through
+    # it for garbage takes a fifth of the start, and a third of a second each time memory is freed.
+    gc.disable()
     from training.child import Child  # pylint: disable=import-outside-toplevel
     from utils import logger  # pylint: disable=import-outside-toplevel
 
+    gc.freeze()
+    gc.enable()
     logger.configure(level=options.log_level, log_format=options.log_format, secrets=())
     events = os.fdopen(parsed.events_fd, "wb", buffering=0)
     Child(options, inbox, events, bound=logger.bound).serve()
