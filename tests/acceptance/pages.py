@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,14 +44,16 @@ class Pages:
         return self.ask(path)[0]
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series, by its name without the prefix.
+        """The value of one series, by its name without the prefix; 0 while there is none of it.
 
         Raises:
-            KeyError: It is not exported.
+            KeyError: Nothing of that name is exported.
         """
         text = self.ask("/metrics", headers={"Accept": "text/plain"})[2].decode()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == f"{PREFIX}_{name}" and sample.labels == labels:
                     return float(sample.value)
+            if labels and re.fullmatch(family.name + "(_total|_count|_sum)?", f"{PREFIX}_{name}"):
+                return 0.0  # what has labels begins with the first thing that is counted
         raise KeyError(name)
