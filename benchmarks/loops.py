@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,8 +27,11 @@ from training.course import Course
 from training.dataset import Dataset, prepare
 from training.device import free_memory, one_run_accelerator, peak_memory_bytes
 from training.lora_config import HyperParameters, Picture, TrainingRun
+from training.result import TrainingResult
 from training.trainer import LoRATrainer
 from utils.events import Event, Progress
+
+READING = "reading the picture"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,29 +39,39 @@ class Leg:
     """One measured stretch.
 
     Attributes:
-        step_seconds: Of one optimizer step, on average, the first left out.
+        step_seconds: Of one optimizer step, on average, the first epoch left out.
         peak_bytes: Of the GPU; on a CPU of the whole process, which says nothing of the leg.
+        parts: Of the plain loop on a CPU: the seconds a step spends in each part of it.
     """
 
     step_seconds: float
     peak_bytes: int
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """What a leg is measured by: on a CPU the time that this process computes.
+
+    Whatever else runs on a machine without a GPU takes turns with the loops there.
+    """
+    return time.monotonic if device.type == "cuda" else time.process_time
 
 
 def run_of(
     case: Case, pictures: list[Path], folder: Path, *, steps: int, every: int
 ) -> TrainingRun:
-    """A run of at least so many steps.
+    """A run of an epoch and at least so many steps.
 
     Args:
         case: Size and number of its batches.
         pictures: As many as the case wants, or more.
         folder: Where it writes.
-        steps: Optimizer steps, rounded up to whole epochs.
+        steps: Optimizer steps after the first epoch, rounded up to whole epochs, at least two.
         every: Epochs between checkpoints.
     """
     an_epoch = -(-case.pictures // case.batch_size)
     parameters = HyperParameters(
-        epochs=min(1000, max(2, -(-steps // an_epoch))),
+        epochs=min(1000, 1 + max(2, -(-steps // an_epoch))),  # the first warms up
         batch_size=case.batch_size,
         resolution=case.resolution,
     )
@@ -75,23 +90,17 @@ def run_of(
 
 
 def ours(base: BaseModel, case: Case, run: TrainingRun, data: Dataset) -> Leg:
-    """The product's own trainer; probe and checkpoints are not in its rate."""
-    course = dataclasses.replace(Course.of(run.parameters), checkpointing=case.checkpointing)
-    try:
-        result = LoRATrainer(run, base, data, course=course).train()
-    finally:
-        base.detach()
-        free_memory(base.device)
-    return Leg(1 / (result.steps_per_second or float("nan")), result.peak_memory_bytes)
+    """The product's own trainer, from the first epoch's end to the last one's."""
+    ends, result = _train(base, case, run, data)
+    steps = result.steps // run.parameters.epochs * (len(ends) - 1)
+    return Leg((ends[-1] - ends[0]) / steps, result.peak_memory_bytes)
 
 
-def checkpoint_cost(base: BaseModel, case: Case, run: TrainingRun, data: Dataset) -> dict[str, Any]:
-    """What an epoch takes that follows a checkpoint, over one that does not, in one run.
-
-    The run's `checkpoint_interval` must be 2, so that they alternate. A checkpoint is made behind
-    the line `epoch_done`; the probe's mean time is taken off.
-    """
-    ends = _Ends()
+def _train(
+    base: BaseModel, case: Case, run: TrainingRun, data: Dataset
+) -> tuple[list[float], TrainingResult]:
+    """Train, and take down when each epoch ended."""
+    ends = _Ends(clock(base.device))
     trainer_log = logging.getLogger("training.trainer")
     level = trainer_log.level
     trainer_log.addHandler(ends)
@@ -103,7 +112,18 @@ def checkpoint_cost(base: BaseModel, case: Case, run: TrainingRun, data: Dataset
         trainer_log.removeHandler(ends)
         trainer_log.setLevel(level)
         base.detach()
-    lengths = [later - earlier for earlier, later in zip(ends.times, ends.times[1:])]
+        free_memory(base.device)
+    return ends.times, result
+
+
+def checkpoint_cost(base: BaseModel, case: Case, run: TrainingRun, data: Dataset) -> dict[str, Any]:
+    """What an epoch takes that follows a checkpoint, over one that does not, in one run.
+
+    The run's `checkpoint_interval` must be 2, so that they alternate. A checkpoint is made behind
+    the line `epoch_done`; the probe's mean time is taken off.
+    """
+    ends, result = _train(base, case, run, data)
+    lengths = [later - earlier for earlier, later in zip(ends, ends[1:])]
     probe = result.probe_seconds / max(1, len(result.probes))
     # lengths[0] is epoch 2's; epochs 3, 5, … begin with the checkpoint of the one before.
     without, after = statistics.median(lengths[::2]), statistics.median(lengths[1::2]) - probe
@@ -118,14 +138,15 @@ def checkpoint_cost(base: BaseModel, case: Case, run: TrainingRun, data: Dataset
 class _Ends(logging.Handler):
     """Notes when each epoch ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
         super().__init__()
+        self._now = now
         self.times: list[float] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         """logging's hook."""
         if record.getMessage() == "epoch_done":
-            self.times.append(time.monotonic())
+            self.times.append(self._now())
 
 
 def first_step_seconds(base: BaseModel, case: Case, pictures: list[Path]) -> float:
@@ -179,6 +200,29 @@ def _endless(loader: DataLoader[tuple[Tensor, str]]) -> Iterator[tuple[Tensor, l
         yield from loader
 
 
+class _Watch:
+    """Adds up what each part of a step takes; a GPU would have to be waited for, and has no parts.
+
+    Args:
+        now: The leg's clock.
+        looks: Whether it looks at all.
+    """
+
+    def __init__(self, now: Callable[[], float], looks: bool) -> None:
+        self._now, self._looks = now, looks
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def on(self, part: str) -> Iterator[None]:
+        """Whatever is done inside belongs to this part."""
+        if not self._looks:
+            yield
+            return
+        began = self._now()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - began
+
+
 def plain(base: BaseModel, case: Case, run: TrainingRun) -> Leg:
     """The popular way: each step decodes, encodes picture and prompt, and reads the loss.
 
@@ -189,47 +233,78 @@ def plain(base: BaseModel, case: Case, run: TrainingRun) -> Leg:
     free_memory(base.device)
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
-    steps = run.parameters.epochs * -(-case.pictures // case.batch_size)
+    an_epoch = -(-case.pictures // case.batch_size)
+    counted, now = (run.parameters.epochs - 1) * an_epoch, clock(base.device)
     try:
         with one_run_accelerator(base.device, base.dtype) as accelerator:
-            weights = base.attach(run.parameters, checkpointing=case.checkpointing)
-            optimizer = accelerator.prepare_optimizer(
-                torch.optim.AdamW(weights, lr=run.parameters.learning_rate, weight_decay=0.01)
-            )
-            loader = DataLoader(_Pictures(run), batch_size=case.batch_size, shuffle=True)
-            batches = _endless(loader)
-            began = 0.0
-            for step in range(steps):
-                pixels, captions = next(batches)
-                loss = _plain_loss(base, pixels, captions, accelerator)
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(weights, run.parameters.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                loss.item()  # shown beside the progress bar
-                if step == 0:
-                    began = time.monotonic()
-            seconds = time.monotonic() - began
-        return Leg(seconds / (steps - 1), peak_memory_bytes(base.device))
+            loop = _PlainLoop(base, case, run, accelerator)
+            for _ in range(an_epoch):  # it warms up
+                loop.step()
+            loop.watch.seconds.clear()
+            began = now()
+            for _ in range(counted):
+                loop.step()
+            seconds = now() - began
+        parts = {part: spent / counted for part, spent in loop.watch.seconds.items()}
+        return Leg(seconds / counted, peak_memory_bytes(base.device), parts)
     finally:
         base.detach()
         free_memory(base.device)
 
 
-def _plain_loss(base: BaseModel, pixels: Tensor, captions: list[str], accelerator: Any) -> Tensor:
-    device, schedule = base.device, base.scheduler
-    with torch.no_grad(), accelerator.autocast():
-        encoded = base.vae.encode(pixels.to(device)).latent_dist.sample()
-        tokens = base.tokenizer(
-            captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+class _PlainLoop:
+    """What the popular script keeps between its steps."""
+
+    def __init__(
+        self, base: BaseModel, case: Case, run: TrainingRun, accelerator: Accelerator
+    ) -> None:
+        self._base, self._accelerator, self._parameters = base, accelerator, run.parameters
+        self.watch = _Watch(clock(base.device), base.device.type != "cuda")
+        self._weights = base.attach(run.parameters, checkpointing=case.checkpointing)
+        self._optimizer = accelerator.prepare_optimizer(
+            torch.optim.AdamW(self._weights, lr=run.parameters.learning_rate, weight_decay=0.01)
         )
-        text = base.text_encoder(tokens.input_ids.to(device))[0]
-    latents = encoded.float() * base.vae.config.scaling_factor
-    noise = torch.randn_like(latents)
-    timesteps = torch.randint(schedule.config.num_train_timesteps, (len(latents),), device=device)
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    with accelerator.autocast():
-        predicted = base.unet(
-            noisy.to(base.dtype), timesteps, encoder_hidden_states=text.to(base.dtype)
-        ).sample
-    return F.mse_loss(predicted.float(), noise)
+        loader = DataLoader(_Pictures(run), batch_size=case.batch_size, shuffle=True)
+        self._batches = _endless(loader)
+
+    def step(self) -> None:
+        """One optimizer step."""
+        watch, accelerator = self.watch, self._accelerator
+        with watch.on(READING):
+            pixels, captions = next(self._batches)
+        loss = self._loss(pixels, captions)
+        with watch.on("UNet, backward"):
+            accelerator.backward(loss)
+        with watch.on("clipping"):
+            accelerator.clip_grad_norm_(self._weights, self._parameters.max_grad_norm)
+        with watch.on("AdamW"):
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        loss.item()  # shown beside the progress bar
+
+    def _loss(self, pixels: Tensor, captions: list[str]) -> Tensor:
+        base, accelerator = self._base, self._accelerator
+        device, schedule = base.device, base.scheduler
+        with torch.no_grad(), accelerator.autocast():
+            with self.watch.on("VAE"):
+                encoded = base.vae.encode(pixels.to(device)).latent_dist.sample()
+            with self.watch.on("text encoder"):
+                tokens = base.tokenizer(
+                    captions,
+                    padding="max_length",
+                    max_length=77,
+                    truncation=True,
+                    return_tensors="pt",
+                )
+                text = base.text_encoder(tokens.input_ids.to(device))[0]
+        latents = encoded.float() * base.vae.config.scaling_factor
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(
+            schedule.config.num_train_timesteps, (len(latents),), device=device
+        )
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        with accelerator.autocast(), self.watch.on("UNet, forward"):
+            predicted = base.unet(
+                noisy.to(base.dtype), timesteps, encoder_hidden_states=text.to(base.dtype)
+            ).sample
+        return F.mse_loss(predicted.float(), noise)

@@ -1,4 +1,4 @@
-"""Pictures to train on: made on the spot, all different, as large as photographs."""
+"""Pictures to train on: made on the spot, all different, of the kind that artists upload."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+SIDE = 1024
 
-def paint(folder: Path, count: int, side: int) -> list[Path]:
-    """Write so many square pictures of soft colour fields with some grain.
+
+def paint(folder: Path, count: int) -> list[Path]:
+    """Write so many JPEG files of 1024 x 1024 pixels, soft colour fields with some grain.
 
     Args:
         folder: Where; made if need be.
         count: How many.
-        side: In pixels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(11)
     paths = []
     for number in range(count):
         coarse = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        soft = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
-        grain = random.normal(0, 12, (side, side, 3))
+        soft = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        grain = random.normal(0, 12, (SIDE, SIDE, 1))
         pixels = np.clip(np.asarray(soft, dtype=np.float64) + grain, 0, 255).astype(np.uint8)
-        path = folder / f"picture-{number:02}.png"
-        Image.fromarray(pixels).save(path)
+        path = folder / f"picture-{number:02}.jpg"
+        Image.fromarray(pixels).save(path, quality=90)
         paths.append(path)
     return paths

@@ -1,4 +1,4 @@
-"""SD1.5 in its true size with random weights: as fast and large as the real one, no download."""
+"""SD1.5's own layout with random weights: as fast and large as the real one, no download."""
 
 from __future__ import annotations
 
@@ -11,46 +11,56 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sandbox.stand_in_model import build_stand_in
 
+NARROW = 8
+"""For machines without a GPU: every part an eighth as wide, and as deep as it is."""
 
-def full_size_unet() -> UNet2DConditionModel:
-    """SD1.5's UNet, by its published configuration: 859,520,964 parameters."""
+
+def unet(divisor: int = 1) -> UNet2DConditionModel:
+    """SD1.5's UNet, by its published configuration: 859,520,964 parameters.
+
+    Args:
+        divisor: Of all widths; 1 or `NARROW`.
+    """
     return UNet2DConditionModel(
         sample_size=64,
-        block_out_channels=(320, 640, 1280, 1280),
+        block_out_channels=tuple(width // divisor for width in (320, 640, 1280, 1280)),
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         layers_per_block=2,
-        cross_attention_dim=768,
+        cross_attention_dim=768 // divisor,
         attention_head_dim=8,
+        norm_num_groups=32 if divisor == 1 else 8,
     )
 
 
-def build_full_size(folder: Path) -> Path:
-    """Write it as a diffusers folder, 2 GB; the tokenizer and the schedule are the stand-in's.
+def build(folder: Path, divisor: int = 1) -> Path:
+    """Write the model as a diffusers folder; the tokenizer and the schedule are the stand-in's.
 
     Args:
         folder: Where; nothing may be there yet.
+        divisor: Of all widths: 1 for 2 GB in fp16, `NARROW` for 60 MB in fp32.
     """
     model = build_stand_in(folder)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parts = {
-            "unet": full_size_unet(),
+            "unet": unet(divisor),
             "vae": AutoencoderKL(
                 sample_size=512,
-                block_out_channels=(128, 256, 512, 512),
+                block_out_channels=tuple(width // divisor for width in (128, 256, 512, 512)),
                 down_block_types=("DownEncoderBlock2D",) * 4,
                 up_block_types=("UpDecoderBlock2D",) * 4,
                 layers_per_block=2,
                 latent_channels=4,
+                norm_num_groups=32 if divisor == 1 else 8,
                 scaling_factor=0.18215,
             ),
             "text_encoder": CLIPTextModel(
                 CLIPTextConfig(  # pylint: disable=unexpected-keyword-arg
                     vocab_size=49408,
-                    hidden_size=768,
-                    intermediate_size=3072,
+                    hidden_size=768 // divisor,
+                    intermediate_size=3072 // divisor,
                     num_hidden_layers=12,
                     num_attention_heads=12,
                     max_position_embeddings=77,
@@ -63,5 +73,7 @@ def build_full_size(folder: Path) -> Path:
         }
     for name, part in parts.items():
         shutil.rmtree(model / name)
-        part.half().save_pretrained(model / name, safe_serialization=True)
+        (part.half() if divisor == 1 else part).save_pretrained(
+            model / name, safe_serialization=True
+        )
     return model
