@@ -9,6 +9,7 @@ plain, ours, …), so that what drifts falls on both; the first pair warms up an
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import statistics
@@ -48,6 +49,9 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of legs that count.")] = 5,
     steps: Annotated[int, typer.Option(min=4, help="Optimizer steps a leg.")] = 60,
     batch_sizes: Annotated[str, typer.Option(help="On a GPU, separated by commas.")] = "1,4,8",
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile", help="Also with COMPILE_FROM_STEPS, and whether it pays.")
+    ] = False,
     quick: Annotated[bool, typer.Option(help="One small case, a pair of short legs.")] = False,
 ) -> None:
     """Measure, print a table, write it as JSON and as a plot."""
@@ -62,7 +66,10 @@ def main(
         cases = _cases(on_gpu, batch_sizes, quick)
         most = max(case.pictures for case in cases)
         bench = _Bench(Path(place), on_gpu, most, steps, repeats)
-        results = _with_lost_seconds([bench.measure(case) for case in cases])
+        gc.freeze()  # as in the trainer's process, for both loops
+        results = _with_lost_seconds(
+            [bench.measure(case, compile_blocks=compile_blocks) for case in cases]
+        )
         document = bench.facts | {"results": results, "peers": bench.ask(peers, results)}
     output.mkdir(parents=True, exist_ok=True)
     (output / "benchmarks.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
@@ -127,7 +134,7 @@ class _Bench:
             "first_step_warm_seconds": warm,
         }
 
-    def measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: Case, *, compile_blocks: bool) -> dict[str, Any]:
         """One row: pairs of legs, and what a checkpoint costs."""
         base, folder = self._base, self._place / "work"
         run = loops.run_of(case, self._pictures, folder, steps=self._steps, every=1000)
@@ -142,6 +149,9 @@ class _Bench:
             done = row["ours"]["pictures_per_second"] * machine.TERAFLOP[case.checkpointing]
             row["share_of_matrix_rate"] = done / self.facts["matrix_teraflops"]
         row["checkpoint"] = self._checkpoint_cost(case, data)
+        if compile_blocks:
+            usual = row["ours"]["step_seconds"]
+            row["compiled"] = loops.compiled(base, case, run, data, usual)
         return row
 
     def _checkpoint_cost(self, case: Case, data: Dataset) -> dict[str, Any]:
@@ -222,13 +232,14 @@ def _show(document: dict[str, Any]) -> None:
     on_gpu = document["machine"]["cuda"] is not None
     table = Table(title=f"{document['machine']['device']}, {document['model']}")
     table.add_column("case")
-    for heading in ("steps/s", "plain", "ratio", "ckpt epoch", "lost s/epoch"):
-        table.add_column(heading, justify="right")
-    if not on_gpu:
-        table.add_column("without reading", justify="right")
+    headings = ["steps/s", "plain", "ratio"]
+    if on_gpu:
+        headings += ["ckpt epoch", "lost ms/epoch", "pictures/s", "of matrix rate"]
+        headings += ["peak GiB", "plain GiB"]
     else:
-        for heading in ("pictures/s", "of matrix rate", "peak GiB", "plain GiB"):
-            table.add_column(heading, justify="right")
+        headings.append("without reading")
+    for heading in headings:
+        table.add_column(heading, justify="right")
     names = [field.name for field in dataclasses.fields(Case)]
     for row in document["results"]:
         cells = [
@@ -236,13 +247,13 @@ def _show(document: dict[str, Any]) -> None:
             f"{row['ours']['steps_per_second']:.2f}",
             f"{row['plain']['steps_per_second']:.2f}",
             f"{row['ratio']:.2f} x",
-            f"{row['checkpoint']['share']:+.1%}",
-            f"{row['epoch_seconds_lost']:.3f}" if "epoch_seconds_lost" in row else "",
         ]
         if not on_gpu:
             cells.append(f"{row['ratio_without_reading']:.2f} x")
         else:
             cells += [
+                f"{row['checkpoint']['share']:+.1%}",
+                f"{1000 * row['epoch_seconds_lost']:.0f}" if "epoch_seconds_lost" in row else "",
                 f"{row['ours']['pictures_per_second']:.2f}",
                 f"{row['share_of_matrix_rate']:.0%}",
                 f"{row['ours']['peak_bytes'] / 2**30:.2f}",
@@ -250,6 +261,9 @@ def _show(document: dict[str, Any]) -> None:
             ]
         table.add_row(*cells)
     console.print(table)
+    for row in document["results"]:
+        if "compiled" in row:
+            console.print(_of_compiling(row), highlight=False)
     for peer in document["peers"]:
         console.print(f"{peer['peer']}, {peer['case']}: we are {peer['ratio']:.2f} x as fast.")
     console.print(
@@ -265,6 +279,20 @@ def _show(document: dict[str, Any]) -> None:
             + "."
         )
         console.print("Without a GPU the ratios alone mean anything; nothing else is a figure.")
+
+
+def _of_compiling(row: dict[str, Any]) -> str:
+    """One row's answer to whether `COMPILE_FROM_STEPS` pays."""
+    found = row["compiled"]
+    if "failure" in found:
+        return str(found["failure"])
+    gain = row["ours"]["step_seconds"] / found["step_seconds"]
+    pays = found["pays_from_steps"]
+    return (
+        f"Batch {row['batch_size']}, compiled: {gain:.2f} x as fast after "
+        f"{found['compile_seconds']:.0f} s of compiling; "
+        + (f"COMPILE_FROM_STEPS={pays} and above pays." if pays else "it never pays.")
+    )
 
 
 def _plot(document: dict[str, Any], file: Path) -> None:
