@@ -23,8 +23,10 @@ log = logging.getLogger(__name__)
 ADAPTER = "default"
 """Name of the adapter on the UNet while a run is in hand."""
 
-ROOMY_GPU_BYTES = 12 * 1024**3
-"""With this much free memory SD1.5 trains at 512 pixels without gradient checkpointing."""
+MODEL_BYTES, PICTURE_BYTES = 4 * 1024**3, 8 * 1024**3
+"""Free memory that training without gradient checkpointing is given: for the model and what is not
+known, and for each picture of 512 x 512 pixels in a batch. What autograd keeps of one was counted:
+4 GiB in fp16 at most, the other half is for what passes."""
 DRIFT_BYTES = 64 * 1024**2
 """A detached base that holds this much more GPU memory than a fresh one has leaked."""
 
@@ -205,7 +207,7 @@ class BaseModel:
         for weight in trainable:
             weight.data = weight.data.to(torch.float32)
         self.unet.train()  # the LoRA's dropout and gradient checkpointing act in this mode only
-        if checkpointing or self._wants_checkpointing():
+        if checkpointing or self._wants_checkpointing(parameters):
             self.unet.enable_gradient_checkpointing()  # the non-reentrant kind, by default
         return trainable
 
@@ -268,13 +270,12 @@ class BaseModel:
         finally:
             self.unet.to(self.device)
 
-    def _wants_checkpointing(self) -> bool:
-        """`auto` means: on a GPU with less than `ROOMY_GPU_BYTES` free."""
+    def _wants_checkpointing(self, parameters: HyperParameters) -> bool:
+        """`auto` means: on a GPU without room for all that a batch leaves behind."""
         if self._checkpointing == "auto":
-            return (
-                self.device.type == "cuda"
-                and torch.cuda.mem_get_info(self.device)[0] < ROOMY_GPU_BYTES
-            )
+            pictures = parameters.batch_size * (parameters.resolution / 512) ** 2
+            needed = MODEL_BYTES + pictures * PICTURE_BYTES
+            return self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < needed
         return self._checkpointing == "true"
 
     def _fingerprint(self) -> Fingerprint:

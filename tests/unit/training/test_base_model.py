@@ -312,3 +312,26 @@ def test_an_error_of_the_device_is_told_from_any_other(error: Exception, kind: t
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("CUDA error")])
 def test_an_error_of_the_program_is_not_blamed_on_the_gpu(error: Exception) -> None:
     assert gpu_error(error) is None
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "resolution", "batch_size", "on"),
+    [(13, 512, 1, False), (11, 512, 1, True), (13, 512, 2, True), (13, 768, 1, True)],
+)
+def test_checkpointing_is_automatic_by_the_room_that_the_batch_needs(
+    stand_in: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free_gib: int,
+    resolution: int,
+    batch_size: int,
+    on: bool,
+) -> None:
+    options = TrainerOptions(str(stand_in), allow_cpu=True, gradient_checkpointing="auto")
+    base = BaseModel.load(options)
+    base.attach(HyperParameters(resolution=resolution, batch_size=batch_size))
+    assert not base.checkpointing, "there is no GPU whose memory could be short"
+    base.take_off()
+    monkeypatch.setattr(base, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib * 1024**3, None))
+    base.attach(HyperParameters(resolution=resolution, batch_size=batch_size))
+    assert base.checkpointing is on
