@@ -64,8 +64,7 @@ def main(
         torch.set_num_threads(1)  # two would wait for each other, and the waiting would count
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as place:
         cases = _cases(on_gpu, batch_sizes, quick)
-        most = max(case.pictures for case in cases)
-        bench = _Bench(Path(place), on_gpu, most, steps, repeats)
+        bench = _Bench(Path(place), on_gpu, max(case.pictures for case in cases), steps, repeats)
         gc.freeze()  # as in the trainer's process, for both loops
         results = _with_lost_seconds(
             [bench.measure(case, compile_blocks=compile_blocks) for case in cases]

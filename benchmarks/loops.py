@@ -132,20 +132,18 @@ def compiled(
         pays (None: never); or why it was left out.
     """
     before, base.compilation = base.compilation, Compilation(1)
-    now = clock(base.device)
-    began = now()
+    began = clock(base.device)()
     try:
         ends, result = _train(base, case, run, data)
     except Exception as error:  # pylint: disable=broad-exception-caught
-        sentence = base.compilation.failed_by(error)
-        if sentence is None:
+        if (sentence := base.compilation.failed_by(error)) is None:
             raise
         return {"failure": sentence}
     finally:
         base.compilation = before
-    an_epoch = result.steps // run.parameters.epochs
-    step = (ends[-1] - ends[0]) / (an_epoch * (len(ends) - 1))
-    compiling = ends[0] - began - an_epoch * step
+    an_epoch = (ends[-1] - ends[0]) / (len(ends) - 1)
+    step = an_epoch * run.parameters.epochs / result.steps
+    compiling = ends[0] - began - an_epoch
     pays = math.ceil(compiling / (usual - step)) if step < usual else None
     return {"step_seconds": step, "compile_seconds": compiling, "pays_from_steps": pays}
 
