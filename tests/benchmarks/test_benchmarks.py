@@ -1,0 +1,155 @@
+"""`python -m benchmarks` runs anywhere, measures what it says, and takes in other trainers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import loops, sd15
+from benchmarks.case import Case
+from benchmarks.peers import DIFFUSERS, KOHYA, Peer, PeerFailed
+from benchmarks.pictures import paint
+
+ROOT = Path(__file__).parents[2]
+CASE = Case(1, True, 4, 64)
+
+
+def run(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a person types it."""
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--output", str(output), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module", name="measured")
+def _measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What a quick run leaves behind, and what it prints."""
+    output = tmp_path_factory.mktemp("benchmarks")
+    done = run(output, "--quick")
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_one_command_prints_a_table_and_writes_figures_and_a_plot(
+    measured: tuple[Path, str],
+) -> None:
+    output, printed = measured
+    assert "ratio" in printed and "batch 1, checkpointing" in printed
+    assert (output / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
+    document: dict[str, Any] = json.loads((output / "benchmarks.json").read_text("utf-8"))
+    assert document["machine"]["torch"] == torch.__version__
+    assert document["matrix_teraflops"] > 0
+    assert 0 < document["first_step_warm_seconds"] < document["first_step_cold_seconds"]
+    (row,) = document["results"]
+    assert row["ratio"] == pytest.approx(
+        row["plain"]["step_seconds"] / row["ours"]["step_seconds"], rel=1e-6
+    )
+    for side in ("ours", "plain"):
+        assert row[side]["steps_per_second"] == pytest.approx(1 / row[side]["step_seconds"])
+        assert len(row[side]["legs"]) == document["pairs"] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has its own test below")
+def test_a_step_is_faster_than_the_plain_loop_s_and_the_rest_is_accounted_for(
+    measured: tuple[Path, str],
+) -> None:
+    """How much faster is docs/benchmarks.md's to say: here other tests run beside it."""
+    output, printed = measured
+    (row,) = json.loads((output / "benchmarks.json").read_text("utf-8"))["results"]
+    assert row["ratio"] > 1.15
+    assert 1 < row["ratio_without_reading"] < row["ratio"]
+    parts = row["plain"]["parts"]
+    assert {loops.READING, "VAE", "text encoder", "AdamW"} < set(parts)
+    assert 0.8 < sum(parts.values()) / row["plain"]["step_seconds"] <= 1
+    assert "ratios alone" in printed
+
+
+def test_the_full_model_has_sd15_s_own_size() -> None:
+    with torch.device("meta"):
+        unet = sd15.unet()
+    assert sum(weight.numel() for weight in unet.parameters()) == 859_520_964
+
+
+def test_the_narrow_model_has_as_many_layers_as_the_full_one() -> None:
+    with torch.device("meta"):
+        full, narrow = sd15.unet(), sd15.unet(sd15.NARROW)
+    assert [name for name, _ in full.named_modules()] == [
+        name for name, _ in narrow.named_modules()
+    ]
+
+
+PEER = """
+import json, pathlib, sys, time
+known = dict(part.removeprefix("--").partition("=")[::2] for part in sys.argv[1:])
+data = pathlib.Path(known["train_data_dir"])
+found = sorted(path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file())
+pathlib.Path(known["output_dir"]).parent.joinpath("asked.json").write_text(
+    json.dumps({"arguments": known, "files": found})
+)
+time.sleep({start} + int(known["max_train_steps"]) * {step})
+"""
+
+
+def peer(folder: Path, name: str, *, start: float = 0.3, step: float = 0.05) -> Peer:
+    """A script of another trainer's name, which takes its time."""
+    script = folder / name
+    text = PEER.replace("{start}", str(start)).replace("{step}", str(step))
+    script.write_text(text, "utf-8")
+    return Peer(script)
+
+
+@pytest.mark.parametrize("name", [DIFFUSERS, KOHYA])
+def test_another_trainer_s_step_is_timed_without_its_start(tmp_path: Path, name: str) -> None:
+    other = peer(tmp_path, name, start=3.0, step=0.2)
+    pictures = paint(tmp_path / "pictures", 5)
+    seconds = other.step_seconds(CASE, tmp_path / "model", pictures, tmp_path / "w", few=2, many=12)
+    assert 0.12 < seconds < 0.3
+    asked = json.loads((tmp_path / "w" / "asked.json").read_text("utf-8"))
+    arguments = asked["arguments"]
+    assert arguments["pretrained_model_name_or_path"] == str(tmp_path / "model")
+    assert (arguments["train_batch_size"], arguments["resolution"]) == ("1", "64")
+    assert arguments["mixed_precision"] == "fp16" and "gradient_checkpointing" in arguments
+    if name == KOHYA:
+        assert "cache_latents" in arguments
+        assert len(asked["files"]) == 8, "four pictures, each with its caption beside it"
+        assert all(file.startswith("1_style/") for file in asked["files"])
+    else:
+        assert len(asked["files"]) == 5 and "metadata.jsonl" in asked["files"]
+
+
+def test_a_trainer_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
+    script = tmp_path / DIFFUSERS
+    script.write_text("raise SystemExit('no module named datasets')", "utf-8")
+    with pytest.raises(PeerFailed, match="no module named datasets"):
+        Peer(script).step_seconds(
+            CASE, tmp_path, paint(tmp_path / "pictures", 4), tmp_path / "work", few=2, many=4
+        )
+
+
+def test_a_script_of_another_name_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    done = run(tmp_path, "--quick", "--peer-script", str(tmp_path / "train.py"))
+    assert done.returncode == 2
+    assert "train.py" in done.stderr and KOHYA in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_goals_are_met(tmp_path: Path) -> None:
+    done = run(tmp_path, "--batch-sizes", "1", "--repeats", "2", "--steps", "30")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "benchmarks.json").read_text("utf-8"))["results"]
+    for row in rows:
+        if row["checkpointing"]:
+            assert row["ours"]["peak_bytes"] < 4 * 2**30
+        assert row["checkpoint"]["share"] < 0.05
+        assert row["ratio"] > 1.4
