@@ -59,7 +59,7 @@ class Compilation:
                 module._compiled_call_impl = None  # pylint: disable=protected-access
                 compiled = True
         if compiled:
-            torch._dynamo.reset()  # pylint: disable=protected-access
+            torch.compiler.reset()
 
     def prove(self, gradient: Callable[[], Tensor]) -> None:
         """Hold what is compiled against what is written, before a job relies on it.

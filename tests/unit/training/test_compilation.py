@@ -23,21 +23,21 @@ COMPILED: list[GraphModule] = []
 
 
 @register_backend
-def counts(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+def counts(graph: GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
     """Computes a graph as it stands: quick, and the same to the bit."""
     COMPILED.append(graph)
     return graph.forward
 
 
 @register_backend
-def has_no_compiler(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+def has_no_compiler(graph: GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
     """As on a machine without a C compiler."""
     COMPILED.append(graph)
     raise RuntimeError("no C compiler was found")
 
 
 @register_backend
-def computes_wrong(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+def computes_wrong(graph: GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
     """Runs without a complaint, and is off by a tenth."""
     COMPILED.append(graph)
     return lambda *arguments: tuple(1.1 * part for part in graph.forward(*arguments))
@@ -47,7 +47,7 @@ def computes_wrong(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., An
 def compiling(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], None]:
     """Has the base compile from so many steps on, by one of the backends."""
     COMPILED.clear()
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
     def set_up(from_steps: int, backend: str) -> None:
         monkeypatch.setattr(base, "compilation", Compilation(from_steps, backend))
@@ -78,7 +78,9 @@ def test_what_one_job_compiled_is_not_there_in_the_next(
     _, _, _ = trained(base, make_run(count=3, epochs=1))
     assert not COMPILED
     assert not [
-        name for name, part in base.unet.named_modules() if part._compiled_call_impl is not None
+        name
+        for name, part in base.unet.named_modules()
+        if part._compiled_call_impl is not None  # pylint: disable=protected-access
     ]
 
 
@@ -89,7 +91,7 @@ def test_looks_at_samples_and_probes_compile_nothing(
     trained(base, make_run(count=3, epochs=1))
     few = len(COMPILED)
     COMPILED.clear()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     looking = make_run(count=3, epochs=2)
     held_out = looking.pictures[:1]
     looking = dataclasses.replace(

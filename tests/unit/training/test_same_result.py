@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import Weights, in_one_go, lora_of, trained
 from training.base_model import BaseModel
-from training.dataset import prepare
+from training.dataset import Dataset, prepare
 from training.lora_config import Picture, TrainingRun
 from training.objective import Chance
 from training.plan import Plan
@@ -29,10 +31,8 @@ def plainly_trained(base: BaseModel, run: TrainingRun) -> tuple[list[float], Wei
     Only what is random is drawn as the product draws it: the LoRA's first weights, the order, noise
     and timesteps, and the dropout's masks.
     """
-    parameters, data, schedule = run.parameters, prepare(run, base), base.scheduler
+    parameters, data = run.parameters, prepare(run, base)
     plan = Plan(data.shapes, parameters)
-    pictures = [data.batch([index])[0] for index in range(len(data.usable))]
-    side = parameters.resolution // 8
     weights = base.attach(parameters)
     noise_seed, dropout_seed = np.random.SeedSequence(parameters.seed).generate_state(2)
     torch.manual_seed(int(dropout_seed))
@@ -40,37 +40,46 @@ def plainly_trained(base: BaseModel, run: TrainingRun) -> tuple[list[float], Wei
     optimizer = torch.optim.AdamW(
         weights, lr=parameters.learning_rate, weight_decay=parameters.weight_decay, foreach=False
     )
-    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     losses: list[list[float]] = [[] for _ in range(parameters.epochs)]
     try:
         for step in range(plan.total_steps):
             (batch,) = plan.batches(step)
-            drawn = Chance.draw(
-                (len(batch), 4, side, side),
-                timesteps=1000,
-                caption_dropout=parameters.caption_dropout,
-                generator=generator,
-            )
-            with torch.no_grad():
-                captions = [
-                    "" if dropped else run.pictures[index].caption
-                    for index, dropped in zip(batch, drawn.uncaptioned.tolist(), strict=True)
-                ]
-                text = base.encode_prompts(captions)
-                latents = torch.cat([pictures[index].mean for index in batch])
-                latents = latents + drawn.sample * torch.cat([pictures[i].std for i in batch])
-            noisy = schedule.add_noise(latents, drawn.noise, drawn.timesteps)
-            predicted = base.unet(noisy, drawn.timesteps, encoder_hidden_states=text).sample
-            each = F.mse_loss(predicted, drawn.noise, reduction="none").mean(dim=(1, 2, 3))
-            weight = (parameters.snr_gamma / snr[drawn.timesteps]).clamp(max=1.0)
-            (each * weight).mean().backward()
+            each, weighted = plain_losses(base, run, data, batch, generator)
+            torch.autograd.backward(weighted)
             torch.nn.utils.clip_grad_norm_(weights, parameters.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            losses[step // plan.steps_per_epoch] += each.tolist()
+            losses[step // plan.steps_per_epoch] += each
         return [sum(epoch) / len(epoch) for epoch in losses], lora_of(base)
     finally:
         base.detach()
+
+
+def plain_losses(
+    base: BaseModel, run: TrainingRun, data: Dataset, batch: list[int], generator: torch.Generator
+) -> tuple[list[float], Tensor]:
+    """Each picture's error, and the batch's mean with the min-SNR weights, in float32."""
+    drawn = Chance.draw(
+        (len(batch), 4, run.parameters.resolution // 8, run.parameters.resolution // 8),
+        timesteps=1000,
+        caption_dropout=run.parameters.caption_dropout,
+        generator=generator,
+    )
+    captions = [
+        "" if dropped else run.pictures[index].caption
+        for index, dropped in zip(batch, drawn.uncaptioned.tolist(), strict=True)
+    ]
+    pictures = [data.batch([index])[0] for index in batch]
+    latents = torch.cat([picture.mean for picture in pictures])
+    latents = latents + drawn.sample * torch.cat([picture.std for picture in pictures])
+    noisy = base.scheduler.add_noise(latents, drawn.noise, drawn.timesteps)
+    with torch.no_grad():
+        text = base.encode_prompts(captions)
+    predicted = base.unet(noisy, drawn.timesteps, encoder_hidden_states=text).sample
+    each = F.mse_loss(predicted, drawn.noise, reduction="none").mean(dim=(1, 2, 3))
+    signal = base.scheduler.alphas_cumprod[drawn.timesteps]
+    snr = signal / (1 - signal)
+    return each.tolist(), (each * (run.parameters.snr_gamma / snr).clamp(max=1.0)).mean()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -111,15 +120,22 @@ def test_latents_are_distributed_as_the_vae_s_own_samples(
     drawn = Chance.draw(shape, timesteps=1000, caption_dropout=0.0, generator=generator)
     cached = latents.mean + latents.std * drawn.sample
 
-    factor = base.vae.config.scaling_factor
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1.0
-    with torch.no_grad():
-        posterior = base.vae.encode(image).latent_dist
-        encoded = torch.cat([posterior.sample(generator) * factor for _ in range(4000)])
+    encoded = encoded_each_time(base, pixels, 4000, generator)
     spread = encoded.std(dim=0)
     # The difference of two means of 4,000 samples is a 45th of their spread, of two spreads a 63rd.
     assert float(((cached.mean(dim=0) - encoded.mean(dim=0)) / spread).abs().max()) < 5 / 45
     assert float((cached.std(dim=0) / spread - 1).abs().max()) < 5 / 63
+
+
+def encoded_each_time(
+    base: BaseModel, pixels: NDArray[np.uint8], times: int, generator: torch.Generator
+) -> Tensor:
+    """The picture's latents as the VAE samples them, anew each time."""
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1.0
+    with torch.no_grad():
+        posterior = base.vae.encode(image).latent_dist
+        sampled = torch.cat([posterior.sample(generator) for _ in range(times)])
+    return sampled * float(base.vae.config.scaling_factor)
 
 
 def test_noise_is_normal_and_timesteps_are_uniform() -> None:
