@@ -292,7 +292,9 @@ class _PlainLoop:
     ) -> None:
         self._base, self._accelerator, self._parameters = base, accelerator, run.parameters
         self.watch = _Watch(clock(base.device), base.device.type != "cuda")
-        self._weights = base.attach(run.parameters, checkpointing=case.checkpointing)
+        self._weights = base.attach(run.parameters)
+        if case.checkpointing:
+            base.unet.enable_gradient_checkpointing()  # torch's, as the script has it
         self._optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(self._weights, lr=run.parameters.learning_rate, weight_decay=0.01)
         )

@@ -16,6 +16,7 @@ from training.base_files import first_line, hash_of_weights, load_part, locate
 from training.compilation import Compilation
 from training.device import choose_device, free_memory, gpu_error, out_of_memory
 from training.lora_config import HyperParameters, TrainerOptions
+from training.recomputation import Recomputation
 from utils.errors import BaseModelUnavailable, GpuBroken, TrainingFailed
 
 log = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ class BaseModel:
             weight.data = weight.data.to(torch.float32)
         self.unet.train()  # the LoRA's dropout and gradient checkpointing act in this mode only
         if checkpointing or self._wants_checkpointing(parameters):
-            self.unet.enable_gradient_checkpointing()  # the non-reentrant kind, by default
+            self.unet.enable_gradient_checkpointing(Recomputation())
         return trainable
 
     @property

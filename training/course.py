@@ -46,7 +46,7 @@ class Course:
         return self.asked.learning_rate if self.parameters.optimizer == "prodigy" else 1.0
 
     def with_less_memory(self, epoch: int, *, checkpointing_is_on: bool) -> Self | None:
-        """Gradient checkpointing first, since it changes no number; then smaller batches.
+        """Gradient checkpointing first, which changes roundings alone; then smaller batches.
 
         Args:
             epoch: The epoch, counted from 1, from which the change is in force.

@@ -95,7 +95,7 @@ def rates_of(run: Callable[[], Any]) -> list[float]:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def test_without_memory_checkpointing_comes_first_and_changes_no_bit(
+def test_without_memory_checkpointing_comes_first_and_changes_nothing_but_roundings(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     run = make_run(count=4, batch_size=2, dropout=0.1)
@@ -103,7 +103,7 @@ def test_without_memory_checkpointing_comes_first_and_changes_no_bit(
     with SmallMemory(base.unet, pictures=2, needs_checkpointing=True)() as seen:
         result, weights, _ = trained(base, run)
     assert seen[:2] == [2, 2] and set(seen) == {2}
-    assert same(weights, roomy)
+    assert close(weights, roomy)
     assert result.parameters == run.parameters
     assert [w for w in result.warnings if "emory" in w] == [
         "Memory ran out: from epoch 1 on, gradient checkpointing was on."
@@ -113,7 +113,7 @@ def test_without_memory_checkpointing_comes_first_and_changes_no_bit(
 def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_pictures_as_before(
     base: BaseModel, make_run: MakeRun
 ) -> None:
-    """Starting anew, the run is to the bit the one that would have been asked for so."""
+    """Starting anew, the run is the one that would have been asked for so."""
     run = make_run(count=10, batch_size=8, dropout=0.1)
     with SmallMemory(base.unet, pictures=2)() as seen:
         result, weights, events = trained(base, run)
@@ -122,7 +122,7 @@ def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_pictures_
     assert result.parameters == small
     assert (result.steps, result.epochs, result.resumed_from) == (4, 2, None)
     _, asked_for, _ = trained(base, dataclasses.replace(run, parameters=small))
-    assert same(weights, asked_for)
+    assert close(weights, asked_for)
     assert result.warnings[-2:] == (
         "Memory ran out: from epoch 1 on, a batch had 4 instead of 8 pictures, and a step 2 "
         "batches.",

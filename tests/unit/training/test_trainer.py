@@ -15,6 +15,7 @@ from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     HalfPrecision,
     Weights,
+    close,
     in_one_go,
     lora_of,
     same,
@@ -86,7 +87,7 @@ def test_another_seed_gives_other_weights(base: BaseModel, make_run: MakeRun) ->
     )
 
 
-def test_gradient_checkpointing_changes_no_bit(
+def test_gradient_checkpointing_changes_nothing_but_the_order_of_additions(
     base: BaseModel, stand_in: Path, make_run: MakeRun
 ) -> None:
     """Also with dropout: the recomputation draws the same masks."""
@@ -94,7 +95,7 @@ def test_gradient_checkpointing_changes_no_bit(
     checkpointed = BaseModel.load(
         TrainerOptions(str(stand_in), allow_cpu=True, gradient_checkpointing="true")
     )
-    assert same(trained(base, run)[1], trained(checkpointed, run)[1])
+    assert close(trained(base, run)[1], trained(checkpointed, run)[1])
 
 
 # ---- the loop's promises -------------------------------------------------------------------------
