@@ -173,3 +173,17 @@ def test_a_second_pass_that_fails_leaves_the_random_numbers_where_they_were() ->
     with pytest.raises(torch.OutOfMemoryError):
         torch.autograd.backward(computed)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_second_pass_draws_the_masks_of_the_first_in_mixed_precision() -> None:
+    block = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64)).to("cuda")
+    given = torch.randn(8, 64, device="cuda", requires_grad=True)
+    found = []
+    for compute in (block, functools.partial(Recomputation(), block)):
+        torch.manual_seed(5)
+        with torch.autocast("cuda", dtype=torch.float16):
+            computed = compute(given).float().square().mean()
+        found.append(torch.autograd.grad(computed, [given, *block.parameters()]))
+    for expected, gradient in zip(*found, strict=True):
+        assert torch.equal(gradient, expected)
