@@ -22,7 +22,7 @@ from consumer.model_publisher import ModelPublisher
 from consumer.observer import Observer
 from consumer.pictures import fetch_pictures, fetch_validation_pictures
 from consumer.progress_reporter import ProgressReporter, RouteMemory, queued
-from consumer.settlement import Delivery, Publication, Settlement
+from consumer.settlement import OWN_COPY, Delivery, Publication, Settlement
 from consumer.stop_signal import Shutdown, StopSignal
 from consumer.trainer_process import TrainerProcess
 from consumer.training_job import TrainingJob, from_understood
@@ -51,9 +51,6 @@ from utils.errors import (
 )
 
 log = logger.get_logger(__name__)
-
-OWN_COPY = "x-worker-copy"
-"""Header of the copies that a worker publishes of a message: it is no new order."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,7 +13,18 @@ from typing import Any
 
 MAX_ERROR_MESSAGE = 2000  # characters; headers must fit in one frame
 MAX_MESSAGE_ID = 255  # bytes of AMQP's short string
-_BROKERS_OWN = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count")
+
+OWN_COPY = "x-worker-copy"
+"""Header of a worker's copy of a message that may have been claimed: it is no new order."""
+PUT_OFFS = "x-put-offs"
+"""Header of a worker's copy: how often the message was put off so far."""
+MIN_LEVEL = "x-min-level"
+"""Header: the lowest protocol level of a worker that understands the message."""
+
+CARRIED_HEADERS = frozenset({OWN_COPY, PUT_OFFS, MIN_LEVEL, "traceparent", "tracestate"})
+"""The headers that a copy takes along. All others stay behind: a publisher's headers may fill a
+frame, and the broker's own history would make it drop the copy as one that goes in circles."""
+MAX_HEADER = 1024  # characters of a header's text; a longer one stays behind
 
 
 class Queue(enum.StrEnum):
@@ -53,18 +64,20 @@ class Delivery:
 
     @property
     def carried_headers(self) -> dict[str, str | int | bool]:
-        """The headers that a copy of the message takes along.
-
-        Not the broker's own: it would take a message with its history for one that goes round in
-        circles. And nothing that AMQP knows and a publication does not, such as tables and times.
-        """
+        """The headers that a copy of the message takes along, those of `CARRIED_HEADERS`."""
         return {
             name: value
             for name, value in self.headers.items()
-            if isinstance(name, str)  # bytes where they are not UTF-8
-            and not name.startswith(_BROKERS_OWN)
+            if name in CARRIED_HEADERS
             and isinstance(value, (str, int, bool))
+            and not (isinstance(value, str) and len(value) > MAX_HEADER)
         }
+
+    @property
+    def put_offs(self) -> int:
+        """How often a worker has put this message off."""
+        count = self.headers.get(PUT_OFFS)
+        return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,8 +8,7 @@ from typing import Self
 
 from config import Settings
 from consumer.endings import parked
-from consumer.pipeline import OWN_COPY
-from consumer.settlement import Publication, Queue
+from consumer.settlement import OWN_COPY, Publication, Queue
 from consumer.training_job import from_understood, to_message
 from services.job_record import JobRecord, State
 from services.record_sweep import RecordSweep

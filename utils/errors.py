@@ -13,12 +13,14 @@
     │   ├── TrainingFailed            training broke in a way that has no name of its own
     │   │   └── CheckpointUnusable    damaged, or of another run: an older one may help
     │   ├── TimeLimit
+    │   ├── JobTooLarge               more bytes than a job may have, or than any worker has room for
     │   ├── ExportFailed              the written files do not act as the weights
     │   ├── WorkerCrashed             the trainer process died
     │   └── Cancelled
     ├── MachineError                  this machine is unfit; the job is innocent
     │   ├── GpuBroken
-    │   └── DiskFull
+    │   ├── DiskFull
+    │   └── NoRoomForJob              the job needs more disk than is free here; the worker goes on
     ├── StorageError                  S3
     │   ├── ObjectNotFound
     │   ├── AccessDenied
@@ -51,6 +53,7 @@ class ErrorCode(enum.StrEnum):
     TRAINING_DIVERGED = "TRAINING_DIVERGED"
     TRAINING_FAILED = "TRAINING_FAILED"
     TIME_LIMIT = "TIME_LIMIT"
+    JOB_TOO_LARGE = "JOB_TOO_LARGE"
     EXPORT_FAILED = "EXPORT_FAILED"
     STORAGE_FAILED = "STORAGE_FAILED"
     WORKER_CRASHED = "WORKER_CRASHED"
@@ -145,6 +148,10 @@ class TimeLimit(JobError):
     """The job took longer than it may."""
 
 
+class JobTooLarge(JobError):
+    """The job needs more disk space than the workers have."""
+
+
 class ExportFailed(JobError):
     """The exported model does not reproduce the trained weights."""
 
@@ -167,6 +174,10 @@ class GpuBroken(MachineError):
 
 class DiskFull(MachineError):
     """The worker's disk is full."""
+
+
+class NoRoomForJob(MachineError):
+    """The job needs more disk space than is free on this machine."""
 
 
 class StorageError(TrainingServerError):
@@ -223,6 +234,7 @@ CODES: dict[type[TrainingServerError], tuple[ErrorCode, bool]] = {
     TrainingDiverged: (ErrorCode.TRAINING_DIVERGED, False),
     TrainingFailed: (ErrorCode.TRAINING_FAILED, False),
     TimeLimit: (ErrorCode.TIME_LIMIT, False),
+    JobTooLarge: (ErrorCode.JOB_TOO_LARGE, False),
     ExportFailed: (ErrorCode.EXPORT_FAILED, False),
     WorkerCrashed: (ErrorCode.WORKER_CRASHED, True),
     Cancelled: (ErrorCode.CANCELLED, False),
