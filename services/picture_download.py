@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
+from services.s3_errors import VersionNotServed
 from services.s3_types import FetchedPicture, PictureRequest, S3Location, StoredObject
 from utils.captions import MAX_CAPTION_BYTES, caption_text
 from utils.errors import AccessDenied, ObjectNotFound, ObjectTooLarge
@@ -20,6 +21,7 @@ AT_ONCE = 8
 
 NOT_FOUND = "could not be found in storage"
 REFUSED = "could not be read: storage refuses access to it"
+NO_VERSIONS = "names a version that this storage does not give"
 STOPPED = "was not fetched, because the job was stopped"
 
 
@@ -33,6 +35,7 @@ class Store(Protocol):
         *,
         max_bytes: int | None = None,
         watch: Callable[[], None] = ...,
+        version_id: str | None = None,
     ) -> int:
         """Write an object into a local file; `watch` is called now and then and may raise."""
 
@@ -105,7 +108,11 @@ def _fetch(
     watch: Callable[[], None],
 ) -> FetchedPicture:
     try:
-        store.download(request.location, path, max_bytes=max_bytes, watch=watch)
+        store.download(
+            request.location, path, max_bytes=max_bytes, watch=watch, version_id=request.version_id
+        )
+    except VersionNotServed:
+        return FetchedPicture(request.source, None, problem=NO_VERSIONS)
     except ObjectNotFound:
         return FetchedPicture(request.source, None, problem=NOT_FOUND)
     except AccessDenied:

@@ -17,7 +17,7 @@ from services.s3_access import (
     server_date_of,
 )
 from services.s3_body import copy_body
-from services.s3_errors import Transient
+from services.s3_errors import Transient, VersionNotServed
 from services.s3_types import FetchedPicture, ObjectInfo, PictureRequest, S3Location, StoredObject
 from utils.errors import ObjectNotFound
 from utils.logger import get_logger
@@ -73,6 +73,7 @@ class S3Reading(S3Access):
         *,
         max_bytes: int | None = None,
         watch: Callable[[], None] = _nothing,
+        version_id: str | None = None,
     ) -> int:
         """Write an object into a local file, which appears only when it is whole.
 
@@ -81,6 +82,7 @@ class S3Reading(S3Access):
             path: The file; missing folders are made.
             max_bytes: More is refused, before and while downloading.
             watch: Called between chunks; what it raises ends the download.
+            version_id: The version that is meant; None for the present one.
 
         Returns:
             Bytes written.
@@ -94,7 +96,7 @@ class S3Reading(S3Access):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with part.open("wb") as file:
-                    self._pull(location, file, max_bytes, watch)
+                    self._pull(location, file, max_bytes, watch, version_id)
                     size = file.tell()
                 os.replace(part, path)
             finally:
@@ -139,6 +141,7 @@ class S3Reading(S3Access):
         sink: BinaryIO,
         max_bytes: int | None,
         watch: Callable[[], None],
+        version_id: str | None = None,
     ) -> Mapping[str, Any]:
         """GET into `sink`.
 
@@ -151,8 +154,12 @@ class S3Reading(S3Access):
             if sink.tell():
                 sink.seek(0)
                 sink.truncate()
+            version: dict[str, Any] = {"VersionId": version_id} if version_id else {}
             with self._translated(what):
-                answer = self._client.get_object(Bucket=location.bucket, Key=location.key)
+                answer = self._client.get_object(
+                    Bucket=location.bucket, Key=location.key, **version
+                )
+            _require_version(answer, version_id, what)
             try:
                 with self._translated(what):
                     copy_body(
@@ -231,3 +238,11 @@ class S3Reading(S3Access):
             if not page.get("NextContinuationToken"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _require_version(answer: Mapping[str, Any], wanted: str | None, what: str) -> None:
+    """A store without versions ignores the request for one, and would give the present object."""
+    # "null" names the version that was written without versioning, where no id is answered.
+    if wanted and answer.get("VersionId", "null") != wanted:
+        answer["Body"].close()
+        raise VersionNotServed(f"{what}: the store did not answer with the version {wanted}")

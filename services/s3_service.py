@@ -11,7 +11,7 @@ import contextlib
 import http.client
 import ssl
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import boto3
 import urllib3.exceptions
@@ -133,6 +133,12 @@ class S3Service(S3Reading, S3Writing):
         endpoint_url: Address of another store than AWS's; it is then spoken to in path style.
         access_key_id: Access key; None for boto3's own chain (environment, profile, instance role).
         secret_access_key: Its secret.
+        session_token: The third part of temporary credentials; None for lasting ones.
+        checksums: What uploads carry for the store to verify: `sha256` in S3's own header, or
+            `md5` in `Content-MD5`, which every store takes. With `md5` nothing else is sent that
+            only AWS is sure to know: no checksums are asked for, and objects are deleted singly.
+        conditional_writes: False for a store that ignores or refuses conditions on a PUT:
+            `upload_file` then writes without them. `create` and `replace` always send theirs.
         connect_timeout: Seconds to wait for a connection.
         read_timeout: Seconds to wait for the next bytes.
         attempts: How often, in all, a request is made that fails for a passing reason.
@@ -149,6 +155,9 @@ class S3Service(S3Reading, S3Writing):
         endpoint_url: str | None = None,
         access_key_id: str | None = None,
         secret_access_key: str | None = None,
+        session_token: str | None = None,
+        checksums: Literal["sha256", "md5"] = "sha256",
+        conditional_writes: bool = True,
         connect_timeout: float = 5.0,
         read_timeout: float = 20.0,
         attempts: int = 3,
@@ -161,10 +170,12 @@ class S3Service(S3Reading, S3Writing):
             max_pool_connections=32,
             tcp_keepalive=True,
             s3={"addressing_style": "path" if endpoint_url else "auto"},
-            # Uploads carry a SHA-256 of our own making in a header. The SDK's default, a checksum
+            # Uploads carry a checksum of our own making in a header. The SDK's default, a checksum
             # in a trailer, is understood by AWS and few others.
             request_checksum_calculation="when_required",
-            response_checksum_validation="when_supported",
+            response_checksum_validation=(
+                "when_supported" if checksums == "sha256" else "when_required"
+            ),
         )
         try:
             client = boto3.session.Session().client(
@@ -173,10 +184,17 @@ class S3Service(S3Reading, S3Writing):
                 endpoint_url=endpoint_url,
                 aws_access_key_id=access_key_id,
                 aws_secret_access_key=secret_access_key,
+                aws_session_token=session_token,
                 config=config,
             )
         except (botocore_errors.BotoCoreError, ValueError) as error:
             raise ConfigurationError(f"S3 cannot be set up: {error}") from error
         if metrics:
             s3_metrics.count_requests(client.meta.events, metrics)
-        super().__init__(client, translated, attempts)
+        super().__init__(
+            client,
+            translated,
+            attempts,
+            checksums=checksums,
+            conditional_writes=conditional_writes,
+        )

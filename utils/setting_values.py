@@ -16,6 +16,30 @@ from urllib.parse import urlsplit
 
 from utils.urls import origin_of
 
+_PLACEHOLDER = "replace-me"
+_PLACEHOLDER_HOST = "api.example.com"
+
+
+def filled_in(value: Any) -> Any:
+    """Any value as it is, unless it is one that `.env.example` only shows the place of."""
+    for item in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(item, str):
+            _refuse_placeholders(item)
+    return value
+
+
+def _refuse_placeholders(value: str) -> None:
+    if value.strip().lower().startswith(_PLACEHOLDER):
+        raise ValueError("is still the placeholder of .env.example: set your own value")
+    for part in value.lower().split(","):
+        # Found by its text, since an address that is malformed besides has no host.
+        host = re.sub(r"^[a-z]+://", "", part.strip()).rpartition("@")[2]
+        if re.fullmatch(rf"{re.escape(_PLACEHOLDER_HOST)}\.?(?:[:/?#].*)?", host):
+            raise ValueError(
+                f"still names the placeholder {_PLACEHOLDER_HOST} of .env.example: set your own "
+                "host"
+            )
+
 
 def split(value: Any) -> Any:
     """Items of a text with commas; a number alone, as a file may have it, is one item."""
