@@ -274,6 +274,7 @@ def _open(store: Store, attempts: int, patience: float, metrics: Metrics | None)
     return S3Service(
         region=store.region,
         endpoint_url=store.endpoint,
+        ignore_configured_endpoints=store.ignore_configured_endpoints,
         access_key_id=store.access_key_id,
         secret_access_key=store.secret_access_key,
         session_token=store.session_token,

@@ -31,17 +31,18 @@ class ConditionalSupport:
         """Whether records are safe here."""
         return self.create and self.replace
 
+    @property
+    def missing(self) -> str:
+        """The conditions that are not honoured, by their headers; empty where there are none."""
+        conditions = (("If-None-Match", self.create), ("If-Match", self.replace))
+        return " and ".join(name for name, works in conditions if not works)
+
     def explain(self) -> str:
         """What follows from it, in a sentence for ops."""
         if self.complete:
             return "The store honours conditional writes: no job is trained by two workers at once."
-        missing = [
-            name
-            for name, works in (("If-None-Match", self.create), ("If-Match", self.replace))
-            if not works
-        ]
         return (
-            f"The store does not honour {' and '.join(missing)}. With more than one worker "
+            f"The store does not honour {self.missing}. With more than one worker "
             "a job may be trained twice, and a worker that slept may overwrite another's record. "
             "Use a store that honours conditional writes (AWS S3, MinIO, Cloudflare R2, Ceph from "
             "Squid on)."

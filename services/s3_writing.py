@@ -136,6 +136,7 @@ class S3Writing(S3Access):
         **more: Any,
     ) -> str:
         what = location.uri()
+        body.seek(0)
         checksum = self._checksum(body)
         for pause in (*_CONFLICT_PAUSES, None):
             body.seek(0)

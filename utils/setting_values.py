@@ -29,12 +29,12 @@ def filled_in(value: Any) -> Any:
 
 
 def _refuse_placeholders(value: str) -> None:
-    if value.strip().lower().startswith(_PLACEHOLDER):
-        raise ValueError("is still the placeholder of .env.example: set your own value")
     for part in value.lower().split(","):
+        if part.strip().startswith(_PLACEHOLDER):
+            raise ValueError("is still the placeholder of .env.example: set your own value")
         # Found by its text, since an address that is malformed besides has no host.
-        host = re.sub(r"^[a-z]+://", "", part.strip()).rpartition("@")[2]
-        if re.fullmatch(rf"{re.escape(_PLACEHOLDER_HOST)}\.?(?:[:/?#].*)?", host):
+        address = re.sub(r"^[a-z]+://", "", part.strip()).rpartition("@")[2]
+        if re.fullmatch(rf"{re.escape(_PLACEHOLDER_HOST)}\.?(?:[:/?#].*)?", address):
             raise ValueError(
                 f"still names the placeholder {_PLACEHOLDER_HOST} of .env.example: set your own "
                 "host"

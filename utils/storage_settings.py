@@ -30,6 +30,7 @@ class Store:
 
     Attributes:
         endpoint: Its address; None for AWS, or for what boto3 finds in its own configuration files.
+        ignore_configured_endpoints: Whether addresses in boto3's own configuration are ignored.
         region: Region of its buckets.
         access_key_id, secret_access_key, session_token: None for boto3's own chain.
         checksums: Which checksum uploads carry.
@@ -38,6 +39,7 @@ class Store:
     """
 
     endpoint: str | None
+    ignore_configured_endpoints: bool
     region: str
     access_key_id: str | None
     secret_access_key: str | None = dataclasses.field(repr=False)
@@ -134,6 +136,7 @@ class StorageSettings(BaseModel):
         chosen: Checksums = "md5" if google else "sha256"
         return Store(
             endpoint=endpoint,
+            ignore_configured_endpoints=self.aws_ignore_configured_endpoint_urls,
             region=region,
             access_key_id=access_key_id,
             secret_access_key=secret.get_secret_value() if secret else None,
