@@ -12,13 +12,13 @@ from sandbox.worker_process import WorkerProcess
 from tests.acceptance.world import World, log_lines, until
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always
 
-CARELESS = always(Fault(careless=True))
-DOWN = always(Fault(reset=True, forward=False))
+CARELESS = Fault(careless=True)
+DOWN = Fault(reset=True, forward=False)
 
 
 def _ready(worker: WorkerProcess) -> dict[str, Any]:
     """The page `/ready`, whatever its status."""
-    (line,) = until(lambda: log_lines(worker, "http_listening"))
+    line = until(lambda: log_lines(worker, "http_listening"))[0]
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{line['port']}/ready", timeout=5) as page:
             return dict(json.load(page))
@@ -29,7 +29,7 @@ def _ready(worker: WorkerProcess) -> dict[str, Any]:
 
 def test_a_worker_refuses_a_state_bucket_without_conditional_writes(apart: World) -> None:
     with S3Proxy(apart.s3_server.endpoint) as store:
-        store.fault = CARELESS
+        store.fault = always(CARELESS)
         with apart.worker(STATE_AWS_ENDPOINT_URL_S3=store.endpoint) as worker:
             until(lambda: worker.exit_code is not None)
             assert worker.exit_code == 2, worker.last_words(20)
@@ -47,7 +47,7 @@ def test_no_job_is_taken_before_a_store_that_was_down_has_been_tested(
     message = apart.envelope(style_id=91)
     apart.publish(message)
     with S3Proxy(apart.s3_server.endpoint) as store:
-        store.fault = DOWN
+        store.fault = always(DOWN)
         with apart.worker(
             STATE_AWS_ENDPOINT_URL_S3=store.endpoint,
             ALLOW_UNGUARDED_STATE=str(allowed).lower(),
@@ -55,7 +55,7 @@ def test_no_job_is_taken_before_a_store_that_was_down_has_been_tested(
             until(lambda: log_lines(worker, "base_model_loaded"))
             assert "S3 could not be reached" in _ready(worker)["checks"]["s3"]
             assert not log_lines(worker, "consuming")
-            store.fault = CARELESS
+            store.fault = always(CARELESS)
             if allowed:
                 until(lambda: log_lines(worker, "job_claimed"))
                 assert "run this worker only" in until(

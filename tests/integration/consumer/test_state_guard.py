@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -17,8 +16,8 @@ from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatien
 from tests.unit.consumer.message_samples import make_settings
 from utils.errors import ConfigurationError
 
-CARELESS = always(Fault(careless=True))
-DOWN = always(Fault(reset=True, forward=False))
+CARELESS = Fault(careless=True)
+DOWN = Fault(reset=True, forward=False)
 
 
 @pytest.fixture(name="store")
@@ -35,11 +34,14 @@ def _condition() -> Condition:
     return condition
 
 
-def _guard(store: S3Proxy, bucket: str, condition: Condition, **more: Any) -> StateGuard:
+def _guard(
+    store: S3Proxy, bucket: str, condition: Condition, *, allow_unguarded: bool = False
+) -> StateGuard:
     return StateGuard(
         impatient(store.endpoint, attempts=1),
         bucket,
-        **({"allow_unguarded": False, "condition": condition} | more),
+        allow_unguarded=allow_unguarded,
+        condition=condition,
     )
 
 
@@ -56,7 +58,7 @@ def test_a_store_that_honours_conditions_is_taken_and_tested_once(
 def test_an_unguarded_store_is_refused_with_what_to_do(
     store: S3Proxy, bucket: str, condition: Condition
 ) -> None:
-    store.fault = CARELESS
+    store.fault = always(CARELESS)
     with pytest.raises(ConfigurationError) as caught:
         _guard(store, bucket, condition).test()
     told = str(caught.value)
@@ -67,7 +69,7 @@ def test_an_unguarded_store_is_refused_with_what_to_do(
 def test_an_unguarded_store_that_is_allowed_says_so_where_the_worker_is_looked_at(
     store: S3Proxy, bucket: str, condition: Condition
 ) -> None:
-    store.fault = CARELESS
+    store.fault = always(CARELESS)
     assert _guard(store, bucket, condition, allow_unguarded=True).wait(threading.Event())
     assert "s3" not in condition.problems()
     assert "run this worker only" in condition.remarks["s3"]
@@ -76,7 +78,7 @@ def test_an_unguarded_store_that_is_allowed_says_so_where_the_worker_is_looked_a
 def test_a_store_that_is_down_at_the_start_is_tested_once_it_answers(
     store: S3Proxy, bucket: str, condition: Condition
 ) -> None:
-    store.fault = DOWN
+    store.fault = always(DOWN)
     guard = _guard(store, bucket, condition)
     assert guard.test() is False
     assert "could not be tested" in condition.problems()["s3"]
@@ -90,10 +92,10 @@ def test_a_store_that_is_down_at_the_start_is_tested_once_it_answers(
 def test_a_store_that_comes_back_without_conditions_is_refused_then(
     store: S3Proxy, bucket: str, condition: Condition
 ) -> None:
-    store.fault = DOWN
+    store.fault = always(DOWN)
     guard = _guard(store, bucket, condition)
     assert guard.test() is False
-    store.fault = CARELESS
+    store.fault = always(CARELESS)
     with pytest.raises(ConfigurationError):
         guard.wait(threading.Event())
 
@@ -101,7 +103,7 @@ def test_a_store_that_comes_back_without_conditions_is_refused_then(
 def test_the_waiting_ends_with_the_shutdown_and_with_its_time(
     store: S3Proxy, bucket: str, condition: Condition
 ) -> None:
-    store.fault = DOWN
+    store.fault = always(DOWN)
     stop = threading.Event()
     threading.Timer(0.2, stop.set).start()
     assert _guard(store, bucket, condition).wait(stop) is False

@@ -13,7 +13,7 @@ from config import Settings
 from consumer.desk import open_s3, open_state_s3
 from consumer.doctor import stores
 from consumer.doctor.findings import Finding, Verdict
-from consumer.ops import order
+from consumer.ops import order, post
 from consumer.settlement import Publication
 from consumer.surroundings import Surroundings
 from sandbox.photographs import photographs
@@ -111,9 +111,9 @@ def test_an_order_uploads_its_images_to_one_store_and_looks_for_its_record_in_th
     for photograph in photographs()[:3]:
         (tmp_path / photograph.name).write_bytes(photograph.content)
     published: list[Publication] = []
-    monkeypatch.setattr(order.post, "check", lambda settings: None)
+    monkeypatch.setattr(post, "check", lambda settings: None)
     monkeypatch.setattr(
-        order.post, "publish_one", lambda settings, publication: published.append(publication)
+        post, "publish_one", lambda settings, publication: published.append(publication)
     )
     settings = _settings(
         aws_storage_bucket_name=bucket,
