@@ -191,10 +191,11 @@ class Pipeline:
         except (TrainingServerError, OSError) as raised:
             error = _of_the_disk(raised) if isinstance(raised, OSError) else raised
             if isinstance(error, MachineError) and self._is_unfit(error):
-                if (given_up := self._rejected_too_often(lease, error)) is None:
+                given_up = self._rejected_too_often(lease, error)
+                if given_up is None:
                     return self._leave_to_another_machine(job, lease, error)
                 error = given_up
-            if is_retryable(error) and not self._is_last_attempt(lease):
+            elif is_retryable(error) and not self._is_last_attempt(lease):
                 return self._try_again(job, lease, error)
             ending, owed = self._failed(job, lease, error)
         except Exception as error:  # pylint: disable=broad-exception-caught
