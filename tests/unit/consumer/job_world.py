@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from config import Settings
+from consumer.checkpoint_uploads import clear_up
 from consumer.endings import Endings
 from consumer.observer import Observer
 from consumer.pipeline import Desk, Pipeline
@@ -208,12 +210,14 @@ class World:
 
     def sweeper(self) -> Sweeper:
         """The worker's sweep, which reaches its broker."""
+        s3 = cast(S3Service, self.s3)
         sweep = RecordSweep(
-            cast(S3Service, self.s3), STATE, lease_seconds=self.settings.lease_ttl_seconds
+            s3,
+            STATE,
+            lease_seconds=self.settings.lease_ttl_seconds,
+            clear_up=functools.partial(clear_up, s3, STATE),
         )
-        return Sweeper(
-            sweep, self.broker.publish, self.settings, cast(S3Service, self.s3), self.observer
-        )
+        return Sweeper(sweep, self.broker.publish, self.settings, s3, self.observer)
 
     def record(self, task_id: str = "task-1") -> JobRecord:
         """A record as it lies on S3."""

@@ -47,7 +47,7 @@ def _world(tmp_path: Path) -> World:
     return World(tmp_path / "one")
 
 
-def raising(error: Exception) -> Any:
+def raising(error: BaseException) -> Any:
     """A run that ends with this error."""
 
     def run(*_: Any) -> None:
@@ -345,12 +345,13 @@ def test_a_watched_message_is_published_again_when_its_holder_vanishes(world: Wo
 
 
 def test_a_watched_message_waits_on_while_the_jobs_own_copy_is_on_its_way(world: World) -> None:
-    world.trainer.does = raising(WorkerCrashed("it died"))
     kept = []
-    world.trainer.does = lambda *_: (
-        kept.append(only(world.worker("two").pipeline.handle(delivery()))),
-        raising(WorkerCrashed("it died"))(),
-    )
+
+    def fails_while_a_duplicate_arrives(*_: Any) -> None:
+        kept.append(only(world.worker("two").pipeline.handle(delivery())))
+        raise WorkerCrashed("it died")
+
+    world.trainer.does = fails_while_a_duplicate_arrives
     world.pipeline.handle(delivery())
     again = only(world.endings.handle(redelivery_of(kept[0])))
     assert again.queue is Queue.ENDINGS
