@@ -15,7 +15,7 @@ from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
 from services.job_record import Ending, EndingKind
 from services.tracing import Tracing
-from utils.errors import ErrorCode, StopReason
+from utils.errors import ErrorCode, Refusal, StopReason
 from utils.events import Event, Progress, Stage
 from utils.gpu_monitor import THROTTLE_REASONS, GpuReading
 from utils.metrics import NO_CODE, Metrics
@@ -124,6 +124,17 @@ class Observer:
     def refused(self, code: ErrorCode) -> None:
         """A message can never become a job."""
         self.metrics.messages_refused.labels(code).inc()
+
+    def crashed(self, queue: Queue, *, given_up: bool) -> None:
+        """A handler broke: its message was put off, or made a dead letter."""
+        outcome = "dead_letter" if given_up else "put_off"
+        self.metrics.handler_crashes.labels(queue, outcome).inc()
+
+    def publication_refused(self, refusal: Refusal, *, stuck: bool) -> None:
+        """The broker did not take a publication; `stuck`: in no form."""
+        self.metrics.publications_refused.labels(refusal).inc()
+        if stuck:
+            self.metrics.publications_stuck.inc()
 
     def ended(self, ending: Ending) -> None:
         """The job in hand has its ending."""

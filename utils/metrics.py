@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from utils.errors import ErrorCode
+from utils.errors import ErrorCode, Refusal
 
 PREFIX = "training_server"
 NO_CODE = "none"
@@ -25,6 +25,9 @@ READINESS = ("broker", "s3", "gpu", "base_model")
 
 WASTE = ("failed", "retry", "machine", "lease_lost", "shutdown", "cancelled")
 """Why GPU time led to nothing: the label `reason` of `wasted_gpu_seconds_total`."""
+
+CRASH_OUTCOMES = ("put_off", "dead_letter")
+"""What becomes of a message whose handler broke: the label `outcome` of `handler_crashes_total`."""
 
 _QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SAVING = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -73,6 +76,9 @@ class Metrics:
         )
         self.messages_refused = self._counter(
             "messages_refused", "Messages that can never become a job, by error code", "code"
+        )
+        self.handler_crashes = self._counter(
+            "handler_crashes", "Messages whose handler broke, by their outcome", "queue", "outcome"
         )
 
     def _add_training(self) -> None:
@@ -124,6 +130,12 @@ class Metrics:
         self.consuming = self._gauge("consuming", "1 while a training message would be taken")
         self.broker_reconnects = self._counter(
             "broker_reconnects", "Connections to RabbitMQ after the first"
+        )
+        self.publications_refused = self._counter(
+            "publications_refused", "Publications that RabbitMQ did not take", "refusal"
+        )
+        self.publications_stuck = self._counter(
+            "publications_stuck", "Refusals of a publication in its shortest form"
         )
 
     def _add_services(self) -> None:
@@ -183,6 +195,10 @@ class Metrics:
         for queue in ("training", "endings"):
             self.messages.labels(queue)
             self.redeliveries.labels(queue)
+            for outcome in CRASH_OUTCOMES:
+                self.handler_crashes.labels(queue, outcome)
+        for refusal in Refusal:
+            self.publications_refused.labels(refusal)
         for reason in WASTE:
             self.wasted_gpu_seconds.labels(reason)
         for direction in ("sent", "received"):
