@@ -92,10 +92,12 @@ class Parcel:
         return True
 
     def _shorter(self, refusal: Refusal, why: str) -> Publication | None:
+        if self.is_cut:
+            return None
         letter = self.form.given_up(why)
         if letter != self.form:
             return letter
-        if refusal is Refusal.ROUTE or self.is_cut:
+        if refusal is Refusal.ROUTE:
             return None  # a shorter one would have no queue either
         self.is_cut = True
         return letter.cut()
