@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from consumer.observer import Observer
-from consumer.settlement import PUT_OFFS, Delivery, Queue, Settlement
+from consumer.settlement import CRASHES, OWN_COPY, PUT_OFFS, Delivery, Queue, Settlement
 from utils.errors import ErrorCode
 from utils.logger import get_logger
 
@@ -59,8 +59,8 @@ class Lane:
         handle: Called in a thread of its own, one delivery at a time.
         wake: Called when a handler has returned.
         limit: Take no more than so many deliveries.
-        crash_delays: Seconds before a message whose handler broke comes back, by how often it was
-            put off before; the last repeats.
+        crash_delays: Seconds before a message whose handler broke comes back, by how often that
+            happened before; the last repeats.
         observer: Is told of messages that are put off or given up.
 
     Attributes:
@@ -124,31 +124,42 @@ class Lane:
 
     def _after_crash(self, delivery: Delivery, error: BaseException) -> Settlement:
         """Put the message off, or make it a dead letter if that has been tried often enough."""
-        given_up = delivery.put_offs >= MAX_CRASHES
-        delay = self._crash_delays[min(delivery.put_offs, len(self._crash_delays) - 1)]
+        crashes = delivery.crashes
+        given_up = crashes >= MAX_CRASHES
+        delay = self._crash_delays[min(crashes, len(self._crash_delays) - 1)]
         log.error(
             "handler_crashed",
             queue=self.queue.value,
             task_id=_task_id(delivery),
-            put_offs=delivery.put_offs,
+            crashes=crashes + 1,
             again_in=None if given_up else delay,
             exc_info=error,
         )
-        self._observer.crashed(self.queue, given_up=given_up)
-        return give_up(delivery, error) if given_up else put_off(delivery, delay)
+        if given_up:
+            self._observer.dead_lettered(ErrorCode.TRAINING_FAILED)
+            return give_up(delivery, error)
+        self._observer.put_off("crash")
+        return put_off(delivery, delay)
 
 
 def put_off(delivery: Delivery, seconds: float) -> Settlement:
     """The same message again in a while, with a count of how often that was done.
 
     Its `message_id` stays as it was, None too: an id that the worker made up would change what the
-    message means.
+    message means. For the same reason it counts as a worker's own copy only if another handler may
+    have claimed it before.
     """
+    headers = delivery.carried_headers | {
+        PUT_OFFS: delivery.put_offs + 1,
+        CRASHES: delivery.crashes + 1,
+    }
+    if delivery.redelivered:
+        headers[OWN_COPY] = True
     return Settlement.delayed(
         delivery.body,
         seconds=seconds,
         message_id=delivery.message_id,
-        headers=delivery.carried_headers | {PUT_OFFS: delivery.put_offs + 1},
+        headers=headers,
         queue=delivery.queue,
     )
 
@@ -162,7 +173,7 @@ def give_up(delivery: Delivery, error: BaseException) -> Settlement:
         f"{type(error).__name__} each time; the worker's log has the stack trace "
         "(handler_crashed)",
         task_id=_task_id(delivery),
-        attempts=delivery.put_offs + 1,
+        attempts=delivery.crashes + 1,
     )
 
 

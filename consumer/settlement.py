@@ -21,10 +21,12 @@ OWN_COPY = "x-worker-copy"
 """Header of a worker's copy of a message that may have been claimed: it is no new order."""
 PUT_OFFS = "x-put-offs"
 """Header of a worker's copy: how often the message was put off so far."""
+CRASHES = "x-crashes"
+"""Header of a worker's copy: how often the message's handler has broken so far."""
 MIN_LEVEL = "x-min-level"
 """Header: the lowest protocol level of a worker that understands the message."""
 
-CARRIED_HEADERS = frozenset({OWN_COPY, PUT_OFFS, MIN_LEVEL, "traceparent", "tracestate"})
+CARRIED_HEADERS = frozenset({OWN_COPY, PUT_OFFS, CRASHES, MIN_LEVEL, "traceparent", "tracestate"})
 """The headers that a copy takes along. All others stay behind: a publisher's headers may fill a
 frame, and the broker's own history would make it drop the copy as one that goes in circles."""
 MAX_HEADER = 1024  # characters of a header's text; a longer one stays behind
@@ -87,7 +89,15 @@ class Delivery:
     @property
     def put_offs(self) -> int:
         """How often a worker has put this message off."""
-        count = self.headers.get(PUT_OFFS)
+        return self._count(PUT_OFFS)
+
+    @property
+    def crashes(self) -> int:
+        """How often a worker has put this message off because its handler broke."""
+        return self._count(CRASHES)
+
+    def _count(self, header: str) -> int:
+        count = self.headers.get(header)
         return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
 
 

@@ -13,8 +13,8 @@ what the job wants published can be published, but subscribes again only when th
 ended: until then the broker may hand the message to another worker, who finds the job's record. A
 tag of a channel that is gone is never acknowledged.
 
-Stop order: cancel the consumers, so that nothing new is taken; wait for the handlers, who obey the
-same stop; make their publications; acknowledge or return; close, which gives back whatever is left.
+Stop order: cancel the consumers; wait for the handlers, who obey the same stop; make their
+publications; acknowledge or return; close, which gives back whatever is left.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from consumer.declarations import NOT_FOUND, PRECONDITION_FAILED, Declarations
 from consumer.header_values import tolerant
 from consumer.lane import Handler, InHand, Lane
 from consumer.observer import Observer
+from consumer.outbox import Outbox
 from consumer.settlement import Action, Delivery, Publication, Queue
 from utils.errors import BrokerError, BrokerRefused, PublicationRefused, Refusal
 from utils.logger import get_logger
@@ -113,6 +114,7 @@ class TrainingConsumer(BrokerLoop):
         observer: Is told of connections, deliveries and the queues' lengths.
         once_idle: Take one training message and stop, or stop after so many seconds without one.
         answer_seconds: How long the broker may take for a confirm or any other answer.
+        outbox: Where others than the handlers put publications; one of its own if None.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class TrainingConsumer(BrokerLoop):
         observer: Observer | None = None,
         once_idle: float | None = None,
         answer_seconds: float = ANSWER_SECONDS,
+        outbox: Outbox | None = None,
     ) -> None:
         observer = observer or Observer()
         lane = functools.partial(Lane, wake=self._wake, observer=observer)
@@ -135,7 +138,7 @@ class TrainingConsumer(BrokerLoop):
             delays = settings.ending_retry_delays_seconds
             lanes.append(lane(Queue.ENDINGS, handle_ending, crash_delays=delays))
         stop_seconds = stop_seconds or settings.shutdown_grace_seconds
-        super().__init__(lanes, stop, stop_seconds, observer, once_idle)
+        super().__init__(lanes, stop, stop_seconds, observer, once_idle, outbox)
         self._settings = settings
         self._connection: pika.BlockingConnection | None = None
         self._outgoing: BlockingChannel | None = None
@@ -208,7 +211,7 @@ class TrainingConsumer(BrokerLoop):
         except BrokerRefused:
             raise
         except Exception as error:
-            # pika encodes a message before it sends any of it: what fails there is the message's.
+            # pika encodes a message before it sends any of it.
             refusal = refusal_by(error.__cause__ if isinstance(error, BrokerError) else error)
             raise PublicationRefused(str(error), refusal) from error
 
@@ -326,7 +329,6 @@ def refusal_by(error: BaseException | None) -> Refusal:
 
 
 def properties_of(publication: Publication) -> pika.BasicProperties:
-    """Persistent, and named after its task."""
     return pika.BasicProperties(
         content_type="application/json",
         delivery_mode=pika.DeliveryMode.Persistent.value,
@@ -353,8 +355,6 @@ def refusal_of(
     """Do something on a channel of its own, which the broker closes over what it refuses.
 
     Args:
-        connection: The connection.
-        act: Is given the channel.
         expected: Codes of refusals that are returned; others are raised, as pika's errors.
 
     Returns:

@@ -26,9 +26,6 @@ READINESS = ("broker", "s3", "gpu", "base_model")
 WASTE = ("failed", "retry", "machine", "lease_lost", "shutdown", "cancelled")
 """Why GPU time led to nothing: the label `reason` of `wasted_gpu_seconds_total`."""
 
-CRASH_OUTCOMES = ("put_off", "dead_letter")
-"""What becomes of a message whose handler broke: the label `outcome` of `handler_crashes_total`."""
-
 _QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SAVING = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _JOBS = (30.0, 60.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0)
@@ -77,8 +74,21 @@ class Metrics:
         self.messages_refused = self._counter(
             "messages_refused", "Messages that can never become a job, by error code", "code"
         )
-        self.handler_crashes = self._counter(
-            "handler_crashes", "Messages whose handler broke, by their outcome", "queue", "outcome"
+        self.messages_put_off = self._counter(
+            "messages_put_off", "Messages put off for a while, by reason", "reason"
+        )
+        self.messages_dead_lettered = self._counter(
+            "messages_dead_lettered", "Messages given up and put in the dead queue, by code", "code"
+        )
+        self.leases_lost = self._counter("leases_lost", "Holds on a job that were lost")
+        self.records_swept = self._counter(
+            "records_swept", "Records that no message pointed to, published again by the sweep"
+        )
+        self.endings_pending = self._gauge(
+            "endings_pending", "Endings that the backend has not taken yet, at the last sweep"
+        )
+        self.oldest_pending_ending_age_seconds = self._gauge(
+            "oldest_pending_ending_age_seconds", "Age of the oldest of them; 0 with none"
         )
 
     def _add_training(self) -> None:
@@ -195,8 +205,6 @@ class Metrics:
         for queue in ("training", "endings"):
             self.messages.labels(queue)
             self.redeliveries.labels(queue)
-            for outcome in CRASH_OUTCOMES:
-                self.handler_crashes.labels(queue, outcome)
         for refusal in Refusal:
             self.publications_refused.labels(refusal)
         for reason in WASTE:

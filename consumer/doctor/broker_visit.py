@@ -9,14 +9,7 @@ from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 from config import Settings
-from consumer.answer_limit import AnswerLimit
-from consumer.training_consumer import (
-    ANSWER_SECONDS,
-    AnswerOverdue,
-    connect,
-    refusal_of,
-    translated,
-)
+from consumer.training_consumer import connect, refusal_of, translated
 from utils.errors import BrokerError
 
 T = TypeVar("T")
@@ -49,7 +42,6 @@ class BrokerVisit:
         logging.getLogger("pika").setLevel(logging.CRITICAL)
         self._settings = settings
         self._connection: Any = connect(settings)
-        self._answered = AnswerLimit(self._connection, ANSWER_SECONDS, AnswerOverdue)
         negotiated = _negotiated(self._connection)
         properties = negotiated.server_properties or {}
         self.product = str(properties.get("product", ""))
@@ -82,7 +74,7 @@ class BrokerVisit:
             BrokerError: The connection failed.
         """
         results: list[T] = []
-        with translated(self._settings, doing), self._answered():
+        with translated(self._settings, doing):
             refusal = refusal_of(self._connection, lambda channel: results.append(act(channel)))
         return Refusal(*refusal) if refusal else results[0]
 
