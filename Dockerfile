@@ -66,7 +66,8 @@ CMD ["worker"]
 # The same with the base model in it, for machines that start without a volume: --target worker-with-model.
 FROM worker AS worker-with-model
 ARG MODEL=stable-diffusion-v1-5/stable-diffusion-v1-5
-ARG MODEL_REVISION=main
+# A commit of that model: with another MODEL name its own.
+ARG MODEL_REVISION=451f4fe16113bff5a5d2269ed5ad43b0592e9a14
 USER 0:0
 RUN --mount=type=secret,id=hf_token,env=HF_TOKEN \
     HF_HOME=/tmp/hub python -m training.fetch_base_model "${MODEL}" "${MODEL_REVISION}" /opt/base-model \
