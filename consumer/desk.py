@@ -17,7 +17,9 @@ from consumer.http_pages import HttpPages
 from consumer.machine import Machine, require_fit
 from consumer.model_publisher import ModelPublisher
 from consumer.observer import Observer
+from consumer.outbox import Outbox
 from consumer.pipeline import Desk, Pipeline
+from consumer.put_offs import PutOffs
 from consumer.state_guard import StateGuard
 from consumer.stop_signal import Shutdown
 from consumer.surroundings import PATIENCE_SECONDS, Surroundings
@@ -35,6 +37,7 @@ from utils.errors import MachineError
 from utils.gpu_monitor import GpuMonitor
 from utils.logger import get_logger
 from utils.metrics import Metrics
+from utils.setting_values import not_pinned
 from utils.storage_settings import Store
 
 log = get_logger(__name__)
@@ -124,11 +127,14 @@ def _serve(
     try:
         trainer.start()  # the base model loads while the first message is waited for
         monitor.start()
-        desk = _desk(settings, state_s3, trainer, folders, shutdown, machine_fails, observer)
+        outbox = Outbox()
+        desk = _desk(
+            settings, state_s3, trainer, folders, shutdown, machine_fails, observer, outbox
+        )
         with _surroundings(settings, folders, condition, observer):
             # S3 may be down when the worker starts: then it takes no job before it was tested.
             if guard.wait(shutdown.event, at_most=once_idle):
-                _take_jobs(settings, desk, condition, once_idle)
+                _take_jobs(settings, desk, condition, outbox, once_idle)
     finally:
         # In this order: the consumer has returned what it held; the child ends before its folder
         # goes.
@@ -140,24 +146,31 @@ def _serve(
 
 
 def _take_jobs(
-    settings: Settings, desk: Desk, condition: Condition, once_idle: float | None
+    settings: Settings,
+    desk: Desk,
+    condition: Condition,
+    outbox: Outbox,
+    once_idle: float | None,
 ) -> None:
     """Consume until the shutdown."""
+    s3, observer = desk.state_s3, desk.observer
     consumer = condition.broker = TrainingConsumer(
         settings,
         handle=Pipeline(desk).handle,
         handle_ending=desk.endings.handle,
         stop=desk.shutdown.event,
-        observer=desk.observer,
+        observer=observer,
         once_idle=once_idle,
+        outbox=outbox,
     )
     sweep = RecordSweep(
-        desk.state_s3,
+        s3,
         settings.state_bucket_name,
         lease_seconds=settings.lease_ttl_seconds,
-        clear_up=functools.partial(clear_up, desk.state_s3, settings.state_bucket_name),
+        clear_up=functools.partial(clear_up, s3, settings.state_bucket_name),
+        may_wait=lambda: bool(observer.queues.length),
     )
-    with Sweeper(sweep, consumer.publish, settings):
+    with Sweeper(sweep, consumer.publish, settings, s3, observer):
         consumer.run()
 
 
@@ -188,14 +201,16 @@ def _desk(
     shutdown: Shutdown,
     machine_fails: Callable[[MachineError], None],
     observer: Observer,
+    outbox: Outbox,
 ) -> Desk:
     """Everything that the pipeline works with."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    bucket, lease_seconds = settings.state_bucket_name, settings.lease_ttl_seconds
+    bucket = settings.state_bucket_name
     records_s3 = _s3_for_records(settings, observer.metrics)
-    records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=lease_seconds)
+    records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=settings.lease_ttl_seconds)
     webhooks = open_webhooks(settings, observer)
     s3 = open_s3(settings, metrics=observer.metrics)
+    put_offs = PutOffs(settings.retry_delays_seconds, observer)
     return Desk(
         settings=settings,
         s3=s3,
@@ -205,17 +220,22 @@ def _desk(
         endings=Endings(
             webhooks,
             records,
+            publish=outbox.put,
+            put_offs=put_offs,
             retry_delays=settings.ending_retry_delays_seconds,
             deduplication_seconds=settings.deduplication_window_seconds,
             stop=shutdown.event,
             observer=observer,
         ),
+        put_offs=put_offs,
         publisher=ModelPublisher(
             s3,
             model_bucket=settings.model_bucket_name,
             state_bucket=bucket,
             url_scheme=settings.model_url_scheme,
-            turns=StyleTurns(records_s3, bucket, owner=owner, lease_seconds=lease_seconds),
+            turns=StyleTurns(
+                records_s3, bucket, owner=owner, lease_seconds=settings.lease_ttl_seconds
+            ),
         ),
         trainer=trainer,
         folders=folders,
@@ -304,3 +324,5 @@ def _say_hello(settings: Settings, machine: Machine, observer: Observer) -> None
     )
     if not machine.cuda:
         log.warning("training_on_cpu", reason="no CUDA, and ALLOW_CPU=true: fp32 and slow")
+    if reason := not_pinned(settings.base_model, settings.base_model_revision):
+        log.warning("base_model_not_pinned", reason=reason)
