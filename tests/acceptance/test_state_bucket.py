@@ -89,5 +89,5 @@ def test_a_job_runs_with_images_and_models_in_one_store_and_its_state_in_another
         assert not [each for each in state.requests if f"/{apart.media}/training/" in each]
         assert any(f"/{apart.media}/training/" in each for each in images.requests)
         assert any(f"/{apart.media}/models/" in each for each in images.requests)
-        records = [each for each in images.requests if f"/{apart.state}/jobs/" in each]
-        assert not records
+        for prefix in ("jobs", "checkpoints"):
+            assert not [each for each in images.requests if f"/{apart.state}/{prefix}/" in each]

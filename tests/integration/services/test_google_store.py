@@ -46,9 +46,25 @@ def test_everything_that_the_worker_does_with_images_and_models_works(
     s3.copy(weights, S3Location(bucket, "archive/1"))
     assert s3.read(S3Location(bucket, "archive/1")).body == b"lora_weights.safetensors" * 1000
     s3.download(weights, tmp_path / "down")
-    s3.delete(bucket, [*listed, "archive/1", "was-never-there"])
+    s3.delete(bucket, [*listed, "archive/1"])
     assert not list(s3.list_objects(bucket, ""))
     s3.reach(bucket)
+
+
+def test_deleting_what_is_not_there_is_no_error_though_the_store_answers_404(
+    store: S3Proxy, bucket: str
+) -> None:
+    s3 = client(store)
+    s3.write(S3Location(bucket, "b"), b"1")
+    store.judge = lambda request: (
+        refusal(404, "NoSuchKey")
+        if request.method == "DELETE" and request.path.endswith("/a")
+        else google(request)
+    )
+    s3.delete(bucket, ["a", "b"])
+    assert not list(s3.list_objects(bucket, ""))
+    with pytest.raises(ObjectNotFound, match="bucket does not exist"):
+        s3.delete("no-such-bucket", ["a"])
 
 
 def test_an_upload_carries_an_md5_that_the_store_verifies(

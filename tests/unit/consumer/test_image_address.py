@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from consumer import pictures
+from consumer.stop_signal import StopSignal
 from consumer.training_job import from_understood
-from services.s3_types import S3Location
+from services.s3_service import FetchedPicture, PictureRequest, S3Location, S3Service
 from tests.unit.consumer.message_samples import (
     BUCKET,
     ENDPOINT,
@@ -79,6 +84,31 @@ def test_a_version_in_an_address_is_kept_through_record_and_message(
     again = from_understood(json.loads(json.dumps(job.understood())), SETTINGS)
     assert again.images == job.images and again.images[0].version_id == version
     assert read(again.body).images[0].version_id == version
+
+
+def test_the_version_is_asked_for_when_the_images_are_fetched(tmp_path: Path) -> None:
+    asked: list[str | None] = []
+
+    class Store:
+        """Stands in for `S3Service`, and has everything."""
+
+        def fetch_pictures(
+            self, sources: Sequence[PictureRequest], folder: Path, **_: Any
+        ) -> list[FetchedPicture]:
+            asked.extend(source.version_id for source in sources)
+            return [FetchedPicture(source.source, folder / "0000.img") for source in sources]
+
+    job = read(
+        flat(
+            image_urls=[f"{OBJECT}?versionId=7", OBJECT],
+            validation_images=[f"{OBJECT}?versionId=8"],
+        )
+    )
+    store, stop = cast(S3Service, Store()), StopSignal()
+    fetched = pictures.fetch_pictures(store, SETTINGS, job, tmp_path / "images", stop)
+    pictures.fetch_validation_pictures(store, SETTINGS, job, tmp_path / "others", stop)
+    assert asked == ["7", None, "8"]
+    assert fetched[0].source == f"{OBJECT}?versionId=7", "the report shows which version it was"
 
 
 def test_a_version_adds_no_field_to_the_record_that_earlier_releases_would_refuse() -> None:
