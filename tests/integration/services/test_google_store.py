@@ -63,6 +63,7 @@ def test_deleting_what_is_not_there_is_no_error_though_the_store_answers_404(
     )
     s3.delete(bucket, ["a", "b"])
     assert not list(s3.list_objects(bucket, ""))
+    store.judge = lambda request: refusal(404, "NoSuchBucket")
     with pytest.raises(ObjectNotFound, match="bucket does not exist"):
         s3.delete("no-such-bucket", ["a"])
 
