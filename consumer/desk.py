@@ -192,6 +192,7 @@ def _desk(
         ),
         publisher=ModelPublisher(
             s3,
+            s3,
             model_bucket=settings.model_bucket_name,
             state_bucket=bucket,
             url_scheme=settings.model_url_scheme,

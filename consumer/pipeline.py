@@ -180,11 +180,7 @@ class Pipeline:
         return self._settle(job, lease, ending, dead)
 
     def _settle(
-        self,
-        job: TrainingJob,
-        lease: JobLease,
-        ending: Ending,
-        dead: tuple[Publication, ...],
+        self, job: TrainingJob, lease: JobLease, ending: Ending, dead: tuple[Publication, ...]
     ) -> Settlement:
         """The ending is durable before anybody is told, and the message acked after that."""
         lease.end(ending)
@@ -202,6 +198,7 @@ class Pipeline:
         if lease.record.attempts >= settings.max_attempts:
             raise _given_up(lease)
         stop.check()
+        desk.publisher.repair(job.style_id, job.task_id, lease)
         with (
             desk.folders.job() as folder,
             ProgressReporter(
@@ -238,11 +235,16 @@ class Pipeline:
             stop.check()
             reporter.saw(run_events.uploading(finished, job))
             with desk.observer.tracing.span("upload"):
-                model_url = desk.publisher.publish(
-                    Path(finished.folder), finished.files, job, lease, stop
+                published = desk.publisher.publish(
+                    Path(finished.folder),
+                    finished.files,
+                    job,
+                    lease,
+                    stop,
+                    ordered_at=job.created_at or lease.record.created_at,
                 )
         # The reporter is closed: no progress follows the ending.
-        return endings.complete(job, finished, model_url, sequence=lease.next_sequence())
+        return endings.complete(job, finished, published.model_url, sequence=lease.next_sequence())
 
     def _fetched_run(
         self, job: TrainingJob, lease: JobLease, folder: Path, stop: StopSignal
@@ -309,6 +311,7 @@ class Pipeline:
     def _failed(
         self, job: TrainingJob, lease: JobLease, error: TrainingServerError
     ) -> tuple[Ending, tuple[Publication, ...]]:
+        self._desk.publisher.repair(job.style_id, job.task_id, lease)
         attempts = min(lease.record.attempts_with_this, self._settings.max_attempts)
         log.error("job_failed", code=str(code_of(error)), reason=str(error), attempts=attempts)
         ending = endings.failed(
