@@ -38,7 +38,7 @@ from consumer.stop_signal import StopSignal
 from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
 from services.lease import Lease
-from services.s3_service import S3Service
+from services.s3_service import ObjectInfo, S3Service
 from services.style_turn import ReplacedFile, Replacement, StyleTurns, Turn
 from utils.errors import MachineError, StorageError
 from utils.logger import get_logger
@@ -168,12 +168,11 @@ class ModelPublisher:
         url = style.place(WEIGHTS).uri(self._url_scheme)
         before = self._repaired(style, turn, fence)
         if before is None:
-            later = _later_order(style, run.mark)
+            before, later = _archived(style, run.mark, fence)
             if later is not None:
                 log.warning("older_order_archived", superseded_by=later)
                 archived = self._keep_in_archive(style, run, fence)
                 return Published(url, superseded_by=later, archived_url=archived)
-            before = _archived(style, fence)
         check()
         _write_note(turn, Replacement(run.task_id, run.claim, run.files, before))
         try:
@@ -266,23 +265,33 @@ class ModelPublisher:
             log.warning("staging_not_cleared", reason=str(error))
 
 
-def _archived(style: ModelFolder, fence: Fence) -> tuple[ReplacedFile, ...]:
-    """Keep the model that is about to be replaced; nothing under `models/` changes."""
+def _archived(
+    style: ModelFolder, mark: Mapping[str, str], fence: Fence
+) -> tuple[tuple[ReplacedFile, ...], str | None]:
+    """Keep the model that is about to be replaced; nothing under `models/` changes.
+
+    Returns:
+        The files that the folder has; and the job whose model stays, if it is of a later order than
+        `mark`. Then nothing was archived.
+    """
     for _ in range(_LOOKS):
-        before = style.archive(style.look(), fence)
+        present = style.look()
+        if later := _later_order(present, mark):
+            return (), later
+        before = style.archive(present, fence)
         if before is not None:
-            return before
+            return before, None
         log.info("publishing_again", reason="a file changed while it was archived")
     raise StorageError("Other publishers keep writing into the style's folder.")
 
 
-def _later_order(style: ModelFolder, mark: Mapping[str, str]) -> str | None:
+def _later_order(present: Mapping[str, ObjectInfo], mark: Mapping[str, str]) -> str | None:
     """The job with a later order than `mark` names, if the folder has its complete model."""
-    run = whole_run(style.look())
-    if run is None or run[TASK_ID] == mark[TASK_ID]:
+    there = whole_run(present)
+    if there is None or there[TASK_ID] == mark[TASK_ID]:
         return None
-    there, ours = _instant(run.get(ORDERED_AT)), _instant(mark[ORDERED_AT])
-    return run[TASK_ID] if there and ours and there > ours else None
+    theirs, ours = _instant(there.get(ORDERED_AT)), _instant(mark[ORDERED_AT])
+    return there[TASK_ID] if theirs and ours and theirs > ours else None
 
 
 def _roll_back(style: ModelFolder, turn: Lease[Turn], fence: Fence) -> None:
