@@ -1,8 +1,9 @@
 """A style's folder under `models/`, and the archive of the models that it had.
 
-Every write into the folder is made only over the version that was seen there (`If-Match`,
-`If-None-Match`), and every write is preceded by a proof that the job and the style's turn are still
-this publisher's. So a publisher that slept changes nothing that a later one has made.
+Every pass looks at the folder, proves by a write that the job and the style's turn are still this
+publisher's, and then writes only over the versions that it has seen (`If-Match`, `If-None-Match`).
+A successor takes the turn before it writes, so a publisher that slept changes nothing that a later
+one has made, wherever it slept and whatever its clock says.
 """
 
 from __future__ import annotations
@@ -254,27 +255,31 @@ class ModelFolder:
             LeaseLost, StorageError: The job, the turn or S3 is lost.
         """
         present = self.look()
+        missing = [name for name in files if not _is_there(present.get(name), mark)]
+        surplus = sorted(present.keys() - set(files))
+        if not missing and not surplus:
+            return True
+        # Only a write proves that all versions seen above are older than a successor's.
+        fence.renew()
 
-        def put_one(name: str) -> bool:
-            before = present.get(name)
-            if before is not None and is_of(before, mark):
-                return False
+        def put_one(name: str) -> None:
             fence.check()
+            before = present.get(name)
             self._models.upload_file(
                 folder / name,
                 self.place(name),
                 metadata=mark,
                 only_over=before.etag if before else "",
             )
-            return True
 
-        *others, last = files
-        changed = list(each(put_one, others).values())
-        for name in present.keys() - set(files):
+        last = files[-1]
+        each(put_one, [name for name in missing if name != last])
+        for name in surplus:
             fence.renew()
             self._models.delete_version(self.place(name), present[name].etag)
-            changed.append(True)
-        return not any([*changed, put_one(last)])
+        if last in missing:
+            put_one(last)
+        return False
 
     # --- restore
 
@@ -302,14 +307,17 @@ class ModelFolder:
             for name, info in present.items()
             if name not in wanted and TASK_ID in info.metadata
         ]
+        wrong = [file for file in before if not self._is_as_it_was(present.get(file.name), file)]
+        if not strays and not wrong:
+            return True
+        fence.renew()
         # Readers that see the weights must find everything else, so these go first and come last.
         for name in sorted(strays, key=lambda name: name != WEIGHTS):
             fence.renew()
             self._models.delete_version(self.place(name), present[name].etag)
-        wrong = [file for file in before if not self._is_as_it_was(present.get(file.name), file)]
         for file in sorted(wrong, key=lambda file: file.name == WEIGHTS):
             self._bring_back(file, present.get(file.name), fence)
-        return not strays and not wrong
+        return False
 
     def _is_as_it_was(self, info: ObjectInfo | None, file: ReplacedFile) -> bool:
         if info is None or info.etag not in (file.etag, self._restored.get(file.name)):
@@ -342,6 +350,10 @@ class ModelFolder:
 def is_of(info: ObjectInfo, mark: Mapping[str, str | None]) -> bool:
     """Whether a file is of the run and claim that `mark` names."""
     return all(info.metadata.get(key) == mark.get(key) for key in (TASK_ID, CLAIM))
+
+
+def _is_there(info: ObjectInfo | None, mark: Mapping[str, str]) -> bool:
+    return info is not None and is_of(info, mark)
 
 
 def whole_run(present: Mapping[str, ObjectInfo]) -> Mapping[str, str] | None:

@@ -160,9 +160,11 @@ class World:
             ordered_at=ordered_at,
         )
 
-    def has_model_of(self, task_id: str, ordered_at: str = EARLY) -> None:
+    def has_model_of(
+        self, task_id: str, ordered_at: str = EARLY, files: tuple[str, ...] = OLD_FILES
+    ) -> None:
         """A complete model, as an earlier run has left it."""
-        for name in OLD_FILES:
+        for name in files:
             path = self.scratch / "old"
             path.write_text(content(name, task_id))
             mark = {"task_id": task_id, "claim": "1", "ordered-at": ordered_at}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from tests.publishing import (
     Killed,
     Stops,
     World,
+    content,
     killed_at,
     whole,
 )
@@ -163,6 +165,101 @@ def test_a_lost_lease_stops_a_publication_and_the_next_claim_rolls_it_back(
             world.publisher(world.s3).repair(STYLE, "new", lease)
         assert world.folder() in (before, NEW), f"request {number}"
         assert not world.has_note()
+
+
+def test_after_the_lease_is_lost_no_further_file_is_begun(tmp_path: Path) -> None:
+    for world, number in every_request(trained_before, tmp_path):
+        after: list[str] = []
+        with world.claim("new") as lease:
+            stops = Stops(number, lease.lost.set)
+            s3 = worker_of(world, stops)
+
+            s3.before = functools.partial(_note_after, stops, after)
+            with contextlib.suppress(LeaseLost):
+                world.publish("new", lease, s3)
+        assert f"PUT {place(WEIGHTS)}" not in after, f"request {number}"
+
+
+def _note_after(stops: Stops, after: list[str], method: str, bucket: str, key: str) -> None:
+    if stops.at <= stops.count:
+        after.append(f"{method} {key}")
+    stops.before(method, bucket, key)
+
+
+def test_wherever_a_publisher_sleeps_it_changes_nothing_of_a_later_runs(tmp_path: Path) -> None:
+    """Its clock may have slept as well, so that it takes its lease for valid."""
+    for world, number in every_request(trained_before, tmp_path):
+
+        def overtaken(world: World = world) -> None:
+            world.let_the_turn_run_out()
+            with world.claim("other") as lease:
+                world.publish("other", lease)
+
+        s3 = worker_of(world, Stops(number, overtaken))
+        finished = False
+        with world.claim("slept") as lease, contextlib.suppress(StorageError):
+            world.publish("slept", lease, s3)
+            finished = True
+        contents = {name: text for name, (text, _) in world.folder().items()}
+        runs = ("other", "slept") if finished else ("other",)
+        wholes = [{name: content(name, run) for name in FILES} for run in runs]
+        assert contents in wholes, f"request {number}"
+        if not finished:
+            assert world.archive("old") == OLD
+
+
+def test_wherever_a_repair_sleeps_it_changes_nothing_of_a_later_runs(tmp_path: Path) -> None:
+    """But for a name that the later run leaves free: docs/operations.md, What is not promised."""
+    for number in itertools.count(1):
+        world = never_trained(tmp_path)
+        world.has_model_of("old", files=FILES)
+        with pytest.raises(Killed), world.claim("new") as lease:
+            world.publish("new", lease, worker_of(world, killed_at(1, writes(place(WEIGHTS)))))
+        world.let_the_turn_run_out()
+
+        def overtaken(world: World = world) -> None:
+            world.let_the_turn_run_out()
+            with world.claim("other") as lease:
+                world.publish("other", lease)
+
+        stops = Stops(number, overtaken)
+        with world.claim("new") as lease, contextlib.suppress(StorageError):
+            world.publisher(worker_of(world, stops)).repair(STYLE, "new", lease)
+        if stops.count < number:
+            assert number > 10
+            return
+        contents = {name: text for name, (text, _) in world.folder().items()}
+        assert contents == {name: content(name, "other") for name in FILES}, f"request {number}"
+        assert world.archive("old") == whole("old")
+
+
+def test_after_a_dead_publisher_a_failing_one_brings_back_the_last_complete_model(
+    world: World,
+) -> None:
+    world.has_model_of("old")
+    with pytest.raises(Killed), world.claim("new") as lease:
+        world.publish("new", lease, worker_of(world, killed_at(1, writes(place(WEIGHTS)))))
+    assert world.folder() != OLD
+    world.let_the_turn_run_out()
+
+    def refuse() -> None:
+        raise AccessDenied("no")
+
+    with world.claim("other") as lease, pytest.raises(AccessDenied):
+        stops = Stops(1, refuse, only=writes(place(WEIGHTS)))
+        world.publish("other", lease, worker_of(world, stops))
+    assert world.folder() == OLD and not world.has_note()
+
+
+def test_after_a_dead_publisher_a_model_of_a_later_order_still_stays(world: World) -> None:
+    world.has_model_of("old", ordered_at=EARLY)
+    with pytest.raises(Killed), world.claim("new") as lease:
+        world.publish("new", lease, worker_of(world, killed_at(1, writes(place(WEIGHTS)))))
+    world.let_the_turn_run_out()
+    with world.claim("other") as lease:
+        published = world.publish("other", lease, ordered_at="2025-01-19T00:00:00Z")
+    assert published.superseded_by == "old"
+    assert world.folder() == OLD and world.archive("other") == whole("other")
 
 
 @MAKERS
