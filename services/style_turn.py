@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 
-from services.hold import HeldRecord, Hold, stamped
+from services.hold import HeldRecord, Hold, later, stamped
 from services.lease import Lease
 from services.record_object import Expiry, RecordObject
 from services.s3_service import S3Location, S3Service
@@ -73,7 +73,7 @@ class Turn(HeldRecord):
     """
 
     task_id: str
-    replacement: Replacement | None = None
+    replacement: Replacement | None = later(None)
 
 
 class StyleTurns:
