@@ -27,6 +27,7 @@ from utils.errors import (
     ErrorCode,
     LeaseLost,
     ObjectNotFound,
+    PreconditionFailed,
     StorageError,
     TrainingServerError,
 )
@@ -277,11 +278,7 @@ def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
             newest = _newest(record, prefix, found)
             unneeded = [key for key in found if not key.startswith(newest)]
         unneeded += [each.key for each in s3.list_objects(bucket, staging)]
-        if unneeded and not _still_has_ended(s3, bucket, record):
-            # A person has sent it back while this worker slept: its files are needed again.
-            log.warning("not_cleared_up", task_id=record.task_id, reason="the job was sent back")
-            return False
-        s3.delete(bucket, unneeded)
+        _delete_of_ended(s3, bucket, record, unneeded)
     except StorageError as error:
         log.warning("not_cleared_up", task_id=record.task_id, reason=str(error))
         return False
@@ -296,12 +293,19 @@ def _newest(record: JobRecord, prefix: str, keys: Collection[str]) -> str:
     return f"{prefix}{max(names, key=order, default='')}/"
 
 
-def _still_has_ended(s3: S3Service, bucket: str, record: JobRecord) -> bool:
-    """Whether the record on S3 still has this ending, read directly before a deletion."""
+def _delete_of_ended(s3: S3Service, bucket: str, record: JobRecord, keys: Collection[str]) -> None:
+    """Delete files of an ended job unless its record has another ending by now, or none.
+
+    The record is read directly before: a person may have sent the job back while this worker slept,
+    and then its files are needed again.
+    """
+    if not keys:
+        return
     now = RecordObject(s3, record_at(bucket, record.task_id), JobRecord).read()
-    if now is None or now.record.ending is None or record.ending is None:
-        return False
-    return now.record.ending.webhook_id == record.ending.webhook_id
+    endings = (now.record.ending if now else None), record.ending
+    if len({ending.webhook_id if ending else None for ending in endings}) > 1:
+        raise PreconditionFailed("The job was sent back, so its files are needed again.")
+    s3.delete(bucket, keys)
 
 
 def delete_all_of(s3: S3Service, bucket: str, record: JobRecord) -> bool:
@@ -312,7 +316,8 @@ def delete_all_of(s3: S3Service, bucket: str, record: JobRecord) -> bool:
     """
     try:
         for prefix in (checkpoint_prefix(record), f"staging/{record.task_id}/"):
-            s3.delete(bucket, [each.key for each in s3.list_objects(bucket, prefix)])
+            keys = [each.key for each in s3.list_objects(bucket, prefix)]
+            _delete_of_ended(s3, bucket, record, keys)
     except StorageError as error:
         log.warning("not_deleted", task_id=record.task_id, reason=str(error))
         return False
