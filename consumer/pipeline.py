@@ -182,7 +182,6 @@ class Pipeline:
     def _work(self, job: TrainingJob, lease: JobLease) -> Settlement:
         """From a claim to an ending, or back to the queue."""
         stop = StopSignal()
-        owed: OwedCopy | None = None
         try:
             with self._desk.shutdown.covering(stop), relayed(lease, stop):
                 ending = self._train_and_publish(job, lease, stop)
@@ -197,14 +196,26 @@ class Pipeline:
                 error = given_up
             elif is_retryable(error) and not self._is_last_attempt(lease):
                 return self._try_again(job, lease, error)
-            ending, owed = self._failed(job, lease, error)
+            return self._fail(job, lease, error)
         except Exception as error:  # pylint: disable=broad-exception-caught
             # A bug of ours must not cost the artist the ending; the stack trace is in the log.
             log.exception("job_broke")
             ours = TrainingFailed(
                 f"internal error ({type(error).__name__}); the worker's log says more"
             )
-            ending, owed = self._failed(job, lease, ours)
+            return self._fail(job, lease, ours)
+        return self._settle(job, lease, ending, None)
+
+    def _fail(self, job: TrainingJob, lease: JobLease, error: TrainingServerError) -> Settlement:
+        """End the job as failed, once no file of it is left in the style's folder."""
+        try:
+            self._desk.publisher.repair(job.style_id, job.task_id, lease)
+        except (StorageError, MachineError) as trouble:
+            if not self._is_last_attempt(lease):
+                return self._try_again(job, lease, trouble)
+            # The turn's note stays: the style's next publisher repairs the folder.
+            log.error("style_folder_not_repaired", reason=str(trouble))
+        ending, owed = self._failed(job, lease, error)
         return self._settle(job, lease, ending, owed)
 
     def _settle(
@@ -273,10 +284,10 @@ class Pipeline:
                     job,
                     lease,
                     stop,
-                    ordered_at=job.created_at or lease.record.created_at,
+                    ordered_at=lease.record.ordered_at,
                 )
         # The reporter is closed: no progress follows the ending.
-        return endings.complete(job, finished, published.model_url, sequence=lease.next_sequence())
+        return endings.complete(job, finished, published, sequence=lease.next_sequence())
 
     def _fetched_run(
         self, job: TrainingJob, lease: JobLease, folder: Path, stop: StopSignal
@@ -363,7 +374,6 @@ class Pipeline:
     def _failed(
         self, job: TrainingJob, lease: JobLease, error: TrainingServerError
     ) -> tuple[Ending, OwedCopy | None]:
-        self._desk.publisher.repair(job.style_id, job.task_id, lease)
         attempts = min(lease.record.attempts_with_this, self._settings.max_attempts)
         code = code_of(error)
         _log_failure(code, str(error), attempts)
