@@ -253,6 +253,7 @@ class Settings(TrainerSettings):
     deduplication_window_seconds: float = Field(600.0, ge=0, allow_inf_nan=False)
     max_job_seconds: Seconds = 6 * 3600.0
     max_wait_seconds: Seconds | None = None
+    max_job_bytes: int = Field(10 * 1024**3, ge=1024)
     max_machines: int = Field(3, ge=1)
     record_retention_days: float | None = Field(None, ge=1, allow_inf_nan=False)
     shutdown_grace_seconds: Seconds = 8.0
