@@ -20,9 +20,10 @@ from services.picture_download import object_sizes
 from services.s3_service import PictureRequest, S3Location, S3Service
 
 ROOT = Path(__file__).resolve().parents[3]
-OWN_MOUNTS = ["unshare", "--mount", "--propagation", "private"]
-if os.geteuid() != 0:
-    OWN_MOUNTS += ["--user", "--map-root-user"]
+OWN_MOUNTS = (
+    *("unshare", "--mount", "--propagation", "private"),
+    *(() if os.geteuid() == 0 else ("--user", "--map-root-user")),
+)
 
 MEASURE = """
 import json, subprocess, sys

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from consumer import job_size
 from consumer.job_size import JobSize, output_bytes, require_room
 from consumer.stop_signal import StopSignal
 from services.job_record import Checkpoint
@@ -41,8 +41,8 @@ def _free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets the free space of the disk."""
 
     def set_free(size: int) -> None:
-        usage = shutil._ntuple_diskusage(size, 0, size)  # type: ignore[attr-defined]
-        monkeypatch.setattr(job_size.shutil, "disk_usage", lambda folder: usage)
+        usage = SimpleNamespace(free=size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
 
     set_free(10**15)
     return set_free
@@ -94,7 +94,7 @@ def test_a_picture_that_will_not_be_downloaded_counts_nothing(
 ) -> None:
     put(s3, {"0": 1000, "1": 5000})  # 2 is missing
 
-    def forbid(operation: str, key: str) -> None:
+    def forbid(_: str, key: str) -> None:
         if key == "3":
             raise AccessDenied()
 
