@@ -16,6 +16,7 @@ from config import Settings
 from consumer import endings, messages, run_events
 from consumer.checkpoint_uploads import CheckpointUploads, clear_up, newest_usable_checkpoint
 from consumer.endings import Endings
+from consumer.job_size import require_room
 from consumer.lease_relay import relayed
 from consumer.machine import require_fit
 from consumer.model_publisher import ModelPublisher
@@ -294,6 +295,7 @@ class Pipeline:
     ) -> TrainingRun:
         """What the trainer is told, with everything that it needs in the job's folder."""
         s3, settings = self._desk.s3, self._settings
+        require_room(s3, settings, job, folder, stop, checkpoints=lease.record.checkpoints)
         return TrainingRun(
             task_id=job.task_id,
             style_id=job.style_id,
