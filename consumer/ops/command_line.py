@@ -116,15 +116,16 @@ class _Server:
 
     settings: config.Settings
     s3: S3Service
+    state_s3: S3Service
 
     @classmethod
     def of(cls, config_file: Path | None) -> _Server:
         """As the settings say."""
-        from consumer.desk import open_s3
+        from consumer.desk import open_s3, open_state_s3
 
         settings: config.Settings = config.load(file=config_file)
         logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
-        return cls(settings, open_s3(settings))
+        return cls(settings, open_s3(settings), open_state_s3(settings))
 
     @property
     def state(self) -> str:
@@ -149,6 +150,7 @@ def _publish(
             server.settings,
             server.s3,
             folder,
+            state_s3=server.state_s3,
             style_id=style_id,
             task_id=task_id,
             tags=tags or (),
@@ -172,7 +174,7 @@ def _wait(server: _Server, placed: Order, as_json: bool) -> int:
         screen.say(f"published {placed.task_id}; Ctrl-C ends the waiting, not the job")
     try:
         with screen.JobBar() as shown:
-            job = follow(server.s3, server.state, placed.task_id, shown.saw)
+            job = follow(server.state_s3, server.state, placed.task_id, shown.saw)
     except KeyboardInterrupt:
         screen.say(f"the job goes on: main.py jobs {placed.task_id}")
         return INTERRUPTED
@@ -191,9 +193,9 @@ def _jobs(server: _Server, tasks: list[str], live: bool, limit: int, as_json: bo
     from services.record_listing import look_up, newest
 
     if tasks:
-        found, more = look_up(server.s3, server.state, tasks), 0
+        found, more = look_up(server.state_s3, server.state, tasks), 0
     else:
-        found, more = newest(server.s3, server.state, limit=limit, unsettled_only=live)
+        found, more = newest(server.state_s3, server.state, limit=limit, unsettled_only=live)
     views = [view(one) for one in found]
     screen.jobs(views, more, as_json=as_json)
     return FAILED if any(one.state == "unknown" for one in views) else DONE
@@ -203,7 +205,7 @@ def _cancel(server: _Server, task: str, as_json: bool) -> int:
     from consumer.ops import screen
     from consumer.ops.cancel import cancel
 
-    record = cancel(server.s3, server.state, task)
+    record = cancel(server.state_s3, server.state, task)
     looks_every = record.hold.lease_seconds / 4 if record else None
     if as_json:
         screen.print_json({"task_id": task, "looked_for_every_seconds": looks_every})
@@ -226,7 +228,7 @@ def _redrive(server: _Server, tasks: list[str], everything: bool, as_json: bool)
         letters, more = redrive.look(server.settings)
         screen.dead(letters, more, as_json=as_json)
         return DONE
-    done, more = redrive.send_back(server.settings, server.s3, None if everything else tasks)
+    done, more = redrive.send_back(server.settings, server.state_s3, None if everything else tasks)
     screen.redriven(done, more, as_json=as_json)
     missing = set(tasks) - {one.task_id for one in done}
     if missing and not as_json:
