@@ -52,7 +52,7 @@ def clock_fixture(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(broker_loop, "time", clock)
     monkeypatch.setattr(outbox, "time", clock)
-    monkeypatch.setattr(outbox.random, "uniform", lambda least, most: most)
+    monkeypatch.setattr("consumer.outbox.random.uniform", lambda least, most: most)
     return clock
 
 

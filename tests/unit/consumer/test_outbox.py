@@ -90,12 +90,14 @@ def test_those_that_were_refused_least_are_tried_first(outbox: Outbox) -> None:
 
 def test_a_publication_of_a_refused_form_becomes_a_whole_letter_then_a_cut_one() -> None:
     parcel = Parcel(ORDER)
+    parcel.backoff.next()
     assert list(strikes(parcel, Refusal.FORM)) == [False] * (MAX_STRIKES - 1) + [True]
     assert parcel.form == ORDER.given_up("why")
-    assert not parcel.is_cut and parcel.strikes == 0
+    assert parcel.backoff.next() == FIRST_DELAY, "the new form is tried soon"
+    assert (parcel.is_cut, parcel.strikes) == (False, 0)
     assert list(strikes(parcel, Refusal.FORM)) == [False] * (MAX_STRIKES - 1) + [True]
     assert parcel.form == ORDER.given_up("why").cut()
-    assert parcel.is_cut and not parcel.is_stuck
+    assert (parcel.is_cut, parcel.is_stuck) == (True, False)
     assert list(strikes(parcel, Refusal.FORM)) == [False] * (MAX_STRIKES + 1)
     assert parcel.is_stuck
     assert parcel.form.headers[BODY_BYTES] == len(ORDER.body)
