@@ -116,8 +116,8 @@ def _pods_for(training: int, endings: int) -> int:
     ]
     active = [(length, length / value) for length, value in metrics if length > 0]
     assert spec["scalingStrategy"]["multipleScalersCalculation"] == "sum"
-    wanted = math.ceil(min(sum(pods for _, pods in active), spec["maxReplicaCount"]))
-    return min(sum(length for length, _ in active), wanted)
+    wanted: int = math.ceil(min(sum(pods for _, pods in active), spec["maxReplicaCount"]))
+    return int(min(sum(length for length, _ in active), wanted))
 
 
 @pytest.mark.parametrize(
