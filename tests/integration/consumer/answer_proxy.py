@@ -42,7 +42,7 @@ class AnswerProxy:
             def handle(self) -> None:
                 with socket.create_connection(target) as broker:
                     back = threading.Thread(
-                        target=proxy._answers, args=(broker, self.request), daemon=True
+                        target=proxy.answers, args=(broker, self.request), daemon=True
                     )
                     back.start()
                     with contextlib.suppress(OSError):
@@ -63,7 +63,8 @@ class AnswerProxy:
         self._server.shutdown()
         self._server.server_close()
 
-    def _answers(self, broker: socket.socket, client: socket.socket) -> None:
+    def answers(self, broker: socket.socket, client: socket.socket) -> None:
+        """Forward the broker's frames, but for those to be swallowed."""
         with contextlib.suppress(OSError), broker.makefile("rb") as frames:
             while len(header := frames.read(_HEADER.size)) == _HEADER.size:
                 kind, _, size = _HEADER.unpack(header)

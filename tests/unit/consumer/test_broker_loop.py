@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from consumer import broker_loop
 from consumer.lane import Lane
-from consumer.outbox import LONGEST_DELAY, MAX_STRIKES
+from consumer.outbox import LONGEST_DELAY, MAX_STRIKES, Outbox
 from consumer.settlement import BODY_BYTES, Delivery, Publication, Queue, Settlement
 from tests.unit.consumer.fake_broker import (  # noqa: F401  # pylint: disable=unused-import
     Channel,
@@ -559,6 +559,21 @@ def test_the_owner_counts_as_turning_while_it_tries_to_connect(clock: Clock) -> 
     assert loop.turned_within(1.0)
 
 
+def test_an_outbox_that_others_put_into_is_published_from() -> None:
+    outbox = Outbox()
+    loop = FakeLoop(lane(), outbox=outbox)
+    promise = outbox.put(dead())
+    loop.turn()
+    assert promise.done()
+
+
+def test_a_loop_needs_no_observer() -> None:
+    loop = FakeLoop(lane(), observer=None)
+    loop.refuses = lambda publication: refused()
+    loop.publish(dead())
+    loop.turn()
+
+
 def test_a_publication_wakes_the_owner() -> None:
     loop = FakeLoop(lane())
     loop.publish(dead())
@@ -662,7 +677,7 @@ def test_a_stop_waits_for_the_handler_publishes_answers_and_then_disconnects() -
         return Settlement.ack(dead())
 
     training = Lane(Queue.TRAINING, handle, lambda: None)
-    loop = FakeLoop(training)
+    loop = FakeLoop(training, stop_seconds=60.0)
     running = Running(loop)
     soon(lambda: loop.consuming)
     training.take(Delivery(b"order"), 7)
@@ -710,9 +725,10 @@ def test_a_stop_is_quick_and_silent_with_nothing_to_settle_and_no_connection() -
     hangs = threading.Event()
 
     def fails(act: str) -> BaseException | None:
-        if act == "connect":
-            hangs.wait(5)
-        return None
+        if act != "connect":
+            return None
+        hangs.wait(5)
+        return lost()
 
     loop.fails = fails
     running = Running(loop)
