@@ -78,7 +78,8 @@ class FakeLoop(BrokerLoop):
     def __init__(self, *lanes: Lane, **how: Any) -> None:
         self.stop = threading.Event()
         self.observer = Observer()
-        how = {"stop_seconds": 5.0, "observer": self.observer} | how
+        how.setdefault("stop_seconds", 5.0)
+        how.setdefault("observer", self.observer)
         super().__init__(lanes, self.stop, **how)
         self.acts: list[str] = []
         self.published: list[Publication] = []
