@@ -13,7 +13,7 @@
     │   ├── TrainingFailed            training broke in a way that has no name of its own
     │   │   └── CheckpointUnusable    damaged, or of another run: an older one may help
     │   ├── TimeLimit
-    │   ├── JobTooLarge               too many bytes for a job, or for any worker
+    │   ├── JobTooLarge               it needs more disk space than the workers have
     │   ├── ExportFailed              the written files do not act as the weights
     │   ├── WorkerCrashed             the trainer process died
     │   └── Cancelled
