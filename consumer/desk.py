@@ -231,7 +231,7 @@ def _desk(
         put_offs=put_offs,
         publisher=ModelPublisher(
             s3,
-            s3,
+            state_s3,
             model_bucket=settings.model_bucket_name,
             state_bucket=bucket,
             url_scheme=settings.model_url_scheme,

@@ -296,7 +296,15 @@ class Pipeline:
     ) -> TrainingRun:
         """What the trainer is told, with everything that it needs in the job's folder."""
         s3, settings = self._desk.s3, self._settings
-        require_room(s3, settings, job, folder, stop, checkpoints=lease.record.checkpoints)
+        require_room(
+            s3,
+            self._desk.state_s3,
+            settings,
+            job,
+            folder,
+            stop,
+            checkpoints=lease.record.checkpoints,
+        )
         return TrainingRun(
             task_id=job.task_id,
             style_id=job.style_id,
