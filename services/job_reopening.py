@@ -1,9 +1,10 @@
 """A person sends back a job that has ended: the only change that a settled record ever sees.
 
 By conditional writes, as everything that changes a record: a worker that comes in between wins, and
-the record is looked at anew. The record is put on the index of live ones and written, and its
-`.settled` mark removed after it (see `services.record_index`), the message published last: whoever dies in between leaves a record
-that the sweep publishes, or one that can be sent back again.
+the record is looked at anew. The record is put on the index of live ones before it is written, its
+`.settled` mark removed after it (see `services.record_index`), and the message published last. A
+process that dies in between leaves a record that the sweep publishes, or one that can be sent back
+again.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from utils.errors import ErrorCode
+from utils.errors import ErrorCode, Refusal
 
 PREFIX = "training_server"
 NO_CODE = "none"
@@ -145,6 +145,12 @@ class Metrics:
         self.broker_reconnects = self._counter(
             "broker_reconnects", "Connections to RabbitMQ after the first"
         )
+        self.publications_refused = self._counter(
+            "publications_refused", "Publications that RabbitMQ did not take", "refusal"
+        )
+        self.publications_stuck = self._counter(
+            "publications_stuck", "Refusals of a publication in its shortest form"
+        )
 
     def _add_services(self) -> None:
         self.webhook_attempts = self._counter(
@@ -204,6 +210,8 @@ class Metrics:
         for queue in ("training", "endings"):
             self.messages.labels(queue)
             self.redeliveries.labels(queue)
+        for refusal in Refusal:
+            self.publications_refused.labels(refusal)
         for reason in PUT_OFFS:
             self.messages_put_off.labels(reason)
         for reason in WASTE:
