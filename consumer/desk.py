@@ -107,13 +107,15 @@ def _serve(
         condition=condition,
     )
     guard.test()  # a wrong store is refused before anything is loaded
+    folders = WorkFolder(settings.work_dir)
     trainer = condition.trainer = TrainerProcess(
         settings.trainer_options(),
-        settings.trainer_environment(),
+        settings.trainer_environment() | {"TMPDIR": str(folders.temporary)},
         stall_seconds=settings.stall_seconds,
         command=trainer_command,
         metrics=observer.metrics,
         secrets=settings.secrets(),
+        confinement=settings.trainer_confinement(folders.path),
     )
     failures: list[MachineError] = []
 
@@ -122,7 +124,6 @@ def _serve(
         condition.machine_problem = str(error)
         shutdown.request()
 
-    folders = WorkFolder(settings.work_dir)
     monitor = GpuMonitor(sample_seconds=GPU_SAMPLE_SECONDS, observe=observer.gpus)
     try:
         trainer.start()  # the base model loads while the first message is waited for
@@ -230,6 +231,7 @@ def _desk(
         put_offs=put_offs,
         publisher=ModelPublisher(
             s3,
+            state_s3,
             model_bucket=settings.model_bucket_name,
             state_bucket=bucket,
             url_scheme=settings.model_url_scheme,

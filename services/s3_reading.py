@@ -73,6 +73,7 @@ class S3Reading(S3Access):
         *,
         max_bytes: int | None = None,
         watch: Callable[[], None] = _nothing,
+        etag: str | None = None,
         version_id: str | None = None,
     ) -> int:
         """Write an object into a local file, which appears only when it is whole.
@@ -82,12 +83,14 @@ class S3Reading(S3Access):
             path: The file; missing folders are made.
             max_bytes: More is refused, before and while downloading.
             watch: Called between chunks; what it raises ends the download.
+            etag: Download only if the object has this ETag (`If-Match`); None takes any version.
             version_id: The version that is meant; None for the present one.
 
         Returns:
             Bytes written.
 
         Raises:
+            PreconditionFailed: The object has another version.
             ObjectNotFound, AccessDenied, ObjectTooLarge, StorageError, MachineError: See
                 `utils.errors`. A checksum that differs is a `StorageError`.
         """
@@ -96,7 +99,7 @@ class S3Reading(S3Access):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with part.open("wb") as file:
-                    self._pull(location, file, max_bytes, watch, version_id)
+                    self._pull(location, file, max_bytes, watch, etag=etag, version_id=version_id)
                     size = file.tell()
                 os.replace(part, path)
             finally:
@@ -142,6 +145,8 @@ class S3Reading(S3Access):
         sink: BinaryIO,
         max_bytes: int | None,
         watch: Callable[[], None],
+        *,
+        etag: str | None = None,
         version_id: str | None = None,
     ) -> Mapping[str, Any]:
         """GET into `sink`.
@@ -149,17 +154,17 @@ class S3Reading(S3Access):
         The SDK repeats what fails before an answer's body begins, this what fails inside it.
         """
         what = location.uri()
+        which: dict[str, Any] = {"IfMatch": etag} if etag else {}
+        if version_id:
+            which["VersionId"] = version_id
         if not location.key:
             raise ObjectNotFound(f"{what}: an object has a key")
         for left in reversed(range(self._attempts)):
             if sink.tell():
                 sink.seek(0)
                 sink.truncate()
-            version: dict[str, Any] = {"VersionId": version_id} if version_id else {}
             with self._translated(what):
-                answer = self._client.get_object(
-                    Bucket=location.bucket, Key=location.key, **version
-                )
+                answer = self._client.get_object(Bucket=location.bucket, Key=location.key, **which)
             _require_version(answer, version_id, what)
             try:
                 with self._translated(what):

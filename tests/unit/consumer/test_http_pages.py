@@ -34,7 +34,7 @@ class Broker(TrainingConsumer):
 
     def __init__(self) -> None:
         self.connected = self.consuming = self.holds = True
-        self.stuck = False
+        self.silent_for = 0.0
 
     @property
     def busy(self) -> bool:
@@ -43,7 +43,7 @@ class Broker(TrainingConsumer):
 
     def turned_within(self, seconds: float) -> bool:
         """Whether the thread is well."""
-        return not self.stuck
+        return self.silent_for < seconds
 
 
 class Trainer(TrainerProcess):
@@ -168,11 +168,11 @@ def test_who_has_not_answered_for_long_is_told_though_no_error_has_come(
     """A machine that vanishes sends no farewell, and a look at it may hang."""
     broker = condition.broker
     assert isinstance(broker, Broker)
-    broker.stuck = True
+    broker.silent_for = 6.0
     checks = ask(pages, "/ready")[1]["checks"]
     assert checks["broker"] == "RabbitMQ has not answered for 5 seconds"
     assert {checks[part] for part in ("s3", "gpu", "base_model")} == {"ok"}
-    broker.stuck = False
+    broker.silent_for = 0.0
     monkeypatch.setattr(condition_module, "S3_SILENT_SECONDS", 0.01)
     time.sleep(0.05)
     assert "has not answered" in ask(pages, "/ready")[1]["checks"]["s3"]
@@ -284,8 +284,26 @@ def test_a_connection_s_thread_that_stands_still_is_one_too(
 ) -> None:
     broker = condition.broker
     assert isinstance(broker, Broker)
-    broker.stuck = True
+    broker.silent_for = 181.0
     assert ask(pages, "/health")[0] == 503
+
+
+def test_a_broker_that_leaves_a_request_without_an_answer_is_named_and_kills_no_worker(
+    pages: HttpPages, condition: Condition
+) -> None:
+    broker = condition.broker
+    assert isinstance(broker, Broker)
+    assert "broker" not in ask(pages, "/health")[1]
+    broker.silent_for = 6.0
+    status, health = ask(pages, "/health")
+    assert (status, health["status"]) == (200, "healthy")
+    assert health["broker"] == "RabbitMQ has not answered for 5 seconds"
+    assert "problem" not in health
+    broker.connected = False
+    assert "broker" not in ask(pages, "/health")[1], "the worker tries to connect"
+    broker.connected = True
+    condition.stop.set()
+    assert "broker" not in ask(pages, "/health")[1]
 
 
 def test_a_worker_that_stops_is_alive_and_not_ready(condition: Condition) -> None:
