@@ -31,6 +31,7 @@ from consumer.training_job import (
 from training.lora_config import HyperParameters
 from utils.errors import InvalidMessage, UnknownType
 from utils.logger import get_logger
+from utils.wording import counted
 
 __all__ = ["ImageRef", "TrainingJob", "derive_task_id", "from_understood", "parse", "to_message"]
 
@@ -117,7 +118,7 @@ def derive_task_id(body: bytes) -> str:
 def _load(body: bytes) -> tuple[dict[str, Any], list[str]]:
     """The JSON object, less the names that stand twice in one of its objects, and those names."""
     if len(body) > MAX_BODY:
-        raise _Wrong("body", f"has {len(body)} bytes; at most {MAX_BODY} are read")
+        raise _Wrong("body", f"has {len(body):,} bytes; at most {MAX_BODY:,} are read")
     repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -169,7 +170,9 @@ def _job(
     images = _images_to_train_on(checked.images, f"{prefix}{images_field}", settings)
     captions = checked.captions or [None] * len(images)
     if len(captions) != len(images):
-        raise _Wrong(f"{prefix}captions", f"has {len(captions)} entries for {len(images)} pictures")
+        entries = counted(len(captions), "entry", "entries")
+        pictures = counted(len(images), "picture")
+        raise _Wrong(f"{prefix}captions", f"has {entries} for {pictures}")
     parameters = checked.given_parameters()
     created_at = message.get("created_at")
     return TrainingJob(

@@ -21,6 +21,7 @@ from training.picture_checks import Looks, look_at
 from training.prompts import orders, with_trigger
 from training.vetting import UnusablePicture, Vetted, vet
 from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
+from utils.wording import counted, file_name, grouped
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def prepare(
     warnings = []
     if len(usable) < FEW_PICTURES:
         warnings.append(
-            f"Only {len(usable)} pictures are trained on; a style holds better with "
+            f"Only {counted(len(usable), 'picture')} can be trained on; a style holds better with "
             f"{FEW_PICTURES} to 30."
         )
     if all(looks.is_grey for _, looks in seen):
@@ -200,7 +201,7 @@ def _take_in(
         return _left_out(picture, "its file could not be read"), None
     except UnusablePicture as unusable:
         return _left_out(picture, str(unusable), unusable.size), None
-    seen.append((_shown_name(picture.source), looks))
+    seen.append((file_name(picture.source), looks))
     cautions = vetted.warnings + _enlarged(vetted, frame) + cautions + cut
     entry = PictureReport(
         picture.source,
@@ -283,14 +284,18 @@ def _refuse_too_few(run: TrainingRun, entries: list[PictureReport], usable: int)
     if usable >= run.min_images:
         return
     fetched = sum(picture.path is not None for picture in run.pictures)
-    left_out = "; ".join(
-        f"{_name(entry)} {', '.join(entry.reasons)}"
-        for entry in entries
-        if entry.status == "left_out"
+    left_out = grouped(
+        [
+            (_name(entry), ", ".join(entry.reasons))
+            for entry in entries
+            if entry.status == "left_out"
+        ],
+        "picture",
     )
     message = (
-        f"{usable} of {len(entries)} pictures can be used, and at least {run.min_images} are "
-        "needed." + (f" Left out: {left_out}." if left_out else " Add more pictures.")
+        f"{usable} of {counted(len(entries), 'picture')} can be used, and at least "
+        f"{run.min_images} {'is' if run.min_images == 1 else 'are'} needed."
+        + (f" Left out: {left_out}." if left_out else " Add more pictures.")
     )
     if fetched < run.min_images <= len(run.pictures):
         raise ImageDownloadFailed(message)
@@ -298,9 +303,4 @@ def _refuse_too_few(run: TrainingRun, entries: list[PictureReport], usable: int)
 
 
 def _name(entry: PictureReport) -> str:
-    return _shown_name(entry.source)
-
-
-def _shown_name(source: str) -> str:
-    """The last part of an address, without a query, which may carry a signature."""
-    return source.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
+    return file_name(entry.source)
