@@ -170,9 +170,7 @@ def _job(
     images = _images_to_train_on(checked.images, f"{prefix}{images_field}", settings)
     captions = checked.captions or [None] * len(images)
     if len(captions) != len(images):
-        entries = counted(len(captions), "entry", "entries")
-        pictures = counted(len(images), "picture")
-        raise _Wrong(f"{prefix}captions", f"has {entries} for {pictures}")
+        raise _Wrong(f"{prefix}captions", _mismatch(len(captions), len(images)))
     parameters = checked.given_parameters()
     created_at = message.get("created_at")
     return TrainingJob(
@@ -194,6 +192,10 @@ def _job(
         trigger_word=checked.trigger_word or "",
         body=body,
     )
+
+
+def _mismatch(captions: int, pictures: int) -> str:
+    return f"has {counted(captions, 'entry', 'entries')} for {counted(pictures, 'picture')}"
 
 
 def _checked(order: dict[str, Any], images_field: str, prefix: str) -> Order:
