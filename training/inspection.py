@@ -90,7 +90,8 @@ class Inspection:
             return (
                 "Here alpha equals rank, which is a scaling of 1. Diffusers files of this server "
                 "have the scaling folded into the weights, because some readers of this format "
-                "ignore alpha. The PEFT and kohya files of the same model keep the alpha of the training; "
+                "ignore alpha. The PEFT and kohya files of the same model keep the alpha of the "
+                "training; "
                 "all three change the base model by the same ‖ΔW‖."
             )
         if self.format in (PEFT, KOHYA) and self.alphas != tuple(map(float, self.ranks)):

@@ -1,13 +1,13 @@
-"""A job record as ops want to see it: one flat line."""
+"""A job record as ops want to see it: flat, and with its state in one word."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from services.job_record import Delivery, JobRecord, State
-from services.record_object import Version
+from services.job_record import INVALID_PREFIX, Delivery, JobRecord, State
 from services.record_listing import Found
+from services.record_object import Version
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,9 +27,11 @@ class JobView:
         ending: `complete`, `failed` with its code, or empty.
         delivery: Whether the backend has heard: `none`, `pending`, `delivered` or `set_aside`.
         model_url: Where the model is, of a job that has completed.
+        message_task_id: The id that a refused message gave: its record has another name.
         detail: The error, or what the backend answered, or why the record cannot be read.
         seconds_since_written: By the store's own clock.
         created_at, ended_at: By the workers' clocks.
+        ordered_at: When the job was ordered, as its message says; else as `created_at`.
     """
 
     task_id: str
@@ -47,10 +49,12 @@ class JobView:
     seconds_since_written: float | None = None
     created_at: str = ""
     ended_at: str | None = None
+    message_task_id: str = ""
+    ordered_at: str = ""
 
 
 def view(found: Found) -> JobView:
-    """The line about what lies under a job's id."""
+    """What ops want to see of the record under a job's id."""
     if found.version is None:
         return JobView(found.task_id, detail=found.problem)
     record = found.version.record
@@ -71,7 +75,15 @@ def view(found: Found) -> JobView:
         seconds_since_written=found.version.age_seconds,
         created_at=record.created_at,
         ended_at=record.ended_at,
+        message_task_id=_message_task_id(record),
+        ordered_at=str(record.message.get("created_at") or record.created_at),
     )
+
+
+def _message_task_id(record: JobRecord) -> str:
+    if record.ending is None or not record.task_id.startswith(INVALID_PREFIX):
+        return ""
+    return str(record.ending.body.get("task_id", ""))
 
 
 def _state(version: Version[JobRecord]) -> str:

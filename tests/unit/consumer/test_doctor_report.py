@@ -33,11 +33,11 @@ def _report(monkeypatch: pytest.MonkeyPatch, show_all: bool = False) -> list[str
         {"Version": "2012-10-17"},
     )
     monkeypatch.setattr(command, "examine", lambda *_, **__: diagnosis)
-    console = Console(file=io.StringIO(), width=80)
+    written = io.StringIO()
+    console = Console(file=written, width=80)
     code = command.run(as_json=False, show_all=show_all, console=console)
     assert code == command.ILL
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().splitlines()
+    return written.getvalue().splitlines()
 
 
 def test_a_finding_that_is_well_takes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,10 +73,9 @@ def test_the_policy_is_no_part_of_the_report(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_policy_is_printed_alone() -> None:
-    console = Console(file=io.StringIO(), width=80)
-    assert command.print_policy(console=console) == command.HEALTHY
-    assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue().startswith("{\n")
+    written = io.StringIO()
+    assert command.print_policy(console=Console(file=written, width=80)) == command.HEALTHY
+    assert written.getvalue().startswith("{\n")
 
 
 def test_the_last_line_counts_and_names_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:

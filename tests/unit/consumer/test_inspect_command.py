@@ -44,10 +44,10 @@ def _diffusers(folder: Path, alpha: int = 16) -> Path:
 
 
 def _shown(path: Path, *, show_all: bool = False, as_json: bool = False) -> str:
-    console = Console(file=io.StringIO(), width=80)
+    written = io.StringIO()
+    console = Console(file=written, width=80)
     assert inspect_command.run(path, as_json=as_json, show_all=show_all, console=console) == 0
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    return written.getvalue()
 
 
 def test_the_summary_is_short_and_says_how_to_see_the_rest(tmp_path: Path) -> None:
