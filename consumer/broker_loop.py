@@ -33,6 +33,7 @@ class BrokerLoop(abc.ABC):
         observer: Is told of connections and of the queues' lengths.
         idle_seconds: Stop by itself once the first lane has taken and settled all that it may, and
             after so many seconds in which nothing came; None: only when told to.
+        outbox: Where publications come from; one of its own if None.
 
     Attributes:
         connected: Whether there is a connection at the moment.
@@ -46,6 +47,7 @@ class BrokerLoop(abc.ABC):
         stop_seconds: float,
         observer: Observer | None = None,
         idle_seconds: float | None = None,
+        outbox: Outbox | None = None,
     ) -> None:
         self._observer = observer or Observer()
         self._turned_at = time.monotonic()
@@ -53,7 +55,7 @@ class BrokerLoop(abc.ABC):
         self.connected = False
         self.consuming = False
         self._lanes = tuple(lanes)
-        self._outbox = Outbox()
+        self._outbox = outbox or Outbox()
         self._stop = stop
         self._stop_seconds = stop_seconds
         self._idle_seconds = idle_seconds

@@ -53,6 +53,7 @@ from config import Settings
 from consumer.broker_loop import BrokerLoop
 from consumer.lane import Handler, InHand, Lane
 from consumer.observer import Observer
+from consumer.outbox import Outbox
 from consumer.settlement import Action, Delivery, Publication, Queue
 from consumer.topology import QueueDeclaration, declaration
 from utils.errors import BrokerError, BrokerRefused
@@ -113,6 +114,7 @@ class TrainingConsumer(BrokerLoop):
         stop_seconds: How long `run` may take after that; `SHUTDOWN_GRACE_SECONDS` if None.
         observer: Is told of connections, deliveries and the queues' lengths.
         once_idle: Take one training message and stop, or stop after so many seconds without one.
+        outbox: Where others than the handlers put publications; one of its own if None.
     """
 
     def __init__(
@@ -125,13 +127,14 @@ class TrainingConsumer(BrokerLoop):
         stop_seconds: float | None = None,
         observer: Observer | None = None,
         once_idle: float | None = None,
+        outbox: Outbox | None = None,
     ) -> None:
         limit = math.inf if once_idle is None else 1
         lanes = [Lane(Queue.TRAINING, handle, self._wake, limit)]
         if handle_ending:
             lanes.append(Lane(Queue.ENDINGS, handle_ending, self._wake))
         stop_seconds = stop_seconds or settings.shutdown_grace_seconds
-        super().__init__(lanes, stop, stop_seconds, observer, once_idle)
+        super().__init__(lanes, stop, stop_seconds, observer, once_idle, outbox)
         self._settings = settings
         self._connection: pika.BlockingConnection | None = None
         self._outgoing: BlockingChannel | None = None

@@ -25,6 +25,8 @@
     │   ├── ObjectNotFound
     │   ├── AccessDenied
     │   ├── ObjectTooLarge
+    │   ├── DamagedRecord             a record that nobody can read; waiting cannot help
+    │   ├── NewerRecord               a record for a newer worker
     │   └── PreconditionFailed        a conditional write found another version
     ├── BrokerError                   RabbitMQ
     │   └── BrokerRefused             waiting cannot help: credentials, conflicting queues
@@ -194,6 +196,14 @@ class AccessDenied(StorageError):
 
 class ObjectTooLarge(StorageError):
     """The object is larger than allowed."""
+
+
+class DamagedRecord(StorageError):
+    """The record is damaged."""
+
+
+class NewerRecord(StorageError):
+    """The record was written for a newer worker. Update this one."""
 
 
 class PreconditionFailed(StorageError):

@@ -74,6 +74,22 @@ class Metrics:
         self.messages_refused = self._counter(
             "messages_refused", "Messages that can never become a job, by error code", "code"
         )
+        self.messages_put_off = self._counter(
+            "messages_put_off", "Messages put off for a while, by reason", "reason"
+        )
+        self.messages_dead_lettered = self._counter(
+            "messages_dead_lettered", "Messages given up and put in the dead queue, by code", "code"
+        )
+        self.leases_lost = self._counter("leases_lost", "Holds on a job that were lost")
+        self.records_swept = self._counter(
+            "records_swept", "Records that no message pointed to, published again by the sweep"
+        )
+        self.endings_pending = self._gauge(
+            "endings_pending", "Endings that the backend has not taken yet, at the last sweep"
+        )
+        self.oldest_pending_ending_age_seconds = self._gauge(
+            "oldest_pending_ending_age_seconds", "Age of the oldest of them; 0 with none"
+        )
 
     def _add_training(self) -> None:
         self.training_seconds = self._counter(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from services.job_record import JobRecord, State
-from services.job_records import cancel_file_at, record_at
+from services.record_index import cancel_file_at, record_at
 from services.record_listing import RecordListing
 from services.record_object import RecordObject
 from services.s3_service import S3Service

@@ -76,7 +76,7 @@ def view(found: Found) -> JobView:
         created_at=record.created_at,
         ended_at=record.ended_at,
         message_task_id=_message_task_id(record),
-        ordered_at=str(record.message.get("created_at") or record.created_at),
+        ordered_at=record.ordered_at,
     )
 
 

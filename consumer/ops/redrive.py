@@ -22,11 +22,11 @@ from collections.abc import Callable, Collection, Iterable
 
 from config import Settings
 from consumer import messages
-from consumer.endings import parked
+from consumer.endings import parked, training_copy
 from consumer.ops import post
 from consumer.ops.dead_queue import DeadLetter, go_through
 from consumer.ops.styles import Later, LaterOrders, at_stake
-from consumer.settlement import OWN_COPY, Publication, Queue
+from consumer.settlement import Publication, Queue
 from consumer.training_job import from_understood, to_message
 from services.job_record import Delivery, EndingKind, JobRecord, State
 from services.job_reopening import CannotReopen, reopen, tell_again
@@ -253,8 +253,7 @@ class Redrive:
         reopened = reopen(self._s3, self._bucket, record.task_id, identity=record.identity)
         if reopened is None:
             raise CannotReopen("its record has been removed meanwhile")
-        copy = Publication(Queue.TRAINING, body, record.task_id, headers={OWN_COPY: True})
-        return copy, _fresh_attempt(reopened)
+        return training_copy(reopened, body), _fresh_attempt(reopened)
 
     def _message_of(self, record: JobRecord) -> bytes:
         try:

@@ -145,8 +145,7 @@ def order_time(record: JobRecord) -> datetime.datetime | None:
     A publisher's clock that runs ahead does not keep later orders out.
     """
     made = instant(record.created_at)
-    said = record.message.get("created_at")
-    ordered = instant(said) if isinstance(said, str) else None
+    ordered = instant(record.ordered_at)
     return min(ordered, made) if ordered and made else ordered or made
 
 

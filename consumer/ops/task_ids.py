@@ -11,7 +11,7 @@ from typing import TypeVar
 import typer
 
 from services.job_record import INVALID_PREFIX
-from services.job_records import record_at
+from services.record_index import record_at
 from services.record_listing import MOST_MATCHES, beginning_with
 from services.s3_service import S3Service
 from utils.errors import ConfigurationError

@@ -293,12 +293,6 @@ def test_no_file_is_a_drawer_for_everything() -> None:
     assert not [path for path in all_files() if path.name in ("helpers.py", "misc.py")]
 
 
-def test_no_file_but_a_test_is_longer_than_400_lines() -> None:
-    files = [path for path in all_files() if room_of(path) in (*ROOMS, "sandbox")]
-    lengths = {p: len((ROOT / p).read_text(encoding="utf-8").splitlines()) for p in files}
-    assert not {path: length for path, length in lengths.items() if length > 400}
-
-
 def test_every_folder_of_tests_is_a_package() -> None:
     folders = {path.parent for path in all_files() if path.name.startswith("test_")}
     assert not {folder for folder in folders if not (ROOT / folder / "__init__.py").exists()}
