@@ -1,9 +1,9 @@
 """Job records for people to look at: found by id, by the beginning of an id or by style, and never
 written.
 
-S3 finds objects by the beginning of their key only, so a style's records are found by reading those
-that can be its own: the unsettled ones, those that its checkpoints and archived models name, and the
-newest of all others.
+S3 finds objects by the beginning of their key only, so a style's records are found by reading
+those that can be its own: the unsettled ones, those that its checkpoints and archived models name,
+and the newest of all others.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def beginning_with(s3: S3Service, bucket: str, beginning: str) -> list[str]:
 
 
 def refusals_of(s3: S3Service, bucket: str, task_id: str) -> list[Found]:
-    """The records of refused messages that gave this task id, newest first.
+    """The records of refused messages that gave a task id that begins like this, newest first.
 
     Such a record is named after the message's hash, since the id may belong to a sound job. The
     newest 500 of them are read.
@@ -106,7 +106,9 @@ def refusals_of(s3: S3Service, bucket: str, task_id: str) -> list[Found]:
     return [
         each
         for each in look_up(s3, bucket, names)
-        if each.record and each.record.ending and each.record.ending.body.get("task_id") == task_id
+        if each.record
+        and each.record.ending
+        and str(each.record.ending.body.get("task_id", "")).startswith(task_id)
     ]
 
 
@@ -155,9 +157,7 @@ class RecordListing:
         names = (name for name, settled in self._settled_by_id.items() if settled)
         return look_up(self._s3, self._bucket, itertools.islice(names, limit))
 
-    def of_style(
-        self, style_id: int, *, limit: int = SETTLED_LOOKED_AT
-    ) -> tuple[list[Found], int]:
+    def of_style(self, style_id: int, *, limit: int = SETTLED_LOOKED_AT) -> tuple[list[Found], int]:
         """A style's records, and how many records were not read and may be the style's, too.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Collection, Iterable, Sequence
 
 from rich.console import Console
@@ -21,8 +22,8 @@ _STATES_IN_WORDS = {
     "held": "held: a worker has the job",
     "silent": "silent: the lease of its worker has run out; another worker takes it over",
     "waiting": "waiting for its message to be taken again",
-    "unknown": "unknown",
     "ended": "ended",
+    "dead": "in the dead queue, without a record",
 }
 # delivery -> whether the backend was told, in a word; and in a sentence.
 _TOLD = {
@@ -60,7 +61,7 @@ def print_jobs(jobs: Sequence[JobView], known: Iterable[str], console: Console) 
     if wide:
         table.add_column("ERROR")
     for job in jobs:
-        cells = [
+        cells: list[Text | str] = [
             printable(short[names[job.task_id]]),
             "" if job.style_id is None else str(job.style_id),
             _one_line(_state(job)),
@@ -97,6 +98,18 @@ def ago(seconds: float | None) -> str:
     return f"{max(0.0, seconds):.0f} s ago"
 
 
+def progress(job: JobView) -> str:
+    """How far a job is, in a few words: `epoch 24/200, loss 0.1234, 0:12:05 left`."""
+    parts = []
+    if job.epochs:
+        parts.append(f"epoch {job.epoch}/{job.epochs}")
+    if job.loss is not None:
+        parts.append(f"loss {job.loss:.4f}")
+    if job.seconds_left is not None:
+        parts.append(f"{datetime.timedelta(seconds=round(job.seconds_left))} left")
+    return ", ".join(parts)
+
+
 def printable(text: str) -> Text:
     """A stranger's text, fit for a terminal: no escape sequences."""
     return Text("".join(letter if letter.isprintable() else "�" for letter in text))
@@ -115,7 +128,7 @@ def _details(job: JobView) -> Collection[tuple[str, Text]]:
         ("style", Text("" if job.style_id is None else str(job.style_id))),
         ("task id in the message", printable(job.message_task_id)),
         ("state", state),
-        ("epochs", Text(_epochs(job))),
+        ("progress", Text(progress(job))),
         ("backend", Text(_TOLD_IN_WORDS.get(job.delivery, ""), "red" if _refused(job) else "")),
         ("error" if job.ending != "complete" else "detail", printable(job.detail)),
         ("model", printable(job.model_url)),

@@ -1,8 +1,8 @@
 """`python main.py redrive`: jobs that were given up and endings that were refused, sent back.
 
-They are found in the dead queue, or by their record where the dead queue has no copy of the message:
-somebody has removed it, or a worker died before the broker had confirmed it. What is done depends on
-why the job is there:
+They are found in the dead queue, or by their record where the dead queue has no copy of the
+message: a person has removed it, or a worker died before the broker had confirmed it. What is done
+depends on why the job is there:
 
 - a job that failed though another attempt might have helped gets that attempt: its record is
   reopened, and the message goes to the training queue;
@@ -207,9 +207,7 @@ class Redrive:
             sent_back=publication is not None,
         )
 
-    def _tried(
-        self, act: Callable[[], tuple[Publication, str]]
-    ) -> tuple[Publication | None, str]:
+    def _tried(self, act: Callable[[], tuple[Publication, str]]) -> tuple[Publication | None, str]:
         """What is published and a sentence about it; or nothing, and why."""
         try:
             return act()
@@ -259,7 +257,9 @@ class Redrive:
         try:
             return to_message(from_understood(record.message, self._settings))
         except ValueError as error:
-            raise CannotReopen(f"this version cannot read its record's message ({error})") from error
+            raise CannotReopen(
+                f"this version cannot read its record's message ({error})"
+            ) from error
 
     def _winner(self, letter: DeadLetter) -> Later | None:
         """The later order that would win over the letter's job."""
@@ -306,9 +306,7 @@ class Redrive:
         if waiting.style_id is not None:
             what = "If the new attempt fails" if waiting.trains else "If its ending is `failed`"
             stake = self._at_stake(waiting.style_id, what)
-        return dataclasses.replace(
-            waiting, superseded=str(later) if later else "", at_stake=stake
-        )
+        return dataclasses.replace(waiting, superseded=str(later) if later else "", at_stake=stake)
 
     def _at_stake(self, style_id: int, what: str) -> str:
         key = (style_id, what)

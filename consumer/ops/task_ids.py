@@ -103,6 +103,7 @@ def short_ids(shown: Iterable[str], known: Iterable[str]) -> dict[str, str]:
         shown: The ids that the table shows.
         known: All ids that there are.
     """
+    shown = list(shown)
     everything = sorted({*shown, *known})
     place = {task_id: index for index, task_id in enumerate(everything)}
     found = {}
