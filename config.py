@@ -95,10 +95,8 @@ class TrainerSettings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    base_model: Annotated[str, AfterValidator(setting_values.base_model)] = (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    )
-    base_model_revision: str | None = None
+    base_model: setting_values.BaseModel = setting_values.BASE_MODEL
+    base_model_revision: setting_values.BaseModelRevision = None
     hf_token: SecretStr | None = None
     hf_home: AbsolutePath | None = None
     mixed_precision: Literal["fp16", "bf16", "no"] = "fp16"

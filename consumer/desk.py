@@ -37,6 +37,7 @@ from utils.errors import MachineError, StorageError
 from utils.gpu_monitor import GpuMonitor
 from utils.logger import get_logger
 from utils.metrics import Metrics
+from utils.setting_values import not_pinned
 
 log = get_logger(__name__)
 
@@ -276,6 +277,8 @@ def _say_hello(settings: Settings, machine: Machine, observer: Observer) -> None
     )
     if not machine.cuda:
         log.warning("training_on_cpu", reason="no CUDA, and ALLOW_CPU=true: fp32 and slow")
+    if reason := not_pinned(settings.base_model, settings.base_model_revision):
+        log.warning("base_model_not_pinned", reason=reason)
 
 
 def _say_what_s3_promises(s3: S3Service, bucket: str) -> None:

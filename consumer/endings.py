@@ -275,13 +275,11 @@ class Endings:
             for_seconds=for_seconds,
             stop=self._stop,
         )
-        sent = answer.outcome is EndingOutcome.DELIVERED
-        log.info(
-            "ending_sent" if sent else "ending_not_accepted",
-            ending=str(record.ending.kind),
-            outcome=answer.outcome.value,
-            status=answer.status,
-        )
+        facts = {"ending": str(record.ending.kind), "status": answer.status}
+        if answer.outcome is EndingOutcome.DELIVERED:
+            log.info("ending_sent", **facts)
+        else:
+            log.info("ending_not_accepted", outcome=answer.outcome.value, **facts)
         return answer
 
     def _pay(self, lease: JobLease, original: bytes) -> None:

@@ -24,7 +24,7 @@ from consumer.pictures import fetch_pictures, fetch_validation_pictures
 from consumer.progress_reporter import ProgressReporter, RouteMemory, queued
 from consumer.put_offs import PutOffs, Why, why_of
 from consumer.queue_watch import age_of
-from consumer.settlement import MIN_LEVEL, OWN_COPY, PUT_OFFS, Delivery, Settlement
+from consumer.settlement import CRASHES, MIN_LEVEL, OWN_COPY, PUT_OFFS, Delivery, Settlement
 from consumer.stop_signal import Shutdown, StopSignal
 from consumer.trainer_process import TrainerProcess
 from consumer.training_job import TrainingJob, from_understood
@@ -191,10 +191,11 @@ class Pipeline:
         except (TrainingServerError, OSError) as raised:
             error = _of_the_disk(raised) if isinstance(raised, OSError) else raised
             if isinstance(error, MachineError) and self._is_unfit(error):
-                if (given_up := self._rejected_too_often(lease, error)) is None:
+                given_up = self._rejected_too_often(lease, error)
+                if given_up is None:
                     return self._leave_to_another_machine(job, lease, error)
                 error = given_up
-            if is_retryable(error) and not self._is_last_attempt(lease):
+            elif is_retryable(error) and not self._is_last_attempt(lease):
                 return self._try_again(job, lease, error)
             ending, owed = self._failed(job, lease, error)
         except Exception as error:  # pylint: disable=broad-exception-caught
@@ -433,8 +434,9 @@ class Pipeline:
         The id of the run that was claimed rides in `message_id`, which counts where the body has
         none: the copy means this run, and never a later order of the same body.
         """
-        headers = job.headers | {OWN_COPY: True}
-        headers.pop(PUT_OFFS, None)
+        counts = (PUT_OFFS, CRASHES)  # of this attempt's message
+        headers = {name: value for name, value in job.headers.items() if name not in counts}
+        headers[OWN_COPY] = True
         return Settlement.delayed(
             job.body, seconds=seconds, message_id=lease.record.task_id, headers=headers
         )

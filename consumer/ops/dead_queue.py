@@ -15,7 +15,7 @@ from typing import Any
 from config import Settings
 from consumer.doctor.broker_visit import BrokerVisit, Refusal
 from consumer.ops import post
-from consumer.settlement import Delivery, Publication, Queue
+from consumer.settlement import BODY_BYTES, BODY_SHA256, Delivery, Publication, Queue
 from consumer.topology import name_of
 from utils.errors import BrokerError
 
@@ -120,7 +120,8 @@ def _letter(number: int, properties: Any, body: bytes) -> DeadLetter:
         task_id=str(headers.get("x-task-id", "")) or message_id or "",
         attempts=attempts if isinstance(attempts, int) else 0,
         body=body,
-        headers=delivery.carried_headers,
+        headers=delivery.carried_headers
+        | {name: headers[name] for name in (BODY_BYTES, BODY_SHA256) if name in headers},
     )
 
 
