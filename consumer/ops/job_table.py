@@ -56,7 +56,7 @@ def print_jobs(jobs: Sequence[JobView], known: Iterable[str], console: Console) 
     table.add_column("STATE")
     table.add_column("EPOCHS", no_wrap=True, justify="right")
     table.add_column("TOLD", no_wrap=True)
-    table.add_column("WRITTEN", no_wrap=True, justify="right")
+    table.add_column("AGE", no_wrap=True, justify="right")
     wide = console.width >= WIDE
     if wide:
         table.add_column("ERROR")
@@ -67,7 +67,7 @@ def print_jobs(jobs: Sequence[JobView], known: Iterable[str], console: Console) 
             _one_line(_state(job)),
             _epochs(job),
             Text(_TOLD.get(job.delivery, job.delivery), "red" if _refused(job) else ""),
-            ago(job.seconds_since_written),
+            age(job.seconds_since_written),
         ]
         table.add_row(*cells, *([_one_line(printable(job.detail))] if wide else []))
     console.print(table)
@@ -88,14 +88,14 @@ def print_details(jobs: Sequence[JobView], console: Console) -> None:
         console.print(grid)
 
 
-def ago(seconds: float | None) -> str:
-    """How long ago something was, in a few characters."""
+def age(seconds: float | None) -> str:
+    """A time in a few characters: `59 min`."""
     if seconds is None:
         return ""
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{max(0.0, seconds):.0f} s ago"
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def progress(job: JobView) -> str:
@@ -123,7 +123,7 @@ def _details(job: JobView) -> Collection[tuple[str, Text]]:
         state.append_text(Text(": ")).append_text(_state(job))
     worker = f"{job.owner}, claim {job.claim}" if job.claim else job.owner
     tries = counted(job.attempts, "attempt") + " in a row without a new checkpoint"
-    written = f"{ago(job.seconds_since_written)}, by the clock of S3"
+    written = f"{age(job.seconds_since_written)} ago, by the clock of S3"
     return (
         ("style", Text("" if job.style_id is None else str(job.style_id))),
         ("task id in the message", printable(job.message_task_id)),
