@@ -7,15 +7,11 @@ docs/protocol.md, section 5; `.env.example` documents each of them.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import difflib
-import hashlib
-import hmac
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -38,7 +34,9 @@ from pydantic_settings import (
 
 from training.lora_config import HyperParameters, TrainerOptions
 from utils import setting_values, settings_file
+from utils.confined import Confinement
 from utils.errors import ConfigurationError
+from utils.trainer_surroundings import ROOT, confinement, trainer_environment
 from utils.urls import origin_of
 
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -94,6 +92,8 @@ class TrainerSettings(BaseSettings):
         frozen=True,
         hide_input_in_errors=True,
     )
+
+    source: ClassVar[Path | None] = None  # the file of --config
 
     base_model: setting_values.BaseModel = setting_values.BASE_MODEL
     base_model_revision: setting_values.BaseModelRevision = None
@@ -184,24 +184,28 @@ class TrainerSettings(BaseSettings):
 
     def trainer_environment(self) -> dict[str, str]:
         """The environment of the trainer process: ours, less the secrets it has no use for."""
-        own = setting_names(Settings)
-        secrets = [secret for secret in self.secrets() if len(secret) >= 8]  # not "guest"
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name.upper() not in own
-            and not re.search(r"SECRET|TOKEN|PASS|KEY|CREDENTIAL", name, re.IGNORECASE)
-            and not any(secret in value for secret in secrets)
-        }
-        if self.hf_token:
-            environment["HF_TOKEN"] = self.hf_token.get_secret_value()
-        if self.hf_home:
-            environment["HF_HOME"] = str(self.hf_home)
-            # Beside the base model, on its volume: what was compiled outlives a restart.
-            environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.hf_home / "torchinductor"))
-        if self.cuda_visible_devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
-        return environment
+        return trainer_environment(
+            os.environ,
+            own=setting_names(Settings),
+            secrets=self.secrets(),
+            hf_token=self.hf_token.get_secret_value() if self.hf_token else None,
+            hf_home=self.hf_home,
+            cuda_visible_devices=self.cuda_visible_devices,
+        )
+
+    def trainer_confinement(self, *folders: Path) -> Confinement:
+        """What the trainer process cannot reach: settings files, keys, other processes.
+
+        Args:
+            folders: Where it works.
+        """
+        return confinement(
+            os.environ,
+            own=setting_names(Settings),
+            files=(Path(".env"), ROOT / ".env", *([self.source] if self.source else [])),
+            writable=folders,
+            caches=self.trainer_environment(),
+        )
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, for the log's redaction."""
@@ -249,6 +253,7 @@ class Settings(TrainerSettings):
     deduplication_window_seconds: float = Field(600.0, ge=0, allow_inf_nan=False)
     max_job_seconds: Seconds = 6 * 3600.0
     max_wait_seconds: Seconds | None = None
+    max_job_bytes: int = Field(10 * 1024**3, ge=1024)
     max_machines: int = Field(3, ge=1)
     record_retention_days: float | None = Field(None, ge=1, allow_inf_nan=False)
     shutdown_grace_seconds: Seconds = 8.0
@@ -281,15 +286,8 @@ class Settings(TrainerSettings):
     @field_validator("webhook_signing_secret")
     @classmethod
     def _signing_secrets_are_well_formed(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is None:
-            return value
-        for secret in setting_values.split(value.get_secret_value()) or ("",):
-            try:
-                key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-            except ValueError:  # its text says which byte is wrong
-                key = b""
-            if not secret.startswith("whsec_") or len(key) < 24:
-                raise ValueError("must be whsec_ and base64 of at least 24 bytes")
+        if value is not None:
+            setting_values.signing_secrets(value.get_secret_value())
         return value
 
     @field_validator("backend_api_url", "webhook_allowed_origins")
@@ -311,9 +309,7 @@ class Settings(TrainerSettings):
         """The keys that sign webhooks, `whsec_…`; derived from the token where none is set."""
         if self.webhook_signing_secret:
             return tuple(setting_values.split(self.webhook_signing_secret.get_secret_value()))
-        token = self.internal_api_token.get_secret_value().encode()
-        digest = hmac.new(token, b"training-server webhook signing v1", hashlib.sha256).digest()
-        return ("whsec_" + base64.b64encode(digest).decode(),)
+        return (setting_values.derived_signing_secret(self.internal_api_token.get_secret_value()),)
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, the derived ones too."""
@@ -348,6 +344,8 @@ def _over(file: Path, kind: type[TrainerSettings]) -> type[TrainerSettings]:
 
     class WithFile(kind):  # type: ignore[valid-type, misc]
         """As `kind`."""
+
+        source: ClassVar[Path | None] = file
 
         @classmethod
         def settings_customise_sources(

@@ -99,13 +99,15 @@ def _serve(
     """Take jobs on a machine that is fit, until the shutdown."""
     s3 = open_s3(settings, metrics=observer.metrics)
     _say_what_s3_promises(s3, settings.state_bucket_name)
+    folders = WorkFolder(settings.work_dir)
     trainer = condition.trainer = TrainerProcess(
         settings.trainer_options(),
-        settings.trainer_environment(),
+        settings.trainer_environment() | {"TMPDIR": str(folders.temporary)},
         stall_seconds=settings.stall_seconds,
         command=trainer_command,
         metrics=observer.metrics,
         secrets=settings.secrets(),
+        confinement=settings.trainer_confinement(folders.path),
     )
     failures: list[MachineError] = []
 
@@ -114,7 +116,6 @@ def _serve(
         condition.machine_problem = str(error)
         shutdown.request()
 
-    folders = WorkFolder(settings.work_dir)
     monitor = GpuMonitor(sample_seconds=GPU_SAMPLE_SECONDS, observe=observer.gpus)
     try:
         trainer.start()  # the base model loads while the first message is waited for
@@ -202,6 +203,7 @@ def _desk(
         ),
         put_offs=put_offs,
         publisher=ModelPublisher(
+            s3,
             s3,
             model_bucket=settings.model_bucket_name,
             state_bucket=bucket,

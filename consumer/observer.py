@@ -158,6 +158,7 @@ class Observer:
         self.tracing.note(ending=ending.kind, code=ending.code)
         if self._job is None:
             return
+        self._job.ended()
         seconds = self._job.seconds
         self.metrics.job_duration_seconds.labels(ending.kind).observe(seconds)
         if ending.kind is EndingKind.COMPLETE:

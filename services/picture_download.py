@@ -9,10 +9,17 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
-from services.s3_types import FetchedPicture, PictureRequest, S3Location, StoredObject
+from services.s3_types import (
+    FetchedPicture,
+    ObjectInfo,
+    PictureRequest,
+    S3Location,
+    StoredObject,
+)
 from utils.captions import MAX_CAPTION_BYTES, caption_text
 from utils.errors import AccessDenied, ObjectNotFound, ObjectTooLarge
 from utils.logger import get_logger
+from utils.sizes import spoken
 
 log = get_logger(__name__)
 
@@ -38,6 +45,9 @@ class Store(Protocol):
 
     def read(self, location: S3Location, *, max_bytes: int = ...) -> StoredObject:
         """A small object, whole."""
+
+    def head(self, location: S3Location) -> ObjectInfo:
+        """Facts about an object, without its body."""
 
 
 class _GivenUp(Exception):
@@ -84,6 +94,43 @@ def fetch_pictures(
     return fetched
 
 
+def object_sizes(
+    store: Store, locations: Sequence[S3Location], *, stop: Callable[[], bool]
+) -> tuple[int, ...]:
+    """Ask for the sizes of objects, several at a time; nothing is downloaded.
+
+    Args:
+        store: The storage.
+        locations: The objects.
+        stop: Asked before each request; once true, the rest count as 0.
+
+    Returns:
+        Bytes of each, in order; 0 for an object that is missing or forbidden.
+
+    Raises:
+        StorageError: S3 as a whole is in trouble.
+    """
+    over = threading.Event()
+
+    def size(location: S3Location) -> int:
+        if over.is_set() or stop():
+            return 0
+        try:
+            return store.head(location).size
+        except (ObjectNotFound, AccessDenied):
+            return 0
+
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="picture-size") as pool:
+        futures = [
+            pool.submit(contextvars.copy_context().run, size, location) for location in locations
+        ]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            over.set()
+    return tuple(future.result() for future in futures)
+
+
 def _report(requests: Sequence[PictureRequest], fetched: Sequence[FetchedPicture]) -> None:
     for index, (request, picture) in enumerate(zip(requests, fetched, strict=True)):
         if picture.problem:
@@ -111,7 +158,7 @@ def _fetch(
     except AccessDenied:
         return FetchedPicture(request.source, None, problem=REFUSED)
     except ObjectTooLarge:
-        problem = f"is too large: a picture may have at most {max_bytes / 1024**2:.3g} MiB"
+        problem = f"is too large: a picture may have at most {spoken(max_bytes)}"
         return FetchedPicture(request.source, None, problem=problem)
     caption = request.caption
     if caption is None:

@@ -24,6 +24,10 @@ class Transient(StorageError):
     """The connection broke or what arrived was damaged: another request may do better."""
 
 
+class Unsupported(StorageError):
+    """The store does not know the request, or a condition in it."""
+
+
 _NOT_FOUND = (ObjectNotFound, "does not exist")
 _DENIED = (AccessDenied, "S3 refuses access; the worker's policy must allow it")
 _KEY = (StorageError, "S3 does not accept the access key; check AWS_ACCESS_KEY_ID")
@@ -69,6 +73,7 @@ CODES: dict[str, tuple[type[StorageError], str]] = {
     "PreconditionFailed": _CHANGED,
     "ConditionalRequestConflict": _CONFLICT,
     "OperationAborted": _CONFLICT,
+    "NotImplemented": (Unsupported, "is not supported by this store"),
     "EntityTooLarge": (ObjectTooLarge, "is larger than S3 takes"),
     "BadDigest": _DAMAGED,
     "InvalidDigest": _DAMAGED,

@@ -73,6 +73,7 @@ class S3Reading(S3Access):
         *,
         max_bytes: int | None = None,
         watch: Callable[[], None] = _nothing,
+        version: str | None = None,
     ) -> int:
         """Write an object into a local file, which appears only when it is whole.
 
@@ -81,11 +82,13 @@ class S3Reading(S3Access):
             path: The file; missing folders are made.
             max_bytes: More is refused, before and while downloading.
             watch: Called between chunks; what it raises ends the download.
+            version: Download only if the object has this ETag (`If-Match`); None takes any version.
 
         Returns:
             Bytes written.
 
         Raises:
+            PreconditionFailed: The object has another version.
             ObjectNotFound, AccessDenied, ObjectTooLarge, StorageError, MachineError: See
                 `utils.errors`. A checksum that differs is a `StorageError`.
         """
@@ -94,7 +97,7 @@ class S3Reading(S3Access):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with part.open("wb") as file:
-                    self._pull(location, file, max_bytes, watch)
+                    self._pull(location, file, max_bytes, watch, version)
                     size = file.tell()
                 os.replace(part, path)
             finally:
@@ -140,12 +143,14 @@ class S3Reading(S3Access):
         sink: BinaryIO,
         max_bytes: int | None,
         watch: Callable[[], None],
+        version: str | None = None,
     ) -> Mapping[str, Any]:
         """GET into `sink`.
 
         The SDK repeats what fails before an answer's body begins, this what fails inside it.
         """
         what = location.uri()
+        condition: dict[str, Any] = {"IfMatch": version} if version else {}
         if not location.key:
             raise ObjectNotFound(f"{what}: an object has a key")
         for left in reversed(range(self._attempts)):
@@ -153,7 +158,9 @@ class S3Reading(S3Access):
                 sink.seek(0)
                 sink.truncate()
             with self._translated(what):
-                answer = self._client.get_object(Bucket=location.bucket, Key=location.key)
+                answer = self._client.get_object(
+                    Bucket=location.bucket, Key=location.key, **condition
+                )
             try:
                 with self._translated(what):
                     copy_body(

@@ -13,8 +13,9 @@ from typing import Any
 
 from services import s3_errors, s3_folders
 from services.s3_access import S3Access, etag_of
-from services.s3_errors import ConditionalConflict
+from services.s3_errors import ConditionalConflict, Unsupported
 from services.s3_types import S3Location
+from utils.errors import ObjectNotFound
 
 _JSON = "application/json"
 # Seconds before a conditional write that met another one is tried again.
@@ -176,23 +177,31 @@ class S3Writing(S3Access):
         raise AssertionError("the last turn returns or raises")
 
     def copy(
-        self, source: S3Location, target: S3Location, *, metadata: Mapping[str, str] | None = None
+        self,
+        source: S3Location,
+        target: S3Location,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        version: str | None = None,
     ) -> str:
         """Copy an object inside S3 (5 GB at most). Returns the new ETag.
 
         Args:
-            source: What to copy.
-            target: Where to.
+            source: The object to copy.
+            target: Location of the copy.
             metadata: Replaces the object's own metadata; None keeps it.
+            version: Copy only if the source still has this ETag (`CopySourceIfMatch`); None copies
+                any version.
 
         Raises:
+            PreconditionFailed: The source has another version.
             ObjectNotFound, AccessDenied, StorageError: See `utils.errors`.
         """
         what = source.uri()
-        replaced: dict[str, Any] = {}
+        replaced: dict[str, Any] = {"CopySourceIfMatch": version} if version else {}
         if metadata is not None:
             # Replacing the metadata drops the type as well, so it is said again.
-            replaced = {
+            replaced |= {
                 "MetadataDirective": "REPLACE",
                 "Metadata": dict(metadata),
                 "ContentType": _content_type(target.key),
@@ -205,6 +214,26 @@ class S3Writing(S3Access):
                 **replaced,
             )
         return etag_of(answer.get("CopyObjectResult", {}), what)
+
+    def delete_version(self, location: S3Location, etag: str) -> None:
+        """Delete an object if it still has the version `etag` (`If-Match`).
+
+        An object that does not exist is no error. A store without conditional deletes deletes any
+        version, so callers also need another guard.
+
+        Raises:
+            PreconditionFailed: The object has another version, and stays.
+            AccessDenied, StorageError: See `utils.errors`.
+        """
+        place: dict[str, Any] = {"Bucket": location.bucket, "Key": location.key}
+        try:
+            with self._translated(location.uri()):
+                self._client.delete_object(**place, IfMatch=etag)
+        except ObjectNotFound:
+            pass
+        except Unsupported:
+            with self._translated(location.uri()):
+                self._client.delete_object(**place)
 
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
         """Delete objects; those that are not there are no error.

@@ -6,6 +6,9 @@ secret.
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import importlib.util
 import ipaddress
 import os
@@ -116,3 +119,21 @@ def bucket_name(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", value):
         raise ValueError("is not a bucket name (3 to 63 of a-z, 0-9, dot and hyphen; no s3://)")
     return value
+
+
+def signing_secrets(value: str) -> None:
+    """Keys of Standard Webhooks, separated by commas."""
+    for secret in split(value) or ("",):
+        try:
+            key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        except ValueError:  # its text says which byte is wrong
+            key = b""
+        if not secret.startswith("whsec_") or len(key) < 24:
+            raise ValueError("must be whsec_ and base64 of at least 24 bytes")
+
+
+def derived_signing_secret(token: str) -> str:
+    """The key that signs webhooks if none is set, as docs/protocol.md has it."""
+    message = b"training-server webhook signing v1"
+    digest = hmac.new(token.encode(), message, hashlib.sha256).digest()
+    return "whsec_" + base64.b64encode(digest).decode()

@@ -34,7 +34,7 @@ _STATE: dict[str, frozenset[Right]] = {
     "jobs/": _ALL,
     "checkpoints/": _ALL,
     "staging/": frozenset({Right.WRITE, Right.DELETE}),
-    "archive/": frozenset({Right.WRITE}),
+    "archive/": frozenset({Right.READ, Right.WRITE}),
 }
 
 

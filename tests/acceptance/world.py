@@ -18,7 +18,7 @@ from pika.exceptions import ChannelClosedByBroker
 from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
-from sandbox.worker_process import WorkerProcess
+from sandbox.worker_process import ROOT, WorkerProcess
 
 SOON = 120.0
 
@@ -89,10 +89,11 @@ class World:
             "WORK_DIR": str(self.folder / "work"),
         } | changed
 
-    def worker(self, **changed: str) -> WorkerProcess:
-        """A worker of this world, started by entering it."""
+    def worker(self, *, code: Path = ROOT, **changed: str) -> WorkerProcess:
+        """A worker of this world, of another release if its folder is given; started by entering
+        it."""
         log = self.folder / f"worker-{secrets.token_hex(3)}.log"
-        return WorkerProcess(self.settings(**changed), folder=self.folder, log=log)
+        return WorkerProcess(self.settings(**changed), folder=self.folder, log=log, code=code)
 
     def upload(self, name: str, content: bytes) -> str:
         """Put an object into the media bucket; its address."""

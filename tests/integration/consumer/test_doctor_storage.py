@@ -80,7 +80,7 @@ def test_in_sound_buckets_everything_is_tried_and_nothing_stays(buckets: _Bucket
     assert not _failed(found)
     assert found[f"bucket {buckets.media}"].detail == "*: list, read"
     assert found[f"bucket {buckets.models}"].detail == "models/: list, write, read, delete"
-    assert "archive/: list, write, delete" in found[f"bucket {buckets.state}"].detail
+    assert "archive/: list, write, read, delete" in found[f"bucket {buckets.state}"].detail
     for bucket in (buckets.models, buckets.state):
         assert "honoured" in found[f"conditional writes in {bucket}"].detail
     assert found["clock (S3)"].verdict is Verdict.OK

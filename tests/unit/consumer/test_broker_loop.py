@@ -250,7 +250,10 @@ def test_a_publication_that_is_refused_again_and_again_is_given_up_whole_then_cu
     assert len(tried) == 2 * MAX_STRIKES + 1
     assert tried[-1].headers[BODY_BYTES] == 9000 and len(tried[-1].body) < 9000
     shortened = [line for line in lines if line["event"] == "publication_shortened"]
-    assert [(line["task_id"], line["cut"]) for line in shortened] == [("task", False), ("task", True)]
+    assert [(line["task_id"], line["cut"]) for line in shortened] == [
+        ("task", False),
+        ("task", True),
+    ]
     assert {line["log_level"] for line in shortened} == {"error"}
 
 
