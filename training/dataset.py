@@ -21,7 +21,7 @@ from training.picture_checks import Looks, look_at
 from training.prompts import orders, with_trigger
 from training.vetting import UnusablePicture, Vetted, vet
 from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
-from utils.wording import counted, file_name, grouped
+from utils.wording import counted, grouped
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def _take_in(
         return _left_out(picture, "its file could not be read"), None
     except UnusablePicture as unusable:
         return _left_out(picture, str(unusable), unusable.size), None
-    seen.append((file_name(picture.source), looks))
+    seen.append((_shown_name(picture.source), looks))
     cautions = vetted.warnings + _enlarged(vetted, frame) + cautions + cut
     entry = PictureReport(
         picture.source,
@@ -303,4 +303,9 @@ def _refuse_too_few(run: TrainingRun, entries: list[PictureReport], usable: int)
 
 
 def _name(entry: PictureReport) -> str:
-    return file_name(entry.source)
+    return _shown_name(entry.source)
+
+
+def _shown_name(source: str) -> str:
+    """The last part of an address, without a query, which may carry a signature."""
+    return source.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]

@@ -36,11 +36,6 @@ def grouped(problems: Iterable[tuple[str, str]], noun: str, *, plural: str | Non
     return "; ".join(_group(reason, found, noun, plural) for reason, found in names.items())
 
 
-def file_name(address: str) -> str:
-    """The last part of an address, without its query, which may carry a signature."""
-    return address.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
-
-
 def _group(reason: str, names: list[str], noun: str, plural: str | None) -> str:
     if len(names) == 1:
         return f"{names[0]}: {reason}"

@@ -12,12 +12,12 @@ import functools
 from collections.abc import Iterable
 
 from config import Settings
+from consumer.model_folder import ORDERED_AT, TASK_ID, WEIGHTS
+from consumer.order_time import instant, order_time
 from services.job_record import EndingKind, JobRecord, State
 from services.record_listing import RecordListing, look_up
 from services.s3_service import S3Location, S3Service
 from utils.errors import StorageError
-
-WEIGHTS = "lora_weights.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def published(settings: Settings, s3: S3Service, style_id: int) -> Published | N
         metadata = s3.head(weights).metadata
     except StorageError:
         return None  # this is only a warning; what is done next fails by itself if S3 is away
-    return Published(style_id, metadata.get("task_id", ""), instant(metadata.get("ordered-at")))
+    return Published(style_id, metadata.get(TASK_ID, ""), instant(metadata.get(ORDERED_AT)))
 
 
 def at_stake(settings: Settings, s3: S3Service, style_id: int, what: str) -> str:
@@ -106,9 +106,7 @@ class LaterOrders:
         Raises:
             StorageError: The records cannot be listed.
         """
-        own = order_time(record)
-        if own is None:
-            return None
+        own = order_time(record.ordered_at, record.created_at)
         later = [
             each
             for each in self._of_style(record.style_id)
@@ -132,28 +130,8 @@ class LaterOrders:
 
 def _winners(records: Iterable[JobRecord]) -> Iterable[Later]:
     for record in records:
-        ordered_at = order_time(record)
+        ordered_at = order_time(record.ordered_at, record.created_at)
         live = record.state is State.LIVE
         completed = record.ending is not None and record.ending.kind is EndingKind.COMPLETE
-        if ordered_at and (live or completed):
+        if live or completed:
             yield Later(record.task_id, ordered_at, live)
-
-
-def order_time(record: JobRecord) -> datetime.datetime | None:
-    """When a job was ordered: as its message says, but never later than its record was made.
-
-    A publisher's clock that runs ahead does not keep later orders out.
-    """
-    made = instant(record.created_at)
-    ordered = instant(record.ordered_at)
-    return min(ordered, made) if ordered and made else ordered or made
-
-
-def instant(text: str | None) -> datetime.datetime | None:
-    """An ISO time, in UTC unless it names a zone; None if it cannot be read."""
-    try:
-        time = datetime.datetime.fromisoformat(text or "")
-        zoned = time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
-        return zoned.astimezone(datetime.UTC)
-    except (ValueError, OverflowError):
-        return None

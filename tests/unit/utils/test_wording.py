@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.wording import MOST_NAMES, counted, file_name, grouped
+from utils.wording import MOST_NAMES, counted, grouped
 
 
 @pytest.mark.parametrize(
@@ -39,15 +39,3 @@ def test_a_long_group_names_the_first_and_counts_the_others() -> None:
 
 def test_nothing_wrong_is_no_words() -> None:
     assert grouped([], "picture") == ""
-
-
-@pytest.mark.parametrize(
-    ("address", "name"),
-    [
-        ("s3://media/training/a.jpg", "a.jpg"),
-        ("https://host/a.jpg?signature=secret", "a.jpg"),
-        ("a.jpg", "a.jpg"),
-    ],
-)
-def test_the_name_in_an_address_is_without_its_query(address: str, name: str) -> None:
-    assert file_name(address) == name
