@@ -15,7 +15,7 @@ from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
 from services.job_record import Ending, EndingKind
 from services.tracing import Tracing
-from utils.errors import ErrorCode, Refusal, StopReason
+from utils.errors import ErrorCode, StopReason
 from utils.events import Event, Progress, Stage
 from utils.gpu_monitor import THROTTLE_REASONS, GpuReading
 from utils.metrics import NO_CODE, Metrics
@@ -124,12 +124,6 @@ class Observer:
     def refused(self, code: ErrorCode) -> None:
         """A message can never become a job."""
         self.metrics.messages_refused.labels(code).inc()
-
-    def publication_refused(self, refusal: Refusal, *, stuck: bool) -> None:
-        """The broker did not take a publication; `stuck`: in no form."""
-        self.metrics.publications_refused.labels(refusal).inc()
-        if stuck:
-            self.metrics.publications_stuck.inc()
 
     def put_off(self, reason: str) -> None:
         """A message was put off."""

@@ -75,6 +75,7 @@ class Desk:
 
     settings: Settings
     s3: S3Service
+    state_s3: S3Service
     webhooks: WebhookService
     records: JobRecords
     endings: Endings
@@ -227,7 +228,7 @@ class Pipeline:
         lease.end(ending, owed)
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
         self._desk.observer.ended(ending)
-        cleared = clear_up(self._desk.s3, self._settings.state_bucket_name, lease.record)
+        cleared = clear_up(self._desk.state_s3, self._settings.state_bucket_name, lease.record)
         with self._desk.observer.tracing.span("tell"):
             left = self._desk.endings.deliver(
                 lease, original=job.body, for_seconds=endings.DELIVER_AT_ONCE_SECONDS
@@ -256,7 +257,7 @@ class Pipeline:
             CheckpointUploads(
                 job,
                 lease,
-                desk.s3,
+                desk.state_s3,
                 settings.state_bucket_name,
                 curves=folder / CURVES,
                 patience=desk.shutdown.seconds_for_saving,
@@ -295,7 +296,15 @@ class Pipeline:
     ) -> TrainingRun:
         """What the trainer is told, with everything that it needs in the job's folder."""
         s3, settings = self._desk.s3, self._settings
-        require_room(s3, settings, job, folder, stop, checkpoints=lease.record.checkpoints)
+        require_room(
+            s3,
+            self._desk.state_s3,
+            settings,
+            job,
+            folder,
+            stop,
+            checkpoints=lease.record.checkpoints,
+        )
         return TrainingRun(
             task_id=job.task_id,
             style_id=job.style_id,
@@ -304,7 +313,7 @@ class Pipeline:
             parameters=job.hyper_parameters,
             work_folder=str(folder),
             resume_from=newest_usable_checkpoint(
-                s3, settings.state_bucket_name, lease.record, folder
+                self._desk.state_s3, settings.state_bucket_name, lease.record, folder
             ),
             min_images=settings.min_images,
             max_image_pixels=settings.max_image_pixels,

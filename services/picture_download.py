@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
+from services.s3_errors import VersionNotServed
 from services.s3_types import (
     FetchedPicture,
     ObjectInfo,
@@ -27,6 +28,7 @@ AT_ONCE = 8
 
 NOT_FOUND = "could not be found in storage"
 REFUSED = "could not be read: storage refuses access to it"
+NO_VERSIONS = "names a version that this storage does not give"
 STOPPED = "was not fetched, because the job was stopped"
 
 
@@ -40,6 +42,7 @@ class Store(Protocol):
         *,
         max_bytes: int | None = None,
         watch: Callable[[], None] = ...,
+        version_id: str | None = None,
     ) -> int:
         """Write an object into a local file; `watch` is called now and then and may raise."""
 
@@ -152,7 +155,11 @@ def _fetch(
     watch: Callable[[], None],
 ) -> FetchedPicture:
     try:
-        store.download(request.location, path, max_bytes=max_bytes, watch=watch)
+        store.download(
+            request.location, path, max_bytes=max_bytes, watch=watch, version_id=request.version_id
+        )
+    except VersionNotServed:
+        return FetchedPicture(request.source, None, problem=NO_VERSIONS)
     except ObjectNotFound:
         return FetchedPicture(request.source, None, problem=NOT_FOUND)
     except AccessDenied:

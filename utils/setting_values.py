@@ -27,6 +27,30 @@ BASE_MODEL_REVISION = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
 https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/tree/451f4fe16113bff5a5d2269ed5ad43b0592e9a14
 `scripts/pin-images` compares it with the hub."""
 
+_PLACEHOLDER = "replace-me"
+_PLACEHOLDER_HOST = "api.example.com"
+
+
+def filled_in(value: Any) -> Any:
+    """Any value as it is, unless it is one that `.env.example` only shows the place of."""
+    for item in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(item, str):
+            _refuse_placeholders(item)
+    return value
+
+
+def _refuse_placeholders(value: str) -> None:
+    for part in value.lower().split(","):
+        if part.strip().startswith(_PLACEHOLDER):
+            raise ValueError("is still the placeholder of .env.example: set your own value")
+        # Found by its text, since an address that is malformed besides has no host.
+        address = re.sub(r"^[a-z]+://", "", part.strip()).rpartition("@")[2]
+        if re.fullmatch(rf"{re.escape(_PLACEHOLDER_HOST)}\.?(?:[:/?#].*)?", address):
+            raise ValueError(
+                f"still names the placeholder {_PLACEHOLDER_HOST} of .env.example: set your own "
+                "host"
+            )
+
 
 def split(value: Any) -> Any:
     """Items of a text with commas; a number alone, as a file may have it, is one item."""

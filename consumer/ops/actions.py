@@ -59,6 +59,7 @@ def publish(
             server.settings,
             server.s3,
             folder,
+            state_s3=server.state_s3,
             style_id=style_id,
             on_upload=shown.uploaded,
             **ordered,
@@ -78,7 +79,7 @@ def _wait(server: Server, placed: order.Order, as_json: bool) -> int:
         screen.say(f"published {placed.task_id}; Ctrl-C ends the waiting, not the job")
     try:
         with JobBar() as shown:
-            job = follow(server.s3, server.state, placed.task_id, shown.saw)
+            job = follow(server.state_s3, server.state, placed.task_id, shown.saw)
     except KeyboardInterrupt:
         screen.say(f"the job goes on: main.py jobs {placed.task_id}")
         return INTERRUPTED
@@ -105,7 +106,7 @@ def jobs(
         raise ConfigurationError("Name tasks, or use --style and --live, not both.")
     if tasks:
         return _details(server, tasks, as_json)
-    listing = RecordListing(server.s3, server.state)
+    listing = RecordListing(server.state_s3, server.state)
     note = ""
     if style_id is None:
         found, more = listing.newest(limit, unsettled_only=live)
@@ -136,8 +137,8 @@ def jobs(
 def _details(server: Server, tasks: list[str], as_json: bool) -> int:
     views: list[JobView] = []
     for given in tasks:
-        task_id = resolve(server.s3, server.state, given)
-        (found,) = look_up(server.s3, server.state, [task_id])
+        task_id = resolve(server.state_s3, server.state, given)
+        (found,) = look_up(server.state_s3, server.state, [task_id])
         if found.version is not None:
             views.append(view(found))
         else:
@@ -151,7 +152,7 @@ def _details(server: Server, tasks: list[str], as_json: bool) -> int:
 
 def _refused(server: Server, task_id: str) -> list[JobView]:
     """A message that was refused, by the task id that it gave."""
-    if refusals := refusals_of(server.s3, server.state, task_id):
+    if refusals := refusals_of(server.state_s3, server.state, task_id):
         return [view(each) for each in refusals]
     letters: list[DeadLetter] = []
     try:
@@ -181,8 +182,8 @@ def cancel(
     if style:
         return _cancel_style(server, style, yes=yes, as_json=as_json)
     assert task is not None
-    task_id = resolve(server.s3, server.state, task)
-    record = cancellable(server.s3, server.state, task_id)
+    task_id = resolve(server.state_s3, server.state, task)
+    record = cancellable(server.state_s3, server.state, task_id)
     if not is_clear(task, task_id):
         confirm(f"There is no job {task}; {task_id} begins like this. Cancel it?", yes=yes)
     stake = ""
@@ -190,7 +191,7 @@ def cancel(
         what = "When this job is cancelled"
         stake = at_stake(server.settings, server.s3, record.style_id, what)
     screen.warn([stake])
-    ask_to_cancel(server.s3, server.state, task_id)
+    ask_to_cancel(server.state_s3, server.state, task_id)
     looks_every = record.hold.lease_seconds / 4 if record else None
     if as_json:
         values = {"task_id": task_id, "looked_for_every_seconds": looks_every, "warning": stake}
@@ -206,7 +207,7 @@ def cancel(
 
 
 def _cancel_style(server: Server, style: Style, *, yes: bool, as_json: bool) -> int:
-    listing = RecordListing(server.s3, server.state)
+    listing = RecordListing(server.state_s3, server.state)
     records = live_of_style(listing, style.style_id)
     if not records:
         if as_json:
@@ -224,7 +225,7 @@ def _cancel_style(server: Server, style: Style, *, yes: bool, as_json: bool) -> 
     stake = at_stake(server.settings, server.s3, style.style_id, "When a job is cancelled")
     screen.warn([stake])
     for record in records:
-        ask_to_cancel(server.s3, server.state, record.task_id)
+        ask_to_cancel(server.state_s3, server.state, record.task_id)
         if not as_json:
             screen.say(_will_be_cancelled(record.task_id, record.hold.lease_seconds / 4))
     if not as_json:
@@ -261,7 +262,7 @@ def redrive(
     """Look at what was given up, or send it back."""
     if tasks and everything:
         raise ConfigurationError("Name tasks, or use --all, not both.")
-    work = Redrive(server.settings, server.s3)
+    work = Redrive(server.settings, server.state_s3, models=server.s3)
     if not tasks and not everything:
         found, more = work.look()
         screen.waiting(found, more, work.known_ids, as_json=as_json)
@@ -288,7 +289,7 @@ def _chosen(server: Server, found: list[Waiting], tasks: list[str], *, yes: bool
     others = {each.task_id for each in found if each.task_id}
     chosen = []
     for given in tasks:
-        task_id = resolve(server.s3, server.state, given, others=others)
+        task_id = resolve(server.state_s3, server.state, given, others=others)
         if not is_clear(given, task_id):
             confirm(f"There is no job {given}; {task_id} begins like this. Send it back?", yes=yes)
         chosen.append(task_id)

@@ -17,6 +17,7 @@ A job of which the style has a later order is superseded: its model would go int
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Collection, Iterable
 
@@ -38,6 +39,11 @@ _RECORD_NAME = re.compile(r"(invalid/)?[A-Za-z0-9_-]{1,128}")
 MOST = 1000
 """Messages that one call looks at: all of them are in its hands meanwhile."""
 _JUDGED_AGAIN = ("", ErrorCode.INVALID_MESSAGE, ErrorCode.UNKNOWN_TYPE)
+_CUT = (
+    "the dead queue has only the beginning of its message, which was too large for the broker, and "
+    "no record has it: have it published again"
+)
+_LOOKED_AT = "what is left of its ending is done; nothing is trained"
 _TOLD = "its ending is sent again; nothing is trained"
 
 
@@ -96,15 +102,19 @@ class Redrive:
 
     Args:
         settings: The broker, the queue and the buckets.
-        s3: The storage.
+        s3: The storage of the state bucket.
+        models: The storage of the models; the same by default.
     """
 
-    def __init__(self, settings: Settings, s3: S3Service) -> None:
+    def __init__(
+        self, settings: Settings, s3: S3Service, *, models: S3Service | None = None
+    ) -> None:
         self._settings = settings
         self._s3 = s3
+        self._models = models or s3
         self._bucket = settings.state_bucket_name
         self._listing = RecordListing(s3, self._bucket)
-        self._later = LaterOrders(settings, s3, self._listing)
+        self._later = LaterOrders(settings, self._models, s3, self._listing)
         self._stakes: dict[tuple[int, str], str] = {}
 
     @property
@@ -220,12 +230,20 @@ class Redrive:
 
     def _successor(self, letter: DeadLetter) -> tuple[Publication, str]:
         """What is published in a letter's place, and a sentence about it."""
+        if parked_body := _of_the_endings(letter):
+            task_id, message = parked_body
+            return parked(task_id, message, tries=0, delay=None), _LOOKED_AT
         if letter.code == ErrorCode.WEBHOOK_REJECTED:
             if not _names_a_record(letter.task_id):
                 raise CannotReopen("it names no record")
             record = tell_again(self._s3, self._bucket, letter.task_id)
             again = parked(record.task_id, letter.body, tries=0, delay=None)
             return again, _TOLD
+        if letter.is_cut:
+            (found,) = look_up(self._s3, self._bucket, [letter.task_id])
+            if found.record is None:
+                raise CannotReopen(_CUT)
+            return self._successor_of(found.record)
         whole = Publication(
             Queue.TRAINING, letter.body, letter.task_id or None, headers=dict(letter.headers)
         )
@@ -277,7 +295,7 @@ class Redrive:
             attempts=letter.attempts,
             in_dead_queue=True,
             body=letter.body.decode(errors="replace"),
-            trains=letter.code != ErrorCode.WEBHOOK_REJECTED,
+            trains=_trains(letter),
         )
         return self._with_style(waiting, record if _is_of_a_job(letter) else None)
 
@@ -311,7 +329,7 @@ class Redrive:
     def _at_stake(self, style_id: int, what: str) -> str:
         key = (style_id, what)
         if key not in self._stakes:
-            self._stakes[key] = at_stake(self._settings, self._s3, style_id, what)
+            self._stakes[key] = at_stake(self._settings, self._models, style_id, what)
         return self._stakes[key]
 
 
@@ -333,7 +351,21 @@ def _names_a_record(task_id: str) -> bool:
 
 def _is_of_a_job(letter: DeadLetter) -> bool:
     """The message has become a job, which failed; it is not judged again."""
-    return letter.code not in _JUDGED_AGAIN and letter.code != ErrorCode.WEBHOOK_REJECTED
+    return letter.code not in _JUDGED_AGAIN and _trains(letter)
+
+
+def _trains(letter: DeadLetter) -> bool:
+    return letter.code != ErrorCode.WEBHOOK_REJECTED and _of_the_endings(letter) is None
+
+
+def _of_the_endings(letter: DeadLetter) -> tuple[str, bytes] | None:
+    """Task id and message of a letter that was on its way through the endings' queue."""
+    try:
+        values = json.loads(letter.body)
+        int(values["tries"])
+        return str(values["task_id"]), str(values["message"]).encode()
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _style_id(letter: DeadLetter, settings: Settings) -> int | None:

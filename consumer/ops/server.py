@@ -15,10 +15,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Server:
-    """The settings, and the storage that they name."""
+    """The settings, and the storage that they name.
+
+    Attributes:
+        settings: The settings.
+        s3: The storage of pictures and models.
+        state_s3: The storage of the state bucket, which may be another one.
+    """
 
     settings: config.Settings
     s3: S3Service
+    state_s3: S3Service
 
     @classmethod
     def of(cls, config_file: Path | None) -> Server:
@@ -27,11 +34,13 @@ class Server:
         Raises:
             ConfigurationError: The settings are wrong.
         """
-        from consumer.desk import open_s3  # pylint: disable=import-outside-toplevel  # is slow
+        # Imported late: it brings boto3 and pika.
+        # pylint: disable-next=import-outside-toplevel
+        from consumer.desk import open_s3, open_state_s3
 
         settings: config.Settings = config.load(file=config_file)
         logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
-        return cls(settings, open_s3(settings))
+        return cls(settings, open_s3(settings), open_state_s3(settings))
 
     @property
     def state(self) -> str:

@@ -69,7 +69,7 @@ def at_stake(settings: Settings, s3: S3Service, style_id: int, what: str) -> str
 
     Args:
         settings: The buckets.
-        s3: The storage.
+        s3: The storage of the models.
         style_id: The style.
         what: What would make the backend mark the style as failed: "If this job fails".
     """
@@ -90,13 +90,17 @@ class LaterOrders:
 
     Args:
         settings: The buckets.
-        s3: The storage.
+        models: The storage of the models.
+        state: The storage of the state bucket.
         listing: The records.
     """
 
-    def __init__(self, settings: Settings, s3: S3Service, listing: RecordListing) -> None:
+    def __init__(
+        self, settings: Settings, models: S3Service, state: S3Service, listing: RecordListing
+    ) -> None:
         self._settings = settings
-        self._s3 = s3
+        self._models = models
+        self._state = state
         self._of_style = functools.cache(self._read)
         self._listing = listing
 
@@ -117,9 +121,9 @@ class LaterOrders:
     def _read(self, style_id: int) -> tuple[Later, ...]:
         found, _ = self._listing.of_style(style_id)
         known = {each.task_id: each.record for each in found if each.record}
-        model = published(self._settings, self._s3, style_id)
+        model = published(self._settings, self._models, style_id)
         if model and model.task_id and model.task_id not in known and not model.ordered_at:
-            (maker,) = look_up(self._s3, self._settings.state_bucket_name, [model.task_id])
+            (maker,) = look_up(self._state, self._settings.state_bucket_name, [model.task_id])
             if maker.record:
                 known[model.task_id] = maker.record
         later = list(_winners(known.values()))

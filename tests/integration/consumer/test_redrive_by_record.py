@@ -10,7 +10,7 @@ import pytest
 
 from config import Settings
 from consumer import messages
-from consumer.endings import failed
+from consumer.endings import failed, parked
 from consumer.ops.redrive import Redrive
 from consumer.settlement import OWN_COPY, Publication
 from consumer.training_consumer import properties_of
@@ -93,11 +93,16 @@ class _Jobs:
         lease.end(Ending(EndingKind.COMPLETE, {"style_id": lease.record.style_id}))
         lease.mark_delivered()
 
-    def dead_letter(self, task_id: str, code: str = "WORKER_CRASHED", **order: Any) -> None:
-        """A copy of a job's message in the dead queue."""
+    def dead_letter(
+        self, task_id: str, code: str = "WORKER_CRASHED", *, cut: bool = False, **order: Any
+    ) -> None:
+        """A copy of a job's message in the dead queue, or of its beginning."""
         letter = Publication.to_dead(
             self.body(task_id, **order), code=code, message="it broke", task_id=task_id, attempts=3
         )
+        if cut:
+            letter = letter.cut()
+            letter = dataclasses.replace(letter, body=letter.body[:20])
         queue = f"{self.settings.training_queue}.dead"
         with self.client.channel() as channel:
             channel.queue_declare(queue, durable=True)
@@ -200,6 +205,42 @@ def test_what_another_attempt_cannot_help_stays_and_the_reason_is_told(
     assert "not ended" in outcomes["live"] and "unknown" not in outcomes
     assert not any(one.sent_back for one in done)
     jobs.dead_letter("unrelated", "INVALID_MESSAGE")  # makes the queues
+    assert client.waiting(queue) == 0
+
+
+def test_a_dead_letter_that_was_cut_goes_back_whole_by_its_record(
+    jobs: _Jobs, client: Client, queue: str
+) -> None:
+    jobs.failed("large")
+    jobs.dead_letter("large", cut=True)
+    jobs.dead_letter("unknown", cut=True)
+    done, _ = jobs.redrive.send_back(None)
+    outcomes = {one.task_id: (one.sent_back, one.outcome) for one in done}
+    assert outcomes["large"][0] and not outcomes["unknown"][0]
+    assert "only the beginning" in outcomes["unknown"][1]
+    taken = client.get(queue)
+    assert taken is not None
+    again = messages.parse(taken[1], message_id=None, settings=jobs.settings)
+    assert again.identity == jobs.record("large").identity
+    assert client.waiting(queue) == 0 and client.waiting(f"{queue}.dead") == 1
+
+
+def test_a_letter_of_the_endings_goes_back_to_the_endings(
+    jobs: _Jobs, client: Client, queue: str
+) -> None:
+    on_its_way = parked("some-job", b"its message", tries=3, delay=None)
+    dead = Publication.to_dead(
+        on_its_way.body, code="STORAGE_FAILED", message="given up", task_id="some-job"
+    )
+    with client.channel() as channel:
+        channel.queue_declare(f"{queue}.dead", durable=True)
+        channel.basic_publish("", f"{queue}.dead", dead.body, properties_of(dead), True)
+    (found,), _ = jobs.redrive.look()
+    assert not found.trains
+    (one,), _ = jobs.redrive.send_back(None)
+    assert one.sent_back and "nothing is trained" in one.outcome
+    taken = client.get(f"{queue}.endings")
+    assert taken is not None and json.loads(taken[1])["message"] == "its message"
     assert client.waiting(queue) == 0
 
 

@@ -41,7 +41,7 @@ job = read(envelope(images=[f"s3://{bucket}/{key}" for key in keys]), settings=s
 for filler in (0, 300):
     (folder / "filler").write_bytes(bytes(filler * 1024**2))
     try:
-        size = require_room(s3, settings, job, folder, StopSignal())
+        size = require_room(s3, s3, settings, job, folder, StopSignal())
         print(json.dumps(["fits", size.pictures]))
     except TrainingServerError as error:
         print(json.dumps([type(error).__name__, str(error)]))

@@ -206,6 +206,7 @@ class World:
             Desk(
                 settings=self.settings,
                 s3=cast(Any, self.s3),
+                state_s3=cast(Any, self.s3),
                 webhooks=cast(Any, self.backend),
                 records=records,
                 endings=self.endings,
