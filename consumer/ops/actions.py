@@ -13,10 +13,11 @@ from consumer.ops import order, screen
 from consumer.ops.cancel import ask_to_cancel, cancellable, live_of_style
 from consumer.ops.dead_queue import DeadLetter, go_through
 from consumer.ops.follow import follow
+from consumer.ops.given_up import Waiting
 from consumer.ops.job_bar import JobBar
 from consumer.ops.job_table import print_details, print_jobs
 from consumer.ops.job_view import JobView, view
-from consumer.ops.redrive import MOST, Redrive, Waiting
+from consumer.ops.redrive import MOST, Redrive
 from consumer.ops.server import Server
 from consumer.ops.styles import at_stake
 from consumer.ops.task_ids import confirm, is_clear, resolve

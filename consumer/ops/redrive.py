@@ -17,7 +17,6 @@ A job of which the style has a later order is superseded: its model would go int
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Collection, Iterable
 
@@ -26,10 +25,19 @@ from consumer import messages
 from consumer.endings import parked, training_copy
 from consumer.ops import post
 from consumer.ops.dead_queue import DeadLetter, go_through
+from consumer.ops.given_up import (
+    Redriven,
+    Waiting,
+    is_of_a_job,
+    of_the_endings,
+    reason_of,
+    trains_again,
+    why_not,
+)
 from consumer.ops.styles import Later, LaterOrders, at_stake
 from consumer.settlement import Publication, Queue
 from consumer.training_job import from_understood, to_message
-from services.job_record import Delivery, EndingKind, JobRecord, State
+from services.job_record import Delivery, JobRecord
 from services.job_reopening import CannotReopen, reopen, tell_again
 from services.record_listing import RecordListing, look_up
 from services.s3_service import S3Service
@@ -38,63 +46,12 @@ from utils.errors import ErrorCode, InvalidMessage, StorageError
 _RECORD_NAME = re.compile(r"(invalid/)?[A-Za-z0-9_-]{1,128}")
 MOST = 1000
 """Messages that one call looks at: all of them are in its hands meanwhile."""
-_JUDGED_AGAIN = ("", ErrorCode.INVALID_MESSAGE, ErrorCode.UNKNOWN_TYPE)
 _CUT = (
     "the dead queue has only the beginning of its message, which was too large for the broker, and "
     "no record has it: have it published again"
 )
 _LOOKED_AT = "what is left of its ending is done; nothing is trained"
 _TOLD = "its ending is sent again; nothing is trained"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Waiting:
-    """A job that can be sent back, or a message of the dead queue.
-
-    Attributes:
-        task_id: The task's id; empty where nobody could read one.
-        style_id: Its style; None where it is not known.
-        code: Why it is there, an `utils.errors.ErrorCode`; empty for a message that the broker
-            itself has moved to the dead queue.
-        reason: The same, in words.
-        attempts: Attempts made, as far as they were counted.
-        in_dead_queue: The dead queue has the message; else only the record has it.
-        body: The message in the dead queue.
-        trains: Sending it back trains the job again; else its ending is sent again.
-        superseded: Which later order of the style would win over it; empty where none would.
-        at_stake: A warning where the style has a published model.
-    """
-
-    task_id: str
-    style_id: int | None
-    code: str
-    reason: str
-    attempts: int
-    in_dead_queue: bool
-    body: str = ""
-    trains: bool = True
-    superseded: str = ""
-    at_stake: str = ""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Redriven:
-    """What became of one message or job.
-
-    Attributes:
-        task_id, code, reason, attempts: As in `Waiting`.
-        outcome: What was done, or why it was left where it was.
-        sent_back: Whether it was sent back.
-        left_out: It was left where it is because a later order of the style wins over it.
-    """
-
-    task_id: str
-    code: str
-    reason: str
-    attempts: int
-    outcome: str
-    sent_back: bool
-    left_out: bool = False
 
 
 class Redrive:
@@ -211,7 +168,7 @@ class Redrive:
         return Redriven(
             task_id=record.task_id,
             code=(ending.code or "") if ending else "",
-            reason=_reason(record),
+            reason=reason_of(record),
             attempts=record.attempts,
             outcome=outcome,
             sent_back=publication is not None,
@@ -230,7 +187,7 @@ class Redrive:
 
     def _successor(self, letter: DeadLetter) -> tuple[Publication, str]:
         """What is published in a letter's place, and a sentence about it."""
-        if parked_body := _of_the_endings(letter):
+        if parked_body := of_the_endings(letter):
             task_id, message = parked_body
             return parked(task_id, message, tries=0, delay=None), _LOOKED_AT
         if letter.code == ErrorCode.WEBHOOK_REJECTED:
@@ -247,7 +204,7 @@ class Redrive:
         whole = Publication(
             Queue.TRAINING, letter.body, letter.task_id or None, headers=dict(letter.headers)
         )
-        if not _is_of_a_job(letter):
+        if not is_of_a_job(letter):
             return whole, "published as it was, to be judged again"
         job = messages.parse(
             letter.body, message_id=letter.task_id or None, settings=self._settings
@@ -259,7 +216,7 @@ class Redrive:
 
     def _successor_of(self, record: JobRecord) -> tuple[Publication, str]:
         """What is published for a job of which the dead queue has no message."""
-        if reason := _why_not(record):
+        if reason := why_not(record):
             raise CannotReopen(reason)
         if record.delivery is Delivery.SET_ASIDE:
             body = self._message_of(record) if record.message else b""  # it never became a job
@@ -281,7 +238,7 @@ class Redrive:
 
     def _winner(self, letter: DeadLetter) -> Later | None:
         """The later order that would win over the letter's job."""
-        if not _is_of_a_job(letter) or not _names_a_record(letter.task_id):
+        if not is_of_a_job(letter) or not _names_a_record(letter.task_id):
             return None
         (found,) = look_up(self._s3, self._bucket, [letter.task_id])
         return self._later.after(found.record) if found.record else None
@@ -295,9 +252,9 @@ class Redrive:
             attempts=letter.attempts,
             in_dead_queue=True,
             body=letter.body.decode(errors="replace"),
-            trains=_trains(letter),
+            trains=trains_again(letter),
         )
-        return self._with_style(waiting, record if _is_of_a_job(letter) else None)
+        return self._with_style(waiting, record if is_of_a_job(letter) else None)
 
     def _of_records(self, records: Iterable[JobRecord | None]) -> list[Waiting]:
         return [
@@ -306,7 +263,7 @@ class Redrive:
                     task_id=record.task_id,
                     style_id=record.style_id,
                     code=(record.ending.code or "") if record.ending else "",
-                    reason=_reason(record),
+                    reason=reason_of(record),
                     attempts=record.attempts,
                     in_dead_queue=False,
                     trains=record.delivery is not Delivery.SET_ASIDE,
@@ -314,7 +271,7 @@ class Redrive:
                 record if record.delivery is not Delivery.SET_ASIDE else None,
             )
             for record in records
-            if record and not _why_not(record)
+            if record and not why_not(record)
         ]
 
     def _with_style(self, waiting: Waiting, to_train: JobRecord | None) -> Waiting:
@@ -349,25 +306,6 @@ def _names_a_record(task_id: str) -> bool:
     return _RECORD_NAME.fullmatch(task_id) is not None
 
 
-def _is_of_a_job(letter: DeadLetter) -> bool:
-    """The message has become a job, which failed; it is not judged again."""
-    return letter.code not in _JUDGED_AGAIN and _trains(letter)
-
-
-def _trains(letter: DeadLetter) -> bool:
-    return letter.code != ErrorCode.WEBHOOK_REJECTED and _of_the_endings(letter) is None
-
-
-def _of_the_endings(letter: DeadLetter) -> tuple[str, bytes] | None:
-    """Task id and message of a letter that was on its way through the endings' queue."""
-    try:
-        values = json.loads(letter.body)
-        int(values["tries"])
-        return str(values["task_id"]), str(values["message"]).encode()
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-
-
 def _style_id(letter: DeadLetter, settings: Settings) -> int | None:
     try:
         return messages.parse(
@@ -375,28 +313,6 @@ def _style_id(letter: DeadLetter, settings: Settings) -> int | None:
         ).style_id
     except InvalidMessage as error:
         return error.style_id
-
-
-def _why_not(record: JobRecord) -> str:
-    """Why a job cannot be sent back by its record; empty where it can."""
-    ending = record.ending
-    if record.state is State.LIVE or ending is None:
-        return "it has not ended: workers go on with it by themselves"
-    if record.delivery is Delivery.SET_ASIDE:
-        return ""
-    if ending.kind is EndingKind.COMPLETE:
-        return "it has completed, and its model is in place"
-    if not ending.body.get("retryable"):
-        return f"another attempt cannot help ({ending.code}); order it again with another task id"
-    if record.delivery is not Delivery.DELIVERED:
-        return "the backend has not heard yet that it failed; wait until it has"
-    return ""
-
-
-def _reason(record: JobRecord) -> str:
-    if record.delivery is Delivery.SET_ASIDE:
-        return record.delivery_detail or ""
-    return str(record.ending.body.get("error_message", "")) if record.ending else ""
 
 
 def _fresh_attempt(reopened: JobRecord) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from consumer.ops.job_table import printable
-from consumer.ops.redrive import Redriven, Waiting
+from consumer.ops.given_up import Redriven, Waiting
 from consumer.ops.task_ids import short_ids
 from utils.wording import counted
 

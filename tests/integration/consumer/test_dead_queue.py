@@ -10,7 +10,8 @@ from config import Settings
 from consumer import messages
 from consumer.endings import failed
 from consumer.ops.dead_queue import MOST_RETURNS, DeadLetter, go_through
-from consumer.ops.redrive import Redrive, Redriven, Waiting
+from consumer.ops.given_up import Redriven, Waiting
+from consumer.ops.redrive import Redrive
 from consumer.settlement import Publication
 from consumer.training_consumer import properties_of
 from sandbox.rabbitmq_node import RabbitMqNode
