@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from consumer import checkpoint_uploads, desk, endings, lane, outbox, pipeline, run_events
+from consumer import checkpoint_uploads, desk, endings, outbox, pipeline, run_events
 from consumer.checkpoint_uploads import CheckpointUploads
 from consumer.machine import Machine
 from consumer.settlement import Action
@@ -27,7 +27,6 @@ from services.s3_service import S3Service
 from services.webhook_service import RetrySchedule, WebhookService
 from tests.chaos.crash_points import CrashPoints
 from tests.chaos.journal import Journal
-from tests.chaos.timing import CRASH_DELAY
 from utils.events import CheckpointSaved, Progress, Stage, Started
 
 
@@ -39,7 +38,6 @@ def shorten_waits() -> None:
     """Minutes become seconds, where no setting says how long."""
     setattr(endings, "DELIVER_AT_ONCE_SECONDS", 3.0)
     setattr(checkpoint_uploads, "_RETRY_SECONDS", 0.3)
-    setattr(lane, "CRASH_DELAY_SECONDS", CRASH_DELAY)
     setattr(outbox, "LONGEST_DELAY", 3.0)
     _wrap(outbox.Backoff, "__init__", lambda init: lambda self: init(self, 0.3, 3.0))
 

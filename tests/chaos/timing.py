@@ -5,7 +5,6 @@ DEAD_QUEUE = f"{QUEUE}.dead"
 MEDIA, STATE = "media", "state"
 RETRY_DELAYS = (0.5, 1.0, 2.0)
 ENDING_DELAYS = (1.0, 2.0)
-CRASH_DELAY = 2.0
 MAX_ATTEMPTS = 8
 ATTEMPTS_TO_SPARE = 4
 """No fault is aimed at jobs while one of them has fewer: some that are under way may still cost it
