@@ -8,7 +8,6 @@ docs/protocol.md, section 5; `.env.example` documents each of them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -33,11 +32,13 @@ from pydantic_settings import (
 )
 
 from training.lora_config import HyperParameters, TrainerOptions
+from utils import setting_names as names_of_settings
 from utils import setting_values, settings_file
 from utils.confined import Confinement
 from utils.errors import ConfigurationError
 from utils.trainer_surroundings import ROOT, confinement, trainer_environment
-from utils.urls import origin_of
+from utils.storage_settings import Bucket, StorageSettings
+from utils.urls import base_of, origin_of
 
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -72,9 +73,8 @@ Delays = Annotated[
     BeforeValidator(setting_values.split),
     Field(min_length=1),
 ]
-Origin = Annotated[str, AfterValidator(origin_of)]
+Origin = Annotated[str, AfterValidator(base_of)]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(setting_values.split)]
-Bucket = Annotated[str, AfterValidator(setting_values.bucket_name)]
 Buckets = Annotated[
     tuple[Bucket, ...], NoDecode, BeforeValidator(setting_values.split), Field(min_length=1)
 ]
@@ -139,6 +139,11 @@ class TrainerSettings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "json"
     work_dir: AbsolutePath | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_filled_in(cls, value: Any) -> Any:
+        return setting_values.filled_in(value)
 
     @field_validator("gradient_checkpointing", "mixed_precision", mode="before")
     @classmethod
@@ -213,7 +218,7 @@ class TrainerSettings(BaseSettings):
         return tuple(value.get_secret_value() for value in values if isinstance(value, SecretStr))
 
 
-class Settings(TrainerSettings):
+class Settings(TrainerSettings, StorageSettings):
     """Everything that the worker needs; immutable."""
 
     rabbitmq_host: Hosts = ("localhost",)
@@ -225,25 +230,21 @@ class Settings(TrainerSettings):
     rabbitmq_heartbeat_seconds: int = Field(20, ge=2, le=600)
     training_queue: str = Field("model_training", pattern=r"^[A-Za-z0-9._-]{1,100}$")
 
-    aws_access_key_id: str | None = None
-    aws_secret_access_key: SecretStr | None = None
-    aws_s3_region_name: Annotated[str, AfterValidator(setting_values.region)] = "ap-northeast-2"
-    aws_endpoint_url_s3: Annotated[str, AfterValidator(setting_values.endpoint)] | None = None
-    aws_storage_bucket_name: Bucket
-    model_bucket_name: Bucket = Field(default_factory=lambda data: data["aws_storage_bucket_name"])
-    state_bucket_name: Bucket = Field(default_factory=lambda data: data["model_bucket_name"])
     image_buckets: Buckets = Field(
         default_factory=lambda data: tuple(
             dict.fromkeys((data["aws_storage_bucket_name"], data["model_bucket_name"]))
         )
     )
-    model_url_scheme: Literal["s3", "gs"] = "s3"
 
     allow_insecure_webhooks: bool = False  # the addresses below are judged by it, so it comes first
     backend_api_url: Origin
     internal_api_token: SecretStr
     webhook_signing_secret: SecretStr | None = None
     webhook_allowed_origins: Origins = ()
+    webhook_ca_file: Annotated[AbsolutePath, AfterValidator(setting_values.certificates)] | None = (
+        None
+    )
+    webhook_proxy: SecretStr | None = None
 
     progress_interval_seconds: Seconds = 30.0
     lease_ttl_seconds: float = Field(120.0, ge=1, allow_inf_nan=False)
@@ -268,13 +269,6 @@ class Settings(TrainerSettings):
     otel_service_name: str = "training-server"
     sentry_dsn: SecretStr | None = None
     sentry_environment: str | None = None
-
-    @field_validator("aws_secret_access_key")
-    @classmethod
-    def _keys_come_in_pairs(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
-        if (value is None) != (info.data.get("aws_access_key_id") is None):
-            raise ValueError("belongs to AWS_ACCESS_KEY_ID: set both or neither")
-        return value
 
     @field_validator("internal_api_token")
     @classmethod
@@ -305,6 +299,24 @@ class Settings(TrainerSettings):
                 )
         return value
 
+    @field_validator("webhook_allowed_origins")
+    @classmethod
+    def _each_origin_has_one_path(cls, value: Any, info: ValidationInfo) -> Any:
+        bases = {*value, *filter(None, [info.data.get("backend_api_url")])}
+        if len({origin_of(base) for base in bases}) < len(bases):
+            raise ValueError(
+                "names an origin with two paths, counting BACKEND_API_URL; a message names an "
+                "origin only, so each can have one path"
+            )
+        return value
+
+    @field_validator("webhook_proxy")
+    @classmethod
+    def _the_proxy_is_an_address(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            setting_values.proxy(value.get_secret_value())
+        return value
+
     def signing_secrets(self) -> tuple[str, ...]:
         """The keys that sign webhooks, `whsec_…`; derived from the token where none is set."""
         if self.webhook_signing_secret:
@@ -332,7 +344,9 @@ def load(
     try:
         return (_over(file, kind) if file else kind)(**overrides)
     except ValidationError as error:
-        raise ConfigurationError(_explain(error)) from None
+        # A required setting may be missing because its name is another one by now.
+        unknown = unknown_names(file)
+        raise ConfigurationError(_explain(error) + (f"\n  {unknown}" if unknown else "")) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise ConfigurationError(f"The file .env cannot be read: {reason}") from None
@@ -372,16 +386,8 @@ def unknown_names(file: Path | None = None) -> str | None:
     found = {".env": {name.upper() for name in DotEnvSettingsSource(Settings).env_vars}}
     if file:
         found[str(file)] = {name.upper() for name in settings_file.read(file)}
-    known = sorted(setting_names(Settings))
-    told = []
-    for place, names in found.items():
-        unknown = []
-        for name in sorted(names - set(known)):
-            near = difflib.get_close_matches(name, known, n=1)
-            unknown.append(f"{name} (is it {near[0]}?)" if near else name)
-        if unknown:
-            told.append(f"in {place} stand names that are no settings: {', '.join(unknown)}")
-    return "; ".join(told) or None
+    environment = {name for name, value in os.environ.items() if value}
+    return names_of_settings.unknown(found, setting_names(Settings), environment)
 
 
 def _explain(error: ValidationError) -> str:

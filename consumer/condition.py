@@ -42,6 +42,8 @@ class Condition:
         trainer: The trainer process.
         broker: The connection's life.
         stop: Set once the worker shuts down.
+        state_problem: Why no job may be taken although S3 answers.
+        remarks: What to know of a part that is ready, by the parts of `utils.metrics.READINESS`.
     """
 
     def __init__(self, settings: Settings, observer: Observer, stop: threading.Event) -> None:
@@ -49,6 +51,8 @@ class Condition:
         self.machine_problem: str | None = None
         self.trainer: TrainerProcess | None = None
         self.broker: BrokerLoop | None = None
+        self.state_problem: str | None = None
+        self.remarks: dict[str, str] = {}
         self._storage_problem: str | None = "not looked at yet"
         self._storage_seen_at = float("inf")
         self.stop = stop
@@ -176,7 +180,7 @@ class Condition:
     def _s3_problem(self) -> str | None:
         if time.monotonic() - self._storage_seen_at > S3_SILENT_SECONDS:
             return f"S3 has not answered for {S3_SILENT_SECONDS:.0f} seconds"
-        return self._storage_problem
+        return self._storage_problem or self.state_problem
 
     def _gpu_problem(self) -> str | None:
         if self._observer.gpus_lost:

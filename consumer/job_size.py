@@ -53,6 +53,7 @@ class JobSize:
 
 def require_room(
     s3: S3Service,
+    state_s3: S3Service,
     settings: Settings,
     job: TrainingJob,
     folder: Path,
@@ -67,7 +68,8 @@ def require_room(
     is allowed to go on.
 
     Args:
-        s3: The storage.
+        s3: The storage of the images.
+        state_s3: The storage of the checkpoints.
         settings: Limits.
         job: The job.
         folder: The job's folder.
@@ -82,12 +84,14 @@ def require_room(
     """
     images = [*job.images, *job.validation_images]
     sizes = object_sizes(
-        s3, [image.location for image in images if image.location], stop=lambda: bool(stop.reason)
+        s3,
+        [(image.location, image.version_id) for image in images if image.location],
+        stop=lambda: bool(stop.reason),
     )
     stop.check()
     size = JobSize(
         pictures=sum(each for each in sizes if each <= settings.max_image_bytes),
-        checkpoint=_size_of(s3, settings.state_bucket_name, checkpoints),
+        checkpoint=_size_of(state_s3, settings.state_bucket_name, checkpoints),
         output=output_bytes(job.hyper_parameters),
     )
     if size.pictures > settings.max_job_bytes:

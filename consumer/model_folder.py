@@ -219,11 +219,11 @@ class ModelFolder:
 
     def _copy_to_archive(self, source: S3Location, info: ObjectInfo, target: S3Location) -> None:
         if self._models is self._state:
-            self._state.copy(source, target, metadata=info.metadata, version=info.etag)
+            self._state.copy(source, target, metadata=info.metadata, etag=info.etag)
             return
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "file"
-            self._models.download(source, path, version=info.etag)
+            self._models.download(source, path, etag=info.etag)
             try:
                 over = self._state.head(target).etag
             except ObjectNotFound:
@@ -332,7 +332,7 @@ class ModelFolder:
                 kept = self._state.head(source)
                 if not is_of(kept, {TASK_ID: file.task_id, CLAIM: file.claim}):
                     raise ObjectNotFound
-                self._state.download(source, path, version=kept.etag)
+                self._state.download(source, path, etag=kept.etag)
             except ObjectNotFound as error:
                 raise StorageError(
                     f"{source.uri()} is missing or of another run, so "

@@ -22,7 +22,7 @@ from consumer.machine import require_fit
 from consumer.model_publisher import ModelPublisher
 from consumer.observer import Observer
 from consumer.pictures import fetch_pictures, fetch_validation_pictures
-from consumer.progress_reporter import ProgressReporter, RouteMemory, queued
+from consumer.progress_reporter import ProgressReporter, queued
 from consumer.put_offs import PutOffs, Why, why_of
 from consumer.queue_watch import age_of
 from consumer.settlement import CRASHES, MIN_LEVEL, OWN_COPY, PUT_OFFS, Delivery, Settlement
@@ -75,6 +75,7 @@ class Desk:
 
     settings: Settings
     s3: S3Service
+    state_s3: S3Service
     webhooks: WebhookService
     records: JobRecords
     endings: Endings
@@ -94,7 +95,6 @@ class Pipeline:
         self._desk = desk
         self._settings = desk.settings
         self._put_offs = desk.put_offs
-        self._routes = RouteMemory()
 
     def handle(self, delivery: Delivery) -> Settlement:
         """Do what a message asks for, unless its record says that there is nothing to do."""
@@ -227,7 +227,7 @@ class Pipeline:
         lease.end(ending, owed)
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
         self._desk.observer.ended(ending)
-        cleared = clear_up(self._desk.s3, self._settings.state_bucket_name, lease.record)
+        cleared = clear_up(self._desk.state_s3, self._settings.state_bucket_name, lease.record)
         with self._desk.observer.tracing.span("tell"):
             left = self._desk.endings.deliver(
                 lease, original=job.body, for_seconds=endings.DELIVER_AT_ONCE_SECONDS
@@ -248,7 +248,6 @@ class Pipeline:
             ProgressReporter(
                 job,
                 desk.webhooks,
-                self._routes,
                 next_sequence=lease.next_sequence,
                 stop=stop,
                 interval_seconds=settings.progress_interval_seconds,
@@ -256,7 +255,7 @@ class Pipeline:
             CheckpointUploads(
                 job,
                 lease,
-                desk.s3,
+                desk.state_s3,
                 settings.state_bucket_name,
                 curves=folder / CURVES,
                 patience=desk.shutdown.seconds_for_saving,
@@ -295,7 +294,15 @@ class Pipeline:
     ) -> TrainingRun:
         """What the trainer is told, with everything that it needs in the job's folder."""
         s3, settings = self._desk.s3, self._settings
-        require_room(s3, settings, job, folder, stop, checkpoints=lease.record.checkpoints)
+        require_room(
+            s3,
+            self._desk.state_s3,
+            settings,
+            job,
+            folder,
+            stop,
+            checkpoints=lease.record.checkpoints,
+        )
         return TrainingRun(
             task_id=job.task_id,
             style_id=job.style_id,
@@ -304,7 +311,7 @@ class Pipeline:
             parameters=job.hyper_parameters,
             work_folder=str(folder),
             resume_from=newest_usable_checkpoint(
-                s3, settings.state_bucket_name, lease.record, folder
+                self._desk.state_s3, settings.state_bucket_name, lease.record, folder
             ),
             min_images=settings.min_images,
             max_image_pixels=settings.max_image_pixels,

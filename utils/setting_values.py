@@ -13,6 +13,7 @@ import importlib.util
 import ipaddress
 import os
 import re
+import ssl
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -26,6 +27,30 @@ BASE_MODEL_REVISION = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
 """The commit on the Hugging Face hub that `BASE_MODEL` means, unless the settings name another.
 https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/tree/451f4fe16113bff5a5d2269ed5ad43b0592e9a14
 `scripts/pin-images` compares it with the hub."""
+
+_PLACEHOLDER = "replace-me"
+_PLACEHOLDER_HOST = "api.example.com"
+
+
+def filled_in(value: Any) -> Any:
+    """Any value as it is, unless it is one that `.env.example` only shows the place of."""
+    for item in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(item, str):
+            _refuse_placeholders(item)
+    return value
+
+
+def _refuse_placeholders(value: str) -> None:
+    for part in value.lower().split(","):
+        if part.strip().startswith(_PLACEHOLDER):
+            raise ValueError("is still the placeholder of .env.example: set your own value")
+        # Found by its text, since an address that is malformed besides has no host.
+        address = re.sub(r"^[a-z]+://", "", part.strip()).rpartition("@")[2]
+        if re.fullmatch(rf"{re.escape(_PLACEHOLDER_HOST)}\.?(?:[:/?#].*)?", address):
+            raise ValueError(
+                f"still names the placeholder {_PLACEHOLDER_HOST} of .env.example: set your own "
+                "host"
+            )
 
 
 def split(value: Any) -> Any:
@@ -137,3 +162,32 @@ def derived_signing_secret(token: str) -> str:
     message = b"training-server webhook signing v1"
     digest = hmac.new(token.encode(), message, hashlib.sha256).digest()
     return "whsec_" + base64.b64encode(digest).decode()
+
+
+def certificates(value: Path) -> Path:
+    """A file of certificates in PEM.
+
+    Raises:
+        ValueError: It cannot be read, or has none.
+    """
+    try:
+        ssl.create_default_context(cafile=value)
+    except (OSError, ssl.SSLError) as error:
+        raise ValueError(f"has no certificates in PEM that can be read ({error})") from None
+    return value
+
+
+def proxy(value: str) -> str:
+    """The address of an HTTP proxy, which may carry a user name and a password.
+
+    Raises:
+        ValueError: It is none. The address is not shown, since it may hold a password.
+    """
+    parts = urlsplit(value)
+    try:
+        complete = parts.scheme in ("http", "https") and parts.hostname and parts.port
+    except ValueError:
+        complete = False
+    if not complete or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError("must be an address like http://proxy.example.com:3128, with its port")
+    return value

@@ -89,9 +89,12 @@ class World:
             "WORK_DIR": str(self.folder / "work"),
         } | changed
 
-    def worker(self, *, code: Path = ROOT, **changed: str) -> WorkerProcess:
-        """A worker of this world, of another release if its folder is given; started by entering
-        it."""
+    def worker(self, **changed: str) -> WorkerProcess:
+        """A worker of this world, started by entering it."""
+        return self.worker_of(ROOT, **changed)
+
+    def worker_of(self, code: Path, **changed: str) -> WorkerProcess:
+        """A worker of another release, whose program is in this folder."""
         log = self.folder / f"worker-{secrets.token_hex(3)}.log"
         return WorkerProcess(self.settings(**changed), folder=self.folder, log=log, code=code)
 

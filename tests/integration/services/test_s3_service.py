@@ -352,14 +352,14 @@ def test_a_copy_of_a_version_is_refused_once_the_source_has_another(
 ) -> None:
     source, target = S3Location(bucket, "a b/source ü.txt"), S3Location(bucket, "target.txt")
     seen = s3.write(source, b"older")
-    s3.copy(source, target, version=seen)
+    s3.copy(source, target, etag=seen)
     s3.write(source, b"newer")
     with pytest.raises(PreconditionFailed):
-        s3.copy(source, target, version=seen)
+        s3.copy(source, target, etag=seen)
     assert s3.read(target).body == b"older"
     s3.delete(bucket, [source.key])
     with pytest.raises(ObjectNotFound):
-        s3.copy(source, target, version=seen)
+        s3.copy(source, target, etag=seen)
 
 
 def test_a_version_is_deleted_only_while_the_object_has_it(s3: S3Service, bucket: str) -> None:
@@ -390,8 +390,8 @@ def test_a_download_of_a_version_is_refused_once_the_object_has_another(
 ) -> None:
     location = S3Location(bucket, "file.txt")
     seen = s3.write(location, b"older")
-    assert s3.download(location, tmp_path / "file", version=seen) == 5
+    assert s3.download(location, tmp_path / "file", etag=seen) == 5
     s3.write(location, b"newer")
     with pytest.raises(PreconditionFailed):
-        s3.download(location, tmp_path / "other", version=seen)
+        s3.download(location, tmp_path / "other", etag=seen)
     assert not (tmp_path / "other").exists()

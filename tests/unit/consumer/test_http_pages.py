@@ -132,6 +132,25 @@ def test_each_part_that_is_missing_is_named_alone(
     assert ask(pages, "/health")[0] == 200, "no reason to shoot it"
 
 
+def test_a_state_bucket_that_was_not_tested_yet_keeps_the_worker_from_being_ready(
+    pages: HttpPages, condition: Condition
+) -> None:
+    condition.state_problem = "the state bucket could not be tested for conditional writes: down"
+    code, ready = ask(pages, "/ready")
+    assert (code, ready["checks"]["s3"]) == (503, condition.state_problem)
+
+
+def test_a_remark_stands_beside_a_part_that_is_ready(
+    pages: HttpPages, condition: Condition
+) -> None:
+    condition.remarks["s3"] = "ok, but unguarded: run this worker only"
+    code, ready = ask(pages, "/ready")
+    assert (code, ready["ready"]) == (200, True)
+    assert ready["checks"]["s3"] == "ok, but unguarded: run this worker only"
+    condition.saw_storage("S3 did not answer in time")
+    assert ask(pages, "/ready")[1]["checks"]["s3"] == "S3 did not answer in time"
+
+
 def test_a_worker_that_neither_consumes_nor_holds_a_job_is_not_ready(
     pages: HttpPages, condition: Condition
 ) -> None:

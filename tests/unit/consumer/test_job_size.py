@@ -65,6 +65,7 @@ def _measure(s3: MemoryS3, free: Any, tmp_path: Path) -> Measure:
         job = read(message, settings=settings)
         return require_room(
             cast(S3Service, s3),
+            cast(S3Service, s3),
             settings,
             job,
             tmp_path,

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import config
 import main
 from config import Settings
+from utils.errors import ConfigurationError
 
 FOLDER = Path(__file__).parents[3] / "deploy" / "kubernetes"
 KUBERNETES = "1.37.0"
@@ -156,5 +157,11 @@ def test_settings_are_the_workers_and_secrets_are_referred_to() -> None:
     secret = {"RABBITMQ_PASS", "AWS_SECRET_ACCESS_KEY", "INTERNAL_API_TOKEN", "HF_TOKEN"}
     assert not secret & set(values)
     assert not [name for name, _ in DOCUMENTS if name.endswith(" Secret")]
-    required = {"internal_api_token": "t" * 32}
+    required = {"internal_api_token": "t" * 32, "backend_api_url": "https://backend.example"}
     config.load(_env_file=None, **{k.lower(): v for k, v in values.items()} | required)
+
+
+def test_the_manifest_does_not_start_before_its_placeholder_is_replaced() -> None:
+    values = {k.lower(): v for k, v in NAMED["worker.yaml ConfigMap"]["data"].items()}
+    with pytest.raises(ConfigurationError, match="BACKEND_API_URL: still names the placeholder"):
+        config.load(_env_file=None, **values | {"internal_api_token": "t" * 32})
