@@ -46,6 +46,10 @@ MODULES = (
 """The code that runs a job's life and the broker connection."""
 
 EXTRA_TESTS: dict[str, tuple[str, ...]] = {
+    "consumer/put_offs.py": (
+        "tests/unit/consumer/test_endings.py",
+        "tests/unit/consumer/test_pipeline.py",
+    ),
     "consumer/queue_watch.py": ("tests/unit/consumer/test_observer.py",),
     "services/lease.py": ("tests/unit/services/test_job_lease.py",),
 }
