@@ -27,6 +27,7 @@ def later(default: Any) -> Any:
     It is written only where it differs from its default, so that an older worker can take over
     every record that does not need it.
     """
+    # pylint: disable-next=invalid-field-call  # called where a field is declared
     return dataclasses.field(default=default, metadata={"later": True})
 
 
@@ -35,11 +36,13 @@ def beside(default: float) -> Any:
 
     Older workers read the record without it, and drop it when they write.
     """
+    # pylint: disable-next=invalid-field-call
     return dataclasses.field(default=default, metadata={"beside": True})
 
 
 def unknown_fields() -> Any:
     """The field that keeps what a newer version wrote and this one does not know."""
+    # pylint: disable-next=invalid-field-call
     return dataclasses.field(default_factory=dict, metadata={"later": True}, repr=False)
 
 

@@ -345,18 +345,17 @@ class JobRecord(HeldRecord):
             raise ValueError(f"a job that is {self.state} cannot be settled as {delivery}")
         if self.delivery in _FINAL:
             return self
-        return dataclasses.replace(
-            self, delivery=delivery, delivery_detail=detail, owed=owed or self.owed
-        )._free_if_settled()
+        return _free_if_settled(
+            dataclasses.replace(
+                self, delivery=delivery, delivery_detail=detail, owed=owed or self.owed
+            )
+        )
 
     def paid(self) -> JobRecord:
         """The dead queue has the copy that it was owed."""
         if self.owed is None:
             return self
-        return dataclasses.replace(self, owed=None)._free_if_settled()
-
-    def _free_if_settled(self) -> JobRecord:
-        return dataclasses.replace(self, hold=self.hold.dropped()) if self.is_settled else self
+        return _free_if_settled(dataclasses.replace(self, owed=None))
 
     def reopened(self) -> JobRecord:
         """A failed job, sent back for a fresh attempt, from the newest checkpoint that is left.
@@ -448,3 +447,9 @@ class JobRecord(HeldRecord):
         quiet = free.hold.lease_seconds * _SWEEP_GROWTH ** min(free.sweeps, 10)
         hold = free.hold.dropped(min(quiet, _LONGEST_SILENCE_SECONDS))
         return dataclasses.replace(free, hold=hold, sweeps=free.sweeps + 1)
+
+
+def _free_if_settled(record: JobRecord) -> JobRecord:
+    if not record.is_settled:
+        return record
+    return dataclasses.replace(record, hold=record.hold.dropped())

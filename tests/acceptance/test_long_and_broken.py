@@ -79,14 +79,16 @@ def test_a_terminal_that_closes_ends_a_worker_as_a_stop_does(apart: World) -> No
     task_id = message["task_id"]
     with apart.worker() as worker:
         apart.publish(message)
-        until(lambda: _started(worker, task_id))
+        until(lambda: apart.keys(apart.state, f"jobs/{task_id}.json"))
+        until(lambda: apart.record(task_id)["checkpoints"])
         os.kill(worker.pid, signal.SIGHUP)
         os.kill(worker.pid, signal.SIGHUP)
         until(lambda: worker.exit_code is not None, 20)
         assert worker.exit_code == 0, worker.last_words(20)
+        saved = [each["checkpoint"] for each in log_lines(worker, "checkpoint_saved")]
     record = apart.record(task_id)
     assert record["hold"]["released"] is True
-    assert record["checkpoints"]
+    assert record["checkpoints"][-1]["name"] == saved[-1]
 
 
 def test_a_worker_under_nohup_outlives_its_terminal(apart: World) -> None:
