@@ -98,6 +98,17 @@ def test_a_dead_letter_has_its_reasons() -> None:
     )
 
 
+def test_limits_are_those_of_the_protocol() -> None:
+    assert (MAX_ERROR_MESSAGE, MAX_HEADER, CUT_BODY_BYTES) == (2000, 1024, 4096)
+
+
+def test_a_delivery_is_a_first_one_and_a_letter_without_attempts_unless_told() -> None:
+    assert not Delivery(b"").redelivered
+    letter = Publication.to_dead(b"", code="X", message="m", task_id=None)
+    assert letter.headers["x-attempts"] == 0
+    assert Settlement.dead(b"", code="X", message="m", task_id=None) == Settlement.ack(letter)
+
+
 def test_settlements_publish_before_they_act() -> None:
     one, two = Publication(Queue.DEAD, b"1"), Publication(Queue.DEAD, b"2")
     assert Settlement.ack(one, two) == Settlement(Action.ACK, (one, two))
