@@ -36,7 +36,8 @@ _ARITHMETIC: dict[type[ast.operator], str] = {
 _WITHOUT_EFFECT = frozenset({"name", "daemon", "exc_info", "encoding", "target"})
 """Keyword arguments that tests cannot be expected to notice, or whose loss breaks every test."""
 
-_LOGS = frozenset({"log", "logger", "logging"})
+_LOGS = frozenset({"log", "logger", "logging", "level"})
+"""Names whose calls write log lines; `level` is the method chosen for one."""
 
 
 @dataclasses.dataclass(frozen=True, order=True, slots=True)
@@ -209,6 +210,8 @@ def _is_left_out(node: ast.AST) -> bool:
             left_out = True  # a docstring; what only a type checker reads
         case ast.Expr(value=ast.Call(func=func)) if _root(func) in _LOGS:
             left_out = True
+        case ast.Assign(targets=[ast.Name(id="level")]):
+            left_out = True  # the method that writes a log line
         case ast.Raise(exc=ast.Call(func=ast.Name(id="AssertionError"))):
             left_out = True
         case ast.keyword(arg=str() as name):

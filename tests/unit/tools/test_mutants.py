@@ -76,6 +76,7 @@ def test_a_place_is_changed(source: str, kind: str, changed: str) -> None:
     [
         '"""A docstring."""',
         "log.info('event', count=1)",
+        "level = log.error if a else log.warning\nlevel('event')",
         "x: A | None",
         "def f(x: A | None) -> B | C: ...",
         "@dataclass(frozen=True)\nclass A: ...",
