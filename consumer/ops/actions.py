@@ -300,15 +300,17 @@ def _chosen(server: Server, found: list[Waiting], tasks: list[str], *, yes: bool
 def _warn_before_sending_back(found: list[Waiting], *, leave_out: bool) -> None:
     superseded = [each for each in found if each.superseded]
     if superseded:
+        one = len(superseded) == 1
         what = (
-            "left out; --include-superseded sends them back, too"
+            f"{'it is' if one else 'they are'} left out; --include-superseded sends "
+            f"{'it' if one else 'them'} back, too"
             if leave_out
-            else "their models will go into the archive only"
+            else f"{'its model' if one else 'their models'} will go into the archive only"
         )
-        screen.say(
-            f"{counted(len(superseded), 'job')} of styles that have a later order: {what}.",
-            "yellow",
+        jobs_of = (
+            "1 job of a style that has" if one else f"{len(superseded)} jobs of styles that have"
         )
+        screen.say(f"{jobs_of} a later order: {what}.", "yellow")
         for each in superseded:
             style = "" if each.style_id is None else f" of style {each.style_id}"
             screen.say(f"  {each.task_id}{style}: {each.superseded}")

@@ -296,7 +296,7 @@ def _left_out(letter: DeadLetter, later: Later) -> Redriven:
         code=letter.code,
         reason=letter.reason,
         attempts=letter.attempts,
-        outcome=f"left out: {later}",
+        outcome=str(later),
         sent_back=False,
         left_out=True,
     )

@@ -70,6 +70,8 @@ def redriven(done: Sequence[Redriven], more: int, known: Iterable[str], *, as_js
     short = short_ids((each.task_id for each in done if each.task_id), known)
     for one in done:
         mark = Text("sent back", "green") if one.sent_back else Text("not sent back", "yellow")
+        if one.left_out:
+            mark = Text("left out", "yellow")
         line = printable(short.get(one.task_id, one.task_id or "–")).copy()
         line.append("  ").append_text(mark).append(": ").append_text(printable(one.outcome))
         console.print(line)
