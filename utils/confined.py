@@ -84,10 +84,12 @@ def landlock_version() -> int:
 def hide_own_memory() -> None:
     """Deny other processes of this user the environment, memory and open files of this one.
 
-    A crash writes no core file either: it would hold every secret.
+    A crash writes no core file either, here and in what is started from here: it would hold every
+    secret.
     """
     _libc().prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    _no_core_files()
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
 
 
 def confine(confinement: Confinement) -> None:
@@ -98,7 +100,6 @@ def confine(confinement: Confinement) -> None:
     Raises:
         OSError: Landlock is there and refuses. The rest is in place.
     """
-    _no_core_files()
     _drop_capabilities()
     _check(_libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     version = landlock_version()
@@ -186,11 +187,6 @@ def _allow_path(ruleset: int, path: str, rights: int) -> None:
 
 def _add_rule(ruleset: int, kind: int, rule: bytes) -> int:
     return int(_libc().syscall(_ADD_RULE, ruleset, kind, rule, 0))
-
-
-def _no_core_files() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
 
 
 def _drop_capabilities() -> None:

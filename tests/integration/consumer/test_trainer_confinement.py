@@ -100,7 +100,7 @@ def go():
         "keys in the home folder": attempt(lambda: read(plan["aws"])),
         "the file that a variable names": attempt(lambda: read(plan["token"])),
         "a setting planted in .env": attempt(lambda: planted(plan["env"])),
-        "a program planted in the home folder": attempt(lambda: planted(plan["profile"])),
+        "a line planted in the home folder": attempt(lambda: planted(plan["profile"])),
         "a connection to the broker": attempt(lambda: connected(plan["port"])),
         "command line of the desk": attempt(lambda: read(f"/proc/{desk}/cmdline")),
         "own environment": repr(dict(os.environ)),
@@ -178,7 +178,7 @@ ACTS = (
     "tracing the desk",
     "a signal to the desk",
     "a setting planted in .env",
-    "a program planted in the home folder",
+    "a line planted in the home folder",
     "a connection to the broker",
 )
 needs_landlock = pytest.mark.skipif(
@@ -217,6 +217,7 @@ def attack(tmp_path: Path, model: Path) -> Iterator[Attack]:
             f'internal_api_token = "{SECRET}"\nbase_model = "{place}/model"\nallow_cpu = true\n'
         )
         files["aws"].write_text(SECRET)
+        (place / "home/.profile").touch()
         files["token"].write_text(SECRET)
         plan: dict[str, Any] = {name: str(path) for name, path in files.items()} | {
             "trains": trains,
@@ -229,6 +230,7 @@ def attack(tmp_path: Path, model: Path) -> Iterator[Attack]:
         (place / "app/desk.py").write_text(before + DESK)
         # A shell starts it, as in a container with an init of its own.
         start = (
+            "ulimit -S -c $(ulimit -H -c); "  # core files, where the machine allows them
             f"{python_for(user)} -c 'import json, os, sys; path = sys.argv[1]; "
             'plan = json.load(open(path)); plan["outer"] = os.getppid(); '
             f'json.dump(plan, open(path, "w"))\' {place}/path/plan.json; '
