@@ -84,7 +84,9 @@ def require_room(
     """
     images = [*job.images, *job.validation_images]
     sizes = object_sizes(
-        s3, [image.location for image in images if image.location], stop=lambda: bool(stop.reason)
+        s3,
+        [(image.location, image.version_id) for image in images if image.location],
+        stop=lambda: bool(stop.reason),
     )
     stop.check()
     size = JobSize(

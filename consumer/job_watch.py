@@ -131,6 +131,8 @@ class JobWatch:
 
     def _saw_progress(self, progress: Progress) -> None:
         self.latest = progress
+        left = remaining_seconds(progress)
+        self._lease.saw(epoch=progress.epoch, loss=progress.loss, seconds_left=left)
         # Less than before: training had to start over from a checkpoint.
         self._metrics.epochs.inc(max(0, progress.epoch - self._epoch))
         self._metrics.steps.inc(max(0, progress.step - self._step))
@@ -141,7 +143,7 @@ class JobWatch:
             self._metrics.steps_per_second.set(progress.steps_per_second)
         if progress.loss is not None:
             self._metrics.loss.set(progress.loss)
-        if (left := remaining_seconds(progress)) is not None:
+        if left is not None:
             self._metrics.job_remaining_seconds.set(left)
         if progress.gpu_memory_allocated is not None:
             self._metrics.trainer_gpu_memory_allocated_bytes.set(progress.gpu_memory_allocated)

@@ -31,6 +31,7 @@ from consumer.training_job import (
 from training.lora_config import HyperParameters
 from utils.errors import InvalidMessage, UnknownType
 from utils.logger import get_logger
+from utils.wording import counted
 
 __all__ = ["ImageRef", "TrainingJob", "derive_task_id", "from_understood", "parse", "to_message"]
 
@@ -117,7 +118,7 @@ def derive_task_id(body: bytes) -> str:
 def _load(body: bytes) -> tuple[dict[str, Any], list[str]]:
     """The JSON object, less the names that stand twice in one of its objects, and those names."""
     if len(body) > MAX_BODY:
-        raise _Wrong("body", f"has {len(body)} bytes; at most {MAX_BODY} are read")
+        raise _Wrong("body", f"has {len(body):,} bytes; at most {MAX_BODY:,} are read")
     repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def _job(
     )
     captions = checked.captions or [None] * len(images)
     if len(captions) != len(images):
-        raise _Wrong(f"{prefix}captions", f"has {len(captions)} entries for {len(images)} pictures")
+        raise _Wrong(f"{prefix}captions", _mismatch(len(captions), len(images)))
     parameters = checked.given_parameters()
     return TrainingJob(
         task_id=task_id or derive_task_id(body),
@@ -195,6 +196,10 @@ def _job(
         trigger_word=checked.trigger_word or "",
         body=body,
     )
+
+
+def _mismatch(captions: int, pictures: int) -> str:
+    return f"has {counted(captions, 'entry', 'entries')} for {counted(pictures, 'picture')}"
 
 
 def _checked(order: dict[str, Any], images_field: str, prefix: str) -> Order:

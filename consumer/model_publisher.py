@@ -19,7 +19,6 @@ publisher of the style does that.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from consumer.model_folder import (
     turn_errors,
     whole_run,
 )
+from consumer.order_time import instant, order_time
 from consumer.stop_signal import StopSignal
 from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
@@ -138,7 +138,7 @@ class ModelPublisher:
         mark = {
             TASK_ID: job.task_id,
             CLAIM: str(lease.claim_number),
-            ORDERED_AT: _order_time(ordered_at, lease.record.created_at).isoformat(),
+            ORDERED_AT: order_time(ordered_at, lease.record.created_at).isoformat(),
         }
         run = _Run(folder, tuple(files), job.task_id, lease.claim_number, mark)
 
@@ -290,7 +290,7 @@ def _later_order(present: Mapping[str, ObjectInfo], mark: Mapping[str, str]) -> 
     there = whole_run(present)
     if there is None or there[TASK_ID] == mark[TASK_ID]:
         return None
-    theirs, ours = _instant(there.get(ORDERED_AT)), _instant(mark[ORDERED_AT])
+    theirs, ours = instant(there.get(ORDERED_AT)), instant(mark[ORDERED_AT])
     return there[TASK_ID] if theirs and ours and theirs > ours else None
 
 
@@ -305,23 +305,3 @@ def _roll_back(style: ModelFolder, turn: Lease[Turn], fence: Fence) -> None:
 def _write_note(turn: Lease[Turn], note: Replacement | None) -> None:
     with turn_errors():
         turn.update(lambda record: dataclasses.replace(record, replacement=note))
-
-
-def _order_time(ordered_at: str, created_at: str) -> datetime.datetime:
-    """The instant of an order. No order is later than its record.
-
-    A publisher's clock that runs ahead must not keep every later model out of the folder.
-    """
-    created = _instant(created_at) or datetime.datetime.now(datetime.UTC)
-    ordered = _instant(ordered_at)
-    return min(ordered, created) if ordered else created
-
-
-def _instant(text: str | None) -> datetime.datetime | None:
-    """An ISO time as an instant, in UTC unless it names a zone; None if it cannot be read."""
-    try:
-        time = datetime.datetime.fromisoformat(text or "")
-        zoned = time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
-        return zoned.astimezone(datetime.UTC)
-    except (ValueError, OverflowError):
-        return None

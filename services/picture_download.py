@@ -49,7 +49,7 @@ class Store(Protocol):
     def read(self, location: S3Location, *, max_bytes: int = ...) -> StoredObject:
         """A small object, whole."""
 
-    def head(self, location: S3Location) -> ObjectInfo:
+    def head(self, location: S3Location, *, version_id: str | None = None) -> ObjectInfo:
         """Facts about an object, without its body."""
 
 
@@ -98,13 +98,13 @@ def fetch_pictures(
 
 
 def object_sizes(
-    store: Store, locations: Sequence[S3Location], *, stop: Callable[[], bool]
+    store: Store, objects: Sequence[tuple[S3Location, str | None]], *, stop: Callable[[], bool]
 ) -> tuple[int, ...]:
     """Ask for the sizes of objects, several at a time; nothing is downloaded.
 
     Args:
         store: The storage.
-        locations: The objects.
+        objects: Where each is, and which version of it is meant; None for the present one.
         stop: Asked before each request; once true, the rest count as 0.
 
     Returns:
@@ -115,18 +115,17 @@ def object_sizes(
     """
     over = threading.Event()
 
-    def size(location: S3Location) -> int:
+    def size(wanted: tuple[S3Location, str | None]) -> int:
         if over.is_set() or stop():
             return 0
         try:
-            return store.head(location).size
+            location, version_id = wanted
+            return store.head(location, version_id=version_id).size
         except (ObjectNotFound, AccessDenied):
             return 0
 
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="picture-size") as pool:
-        futures = [
-            pool.submit(contextvars.copy_context().run, size, location) for location in locations
-        ]
+        futures = [pool.submit(contextvars.copy_context().run, size, each) for each in objects]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:

@@ -183,15 +183,17 @@ class S3Reading(S3Access):
                 log.info("download_repeated", object=what, reason=str(error))
         raise AssertionError("attempts is at least 1")
 
-    def head(self, location: S3Location) -> ObjectInfo:
-        """What S3 says of an object, its metadata included.
+    def head(self, location: S3Location, *, version_id: str | None = None) -> ObjectInfo:
+        """What S3 says of an object, or of one version of it, its metadata included.
 
         Raises:
             ObjectNotFound, AccessDenied, StorageError: See `utils.errors`.
         """
         what = location.uri()
         with self._translated(what):
-            answer = self._client.head_object(Bucket=location.bucket, Key=location.key)
+            answer = self._client.head_object(
+                Bucket=location.bucket, Key=location.key, **_version(version_id)
+            )
         return ObjectInfo(
             key=location.key,
             size=answer.get("ContentLength", 0),
@@ -244,6 +246,10 @@ class S3Reading(S3Access):
             if not page.get("NextContinuationToken"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _version(version_id: str | None) -> dict[str, Any]:
+    return {"VersionId": version_id} if version_id else {}
 
 
 def _require_version(answer: Mapping[str, Any], wanted: str | None, what: str) -> None:

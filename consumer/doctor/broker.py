@@ -30,6 +30,7 @@ from consumer.topology import (
 )
 from consumer.training_consumer import NO_ROUTE
 from utils.errors import BrokerError, BrokerRefused
+from utils.wording import counted as phrase
 
 NOT_FOUND, LOCKED, REFUSED, PRECONDITION = 404, 405, 403, 406
 
@@ -138,10 +139,9 @@ def _training_queue(
     check = f"queue {name}"
     if isinstance(counted, Refusal):
         return _out_of_sight(check, counted)
-    detail = (
-        f"{queue_type or 'its type cannot be told'}; {counted.method.message_count} messages wait, "
-        f"{counted.method.consumer_count} consumers"
-    )
+    waiting = phrase(counted.method.message_count, "waiting message")
+    consumers = phrase(counted.method.consumer_count, "consumer")
+    detail = f"{queue_type or 'its type cannot be told'}; {waiting}, {consumers}"
     if queue_type == "stream":
         return fail(
             check,
@@ -268,7 +268,7 @@ def _set_aside(settings: Settings, visit: BrokerVisit) -> list[Finding]:
     return [
         warn(
             f"queue {name}",
-            f"{counted.method.message_count} messages were set aside",
-            "their headers x-error-code and x-error-message say why (docs/operations.md)",
+            phrase(counted.method.message_count, "message"),
+            "`main.py redrive` shows why, and sends back what should be tried again",
         )
     ]

@@ -17,7 +17,7 @@ from consumer.local_training import pictures_in
 from consumer.ops import post
 from consumer.settlement import Publication, Queue
 from consumer.training_job import MESSAGE_TYPE
-from services.job_records import record_at
+from services.record_index import record_at
 from services.s3_service import S3Location, S3Service
 from training.lora_config import Picture
 from utils.errors import ConfigurationError, InvalidMessage

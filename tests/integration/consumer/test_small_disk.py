@@ -75,7 +75,11 @@ def test_sizes_come_in_the_order_asked_for_and_what_cannot_be_had_has_none(
     for number in range(20):
         s3.write(S3Location(bucket, f"{number}.jpg"), b"x" * number)
     wanted = [S3Location(bucket, f"{number}.jpg") for number in range(25)]
-    sizes = object_sizes(s3, [*wanted, S3Location("no-such-bucket", "a")], stop=lambda: False)
+    sizes = object_sizes(
+        s3,
+        [(each, None) for each in (*wanted, S3Location("no-such-bucket", "a"))],
+        stop=lambda: False,
+    )
     assert sizes == (*range(20), 0, 0, 0, 0, 0, 0)
 
 
@@ -84,7 +88,7 @@ def test_a_picture_that_grew_after_it_was_measured_is_still_left_out(
 ) -> None:
     place = S3Location(bucket, "a.jpg")
     s3.write(place, b"x" * 10)
-    assert object_sizes(s3, [place], stop=lambda: False) == (10,)
+    assert object_sizes(s3, [(place, None)], stop=lambda: False) == (10,)
     s3.write(place, b"x" * 5000)
     request = PictureRequest(place.uri(), place)
     (fetched,) = s3.fetch_pictures([request], tmp_path, max_bytes=4096, stop=lambda: False)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import config
+import main
 from config import Settings
 from consumer.desk import open_s3, open_state_s3
 from consumer.doctor import stores
@@ -123,6 +125,32 @@ def test_an_order_uploads_its_images_to_one_store_and_looks_for_its_record_in_th
     order.place(settings, open_s3(settings), tmp_path, state_s3=open_state_s3(settings), style_id=1)
     assert [each.split()[0] for each in images.requests] == ["PUT"] * 3
     assert [each.split()[0] for each in state.requests] == ["HEAD"] and len(published) == 1
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["jobs", "a-task"], ["cancel", "a-task"]])
+def test_the_commands_about_jobs_ask_the_state_store_alone(
+    two: tuple[S3Proxy, S3Proxy],
+    bucket: str,
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    images, state = two
+    environment = {
+        "AWS_ENDPOINT_URL_S3": images.endpoint,
+        "STATE_AWS_ENDPOINT_URL_S3": state.endpoint,
+        "AWS_S3_REGION_NAME": REGION,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
+        "AWS_STORAGE_BUCKET_NAME": bucket,
+        "BACKEND_API_URL": "http://localhost:1",
+        "INTERNAL_API_TOKEN": "t" * 32,
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    CliRunner().invoke(main.app, [*command, "--json"])
+    assert state.requests and not images.requests
 
 
 # ---- the doctor's findings about the stores ------------------------------------------------------

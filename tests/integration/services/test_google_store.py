@@ -9,7 +9,7 @@ import pytest
 
 from sandbox.s3_server import S3Server
 from services.condition_probe import probe
-from services.picture_download import NO_VERSIONS
+from services.picture_download import NO_VERSIONS, object_sizes
 from services.s3_errors import NotSupported
 from services.s3_service import PictureRequest, S3Location, S3Service
 from tests.integration.services.google_store import client, google
@@ -168,7 +168,7 @@ def test_the_version_that_is_asked_for_is_the_one_that_comes(
 ) -> None:
     amazon = s3_server.client()
     amazon.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
-    old = amazon.put_object(Bucket=bucket, Key="a.jpg", Body=b"old")["VersionId"]
+    old = amazon.put_object(Bucket=bucket, Key="a.jpg", Body=b"the old one")["VersionId"]
     amazon.put_object(Bucket=bucket, Key="a.jpg", Body=b"new")
     place = S3Location(bucket, "a.jpg")
     requests = [
@@ -177,5 +177,7 @@ def test_the_version_that_is_asked_for_is_the_one_that_comes(
         PictureRequest("none", place, "", version_id="5f2a7a1e-0000-4000-8000-000000000000"),
     ]
     fetched = s3.fetch_pictures(requests, tmp_path, max_bytes=100, stop=lambda: False)
-    assert [each.path.read_bytes() for each in fetched if each.path] == [b"old", b"new"]
+    assert [each.path.read_bytes() for each in fetched if each.path] == [b"the old one", b"new"]
     assert fetched[2].problem
+    sizes = object_sizes(s3, [(place, old), (place, None)], stop=lambda: False)
+    assert sizes == (len(b"the old one"), len(b"new"))
