@@ -104,6 +104,7 @@ class TrainerSettings(BaseSettings):
     compile_from_steps: int = Field(0, ge=0)
     cuda_visible_devices: str | None = None
     allow_cpu: bool = False
+    omp_num_threads: str | None = Field(None, pattern=r"^[1-9]\d*(,[1-9]\d*)*$")
 
     epochs: int = 100
     learning_rate: float = 1e-4
@@ -196,6 +197,7 @@ class TrainerSettings(BaseSettings):
             hf_token=self.hf_token.get_secret_value() if self.hf_token else None,
             hf_home=self.hf_home,
             cuda_visible_devices=self.cuda_visible_devices,
+            threads=self.omp_num_threads,
         )
 
     def trainer_confinement(self, *folders: Path) -> Confinement:

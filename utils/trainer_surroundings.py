@@ -56,6 +56,7 @@ def trainer_environment(
     hf_token: str | None,
     hf_home: Path | None,
     cuda_visible_devices: str | None,
+    threads: str | None,
 ) -> dict[str, str]:
     """The trainer's whole environment.
 
@@ -64,6 +65,7 @@ def trainer_environment(
         own: Names of settings, which the trainer is told in another way.
         secrets: Values that no variable may hold.
         hf_token, hf_home, cuda_visible_devices: The settings that libraries read from there.
+        threads: `OMP_NUM_THREADS`; None for as many as there are cores to use.
     """
     names, values = set(own), [secret for secret in secrets if len(secret) >= _SHORT]
     made = {
@@ -82,7 +84,7 @@ def trainer_environment(
         made.setdefault("TORCHINDUCTOR_CACHE_DIR", str(hf_home / "torchinductor"))
     if cuda_visible_devices is not None:
         made["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
-    made.setdefault("OMP_NUM_THREADS", str(training_threads()))
+    made["OMP_NUM_THREADS"] = threads or str(training_threads())
     # A thread that waits gives its core away. Spinning keeps it from the thread that is waited for
     # as soon as another program computes on this machine.
     made.setdefault("OMP_WAIT_POLICY", "PASSIVE")

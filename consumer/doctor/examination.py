@@ -27,6 +27,7 @@ CHECKS: tuple[tuple[str, Check, float], ...] = (
     ("GPU", machine.examine_gpu, _GPU_SECONDS),
     ("RAM", machine.examine_memory, _SECONDS),
     ("disk", machine.examine_disk, _SECONDS),
+    ("trainer's confinement", machine.examine_confinement, _SECONDS),
     ("base model", base_model.examine, _SECONDS),
 )
 

@@ -100,7 +100,7 @@ def go():
         "keys in the home folder": attempt(lambda: read(plan["aws"])),
         "the file that a variable names": attempt(lambda: read(plan["token"])),
         "a setting planted in .env": attempt(lambda: planted(plan["env"])),
-        "a program planted in the home folder": attempt(lambda: planted(plan["profile"])),
+        "a line planted in the home folder": attempt(lambda: planted(plan["profile"])),
         "a connection to the broker": attempt(lambda: connected(plan["port"])),
         "command line of the desk": attempt(lambda: read(f"/proc/{desk}/cmdline")),
         "own environment": repr(dict(os.environ)),
@@ -178,7 +178,7 @@ ACTS = (
     "tracing the desk",
     "a signal to the desk",
     "a setting planted in .env",
-    "a program planted in the home folder",
+    "a line planted in the home folder",
     "a connection to the broker",
 )
 needs_landlock = pytest.mark.skipif(
@@ -217,6 +217,7 @@ def attack(tmp_path: Path, model: Path) -> Iterator[Attack]:
             f'internal_api_token = "{SECRET}"\nbase_model = "{place}/model"\nallow_cpu = true\n'
         )
         files["aws"].write_text(SECRET)
+        (place / "home/.profile").touch()
         files["token"].write_text(SECRET)
         plan: dict[str, Any] = {name: str(path) for name, path in files.items()} | {
             "trains": trains,
@@ -229,6 +230,7 @@ def attack(tmp_path: Path, model: Path) -> Iterator[Attack]:
         (place / "app/desk.py").write_text(before + DESK)
         # A shell starts it, as in a container with an init of its own.
         start = (
+            "ulimit -S -c $(ulimit -H -c); "  # core files, where the machine allows them
             f"{python_for(user)} -c 'import json, os, sys; path = sys.argv[1]; "
             'plan = json.load(open(path)); plan["outer"] = os.getppid(); '
             f'json.dump(plan, open(path, "w"))\' {place}/path/plan.json; '
@@ -302,7 +304,7 @@ def assert_nothing_got_out(got: dict[str, Any]) -> None:
     settings_files = (".env", "settings.toml", "plan.json", "web-identity", "credentials")
     assert not [name for name in settings_files if name in got["own open files"]]
     assert got["core file size"] == "0"
-    assert "trainer_not_confined" not in got["log"]
+    assert "not_confined" not in got["log"] and "not confined" not in got["log"]
 
 
 def test_without_the_protection_all_of_it_gets_out(attack: Attack) -> None:
@@ -335,11 +337,17 @@ confined.Confinement.command = command
 """
 
 
+DESK_WITHOUT_LANDLOCK = """
+from consumer import trainer_process
+trainer_process.landlock_version = lambda: 0
+"""
+
+
 @pytest.mark.parametrize("user", sorted({ordinary_user(), os.geteuid()}))
 def test_a_kernel_without_landlock_still_hides_the_worker_s_own_memory_and_a_warning_says_the_rest(
     attack: Attack, user: int
 ) -> None:
-    got = attack(user=user, before=WITHOUT_LANDLOCK)
+    got = attack(user=user, before=WITHOUT_LANDLOCK + DESK_WITHOUT_LANDLOCK)
     for name in (
         "environment of the desk",
         "memory of the desk",

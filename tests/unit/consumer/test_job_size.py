@@ -147,7 +147,7 @@ def test_the_checkpoint_to_resume_from_needs_room_too_but_never_fails_the_job(
     )
     size = measure(checkpoints=checkpoints, max_job_bytes=1024)
     assert (size.pictures, size.checkpoint) == (30, 7000)
-    free(size.total - 1)
+    free(30 + 7000 + output_bytes(HyperParameters()) - 1)
     with pytest.raises(NoRoomForJob):
         measure(checkpoints=checkpoints)
 

@@ -26,6 +26,7 @@ from tests.unit.consumer.job_world import (
     parked_body,
     redelivery_of,
 )
+from tests.unit.consumer.message_samples import BUCKET
 from tests.unit.memory_s3 import away
 from utils.errors import (
     REPORTABLE,
@@ -473,6 +474,19 @@ def test_a_job_that_is_too_large_for_this_disk_goes_to_another_and_the_worker_go
     assert (copy.queue, copy.delay_seconds) == (Queue.TRAINING, 10.0)
     assert not world.unfit
     assert (world.record().rejections, world.record().attempts) == (1, 0)
+
+
+def test_a_job_above_the_limit_fails_before_any_of_its_images_is_downloaded(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path / "small", max_job_bytes=1024)
+    keys = ("a.jpg", "b.jpg", "c.jpg")
+    for key in keys:
+        world.s3.write(S3Location(BUCKET, key), b"x" * 2000)
+    assert world.pipeline.handle(delivery()) == Settlement.ack()
+    assert world.backend.endings[0].body["error_code"] == "JOB_TOO_LARGE"
+    assert not {("read", key) for key in keys} & set(world.s3.requests)
+    assert not world.trainer.runs
 
 
 def test_a_job_that_no_machine_has_room_for_fails_after_three(world: World) -> None:

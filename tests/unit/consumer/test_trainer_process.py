@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from consumer import trainer_process
 from consumer.stop_signal import StopSignal
@@ -257,3 +258,16 @@ def test_nothing_is_started_after_the_end(trainer: TrainerProcess) -> None:
     trainer.start()
     trainer.revive()
     assert len(Child.made) == 1 and Child.made[0].closed and trainer.pid is None
+
+
+@pytest.mark.parametrize(("version", "warnings"), [(0, 1), (1, 1), (2, 0), (7, 0)])
+def test_a_kernel_that_cannot_confine_the_trainer_is_warned_of_once(
+    trainer: TrainerProcess, monkeypatch: pytest.MonkeyPatch, version: int, warnings: int
+) -> None:
+    monkeypatch.setattr(trainer_process, "landlock_version", lambda: version)
+    with capture_logs() as logs:
+        trainer.start()
+        Child.made[0].code = -9
+        trainer.start()
+    told = [line for line in logs if line["event"] == "trainer_not_confined"]
+    assert [line["log_level"] for line in told] == ["warning"] * warnings
