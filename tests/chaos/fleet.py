@@ -17,6 +17,7 @@ from typing import Any, Self
 from config import Settings, setting_names
 from tests.chaos import journal
 from tests.chaos.crash_points import Order
+from tests.chaos.timing import IDLE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESTART_SECONDS = 0.2
@@ -39,23 +40,38 @@ class Slot:
         folder: The run's folder.
         settings: The environment of each of its processes.
         extra: More arguments for them.
+        once: Each takes one message and ends, as a pod does that is started for a message.
+
+    Attributes:
+        tree: Where the code of its next process lies: this one's, or that of an older release.
     """
 
     def __init__(
-        self, number: int, folder: Path, settings: Mapping[str, str], extra: tuple[str, ...]
+        self,
+        number: int,
+        folder: Path,
+        settings: Mapping[str, str],
+        extra: tuple[str, ...],
+        *,
+        once: bool = False,
     ) -> None:
         self.number = number
+        self.tree = ROOT
+        self._once = once
+        self._is_old = False
         self.starts = 0
         self.exits: list[Exit] = []
         self._folder = folder
         self._order_path = folder / f"crash-{number}.json"
         self._disk_full_path = folder / f"disk-full-{number}"
+        self._mid_write_path = folder / f"disk-full-{number}-mid-write"
+        self._clock_path = folder / f"clock-{number}"
         self._extra = extra
         self._environment = {
             name: value
             for name, value in os.environ.items()
             if name.upper() not in setting_names(Settings)
-        } | {"PYTHONPATH": str(ROOT), **settings}
+        } | dict(settings)
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted: tuple[int, ...] = ()
         self._closing = threading.Event()
@@ -64,7 +80,7 @@ class Slot:
     @property
     def who(self) -> str:
         """Name of the present process."""
-        return f"worker-{self.number}-{self.starts}"
+        return f"worker-{self.number}-{self.starts}{'-old' if self._is_old else ''}"
 
     @property
     def log(self) -> Path:
@@ -95,6 +111,31 @@ class Slot:
         last = [kind for kind in kinds if kind in ("run", "epoch", "run_over", "ended")]
         return last[-1:] == ["epoch"]
 
+    def is_busy(self) -> bool:
+        """Whether it has a message in hand."""
+        notes = journal.read(self._folder / "journal.jsonl")
+        kinds = [note["kind"] for note in notes if note["who"] == self.who]
+        return [kind for kind in kinds if kind in ("handling", "handled")][-1:] == ["handling"]
+
+    def claims(self) -> int:
+        """How often its present process has claimed a job."""
+        notes = journal.read(self._folder / "journal.jsonl")
+        return sum(note["kind"] == "claimed" and note["who"] == self.who for note in notes)
+
+    def task(self) -> str | None:
+        """The task that its present process has claimed last."""
+        notes = journal.read(self._folder / "journal.jsonl")
+        claims = [note for note in notes if note["kind"] == "claimed" and note["who"] == self.who]
+        return str(claims[-1]["task"]) if claims else None
+
+    def is_stopped(self) -> bool:
+        """Whether its process has been stopped by a signal."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii", errors="replace")
+        except FileNotFoundError:
+            return False
+        return stat.rpartition(")")[2].split()[0] == "T"
+
     def start(self) -> None:
         """Start its first process."""
         self._launch()
@@ -102,7 +143,8 @@ class Slot:
 
     def order(self, order: Order) -> None:
         """Have it die at a named point."""
-        self.may_end_with(-signal.SIGKILL)
+        if order.act == "kill":
+            self.may_end_with(-signal.SIGKILL)
         order.give(self._order_path)
 
     def has_no_order(self) -> bool:
@@ -113,13 +155,26 @@ class Slot:
         """What has not happened yet will not."""
         self._order_path.unlink(missing_ok=True)
 
-    def disk_full(self, full: bool) -> None:
-        """Let its disk be full, or let there be room again."""
+    def disk_full(self, full: bool, *, mid_write: bool = False) -> None:
+        """Let its disk be full, or let there be room again.
+
+        Args:
+            full: Whether it is.
+            mid_write: Half of a file can still be written.
+        """
+        path = self._mid_write_path if mid_write else self._disk_full_path
         if full:
             self.may_end_with(4)  # a machine that cannot train says so and leaves
-            self._disk_full_path.touch()
+            path.touch()
         else:
-            self._disk_full_path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def set_clock(self, offset: float) -> None:
+        """Let its wall clock be wrong by so many seconds; right for 0."""
+        if offset:
+            self._clock_path.write_text(str(offset), encoding="ascii")
+        else:
+            self._clock_path.unlink(missing_ok=True)
 
     def signal(self, number: int, *, with_child: bool = False) -> None:
         """Send a signal to the worker, and to its child if that is asked for."""
@@ -130,6 +185,12 @@ class Slot:
                 os.kill(child, number)
         if self._process and self._process.poll() is None:
             self._process.send_signal(number)
+
+    def stop_child(self) -> None:
+        """Stop the trainer process alone."""
+        if child := self.child:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGSTOP)
 
     def may_end_with(self, *codes: int) -> None:
         """What follows may end the present process with one of these."""
@@ -180,18 +241,22 @@ class Slot:
 
     def _launch(self) -> None:
         self.starts += 1
+        self._is_old = self.tree != ROOT
+        full = self._disk_full_path.exists() or self._mid_write_path.exists()
         self._wanted = (
             *((-signal.SIGKILL,) if self._order_path.exists() else ()),
-            *((4,) if self._disk_full_path.exists() else ()),
+            *((4,) if full else ()),
+            *((0,) if self._once else ()),
         )
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # pylint: disable=consider-using-with
                 [
                     *(sys.executable, "-m", "tests.chaos.worker", "--folder", str(self._folder)),
                     *("--slot", str(self.number), "--who", self.who, *self._extra),
+                    *(("--once", str(IDLE_SECONDS)) if self._once else ()),
                 ],
                 cwd=self._folder,  # where no `.env` lies
-                env=self._environment,
+                env=self._environment | {"PYTHONPATH": str(self.tree)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -10,23 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
-from sandbox.backend import Answer
-from tests.chaos.fleet import Fleet, Slot, wait_for
+from tests.chaos.clock import LONGEST_STEP
+from tests.chaos.conductor import REDRIVEN
+from tests.chaos.fleet import ROOT, Fleet, Slot, wait_for
 from tests.chaos.jobs import Jobs
+from tests.chaos.reference import MAX_ATTEMPTS, Destiny
 from tests.chaos.schedule import Fault, Kind
-from tests.chaos.timing import ATTEMPTS_TO_SPARE, DEAD_QUEUE, MAX_ATTEMPTS, QUEUE
-from tests.chaos.windows import (
-    Window,
-    anything,
-    conditional_writes,
-    progress,
-    writes,
-)
-from tests.chaos.world import Message, Ways, World
-from tests.integration.services.s3_proxy import Fault as S3Fault
-from tests.integration.services.s3_proxy import refusal
+from tests.chaos.service_faults import ServiceFaults
+from tests.chaos.timing import ATTEMPTS_TO_SPARE, DEAD_QUEUE, QUEUE
+from tests.chaos.world import Message, World, task_of
 
 PREEMPTION_SECONDS = 5.0
 _PATIENCE_SECONDS = 8.0
@@ -44,34 +37,40 @@ _COUNTED = {
     Kind.S3_SLOW,
     Kind.S3_SILENT,
     Kind.S3_ANSWER_LOST,
+    Kind.S3_AWAY_LONG,
+    Kind.S3_CUT,
+    Kind.S3_FLIPPED,
+    Kind.S3_412,
+    Kind.STOP_POINT,
+    Kind.CHECKPOINT_DAMAGED,
+    Kind.CHECKPOINT_DELETED,
 }
 """What can cost a job an attempt."""
 
-_OF_PROCESSES = {
+OF_PROCESSES = {
     Kind.WORKER_KILLED,
     Kind.CHILD_KILLED,
     Kind.CHILD_HANGS,
     Kind.FROZEN,
     Kind.PREEMPTED,
     Kind.CRASH_POINT,
+    Kind.STOP_POINT,
     Kind.DISK_FULL,
+    Kind.DISK_FULL_MID_WRITE,
+    Kind.CLOCK_STEP,
+    Kind.CHECKPOINT_DAMAGED,
+    Kind.CHECKPOINT_DELETED,
+    Kind.TWO_VERSIONS,
 }
 """What is done to one worker."""
 
-_AT_WORK = {Kind.CHILD_HANGS, Kind.FROZEN}
-"""What shows something only while the worker trains."""
-
-_S3_FAULTS: dict[Kind, tuple[S3Fault, Callable[[str, str], bool]]] = {
-    Kind.S3_500: (refusal(500, "InternalError"), anything),
-    Kind.S3_503: (refusal(503, "SlowDown"), anything),
-    Kind.S3_SLOW: (S3Fault(delay=0.25), anything),
-    # Longer than any time-out of the workers, and than their lease.
-    Kind.S3_SILENT: (S3Fault(delay=4.0, reset=True, forward=False), anything),
-    Kind.S3_ANSWER_LOST: (S3Fault(reset=True), writes),
-    Kind.S3_409: (refusal(409, "ConditionalRequestConflict"), conditional_writes),
-    Kind.S3_RESET: (S3Fault(reset=True, forward=False), anything),
-    Kind.S3_AWAY: (S3Fault(reset=True, forward=False), anything),
+_AT_WORK = {
+    Kind.CHILD_HANGS,
+    Kind.FROZEN,
+    Kind.CHECKPOINT_DAMAGED,
+    Kind.CHECKPOINT_DELETED,
 }
+"""What shows something only while the worker trains."""
 
 
 class TimeLine:
@@ -98,10 +97,15 @@ class Injector:
         fleet: The workers.
         jobs: What was published.
         line: The time line.
+        old_tree: The last release's code; None where it cannot be had.
     """
 
-    def __init__(self, world: World, fleet: Fleet, jobs: Jobs, line: TimeLine) -> None:
+    def __init__(
+        self, world: World, fleet: Fleet, jobs: Jobs, line: TimeLine, old_tree: Path | None
+    ) -> None:
         self._world, self._fleet, self._jobs, self._line = world, fleet, jobs, line
+        self._old_tree = old_tree
+        self._services = ServiceFaults(world)
         self._threads: list[threading.Thread] = []
         self._freezing = threading.Lock()
         self._busy: set[int] = set()  # slots that are frozen or shutting down
@@ -119,33 +123,31 @@ class Injector:
             self._line.note(f"{fault.number:3}  left out, {reason}: {fault}")
             return False
         self._line.note(f"{fault.number:3}  {fault}")
-        if fault.kind in _S3_FAULTS:
-            self._s3(fault)
-        elif fault.kind.name.startswith("BACKEND_"):
-            self._backend(fault)
-        elif fault.kind in (Kind.BROKER_KILLED, Kind.BROKER_RESTARTED):
+        if fault.kind in (Kind.BROKER_KILLED, Kind.BROKER_RESTARTED):
             self._aside(lambda: self._restart_broker(fault))
-        elif fault.kind.name.startswith("BROKER_"):
-            self._broker_way(fault)
+        elif fault.kind is Kind.BROKER_ALARM:
+            self._aside(lambda: self._alarm(fault))
         elif fault.kind is Kind.QUEUE_DELETED:
             self._aside(lambda: self._delete_queue(fault))
         elif fault.kind is Kind.PUBLISHED_TWICE:
             _in_time(self._two_workers_are_idle)
             self._aside(lambda: self._publish_twice(fault))
-        else:
+        elif fault.kind in OF_PROCESSES:
             self._process(fault, self._fleet.slots[fault.slot])
+        else:
+            self._services.inject(fault)
         return True
 
     def _hindrance(self, fault: Fault) -> str | None:
         """Why the fault cannot be carried out, after some patience; None where it can."""
         if fault.kind in _COUNTED and not _in_time(self._attempts_are_left):
             return "a job has few attempts left"
-        if fault.kind not in _OF_PROCESSES:
+        if fault.kind not in OF_PROCESSES:
             return None
         slot = self._fleet.slots[fault.slot]
         if not _in_time(lambda: fault.slot not in self._busy):
             return "the worker is frozen or shutting down"
-        if fault.kind is Kind.CRASH_POINT:
+        if fault.kind in (Kind.CRASH_POINT, Kind.STOP_POINT):
             _in_time(slot.has_no_order)  # else that point is far away, and this order replaces it
         if fault.kind is Kind.CHILD_KILLED and not _in_time(lambda: slot.child is not None):
             return "it has no trainer process"
@@ -156,124 +158,162 @@ class Injector:
         # While it trains the desk replaces it after STALL_SECONDS; elsewhere after minutes.
         if fault.kind in _AT_WORK and not _in_time(slot.is_training):
             return "it trains nothing"
+        if fault.kind is Kind.TWO_VERSIONS and self._old_tree is None:
+            return "this copy has no history to take the last release from"
         return None
+
+    def join(self) -> None:
+        """Return when what lasted is over."""
+        for thread in self._threads:
+            thread.join()
 
     def cease(self) -> None:
         """Nothing goes wrong from now on; returns when what lasted is over."""
-        for thread in self._threads:
-            thread.join()
+        self.join()
         self._world.calm()
         for slot in self._fleet.slots:
             slot.withdraw_order()
             slot.disk_full(False)
+            slot.disk_full(False, mid_write=True)
+            slot.set_clock(0)
         if self.errors:
             raise self.errors[0]
 
     def _attempts_are_left(self) -> bool:
         """A job must be left an attempt beyond those that faults may cost it at once."""
-        live = [one for one in self._world.records().values() if one["state"] == "live"]
+        doomed = {
+            job.record_id
+            for job in tuple(self._jobs.published)
+            if job.destiny in (Destiny.GIVEN_UP, Destiny.GIVEN_UP_REDRIVEN)
+        }
+        live = [
+            one
+            for name, one in self._world.records().items()
+            if one["state"] == "live" and name not in doomed
+        ]
         return all(one["attempts"] <= MAX_ATTEMPTS - ATTEMPTS_TO_SPARE for one in live)
 
     def _two_workers_are_idle(self) -> bool:
         return self._jobs.unended() <= len(self._fleet.slots) - 2
 
+    def _struck(self, fault: Fault) -> None:
+        self._world.hits.struck(fault.kind)
+
     def _process(self, fault: Fault, slot: Slot) -> None:
         match fault.kind:
             case Kind.WORKER_KILLED:
+                if slot.is_busy():
+                    self._struck(fault)
                 slot.signal(signal.SIGKILL)
             case Kind.CHILD_KILLED:
+                if slot.is_training():
+                    self._struck(fault)
                 _kill(slot.child, signal.SIGKILL)
             case Kind.CHILD_HANGS:
+                self._struck(fault)
                 _kill(slot.child, signal.SIGSTOP)
             case Kind.CRASH_POINT:
                 assert fault.order
                 slot.order(fault.order)
                 if fault.order.point.endswith("requeue"):  # only who shuts down returns a message
                     self._aside(lambda: self._preempt(fault, slot), slot=fault.slot)
+            case Kind.STOP_POINT:
+                assert fault.order
+                slot.order(fault.order)
+                self._aside(lambda: self._let_go_on(fault, slot), slot=fault.slot)
             case Kind.FROZEN:
                 self._freezing.acquire()  # pylint: disable=consider-using-with
                 self._aside(lambda: self._freeze(fault, slot), slot=fault.slot)
             case Kind.PREEMPTED:
+                if slot.is_busy():
+                    self._struck(fault)
                 self._aside(lambda: self._preempt(fault, slot), slot=fault.slot)
-            case Kind.DISK_FULL:
+            case Kind.DISK_FULL | Kind.DISK_FULL_MID_WRITE:
                 self._aside(lambda: self._fill_disk(fault, slot))
+            case Kind.CLOCK_STEP:
+                self._aside(lambda: self._step_clock(fault, slot))
+            case Kind.CHECKPOINT_DAMAGED | Kind.CHECKPOINT_DELETED:
+                self._spoil_checkpoint(fault, slot)
+            case Kind.TWO_VERSIONS:
+                self._run_old_release(fault, slot)
             case kind:
                 raise AssertionError(kind)
 
     def _freeze(self, fault: Fault, slot: Slot) -> None:
         try:
-            who = slot.who
+            self._struck(fault)
             slot.signal(signal.SIGSTOP, with_child=True)
-            self._jobs.journal.note("frozen", slot=who)
-            time.sleep(fault.seconds)
-            if slot.who == who:
-                slot.signal(signal.SIGCONT, with_child=True)
-            self._jobs.journal.note("thawed", slot=who)
-            self._line.note(f"{fault.number:3}  … worker {fault.slot} goes on")
+            self._thaw(fault, slot)
         finally:
             self._freezing.release()
+
+    def _let_go_on(self, fault: Fault, slot: Slot) -> None:
+        """Wait until the worker has stopped itself where it was told to; later, have it go on."""
+        # It stops itself when it has noted the point; the order has gone by then.
+        if not wait_for(slot.is_stopped, 3 * _PATIENCE_SECONDS, every=0.1):
+            slot.withdraw_order()
+            if not wait_for(slot.is_stopped, 0.5):
+                return
+        with self._freezing:
+            slot.stop_child()
+            self._thaw(fault, slot)
+
+    def _thaw(self, fault: Fault, slot: Slot) -> None:
+        who = slot.who
+        self._jobs.journal.note("frozen", slot=who)
+        time.sleep(fault.seconds)
+        if slot.who == who:
+            slot.signal(signal.SIGCONT, with_child=True)
+        self._jobs.journal.note("thawed", slot=who)
+        self._line.note(f"{fault.number:3}  … worker {fault.slot} goes on")
 
     def _preempt(self, fault: Fault, slot: Slot) -> None:
         if not slot.preempt(PREEMPTION_SECONDS):
             self._line.note(f"{fault.number:3}  … worker {fault.slot} was killed after the grace")
 
     def _fill_disk(self, fault: Fault, slot: Slot) -> None:
-        slot.disk_full(True)
+        mid_write = fault.kind is Kind.DISK_FULL_MID_WRITE
+        slot.disk_full(True, mid_write=mid_write)
         time.sleep(fault.seconds)
-        slot.disk_full(False)
+        slot.disk_full(False, mid_write=mid_write)
 
-    def _s3(self, fault: Fault) -> None:
-        what, hits = _S3_FAULTS[fault.kind]
-        chance = 1.0 if fault.kind is Kind.S3_AWAY else fault.chance
-        for way in self._ways(fault):
-            way.s3.add(
-                Window(
-                    until=time.monotonic() + fault.seconds,
-                    chance=chance,
-                    dice=random.Random(fault.seed),
-                    fault=what,
-                    hits=hits,
-                )
-            )
+    def _step_clock(self, fault: Fault, slot: Slot) -> None:
+        dice = random.Random(fault.seed)
+        slot.set_clock(dice.choice((-1, 1)) * dice.uniform(30.0, LONGEST_STEP))
+        time.sleep(fault.seconds)
+        slot.set_clock(0)
 
-    def _backend(self, fault: Fault) -> None:
-        if fault.kind is Kind.BACKEND_CUT:
-            # Half of them in the middle of the answer's head or body, half before its first byte.
-            self._world.backend_way.cut_answers((0, 30)[fault.detail % 2], fault.seconds)
+    def _spoil_checkpoint(self, fault: Fault, slot: Slot) -> None:
+        """Spoil the newest checkpoint of the job in hand, and kill its worker."""
+        task_id = slot.task()
+        record = self._world.records().get(task_id or "")
+        if record is None or not record["checkpoints"]:
             return
-        location = f"{self._world.elsewhere.url}/api/webhooks/training/progress"
-        answers = {
-            Kind.BACKEND_500: Answer(500, body=b"oops"),
-            Kind.BACKEND_429: Answer(429, MappingProxyType({"Retry-After": "1"})),
-            Kind.BACKEND_HANGS: Answer(delay=4.0),
-            Kind.BACKEND_REDIRECTS: Answer(
-                (301, 302, 307, 308)[fault.detail % 4], MappingProxyType({"Location": location})
-            ),
-        }
-        self._world.mood.add(
-            Window(
-                until=time.monotonic() + fault.seconds,
-                chance=fault.chance,
-                dice=random.Random(fault.seed),
-                fault=answers[fault.kind],
-                hits=progress if fault.kind is Kind.BACKEND_REDIRECTS else anything,
-            )
-        )
+        newest = record["checkpoints"][-1]
+        facts = {"task": record["task_id"], "name": newest["name"]}
+        self._jobs.journal.note("spoilt", how=fault.kind, **facts)
+        self._world.spoil(newest["prefix"], delete=fault.kind is Kind.CHECKPOINT_DELETED)
+        slot.signal(signal.SIGKILL)
 
-    def _broker_way(self, fault: Fault) -> None:
-        for way in self._ways(fault):
-            match fault.kind:
-                case Kind.BROKER_RESET:
-                    way.broker.reset()
-                case Kind.BROKER_SILENT:
-                    way.broker.go_silent(fault.seconds)
-                case Kind.BROKER_HALF_OPEN:
-                    way.broker.half_open(server_knows=bool(fault.detail % 2))
-                case Kind.BROKER_REFUSES:
-                    way.broker.refuse(fault.seconds)
+    def _run_old_release(self, fault: Fault, slot: Slot) -> None:
+        """Replace a worker by one of the last release until that has worked, and back."""
+        assert self._old_tree is not None
+        self.join()
+        for tree in (self._old_tree, ROOT):
+            slot.tree = tree
+            starts = slot.starts
+            slot.preempt(PREEMPTION_SECONDS)
+            wait_for(lambda before=starts: slot.starts > before, _PATIENCE_SECONDS)
+            if tree is self._old_tree:
+                self._jobs.publish()
+                wait_for(lambda: slot.claims() > 1, 4 * _PATIENCE_SECONDS)
+                self._world.hits.struck(fault.kind, slot.claims())
+                self._line.note(f"{fault.number:3}  … {slot.who} has made {slot.claims()} claims")
 
     def _restart_broker(self, fault: Fault) -> None:
         with self._world.broker_turn:
+            links = sum(way.broker.links for way in self._world.ways)
+            self._world.hits.struck(fault.kind, links)
             if fault.kind is Kind.BROKER_RESTARTED:
                 self._world.broker.restart()
             else:
@@ -282,27 +322,54 @@ class Injector:
                 self._world.broker.start()
         self._line.note(f"{fault.number:3}  … the broker is back")
 
-    def _delete_queue(self, fault: Fault) -> None:
-        own = [name for name in self._world.queues() if name not in (QUEUE, DEAD_QUEUE)]
-        name = (QUEUE, QUEUE, DEAD_QUEUE, own[fault.detail // 4 % len(own)])[fault.detail % 4]
+    def _alarm(self, fault: Fault) -> None:
+        """The broker takes nothing from publishers for a while."""
         with self._world.broker_turn:
+            self._world.broker.ctl("set_vm_memory_high_watermark", "0.000001")
+            try:
+                time.sleep(2 * fault.seconds)
+            finally:
+                self._world.broker.ctl("set_vm_memory_high_watermark", "0.4")
+        self._line.note(f"{fault.number:3}  … the broker has memory again")
+
+    def _delete_queue(self, fault: Fault) -> None:
+        with self._world.broker_turn:
+            name = self._queue_to_delete(fault)
+            unsettled = self._jobs.unsettled()
             held = self._world.delete_queue(name)
             self._world.declare()
             if name == DEAD_QUEUE:
-                self.dead += held
+                self._keep(held)
+            # Of the training queue nobody knows what it held.
+            lost = unsettled if name == QUEUE else {task_of(message) for message in held}
+            self._world.allow_sweep(lost)
+            self._world.hits.struck(fault.kind, len(lost))
             again = self._jobs.publish_unclaimed(
                 {body for _, body in held} if name != QUEUE else None
             )
         self._line.note(f"{fault.number:3}  … {name}; published again: {again or 'none'}")
 
+    def _queue_to_delete(self, fault: Fault) -> str:
+        """The training queue, the dead queue, or one of the others that holds something."""
+        own = [name for name in self._world.queues() if name not in (QUEUE, DEAD_QUEUE)]
+        waiting = self._world.waiting()
+        own = [name for name in own if waiting.get(name)] or own
+        return (QUEUE, QUEUE, DEAD_QUEUE, own[fault.detail // 4 % len(own)])[fault.detail % 4]
+
+    def _keep(self, held: list[Message]) -> None:
+        """Remember dead letters; those of jobs that are yet to be sent back are put back."""
+        waits = {job.task_id for job in self._jobs.published if job.destiny in REDRIVEN}
+        for message in held:
+            if message[0].get("x-task-id") in waits:
+                self._world.publish_to(DEAD_QUEUE, message)
+            else:
+                self.dead.append(message)
+
     def _publish_twice(self, fault: Fault) -> None:
         if fault.detail % 2:
             self._jobs.publish_again(fault.detail)
         else:
-            self._jobs.publish(times=2)  # two workers get it at the same moment
-
-    def _ways(self, fault: Fault) -> list[Ways]:
-        return self._world.ways if fault.slot < 0 else [self._world.ways[fault.slot]]
+            self._jobs.publish(times=2, destiny=Destiny.PLAIN)  # two workers get it at once
 
     def _aside(self, act: Callable[[], None], *, slot: int | None = None) -> None:
         def run() -> None:

@@ -17,10 +17,13 @@ from typing import Any
 from consumer import checkpoint_uploads, desk, endings, lane, outbox, pipeline, run_events
 from consumer.checkpoint_uploads import CheckpointUploads
 from consumer.machine import Machine
+from consumer.pipeline import Pipeline
 from consumer.settlement import Action
+from consumer.sweeper import Sweeper
 from consumer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
 from consumer.work_folder import WorkFolder
+from services import record_sweep
 from services.job_lease import JobLease
 from services.job_records import Claimed, JobRecords
 from services.s3_service import S3Service
@@ -90,7 +93,7 @@ def add_crash_points(points: CrashPoints) -> None:
 
     _wrap(S3Service, "_put", around(lambda place, *_, **__: f"write {place.key.split('/')[0]}"))
     _wrap(S3Service, "copy", around(lambda *_, **__: "copy"))
-    _wrap(S3Service, "delete", around(lambda *_, **__: "delete"))
+    _wrap(S3Service, "delete", _delete_by_folder(points))
     _wrap(WebhookService, "_exchange", around(lambda _m, _o, kind, *_, **__: f"webhook {kind}"))
     _wrap(TrainingConsumer, "_publish", around(lambda *_, **__: "publish"))
     _wrap(TrainingConsumer, "_answer", around(lambda _hand, action: str(action)))
@@ -106,8 +109,49 @@ def add_crash_points(points: CrashPoints) -> None:
     _wrap(TrainerProcess, "start", start)
 
 
+def _delete_by_folder(points: CrashPoints) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        def wrapped(self: Any, bucket: str, keys: Any) -> Any:
+            keys = list(keys)
+            act = f"delete {keys[0].split('/')[0]}" if keys else "delete nothing"
+            points.reached(f"before {act}")
+            result = original(self, bucket, keys)
+            points.reached(f"after {act}")
+            return result
+
+        return wrapped
+
+    return make
+
+
+def withhold_sweeps(path: Path, journal: Journal) -> None:
+    """Let the sweep publish only what the suite allows it to.
+
+    A job that needs the sweep without a reason is a finding, and the sweep would hide it. The file
+    names the records that may be swept; `*` allows all.
+    """
+
+    def may_be_swept(original: Any) -> Any:
+        def wrapped(version: Any) -> bool:
+            allowed = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+            named = "*" in allowed or version.record.task_id in allowed
+            return named and bool(original(version))
+
+        return wrapped
+
+    def publish(original: Any) -> Any:
+        def wrapped(self: Sweeper, record: Any) -> Any:
+            journal.note("swept", task=record.task_id, state=record.state)
+            return original(self, record)
+
+        return wrapped
+
+    _wrap(record_sweep, "is_abandoned", may_be_swept)
+    _wrap(Sweeper, "_publish_again", publish)
+
+
 def keep_journal(journal: Journal) -> None:
-    """Note claims, endings, uploads of checkpoints, and each child."""
+    """Note deliveries in hand, claims, endings, uploads of checkpoints, and each child."""
 
     def start(original: Any) -> Any:
         def wrapped(self: TrainerProcess) -> None:
@@ -160,6 +204,27 @@ def keep_journal(journal: Journal) -> None:
 
         return wrapped
 
+    def handle(original: Any) -> Any:
+        def wrapped(self: Pipeline, delivery: Any) -> Any:
+            journal.note("handling")
+            try:
+                return original(self, delivery)
+            finally:
+                journal.note("handled")
+
+        return wrapped
+
+    def register(original: Any) -> Any:
+        def wrapped(self: JobLease, checkpoint: Any) -> Any:
+            result = original(self, checkpoint)
+            facts = {"task": self.record.task_id, "claim": self.claim_number}
+            journal.note("registered", name=checkpoint.name, **facts)
+            return result
+
+        return wrapped
+
+    _wrap(Pipeline, "handle", handle)
+    _wrap(JobLease, "register_checkpoint", register)
     _wrap(TrainerProcess, "start", start)
     _wrap(JobRecords, "claim", claim)
     _wrap(JobRecords, "adopt_ending", claim)
@@ -195,12 +260,13 @@ def keep_journal_of_epochs(journal: Journal) -> None:
     _wrap(run_events, "dispatch", dispatch)
 
 
-def fill_disk(marker: Path) -> None:
+def fill_disk(marker: Path, journal: Journal) -> None:
     """While the file exists, the worker can make no folder and write no file for a job."""
 
     def refuse(original: Any) -> Any:
         def wrapped(*arguments: Any, **how: Any) -> Any:
             if marker.exists():
+                journal.note("disk_full")
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return original(*arguments, **how)
 

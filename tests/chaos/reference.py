@@ -4,8 +4,8 @@ Pure: it knows no broker, no storage and no product code. The verdict compares t
 job by job. A reader can check it against docs/protocol.md; docs/chaos.md has the same as a table.
 
 A job's standing changes by these events only. Everything else that happens to a job (a claim, a
-retry, a put-off, a lost lease, a killed worker, a duplicate delivery) leaves it where it is: that is
-the promise.
+retry, a put-off, a lost lease, a killed worker, a duplicate delivery) leaves it where it is: that
+is the promise.
 
     ORDERED ──▶ live ──TRAINED──────▶ ended: complete, pending ──TOLD────────────▶ delivered
                  │  ──FAILED────────▶ ended: failed,   pending ──ENDING_REFUSED──▶ set aside

@@ -7,16 +7,18 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pika
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
+from consumer.messages import derive_task_id
 from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
+from tests.chaos.hits import Hits
 from tests.chaos.tcp_proxy import TcpProxy
 from tests.chaos.timing import (
     ACK_TIMEOUT_MS,
@@ -25,13 +27,14 @@ from tests.chaos.timing import (
     ENDING_DELAYS,
     GRACE_SECONDS,
     LONGEST_FREEZE_IN_LEASES,
-    MAX_ATTEMPTS,
     MEDIA,
     QUEUE,
     RETRY_DELAYS,
     STATE,
+    WINDOW_SECONDS,
 )
 from tests.chaos.windows import BackendMood, FaultyS3
+from tests.integration.services.s3_proxy import Fault as S3Fault
 
 PUBLISH_SECONDS = 90.0
 _PERSISTENT = pika.BasicProperties(content_type="application/json", delivery_mode=2)
@@ -39,7 +42,8 @@ SECRETS = (TOKEN, SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SECRET_
 
 
 Message = tuple[dict[str, Any], bytes]
-"""Headers and body."""
+"""Headers, the message id among them, and body."""
+MESSAGE_ID = "message-id"
 
 
 @dataclasses.dataclass
@@ -54,10 +58,15 @@ class World:
     """Servers and proxies; made by `running`.
 
     Attributes:
+        folder: The run's folder.
         ways: Each worker's own proxies.
         mood: What the backend answers.
         elsewhere: The host that progress is redirected to; it must never hear anything.
         broker_turn: Held by whoever restarts the broker or needs it whole.
+        hits: Counts what faults struck.
+        cancel_while_publishing: Task to style: the first writes into the style's folder have the
+            job cancelled.
+        sweep_allowed: Records that the sweep may publish; the others must need no sweep.
     """
 
     def __init__(
@@ -69,11 +78,18 @@ class World:
         *,
         queue_type: str,
         lease: float,
+        hits: Hits,
+        folder: Path,
     ) -> None:
         self.lease = lease
+        self.sweep_allowed: set[str] = set()
+        self.folder = folder
+        self._sweep_file = folder / "sweep-allowed"
+        self.hits = hits
+        self.cancel_while_publishing: dict[str, int] = {}
         self.broker, self.s3_server = broker, s3_server
         self.backend, self.elsewhere = backend, elsewhere
-        self.mood = BackendMood()
+        self.mood = BackendMood(hits)
         self.ways: list[Ways] = []
         self.backend_way: TcpProxy
         self.broker_turn = threading.Lock()
@@ -84,7 +100,7 @@ class World:
     @classmethod
     @contextlib.contextmanager
     def running(
-        cls, folder: Path, *, workers: int, queue_type: str, lease: float
+        cls, folder: Path, *, workers: int, queue_type: str, lease: float, hits: Hits
     ) -> Iterator[World]:
         """All servers, for as long as the block runs."""
         with (
@@ -94,15 +110,23 @@ class World:
             Backend() as elsewhere,
             contextlib.ExitStack() as stack,
         ):
-            world = cls(broker, s3_server, backend, elsewhere, queue_type=queue_type, lease=lease)
+            world = cls(
+                *(broker, s3_server, backend, elsewhere),
+                queue_type=queue_type,
+                lease=lease,
+                hits=hits,
+                folder=folder,
+            )
             backend.answer = world.mood
             port = int(backend.url.rsplit(":", 1)[1])
             world.backend_way = stack.enter_context(TcpProxy("127.0.0.1", port))
             for _ in range(workers):
                 world.ways.append(
                     Ways(
-                        stack.enter_context(TcpProxy(broker.host, broker.port)),
-                        stack.enter_context(FaultyS3(s3_server.endpoint)),
+                        stack.enter_context(TcpProxy(broker.host, broker.port, amqp=True)),
+                        stack.enter_context(
+                            FaultyS3(s3_server.endpoint, hits, world.cancels_in_mid_publication)
+                        ),
                     )
                 )
             for bucket in (MEDIA, STATE):
@@ -110,15 +134,17 @@ class World:
             world.declare()
             yield world
 
-    def settings(self, slot: int) -> dict[str, str]:
-        """The whole environment of a worker."""
-        way = self.ways[slot]
+    def settings(self, slot: int | None) -> dict[str, str]:
+        """The whole environment of a worker; that of an operator, whom no fault hits, for None."""
+        port, endpoint = self.broker.port, self.s3_server.endpoint
+        if slot is not None:
+            port, endpoint = self.ways[slot].broker.port, self.ways[slot].s3.endpoint
         return {
             "RABBITMQ_HOST": "127.0.0.1",
-            "RABBITMQ_PORT": str(way.broker.port),
+            "RABBITMQ_PORT": str(port),
             "RABBITMQ_HEARTBEAT_SECONDS": "3",
             "TRAINING_QUEUE": QUEUE,
-            "AWS_ENDPOINT_URL_S3": way.s3.endpoint,
+            "AWS_ENDPOINT_URL_S3": endpoint,
             "AWS_S3_REGION_NAME": REGION,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
             "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
@@ -136,10 +162,9 @@ class World:
             "PROGRESS_INTERVAL_SECONDS": "0.5",
             "CHECKPOINT_INTERVAL": str(CHECKPOINT_INTERVAL),
             "LEASE_TTL_SECONDS": str(self.lease),
-            "MAX_ATTEMPTS": str(MAX_ATTEMPTS),
             "RETRY_DELAYS_SECONDS": ",".join(map(str, RETRY_DELAYS)),
             "ENDING_RETRY_DELAYS_SECONDS": ",".join(map(str, ENDING_DELAYS)),
-            "DEDUPLICATION_WINDOW_SECONDS": "86400",
+            "DEDUPLICATION_WINDOW_SECONDS": str(WINDOW_SECONDS),
             # Longer than a freeze: a worker that wakes is to be stopped by its lost lease.
             "STALL_SECONDS": str(self.lease * (LONGEST_FREEZE_IN_LEASES + 0.5)),
             "SHUTDOWN_GRACE_SECONDS": str(GRACE_SECONDS),
@@ -218,7 +243,10 @@ class World:
                 _, properties, body = channel.basic_get(name, auto_ack=True)
                 if properties is None:
                     break
-                found.append((properties.headers or {}, body))
+                headers = dict(properties.headers or {})
+                if properties.message_id:
+                    headers[MESSAGE_ID] = properties.message_id
+                found.append((headers, body))
         return found
 
     def records(self) -> dict[str, dict[str, Any]]:
@@ -229,6 +257,34 @@ class World:
                 answer = self.s3.get_object(Bucket=STATE, Key=key)
                 self._records[key] = (answer["ETag"], json.loads(answer["Body"].read()))
         return {record["task_id"]: record for _, record in tuple(self._records.values())}
+
+    def cancel(self, task_id: str) -> None:
+        """Put the file there that cancels a job."""
+        self.s3.put_object(Bucket=STATE, Key=f"jobs/{task_id}.cancel", Body=b"")
+
+    def cancels_in_mid_publication(self, method: str, path: str) -> S3Fault | None:
+        """Have a job cancelled once the second file of its model is written.
+
+        The answer comes late, so that its worker sees the cancel before it writes the next file.
+        """
+        path = path.partition("?")[0]
+        if method != "PUT" or not path.startswith(f"/{MEDIA}/models/"):
+            return None
+        style = path.split("/")[3]
+        for task_id, style_id in tuple(self.cancel_while_publishing.items()):
+            if style == f"style_{style_id}" and path.endswith("/loss_curve.png"):
+                if self._publishes(style_id) == task_id:
+                    del self.cancel_while_publishing[task_id]
+                    self.cancel(task_id)
+                    return S3Fault(delay=self.lease / 2)
+        return None
+
+    def _publishes(self, style_id: int) -> str | None:
+        """The task whose turn it is to publish into the style's folder."""
+        with contextlib.suppress(self.s3.exceptions.NoSuchKey):
+            answer = self.s3.get_object(Bucket=STATE, Key=f"jobs/style_{style_id}.turn")
+            return str(json.loads(answer["Body"].read()).get("task_id"))
+        return None
 
     def settled(self) -> set[str]:
         """The ids of the jobs that a worker has marked as having nothing left to do."""
@@ -242,6 +298,39 @@ class World:
     def _listed(self, bucket: str, prefix: str) -> list[dict[str, Any]]:
         pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return [dict(found) for page in pages for found in page.get("Contents", ())]
+
+    def spoil(self, prefix: str, *, delete: bool) -> None:
+        """Delete one of the files of a checkpoint, or change its content."""
+        key = f"{prefix}optimizer.safetensors"
+        if delete:
+            self.s3.delete_object(Bucket=STATE, Key=key)
+            return
+        mark = self.s3.head_object(Bucket=STATE, Key=key)["Metadata"]
+        self.s3.put_object(Bucket=STATE, Key=key, Body=b"damaged", Metadata=mark)
+
+    def allow_sweep(self, records: Collection[str]) -> None:
+        """Let the workers' sweeps publish these records; `*` stands for all."""
+        with self._sweep_file.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{name}\n" for name in sorted(records)))
+        self.sweep_allowed.update(records)
+
+    def publish_to(self, queue: str, message: Message) -> None:
+        """Publish a message with its headers to any queue, until the broker has confirmed it."""
+        headers, body = message
+        properties = pika.BasicProperties(
+            content_type="application/json", delivery_mode=2, headers=headers
+        )
+        deadline = time.monotonic() + PUBLISH_SECONDS
+        while True:
+            try:
+                with self._channel() as channel:
+                    channel.queue_declare(queue, durable=True)
+                    channel.basic_publish("", queue, body, properties, mandatory=True)
+                return
+            except (AMQPError, OSError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.3)
 
     def calm(self) -> None:
         """Nothing goes wrong any more."""
@@ -264,6 +353,17 @@ class World:
         finally:
             if connection.is_open:
                 connection.close()
+
+
+def task_of(message: Message) -> str:
+    """The record that a message of a worker's queue is about."""
+    headers, body = message
+    try:
+        values = json.loads(body)
+    except ValueError:
+        values = {}
+    named = values.get("task_id") if isinstance(values, dict) else None
+    return str(named or headers.get(MESSAGE_ID) or derive_task_id(body))
 
 
 def _ms(seconds: float) -> int:
