@@ -95,10 +95,8 @@ class TrainerSettings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    base_model: Annotated[str, AfterValidator(setting_values.base_model)] = (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    )
-    base_model_revision: str | None = None
+    base_model: setting_values.BaseModel = setting_values.BASE_MODEL
+    base_model_revision: setting_values.BaseModelRevision = None
     hf_token: SecretStr | None = None
     hf_home: AbsolutePath | None = None
     mixed_precision: Literal["fp16", "bf16", "no"] = "fp16"
@@ -250,6 +248,9 @@ class Settings(TrainerSettings):
     ending_retry_delays_seconds: Delays = (60.0, 300.0, 1800.0, 7200.0)
     deduplication_window_seconds: float = Field(600.0, ge=0, allow_inf_nan=False)
     max_job_seconds: Seconds = 6 * 3600.0
+    max_wait_seconds: Seconds | None = None
+    max_machines: int = Field(3, ge=1)
+    record_retention_days: float | None = Field(None, ge=1, allow_inf_nan=False)
     shutdown_grace_seconds: Seconds = 8.0
 
     http_host: str = "127.0.0.1"

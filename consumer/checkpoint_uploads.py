@@ -253,6 +253,21 @@ def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
     return True
 
 
+def delete_all_of(s3: S3Service, bucket: str, record: JobRecord) -> bool:
+    """Delete everything that a job has in the state bucket beside its record.
+
+    Returns:
+        Whether all is gone; what is not is logged.
+    """
+    try:
+        for prefix in (checkpoint_prefix(record), f"staging/{record.task_id}/"):
+            s3.delete(bucket, [each.key for each in s3.list_objects(bucket, prefix)])
+    except StorageError as error:
+        log.warning("not_deleted", task_id=record.task_id, reason=str(error))
+        return False
+    return True
+
+
 def newest_usable_checkpoint(
     s3: S3Service, bucket: str, record: JobRecord, folder: Path
 ) -> str | None:

@@ -17,7 +17,9 @@ from consumer.http_pages import HttpPages
 from consumer.machine import Machine, require_fit
 from consumer.model_publisher import ModelPublisher
 from consumer.observer import Observer
+from consumer.outbox import Outbox
 from consumer.pipeline import Desk, Pipeline
+from consumer.put_offs import PutOffs
 from consumer.stop_signal import Shutdown
 from consumer.surroundings import PATIENCE_SECONDS, Surroundings
 from consumer.sweeper import Sweeper
@@ -35,6 +37,7 @@ from utils.errors import MachineError, StorageError
 from utils.gpu_monitor import GpuMonitor
 from utils.logger import get_logger
 from utils.metrics import Metrics
+from utils.setting_values import not_pinned
 
 log = get_logger(__name__)
 
@@ -116,7 +119,8 @@ def _serve(
     try:
         trainer.start()  # the base model loads while the first message is waited for
         monitor.start()
-        desk = _desk(settings, s3, trainer, folders, shutdown, machine_fails, observer)
+        outbox = Outbox()
+        desk = _desk(settings, s3, trainer, folders, shutdown, machine_fails, observer, outbox)
         consumer = condition.broker = TrainingConsumer(
             settings,
             handle=Pipeline(desk).handle,
@@ -124,15 +128,17 @@ def _serve(
             stop=shutdown.event,
             observer=observer,
             once_idle=once_idle,
+            outbox=outbox,
         )
         sweep = RecordSweep(
             s3,
             settings.state_bucket_name,
             lease_seconds=settings.lease_ttl_seconds,
             clear_up=functools.partial(clear_up, s3, settings.state_bucket_name),
+            may_wait=lambda: bool(observer.queues.length),
         )
         with (
-            Sweeper(sweep, consumer.publish, settings),
+            Sweeper(sweep, consumer.publish, settings, s3, observer),
             _surroundings(settings, folders, condition, observer),
         ):
             consumer.run()
@@ -170,6 +176,7 @@ def _desk(
     shutdown: Shutdown,
     machine_fails: Callable[[MachineError], None],
     observer: Observer,
+    outbox: Outbox,
 ) -> Desk:
     """Everything that the pipeline works with."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -177,6 +184,7 @@ def _desk(
     records_s3 = _s3_for_records(settings, observer.metrics)
     records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=lease_seconds)
     webhooks = open_webhooks(settings, observer)
+    put_offs = PutOffs(settings.retry_delays_seconds, observer)
     return Desk(
         settings=settings,
         s3=s3,
@@ -185,11 +193,14 @@ def _desk(
         endings=Endings(
             webhooks,
             records,
+            publish=outbox.put,
+            put_offs=put_offs,
             retry_delays=settings.ending_retry_delays_seconds,
             deduplication_seconds=settings.deduplication_window_seconds,
             stop=shutdown.event,
             observer=observer,
         ),
+        put_offs=put_offs,
         publisher=ModelPublisher(
             s3,
             model_bucket=settings.model_bucket_name,
@@ -266,6 +277,8 @@ def _say_hello(settings: Settings, machine: Machine, observer: Observer) -> None
     )
     if not machine.cuda:
         log.warning("training_on_cpu", reason="no CUDA, and ALLOW_CPU=true: fp32 and slow")
+    if reason := not_pinned(settings.base_model, settings.base_model_revision):
+        log.warning("base_model_not_pinned", reason=reason)
 
 
 def _say_what_s3_promises(s3: S3Service, bucket: str) -> None:

@@ -15,7 +15,7 @@ from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
 from services.job_record import Ending, EndingKind
 from services.tracing import Tracing
-from utils.errors import ErrorCode, StopReason
+from utils.errors import ErrorCode, Refusal, StopReason
 from utils.events import Event, Progress, Stage
 from utils.gpu_monitor import THROTTLE_REASONS, GpuReading
 from utils.metrics import NO_CODE, Metrics
@@ -124,6 +124,33 @@ class Observer:
     def refused(self, code: ErrorCode) -> None:
         """A message can never become a job."""
         self.metrics.messages_refused.labels(code).inc()
+
+    def publication_refused(self, refusal: Refusal, *, stuck: bool) -> None:
+        """The broker did not take a publication; `stuck`: in no form."""
+        self.metrics.publications_refused.labels(refusal).inc()
+        if stuck:
+            self.metrics.publications_stuck.inc()
+
+    def put_off(self, reason: str) -> None:
+        """A message was put off."""
+        self.metrics.messages_put_off.labels(reason).inc()
+
+    def dead_lettered(self, code: ErrorCode) -> None:
+        """A message was given up and goes to the dead queue."""
+        self.metrics.messages_dead_lettered.labels(code).inc()
+
+    def swept(self) -> None:
+        """The sweep found a record that no message points to, and publishes it again."""
+        self.metrics.records_swept.inc()
+
+    def lease_lost(self) -> None:
+        """The hold on a job was lost to another worker, or to the clock."""
+        self.metrics.leases_lost.inc()
+
+    def endings_pending(self, count: int, oldest_seconds: float) -> None:
+        """The sweep has counted the endings that the backend has not taken yet."""
+        self.metrics.endings_pending.set(count)
+        self.metrics.oldest_pending_ending_age_seconds.set(oldest_seconds)
 
     def ended(self, ending: Ending) -> None:
         """The job in hand has its ending."""

@@ -103,7 +103,8 @@ class TrainingJob:
 
 def from_understood(values: dict[str, Any], settings: Settings) -> TrainingJob:
     """The job that `TrainingJob.understood` wrote down; it keeps the hyper-parameters that it was
-    understood with.
+    understood with. What a newer worker wrote beside them means nothing to this one: a job that
+    cannot do without says so by its record's `min_level`.
 
     Args:
         values: From the job record.
@@ -115,7 +116,7 @@ def from_understood(values: dict[str, Any], settings: Settings) -> TrainingJob:
     if "hyper_parameters" not in values:
         defaults = settings.hyper_parameters(**values.get("parameters", {}))
         values = values | {"hyper_parameters": dataclasses.asdict(defaults)}
-    job = from_dict(TrainingJob, values)
+    job = from_dict(TrainingJob, values, tolerant=True)
     return dataclasses.replace(job, body=to_message(job))
 
 

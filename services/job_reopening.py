@@ -1,9 +1,10 @@
 """A person sends back a job that has ended: the only change that a settled record ever sees.
 
 By conditional writes, as everything that changes a record: a worker that comes in between wins, and
-the record is looked at anew. The record is written first and its `.settled` mark removed after it
-(see `services.record_sweep`), the message published last: whoever dies in between leaves a record
-that the sweep publishes, or one that can be sent back again.
+the record is looked at anew. The record is put on the index of live ones before it is written, its
+`.settled` mark removed after it (see `services.record_index`), and the message published last. A
+process that dies in between leaves a record that the sweep publishes, or one that can be sent back
+again.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from collections.abc import Callable
 
 from services.hold import stamped
 from services.job_record import Delivery, EndingKind, JobRecord, State
-from services.job_records import cancel_file_at, record_at
+from services.record_index import RecordIndex, cancel_file_at, record_at
 from services.record_object import RecordObject
-from services.record_sweep import settled_mark
 from services.s3_service import S3Service
 from utils.errors import PreconditionFailed, StorageError
 from utils.logger import get_logger
@@ -87,6 +87,7 @@ def _change(
     s3: S3Service, bucket: str, task_id: str, change: Callable[[JobRecord], JobRecord]
 ) -> JobRecord | None:
     target = RecordObject(s3, record_at(bucket, task_id), JobRecord)
+    index = RecordIndex(s3, bucket)
     for _ in range(_RACES):
         version = target.read()
         if version is None:
@@ -94,13 +95,13 @@ def _change(
         record = change(version.record)
         if record is not version.record:
             record = stamped(record)
+            index.add(task_id)
             try:
                 target.write(record, version.etag)
             except PreconditionFailed:
                 continue  # somebody was faster: the record says what is so now
             log.info("job_sent_back", task_id=task_id, state=record.state)
         # Also where there was nothing to change: an earlier call may have died before this.
-        mark = settled_mark(target.location)
-        s3.delete(mark.bucket, [mark.key])
+        index.reopen(task_id)
         return record
     raise StorageError(f"The record {target.location.key} changes too fast; try again.")

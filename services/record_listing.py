@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from services.job_record import JobRecord
-from services.job_records import FOLDER, record_at
+from services.record_index import FOLDER, RECORD_SUFFIX, SETTLED_SUFFIX, record_at
 from services.record_object import RecordObject, Version
-from services.record_sweep import RECORD_SUFFIX, SETTLED_SUFFIX
 from services.s3_service import S3Service
 from utils.errors import StorageError
 

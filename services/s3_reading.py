@@ -131,6 +131,7 @@ class S3Reading(S3Access):
             etag=etag_of(answer, what),
             last_modified=last_modified_of(answer, what),
             server_date=server_date_of(answer, what),
+            metadata=dict(answer.get("Metadata", {})),
         )
 
     def _pull(

@@ -52,12 +52,14 @@ class StoredObject:
         etag: Names this version; give it back to `S3Service.replace`.
         last_modified: When this version was written, by S3's clock.
         server_date: What S3's clock said when it answered.
+        metadata: Its own metadata.
     """
 
     body: bytes
     etag: str
     last_modified: datetime
     server_date: datetime
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -102,25 +102,49 @@ class S3Writing(S3Access):
         """
         return self._put(location, io.BytesIO(body), content_type)
 
-    def create(self, location: S3Location, body: bytes) -> str:
+    def create(
+        self, location: S3Location, body: bytes, *, metadata: Mapping[str, str] | None = None
+    ) -> str:
         """Write a small object only where none is (`If-None-Match: *`). Returns the new ETag.
+
+        Args:
+            location: Where to.
+            body: The object.
+            metadata: Its own metadata (ASCII).
 
         Raises:
             PreconditionFailed: There is one. It can be this call's own: the SDK repeats a request
                 whose answer was lost, and finds what the first one wrote. Read it back to know.
             StorageError: S3 cannot be used; the object may have been written all the same.
         """
-        return self._put(location, io.BytesIO(body), _JSON, **_condition(""))
+        return self._put(
+            location, io.BytesIO(body), _JSON, Metadata=dict(metadata or {}), **_condition("")
+        )
 
-    def replace(self, location: S3Location, body: bytes, etag: str) -> str:
+    def replace(
+        self,
+        location: S3Location,
+        body: bytes,
+        etag: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> str:
         """Write a small object only over the version `etag` (`If-Match`). Returns the new ETag.
+
+        Args:
+            location: Where to.
+            body: The object.
+            etag: The version that is replaced.
+            metadata: The new version's own metadata (ASCII).
 
         Raises:
             PreconditionFailed: Another version is there; it can be this call's own, as in `create`.
             ObjectNotFound: None is there any more.
             StorageError: S3 cannot be used; the object may have been written all the same.
         """
-        return self._put(location, io.BytesIO(body), _JSON, **_condition(etag))
+        return self._put(
+            location, io.BytesIO(body), _JSON, Metadata=dict(metadata or {}), **_condition(etag)
+        )
 
     def _put(
         self,

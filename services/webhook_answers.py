@@ -88,7 +88,10 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RetrySchedule:
-    """How long to wait between two attempts to deliver an ending.
+    """How long to wait between two attempts to deliver an ending before it is parked.
+
+    An ending is parked after a minute, and its further delays are settings
+    (`ENDING_RETRY_DELAYS_SECONDS`).
 
     Attributes:
         delays: Seconds after the first attempt, after the second, …; the last one repeats.
@@ -97,8 +100,8 @@ class RetrySchedule:
             workers does not knock in step.
     """
 
-    delays: tuple[float, ...] = (5.0, 30.0, 300.0, 1800.0, 7200.0)
-    slow_delays: tuple[float, ...] = (60.0, 300.0, 1800.0, 7200.0)
+    delays: tuple[float, ...] = (5.0, 30.0)
+    slow_delays: tuple[float, ...] = (60.0,)
     jitter: float = 0.2
 
     def seconds(self, attempts: int, answer: EndingAnswer) -> float:

@@ -11,10 +11,18 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+from pydantic import AfterValidator, Field, ValidationInfo
+
 from utils.urls import origin_of
+
+BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+BASE_MODEL_REVISION = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
+"""The commit on the Hugging Face hub that `BASE_MODEL` means, unless the settings name another.
+https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/tree/451f4fe16113bff5a5d2269ed5ad43b0592e9a14
+`scripts/pin-images` compares it with the hub."""
 
 
 def split(value: Any) -> Any:
@@ -31,8 +39,35 @@ def path(value: str | Path) -> str:
 
 def base_model(value: str) -> str:
     """A folder as a path; `owner/name` is the hub's unless there is such a folder."""
-    is_of_the_hub = re.fullmatch(r"[^./~][^/]*/[^/]+", value) and not Path(value).is_dir()
-    return value if is_of_the_hub else path(value)
+    return value if _is_on_the_hub(value) else path(value)
+
+
+def base_model_revision(value: str | None, info: ValidationInfo) -> str | None:
+    """The revision that is set, or the pinned one of the default model."""
+    is_default = info.data.get("base_model") == BASE_MODEL
+    return BASE_MODEL_REVISION if value is None and is_default else value
+
+
+BaseModel = Annotated[str, AfterValidator(base_model)]
+BaseModelRevision = Annotated[
+    str | None, AfterValidator(base_model_revision), Field(validate_default=True)
+]
+"""Types of the two settings; the revision's default depends on the field `base_model` before it."""
+
+
+def not_pinned(model: str, revision: str | None) -> str:
+    """Why the files of a base model may change from one start to the next; empty if they cannot.
+
+    A folder does not change by itself. A model on the hub does, unless a commit is named.
+    """
+    if not _is_on_the_hub(model) or re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return ""
+    named = f"{revision} is a branch or a tag" if revision else "no revision is set"
+    return f"{named} for {model}, so its files change when its owner changes them on the hub"
+
+
+def _is_on_the_hub(model: str) -> bool:
+    return bool(re.fullmatch(r"[^./~][^/]*/[^/]+", model)) and not Path(model).is_dir()
 
 
 def host(value: str) -> str:

@@ -19,6 +19,7 @@ from config import Settings, TrainerSettings, load, setting_names
 from services.s3_service import S3Service
 from training.lora_config import HyperParameters
 from utils.errors import ConfigurationError
+from utils.setting_values import not_pinned
 from utils.urls import origin_of
 
 TOKEN = "a-token-that-is-long-enough-for-the-rule"
@@ -331,6 +332,41 @@ def test_a_name_on_the_hub_stays_one_unless_there_is_such_a_folder(
     assert settings(monkeypatch, BASE_MODEL="owner/name").base_model == "owner/name"
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert settings(monkeypatch, BASE_MODEL="owner/name").base_model == f"{tmp_path}/owner/name"
+
+
+# ---- the base model's revision -------------------------------------------------------------------
+
+
+def test_the_default_base_model_is_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = settings(monkeypatch)
+    assert re.fullmatch("[0-9a-f]{40}", default.base_model_revision or "")
+    assert default.trainer_options().base_model_revision == default.base_model_revision
+    assert not not_pinned(default.base_model, default.base_model_revision)
+
+
+def test_the_default_models_commit_is_not_taken_for_another_models(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert settings(monkeypatch, BASE_MODEL="owner/name").base_model_revision is None
+    assert settings(monkeypatch, BASE_MODEL=str(tmp_path)).base_model_revision is None
+
+
+def test_a_revision_that_is_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings(monkeypatch, BASE_MODEL_REVISION="main").base_model_revision == "main"
+
+
+def test_a_branch_on_the_hub_is_not_pinned_and_a_folder_is(tmp_path: Path) -> None:
+    assert "no revision is set" in not_pinned("owner/name", None)
+    assert "main is a branch or a tag" in not_pinned("owner/name", "main")
+    assert not not_pinned("owner/name", "0123456789abcdef" * 2 + "01234567")
+    assert not not_pinned(str(tmp_path), None)
+
+
+def test_an_image_with_the_model_in_it_has_the_same_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    dockerfile = (EXAMPLE.parent / "Dockerfile").read_text(encoding="utf-8")
+    default = settings(monkeypatch)
+    assert f"ARG MODEL={default.base_model}\n" in dockerfile
+    assert f"ARG MODEL_REVISION={default.base_model_revision}\n" in dockerfile
 
 
 # ---- webhooks ------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_a_handler_that_breaks_loses_nothing_and_makes_no_hot_loop(
         client.publish(queue, b"good")
         until(lambda: handler.returned == 2)
     assert [line["event"] for line in lines].count("handler_crashed") == 1
-    properties, body = until(lambda: client.get(f"{queue}.delay.10000"))
+    properties, body = until(lambda: client.get(f"{queue}.delay.500"))
     assert (body, properties.message_id, properties.headers) == (b"bad", None, {"kept": "yes"})
 
 
@@ -218,7 +218,7 @@ def test_no_header_of_a_publisher_keeps_a_message_from_its_handler(
     client.publish(queue, b"good")
     until(lambda: handler.returned == 2)
     assert handler.bodies == [b"odd", b"good"]
-    properties, body = until(lambda: client.get(f"{queue}.delay.10000"))
+    properties, body = until(lambda: client.get(f"{queue}.delay.500"))
     assert (body, properties.headers) == (b"odd", {"kept": True})
 
 

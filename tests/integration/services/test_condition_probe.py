@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 
 import pytest
 
@@ -21,10 +22,10 @@ def _endpoint(s3_server: S3Server) -> str:
 class Careless(S3Service):
     """A store that ignores the conditions."""
 
-    def create(self, location: S3Location, body: bytes) -> str:
+    def create(self, location: S3Location, body: bytes, **how: Any) -> str:
         return self.write(location, body)
 
-    def replace(self, location: S3Location, body: bytes, etag: str) -> str:
+    def replace(self, location: S3Location, body: bytes, etag: str, **how: Any) -> str:
         return self.write(location, body)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from consumer import job_watch
 from consumer.observer import Observer
+from consumer.put_offs import Why
 from consumer.settlement import Delivery, Queue
 from services.job_lease import JobLease
 from services.job_record import Ending, EndingKind, JobRecord, JobRequest
@@ -147,3 +148,54 @@ def test_a_gpu_s_readings_are_in_base_units_and_go_when_it_is_lost() -> None:
     assert value(observer, "gpu_throttled", gpu="0", reason="power") == 0
     observer.gpus([])
     assert value(observer, "gpu_temperature_celsius", gpu="0") is None
+
+
+# ---- messages, leases and endings ----------------------------------------------------------------
+
+
+def _values(observer: Observer, name: str) -> dict[str, float]:
+    """A metric's values by the only label that it has, or by "" if it has none."""
+    return {
+        next(iter(sample.labels.values()), ""): sample.value
+        for family in observer.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == f"{PREFIX}_{name}"
+    }
+
+
+def test_each_way_of_putting_a_message_off_is_counted_by_its_reason() -> None:
+    observer = Observer()
+    assert _values(observer, "messages_put_off_total") == dict.fromkeys(Why, 0)
+    observer.put_off(Why.STORAGE)
+    observer.put_off(Why.STORAGE)
+    observer.put_off(Why.NEWER_MESSAGE)
+    counted = _values(observer, "messages_put_off_total")
+    assert counted == dict.fromkeys(Why, 0) | {"storage": 2, "newer_message": 1}
+
+
+def test_a_message_that_is_given_up_is_counted_by_its_code() -> None:
+    observer = Observer()
+    assert _values(observer, "messages_dead_lettered_total") == dict.fromkeys(ErrorCode, 0)
+    observer.dead_lettered(ErrorCode.STORAGE_FAILED)
+    assert _values(observer, "messages_dead_lettered_total")["STORAGE_FAILED"] == 1
+
+
+def test_lost_leases_and_jobs_found_by_the_sweep_are_counted() -> None:
+    observer = Observer()
+    for name in ("leases_lost_total", "records_swept_total"):
+        assert _values(observer, name) == {"": 0}
+    observer.lease_lost()
+    observer.swept()
+    observer.swept()
+    assert _values(observer, "leases_lost_total") == {"": 1}
+    assert _values(observer, "records_swept_total") == {"": 2}
+
+
+def test_endings_that_wait_for_the_backend_show_how_many_and_for_how_long() -> None:
+    observer = Observer()
+    observer.endings_pending(3, 7200.5)
+    assert _values(observer, "endings_pending") == {"": 3}
+    assert _values(observer, "oldest_pending_ending_age_seconds") == {"": 7200.5}
+    observer.endings_pending(0, 0.0)
+    assert _values(observer, "endings_pending") == {"": 0}
+    assert _values(observer, "oldest_pending_ending_age_seconds") == {"": 0}
