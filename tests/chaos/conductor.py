@@ -13,7 +13,7 @@ from typing import Any, Self
 from config import Settings, setting_names
 from sandbox.backend import PROGRESS, ReceivedRequest
 from tests.chaos.fleet import ROOT
-from tests.chaos.jobs import Job, Jobs
+from tests.chaos.jobs import Job, Jobs, is_settled
 from tests.chaos.reference import Destiny
 from tests.chaos.timing import WINDOW_SECONDS
 from tests.chaos.world import World
@@ -21,7 +21,6 @@ from tests.chaos.world import World
 _LOOK_SECONDS = 0.5
 _WINDOW_SLACK = 3.0
 """S3's dates have whole seconds."""
-_SETTLED = ("delivered", "set_aside")
 REDRIVEN = (Destiny.GIVEN_UP_REDRIVEN, Destiny.REFUSED_REDRIVEN)
 
 
@@ -42,7 +41,7 @@ class Conductor:
         self._world, self._jobs, self._folder = world, jobs, folder
         self._done: set[str] = set()
         self._settled_at: dict[str, float] = {}
-        self._cancelled: set[str] = set()
+        self._struck: set[str] = set()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="conductor", daemon=True)
         (folder / "mended").mkdir(exist_ok=True)
@@ -73,16 +72,17 @@ class Conductor:
         )
 
     def _heard(self, request: ReceivedRequest) -> None:
-        """Cancel a job when its first progress is told."""
+        """Cancel a job, or damage its record, when its first progress is told."""
         task_id = request.task_id
-        if (
-            task_id is not None
-            and request.path == PROGRESS
-            and task_id not in self._cancelled
-            and self._world.mood.destinies.get(task_id) is Destiny.CANCEL_FILE
-        ):
-            self._cancelled.add(task_id)
+        if task_id is None or request.path != PROGRESS or task_id in self._struck:
+            return
+        destiny = self._world.mood.destinies.get(task_id)
+        if destiny is Destiny.CANCEL_FILE:
+            self._struck.add(task_id)
             self._world.cancel(task_id)
+        elif destiny is Destiny.RECORD_DAMAGED:
+            self._struck.add(task_id)
+            self._world.damage_record(task_id)
 
     def _loop(self) -> None:
         while not self._stopping.wait(_LOOK_SECONDS):
@@ -96,7 +96,7 @@ class Conductor:
         records = self._world.records() if pending else {}
         for job in pending:
             record = records.get(job.record_id)
-            if record is None or record["delivery"] not in _SETTLED:
+            if record is None or not is_settled(record):
                 continue
             since = self._settled_at.setdefault(job.task_id, time.monotonic())
             if job.destiny in REDRIVEN and _is_told(job, record):
@@ -119,6 +119,7 @@ class Conductor:
             if name.upper() not in setting_names(Settings)
         }
         with self._world.broker_turn:
+            self._jobs.journal.note("redriven", task=task_id)
             done = subprocess.run(
                 [sys.executable, "-m", "main", "redrive", task_id, "--json"],
                 cwd=self._folder,  # where no `.env` lies
@@ -131,7 +132,6 @@ class Conductor:
             )
         with (self._folder / "redrive.log").open("a", encoding="utf-8") as log:
             log.write(f"{task_id}: {done.returncode}\n{done.stdout}{done.stderr}\n")
-        self._jobs.journal.note("redriven", task=task_id, code=done.returncode)
         # Nothing found is no success: the copy may not be in the dead queue yet.
         return done.returncode == 0 and task_id in done.stdout
 

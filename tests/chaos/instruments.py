@@ -14,7 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from consumer import checkpoint_uploads, desk, endings, lane, outbox, pipeline, run_events
+from consumer import (
+    checkpoint_uploads,
+    desk,
+    endings,
+    lane,
+    outbox,
+    pipeline,
+    run_events,
+)
 from consumer.checkpoint_uploads import CheckpointUploads
 from consumer.machine import Machine
 from consumer.pipeline import Pipeline
@@ -38,12 +46,33 @@ def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     setattr(owner, name, make(getattr(owner, name)))
 
 
+def _shorten(value: Any, *places: tuple[Any, str]) -> None:
+    """Set a waiting time wherever one of the names exists: releases call it differently.
+
+    Raises:
+        AttributeError: It exists nowhere.
+    """
+    found = [(owner, name) for owner, name in places if hasattr(owner, name)]
+    if not found:
+        raise AttributeError(f"no waiting time is called {[name for _, name in places]}")
+    for owner, name in found:
+        setattr(owner, name, value)
+
+
 def shorten_waits() -> None:
     """Minutes become seconds, where no setting says how long."""
-    setattr(endings, "DELIVER_AT_ONCE_SECONDS", 3.0)
-    setattr(checkpoint_uploads, "_RETRY_SECONDS", 0.3)
-    setattr(lane, "CRASH_DELAY_SECONDS", CRASH_DELAY)
-    setattr(outbox, "LONGEST_DELAY", 3.0)
+    _shorten(3.0, (endings, "DELIVER_AT_ONCE_SECONDS"))
+    _shorten(0.3, (checkpoint_uploads, "_RETRY_SECONDS"))
+    _shorten(3.0, (outbox, "LONGEST_DELAY"))
+    if hasattr(lane, "CRASH_DELAY_SECONDS"):  # the last release's
+        _shorten(CRASH_DELAY, (lane, "CRASH_DELAY_SECONDS"))
+    else:
+        _shorten(5.0, (endings, "_CONFIRM_SECONDS"))
+        _wrap(
+            TrainingConsumer,
+            "__init__",
+            lambda init: lambda *given, **how: init(*given, **how | {"answer_seconds": 3.0}),
+        )
     _wrap(outbox.Backoff, "__init__", lambda init: lambda self: init(self, 0.3, 3.0))
 
     def with_short_waits(init: Any) -> Any:
@@ -179,8 +208,8 @@ def keep_journal(journal: Journal) -> None:
         return wrapped
 
     def end(original: Any) -> Any:
-        def wrapped(self: JobLease, ending: Any) -> Any:
-            kept = original(self, ending)
+        def wrapped(self: JobLease, ending: Any, *more: Any) -> Any:
+            kept = original(self, ending, *more)
             journal.note(
                 "ended",
                 task=self.record.task_id,

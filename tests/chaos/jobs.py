@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import random
@@ -19,6 +20,7 @@ from tests.chaos.reference import Destiny
 from tests.chaos.timing import MEDIA
 from tests.chaos.world import World
 
+_FIRST_ORDER = datetime.datetime(2026, 1, 20, 10, tzinfo=datetime.UTC)
 _PICTURE = b"not looked at by the stand-in"
 _WITHOUT_ID = {Destiny.NO_ID, Destiny.ORDERED_TWICE}
 _ONE_IN = 3
@@ -128,13 +130,12 @@ class Jobs:
     def unended(self) -> int:
         """How many there are whose record has no ending, or that have no record yet."""
         records = self._world.records()
-        ended = {name for name, one in records.items() if one["state"] == "ended"}
+        ended = {name for name, one in records.items() if one["state"] in ("ended", "damaged")}
         return sum(job.record_id not in ended for job in tuple(self.published))
 
     def unsettled(self) -> set[str]:
         """The record ids of jobs that still have something to do."""
-        records, done = self._world.records(), ("delivered", "set_aside")
-        settled = {name for name, one in records.items() if one["delivery"] in done}
+        settled = {name for name, one in self._world.records().items() if is_settled(one)}
         return {job.record_id for job in tuple(self.published)} - settled
 
     def publish_again(self, which: int) -> Job | None:
@@ -184,7 +185,12 @@ class Jobs:
         match destiny:
             case Destiny.INVALID:
                 style_id, epochs = 50_000 + number, 0
-            case Destiny.CANCEL_FILE | Destiny.CANCEL_ANSWER | Destiny.CANCEL_GONE:
+            case (
+                Destiny.CANCEL_FILE
+                | Destiny.CANCEL_ANSWER
+                | Destiny.CANCEL_GONE
+                | Destiny.RECORD_DAMAGED
+            ):
                 epochs = LONG_EPOCHS
             case Destiny.CANCEL_PUBLISHING:
                 # Of a style that has a model, so that a mixture would be seen.
@@ -194,11 +200,16 @@ class Jobs:
         if destiny in SEEDS:
             parameters["seed"] = SEEDS[destiny]
         name = None if destiny in _WITHOUT_ID else f"job-{number:04d}"
-        body = self._message(name, style_id, parameters | {"epochs": epochs}, pictures)
+        body = self._message(number, name, style_id, parameters | {"epochs": epochs}, pictures)
         return Job(name or derive_task_id(body), style_id, epochs, body, destiny)
 
     def _message(
-        self, task_id: str | None, style_id: int, parameters: dict[str, Any], pictures: list[str]
+        self,
+        number: int,
+        task_id: str | None,
+        style_id: int,
+        parameters: dict[str, Any],
+        pictures: list[str],
     ) -> bytes:
         data = {
             "style_id": style_id,
@@ -210,7 +221,7 @@ class Jobs:
             "type": "model_training",
             "data": data,
             "webhook_url": f"{self._world.backend_url}/api/webhooks/training/{style_id}/status",
-            "created_at": "2026-01-20T10:00:00.000Z",
+            "created_at": (_FIRST_ORDER + datetime.timedelta(seconds=number)).isoformat(),
         }
         return json.dumps(({"task_id": task_id} if task_id else {}) | message).encode()
 
@@ -220,6 +231,13 @@ class Jobs:
             self._world.s3.put_object(Bucket=MEDIA, Key=key, Body=_PICTURE)
         self._world.s3.put_object(Bucket=MEDIA, Key=HUGE, Body=b"x" * HUGE_BYTES)
         return [f"s3://{MEDIA}/{key}" for key in keys]
+
+
+def is_settled(record: dict[str, Any]) -> bool:
+    """Whether nothing is left to do for a record, by what it says itself."""
+    if record["state"] == "damaged":
+        return True
+    return record["delivery"] in ("delivered", "set_aside") and not record.get("owed")
 
 
 def _sha256(body: bytes) -> str:

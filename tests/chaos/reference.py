@@ -17,6 +17,7 @@ is the promise.
                      aside is pending again; the dead letter is gone
 
     ORDERED ──MESSAGE_REFUSED──▶ ended: failed (INVALID_MESSAGE), pending, and dead letter
+            ──RECORD_DAMAGED───▶ damaged, and dead letter (STORAGE_FAILED): a person is needed
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Destiny(enum.StrEnum):
     REFUSED_REDRIVEN = "ending answered 400 and redriven"
     NOT_FOUND = "ending answered 404"
     TOO_LARGE = "exceeds the disk"
+    RECORD_DAMAGED = "record damaged while it trains"
 
 
 class Event(enum.StrEnum):
@@ -63,6 +65,7 @@ class Event(enum.StrEnum):
     TOLD = "told"
     ENDING_REFUSED = "ending refused"
     REDRIVEN = "redriven"
+    RECORD_DAMAGED = "record damaged"
 
 
 class Kept(enum.StrEnum):
@@ -83,7 +86,8 @@ class Places:
     """Where everything of a job is.
 
     Attributes:
-        record: `none`, `live` or `ended`; the state in `jobs/{task_id}.json`.
+        record: `none`, `live` or `ended`, the state in `jobs/{task_id}.json`; `damaged` for an
+            object that is no record.
         delivery: `none`, `pending`, `delivered` or `set_aside`.
         ending: `complete`, or `failed` and its code; empty without one.
         endings: Endings that the backend has heard of, by `webhook-id`.
@@ -152,6 +156,10 @@ def after(before: Places, event: Event, code: str = "") -> Places:
             return _ended(before, "failed CANCELLED")
         case Event.MESSAGE_REFUSED if live:
             return _dead(_ended(before, f"failed {code}"), code)
+        case Event.RECORD_DAMAGED if live:
+            # Nobody can tell what the job is: its message is kept, and all that it has left.
+            damaged = change(before, record="damaged", checkpoints=frozenset(Kept))
+            return _dead(damaged, code)
         case Event.TOLD if ended and before.delivery == "pending":
             return change(before, delivery="delivered", taken=before.taken + 1)
         case Event.ENDING_REFUSED if ended and before.delivery == "pending":
@@ -221,6 +229,7 @@ PATHS: dict[Destiny, tuple[tuple[Step, ...], ...]] = {
     Destiny.REFUSED: ((_ORDERED, _TRAINED, _NOT_TAKEN),),
     Destiny.REFUSED_REDRIVEN: ((_ORDERED, _TRAINED, _NOT_TAKEN, _AGAIN, _TOLD),),
     Destiny.NOT_FOUND: ((_ORDERED, _TRAINED, _NOT_TAKEN),),
+    Destiny.RECORD_DAMAGED: ((_ORDERED, (Event.RECORD_DAMAGED, "STORAGE_FAILED")),),
     Destiny.TOO_LARGE: ((_ORDERED, (Event.FAILED, "JOB_TOO_LARGE"), _TOLD),),
 }
 """What happens to a job of each destiny. More than one path: either is right."""
@@ -232,7 +241,8 @@ def expected(destiny: Destiny, facts: Facts = Facts()) -> tuple[Places, ...]:
     A valid job that lost `MAX_ATTEMPTS` attempts in a row may have been given up instead.
     """
     paths = list(PATHS[destiny])
-    if facts.lost_attempts >= MAX_ATTEMPTS and destiny is not Destiny.INVALID:
+    never = (Destiny.INVALID, Destiny.RECORD_DAMAGED)
+    if facts.lost_attempts >= MAX_ATTEMPTS and destiny not in never:
         last = _NOT_TAKEN if destiny in (Destiny.REFUSED, Destiny.NOT_FOUND) else _TOLD
         paths += [(_ORDERED, (Event.GAVE_UP, code), last) for code in GIVE_UP_CODES]
     if facts.no_room >= MAX_ATTEMPTS:

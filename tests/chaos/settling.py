@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tests.chaos import journal
 from tests.chaos.conductor import Conductor
-from tests.chaos.jobs import Jobs, journal_of
+from tests.chaos.jobs import Jobs, is_settled, journal_of
 from tests.chaos.reference import expected
 from tests.chaos.timing import DEAD_QUEUE
 from tests.chaos.world import World
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _QUIET_LEASES = 4
 """So long nothing has happened: without help, nothing will."""
 _QUIET_LEASES_WITH_SWEEP = 9
-_SETTLED = ("delivered", "set_aside")
 
 
 def settle(
@@ -89,11 +88,12 @@ def _is_settled(world: World, jobs: Jobs, conductor: Conductor) -> bool:
     }
     for job in tuple(jobs.published):
         record = records.get(job.record_id)
-        if record is None or record["delivery"] not in _SETTLED:
+        if record is None or not is_settled(record):
             return False
         if expected(job.destiny)[0].taken and job.task_id not in heard:
             return False
-    return set(records) == world.settled()
+    sound = {name for name, record in records.items() if record["state"] != "damaged"}
+    return sound == world.settled()
 
 
 def _fingerprint(world: World, jobs: Jobs) -> object:

@@ -22,7 +22,8 @@ from tests.chaos.reference import (
 
 def test_every_destiny_has_a_path_that_ends_settled() -> None:
     assert set(PATHS) == set(Destiny)
-    for destiny, outcome in ((d, p) for d in Destiny for p in expected(d)):
+    sound = set(Destiny) - {Destiny.RECORD_DAMAGED}
+    for destiny, outcome in ((d, p) for d in sound for p in expected(d)):
         assert outcome.record == "ended", destiny
         assert outcome.delivery in ("delivered", "set_aside"), destiny
         assert not outcome.staged, destiny
@@ -73,6 +74,12 @@ def test_a_valid_job_may_be_given_up_only_after_the_shipped_number_of_lost_attem
 
     assert endings(MAX_ATTEMPTS - 1) == {"complete"}
     assert "failed WORKER_CRASHED" in endings(MAX_ATTEMPTS)
+
+
+def test_a_job_whose_record_is_damaged_is_kept_in_the_dead_queue() -> None:
+    (outcome,) = expected(Destiny.RECORD_DAMAGED)
+    assert outcome.record == "damaged"
+    assert outcome.dead_letters == {"STORAGE_FAILED"}
 
 
 def test_an_ended_job_stays_ended_whatever_comes() -> None:

@@ -79,14 +79,14 @@ class Verdict:
         allowed = expected(job.destiny, self._observed.facts(job))
         found = self._found(job, allowed)
         best = min((each.differences(found) for each in allowed), key=len)
-        self.count.ended += found.record == "ended"
+        self.count.ended += found.record == allowed[0].record
         if not best and found.ending != allowed[0].ending and job.valid:
             self.count.given_up += "CANCELLED" not in found.ending
         if not best:
             return
         wanted = min(allowed, key=lambda each: len(each.differences(found)))
         is_lost = (
-            found.record != "ended"
+            found.record != wanted.record
             or found.taken < wanted.taken
             or not wanted.dead_letters <= found.dead_letters
         )

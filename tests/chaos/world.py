@@ -54,6 +54,17 @@ class Ways:
     s3: FaultyS3
 
 
+_DAMAGED: dict[str, Any] = {
+    "state": "damaged",
+    "delivery": "none",
+    "ending": None,
+    "attempts": 0,
+    "checkpoints": [],
+    "hold": {"claim": 0, "revision": 0},
+}
+"""Stands for a record that cannot be read."""
+
+
 class World:
     """Servers and proxies; made by `running`.
 
@@ -255,8 +266,18 @@ class World:
             key, etag = listed["Key"], listed["ETag"]
             if key.endswith(".json") and self._records.get(key, ("", {}))[0] != etag:
                 answer = self.s3.get_object(Bucket=STATE, Key=key)
-                self._records[key] = (answer["ETag"], json.loads(answer["Body"].read()))
+                try:
+                    record = json.loads(answer["Body"].read())
+                except ValueError:
+                    record = _DAMAGED | {"task_id": key.removeprefix("jobs/").removesuffix(".json")}
+                self._records[key] = (answer["ETag"], record)
         return {record["task_id"]: record for _, record in tuple(self._records.values())}
+
+    def damage_record(self, task_id: str) -> None:
+        """Put half of a record where the whole one is."""
+        key = f"jobs/{task_id}.json"
+        body = self.s3.get_object(Bucket=STATE, Key=key)["Body"].read()
+        self.s3.put_object(Bucket=STATE, Key=key, Body=body[: len(body) // 2])
 
     def cancel(self, task_id: str) -> None:
         """Put the file there that cancels a job."""
