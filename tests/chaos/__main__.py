@@ -30,6 +30,8 @@ def main() -> int:
     parser.add_argument("--real-trainer", action="store_true", help="train; slow, so few faults")
     parser.add_argument("--only", help="of the faults and named points, those with these words")
     parser.add_argument("--destinies", help="of the jobs' destinies, those with these words")
+    parser.add_argument("--jobs", type=int, default=0, help="order so many at least")
+    parser.add_argument("--settle-seconds", type=float, default=150.0, help="wait so long")
     parser.add_argument("--mutant", choices=mutants.NAMES, help="must make it fail")
     parser.add_argument("--folder", type=Path, help="for logs; a new one by default")
     parsed = parser.parse_args()
@@ -73,6 +75,8 @@ def _plan(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Plan:
         destinies=destinies,
         demand=parsed.faults >= len(kinds) and not parsed.real_trainer,
         mutant=parsed.mutant,
+        jobs=parsed.jobs,
+        settle_seconds=parsed.settle_seconds,
     )
 
 

@@ -79,7 +79,7 @@ class Conductor:
         destiny = self._world.mood.destinies.get(task_id)
         if destiny is Destiny.CANCEL_FILE:
             self._struck.add(task_id)
-            self._world.cancel(task_id)
+            self._world.destined.cancel(task_id)
         elif destiny is Destiny.RECORD_DAMAGED:
             self._struck.add(task_id)
             self._world.damage_record(task_id)

@@ -123,6 +123,7 @@ class Injector:
             self._line.note(f"{fault.number:3}  left out, {reason}: {fault}")
             return False
         self._line.note(f"{fault.number:3}  {fault}")
+        self._jobs.journal.note("fault", name=fault.kind.name)
         if fault.kind in (Kind.BROKER_KILLED, Kind.BROKER_RESTARTED):
             self._aside(lambda: self._restart_broker(fault))
         elif fault.kind is Kind.BROKER_ALARM:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,19 @@ from consumer.sweeper import Sweeper
 from consumer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
 from consumer.work_folder import WorkFolder
-from services import record_sweep
+from services import hold, record_sweep
 from services.job_lease import JobLease
 from services.job_records import Claimed, JobRecords
+from services.lease import Lease
+from services.record_object import RecordObject
 from services.s3_service import S3Service
 from services.webhook_service import RetrySchedule, WebhookService
 from tests.chaos.crash_points import CrashPoints
 from tests.chaos.journal import Journal
 from tests.chaos.timing import CRASH_DELAY
 from utils.events import CheckpointSaved, Progress, Stage, Started
+
+_OVERRATED_SECONDS = 0.1
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -287,6 +292,33 @@ def keep_journal_of_epochs(journal: Journal) -> None:
         return wrapped
 
     _wrap(run_events, "dispatch", dispatch)
+
+
+def watch_leases(journal: Journal) -> None:
+    """Note each lease that is believed to have begun later than the write that began it."""
+    if not hasattr(hold, "VERSION"):
+        return  # the last release does not keep this promise
+    first_tries: dict[str, float] = {}
+
+    def write_object(original: Any) -> Any:
+        def wrapped(self: RecordObject[Any], record: Any, etag: Any) -> Any:
+            first_tries.setdefault(record.hold.nonce, time.monotonic())
+            return original(self, record, etag)
+
+        return wrapped
+
+    def write(original: Any) -> Any:
+        def wrapped(self: Lease[Any], record: Any, deadline: float) -> Any:
+            result = original(self, record, deadline)
+            late = self._began_at - first_tries.pop(record.hold.nonce, self._began_at)
+            if late > _OVERRATED_SECONDS:
+                journal.note("lease_overrated", task=record.task_id, seconds=late)
+            return result
+
+        return wrapped
+
+    _wrap(RecordObject, "write", write_object)
+    _wrap(Lease, "_write", write)
 
 
 def fill_disk(marker: Path, journal: Journal) -> None:

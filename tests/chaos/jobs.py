@@ -24,6 +24,10 @@ _FIRST_ORDER = datetime.datetime(2026, 1, 20, 10, tzinfo=datetime.UTC)
 _PICTURE = b"not looked at by the stand-in"
 _WITHOUT_ID = {Destiny.NO_ID, Destiny.ORDERED_TWICE}
 _ONE_IN = 3
+_REFUSED_CREATIONS = 4
+_WITH_LARGE_HEADERS = {Destiny.GIVEN_UP, Destiny.GIVEN_UP_REDRIVEN}
+"""Jobs that are put off for sure: their copies must not carry what fills a frame."""
+_LARGE_HEADERS = {"x-junk": "j" * 130_950}
 LONG_EPOCHS = 60
 """Of a job that is to be cancelled: it must not complete before anybody can cancel it."""
 HUGE = "training/huge.jpg"
@@ -108,8 +112,9 @@ class Jobs:
             self.published.append(job)
         self._world.mood.destinies[job.task_id] = job.destiny
         if job.destiny is Destiny.CANCEL_PUBLISHING:
-            self._world.cancel_while_publishing[job.task_id] = job.style_id
-        self._world.publish(job.body, times)
+            self._world.destined.cancel_while_publishing[job.task_id] = job.style_id
+        headers = _LARGE_HEADERS if job.destiny in _WITH_LARGE_HEADERS else None
+        self._world.publish(job.body, times, headers)
         self.journal.note("published", task=job.task_id, destiny=job.destiny, times=times)
         return job
 
@@ -118,6 +123,8 @@ class Jobs:
         second = dataclasses.replace(first, task_id=derived_task_id(first.task_id, 1), again=True)
         with self._lock:
             self.published.append(second)
+        # Its record cannot be made at first: the order is put off before it was ever claimed.
+        self._world.destined.creation_refused[second.task_id] = _REFUSED_CREATIONS
         self._world.publish(first.body)
         self.journal.note("published", task=second.task_id, destiny=second.destiny, times=1)
         return second

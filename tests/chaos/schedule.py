@@ -53,6 +53,7 @@ class Kind(enum.StrEnum):
     ENDING_401 = "endings answered 401"
     ENDING_403 = "endings answered 403"
     ENDING_404 = "endings answered 404 by a proxy"
+    ENDING_429 = "endings answered 429 with a long Retry-After"
     ENDING_SLOW = "endings answered slowly"
     BACKEND_500 = "backend answers 500"
     BACKEND_429 = "backend answers 429"

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from sandbox.backend import Answer
 from tests.chaos.schedule import Fault, Kind
+from tests.chaos.timing import RETRY_AFTER
 from tests.chaos.windows import (
     Window,
     anything,
@@ -45,6 +46,7 @@ _ENDINGS = {
     Kind.ENDING_403: Answer(403, body=b'{"detail": "forbidden"}'),
     # A proxy in front of a backend that is being deployed; not the backend's own word.
     Kind.ENDING_404: Answer(404, MappingProxyType({"Content-Type": "text/html"}), b"<html>"),
+    Kind.ENDING_429: Answer(429, MappingProxyType({"Retry-After": str(RETRY_AFTER)})),
     Kind.ENDING_SLOW: Answer(delay=1.5),
 }
 _LONGEST_OUTAGE = 2.5

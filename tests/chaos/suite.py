@@ -70,6 +70,7 @@ class Plan:
             is stopped, to choose from.
         destinies: Those of the jobs that are not to complete.
         demand: Each of the kinds must strike, and each destiny be drawn.
+        jobs: So many are ordered at least.
         once: Whether the last worker runs with `--once`.
         mutant: What is changed in the workers (`tests.chaos.mutants`).
     """
@@ -88,6 +89,7 @@ class Plan:
     stop_points: tuple[str, ...] = STOP_POINTS
     destinies: tuple[Destiny, ...] = DESTINIES
     demand: bool = False
+    jobs: int = 0
     once: bool = True
     mutant: str | None = None
 
@@ -211,6 +213,8 @@ def _break_things(plan: Plan, injector: Injector, jobs: Jobs, hits: Hits) -> lis
         inside = noted(plan.folder)
         kinds = tuple(kind for kind in plan.kinds if not hits.of(kind) and not inside[kind])
         inject(_drawn(plan, plan.seed + 1000 * (encore + 1), len(kinds), kinds), 10**6)
+    while len(jobs.published) < plan.jobs:
+        jobs.publish()
     injector.cease()
     return faults
 

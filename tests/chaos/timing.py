@@ -4,7 +4,9 @@ QUEUE = "model_training"
 DEAD_QUEUE = f"{QUEUE}.dead"
 MEDIA, STATE = "media", "state"
 RETRY_DELAYS = (0.5, 1.0, 2.0)
-ENDING_DELAYS = (1.0, 2.0)
+ENDING_DELAYS = (1.0, 2.0, 4.0)
+RETRY_AFTER = 4
+"""Seconds that a backend asks for: longer than an ending is tried at once."""
 CRASH_DELAY = 2.0
 WINDOW_SECONDS = 15.0
 """`DEDUPLICATION_WINDOW_SECONDS`: longer than any outage of the suite, so that a message that comes

@@ -113,6 +113,7 @@ class BackendMood(Weather[Answer]):
     Attributes:
         destinies: Of the jobs, by task id: some are answered as their destiny wants it.
         mended: Tasks whose endings are taken from now on, whatever their destiny.
+        asked: Seconds that an answer asked for (`Retry-After`), by `webhook-id` and arrival.
         heard: Told of each verified request.
     """
 
@@ -120,11 +121,15 @@ class BackendMood(Weather[Answer]):
         super().__init__(struck)
         self.destinies: dict[str, Destiny] = {}
         self.mended: set[str] = set()
+        self.asked: dict[tuple[str, float], float] = {}
         self.heard: Callable[[ReceivedRequest], None] = lambda request: None
 
     def __call__(self, request: ReceivedRequest) -> Answer | None:
         self.heard(request)
         fault = self.fault(request.method, request.path)
+        if fault and "Retry-After" in fault.headers:
+            seconds = float(fault.headers["Retry-After"])
+            self.asked[request.webhook_id, request.received_at] = seconds
         return fault or self._destined(request.task_id or "", request.path)
 
     def _destined(self, task_id: str, path: str) -> Answer | None:

@@ -13,6 +13,8 @@ from tests.chaos.jobs import Job
 from tests.chaos.observed import Notes, Observed
 from tests.chaos.timing import CHECKPOINT_INTERVAL
 
+LONGEST_DISTURBANCE = 20.0
+"""Seconds after a fault in which a message may still come back because of it."""
 STALE_SECONDS = 1.5
 """How long a worker may need, once it is awake, to notice that its job is another's."""
 
@@ -61,6 +63,9 @@ class WorkLook:
         self._two_at_once(job, notes, epochs)
         self._repeats(job, notes)
         self._sequences(job)
+        self._impatience(job)
+        if any(note["kind"] == "lease_overrated" for note in notes):
+            self.broken.append(f"{job.task_id}: a lease was believed to last longer than it does")
 
     def _after_the_ending_trained(self, job: Job, notes: Notes) -> None:
         ended = [note["t"] for note in notes if note["kind"] == "ended"]
@@ -145,6 +150,33 @@ class WorkLook:
             for each in heard
         ):
             self.broken.append(f"{job.task_id}: progress of the same claim after its ending")
+
+    def _impatience(self, job: Job) -> None:
+        """A backend that asked for time got it, unless something else had the ending looked at."""
+        heard = self._observed.endings(job)
+        asked = self._observed.run.world.mood.asked
+        for before, after in zip(heard, heard[1:], strict=False):
+            waited = after.received_at - before.received_at
+            wanted = asked.get((before.webhook_id, before.received_at), 0.0)
+            if (
+                before.status == 429
+                and after.webhook_id == before.webhook_id
+                and waited < wanted * 0.9
+                and not self._disturbed(before.received_at, after.received_at)
+            ):
+                self.broken.append(
+                    f"{job.task_id}: its ending was tried again after {waited:.1f} s, though the "
+                    f"backend asked for {wanted} s"
+                )
+
+    def _disturbed(self, since: float, until: float) -> bool:
+        """Whether a worker or the broker was hit then: a message that comes back is looked at."""
+        return any(
+            note["kind"] == "fault"
+            and not note["name"].startswith(("ENDING_", "BACKEND_", "S3_"))
+            and since - LONGEST_DISTURBANCE <= note["t"] <= until
+            for note in self._notes
+        )
 
     def was_in_flight(self, job: Job, claim: int) -> bool:
         """Whether a worker was frozen in the middle of a request when the job ended: it writes this

@@ -36,6 +36,7 @@ def main() -> None:
     instruments.shorten_waits()
     instruments.add_crash_points(points)
     instruments.keep_journal(journal)
+    instruments.watch_leases(journal)
     instruments.withhold_sweeps(parsed.folder / "sweep-allowed", journal)
     instruments.fill_disk(disk_full, journal)
     full_disk.cut_writes(

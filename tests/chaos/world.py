@@ -18,6 +18,7 @@ from consumer.messages import derive_task_id
 from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
+from tests.chaos.destined_s3 import DestinedS3
 from tests.chaos.hits import Hits
 from tests.chaos.tcp_proxy import TcpProxy
 from tests.chaos.timing import (
@@ -34,10 +35,8 @@ from tests.chaos.timing import (
     WINDOW_SECONDS,
 )
 from tests.chaos.windows import BackendMood, FaultyS3
-from tests.integration.services.s3_proxy import Fault as S3Fault
 
 PUBLISH_SECONDS = 90.0
-_PERSISTENT = pika.BasicProperties(content_type="application/json", delivery_mode=2)
 SECRETS = (TOKEN, SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SECRET_ACCESS_KEY)
 
 
@@ -75,8 +74,7 @@ class World:
         elsewhere: The host that progress is redirected to; it must never hear anything.
         broker_turn: Held by whoever restarts the broker or needs it whole.
         hits: Counts what faults struck.
-        cancel_while_publishing: Task to style: the first writes into the style's folder have the
-            job cancelled.
+        destined: What jobs' destinies have S3 do.
         sweep_allowed: Records that the sweep may publish; the others must need no sweep.
     """
 
@@ -97,7 +95,6 @@ class World:
         self.folder = folder
         self._sweep_file = folder / "sweep-allowed"
         self.hits = hits
-        self.cancel_while_publishing: dict[str, int] = {}
         self.broker, self.s3_server = broker, s3_server
         self.backend, self.elsewhere = backend, elsewhere
         self.mood = BackendMood(hits)
@@ -105,6 +102,7 @@ class World:
         self.backend_way: TcpProxy
         self.broker_turn = threading.Lock()
         self.s3 = s3_server.client()  # somebody else at the storage
+        self.destined = DestinedS3(self.s3, lease)
         self._records: dict[str, tuple[str, dict[str, Any]]] = {}  # by key, with the ETag
         self._arguments = {"x-queue-type": "quorum"} if queue_type == "quorum" else {}
 
@@ -136,7 +134,7 @@ class World:
                     Ways(
                         stack.enter_context(TcpProxy(broker.host, broker.port, amqp=True)),
                         stack.enter_context(
-                            FaultyS3(s3_server.endpoint, hits, world.cancels_in_mid_publication)
+                            FaultyS3(s3_server.endpoint, hits, world.destined.fault)
                         ),
                     )
                 )
@@ -192,14 +190,17 @@ class World:
             with contextlib.suppress(ChannelClosedByBroker):
                 channel.queue_declare(QUEUE, durable=True, arguments=self._arguments)
 
-    def publish(self, body: bytes, times: int = 1) -> None:
+    def publish(self, body: bytes, times: int = 1, headers: dict[str, Any] | None = None) -> None:
         """Publish, once or more often in a row, until the broker has confirmed it."""
+        properties = pika.BasicProperties(
+            content_type="application/json", delivery_mode=2, headers=headers
+        )
         deadline = time.monotonic() + PUBLISH_SECONDS
         while True:
             try:
                 with self._channel() as channel:
                     while times:
-                        channel.basic_publish("", QUEUE, body, _PERSISTENT, mandatory=True)
+                        channel.basic_publish("", QUEUE, body, properties, mandatory=True)
                         times -= 1
                 return
             except (AMQPError, OSError):
@@ -278,34 +279,6 @@ class World:
         key = f"jobs/{task_id}.json"
         body = self.s3.get_object(Bucket=STATE, Key=key)["Body"].read()
         self.s3.put_object(Bucket=STATE, Key=key, Body=body[: len(body) // 2])
-
-    def cancel(self, task_id: str) -> None:
-        """Put the file there that cancels a job."""
-        self.s3.put_object(Bucket=STATE, Key=f"jobs/{task_id}.cancel", Body=b"")
-
-    def cancels_in_mid_publication(self, method: str, path: str) -> S3Fault | None:
-        """Have a job cancelled once the second file of its model is written.
-
-        The answer comes late, so that its worker sees the cancel before it writes the next file.
-        """
-        path = path.partition("?")[0]
-        if method != "PUT" or not path.startswith(f"/{MEDIA}/models/"):
-            return None
-        style = path.split("/")[3]
-        for task_id, style_id in tuple(self.cancel_while_publishing.items()):
-            if style == f"style_{style_id}" and path.endswith("/loss_curve.png"):
-                if self._publishes(style_id) == task_id:
-                    del self.cancel_while_publishing[task_id]
-                    self.cancel(task_id)
-                    return S3Fault(delay=self.lease / 2)
-        return None
-
-    def _publishes(self, style_id: int) -> str | None:
-        """The task whose turn it is to publish into the style's folder."""
-        with contextlib.suppress(self.s3.exceptions.NoSuchKey):
-            answer = self.s3.get_object(Bucket=STATE, Key=f"jobs/style_{style_id}.turn")
-            return str(json.loads(answer["Body"].read()).get("task_id"))
-        return None
 
     def settled(self) -> set[str]:
         """The ids of the jobs that a worker has marked as having nothing left to do."""
