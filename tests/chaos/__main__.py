@@ -11,11 +11,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos import mutants
+from tests.chaos import mutants, mutation_run
 from tests.chaos.crash_points import POINTS, STOP_POINTS
 from tests.chaos.reference import Destiny
 from tests.chaos.schedule import Kind
 from tests.chaos.suite import DESTINIES, Outcome, Plan, run
+
+_MUTANTS_FOLDER = Path(tempfile.gettempdir()) / "chaos-mutants"
+"""Always the same, so that a run that was cut off goes on."""
 
 
 def main() -> int:
@@ -33,8 +36,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=0, help="order so many at least")
     parser.add_argument("--settle-seconds", type=float, default=150.0, help="wait so long")
     parser.add_argument("--mutant", choices=mutants.NAMES, help="must make it fail")
+    parser.add_argument(
+        "--mutants", nargs="*", choices=mutants.NAMES, help="see that each is found; none: all"
+    )
     parser.add_argument("--folder", type=Path, help="for logs; a new one by default")
     parsed = parser.parse_args()
+    if parsed.mutants is not None:
+        return mutation_run.run(parsed.folder or _MUTANTS_FOLDER, parsed.mutants)
     plan = _plan(parser, parsed)
     outcome = run(plan)
     console = Console()

@@ -242,18 +242,19 @@ class Slot:
     def _launch(self) -> None:
         self.starts += 1
         self._is_old = self.tree != ROOT
+        once = self._once and not self._is_old
         full = self._disk_full_path.exists() or self._mid_write_path.exists()
         self._wanted = (
             *((-signal.SIGKILL,) if self._order_path.exists() else ()),
             *((4,) if full else ()),
-            *((0,) if self._once else ()),
+            *((0,) if once else ()),
         )
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # pylint: disable=consider-using-with
                 [
                     *(sys.executable, "-m", "tests.chaos.worker", "--folder", str(self._folder)),
                     *("--slot", str(self.number), "--who", self.who, *self._extra),
-                    *(("--once", str(IDLE_SECONDS)) if self._once else ()),
+                    *(("--once", str(IDLE_SECONDS)) if once else ()),
                 ],
                 cwd=self._folder,  # where no `.env` lies
                 env=self._environment | {"PYTHONPATH": str(self.tree)},

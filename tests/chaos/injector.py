@@ -18,6 +18,7 @@ from tests.chaos.jobs import Jobs
 from tests.chaos.reference import MAX_ATTEMPTS, Destiny
 from tests.chaos.schedule import Fault, Kind
 from tests.chaos.service_faults import ServiceFaults
+from tests.chaos.time_line import TimeLine
 from tests.chaos.timing import ATTEMPTS_TO_SPARE, DEAD_QUEUE, QUEUE
 from tests.chaos.world import Message, World, task_of
 
@@ -71,22 +72,6 @@ _AT_WORK = {
     Kind.CHECKPOINT_DELETED,
 }
 """What shows something only while the worker trains."""
-
-
-class TimeLine:
-    """What the suite did, for people: printed when an invariant is broken."""
-
-    def __init__(self, path: Path) -> None:
-        self.began = time.monotonic()
-        self.lines: list[str] = []
-        self._path = path
-        self._lock = threading.Lock()
-
-    def note(self, text: str) -> None:
-        """Add a line."""
-        with self._lock:
-            self.lines.append(f"{time.monotonic() - self.began:8.2f} s  {text}")
-            self._path.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
 
 
 class Injector:
@@ -293,8 +278,8 @@ class Injector:
         newest = record["checkpoints"][-1]
         facts = {"task": record["task_id"], "name": newest["name"]}
         self._jobs.journal.note("spoilt", how=fault.kind, **facts)
-        self._world.spoil(newest["prefix"], delete=fault.kind is Kind.CHECKPOINT_DELETED)
-        slot.signal(signal.SIGKILL)
+        if self._world.spoil(newest["prefix"], delete=fault.kind is Kind.CHECKPOINT_DELETED):
+            slot.signal(signal.SIGKILL)
 
     def _run_old_release(self, fault: Fault, slot: Slot) -> None:
         """Replace a worker by one of the last release until that has worked, and back."""
@@ -306,10 +291,16 @@ class Injector:
             slot.preempt(PREEMPTION_SECONDS)
             wait_for(lambda before=starts: slot.starts > before, _PATIENCE_SECONDS)
             if tree is self._old_tree:
-                self._jobs.publish()
-                wait_for(lambda: slot.claims() > 1, 4 * _PATIENCE_SECONDS)
+                wait_for(lambda: self._feed() and slot.claims() > 0, 4 * _PATIENCE_SECONDS)
+                time.sleep(fault.seconds)  # some of its work is to be taken over
                 self._world.hits.struck(fault.kind, slot.claims())
                 self._line.note(f"{fault.number:3}  … {slot.who} has made {slot.claims()} claims")
+
+    def _feed(self) -> bool:
+        """Have work there for every worker; True."""
+        while self._jobs.unended() < len(self._fleet.slots) + 1:
+            self._jobs.publish()
+        return True
 
     def _restart_broker(self, fault: Fault) -> None:
         with self._world.broker_turn:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from tests.chaos import journal
 from tests.chaos.conductor import Conductor
 from tests.chaos.jobs import Jobs, is_settled, journal_of
 from tests.chaos.reference import expected
+from tests.chaos.time_line import TimeLine
 from tests.chaos.timing import DEAD_QUEUE
 from tests.chaos.world import World
-
-if TYPE_CHECKING:
-    from tests.chaos.injector import TimeLine
 
 _QUIET_LEASES = 4
 """So long nothing has happened: without help, nothing will."""

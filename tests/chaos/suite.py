@@ -35,13 +35,14 @@ from tests.chaos.conductor import Conductor
 from tests.chaos.crash_points import POINTS, STOP_POINTS
 from tests.chaos.fleet import Fleet, Slot
 from tests.chaos.hits import Hits
-from tests.chaos.injector import Injector, TimeLine
+from tests.chaos.injector import Injector
 from tests.chaos.jobs import Jobs, journal_of
 from tests.chaos.journal import Journal
 from tests.chaos.noted import noted
 from tests.chaos.reference import Destiny
 from tests.chaos.schedule import Fault, Kind, schedule
 from tests.chaos.settling import empty_queues, settle
+from tests.chaos.time_line import TimeLine
 from tests.chaos.timing import MEDIA
 from tests.chaos.verdict import Evidence, Verdict
 from tests.chaos.watcher import Watcher
