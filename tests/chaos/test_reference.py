@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,27 @@ def test_every_destiny_has_a_path_that_ends_settled() -> None:
         assert outcome.record == "ended", destiny
         assert outcome.delivery in ("delivered", "set_aside"), destiny
         assert not outcome.staged, destiny
+
+
+def test_the_page_has_each_destiny_with_its_places() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "chaos.md").read_text(encoding="utf-8")
+    rows = {
+        cells[0]: cells[2:]
+        for line in page.splitlines()
+        if line.startswith("| ") and len(cells := [c.strip() for c in line.split("|")[1:-1]]) == 9
+    }
+    for destiny in Destiny:
+        outcome = expected(destiny)[0]
+        kept = sorted(outcome.checkpoints)
+        assert rows[destiny] == [
+            outcome.record,
+            outcome.delivery,
+            outcome.ending or "none",
+            f"{outcome.endings}, {outcome.taken}",
+            " ".join(sorted(outcome.dead_letters)) or "none",
+            "yes" if outcome.model else "no",
+            "anything" if len(kept) == len(Kept) else " or ".join(kept),
+        ], destiny
 
 
 def test_a_completed_job_leaves_its_model_and_weights_and_no_dead_letter() -> None:
