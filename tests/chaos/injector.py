@@ -137,6 +137,8 @@ class Injector:
             _in_time(slot.has_no_order)  # else that point is far away, and this order replaces it
         if fault.kind is Kind.CHILD_KILLED and not _in_time(lambda: slot.child is not None):
             return "it has no trainer process"
+        if fault.kind in (Kind.WORKER_KILLED, Kind.PREEMPTED):
+            _in_time(slot.is_busy)  # one that does nothing is hit too, and counts as no hit
         if fault.kind is Kind.FROZEN:
             # One at a time: its job is to be taken from it, by one that is awake.
             with self._freezing:
