@@ -122,6 +122,8 @@ class Injector:
             self._process(fault, self._fleet.slots[fault.slot])
         else:
             self._services.inject(fault)
+            if fault.kind is Kind.BROKER_CONFIRMS_LOST:
+                self._jobs.publish(destiny=Destiny.INVALID)  # whoever takes it publishes a copy
         return True
 
     def _hindrance(self, fault: Fault) -> str | None:
@@ -273,15 +275,16 @@ class Injector:
 
     def _spoil_checkpoint(self, fault: Fault, slot: Slot) -> None:
         """Spoil the newest checkpoint of the job in hand, and kill its worker."""
+        # So that it makes no newer one meanwhile.
+        slot.signal(signal.SIGSTOP, with_child=True)
         task_id = slot.task()
         record = self._world.records().get(task_id or "")
-        if record is None or not record["checkpoints"]:
-            return
-        newest = record["checkpoints"][-1]
-        facts = {"task": record["task_id"], "name": newest["name"]}
-        self._jobs.journal.note("spoilt", how=fault.kind, **facts)
-        if self._world.spoil(newest["prefix"], delete=fault.kind is Kind.CHECKPOINT_DELETED):
-            slot.signal(signal.SIGKILL)
+        if record is not None and record["checkpoints"]:
+            newest = record["checkpoints"][-1]
+            facts = {"task": record["task_id"], "name": newest["name"]}
+            self._jobs.journal.note("spoilt", how=fault.kind, **facts)
+            self._world.spoil(newest["prefix"], delete=fault.kind is Kind.CHECKPOINT_DELETED)
+        slot.signal(signal.SIGKILL, with_child=True)
 
     def _run_old_release(self, fault: Fault, slot: Slot) -> None:
         """Replace a worker by one of the last release until that has worked, and back."""

@@ -193,8 +193,10 @@ def _seconds(dice: random.Random, kind: Kind, lease: float) -> float:
         seconds = lease * dice.uniform(1.5, LONGEST_FREEZE_IN_LEASES)
     if kind is Kind.S3_AWAY_LONG:
         seconds = lease * dice.uniform(1.2, 2.0)
-    if kind in (Kind.DISK_FULL_MID_WRITE, Kind.CLOCK_STEP, Kind.BROKER_CONFIRMS_LOST):
+    if kind in (Kind.DISK_FULL_MID_WRITE, Kind.CLOCK_STEP):
         seconds = dice.uniform(2.0, 5.0)
+    if kind is Kind.BROKER_CONFIRMS_LOST:
+        seconds = dice.uniform(4.0, 8.0)  # somebody is to publish something meanwhile
     if kind in (Kind.BROKER_SILENT, Kind.CHILD_HANGS):
         seconds = dice.uniform(2.0, 7.0)
     return seconds
@@ -203,6 +205,8 @@ def _seconds(dice: random.Random, kind: Kind, lease: float) -> float:
 def _slot(dice: random.Random, kind: Kind, workers: int) -> int:
     if kind in DEADLY:
         return dice.randrange(min(1, workers - 1), workers)
+    if kind is Kind.BROKER_CONFIRMS_LOST:
+        return -1
     if kind.name.startswith(("S3_", "BROKER_")) and dice.random() < 0.3:
         return -1
     return dice.randrange(workers)

@@ -24,6 +24,7 @@ import dataclasses
 import logging
 import random
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -318,9 +319,9 @@ def _vitals(fleet: Fleet, baseline: dict[str, int]) -> list[str]:
 
 def _stop(fleet: Fleet) -> list[str]:
     broken = [
-        f"{who} ended with {code}, wanted 0"
+        f"{who} did not end within {STOP_SECONDS:.0f} s"
         for who, code in fleet.stop(STOP_SECONDS).items()
-        if code
+        if code == -signal.SIGKILL
     ]
     for slot in fleet.slots:
         broken += [

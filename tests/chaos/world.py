@@ -293,18 +293,15 @@ class World:
         pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return [dict(found) for page in pages for found in page.get("Contents", ())]
 
-    def spoil(self, prefix: str, *, delete: bool) -> bool:
-        """Delete one of the files of a checkpoint, or change its content. Whether it was there."""
+    def spoil(self, prefix: str, *, delete: bool) -> None:
+        """Delete one of the files of a checkpoint, or change its content, if it is there."""
         key = f"{prefix}optimizer.safetensors"
-        try:
+        with contextlib.suppress(self.s3.exceptions.ClientError):  # its job has just ended
             mark = self.s3.head_object(Bucket=STATE, Key=key)["Metadata"]
-        except self.s3.exceptions.ClientError:
-            return False  # its job has ended meanwhile, or made a newer one
-        if delete:
-            self.s3.delete_object(Bucket=STATE, Key=key)
-        else:
-            self.s3.put_object(Bucket=STATE, Key=key, Body=b"damaged", Metadata=mark)
-        return True
+            if delete:
+                self.s3.delete_object(Bucket=STATE, Key=key)
+            else:
+                self.s3.put_object(Bucket=STATE, Key=key, Body=b"damaged", Metadata=mark)
 
     def allow_sweep(self, records: Collection[str]) -> None:
         """Let the workers' sweeps publish these records; `*` stands for all."""
