@@ -239,7 +239,7 @@ class BrokerLoop(abc.ABC):
         queue, task_id = parcel.form.queue.value, parcel.form.message_id
         is_shorter = parcel.strike(refusal, str(error))
         delay = self._outbox.put_off(parcel)
-        self._observer.publication_refused(refusal, stuck=parcel.is_stuck)
+        self._observer.metrics.publications_refused.labels(refusal).inc()
         log.warning(
             "publication_refused",
             queue=queue,
@@ -251,6 +251,7 @@ class BrokerLoop(abc.ABC):
         if is_shorter:
             log.error("publication_shortened", queue=queue, task_id=task_id, cut=parcel.is_cut)
         elif parcel.is_stuck:
+            self._observer.metrics.publications_stuck.inc()
             log.error("publication_stuck", queue=queue, task_id=task_id, error=str(error))
 
     def _settle(self, lane: Lane) -> None:

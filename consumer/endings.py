@@ -18,6 +18,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from consumer import settlement
+from consumer.model_publisher import Published
 from consumer.observer import Observer
 from consumer.put_offs import PutOffs, Why, why_of
 from consumer.settlement import MIN_LEVEL, OWN_COPY, Publication, Queue, Settlement
@@ -68,8 +69,12 @@ _CONFIRM_SECONDS_AT_A_STOP = 1.0
 _LONGEST_WATCH_SECONDS = 1800.0
 
 
-def complete(job: TrainingJob, finished: Finished, model_url: str, *, sequence: int) -> Ending:
-    """The ending of a job whose model is in place."""
+def complete(
+    job: TrainingJob, finished: Finished, published: Published, *, sequence: int
+) -> Ending:
+    """The ending of a job whose model is in place, or in the archive where the style keeps the
+    model of a later order."""
+    model_url = published.model_url
     parameters = finished.summary.get("hyperparameters", {})
     body: dict[str, Any] = {
         "style_id": job.style_id,
@@ -92,6 +97,8 @@ def complete(job: TrainingJob, finished: Finished, model_url: str, *, sequence: 
         "sequence": sequence,
         "report": finished.summary,
     }
+    if published.superseded_by is not None:
+        body |= {"superseded_by": published.superseded_by, "archived_url": published.archived_url}
     return Ending(EndingKind.COMPLETE, body)
 
 

@@ -15,7 +15,7 @@ from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
 from services.job_record import Ending, EndingKind
 from services.tracing import Tracing
-from utils.errors import ErrorCode, Refusal, StopReason
+from utils.errors import ErrorCode, StopReason
 from utils.events import Event, Progress, Stage
 from utils.gpu_monitor import THROTTLE_REASONS, GpuReading
 from utils.metrics import NO_CODE, Metrics
@@ -125,12 +125,6 @@ class Observer:
         """A message can never become a job."""
         self.metrics.messages_refused.labels(code).inc()
 
-    def publication_refused(self, refusal: Refusal, *, stuck: bool) -> None:
-        """The broker did not take a publication; `stuck`: in no form."""
-        self.metrics.publications_refused.labels(refusal).inc()
-        if stuck:
-            self.metrics.publications_stuck.inc()
-
     def put_off(self, reason: str) -> None:
         """A message was put off."""
         self.metrics.messages_put_off.labels(reason).inc()
@@ -158,6 +152,7 @@ class Observer:
         self.tracing.note(ending=ending.kind, code=ending.code)
         if self._job is None:
             return
+        self._job.ended()
         seconds = self._job.seconds
         self.metrics.job_duration_seconds.labels(ending.kind).observe(seconds)
         if ending.kind is EndingKind.COMPLETE:

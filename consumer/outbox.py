@@ -89,6 +89,7 @@ class Parcel:
         if shorter is None:
             return False
         self.form, self.strikes = shorter, 0
+        self.backoff.reset()
         return True
 
     def _shorter(self, refusal: Refusal, why: str) -> Publication | None:

@@ -16,6 +16,7 @@ from config import Settings
 from consumer import endings, messages, run_events
 from consumer.checkpoint_uploads import CheckpointUploads, clear_up, newest_usable_checkpoint
 from consumer.endings import Endings
+from consumer.job_size import require_room
 from consumer.lease_relay import relayed
 from consumer.machine import require_fit
 from consumer.model_publisher import ModelPublisher
@@ -74,6 +75,7 @@ class Desk:
 
     settings: Settings
     s3: S3Service
+    state_s3: S3Service
     webhooks: WebhookService
     records: JobRecords
     endings: Endings
@@ -182,7 +184,6 @@ class Pipeline:
     def _work(self, job: TrainingJob, lease: JobLease) -> Settlement:
         """From a claim to an ending, or back to the queue."""
         stop = StopSignal()
-        owed: OwedCopy | None = None
         try:
             with self._desk.shutdown.covering(stop), relayed(lease, stop):
                 ending = self._train_and_publish(job, lease, stop)
@@ -197,14 +198,26 @@ class Pipeline:
                 error = given_up
             elif is_retryable(error) and not self._is_last_attempt(lease):
                 return self._try_again(job, lease, error)
-            ending, owed = self._failed(job, lease, error)
+            return self._fail(job, lease, error)
         except Exception as error:  # pylint: disable=broad-exception-caught
             # A bug of ours must not cost the artist the ending; the stack trace is in the log.
             log.exception("job_broke")
             ours = TrainingFailed(
                 f"internal error ({type(error).__name__}); the worker's log says more"
             )
-            ending, owed = self._failed(job, lease, ours)
+            return self._fail(job, lease, ours)
+        return self._settle(job, lease, ending, None)
+
+    def _fail(self, job: TrainingJob, lease: JobLease, error: TrainingServerError) -> Settlement:
+        """End the job as failed, once no file of it is left in the style's folder."""
+        try:
+            self._desk.publisher.repair(job.style_id, job.task_id, lease)
+        except (StorageError, MachineError) as trouble:
+            if not self._is_last_attempt(lease):
+                return self._try_again(job, lease, trouble)
+            # The turn's note stays: the style's next publisher repairs the folder.
+            log.error("style_folder_not_repaired", reason=str(trouble))
+        ending, owed = self._failed(job, lease, error)
         return self._settle(job, lease, ending, owed)
 
     def _settle(
@@ -215,7 +228,7 @@ class Pipeline:
         lease.end(ending, owed)
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
         self._desk.observer.ended(ending)
-        cleared = clear_up(self._desk.s3, self._settings.state_bucket_name, lease.record)
+        cleared = clear_up(self._desk.state_s3, self._settings.state_bucket_name, lease.record)
         with self._desk.observer.tracing.span("tell"):
             left = self._desk.endings.deliver(
                 lease, original=job.body, for_seconds=endings.DELIVER_AT_ONCE_SECONDS
@@ -230,6 +243,7 @@ class Pipeline:
             raise _given_up(lease)
         stop.check()
         self._require_time(job, lease)
+        desk.publisher.repair(job.style_id, job.task_id, lease)
         with (
             desk.folders.job() as folder,
             ProgressReporter(
@@ -243,7 +257,7 @@ class Pipeline:
             CheckpointUploads(
                 job,
                 lease,
-                desk.s3,
+                desk.state_s3,
                 settings.state_bucket_name,
                 curves=folder / CURVES,
                 patience=desk.shutdown.seconds_for_saving,
@@ -266,17 +280,31 @@ class Pipeline:
             stop.check()
             reporter.saw(run_events.uploading(finished, job))
             with desk.observer.tracing.span("upload"):
-                model_url = desk.publisher.publish(
-                    Path(finished.folder), finished.files, job, lease, stop
+                published = desk.publisher.publish(
+                    Path(finished.folder),
+                    finished.files,
+                    job,
+                    lease,
+                    stop,
+                    ordered_at=lease.record.ordered_at,
                 )
         # The reporter is closed: no progress follows the ending.
-        return endings.complete(job, finished, model_url, sequence=lease.next_sequence())
+        return endings.complete(job, finished, published, sequence=lease.next_sequence())
 
     def _fetched_run(
         self, job: TrainingJob, lease: JobLease, folder: Path, stop: StopSignal
     ) -> TrainingRun:
         """What the trainer is told, with everything that it needs in the job's folder."""
         s3, settings = self._desk.s3, self._settings
+        require_room(
+            s3,
+            self._desk.state_s3,
+            settings,
+            job,
+            folder,
+            stop,
+            checkpoints=lease.record.checkpoints,
+        )
         return TrainingRun(
             task_id=job.task_id,
             style_id=job.style_id,
@@ -285,7 +313,7 @@ class Pipeline:
             parameters=job.hyper_parameters,
             work_folder=str(folder),
             resume_from=newest_usable_checkpoint(
-                s3, settings.state_bucket_name, lease.record, folder
+                self._desk.state_s3, settings.state_bucket_name, lease.record, folder
             ),
             min_images=settings.min_images,
             max_image_pixels=settings.max_image_pixels,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -106,7 +107,9 @@ class ProgressReporter:
         """Take the newest state. The start of training is reported at once, everything else by the
         clock."""
         starts = progress.stage is Stage.TRAINING and self._latest.stage is not Stage.TRAINING
-        self._latest = progress
+        # Training that starts over is not measured yet; the rate before that is the best there is.
+        rate = progress.steps_per_second or self._latest.steps_per_second
+        self._latest = dataclasses.replace(progress, steps_per_second=rate)
         if starts:
             self._wake.set()
 

@@ -329,6 +329,7 @@ def refusal_by(error: BaseException | None) -> Refusal:
 
 
 def properties_of(publication: Publication) -> pika.BasicProperties:
+    """Persistent, and named after its task."""
     return pika.BasicProperties(
         content_type="application/json",
         delivery_mode=pika.DeliveryMode.Persistent.value,

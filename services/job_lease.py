@@ -52,11 +52,22 @@ class JobLease(Lease[JobRecord]):
         self._counting = threading.Lock()
         self._claimed_at = began_at
         self._run_before = record.seconds_run
+        self._seen = (0, 0.0, 0.0)
 
     @property
     def seconds_run(self) -> float:
         """How long the job has been held in all, by this claim and those before it."""
         return self._run_before + time.monotonic() - self._claimed_at
+
+    def saw(self, *, epoch: int, loss: float | None, seconds_left: float | None) -> None:
+        """Take note of how far the job is, for people; the next write of the record carries it.
+
+        Args:
+            epoch: Completed epochs.
+            loss: The training loss; None before there is one.
+            seconds_left: The time that is left; None before it can be measured.
+        """
+        self._seen = (epoch, round(loss or 0.0, 6), round(seconds_left or 0.0, 1))
 
     def next_sequence(self) -> int:
         """The next number of this job's news: it rises within a claim and from claim to claim."""
@@ -133,7 +144,14 @@ class JobLease(Lease[JobRecord]):
 
     def _stamped(self, record: JobRecord) -> JobRecord:
         if self.record.state is State.LIVE:
-            record = dataclasses.replace(record, seconds_run=round(self.seconds_run, 3))
+            epoch, loss, left = self._seen
+            record = dataclasses.replace(
+                record,
+                seconds_run=round(self.seconds_run, 3),
+                epoch_seen=epoch,
+                loss_seen=loss,
+                seconds_left=left,
+            )
         return stamped(record)
 
     def after_renewal(self) -> None:

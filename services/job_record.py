@@ -200,6 +200,8 @@ class JobRecord(HeldRecord):
         min_level: The lowest protocol level of a worker that may claim the job.
         seconds_run: How long workers have held the live job in all, up to the last write.
         rejections: How often in a row a machine could not do the job and left it to another.
+        epoch_seen, loss_seen, seconds_left: How far the live job was at the last write, for people:
+            completed epochs, the loss, and the time that was left. 0 where it is not known.
     """
 
     task_id: str
@@ -224,6 +226,9 @@ class JobRecord(HeldRecord):
     min_level: int = later(0)
     seconds_run: float = beside(0.0)
     rejections: int = beside(0)
+    epoch_seen: int = beside(0)
+    loss_seen: float = beside(0.0)
+    seconds_left: float = beside(0.0)
 
     @classmethod
     def new(cls, request: JobRequest, owner: str, lease_seconds: float) -> JobRecord:
@@ -276,7 +281,15 @@ class JobRecord(HeldRecord):
         if not self.hold.released:
             free = self.released(count_attempt=self.hold.owner != owner)
         hold = free.hold.taken(owner, lease_seconds)
-        return dataclasses.replace(free, hold=hold, fruitful=False, sweeps=0)
+        return dataclasses.replace(
+            free,
+            hold=hold,
+            fruitful=False,
+            sweeps=0,
+            epoch_seen=0,
+            loss_seen=0.0,
+            seconds_left=0.0,
+        )
 
     def with_checkpoint(self, checkpoint: Checkpoint) -> JobRecord:
         """A checkpoint is complete on S3.
@@ -351,11 +364,14 @@ class JobRecord(HeldRecord):
         What the backend was told stays told: the attempt has an ending of its own, under an id of
         its own, and the next claim's number makes its `sequence` a later one.
 
+        A copy that the dead queue was still owed is owed no more.
+
         Raises:
             ValueError: The job has not failed, or the backend has yet to hear that it did.
         """
         ending = self.ending
-        if ending is None or ending.kind is not EndingKind.FAILED or not self.is_settled:
+        told = self.delivery in _FINAL
+        if ending is None or ending.kind is not EndingKind.FAILED or not told:
             raise ValueError(f"a job that is {self.state} ({self.delivery}) cannot be reopened")
         reason = str(ending.body.get("error_message", ""))
         return dataclasses.replace(
@@ -370,8 +386,12 @@ class JobRecord(HeldRecord):
             last_error=LastError(ending.code or "", reason, claim=self.claim, at=ending.at),
             sweeps=0,
             ended_at=None,
+            owed=None,
             seconds_run=0.0,
             rejections=0,
+            epoch_seen=0,
+            loss_seen=0.0,
+            seconds_left=0.0,
         )
 
     def to_be_told_again(self) -> JobRecord:

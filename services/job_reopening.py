@@ -1,10 +1,9 @@
 """A person sends back a job that has ended: the only change that a settled record ever sees.
 
 By conditional writes, as everything that changes a record: a worker that comes in between wins, and
-the record is looked at anew. The record is put on the index of live ones before it is written, its
-`.settled` mark removed after it (see `services.record_index`), and the message published last. A
-process that dies in between leaves a record that the sweep publishes, or one that can be sent back
-again.
+the record is read again. The record is put on the index of live ones and written, and its
+`.settled` mark removed after it (see `services.record_index`), the message published last: whoever
+dies in between leaves a record that the sweep publishes, or one that can be sent back again.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def reopen(s3: S3Service, bucket: str, task_id: str, *, identity: str) -> JobRec
             return record
         if record.ending is not None and record.ending.kind is EndingKind.COMPLETE:
             raise CannotReopen("it has completed since, and its model is in place")
-        if not record.is_settled:
+        if record.delivery is Delivery.PENDING:
             raise CannotReopen("the backend has not heard yet that it failed; wait until it has")
         return record.reopened()
 

@@ -70,11 +70,13 @@ class PictureRequest:
         source: Its address in the message's own spelling, for the report.
         location: Where that is.
         caption: Its caption; None to look for the object beside the picture with the suffix `.txt`.
+        version_id: The version of the object that is meant; None for the present one.
     """
 
     source: str
     location: S3Location
     caption: str | None = None
+    version_id: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from services.webhook_answers import (
     judge_progress,
 )
 from utils.errors import ConfigurationError
-from utils.logger import get_logger
+from utils.logger import bound_value, get_logger
 from utils.metrics import Metrics
 from utils.urls import origin_of, shown
 
@@ -56,6 +56,7 @@ PATHS = {
 }
 _MAX_ANSWER_BYTES = 64 * 1024
 _DETAIL_CHARACTERS = 200
+_REMEMBERED_JOBS = 100
 _FINAL = (EndingOutcome.DELIVERED, EndingOutcome.REJECTED)
 
 # Requests that cannot be made at all, whatever the network does.
@@ -116,6 +117,7 @@ class WebhookService:
             raise ConfigurationError("a webhook signing secret is not whsec_ and base64") from None
         if not self._signers:
             raise ConfigurationError("there is no webhook signing secret")
+        self._warned: dict[tuple[str, str], None] = {}
         self._token = token
         self._secrets = (token, *signing_secrets)
         self._timeout = timeout
@@ -135,8 +137,19 @@ class WebhookService:
         with contextlib.suppress(ValueError):
             if (origin := origin_of(requested)) in self._allowed:
                 return origin
-        log.warning("webhook_origin_not_allowed", named=shown(requested), used=self._backend)
+        self._warn_once_a_job(requested)
         return self._backend
+
+    def _warn_once_a_job(self, requested: str) -> None:
+        """Progress and ending of one job name the same address; one line about it is enough."""
+        about = (bound_value("task_id"), requested)
+        # One operation each, so that threads need no lock; at worst a line is repeated.
+        if about in self._warned:
+            return
+        self._warned[about] = None
+        for oldest in list(self._warned)[:-_REMEMBERED_JOBS]:
+            self._warned.pop(oldest, None)
+        log.warning("webhook_origin_not_allowed", named=shown(requested), used=self._backend)
 
     def send_progress(self, origin: str, body: Mapping[str, Any]) -> ProgressAnswer:
         """Report progress: one attempt, which never raises for network or backend.

@@ -242,7 +242,7 @@ class PublicationRefused(BrokerError):
         refusal: Why.
     """
 
-    def __init__(self, message: str, refusal: Refusal) -> None:
+    def __init__(self, message: str | None = None, refusal: Refusal = Refusal.LOST) -> None:
         super().__init__(message)
         self.refusal = refusal
 

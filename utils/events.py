@@ -33,9 +33,16 @@ class Stage(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stop:
-    """Ask the run in hand to stop at the next optimizer step."""
+    """Ask one run to stop at the next optimizer step.
+
+    Attributes:
+        reason: Why.
+        task_id, claim: The run that is meant; for any other the stop comes too late.
+    """
 
     reason: StopReason
+    task_id: str
+    claim: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

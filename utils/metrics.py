@@ -26,7 +26,7 @@ READINESS = ("broker", "s3", "gpu", "base_model")
 WASTE = ("failed", "retry", "machine", "lease_lost", "shutdown", "cancelled")
 """Why GPU time led to nothing: the label `reason` of `wasted_gpu_seconds_total`."""
 
-PUT_OFFS = ("storage", "damaged_record", "newer_record", "newer_message")
+PUT_OFFS = ("storage", "damaged_record", "newer_record", "newer_message", "crash")
 """Why a message is put off: the label `reason` of `messages_put_off_total`."""
 
 _QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)

@@ -6,6 +6,9 @@ secret.
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import importlib.util
 import ipaddress
 import os
@@ -23,6 +26,30 @@ BASE_MODEL_REVISION = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
 """The commit on the Hugging Face hub that `BASE_MODEL` means, unless the settings name another.
 https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/tree/451f4fe16113bff5a5d2269ed5ad43b0592e9a14
 `scripts/pin-images` compares it with the hub."""
+
+_PLACEHOLDER = "replace-me"
+_PLACEHOLDER_HOST = "api.example.com"
+
+
+def filled_in(value: Any) -> Any:
+    """Any value as it is, unless it is one that `.env.example` only shows the place of."""
+    for item in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(item, str):
+            _refuse_placeholders(item)
+    return value
+
+
+def _refuse_placeholders(value: str) -> None:
+    for part in value.lower().split(","):
+        if part.strip().startswith(_PLACEHOLDER):
+            raise ValueError("is still the placeholder of .env.example: set your own value")
+        # Found by its text, since an address that is malformed besides has no host.
+        address = re.sub(r"^[a-z]+://", "", part.strip()).rpartition("@")[2]
+        if re.fullmatch(rf"{re.escape(_PLACEHOLDER_HOST)}\.?(?:[:/?#].*)?", address):
+            raise ValueError(
+                f"still names the placeholder {_PLACEHOLDER_HOST} of .env.example: set your own "
+                "host"
+            )
 
 
 def split(value: Any) -> Any:
@@ -116,3 +143,21 @@ def bucket_name(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", value):
         raise ValueError("is not a bucket name (3 to 63 of a-z, 0-9, dot and hyphen; no s3://)")
     return value
+
+
+def signing_secrets(value: str) -> None:
+    """Keys of Standard Webhooks, separated by commas."""
+    for secret in split(value) or ("",):
+        try:
+            key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        except ValueError:  # its text says which byte is wrong
+            key = b""
+        if not secret.startswith("whsec_") or len(key) < 24:
+            raise ValueError("must be whsec_ and base64 of at least 24 bytes")
+
+
+def derived_signing_secret(token: str) -> str:
+    """The key that signs webhooks if none is set, as docs/protocol.md has it."""
+    message = b"training-server webhook signing v1"
+    digest = hmac.new(token.encode(), message, hashlib.sha256).digest()
+    return "whsec_" + base64.b64encode(digest).decode()

@@ -33,10 +33,12 @@ def origin_of(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """An address for a log line: scheme and host alone, since the rest may hold a secret."""
+    """An address for a log line: scheme, host and port, since the rest may hold a secret."""
     try:
         parts = urlsplit(url)
-        return f"{parts.scheme}://{parts.hostname or ''}"[:100]
+        port = "" if parts.port is None else f":{parts.port}"
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
+        return f"{parts.scheme}://{host[:100]}{port}"
     except ValueError:
         return "an address that cannot be read"
 

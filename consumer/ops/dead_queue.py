@@ -45,6 +45,11 @@ class DeadLetter:
     body: bytes
     headers: Mapping[str, str | int | bool]
 
+    @property
+    def is_cut(self) -> bool:
+        """The body is only the beginning of the message, which the broker would not hold."""
+        return BODY_SHA256 in self.headers
+
 
 Judge = Callable[[DeadLetter], Publication | None]
 """What is published in a letter's place; None leaves it where it is."""

@@ -24,7 +24,6 @@ from tests.chaos.tcp_proxy import TcpProxy
 from tests.chaos.timing import (
     ACK_TIMEOUT_MS,
     CHECKPOINT_INTERVAL,
-    CRASH_DELAY,
     ENDING_DELAYS,
     GRACE_SECONDS,
     LONGEST_FREEZE_IN_LEASES,
@@ -242,9 +241,8 @@ class World:
 
     def queues(self) -> list[str]:
         """The names of all queues that there may be."""
-        for_a_while = (self.lease, CRASH_DELAY)
-        delays = [f"{QUEUE}.delay.{_ms(s)}" for s in (*RETRY_DELAYS, *for_a_while)]
-        delays += [f"{QUEUE}.endings.delay.{_ms(s)}" for s in (*ENDING_DELAYS, *for_a_while)]
+        delays = [f"{QUEUE}.delay.{_ms(s)}" for s in (*RETRY_DELAYS, self.lease)]
+        delays += [f"{QUEUE}.endings.delay.{_ms(s)}" for s in (*ENDING_DELAYS, self.lease)]
         return [QUEUE, f"{QUEUE}.endings", f"{QUEUE}.dead", *dict.fromkeys(delays)]
 
     def take_all(self, name: str) -> list[Message]:

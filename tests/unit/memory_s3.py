@@ -86,7 +86,7 @@ class MemoryS3:
         self._request("head", location.key)
         return (location.bucket, location.key) in self.objects
 
-    def head(self, location: S3Location) -> ObjectInfo:
+    def head(self, location: S3Location, **_: Any) -> ObjectInfo:
         self._request("head", location.key)
         return self._info(location.key, self._find(location))
 

@@ -17,44 +17,14 @@ from pydantic import SecretStr, ValidationError
 import config
 from config import Settings, TrainerSettings, load, setting_names
 from services.s3_service import S3Service
+from tests.unit.environment import NAMES, REQUIRED, TOKEN, problems, settings
 from training.lora_config import HyperParameters
 from utils.errors import ConfigurationError
 from utils.setting_values import not_pinned
 from utils.urls import origin_of
 
-TOKEN = "a-token-that-is-long-enough-for-the-rule"
-REQUIRED = {
-    "AWS_STORAGE_BUCKET_NAME": "stylelicense-media",
-    "BACKEND_API_URL": "https://api.stylelicense.com",
-    "INTERNAL_API_TOKEN": TOKEN,
-}
 EXAMPLE = Path(__file__).parents[2] / ".env.example"
-NAMES = setting_names(Settings)
-
-
-@pytest.fixture(autouse=True)
-def _no_settings_but_the_test_s_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No variable and no `.env` of whoever runs the tests gets in."""
-    monkeypatch.chdir(tmp_path)
-    for name in tuple(os.environ):
-        if name.upper() in NAMES:
-            monkeypatch.delenv(name)
-
-
-def settings(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Settings:
-    """The worker's settings in an environment of the required ones and `environment`."""
-    for name, value in (REQUIRED | environment).items():
-        monkeypatch.setenv(name, value)
-    loaded = load()
-    assert isinstance(loaded, Settings)
-    return loaded
-
-
-def problems(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
-    """What a person is told about `environment`."""
-    with pytest.raises(ConfigurationError) as caught:
-        settings(monkeypatch, **environment)
-    return str(caught.value)
+pytestmark = pytest.mark.usefixtures("own_settings")
 
 
 def documented() -> dict[str, tuple[str, bool, str]]:
@@ -95,9 +65,21 @@ def test_every_documented_default_is_the_real_one(monkeypatch: pytest.MonkeyPatc
     assert not [n for n in empty - derived if getattr(default, n) not in (None, ())]
 
 
-def test_the_example_itself_loads_as_a_dotenv_file(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_bytes(EXAMPLE.read_bytes())
+def test_the_example_starts_once_its_placeholders_are_filled_in_and_not_before(
+    tmp_path: Path,
+) -> None:
+    text = EXAMPLE.read_text(encoding="utf-8")
+    (tmp_path / ".env").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigurationError) as caught:
+        load()
+    told = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]]
+    assert told == ["BACKEND_API_URL", "INTERNAL_API_TOKEN"]
+    assert "placeholder" in str(caught.value)
+    for name in told:
+        text = re.sub(rf"(?m)^{name}=.*$", f"{name}={REQUIRED[name]}", text)
+    (tmp_path / ".env").write_text(text, encoding="utf-8")
     assert load().aws_storage_bucket_name == "stylelicense-media"
+    assert config.unknown_names() is None
 
 
 # ---- problems ------------------------------------------------------------------------------------
@@ -116,7 +98,7 @@ def test_problems_of_every_kind_are_reported_together(monkeypatch: pytest.Monkey
         monkeypatch,
         RABBITMQ_PORT="amqp",
         MODEL_BUCKET_NAME="s3://models",
-        BACKEND_API_URL="http://api.example.com",
+        BACKEND_API_URL="http://backend.example",
         INTERNAL_API_TOKEN="short",
         EPOCHS="0",
         RESOLUTION="100",
@@ -133,7 +115,7 @@ def test_problems_of_every_kind_are_reported_together(monkeypatch: pytest.Monkey
     expected = {
         "RABBITMQ_PORT: Input should be a valid integer",
         "MODEL_BUCKET_NAME: is not a bucket name",
-        "BACKEND_API_URL: http://api.example.com is plain http",
+        "BACKEND_API_URL: http://backend.example is plain http",
         "INTERNAL_API_TOKEN: must have 32 characters or more",
         "EPOCHS: epochs is 0; it must lie between 1 and 1000",
         "RESOLUTION: resolution is 100; it must be a multiple of 64",
@@ -168,9 +150,9 @@ def test_a_wrong_bucket_is_reported_once_not_for_those_that_default_to_it(
     [
         ("INTERNAL_API_TOKEN", "hunter2-hunter2"),
         ("WEBHOOK_SIGNING_SECRET", "whsec_hunter2,hunter2-hunter2"),
-        ("BACKEND_API_URL", "https://trainer:hunter2@api.example.com"),
+        ("BACKEND_API_URL", "https://trainer:hunter2@backend.example"),
         ("BACKEND_API_URL", "https://trainer:hunter2"),
-        ("WEBHOOK_ALLOWED_ORIGINS", "https://trainer:hunter2@api.example.com"),
+        ("WEBHOOK_ALLOWED_ORIGINS", "https://trainer:hunter2@backend.example"),
         ("AWS_ENDPOINT_URL_S3", "https://trainer:hunter2@minio"),
         ("RABBITMQ_HOST", "amqp://trainer:hunter2@broker"),
     ],
@@ -224,17 +206,6 @@ def test_what_s3_s_client_refuses_the_settings_refuse(monkeypatch: pytest.Monkey
         assert "AWS_ENDPOINT_URL_S3: " in problems(monkeypatch, AWS_ENDPOINT_URL_S3=address)
         with pytest.raises(ConfigurationError, match="S3 cannot be set up"):
             S3Service(region="eu-central-1", endpoint_url=address)
-
-
-def test_names_in_the_file_that_are_no_settings_are_told_with_the_nearest_that_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("EPOCHE", "3")  # the environment is everybody's
-    assert config.unknown_names() is None
-    (tmp_path / ".env").write_text("EPOCH=7\nlora_rank=8\nZZ=hunter2\n", encoding="utf-8")
-    assert config.unknown_names() == (
-        "in .env stand names that are no settings: EPOCH (is it EPOCHS?), ZZ"
-    )
 
 
 # ---- where the values come from ------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_the_probe_tells_a_store_that_honours_conditions_from_one_that_does_not(
     assert support.complete
     careless = probe(Careless(**access(endpoint)), BUCKET)
     assert (careless.create, careless.replace) == (False, False)
-    assert "ignores If-None-Match and If-Match" in careless.explain()
+    assert "does not honour If-None-Match and If-Match" in careless.explain()
     assert not list(s3.list_objects(BUCKET, "jobs/.probe-"))
 
 

@@ -15,6 +15,7 @@ import urllib3.exceptions
 
 from sandbox.s3_server import REGION, S3Server
 from services import s3_errors, s3_service
+from services.s3_errors import BucketMissing
 from services.s3_service import PictureRequest, S3Location, S3Service
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, refusal
 from utils.errors import (
@@ -79,7 +80,7 @@ def test_every_code_of_s3_becomes_one_of_ours(code: str, status: int) -> None:
     ("status", "code", "error"),
     [
         (404, "NoSuchKey", ObjectNotFound),
-        (404, "NoSuchBucket", ObjectNotFound),
+        (404, "NoSuchBucket", BucketMissing),
         (403, "AccessDenied", AccessDenied),
         (412, "PreconditionFailed", PreconditionFailed),
         (412, "", PreconditionFailed),

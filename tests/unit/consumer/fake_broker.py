@@ -52,7 +52,7 @@ def clock_fixture(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(broker_loop, "time", clock)
     monkeypatch.setattr(outbox, "time", clock)
-    monkeypatch.setattr(outbox.random, "uniform", lambda least, most: most)
+    monkeypatch.setattr("consumer.outbox.random.uniform", lambda least, most: most)
     return clock
 
 
@@ -78,7 +78,9 @@ class FakeLoop(BrokerLoop):
     def __init__(self, *lanes: Lane, **how: Any) -> None:
         self.stop = threading.Event()
         self.observer = Observer()
-        super().__init__(lanes, self.stop, how.pop("stop_seconds", 5.0), self.observer, **how)
+        how.setdefault("stop_seconds", 5.0)
+        how.setdefault("observer", self.observer)
+        super().__init__(lanes, self.stop, **how)
         self.acts: list[str] = []
         self.published: list[Publication] = []
         self.fails: Callable[[str], BaseException | None] = lambda act: None
@@ -89,7 +91,10 @@ class FakeLoop(BrokerLoop):
 
     def _act(self, act: str) -> None:
         self.acts.append(act)
-        if error := self.fails(act):
+        self._fail(self.fails(act))
+
+    def _fail(self, error: BaseException | None) -> None:
+        if isinstance(error, BaseException):
             self.connected = self.connected and self.survives
             raise error
 
@@ -107,8 +112,7 @@ class FakeLoop(BrokerLoop):
         return self.connected
 
     def _process_events(self) -> None:
-        if error := self.fails("events"):
-            raise error
+        self._fail(self.fails("events"))
         self.events()
 
     def _wake(self) -> None:
@@ -116,9 +120,7 @@ class FakeLoop(BrokerLoop):
 
     def _publish(self, publication: Publication) -> None:
         self.acts.append(f"publish {publication.body.decode()[:20]}")
-        if error := self.refuses(publication):
-            self.connected = self.connected and self.survives
-            raise error
+        self._fail(self.refuses(publication))
         self.published.append(publication)
 
     def _probe(self) -> None:

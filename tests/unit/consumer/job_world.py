@@ -16,6 +16,7 @@ from typing import Any, cast
 from config import Settings
 from consumer.checkpoint_uploads import clear_up
 from consumer.endings import Endings
+from consumer.model_publisher import Published
 from consumer.observer import Observer
 from consumer.pipeline import Desk, Pipeline
 from consumer.put_offs import PutOffs
@@ -126,13 +127,29 @@ class Publisher:
 
     def __init__(self) -> None:
         self.published: list[str] = []
+        self.repaired: list[str] = []
+        self.ordered_at = ""
+        self.superseded_by: str | None = None
         self.does: Callable[[], None] = lambda: None
+        self.repairs: Callable[[], None] = lambda: None
 
-    def publish(self, folder: Any, files: Any, job: Any, *_: Any, **__: Any) -> str:
+    def publish(
+        self, folder: Any, files: Any, job: Any, *_: Any, ordered_at: str, **__: Any
+    ) -> Published:
         del folder, files
         self.does()
         self.published.append(job.task_id)
-        return f"s3://models/models/style_{job.style_id}/lora_weights.safetensors"
+        self.ordered_at = ordered_at
+        url = f"s3://models/models/style_{job.style_id}/lora_weights.safetensors"
+        if self.superseded_by is None:
+            return Published(url)
+        return Published(url, self.superseded_by, f"s3://state/archive/{job.task_id}")
+
+    def repair(self, style_id: int, task_id: str, lease: Any) -> bool:
+        del style_id, lease
+        self.repairs()
+        self.repaired.append(task_id)
+        return False
 
 
 class Folders:
@@ -189,6 +206,7 @@ class World:
             Desk(
                 settings=self.settings,
                 s3=cast(Any, self.s3),
+                state_s3=cast(Any, self.s3),
                 webhooks=cast(Any, self.backend),
                 records=records,
                 endings=self.endings,

@@ -12,7 +12,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from consumer import broker_loop
-from consumer.outbox import LONGEST_DELAY, MAX_STRIKES
+from consumer.lane import Lane
+from consumer.outbox import LONGEST_DELAY, MAX_STRIKES, Outbox
 from consumer.settlement import BODY_BYTES, Delivery, Publication, Queue, Settlement
 from tests.unit.consumer.fake_broker import (  # noqa: F401  # pylint: disable=unused-import
     Channel,
@@ -124,11 +125,11 @@ def test_a_lane_without_a_consumer_subscribes_again_after_a_moment(clock: Clock)
     loop = FakeLoop(training)
     training.channel = None
     assert loop.turn() == ["subscribe training"]
-    assert loop.consuming
+    assert loop.consuming is True
     training.channel.consumer_tags.clear()
     clock.now += broker_loop.RESUBSCRIBE_SECONDS - 0.01
     assert loop.turn() == []
-    assert not loop.consuming
+    assert loop.consuming == bool(training.channel.consumer_tags)
     clock.now += 0.01
     assert loop.turn() == ["subscribe training"]
 
@@ -250,7 +251,10 @@ def test_a_publication_that_is_refused_again_and_again_is_given_up_whole_then_cu
     assert len(tried) == 2 * MAX_STRIKES + 1
     assert tried[-1].headers[BODY_BYTES] == 9000 and len(tried[-1].body) < 9000
     shortened = [line for line in lines if line["event"] == "publication_shortened"]
-    assert [(line["task_id"], line["cut"]) for line in shortened] == [("task", False), ("task", True)]
+    assert [(line["task_id"], line["cut"]) for line in shortened] == [
+        ("task", False),
+        ("task", True),
+    ]
     assert {line["log_level"] for line in shortened} == {"error"}
 
 
@@ -413,14 +417,14 @@ def test_a_refusal_of_the_worker_itself_ends_the_turn_and_lets_the_others_pass()
 # --- coming back
 
 
-def serve(loop: FakeLoop, connections: int) -> list[float]:
+def serve(loop: FakeLoop, clock: Clock, connections: int) -> list[float]:
     """Serve until so many connections were tried; answers the pauses before each."""
     pauses: list[float] = []
-    last = [broker_loop.time.monotonic()]
+    last = [clock.monotonic()]
 
     def tried() -> None:
-        pauses.append(round(broker_loop.time.monotonic() - last[0], 3))
-        last[0] = broker_loop.time.monotonic()
+        pauses.append(round(clock.monotonic() - last[0], 3))
+        last[0] = clock.monotonic()
         if len(pauses) == connections:
             loop._abandoned.set()
 
@@ -440,7 +444,7 @@ def test_the_pause_between_two_attempts_doubles(clock: Clock) -> None:
     loop = FakeLoop(lane())
     loop.fails = lambda act: lost() if act == "connect" else None
     with capture_logs() as lines:
-        pauses = serve(loop, 8)
+        pauses = serve(loop, clock, 8)
     assert pauses == pytest.approx([0, 0.5, 1, 2, 4, 8, 16, 30], abs=0.06)
     assert [line["retry_in"] for line in lines][:4] == [0.5, 1.0, 2.0, 4.0]
     assert loop.acts.count("disconnect") == 8
@@ -454,7 +458,7 @@ def test_a_connection_that_lived_for_a_while_makes_the_pause_short_again(
     loop = FakeLoop(lane())
     loop.fails = lambda act: lost() if act in ("connect", "events") else None
     if not lived:
-        assert serve(loop, 5)[-1] == pytest.approx(pause, abs=0.06)
+        assert serve(loop, clock, 5)[-1] == pytest.approx(pause, abs=0.06)
         return
 
     def fails(act: str) -> BaseException | None:
@@ -466,7 +470,7 @@ def test_a_connection_that_lived_for_a_while_makes_the_pause_short_again(
         return None
 
     loop.fails = fails
-    assert serve(loop, 5)[-1] == pytest.approx(lived + pause, abs=0.06)
+    assert serve(loop, clock, 5)[-1] == pytest.approx(lived + pause, abs=0.06)
 
 
 def test_connections_after_the_first_are_counted_as_such(clock: Clock) -> None:
@@ -480,7 +484,7 @@ def test_connections_after_the_first_are_counted_as_such(clock: Clock) -> None:
         return lost() if act == "events" else None
 
     loop.fails = fails
-    serve(loop, 4)
+    serve(loop, clock, 4)
     assert metrics.broker_reconnects._value.get() == 3
     assert set(shown) == {("connect", 0.0), ("events", 1.0)}
     assert clock.slept > 0
@@ -491,7 +495,7 @@ def test_a_refusal_of_the_worker_ends_it_at_once_unless_a_job_is_in_hand(clock: 
     loop = FakeLoop(training)
     loop.fails = lambda act: BrokerRefused("login refused") if act == "connect" else None
     hand = hold(training)
-    assert len(serve(loop, 3)) == 3
+    assert len(serve(loop, clock, 3)) == 3
     loop._abandoned.clear()
     hand.settlement = Settlement.ack()
     with pytest.raises(BrokerRefused):
@@ -551,8 +555,23 @@ def test_the_owner_counts_as_turning_while_it_tries_to_connect(clock: Clock) -> 
     loop = FakeLoop(lane())
     clock.now += 100
     loop.fails = lambda act: lost() if act == "connect" else None
-    serve(loop, 2)
+    serve(loop, clock, 2)
     assert loop.turned_within(1.0)
+
+
+def test_an_outbox_that_others_put_into_is_published_from() -> None:
+    outbox = Outbox()
+    loop = FakeLoop(lane(), outbox=outbox)
+    promise = outbox.put(dead())
+    loop.turn()
+    assert promise.done()
+
+
+def test_a_loop_needs_no_observer() -> None:
+    loop = FakeLoop(lane(), observer=None)
+    loop.refuses = lambda publication: refused()
+    loop.publish(dead())
+    loop.turn()
 
 
 def test_a_publication_wakes_the_owner() -> None:
@@ -657,8 +676,8 @@ def test_a_stop_waits_for_the_handler_publishes_answers_and_then_disconnects() -
         assert go.wait(5)
         return Settlement.ack(dead())
 
-    training = broker_loop.Lane(Queue.TRAINING, handle, lambda: None)
-    loop = FakeLoop(training)
+    training = Lane(Queue.TRAINING, handle, lambda: None)
+    loop = FakeLoop(training, stop_seconds=60.0)
     running = Running(loop)
     soon(lambda: loop.consuming)
     training.take(Delivery(b"order"), 7)
@@ -706,9 +725,10 @@ def test_a_stop_is_quick_and_silent_with_nothing_to_settle_and_no_connection() -
     hangs = threading.Event()
 
     def fails(act: str) -> BaseException | None:
-        if act == "connect":
-            hangs.wait(5)
-        return None
+        if act != "connect":
+            return None
+        hangs.wait(5)
+        return lost()
 
     loop.fails = fails
     running = Running(loop)

@@ -115,6 +115,27 @@ def test_a_job_that_is_done_wastes_nothing_and_is_known_by_its_time(observer: Ob
         assert value(observer, "wasted_gpu_seconds_total", reason=reason) == 0
 
 
+def stage(observer: Observer) -> str:
+    """The stage that `/status` shows."""
+    assert observer.job
+    return str(observer.job.facts()["stage"])
+
+
+def test_the_stage_follows_the_job_past_the_trainer_s_last_word(observer: Observer) -> None:
+    assert stage(observer) == "training"
+    with observer.training():
+        observer.saw(Progress("t-1", Stage.EXPORTING, 10, 10, 30, 30))
+        assert stage(observer) == "exporting"
+    assert stage(observer) == "uploading"
+    observer.ended(Ending(EndingKind.COMPLETE, {}))
+    assert stage(observer) == "delivering"
+
+
+def test_a_failed_job_whose_ending_is_retried_is_delivering_too(observer: Observer) -> None:
+    observer.ended(failure(ErrorCode.TRAINING_DIVERGED))
+    assert stage(observer) == "delivering"
+
+
 def test_training_that_starts_over_counts_its_epochs_again(observer: Observer) -> None:
     with observer.training():
         observer.saw(progress(2, 6))
@@ -165,12 +186,13 @@ def _values(observer: Observer, name: str) -> dict[str, float]:
 
 def test_each_way_of_putting_a_message_off_is_counted_by_its_reason() -> None:
     observer = Observer()
-    assert _values(observer, "messages_put_off_total") == dict.fromkeys(Why, 0)
+    none = dict.fromkeys((*Why, "crash"), 0.0)
+    assert _values(observer, "messages_put_off_total") == none
     observer.put_off(Why.STORAGE)
     observer.put_off(Why.STORAGE)
     observer.put_off(Why.NEWER_MESSAGE)
     counted = _values(observer, "messages_put_off_total")
-    assert counted == dict.fromkeys(Why, 0) | {"storage": 2, "newer_message": 1}
+    assert counted == none | {"storage": 2, "newer_message": 1}
 
 
 def test_a_message_that_is_given_up_is_counted_by_its_code() -> None:

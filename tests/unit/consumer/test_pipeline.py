@@ -410,6 +410,58 @@ def test_a_bug_of_ours_costs_no_ending(world: World) -> None:
     assert "secret detail" not in json.dumps(body)
 
 
+# ---- the style's folder --------------------------------------------------------------------------
+
+
+def test_the_folder_is_repaired_before_training_and_before_a_failure_is_told(world: World) -> None:
+    told_after: list[int] = []
+    world.backend.on_ending = lambda: told_after.append(len(world.publisher.repaired))
+    world.trainer.does = raising(LowQualityData())
+    world.pipeline.handle(delivery())
+    assert told_after == [2]
+
+
+def test_a_cancelled_job_whose_folder_cannot_be_repaired_comes_back_before_it_ends(
+    world: World,
+) -> None:
+    def fails() -> None:
+        raise StorageError("S3 is away")
+
+    world.s3.write(S3Location(STATE, "jobs/task-1.cancel"), b"")
+    world.publisher.repairs = fails
+    copy = only(world.pipeline.handle(delivery()))
+    assert copy.queue is Queue.TRAINING
+    assert not world.backend.endings
+    world.publisher.repairs = lambda: None
+    assert world.pipeline.handle(redelivery_of(copy)) == Settlement.ack()
+    assert world.backend.endings[0].body["error_code"] == "CANCELLED"
+
+
+def test_a_folder_that_can_never_be_repaired_does_not_keep_the_job_from_ending(
+    world: World,
+) -> None:
+    def fails() -> None:
+        raise StorageError("S3 refuses access")
+
+    world.publisher.repairs = fails
+    message = delivery()
+    while (settlement := world.pipeline.handle(message)).publish:
+        message = redelivery_of(only(settlement))
+    assert world.backend.endings[0].kind == "failed"
+
+
+def test_an_older_order_completes_without_replacing_the_later_ones_model(world: World) -> None:
+    world.publisher.superseded_by = "later-task"
+    world.pipeline.handle(delivery(order(created_at="2025-01-20T10:00:00Z")))
+    assert world.publisher.ordered_at == "2025-01-20T10:00:00Z"
+    body = world.backend.endings[0].body
+    assert body["model_url"] == "s3://models/models/style_10/lora_weights.safetensors"
+    assert (body["superseded_by"], body["archived_url"]) == (
+        "later-task",
+        "s3://state/archive/task-1",
+    )
+
+
 # ---- machines -----------------------------------------------------------------------------------
 
 

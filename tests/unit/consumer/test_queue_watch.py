@@ -137,7 +137,7 @@ def test_the_age_of_the_oldest_message_is_shown_at_each_look(
     watch.looked(Queue.TRAINING, 0, 1)
     assert age_shown(metrics) == 0
     clock.now += 40
-    watch.looked(Queue.TRAINING, 3, 1)
+    watch.looked(Queue.TRAINING, 1, 1)
     assert age_shown(metrics) == 40
     clock.now += 15
     watch.looked(Queue.DEAD, 1, 0)

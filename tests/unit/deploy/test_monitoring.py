@@ -14,7 +14,7 @@ import yaml
 
 from config import Settings
 from consumer.settlement import Queue
-from utils.errors import ErrorCode
+from utils.errors import ErrorCode, Refusal
 from utils.gpu_monitor import THROTTLE_REASONS
 from utils.metrics import NO_CODE, PREFIX, PUT_OFFS, WASTE, Metrics, exported_names
 
@@ -47,6 +47,7 @@ VALUES: dict[str, set[str]] = {
     "ending": {"complete", "failed"},
     "code": {*ErrorCode, NO_CODE},
     "outcome": STATUSES,
+    "refusal": set(Refusal),
 }
 """What a label can say."""
 
