@@ -15,7 +15,7 @@ from tests.chaos import mutants, mutation_run
 from tests.chaos.crash_points import POINTS, STOP_POINTS
 from tests.chaos.reference import Destiny
 from tests.chaos.schedule import Kind
-from tests.chaos.suite import DESTINIES, Outcome, Plan, run
+from tests.chaos.suite import Outcome, Plan, run
 
 _MUTANTS_FOLDER = Path(tempfile.gettempdir()) / "chaos-mutants"
 """Always the same, so that a run that was cut off goes on."""
@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--only", help="of the faults and named points, those with these words")
     parser.add_argument("--destinies", help="of the jobs' destinies, those with these words")
     parser.add_argument("--jobs", type=int, default=0, help="order so many at least")
+    parser.add_argument("--one-style", action="store_true", help="all jobs are of one style")
     parser.add_argument("--settle-seconds", type=float, default=150.0, help="wait so long")
     parser.add_argument("--mutant", choices=mutants.NAMES, help="must make it fail")
     parser.add_argument(
@@ -66,9 +67,9 @@ def _plan(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Plan:
         kinds, points, stops = chosen(parsed.only)
         if not kinds and parsed.only != "nothing":
             parser.error(f"--only: nothing is called so; there are {', '.join((*Kind, *POINTS))}")
-    destinies: tuple[Destiny, ...] = DESTINIES
+    destinies = tuple(Destiny)
     if parsed.destinies is not None:
-        destinies = tuple(one for one in tuple(Destiny) if _has(one, parsed.destinies))
+        destinies = tuple(one for one in destinies if _has(one, parsed.destinies))
     return Plan(
         seed=parsed.seed,
         faults=parsed.faults if kinds else 0,
@@ -84,6 +85,7 @@ def _plan(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Plan:
         demand=parsed.faults >= len(kinds) and not parsed.real_trainer,
         mutant=parsed.mutant,
         jobs=parsed.jobs,
+        one_style=parsed.one_style,
         settle_seconds=parsed.settle_seconds,
     )
 

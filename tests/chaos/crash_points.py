@@ -18,6 +18,7 @@ S3_ACTS = (
     *(f"write {folder}" for folder in FOLDERS),
     "copy",
     *(f"delete {folder}" for folder in ("checkpoints", "staging")),
+    *(f"list {folder}" for folder in ("checkpoints", "models")),
 )
 STOP_POINTS = tuple(f"{moment} {act}" for act in S3_ACTS for moment in ("before", "after"))
 """Points between two requests to S3, at which a worker may be stopped for longer than its lease."""

@@ -304,7 +304,7 @@ class Injector:
     def _feed(self) -> bool:
         """Have work there for every worker; True."""
         while self._jobs.unended() < len(self._fleet.slots) + 1:
-            self._jobs.publish()
+            self._jobs.publish(destiny=Destiny.PLAIN)
         return True
 
     def _restart_broker(self, fault: Fault) -> None:

@@ -128,6 +128,7 @@ def add_crash_points(points: CrashPoints) -> None:
     _wrap(S3Service, "_put", around(lambda place, *_, **__: f"write {place.key.split('/')[0]}"))
     _wrap(S3Service, "copy", around(lambda *_, **__: "copy"))
     _wrap(S3Service, "delete", _delete_by_folder(points))
+    _wrap(S3Service, "list_objects", _list_by_folder(points))
     _wrap(WebhookService, "_exchange", around(lambda _m, _o, kind, *_, **__: f"webhook {kind}"))
     _wrap(TrainingConsumer, "_publish", around(lambda *_, **__: "publish"))
     _wrap(TrainingConsumer, "_answer", around(lambda _hand, action: str(action)))
@@ -152,6 +153,20 @@ def _delete_by_folder(points: CrashPoints) -> Callable[[Any], Any]:
             result = original(self, bucket, keys)
             points.reached(f"after {act}")
             return result
+
+        return wrapped
+
+    return make
+
+
+def _list_by_folder(points: CrashPoints) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        def wrapped(self: Any, bucket: str, prefix: str) -> Any:
+            act = f"list {prefix.split('/')[0]}"
+            points.reached(f"before {act}")
+            found = list(original(self, bucket, prefix))
+            points.reached(f"after {act}")
+            return iter(found)
 
         return wrapped
 
@@ -257,7 +272,18 @@ def keep_journal(journal: Journal) -> None:
 
         return wrapped
 
+    def release(original: Any) -> Any:
+        def wrapped(self: JobLease, **how: Any) -> Any:
+            result = original(self, **how)
+            journal.note(
+                "released", task=self.record.task_id, rejected=bool(how.get("rejected", False))
+            )
+            return result
+
+        return wrapped
+
     _wrap(Pipeline, "handle", handle)
+    _wrap(JobLease, "release", release)
     _wrap(JobLease, "register_checkpoint", register)
     _wrap(TrainerProcess, "start", start)
     _wrap(JobRecords, "claim", claim)

@@ -17,7 +17,7 @@ from services.job_record import INVALID_PREFIX, derived_task_id
 from tests.chaos.fates import SEEDS
 from tests.chaos.journal import Journal
 from tests.chaos.reference import Destiny
-from tests.chaos.timing import MEDIA
+from tests.chaos.timing import MAX_JOB_BYTES, MEDIA
 from tests.chaos.world import World
 
 _FIRST_ORDER = datetime.datetime(2026, 1, 20, 10, tzinfo=datetime.UTC)
@@ -32,7 +32,6 @@ LONG_EPOCHS = 60
 """Of a job that is to be cancelled: it must not complete before anybody can cancel it."""
 HUGE = "training/huge.jpg"
 HUGE_BYTES = 3_000_000
-MAX_JOB_BYTES = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,6 +74,7 @@ class Jobs:
         destinies: Those to choose from.
         plain_first: So many are ordered to complete before the first that is not.
         pictures: Addresses; None for two that nobody can see anything on.
+        one_style: All are of one style.
     """
 
     def __init__(
@@ -87,7 +87,9 @@ class Jobs:
         destinies: Collection[Destiny],
         plain_first: int,
         pictures: list[str] | None = None,
+        one_style: bool = False,
     ) -> None:
+        self._one_style = one_style
         self.journal = journal
         self.published: list[Job] = []
         self._world = world
@@ -186,7 +188,7 @@ class Jobs:
         fewest, most = self._epochs
         epochs = fewest + number * 7 % (most - fewest + 1)
         # Every fourth is of the style before it: two runs of one style must not mix.
-        style_id = 100 + number - (number % 4 == 0)
+        style_id = 101 if self._one_style else 100 + number - (number % 4 == 0)
         parameters: dict[str, Any] = {}
         pictures = self._pictures
         match destiny:

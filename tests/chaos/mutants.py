@@ -38,6 +38,7 @@ class Mutant:
         jobs: So many jobs at least.
         workers: How many.
         seed: Of the run.
+        one_style: All jobs are of one style.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Mutant:
     jobs: int = 0
     workers: int = 2
     seed: int = 1
+    one_style: bool = False
 
     @property
     def plan(self) -> tuple[str, ...]:
@@ -58,6 +60,7 @@ class Mutant:
             *("--seed", str(self.seed), "--only", self.only, "--faults", str(self.faults)),
             *("--destinies", self.destinies, "--jobs", str(self.jobs)),
             *("--workers", str(self.workers), "--settle-seconds", "30"),
+            *(("--one-style",) if self.one_style else ()),
         )
 
 
@@ -269,6 +272,47 @@ MUTANTS = (
         (("consumer.settlement:Delivery.carried_headers", change.every_header),),
         "given up.*(lost|misplaced)|in the dead queue|messages wait",
         destinies="given up",
+    ),
+    Mutant(
+        "stopped-between-two-files",
+        "a style's folder is always of one run",
+        (
+            (
+                "consumer.model_publisher:ModelPublisher._put_in_place",
+                change.stopped_between_two_files,
+            ),
+        ),
+        "cancelled while it publishes.*misplaced|several runs|has only",
+        destinies="while it publishes",
+    ),
+    Mutant(
+        "size-not-checked",
+        "a job that is too large fails, before it fills any disk",
+        (("consumer.pipeline:require_room", change.instead(change.nothing)),),
+        "expected failed JOB_TOO_LARGE",
+        destinies="exceeds the disk",
+    ),
+    Mutant(
+        "pruned-without-lease",
+        "a worker that slept deletes no checkpoint of its successor",
+        (("consumer.checkpoint_uploads:prune", change.pruned_without_lease),),
+        "its record points to checkpoint|repeated",
+        only="stopped at before list checkpoints",
+        faults=4,
+    ),
+    Mutant(
+        "any-version-archived",
+        "a publisher that slept does not overwrite the archive of an older model",
+        (
+            ("services.s3_service:S3Service.copy", change.any_version_copied),
+            ("consumer.model_folder:Fence.renew", change.instead(change.nothing)),
+        ),
+        "is not what was trained|is of claims|has only|model: expected",
+        only="stopped at before copy",
+        faults=4,
+        jobs=8,
+        workers=3,
+        one_style=True,
     ),
 )
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}

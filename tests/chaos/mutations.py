@@ -1,7 +1,7 @@
 """What the mutants put in the place of the product's guards; see `tests.chaos.mutants`."""
 
 # Taking something out means reaching inside.
-# pylint: disable=protected-access
+# pylint: disable=protected-access,import-outside-toplevel
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def attempts_uncounted(released: Any) -> Any:
 
 def always_delivered(judge: Any) -> Any:
     def wrapped(reply: Any, detail: str) -> Any:
-        from services.webhook_answers import (  # pylint: disable=import-outside-toplevel
-            EndingOutcome,
-        )
+        from services.webhook_answers import EndingOutcome
 
         return dataclasses.replace(judge(reply, detail), outcome=EndingOutcome.DELIVERED)
 
@@ -88,7 +86,7 @@ def from_zero(_next: Any) -> Any:
 
 def paid_before_it_is_published(_pay: Any) -> Any:
     def wrapped(self: Any, lease: Any, original: bytes) -> None:
-        from consumer.settlement import Publication  # pylint: disable=import-outside-toplevel
+        from consumer.settlement import Publication
 
         if (owed := lease.record.owed) is None:
             return
@@ -121,8 +119,8 @@ def as_own_copy(put_off: Any) -> Any:
 
 def acknowledged_where_held(look_at: Any) -> Any:
     def wrapped(self: Any, one: Any) -> Any:
-        from consumer.settlement import Settlement  # pylint: disable=import-outside-toplevel
-        from services.job_records import HeldElsewhere  # pylint: disable=import-outside-toplevel
+        from consumer.settlement import Settlement
+        from services.job_records import HeldElsewhere
 
         if isinstance(self._records.adopt_ending(one.task_id), HeldElsewhere):
             return Settlement.ack()
@@ -152,3 +150,50 @@ def without_limit(_self: Any) -> Iterator[None]:
 
 def no_limits(rules: Any) -> Any:
     return {why: dataclasses.replace(rule, limit=None) for why, rule in rules.items()}
+
+
+def stopped_between_two_files(_put_in_place: Any) -> Any:
+    """A stop is obeyed after the first file too, and nobody brings the folder back."""
+
+    def wrapped(
+        self: Any, style: Any, run: Any, turn: Any, fence: Any, check: Callable[[], None]
+    ) -> Any:
+        from consumer.model_folder import Fence, persistently
+        from consumer.model_publisher import Published
+
+        class Obedient(Fence):
+            """Asks for a stop before each write."""
+
+            def check(self) -> None:
+                check()
+                super().check()
+
+        obedient = Obedient(fence._lease, fence._turn)
+        style.archive(style.look(), fence)
+        persistently(lambda: style.put(run.folder, run.files, run.mark, obedient), fence)
+        return Published(style.place(run.files[-1]).uri(self._url_scheme))
+
+    return wrapped
+
+
+def pruned_without_lease(_prune: Any) -> Any:
+    """Everything but its own newest checkpoints goes, whoever wrote it and whoever has the job."""
+
+    def wrapped(s3: Any, bucket: str, prefix: str, *, kept: Any, lease: Any) -> None:
+        del lease
+        own = tuple(f"{prefix}{name}/" for name in kept)
+        there = [each.key for each in s3.list_objects(bucket, prefix)]
+        s3.delete(
+            bucket,
+            [
+                key
+                for key in there
+                if not key.startswith(own) and not key.endswith("lora.safetensors")
+            ],
+        )
+
+    return wrapped
+
+
+def any_version_copied(copy: Any) -> Any:
+    return lambda self, *given, **how: copy(self, *given, **how | {"etag": None})

@@ -121,15 +121,17 @@ class Observed:
     def facts(self, job: Job) -> Facts:
         """What the journal says has happened to a job."""
         lost = most = refused = 0
+        claims = [note for note in self.of[job.task_id] if note["kind"] == "claimed"]
         for note in self.of[job.task_id]:
             if note["kind"] == "claimed" and note["state"] == "live":
                 lost += 1
             elif note["kind"] == "registered":
                 lost = 0
-            elif note["kind"] == "no_room":
+            elif note["kind"] == "released" and note["rejected"]:
                 refused += 1
             most = max(most, lost)
-        return Facts(lost_attempts=most, no_room=refused)
+        old = any(note["who"].endswith("-old") for note in claims)
+        return Facts(lost_attempts=most, no_room=refused, last_release=old)
 
     def ending_claim(self, job: Job) -> str:
         """The claim that the job's ending was made under."""

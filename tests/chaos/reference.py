@@ -128,10 +128,12 @@ class Facts:
     Attributes:
         lost_attempts: The most attempts in a row that ended without a new checkpoint.
         no_room: Workers that turned the job down for lack of disk space.
+        last_release: A worker of the last release has claimed it, which knows no largest size.
     """
 
     lost_attempts: int = 0
     no_room: int = 0
+    last_release: bool = False
 
 
 def after(before: Places, event: Event, code: str = "") -> Places:
@@ -245,6 +247,8 @@ def expected(destiny: Destiny, facts: Facts = Facts()) -> tuple[Places, ...]:
     if facts.lost_attempts >= MAX_ATTEMPTS and destiny not in never:
         last = _NOT_TAKEN if destiny in (Destiny.REFUSED, Destiny.NOT_FOUND) else _TOLD
         paths += [(_ORDERED, (Event.GAVE_UP, code), last) for code in GIVE_UP_CODES]
+    if facts.last_release and destiny is Destiny.TOO_LARGE:
+        paths.append(_COMPLETES)
     if facts.no_room >= MAX_ATTEMPTS:
         paths.append((_ORDERED, (Event.FAILED, "JOB_TOO_LARGE"), _TOLD))
     return tuple(places(path) for path in paths)

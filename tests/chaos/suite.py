@@ -56,7 +56,6 @@ MORE_FILES, MORE_THREADS, MORE_MEMORY_KIB = 16, 4, 40_000
 """What a worker may have gained over a run: its pools of connections are no leak."""
 ENCORES = 3
 """How often a kind of fault is tried again that has struck nothing."""
-DESTINIES: tuple[Destiny, ...] = tuple(one for one in Destiny if one is not Destiny.TOO_LARGE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,6 +72,7 @@ class Plan:
         destinies: Those of the jobs that are not to complete.
         demand: Each of the kinds must strike, and each destiny be drawn.
         jobs: So many are ordered at least.
+        one_style: All jobs are of one style.
         once: Whether the last worker runs with `--once`.
         mutant: What is changed in the workers (`tests.chaos.mutants`).
     """
@@ -89,9 +89,10 @@ class Plan:
     kinds: tuple[Kind, ...] = tuple(Kind)
     points: tuple[str, ...] = POINTS
     stop_points: tuple[str, ...] = STOP_POINTS
-    destinies: tuple[Destiny, ...] = DESTINIES
+    destinies: tuple[Destiny, ...] = tuple(Destiny)
     demand: bool = False
     jobs: int = 0
+    one_style: bool = False
     once: bool = True
     mutant: str | None = None
 
@@ -269,6 +270,7 @@ def _jobs(plan: Plan, world: World) -> Jobs:
             dice=dice,
             destinies=plan.destinies,
             plain_first=plan.workers,
+            one_style=plan.one_style,
         )
     addresses = []
     for photograph in photographs()[:3]:

@@ -21,3 +21,4 @@ LONGEST_FREEZE_IN_LEASES = 5.0
 ACK_TIMEOUT_MS = 5000
 IDLE_SECONDS = 20.0
 """`--idle-seconds` of the worker that runs with `--once`."""
+MAX_JOB_BYTES = 50_000_000
