@@ -54,6 +54,13 @@ class Mutant:
     one_style: bool = False
 
     @property
+    def control(self) -> tuple[str, ...]:
+        """The arguments of the run without it: its own, or one for all that need no fault."""
+        if self.only != "nothing":
+            return self.plan
+        return ("--seed", "1", "--only", "nothing", "--workers", "2", "--jobs", "8")
+
+    @property
     def plan(self) -> tuple[str, ...]:
         """The arguments of its run."""
         return (

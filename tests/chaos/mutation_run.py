@@ -109,7 +109,7 @@ def _judge(mutant: Mutant, results: Results, folder: Path) -> tuple[str, bool]:
             mutants.find(symbol)
     except SymbolGone as error:
         return f"not tried: {error}", False
-    control = _result(" ".join(mutant.plan), mutant.plan, results, folder / "control")
+    control = _result(" ".join(mutant.control), mutant.control, results, folder / "control")
     if control.problem or not control.passed:
         why = control.problem or control.findings[0]
         return f"not tried: its plan fails without it ({why})", False

@@ -80,9 +80,9 @@ class Verdict:
         found = self._found(job, allowed)
         best = min((each.differences(found) for each in allowed), key=len)
         self.count.ended += found.record == allowed[0].record
-        if not best and found.ending != allowed[0].ending and job.valid:
-            self.count.given_up += "CANCELLED" not in found.ending
         if not best:
+            intended = expected(job.destiny)
+            self.count.given_up += all(each.differences(found) for each in intended)
             return
         wanted = min(allowed, key=lambda each: len(each.differences(found)))
         is_lost = (
