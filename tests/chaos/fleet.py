@@ -32,6 +32,46 @@ class Exit:
     wanted: tuple[int, ...]
 
 
+class Diary:
+    """What the journal says of one worker process.
+
+    Args:
+        path: The journal.
+        who: The process.
+    """
+
+    def __init__(self, path: Path, who: str) -> None:
+        self._notes = [note for note in journal.read(path) if note["who"] == who]
+
+    def child(self) -> int | None:
+        """Process id of its trainer process, while that lives."""
+        pids = [note["pid"] for note in self._notes if note["kind"] == "child"]
+        if not pids or not Path(f"/proc/{pids[-1]}").exists():
+            return None
+        return int(pids[-1])
+
+    def is_training(self) -> bool:
+        """Whether its trainer process is in the middle of a run."""
+        return self._last("run", "epoch", "run_over", "ended") == "epoch"
+
+    def is_busy(self) -> bool:
+        """Whether it has a message in hand."""
+        return self._last("handling", "handled") == "handling"
+
+    def claims(self) -> int:
+        """How often it has claimed a job."""
+        return sum(note["kind"] == "claimed" for note in self._notes)
+
+    def task(self) -> str | None:
+        """The task that it has claimed last."""
+        tasks = [note["task"] for note in self._notes if note["kind"] == "claimed"]
+        return str(tasks[-1]) if tasks else None
+
+    def _last(self, *kinds: str) -> str:
+        found = [str(note["kind"]) for note in self._notes if note["kind"] in kinds]
+        return found[-1] if found else ""
+
+
 class Slot:
     """The place of one worker: its processes, one after the other.
 
@@ -94,39 +134,17 @@ class Slot:
         return self._process.pid
 
     @property
-    def child(self) -> int | None:
-        """Process id of its trainer process, while that lives."""
-        notes = journal.read(self._folder / "journal.jsonl")
-        pids = [
-            note["pid"] for note in notes if note["kind"] == "child" and note["who"] == self.who
-        ]
-        if not pids or not Path(f"/proc/{pids[-1]}").exists():
-            return None
-        return int(pids[-1])
-
-    def is_training(self) -> bool:
-        """Whether its trainer process is in the middle of a run."""
-        notes = journal.read(self._folder / "journal.jsonl")
-        kinds = [note["kind"] for note in notes if note["who"] == self.who]
-        last = [kind for kind in kinds if kind in ("run", "epoch", "run_over", "ended")]
-        return last[-1:] == ["epoch"]
+    def diary(self) -> Diary:
+        """What the journal says of its present process."""
+        return Diary(self._folder / "journal.jsonl", self.who)
 
     def is_busy(self) -> bool:
-        """Whether it has a message in hand."""
-        notes = journal.read(self._folder / "journal.jsonl")
-        kinds = [note["kind"] for note in notes if note["who"] == self.who]
-        return [kind for kind in kinds if kind in ("handling", "handled")][-1:] == ["handling"]
+        """Whether its present process has a message in hand."""
+        return self.diary.is_busy()
 
-    def claims(self) -> int:
-        """How often its present process has claimed a job."""
-        notes = journal.read(self._folder / "journal.jsonl")
-        return sum(note["kind"] == "claimed" and note["who"] == self.who for note in notes)
-
-    def task(self) -> str | None:
-        """The task that its present process has claimed last."""
-        notes = journal.read(self._folder / "journal.jsonl")
-        claims = [note for note in notes if note["kind"] == "claimed" and note["who"] == self.who]
-        return str(claims[-1]["task"]) if claims else None
+    def is_training(self) -> bool:
+        """Whether its present process has a trainer in the middle of a run."""
+        return self.diary.is_training()
 
     def is_stopped(self) -> bool:
         """Whether its process has been stopped by a signal."""
@@ -180,7 +198,7 @@ class Slot:
         """Send a signal to the worker, and to its child if that is asked for."""
         if number == signal.SIGKILL:
             self.may_end_with(-signal.SIGKILL)
-        if with_child and (child := self.child):
+        if with_child and (child := self.diary.child()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)
         if self._process and self._process.poll() is None:
@@ -188,7 +206,7 @@ class Slot:
 
     def stop_child(self) -> None:
         """Stop the trainer process alone."""
-        if child := self.child:
+        if child := self.diary.child():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGSTOP)
 

@@ -32,11 +32,12 @@ def cut_writes(marker: Path, note: Callable[[str], None]) -> None:
     """
     original = io.open
 
-    def opened(file: Any, mode: str = "r", *arguments: Any, **how: Any) -> Any:
+    # pylint: disable-next=keyword-arg-before-vararg  # as `io.open` has it
+    def opened(file: Any, mode: str = "r", buffering: int = -1, *more: Any, **how: Any) -> Any:
         is_work = isinstance(file, (str, os.PathLike)) and WORK in Path(file).parts
         if is_work and set(mode) & set("wax") and "b" in mode and marker.exists():
             note(Path(file).name)
             return _Cut(io.FileIO(file, mode.replace("b", "")))
-        return original(file, mode, *arguments, **how)
+        return original(file, mode, buffering, *more, **how)
 
     setattr(io, "open", opened)  # the one that `pathlib` calls

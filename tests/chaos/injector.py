@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
-import signal
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from tests.chaos.clock import LONGEST_STEP
 from tests.chaos.conductor import REDRIVEN
-from tests.chaos.fleet import ROOT, Fleet, Slot, wait_for
+from tests.chaos.fleet import Fleet, Slot
 from tests.chaos.jobs import Jobs
+from tests.chaos.process_faults import ProcessFaults, in_time
 from tests.chaos.reference import MAX_ATTEMPTS, Destiny
 from tests.chaos.schedule import Fault, Kind
 from tests.chaos.service_faults import ServiceFaults
@@ -22,9 +16,6 @@ from tests.chaos.time_line import TimeLine
 from tests.chaos.timing import ATTEMPTS_TO_SPARE, DEAD_QUEUE, QUEUE
 from tests.chaos.world import Message, World, task_of
 
-PREEMPTION_SECONDS = 5.0
-_PATIENCE_SECONDS = 8.0
-"""How long a fault waits until it can be carried out."""
 _COUNTED = {
     Kind.WORKER_KILLED,
     Kind.CHILD_KILLED,
@@ -74,7 +65,7 @@ _AT_WORK = {
 """What shows something only while the worker trains."""
 
 
-class Injector:
+class Injector(ProcessFaults):
     """Breaks what the schedule says.
 
     Args:
@@ -88,14 +79,9 @@ class Injector:
     def __init__(
         self, world: World, fleet: Fleet, jobs: Jobs, line: TimeLine, old_tree: Path | None
     ) -> None:
-        self._world, self._fleet, self._jobs, self._line = world, fleet, jobs, line
-        self._old_tree = old_tree
+        super().__init__(world, fleet, jobs, line, old_tree)
         self._services = ServiceFaults(world)
-        self._threads: list[threading.Thread] = []
-        self._freezing = threading.Lock()
-        self._busy: set[int] = set()  # slots that are frozen or shutting down
         self.dead: list[Message] = []  # what deleted dead queues held
-        self.errors: list[BaseException] = []
 
     def inject(self, fault: Fault) -> bool:
         """Carry out one fault. What lasts goes on in a thread.
@@ -116,7 +102,7 @@ class Injector:
         elif fault.kind is Kind.QUEUE_DELETED:
             self._aside(lambda: self._delete_queue(fault))
         elif fault.kind is Kind.PUBLISHED_TWICE:
-            _in_time(self._two_workers_are_idle)
+            in_time(self._two_workers_are_idle)
             self._aside(lambda: self._publish_twice(fault))
         elif fault.kind in OF_PROCESSES:
             self._process(fault, self._fleet.slots[fault.slot])
@@ -128,34 +114,32 @@ class Injector:
 
     def _hindrance(self, fault: Fault) -> str | None:
         """Why the fault cannot be carried out, after some patience; None where it can."""
-        if fault.kind in _COUNTED and not _in_time(self._attempts_are_left):
+        if fault.kind in _COUNTED and not in_time(self._attempts_are_left):
             return "a job has few attempts left"
         if fault.kind not in OF_PROCESSES:
             return None
-        slot = self._fleet.slots[fault.slot]
-        if not _in_time(lambda: fault.slot not in self._busy):
+        if not in_time(lambda: fault.slot not in self._busy):
             return "the worker is frozen or shutting down"
-        if fault.kind in (Kind.CRASH_POINT, Kind.STOP_POINT):
-            _in_time(slot.has_no_order)  # else that point is far away, and this order replaces it
-        if fault.kind is Kind.CHILD_KILLED and not _in_time(lambda: slot.child is not None):
+        if fault.kind is Kind.TWO_VERSIONS and self._old_tree is None:
+            return "this copy has no history to take the last release from"
+        return self._hindrance_of(fault.kind, self._fleet.slots[fault.slot])
+
+    def _hindrance_of(self, kind: Kind, slot: Slot) -> str | None:
+        if kind in (Kind.CRASH_POINT, Kind.STOP_POINT):
+            in_time(slot.has_no_order)  # else that point is far away, and this order replaces it
+        if kind is Kind.CHILD_KILLED and not in_time(lambda: slot.diary.child() is not None):
             return "it has no trainer process"
-        if fault.kind in (Kind.WORKER_KILLED, Kind.PREEMPTED):
-            _in_time(slot.is_busy)  # one that does nothing is hit too, and counts as no hit
-        if fault.kind is Kind.FROZEN:
+        if kind in (Kind.WORKER_KILLED, Kind.PREEMPTED):
+            # One that does nothing is hit too, and counts as no hit.
+            in_time(slot.is_busy)
+        if kind is Kind.FROZEN:
             # One at a time: its job is to be taken from it, by one that is awake.
             with self._freezing:
                 pass
         # While it trains the desk replaces it after STALL_SECONDS; elsewhere after minutes.
-        if fault.kind in _AT_WORK and not _in_time(slot.is_training):
+        if kind in _AT_WORK and not in_time(slot.is_training):
             return "it trains nothing"
-        if fault.kind is Kind.TWO_VERSIONS and self._old_tree is None:
-            return "this copy has no history to take the last release from"
         return None
-
-    def join(self) -> None:
-        """Return when what lasted is over."""
-        for thread in self._threads:
-            thread.join()
 
     def cease(self) -> None:
         """Nothing goes wrong from now on; returns when what lasted is over."""
@@ -185,127 +169,6 @@ class Injector:
 
     def _two_workers_are_idle(self) -> bool:
         return self._jobs.unended() <= len(self._fleet.slots) - 2
-
-    def _struck(self, fault: Fault) -> None:
-        self._world.hits.struck(fault.kind)
-
-    def _process(self, fault: Fault, slot: Slot) -> None:
-        match fault.kind:
-            case Kind.WORKER_KILLED:
-                if slot.is_busy():
-                    self._struck(fault)
-                slot.signal(signal.SIGKILL)
-            case Kind.CHILD_KILLED:
-                if slot.is_training():
-                    self._struck(fault)
-                _kill(slot.child, signal.SIGKILL)
-            case Kind.CHILD_HANGS:
-                self._struck(fault)
-                _kill(slot.child, signal.SIGSTOP)
-            case Kind.CRASH_POINT:
-                assert fault.order
-                slot.order(fault.order)
-                if fault.order.point.endswith("requeue"):  # only who shuts down returns a message
-                    self._aside(lambda: self._preempt(fault, slot), slot=fault.slot)
-            case Kind.STOP_POINT:
-                assert fault.order
-                slot.order(fault.order)
-                self._aside(lambda: self._let_go_on(fault, slot), slot=fault.slot)
-            case Kind.FROZEN:
-                self._freezing.acquire()  # pylint: disable=consider-using-with
-                self._aside(lambda: self._freeze(fault, slot), slot=fault.slot)
-            case Kind.PREEMPTED:
-                if slot.is_busy():
-                    self._struck(fault)
-                self._aside(lambda: self._preempt(fault, slot), slot=fault.slot)
-            case Kind.DISK_FULL | Kind.DISK_FULL_MID_WRITE:
-                self._aside(lambda: self._fill_disk(fault, slot))
-            case Kind.CLOCK_STEP:
-                self._aside(lambda: self._step_clock(fault, slot))
-            case Kind.CHECKPOINT_DAMAGED | Kind.CHECKPOINT_DELETED:
-                self._spoil_checkpoint(fault, slot)
-            case Kind.TWO_VERSIONS:
-                self._run_old_release(fault, slot)
-            case kind:
-                raise AssertionError(kind)
-
-    def _freeze(self, fault: Fault, slot: Slot) -> None:
-        try:
-            self._struck(fault)
-            slot.signal(signal.SIGSTOP, with_child=True)
-            self._thaw(fault, slot)
-        finally:
-            self._freezing.release()
-
-    def _let_go_on(self, fault: Fault, slot: Slot) -> None:
-        """Wait until the worker has stopped itself where it was told to; later, have it go on."""
-        # It stops itself when it has noted the point; the order has gone by then.
-        if not wait_for(slot.is_stopped, 3 * _PATIENCE_SECONDS, every=0.1):
-            slot.withdraw_order()
-            if not wait_for(slot.is_stopped, 0.5):
-                return
-        with self._freezing:
-            slot.stop_child()
-            self._thaw(fault, slot)
-
-    def _thaw(self, fault: Fault, slot: Slot) -> None:
-        who = slot.who
-        self._jobs.journal.note("frozen", slot=who)
-        time.sleep(fault.seconds)
-        if slot.who == who:
-            slot.signal(signal.SIGCONT, with_child=True)
-        self._jobs.journal.note("thawed", slot=who)
-        self._line.note(f"{fault.number:3}  … worker {fault.slot} goes on")
-
-    def _preempt(self, fault: Fault, slot: Slot) -> None:
-        if not slot.preempt(PREEMPTION_SECONDS):
-            self._line.note(f"{fault.number:3}  … worker {fault.slot} was killed after the grace")
-
-    def _fill_disk(self, fault: Fault, slot: Slot) -> None:
-        mid_write = fault.kind is Kind.DISK_FULL_MID_WRITE
-        slot.disk_full(True, mid_write=mid_write)
-        time.sleep(fault.seconds)
-        slot.disk_full(False, mid_write=mid_write)
-
-    def _step_clock(self, fault: Fault, slot: Slot) -> None:
-        dice = random.Random(fault.seed)
-        slot.set_clock(dice.choice((-1, 1)) * dice.uniform(30.0, LONGEST_STEP))
-        time.sleep(fault.seconds)
-        slot.set_clock(0)
-
-    def _spoil_checkpoint(self, fault: Fault, slot: Slot) -> None:
-        """Spoil the newest checkpoint of the job in hand, and kill its worker."""
-        # So that it makes no newer one meanwhile.
-        slot.signal(signal.SIGSTOP, with_child=True)
-        task_id = slot.task()
-        record = self._world.records().get(task_id or "")
-        if record is not None and record["checkpoints"]:
-            newest = record["checkpoints"][-1]
-            facts = {"task": record["task_id"], "name": newest["name"]}
-            self._jobs.journal.note("spoilt", how=fault.kind, **facts)
-            self._world.spoil(newest["prefix"], delete=fault.kind is Kind.CHECKPOINT_DELETED)
-        slot.signal(signal.SIGKILL, with_child=True)
-
-    def _run_old_release(self, fault: Fault, slot: Slot) -> None:
-        """Replace a worker by one of the last release until that has worked, and back."""
-        assert self._old_tree is not None
-        self.join()
-        for tree in (self._old_tree, ROOT):
-            slot.tree = tree
-            starts = slot.starts
-            slot.preempt(PREEMPTION_SECONDS)
-            wait_for(lambda before=starts: slot.starts > before, _PATIENCE_SECONDS)
-            if tree is self._old_tree:
-                wait_for(lambda: self._feed() and slot.claims() > 0, 4 * _PATIENCE_SECONDS)
-                time.sleep(fault.seconds)  # some of its work is to be taken over
-                self._world.hits.struck(fault.kind, slot.claims())
-                self._line.note(f"{fault.number:3}  … {slot.who} has made {slot.claims()} claims")
-
-    def _feed(self) -> bool:
-        """Have work there for every worker; True."""
-        while self._jobs.unended() < len(self._fleet.slots) + 1:
-            self._jobs.publish(destiny=Destiny.PLAIN)
-        return True
 
     def _restart_broker(self, fault: Fault) -> None:
         with self._world.broker_turn:
@@ -367,29 +230,3 @@ class Injector:
             self._jobs.publish_again(fault.detail)
         else:
             self._jobs.publish(times=2, destiny=Destiny.PLAIN)  # two workers get it at once
-
-    def _aside(self, act: Callable[[], None], *, slot: int | None = None) -> None:
-        def run() -> None:
-            try:
-                act()
-            except BaseException as error:  # pylint: disable=broad-exception-caught
-                self.errors.append(error)  # `cease` raises it
-            finally:
-                if slot is not None:
-                    self._busy.discard(slot)
-
-        if slot is not None:
-            self._busy.add(slot)
-        thread = threading.Thread(target=run, name="fault", daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-
-def _in_time(condition: Callable[[], bool]) -> bool:
-    return wait_for(condition, _PATIENCE_SECONDS, every=0.3)
-
-
-def _kill(process: int | None, number: int) -> None:
-    if process is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, number)

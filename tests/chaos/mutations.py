@@ -168,6 +168,7 @@ def stopped_between_two_files(_put_in_place: Any) -> Any:
                 check()
                 super().check()
 
+        del turn  # it gets no note
         obedient = Obedient(fence._lease, fence._turn)
         style.archive(style.look(), fence)
         persistently(lambda: style.put(run.folder, run.files, run.mark, obedient), fence)

@@ -136,6 +136,8 @@ class Facts:
     last_release: bool = False
 
 
+# One row per event.
+# pylint: disable-next=too-many-return-statements
 def after(before: Places, event: Event, code: str = "") -> Places:
     """The standing after an event.
 

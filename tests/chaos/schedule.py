@@ -146,19 +146,10 @@ def schedule(
         pace: Times a second or so from one fault to the next.
     """
     dice = random.Random(seed)
-    drawn = _draw(dice, count, kinds)
-    deck: list[str] = []
-    stops: list[str] = []
+    deck = {Kind.CRASH_POINT: _Deck(dice, points), Kind.STOP_POINT: _Deck(dice, stop_points)}
     faults = []
-    for number, kind in enumerate(drawn, start=1):
-        order = None
-        if kind is Kind.CRASH_POINT:
-            deck = deck or dice.sample(sorted(points), len(points))
-            order = _order(dice, deck.pop())
-        elif kind is Kind.STOP_POINT:
-            stops = stops or dice.sample(sorted(stop_points), len(stop_points))
-            point = stops.pop()
-            order = Order(point, _nth(dice, point), act="stop")
+    for number, kind in enumerate(_draw(dice, count, kinds), start=1):
+        order = _order(dice, kind, deck[kind].draw()) if kind in deck else None
         seconds = _seconds(dice, kind, lease)
         faults.append(
             Fault(
@@ -176,9 +167,25 @@ def schedule(
     return faults
 
 
-def _order(dice: random.Random, point: str) -> Order:
+class _Deck:
+    """Draws each of the points before any of them again."""
+
+    def __init__(self, dice: random.Random, points: Collection[str]) -> None:
+        self._dice, self._points = dice, sorted(points)
+        self._left: list[str] = []
+
+    def draw(self) -> str:
+        """The next one."""
+        self._left = self._left or self._dice.sample(self._points, len(self._points))
+        return self._left.pop()
+
+
+def _order(dice: random.Random, kind: Kind, point: str) -> Order:
+    nth = _nth(dice, point)
+    if kind is Kind.STOP_POINT:
+        return Order(point, nth, act="stop")
     # Its child dies with a worker, and sometimes alone.
-    return Order(point, _nth(dice, point), dice.choice(("worker", "worker", "worker", "child")))
+    return Order(point, nth, dice.choice(("worker", "worker", "worker", "child")))
 
 
 def _nth(dice: random.Random, point: str) -> int:

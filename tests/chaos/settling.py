@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 
 from tests.chaos import journal
@@ -17,8 +19,25 @@ _QUIET_LEASES = 4
 _QUIET_LEASES_WITH_SWEEP = 9
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait.
+
+    Attributes:
+        seconds: For everything to settle, without the sweep and once more with it.
+        hasty: The sweep is not let loose: that something is left is finding enough.
+    """
+
+    seconds: float
+    hasty: bool = False
+
+
 def settle(
-    world: World, jobs: Jobs, conductor: Conductor, seconds: float, line: TimeLine | None = None
+    world: World,
+    jobs: Jobs,
+    conductor: Conductor,
+    patience: Patience,
+    line: TimeLine | None = None,
 ) -> float:
     """Wait until every job is settled, and cleared up after.
 
@@ -29,14 +48,16 @@ def settle(
         How long it took; infinity for too long.
     """
     began = time.monotonic()
-    if _wait(world, jobs, conductor, seconds):
+    if _wait(world, jobs, conductor, patience.seconds):
         return time.monotonic() - began
+    if patience.hasty:
+        return math.inf
     if line:
         line.note(f"not settled; the sweep is let loose: {sorted(jobs.unsettled())}")
     world.allow_sweep({"*"})
-    if _wait(world, jobs, conductor, seconds):
+    if _wait(world, jobs, conductor, patience.seconds):
         return time.monotonic() - began
-    return float("inf")
+    return math.inf
 
 
 def empty_queues(world: World, *, quiet: float = 0.0) -> list[str]:

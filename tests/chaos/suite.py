@@ -22,6 +22,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import math
 import random
 import shutil
 import signal
@@ -42,7 +43,7 @@ from tests.chaos.journal import Journal
 from tests.chaos.noted import noted
 from tests.chaos.reference import Destiny
 from tests.chaos.schedule import Fault, Kind, schedule
-from tests.chaos.settling import empty_queues, settle
+from tests.chaos.settling import Patience, empty_queues, settle
 from tests.chaos.time_line import TimeLine
 from tests.chaos.timing import MEDIA
 from tests.chaos.verdict import Evidence, Verdict
@@ -127,16 +128,8 @@ def run(plan: Plan) -> Outcome:
     old_tree = None
     if Kind.TWO_VERSIONS in plan.kinds:
         old_tree = old_release.unpack(plan.folder / "last-release")
-    hits = Hits()
-    with World.running(
-        plan.folder,
-        workers=plan.workers,
-        queue_type=plan.queue_type,
-        lease=plan.lease,
-        hits=hits,
-    ) as world:
+    with _world(plan, hits := Hits()) as world:
         jobs = _jobs(plan, world)
-        broken: list[str] = []
         with _workers(plan, world) as fleet, Conductor(world, jobs, plan.folder) as conductor:
             baseline = _warm_up(fleet, world, jobs, conductor)
             line.note(f"workers are warm: {baseline}")
@@ -144,16 +137,49 @@ def run(plan: Plan) -> Outcome:
             with Watcher(world, jobs) as watcher:
                 faults = _break_things(plan, injector, jobs, hits)
                 line.note("faults have ceased")
-                settled_after = settle(world, jobs, conductor, plan.settle_seconds, line)
+                patience = Patience(plan.settle_seconds, hasty=plan.mutant is not None)
+                settled_after = settle(world, jobs, conductor, patience, line)
                 line.note(f"settled after {settled_after:.1f} s")
-            broken += watcher.broken
-            broken += empty_queues(world, quiet=plan.lease + 2.0)  # longer than any delay
-            broken += _vitals(fleet, baseline)
-            broken += _stop(fleet)
+            broken = watcher.broken + _left(plan, world, jobs, settled_after)
+            broken += _vitals(fleet, baseline) + _stop(fleet)
             if conductor.errors:
                 raise conductor.errors[0]
-        broken += empty_queues(world)
-        evidence = Evidence(
+        if settled_after < math.inf:
+            broken += empty_queues(world)
+        verdict = _judge(plan, world, jobs, injector)
+        for kind, times in noted(plan.folder).items():
+            hits.struck(kind, times)
+        verdict.broken[:0] = broken + _missed(plan, hits, jobs, old_tree)
+    line.note("judged")
+    (plan.folder / "broken.txt").write_text("\n".join(verdict.broken), encoding="utf-8")
+    return Outcome(
+        *(plan, verdict, line, time.monotonic() - began, settled_after, faults, hits.counts())
+    )
+
+
+def _left(plan: Plan, world: World, jobs: Jobs, settled_after: float) -> list[str]:
+    """What goes on in the queues though all is settled, or what did not settle."""
+    if settled_after < math.inf:
+        return empty_queues(world, quiet=plan.lease + 2.0)  # longer than any delay
+    return [
+        f"{task_id}: not settled, and only the sweep could save it"
+        for task_id in sorted(jobs.unsettled())
+    ]
+
+
+def _world(plan: Plan, hits: Hits) -> contextlib.AbstractContextManager[World]:
+    return World.running(
+        plan.folder,
+        workers=plan.workers,
+        queue_type=plan.queue_type,
+        lease=plan.lease,
+        hits=hits,
+    )
+
+
+def _judge(plan: Plan, world: World, jobs: Jobs, injector: Injector) -> Verdict:
+    verdict = Verdict(
+        Evidence(
             world=world,
             folder=plan.folder,
             jobs=jobs.published,
@@ -161,17 +187,9 @@ def run(plan: Plan) -> Outcome:
             dead=injector.dead,
             exact=not plan.real_trainer,
         )
-        verdict = Verdict(evidence)
-        verdict.reach()
-        for kind, times in noted(plan.folder).items():
-            hits.struck(kind, times)
-        broken += _missed(plan, hits, jobs, old_tree)
-        verdict.broken[:0] = broken
-    line.note("judged")
-    (plan.folder / "broken.txt").write_text("\n".join(verdict.broken), encoding="utf-8")
-    return Outcome(
-        *(plan, verdict, line, time.monotonic() - began, settled_after, faults, hits.counts())
     )
+    verdict.reach()
+    return verdict
 
 
 @contextlib.contextmanager
@@ -298,7 +316,7 @@ def _warm_up(fleet: Fleet, world: World, jobs: Jobs, conductor: Conductor) -> di
     """One job for each worker, and a few more for those that were slow to start."""
     for _ in fleet.slots:
         jobs.publish()
-    if settle(world, jobs, conductor, 90.0) == float("inf"):
+    if settle(world, jobs, conductor, Patience(90.0)) == math.inf:
         raise RuntimeError("the first jobs did not end, before anything was broken")
     return fleet.slots[0].vitals()
 

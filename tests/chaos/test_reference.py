@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_no_order_of_events_makes_a_job_end_twice_without_a_redrive() -> None:
 
 def test_differences_name_the_place_the_expected_and_the_found() -> None:
     wanted = expected(Destiny.REFUSED)[0]
-    found = Places(**{name: getattr(wanted, name) for name in Places.__dataclass_fields__})
+    found = dataclasses.replace(wanted)
     assert not wanted.differences(found)
     assert expected(Destiny.PLAIN)[0].differences(wanted) == [
         "delivery: expected delivered, found set_aside",
