@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 from pathlib import Path
+from typing import Any
 
 from tests.chaos import journal
 from tests.chaos.jobs import journal_of
@@ -31,7 +32,7 @@ def noted(folder: Path) -> collections.Counter[str]:
             found[Kind.PUBLISHED_TWICE] += 1
         elif note["kind"] == "spoilt":
             spoilt[note["task"], note["name"]] = note["how"]
-    for line in _log_lines(folder, "broker_blocks_publishers", "checkpoint_damaged"):
+    for line in log_lines(folder, "broker_blocks_publishers", "checkpoint_damaged"):
         if line["event"] == "broker_blocks_publishers":
             found[Kind.BROKER_ALARM] += 1
         elif how := spoilt.get((line.get("task_id", ""), line.get("checkpoint", ""))):
@@ -39,7 +40,8 @@ def noted(folder: Path) -> collections.Counter[str]:
     return found
 
 
-def _log_lines(folder: Path, *events: str) -> list[dict[str, str]]:
+def log_lines(folder: Path, *events: str) -> list[dict[str, Any]]:
+    """The lines of these events in all workers' logs."""
     found = []
     for log in folder.glob("worker-*.log"):
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -48,7 +48,7 @@ from tests.chaos.time_line import TimeLine
 from tests.chaos.timing import MEDIA
 from tests.chaos.verdict import Evidence, Verdict
 from tests.chaos.watcher import Watcher
-from tests.chaos.world import World
+from tests.chaos.world import Message, World
 
 STOP_SECONDS = 8.0
 REAL_PACE = 6.0
@@ -130,31 +130,51 @@ def run(plan: Plan) -> Outcome:
         old_tree = old_release.unpack(plan.folder / "last-release")
     with _world(plan, hits := Hits()) as world:
         jobs = _jobs(plan, world)
-        with _workers(plan, world) as fleet, Conductor(world, jobs, plan.folder) as conductor:
-            baseline = _warm_up(fleet, world, jobs, conductor)
-            line.note(f"workers are warm: {baseline}")
-            injector = Injector(world, fleet, jobs, line, old_tree)
-            with Watcher(world, jobs) as watcher:
-                faults = _break_things(plan, injector, jobs, hits)
-                line.note("faults have ceased")
-                patience = Patience(plan.settle_seconds, hasty=plan.mutant is not None)
-                settled_after = settle(world, jobs, conductor, patience, line)
-                line.note(f"settled after {settled_after:.1f} s")
-            broken = watcher.broken + _left(plan, world, jobs, settled_after)
-            broken += _vitals(fleet, baseline) + _stop(fleet)
-            if conductor.errors:
-                raise conductor.errors[0]
-        if settled_after < math.inf:
-            broken += empty_queues(world)
-        verdict = _judge(plan, world, jobs, injector)
+        played = _play(plan, world, jobs, line, old_tree)
+        if played.settled_after < math.inf:
+            played.broken += empty_queues(world)
+        verdict = _judge(plan, world, jobs, played.dead)
         for kind, times in noted(plan.folder).items():
             hits.struck(kind, times)
-        verdict.broken[:0] = broken + _missed(plan, hits, jobs, old_tree)
+        verdict.broken[:0] = played.broken + _missed(plan, hits, jobs, old_tree)
     line.note("judged")
     (plan.folder / "broken.txt").write_text("\n".join(verdict.broken), encoding="utf-8")
+    seconds = time.monotonic() - began
     return Outcome(
-        *(plan, verdict, line, time.monotonic() - began, settled_after, faults, hits.counts())
+        *(plan, verdict, line, seconds, played.settled_after, played.faults, hits.counts())
     )
+
+
+@dataclasses.dataclass
+class _Played:
+    """What happened while the workers ran.
+
+    Attributes:
+        dead: What dead queues held that were deleted.
+    """
+
+    faults: list[Fault]
+    settled_after: float
+    dead: list[Message]
+    broken: list[str]
+
+
+def _play(plan: Plan, world: World, jobs: Jobs, line: TimeLine, old_tree: Path | None) -> _Played:
+    with _workers(plan, world) as fleet, Conductor(world, jobs, plan.folder) as conductor:
+        baseline = _warm_up(fleet, world, jobs, conductor)
+        line.note(f"workers are warm: {baseline}")
+        injector = Injector(world, fleet, jobs, line, old_tree)
+        with Watcher(world, jobs) as watcher:
+            faults = _break_things(plan, injector, jobs, world.hits)
+            line.note("faults have ceased")
+            patience = Patience(plan.settle_seconds, hasty=plan.mutant is not None)
+            settled_after = settle(world, jobs, conductor, patience, line)
+            line.note(f"settled after {settled_after:.1f} s")
+        broken = watcher.broken + _left(plan, world, jobs, settled_after)
+        broken += _vitals(fleet, baseline) + _stop(fleet)
+        if conductor.errors:
+            raise conductor.errors[0]
+    return _Played(faults, settled_after, injector.dead, broken)
 
 
 def _left(plan: Plan, world: World, jobs: Jobs, settled_after: float) -> list[str]:
@@ -177,14 +197,14 @@ def _world(plan: Plan, hits: Hits) -> contextlib.AbstractContextManager[World]:
     )
 
 
-def _judge(plan: Plan, world: World, jobs: Jobs, injector: Injector) -> Verdict:
+def _judge(plan: Plan, world: World, jobs: Jobs, dead: list[Message]) -> Verdict:
     verdict = Verdict(
         Evidence(
             world=world,
             folder=plan.folder,
             jobs=jobs.published,
             notes=journal.read(journal_of(plan.folder)),
-            dead=injector.dead,
+            dead=dead,
             exact=not plan.real_trainer,
         )
     )

@@ -10,9 +10,11 @@ from typing import Any
 from sandbox.backend import PROGRESS, ReceivedRequest
 from services.job_record import SEQUENCES_PER_CLAIM
 from tests.chaos.jobs import Job
+from tests.chaos.noted import log_lines
 from tests.chaos.observed import Notes, Observed
 from tests.chaos.timing import CHECKPOINT_INTERVAL
 
+TOO_MANY = 429
 LONGEST_DISTURBANCE = 20.0
 """Seconds after a fault in which a message may still come back because of it."""
 STALE_SECONDS = 1.5
@@ -48,6 +50,7 @@ class WorkLook:
         self.broken: list[str] = []
         self._observed = observed
         self._notes = observed.run.notes
+        self._logged = log_lines(observed.run.folder, "ending_not_taken")
 
     def at(self, job: Job) -> None:
         """Epochs done twice, runs after the ending, two claims at once, news out of order."""
@@ -155,11 +158,13 @@ class WorkLook:
         """A backend that asked for time got it, unless something else had the ending looked at."""
         heard = self._observed.endings(job)
         asked = self._observed.run.world.mood.asked
+        if self._unseen(job, heard):
+            return
         for before, after in zip(heard, heard[1:], strict=False):
             waited = after.received_at - before.received_at
             wanted = asked.get((before.webhook_id, before.received_at), 0.0)
             if (
-                before.status == 429
+                before.status == TOO_MANY
                 and after.webhook_id == before.webhook_id
                 and waited < wanted * 0.9
                 and not self._disturbed(before.received_at, after.received_at)
@@ -168,6 +173,14 @@ class WorkLook:
                     f"{job.task_id}: its ending was tried again after {waited:.1f} s, though the "
                     f"backend asked for {wanted} s"
                 )
+
+    def _unseen(self, job: Job, heard: list[ReceivedRequest]) -> bool:
+        """Whether an answer 429 came too late for the worker, or did not arrive."""
+        seen = sum(
+            line.get("task_id") == job.task_id and line.get("status") == TOO_MANY
+            for line in self._logged
+        )
+        return seen < sum(request.status == TOO_MANY for request in heard)
 
     def _disturbed(self, since: float, until: float) -> bool:
         """Whether a worker or the broker was hit then: a message that comes back is looked at."""
