@@ -180,7 +180,7 @@ class WorkLook:
             line.get("task_id") == job.task_id and line.get("status") == TOO_MANY
             for line in self._logged
         )
-        return seen < sum(request.status == TOO_MANY for request in heard)
+        return bool(seen < sum(request.status == TOO_MANY for request in heard))
 
     def _disturbed(self, since: float, until: float) -> bool:
         """Whether a worker or the broker was hit then: a message that comes back is looked at."""
