@@ -8,8 +8,6 @@ docs/protocol.md, section 5; `.env.example` documents each of them.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import hmac
 import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -40,7 +38,7 @@ from utils.confined import Confinement
 from utils.errors import ConfigurationError
 from utils.trainer_surroundings import ROOT, confinement, trainer_environment
 from utils.storage_settings import Bucket, StorageSettings
-from utils.urls import origin_of
+from utils.urls import base_of, origin_of
 
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -75,7 +73,7 @@ Delays = Annotated[
     BeforeValidator(setting_values.split),
     Field(min_length=1),
 ]
-Origin = Annotated[str, AfterValidator(origin_of)]
+Origin = Annotated[str, AfterValidator(base_of)]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(setting_values.split)]
 Buckets = Annotated[
     tuple[Bucket, ...], NoDecode, BeforeValidator(setting_values.split), Field(min_length=1)
@@ -243,6 +241,10 @@ class Settings(TrainerSettings, StorageSettings):
     internal_api_token: SecretStr
     webhook_signing_secret: SecretStr | None = None
     webhook_allowed_origins: Origins = ()
+    webhook_ca_file: Annotated[AbsolutePath, AfterValidator(setting_values.certificates)] | None = (
+        None
+    )
+    webhook_proxy: SecretStr | None = None
 
     progress_interval_seconds: Seconds = 30.0
     lease_ttl_seconds: float = Field(120.0, ge=1, allow_inf_nan=False)
@@ -295,6 +297,24 @@ class Settings(TrainerSettings, StorageSettings):
                     f"{origin} is plain http and would show the token to the network; "
                     "use https, or set ALLOW_INSECURE_WEBHOOKS=true"
                 )
+        return value
+
+    @field_validator("webhook_allowed_origins")
+    @classmethod
+    def _each_origin_has_one_path(cls, value: Any, info: ValidationInfo) -> Any:
+        bases = {*value, *filter(None, [info.data.get("backend_api_url")])}
+        if len({origin_of(base) for base in bases}) < len(bases):
+            raise ValueError(
+                "names an origin with two paths, counting BACKEND_API_URL; a message names an "
+                "origin only, so each can have one path"
+            )
+        return value
+
+    @field_validator("webhook_proxy")
+    @classmethod
+    def _the_proxy_is_an_address(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            setting_values.proxy(value.get_secret_value())
         return value
 
     def signing_secrets(self) -> tuple[str, ...]:

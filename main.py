@@ -216,19 +216,24 @@ def _guarded(command: Callable[[], int], *, say: _Sentences | BoundLogger = log)
 
 
 def _on_stop_signals(first: Callable[[], None]) -> None:
-    """Call `first` at SIGTERM or SIGINT, in a thread of its own; a second signal ends the process
-    at once.
+    """Call `first` at SIGTERM, SIGINT or SIGHUP, in a thread of its own; a further SIGTERM or
+    SIGINT ends the process at once.
 
-    The signals are blocked and waited for, so no handler interrupts a thread that holds a lock.
+    The signals are blocked and waited for, so no handler interrupts a thread that holds a lock. A
+    terminal that closes sends SIGHUP twice, from the kernel and from the shell, so that one never
+    hurries the end. Where SIGHUP was ignored at start (nohup), it stays ignored.
     """
-    wanted = {signal.SIGTERM, signal.SIGINT}
+    at_once = {signal.SIGTERM, signal.SIGINT}
+    wanted = set(at_once)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        wanted.add(signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
 
     def wait() -> None:
         signal.sigwait(wanted)
         first()
         # The trainer ends with our pipe, whatever it is doing.
-        os._exit(128 + signal.sigwait(wanted))
+        os._exit(128 + signal.sigwait(at_once))
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 

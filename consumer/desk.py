@@ -255,6 +255,8 @@ def open_webhooks(settings: Settings, observer: Observer | None = None) -> Webho
         allowed_origins=settings.webhook_allowed_origins,
         token=settings.internal_api_token.get_secret_value(),
         signing_secrets=settings.signing_secrets(),
+        ca_file=settings.webhook_ca_file,
+        proxy=settings.webhook_proxy.get_secret_value() if settings.webhook_proxy else None,
         metrics=observer.metrics,
         trace_headers=observer.tracing.headers,
     )

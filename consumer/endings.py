@@ -60,8 +60,6 @@ log = logger.get_logger(__name__)
 
 DELIVER_AT_ONCE_SECONDS = 60.0
 REPORT = "training_report.html"
-# A 404 may be a backend that is just being deployed; a deleted style stays 404.
-_NOT_FOUND_TRIES = 4
 # How long a copy for the dead queue is waited for; it is owed until then, and if it does not come.
 _CONFIRM_SECONDS = 30.0
 _CONFIRM_SECONDS_AT_A_STOP = 1.0
@@ -185,7 +183,7 @@ class Endings:
             tried = tries + 1
             if answer.outcome is EndingOutcome.DELIVERED:
                 lease.mark_delivered()
-            elif _is_refused_for_good(answer, tries) and lease.record.owed is None:
+            elif self._is_refused_for_good(answer, tries) and lease.record.owed is None:
                 self._set_aside(lease, answer)
                 self._pay(lease, original)
             else:
@@ -368,6 +366,13 @@ class Endings:
             case _:
                 raise AssertionError(claim)
 
+    def _is_refused_for_good(self, answer: EndingAnswer, tries: int) -> bool:
+        """Whether a person has to see to it. A 404 may come from a router while the backend is
+        deployed: it counts only if the backend itself still says so after the last delay."""
+        if answer.outcome is EndingOutcome.RETRY_A_FEW:
+            return answer.by_json and tries >= len(self._retry_delays)
+        return answer.outcome is EndingOutcome.REJECTED
+
     def _set_aside(self, lease: JobLease, answer: EndingAnswer) -> None:
         """The backend refuses the ending for good: the dead queue keeps it, for a person."""
         detail = f"the backend answered {answer.status}: {answer.detail}"
@@ -396,12 +401,6 @@ def _at_least(seconds: float, delays: Sequence[float], index: int = 0) -> float:
     """The delay of this index, or the first of the later ones that is no shorter; else the last."""
     later = delays[min(index, len(delays) - 1) :]
     return next((delay for delay in later if delay >= seconds), max(delays))
-
-
-def _is_refused_for_good(answer: EndingAnswer, tries: int) -> bool:
-    if answer.outcome is EndingOutcome.RETRY_A_FEW:
-        return tries >= _NOT_FOUND_TRIES
-    return answer.outcome is EndingOutcome.REJECTED
 
 
 def parked(

@@ -22,7 +22,7 @@ from consumer.machine import require_fit
 from consumer.model_publisher import ModelPublisher
 from consumer.observer import Observer
 from consumer.pictures import fetch_pictures, fetch_validation_pictures
-from consumer.progress_reporter import ProgressReporter, RouteMemory, queued
+from consumer.progress_reporter import ProgressReporter, queued
 from consumer.put_offs import PutOffs, Why, why_of
 from consumer.queue_watch import age_of
 from consumer.settlement import CRASHES, MIN_LEVEL, OWN_COPY, PUT_OFFS, Delivery, Settlement
@@ -95,7 +95,6 @@ class Pipeline:
         self._desk = desk
         self._settings = desk.settings
         self._put_offs = desk.put_offs
-        self._routes = RouteMemory()
 
     def handle(self, delivery: Delivery) -> Settlement:
         """Do what a message asks for, unless its record says that there is nothing to do."""
@@ -249,7 +248,6 @@ class Pipeline:
             ProgressReporter(
                 job,
                 desk.webhooks,
-                self._routes,
                 next_sequence=lease.next_sequence,
                 stop=stop,
                 interval_seconds=settings.progress_interval_seconds,

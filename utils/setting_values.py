@@ -13,6 +13,7 @@ import importlib.util
 import ipaddress
 import os
 import re
+import ssl
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -161,3 +162,32 @@ def derived_signing_secret(token: str) -> str:
     message = b"training-server webhook signing v1"
     digest = hmac.new(token.encode(), message, hashlib.sha256).digest()
     return "whsec_" + base64.b64encode(digest).decode()
+
+
+def certificates(value: Path) -> Path:
+    """A file of certificates in PEM.
+
+    Raises:
+        ValueError: It cannot be read, or has none.
+    """
+    try:
+        ssl.create_default_context(cafile=value)
+    except (OSError, ssl.SSLError) as error:
+        raise ValueError(f"has no certificates in PEM that can be read ({error})") from None
+    return value
+
+
+def proxy(value: str) -> str:
+    """The address of an HTTP proxy, which may carry a user name and a password.
+
+    Raises:
+        ValueError: It is none. The address is not shown, since it may hold a password.
+    """
+    parts = urlsplit(value)
+    try:
+        complete = parts.scheme in ("http", "https") and parts.hostname and parts.port
+    except ValueError:
+        complete = False
+    if not complete or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError("must be an address like http://proxy.example.com:3128, with its port")
+    return value

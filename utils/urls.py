@@ -7,6 +7,7 @@ import re
 from urllib.parse import SplitResult, urlsplit
 
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
+_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -30,6 +31,25 @@ def origin_of(url: str) -> str:
         raise ValueError("must not carry a user name or password")
     port = _port(parts)
     return f"{parts.scheme}://{_host(parts.hostname)}{port}"
+
+
+def base_of(url: str) -> str:
+    """An address that paths are appended to: its origin, and its path as a prefix.
+
+    The path has no slash at its end.
+
+    Raises:
+        ValueError: As for `origin_of`; or the address has a query, a fragment or a path that
+            servers read in different ways.
+    """
+    origin = origin_of(url)
+    parts = urlsplit(url.strip())
+    if "?" in url or "#" in url:
+        raise ValueError("must not have a query or a fragment: it would be in front of the path")
+    path = parts.path.rstrip("/")
+    if not _PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
+        raise ValueError("must have a plain path, like https://api.example.com/prod")
+    return origin + path
 
 
 def shown(url: str) -> str:

@@ -238,7 +238,10 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded.rabbitmq_host == ("one", "two")
     assert loaded.retry_delays_seconds == (0.5, 60.0)
     assert loaded.image_buckets == ("first", "second")
-    assert loaded.webhook_allowed_origins == ("https://a.example.com", "http://localhost:8000")
+    assert loaded.webhook_allowed_origins == (
+        "https://a.example.com/path",
+        "http://localhost:8000",
+    )
 
 
 @pytest.mark.parametrize("name", ["RABBITMQ_HOST", "RETRY_DELAYS_SECONDS", "IMAGE_BUCKETS"])
@@ -446,3 +449,34 @@ def test_secrets_of_training_alone_are_known_too(monkeypatch: pytest.MonkeyPatch
     loaded = load(TrainerSettings)
     assert loaded.hf_token == SecretStr("hf_token")
     assert loaded.secrets() == ("hf_token",)
+
+
+def test_the_path_of_an_address_is_kept_and_the_rest_of_it_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = settings(monkeypatch, BACKEND_API_URL="https://api.example.org/prod/")
+    assert loaded.backend_api_url == "https://api.example.org/prod"
+    for address in ("https://api.example.org/?a=b", "https://api.example.org/#top"):
+        told = problems(monkeypatch, BACKEND_API_URL=address)
+        assert "BACKEND_API_URL: must not have a query" in told
+    told = problems(
+        monkeypatch,
+        BACKEND_API_URL="https://api.example.org/one",
+        WEBHOOK_ALLOWED_ORIGINS="https://api.example.org/two",
+    )
+    assert re.search("WEBHOOK_ALLOWED_ORIGINS: .*two paths", told)
+
+
+def test_a_file_of_certificates_and_a_proxy_are_checked_at_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.pem").write_text("none")
+    told = problems(monkeypatch, WEBHOOK_CA_FILE=str(tmp_path / "empty.pem"))
+    assert re.search("WEBHOOK_CA_FILE: .*certificates in PEM", told)
+    monkeypatch.delenv("WEBHOOK_CA_FILE")
+    for proxy in ("proxy.example.org", "socks5://a:1", "http://user:hunter2@a", "http://a:1/x"):
+        told = problems(monkeypatch, WEBHOOK_PROXY=proxy)
+        assert "WEBHOOK_PROXY: must be" in told
+        assert "hunter2" not in told
+    proxy = "http://user:hunter2@proxy.example.org:3128"
+    assert proxy in settings(monkeypatch, WEBHOOK_PROXY=proxy).secrets()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,10 @@ MODULES = (
 """The code that runs a job's life and the broker connection."""
 
 EXTRA_TESTS: dict[str, tuple[str, ...]] = {
+    "consumer/put_offs.py": (
+        "tests/unit/consumer/test_endings.py",
+        "tests/unit/consumer/test_pipeline.py",
+    ),
     "consumer/queue_watch.py": ("tests/unit/consumer/test_observer.py",),
     "services/lease.py": ("tests/unit/services/test_job_lease.py",),
 }
@@ -141,18 +146,18 @@ def _outcomes(
         jobs: Runs side by side.
     """
     with trees.made(), in_parallel(jobs) as pool:
-        firsts = {tests: pool.submit(baseline, trees, tests) for tests in set(left.values())}
-        bases = {tests: first.result() for tests, first in firsts.items()}
-        running = {
-            pool.submit(run_mutant, trees, mutant, bases[tests]): mutant
-            for mutant, tests in left.items()
-        }
         try:
+            firsts = {tests: pool.submit(baseline, trees, tests) for tests in set(left.values())}
+            bases = {tests: first.result() for tests, first in firsts.items()}
+            running = {
+                pool.submit(run_mutant, trees, mutant, bases[tests]): mutant
+                for mutant, tests in left.items()
+            }
             for done in as_completed(running):
                 yield running[done], done.result()
         finally:
-            for future in running:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+            trees.end()
 
 
 def _described(mutant: Mutant) -> str:
@@ -187,4 +192,6 @@ def _report(outcomes: Mapping[Mutant, Outcome]) -> int:
 
 
 if __name__ == "__main__":
+    # A stop removes the copies of the tree, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,10 @@ class Outcome(enum.StrEnum):
     def is_killed(self) -> bool:
         """Whether a test noticed the change."""
         return self in (Outcome.KILLED, Outcome.TIMED_OUT)
+
+
+class Ended(Exception):
+    """The command was stopped."""
 
 
 class BaselineFails(Exception):
@@ -105,6 +110,8 @@ class Trees:
         self._root = root
         self._count = count
         self._free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        self._running: set[int] = set()
+        self._ended = threading.Event()
 
     @contextlib.contextmanager
     def made(self) -> Iterator[None]:
@@ -127,39 +134,56 @@ class Trees:
         finally:
             self._free.put(copy)
 
+    def end(self) -> None:
+        """End every run of tests at once, with all that it started, and begin none any more."""
+        self._ended.set()
+        for group in tuple(self._running):
+            _end_group(group)
+
+    def run(self, tree: Path, tests: Sequence[str], limit: float) -> int | None:
+        """Run unit tests in a copy until one fails.
+
+        Returns:
+            pytest's exit code, or None if they were ended by the time limit.
+
+        Raises:
+            Ended: The runs were ended; the tests say nothing.
+        """
+        options = ("-q", "-x", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist")
+        command = (sys.executable, "-m", "pytest", *options, *tests)
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            command,
+            cwd=tree,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # what the tests start ends with them
+        ) as process:
+            self._running.add(process.pid)
+            code: int | None = None
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(0 if self._ended.is_set() else limit)
+            finally:
+                _end_group(process.pid)
+                self._running.discard(process.pid)
+        if self._ended.is_set():
+            raise Ended
+        return code
+
+
+def _end_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
 
 def tracked(root: Path) -> list[str]:
     """The files of the tree that git tracks, or would track."""
     command = ("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
     listed = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     return [path for path in listed.stdout.split("\0") if path and (root / path).is_file()]
-
-
-def run_tests(tree: Path, tests: Sequence[str], limit: float) -> int | None:
-    """Run unit tests until one fails.
-
-    Returns:
-        pytest's exit code, or None if they were ended by the time limit.
-    """
-    options = ("-q", "-x", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist")
-    command = (sys.executable, "-m", "pytest", *options, *tests)
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command,
-        cwd=tree,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # what the tests start ends with them
-    ) as process:
-        try:
-            return process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 def baseline(trees: Trees, tests: tuple[str, ...]) -> Baseline:
@@ -173,7 +197,7 @@ def baseline(trees: Trees, tests: tuple[str, ...]) -> Baseline:
     for _ in range(2):
         with trees.one() as tree:
             began = time.monotonic()
-            code = run_tests(tree, tests, 600.0)
+            code = trees.run(tree, tests, 600.0)
             seconds = time.monotonic() - began
         if code == _PASSED:
             return Baseline(tests, seconds)
@@ -191,7 +215,7 @@ def run_mutant(trees: Trees, mutant: Mutant, base: Baseline) -> Outcome:
         source = path.read_text(encoding="utf-8")
         path.write_text(mutant.applied_to(source), encoding="utf-8")
         try:
-            code = run_tests(tree, base.tests, base.limit)
+            code = trees.run(tree, base.tests, base.limit)
         finally:
             path.write_text(source, encoding="utf-8")
     if code is None:

@@ -117,6 +117,7 @@ CALLS: dict[str, Callable[[S3Service, Path], object]] = {
     "replace": lambda s3, folder: s3.replace(S3Location("bucket", "a"), b"1", '"e"'),
     "copy": lambda s3, folder: s3.copy(S3Location("bucket", "a"), S3Location("bucket", "b")),
     "delete": lambda s3, folder: s3.delete("bucket", ["a"]),
+    "delete_version": lambda s3, folder: s3.delete_version(S3Location("bucket", "a"), '"1"'),
 }
 
 
@@ -143,6 +144,7 @@ FAULTS = {
 # What these faults leave without anything to complain of.
 HARMLESS = {
     ("delete", 200),  # asked to be quiet, S3 names only what it could not delete
+    ("delete_version", 200),  # the answer has no body; publishers look at the folder again
     ("fetch_pictures", 200),  # whether it is a picture is judged later
     ("reach", 200),  # the answer to a HEAD has no body to judge by
     ("download", 200),  # an object without a checksum may be anything

@@ -38,7 +38,8 @@ STATE = "state-bucket"
 TAKEN = EndingAnswer(EndingOutcome.DELIVERED, status=200)
 AWAY = EndingAnswer(EndingOutcome.RETRY, status=503)
 REFUSED = EndingAnswer(EndingOutcome.REJECTED, status=400, detail="no such style")
-NOT_FOUND = EndingAnswer(EndingOutcome.RETRY_A_FEW, status=404)
+NOT_FOUND = EndingAnswer(EndingOutcome.RETRY_A_FEW, status=404, by_json=True)
+ROUTER_404 = EndingAnswer(EndingOutcome.RETRY_A_FEW, status=404)
 FORBIDDEN = EndingAnswer(EndingOutcome.RETRY_SLOWLY, status=403)
 
 

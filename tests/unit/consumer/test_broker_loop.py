@@ -760,8 +760,9 @@ def test_once_stops_the_worker_by_itself() -> None:
 
 
 @pytest.mark.usefixtures("real_time")
-def test_without_once_an_idle_worker_stays() -> None:
-    running = Running(FakeLoop(lane()))
+@pytest.mark.parametrize("idle_seconds", [None, 60.0])
+def test_a_worker_that_may_still_have_a_message_stays(idle_seconds: float | None) -> None:
+    running = Running(FakeLoop(lane(limit=1), idle_seconds=idle_seconds))
     running.thread.join(0.15)
     assert running.thread.is_alive()
     running.end()

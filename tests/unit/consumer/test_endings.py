@@ -21,6 +21,7 @@ from tests.unit.consumer.job_world import (
     FORBIDDEN,
     NOT_FOUND,
     REFUSED,
+    ROUTER_404,
     STATE,
     World,
     delivery,
@@ -98,7 +99,7 @@ def test_a_backend_that_refuses_the_token_is_tried_more_slowly(world: World) -> 
     assert only(world.pipeline.handle(delivery())).delay_seconds == 300.0
 
 
-def test_a_404_is_tried_a_few_times_before_the_ending_is_set_aside(world: World) -> None:
+def test_a_404_of_the_backend_itself_is_set_aside_after_the_last_delay(world: World) -> None:
     world.backend.answers = [NOT_FOUND] * 5
     settlement = world.pipeline.handle(delivery())
     tries = 1
@@ -109,6 +110,16 @@ def test_a_404_is_tried_a_few_times_before_the_ending_is_set_aside(world: World)
     assert tries == 5
     assert world.record().delivery is Delivery.SET_ASIDE
     assert [one.headers["x-error-code"] for one in world.broker.published] == ["WEBHOOK_REJECTED"]
+
+
+def test_a_404_that_any_router_may_give_is_never_the_last_word(world: World) -> None:
+    world.backend.answers = [ROUTER_404] * 20
+    settlement = world.pipeline.handle(delivery())
+    for _ in range(19):
+        settlement = world.endings.handle(redelivery_of(only(settlement)))
+    assert only(settlement).delay_seconds == 7200.0
+    assert world.record().delivery is Delivery.PENDING
+    assert not world.broker.in_queue(Queue.DEAD)
 
 
 def test_a_404_at_the_first_try_is_not_the_last_word(world: World) -> None:

@@ -253,3 +253,4 @@ def test_a_dead_letter_has_the_task_id_that_can_be_read(
     delivery = Delivery(body, message_id, headers={CRASHES: MAX_CRASHES})
     (letter,) = broken(ValueError(), delivery).publish
     assert letter.headers["x-task-id"] == task_id
+    assert letter.message_id == (task_id or None)

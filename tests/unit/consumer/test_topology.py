@@ -201,6 +201,27 @@ def test_a_training_queue_that_cannot_be_declared_ends_the_worker(
     broker.refuses = (406, "no")
     with pytest.raises(BrokerRefused, match="q cannot be declared"):
         queues.ensure(queues.of(Queue.TRAINING))
+    assert broker.asked == [("q", "passive", None)], "it exists: nothing is gained by declaring it"
+
+
+def test_a_new_connection_first_has_the_training_queue_there_and_then_learns_its_type(
+    broker: Broker, queues: Declarations
+) -> None:
+    queues.begin()
+    assert broker.asked == [
+        ("q", "passive", None),
+        ("q", "durable=True", None),
+        ("q", "durable=True", TYPE_TRIAL),
+    ]
+
+
+def test_a_broker_that_does_not_tell_the_type_gets_queues_without_one(
+    broker: Broker, queues: Declarations
+) -> None:
+    broker.queues["q"] = TYPE_TRIAL  # the trial is not refused
+    queues.begin()
+    queues.ensure(queues.of(Queue.DEAD))
+    assert broker.asked[-1] == ("q.dead", "durable=True", None)
 
 
 @pytest.mark.parametrize("queue_type", [CLASSIC, QUORUM])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -190,6 +193,34 @@ def test_a_mutant_whose_tests_never_end_is_killed_with_all_that_they_started(
         assert run_mutant(trees, endless, Baseline((test,))) is Outcome.TIMED_OUT
         with trees.one() as copy:
             assert _contents(copy) == _contents(tree)
+
+
+def test_a_stop_ends_the_tests_and_removes_the_copies_of_the_tree(
+    tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    copies = tmp_path_factory.mktemp("copies")
+    (tree / "tests/unit/consumer/test_of_the_stock.py").write_text(
+        f"{_TESTS}\n\ndef test_forever():\n"
+        f"    open({str(copies / 'pid')!r}, 'w').write(str(__import__('os').getpid()))\n"
+        "    __import__('time').sleep(60)\n",
+        encoding="utf-8",
+    )
+    code = (
+        "import signal, sys; from pathlib import Path; from tools.mutants.__main__ import main\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"root = Path({str(tree)!r})\n"
+        "main(['--jobs', '1'], root=root, modules=['consumer/stock.py'], extra={})"
+    )
+    environment = os.environ | {"TMPDIR": str(copies)}
+    with subprocess.Popen((sys.executable, "-c", code), cwd=ROOT, env=environment) as process:
+        for _ in range(600):
+            if (copies / "pid").exists() and (pid := (copies / "pid").read_text("utf-8")):
+                break
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(20) == 143
+    assert not Path(f"/proc/{pid}").exists()
+    assert not list(copies.glob("mutants-*"))
 
 
 def test_a_module_without_a_unit_test_has_only_survivors(
