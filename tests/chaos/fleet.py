@@ -72,6 +72,14 @@ class Diary:
         return found[-1] if found else ""
 
 
+def claims_of(path: Path, slot: int) -> int:
+    """How often the processes of a slot have claimed a job, by the journal."""
+    own = f"worker-{slot}-"
+    return sum(
+        note["kind"] == "claimed" and note["who"].startswith(own) for note in journal.read(path)
+    )
+
+
 class Slot:
     """The place of one worker: its processes, one after the other.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 
@@ -65,6 +66,9 @@ _AT_WORK = {
 """What shows something only while the worker trains."""
 
 
+_DELETIONS = {Kind.TRAINING_QUEUE_DELETED, Kind.DEAD_QUEUE_DELETED, Kind.OWN_QUEUE_DELETED}
+
+
 class Injector(ProcessFaults):
     """Breaks what the schedule says.
 
@@ -99,7 +103,7 @@ class Injector(ProcessFaults):
             self._aside(lambda: self._restart_broker(fault))
         elif fault.kind is Kind.BROKER_ALARM:
             self._aside(lambda: self._alarm(fault))
-        elif fault.kind is Kind.QUEUE_DELETED:
+        elif fault.kind in _DELETIONS:
             self._aside(lambda: self._delete_queue(fault))
         elif fault.kind is Kind.PUBLISHED_TWICE:
             in_time(self._two_workers_are_idle)
@@ -203,18 +207,29 @@ class Injector(ProcessFaults):
             # Of the training queue nobody knows what it held.
             lost = unsettled if name == QUEUE else {task_of(message) for message in held}
             self._world.allow_sweep(lost)
-            self._world.hits.struck(fault.kind, len(lost))
+            self._world.hits.struck(fault.kind, len(lost) if name == QUEUE else len(held))
             again = self._jobs.publish_unclaimed(
                 {body for _, body in held} if name != QUEUE else None
             )
         self._line.note(f"{fault.number:3}  … {name}; published again: {again or 'none'}")
 
     def _queue_to_delete(self, fault: Fault) -> str:
-        """The training queue, the dead queue, or one of the others that holds something."""
+        """One of a worker's own queues is one that holds something, if any does in time."""
+        if fault.kind is Kind.TRAINING_QUEUE_DELETED:
+            return QUEUE
+        if fault.kind is Kind.DEAD_QUEUE_DELETED:
+            in_time(lambda: bool(self._world.waiting().get(DEAD_QUEUE)))
+            return DEAD_QUEUE
         own = [name for name in self._world.queues() if name not in (QUEUE, DEAD_QUEUE)]
-        waiting = self._world.waiting()
-        own = [name for name in own if waiting.get(name)] or own
-        return (QUEUE, QUEUE, DEAD_QUEUE, own[fault.detail // 4 % len(own)])[fault.detail % 4]
+        holding: list[str] = []
+
+        def holds() -> bool:
+            waiting = self._world.waiting()
+            holding[:] = [name for name in own if waiting.get(name)]
+            return bool(holding)
+
+        in_time(holds)
+        return random.Random(fault.seed).choice(holding or own)
 
     def _keep(self, held: list[Message]) -> None:
         """Remember dead letters; those of jobs that are yet to be sent back are put back."""

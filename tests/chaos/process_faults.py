@@ -10,16 +10,19 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.chaos.clock import LONGEST_STEP
 from tests.chaos.fleet import ROOT, Fleet, Slot, wait_for
 from tests.chaos.jobs import Jobs
+from tests.chaos.noted import noted
 from tests.chaos.reference import Destiny
 from tests.chaos.schedule import Fault, Kind
 from tests.chaos.time_line import TimeLine
 from tests.chaos.world import World
 
 PREEMPTION_SECONDS = 5.0
+CHECKPOINTS_KEPT = 3
 PATIENCE_SECONDS = 8.0
 """How long a fault waits until it can be carried out."""
 
@@ -145,9 +148,14 @@ class ProcessFaults:
 
     def _fill_disk(self, fault: Fault, slot: Slot) -> None:
         mid_write = fault.kind is Kind.DISK_FULL_MID_WRITE
+        before = self._struck_inside(fault.kind)
         slot.disk_full(True, mid_write=mid_write)
         time.sleep(fault.seconds)
+        in_time(lambda: self._struck_inside(fault.kind) > before)
         slot.disk_full(False, mid_write=mid_write)
+
+    def _struck_inside(self, kind: Kind) -> int:
+        return noted(self._world.folder)[kind]
 
     def _step_clock(self, fault: Fault, slot: Slot) -> None:
         dice = random.Random(fault.seed)
@@ -157,16 +165,23 @@ class ProcessFaults:
 
     def _spoil_checkpoint(self, fault: Fault, slot: Slot) -> None:
         """Spoil the newest checkpoint of the job in hand, and kill its worker."""
+        # More than one is to be lost with it, should the worker not look for an older one.
+        in_time(lambda: len(self._checkpoints_of(slot)) >= CHECKPOINTS_KEPT)
         # So that it makes no newer one meanwhile.
         slot.signal(signal.SIGSTOP, with_child=True)
-        task_id = slot.diary.task()
-        record = self._world.records().get(task_id or "")
-        if record is not None and record["checkpoints"]:
-            newest = record["checkpoints"][-1]
-            facts = {"task": record["task_id"], "name": newest["name"]}
+        if checkpoints := self._checkpoints_of(slot):
+            newest = checkpoints[-1]
+            facts = {"task": slot.diary.task(), "name": newest["name"]}
             self._jobs.journal.note("spoilt", how=fault.kind, **facts)
             self._world.spoil(newest["prefix"], delete=fault.kind is Kind.CHECKPOINT_DELETED)
         slot.signal(signal.SIGKILL, with_child=True)
+
+    def _checkpoints_of(self, slot: Slot) -> list[dict[str, Any]]:
+        """The checkpoints of the job in hand."""
+        record = self._world.records().get(slot.diary.task() or "")
+        if record is None or record["state"] != "live":
+            return []
+        return list(record["checkpoints"])
 
     def _run_old_release(self, fault: Fault, slot: Slot) -> None:
         """Replace a worker by one of the last release until that has worked, and back."""

@@ -35,7 +35,7 @@ from sandbox.stand_in_model import build_stand_in
 from tests.chaos import journal, old_release
 from tests.chaos.conductor import Conductor
 from tests.chaos.crash_points import POINTS, STOP_POINTS
-from tests.chaos.fleet import Fleet, Slot
+from tests.chaos.fleet import Fleet, Slot, claims_of, wait_for
 from tests.chaos.hits import Hits
 from tests.chaos.injector import Injector
 from tests.chaos.jobs import Jobs, journal_of
@@ -55,6 +55,8 @@ REAL_PACE = 6.0
 """With the real trainer, which takes seconds to import torch: faults are to find it at work."""
 MORE_FILES, MORE_THREADS, MORE_MEMORY_KIB = 16, 4, 40_000
 """What a worker may have gained over a run: its pools of connections are no leak."""
+DEAF_SECONDS = 40.0
+"""So long a worker may take no job, once nothing goes wrong any more."""
 ENCORES = 3
 """How often a kind of fault is tried again that has struck nothing."""
 
@@ -73,6 +75,7 @@ class Plan:
         destinies: Those of the jobs that are not to complete.
         demand: Each of the kinds must strike, and each destiny be drawn.
         jobs: So many are ordered at least.
+        epochs: Fewest and most epochs of a job.
         one_style: All jobs are of one style.
         once: Whether the last worker runs with `--once`.
         mutant: What is changed in the workers (`tests.chaos.mutants`).
@@ -93,6 +96,7 @@ class Plan:
     destinies: tuple[Destiny, ...] = tuple(Destiny)
     demand: bool = False
     jobs: int = 0
+    epochs: tuple[int, int] = (10, 30)
     one_style: bool = False
     once: bool = True
     mutant: str | None = None
@@ -167,14 +171,31 @@ def _play(plan: Plan, world: World, jobs: Jobs, line: TimeLine, old_tree: Path |
         with Watcher(world, jobs) as watcher:
             faults = _break_things(plan, injector, jobs, world.hits)
             line.note("faults have ceased")
+            deaf = [] if plan.real_trainer else _deaf(fleet, jobs, journal_of(plan.folder))
             patience = Patience(plan.settle_seconds, hasty=plan.mutant is not None)
             settled_after = settle(world, jobs, conductor, patience, line)
             line.note(f"settled after {settled_after:.1f} s")
-        broken = watcher.broken + _left(plan, world, jobs, settled_after)
+        broken = deaf + watcher.broken + _left(plan, world, jobs, settled_after)
         broken += _vitals(fleet, baseline) + _stop(fleet)
         if conductor.errors:
             raise conductor.errors[0]
     return _Played(faults, settled_after, injector.dead, broken)
+
+
+def _deaf(fleet: Fleet, jobs: Jobs, notes: Path) -> list[str]:
+    """Workers that take no job any more, though there is one for each."""
+    waiting = {slot.number: claims_of(notes, slot.number) for slot in fleet.slots}
+
+    def all_have_claimed() -> bool:
+        for number, before in tuple(waiting.items()):
+            if claims_of(notes, number) > before:
+                del waiting[number]
+        while jobs.unended() < len(fleet.slots):
+            jobs.publish(destiny=Destiny.PLAIN)
+        return not waiting
+
+    wait_for(all_have_claimed, DEAF_SECONDS, every=0.5)
+    return [f"worker {number} takes no job any more" for number in sorted(waiting)]
 
 
 def _left(plan: Plan, world: World, jobs: Jobs, settled_after: float) -> list[str]:
@@ -304,7 +325,7 @@ def _jobs(plan: Plan, world: World) -> Jobs:
         return Jobs(
             world,
             suites_own,
-            epochs=(10, 30),
+            epochs=plan.epochs,
             dice=dice,
             destinies=plan.destinies,
             plain_first=plan.workers,

@@ -17,11 +17,12 @@ from tests.integration.services.s3_proxy import Fault, S3Proxy
 T = TypeVar("T")
 
 _REMEMBERED = 5_000
+PATIENCE_SECONDS = 8.0
 
 
 @dataclasses.dataclass
 class Window(Generic[T]):
-    """A fault that is in the air for a while.
+    """A fault that is in the air for a while, and a little longer if it has hit nothing by then.
 
     Attributes:
         until: When it is over (`time.monotonic`).
@@ -38,6 +39,11 @@ class Window(Generic[T]):
     fault: T
     hits: Callable[[str, str], bool]
     kind: str
+    has_hit: bool = False
+
+    def is_open(self, now: float) -> bool:
+        """Whether requests can still be hit."""
+        return now < self.until or (not self.has_hit and now < self.until + PATIENCE_SECONDS)
 
 
 class Weather(Generic[T]):
@@ -66,9 +72,10 @@ class Weather(Generic[T]):
         """What is to happen to a request."""
         with self._lock:
             now = time.monotonic()
-            self._windows = [window for window in self._windows if window.until > now]
+            self._windows = [window for window in self._windows if window.is_open(now)]
             for window in self._windows:
                 if window.hits(method, path) and window.dice.random() < window.chance:
+                    window.has_hit = True
                     self._struck.struck(window.kind)
                     return window.fault
         return None
