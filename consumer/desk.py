@@ -210,7 +210,10 @@ def _desk(
     records_s3 = _s3_for_records(settings, observer.metrics)
     records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=settings.lease_ttl_seconds)
     webhooks = open_webhooks(settings, observer)
-    s3 = open_s3(settings, metrics=observer.metrics)
+    # The same object tells the publisher that it can copy inside the storage.
+    s3 = state_s3
+    if settings.state_store() != settings.main_store():
+        s3 = open_s3(settings, metrics=observer.metrics)
     put_offs = PutOffs(settings.retry_delays_seconds, observer)
     return Desk(
         settings=settings,
