@@ -73,7 +73,8 @@ def look(settings: Settings, s3: S3Service) -> list[Waiting]:
 def send_back(
     settings: Settings, s3: S3Service, chosen: set[str] | None, **how: bool
 ) -> list[Redriven]:
-    return Redrive(settings, s3).send_back(chosen, **how)[0]
+    redriven, _ = Redrive(settings, s3).send_back(chosen, **how)
+    return list(redriven)
 
 
 def test_looking_takes_nothing(
