@@ -73,8 +73,12 @@ def look(settings: Settings, s3: S3Service) -> list[Waiting]:
 def send_back(
     settings: Settings, s3: S3Service, chosen: set[str] | None, **how: bool
 ) -> list[Redriven]:
-    redriven, _ = Redrive(settings, s3).send_back(chosen, **how)
-    return list(redriven)
+    return Redrive(settings, s3).send_back(chosen, **how)[0]
+
+
+def only(redriven: list[Redriven]) -> Redriven:
+    assert len(redriven) == 1
+    return redriven[0]
 
 
 def test_looking_takes_nothing(
@@ -130,7 +134,7 @@ def test_a_job_whose_failure_nobody_has_heard_of_stays_where_it_is(
     letter = _letter("unheard", bucket=bucket)
     _end(JobRecords(s3, bucket, owner="one", lease_seconds=5), settings, letter, told=False)
     _die(client, queue, letter)
-    (one,) = send_back(settings, s3, None)
+    one = only(send_back(settings, s3, None))
     assert not one.sent_back and "not heard" in one.outcome
     assert client.waiting(f"{queue}.dead") == 1 and client.waiting(queue) == 0
 
@@ -141,7 +145,7 @@ def test_a_message_that_was_refused_goes_back_as_it_was_published(
     body = b'{"style_id": 7, "image_urls": ["s3://elsewhere/a.jpg"]}'
     letter = Publication.to_dead(body, code="INVALID_MESSAGE", message="bucket", task_id=None)
     _die(client, queue, letter)
-    (one,) = send_back(settings, s3, None)
+    one = only(send_back(settings, s3, None))
     taken = client.get(queue)
     assert one.sent_back and taken is not None and taken[1] == body
     assert taken[0].message_id is None, "an id of ours would make it another message"
@@ -157,7 +161,7 @@ def test_a_refused_ending_goes_to_the_endings_and_nothing_is_trained(
     claim = records.adopt_ending("rejected")
     assert claim is None or not isinstance(claim, Claimed)
     _die(client, queue, letter)
-    (waiting,) = send_back(settings, s3, None)
+    waiting = only(send_back(settings, s3, None))
     assert waiting.sent_back, "its delivery is open: another message about it does no harm"
     taken = client.get(f"{queue}.endings")
     assert taken is not None and json.loads(taken[1])["task_id"] == "rejected"
@@ -173,7 +177,7 @@ def test_a_header_that_names_no_record_of_ours_moves_nothing(
     real = s3.read(record_at(bucket, "real")).body
     s3.write(record_at(bucket, "elsewhere/in-the-bucket"), real)
     _die(client, queue, _letter(task_id, "WEBHOOK_REJECTED"))
-    (one,) = send_back(settings, s3, None)
+    one = only(send_back(settings, s3, None))
     assert not one.sent_back
     assert client.waiting(f"{queue}.dead") == 1
 
