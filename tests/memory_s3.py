@@ -19,6 +19,7 @@ from botocore.response import StreamingBody
 
 from services.s3_access import S3Access
 from services.s3_service import S3Service, translated
+from utils.errors import StorageError
 
 Before = Callable[[str, str, str], None]
 
@@ -46,6 +47,7 @@ class MemoryS3(S3Service):
     Attributes:
         before: Called with method, bucket and key ahead of each request; raising fails it.
         now: The store's clock.
+        requests: Method and key of every request.
     """
 
     # `S3Service` makes a client of boto3's; this one has its own.
@@ -54,8 +56,32 @@ class MemoryS3(S3Service):
         self.objects = {} if objects is None else objects
         self.before: Before = lambda method, bucket, key: None
         self.now = datetime.datetime(2025, 1, 20, 12, tzinfo=datetime.UTC)
+        self.requests: list[tuple[str, str]] = []
         # pylint: disable-next=non-parent-init-called
         S3Access.__init__(self, cast(Any, _Client(self)), translated, 1)
+
+    def asked(self, method: str, bucket: str, key: str) -> None:
+        """Called ahead of each request."""
+        self.requests.append((method, key))
+        self.before(method, bucket, key)
+
+    def pass_seconds(self, seconds: float) -> None:
+        """Let time go by: every object becomes older."""
+        self.now += datetime.timedelta(seconds=seconds)
+
+    def keys(self, bucket: str, prefix: str = "") -> list[str]:
+        """The keys of a bucket, in order."""
+        return sorted(
+            key for place, key in self.objects if place == bucket and key.startswith(prefix)
+        )
+
+    def count(self, method: str) -> int:
+        """How many requests of this kind were made."""
+        return sum(made == method for made, _ in self.requests)
+
+    def change(self, bucket: str, key: str, **values: Any) -> None:
+        """Change an object as somebody else would: its body, metadata or date."""
+        self.objects[bucket, key] = dataclasses.replace(self.objects[bucket, key], **values)
 
 
 class _Raw(io.BytesIO):
@@ -96,7 +122,7 @@ class _Client:
     # pylint: disable=invalid-name,missing-function-docstring
 
     def put_object(self, *, Bucket: str, Key: str, Body: Any, **more: Any) -> dict[str, Any]:
-        self._store.before("PUT", Bucket, Key)
+        self._store.asked("PUT", Bucket, Key)
         body = Body.read()
         with self._lock:
             there = self._at(Bucket, Key)
@@ -107,7 +133,7 @@ class _Client:
             return {"ETag": self._write(Bucket, Key, body, more.get("Metadata", {}))}
 
     def get_object(self, *, Bucket: str, Key: str, IfMatch: str | None = None) -> dict[str, Any]:
-        self._store.before("GET", Bucket, Key)
+        self._store.asked("GET", Bucket, Key)
         found = self._existing(Bucket, Key)
         if IfMatch not in (None, found.etag):
             raise _error("PreconditionFailed", 412)
@@ -115,13 +141,13 @@ class _Client:
         return self._answer(found) | {"Body": StreamingBody(stream, len(found.body))}
 
     def head_object(self, *, Bucket: str, Key: str) -> dict[str, Any]:
-        self._store.before("HEAD", Bucket, Key)
+        self._store.asked("HEAD", Bucket, Key)
         return self._answer(self._existing(Bucket, Key))
 
     def copy_object(
         self, *, Bucket: str, Key: str, CopySource: dict[str, str], **more: Any
     ) -> dict[str, Any]:
-        self._store.before("COPY", Bucket, Key)
+        self._store.asked("COPY", Bucket, Key)
         with self._lock:
             source = self._existing(CopySource["Bucket"], CopySource["Key"])
             if more.get("CopySourceIfMatch") not in (None, source.etag):
@@ -130,7 +156,7 @@ class _Client:
             return {"CopyObjectResult": {"ETag": self._write(Bucket, Key, source.body, metadata)}}
 
     def delete_object(self, *, Bucket: str, Key: str, IfMatch: str | None = None) -> dict[str, Any]:
-        self._store.before("DELETE", Bucket, Key)
+        self._store.asked("DELETE", Bucket, Key)
         with self._lock:
             if IfMatch is not None and self._existing(Bucket, Key).etag != IfMatch:
                 raise _error("PreconditionFailed", 412)
@@ -139,14 +165,14 @@ class _Client:
 
     def delete_objects(self, *, Bucket: str, Delete: dict[str, Any]) -> dict[str, Any]:
         keys = [each["Key"] for each in Delete["Objects"]]
-        self._store.before("DELETE", Bucket, " ".join(keys))
+        self._store.asked("DELETE", Bucket, " ".join(keys))
         with self._lock:
             for key in keys:
                 self._store.objects.pop((Bucket, key), None)
         return {}
 
     def list_objects_v2(self, *, Bucket: str, Prefix: str) -> dict[str, Any]:
-        self._store.before("LIST", Bucket, Prefix)
+        self._store.asked("LIST", Bucket, Prefix)
         with self._lock:
             found = sorted(self._store.objects.items())
         contents = [
@@ -160,3 +186,12 @@ class _Client:
 def _error(code: str, status: int) -> ClientError:
     response: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return ClientError(response, "request")
+
+
+def works(method: str, bucket: str, key: str) -> None:
+    """For `MemoryS3.before`: nothing is wrong."""
+
+
+def away(method: str, bucket: str, key: str) -> None:
+    """For `MemoryS3.before`: a store that cannot be reached."""
+    raise StorageError(f"S3 is away ({method} {bucket} {key})")

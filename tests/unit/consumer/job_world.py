@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import threading
@@ -27,10 +28,10 @@ from services.hold import decode
 from services.job_record import JobRecord
 from services.job_records import JobRecords
 from services.record_sweep import RecordSweep
-from services.s3_service import S3Location, S3Service
+from services.s3_service import S3Location
 from services.webhook_service import Ending, EndingAnswer, EndingOutcome, ProgressAnswer
 from tests.unit.consumer.message_samples import BUCKET, flat, make_settings
-from tests.unit.memory_s3 import MemoryS3
+from tests.memory_s3 import MemoryS3
 from utils.errors import MachineError
 from utils.events import CheckpointSaved, Event, Finished
 
@@ -177,6 +178,8 @@ class World:
         )
         self.root = root
         self.s3 = s3 or MemoryS3()
+        if s3 is None:
+            self.s3.now = datetime.datetime.now(datetime.UTC)
         self.backend = Backend()
         self.broker = Broker()
         self.trainer = Trainer()
@@ -186,7 +189,7 @@ class World:
         self.observer = Observer()
         root.mkdir(exist_ok=True)
         records = JobRecords(
-            cast(S3Service, self.s3),
+            self.s3,
             STATE,
             owner=root.name,
             lease_seconds=self.settings.lease_ttl_seconds,
@@ -229,7 +232,7 @@ class World:
 
     def sweeper(self) -> Sweeper:
         """The worker's sweep, which reaches its broker."""
-        s3 = cast(S3Service, self.s3)
+        s3 = self.s3
         sweep = RecordSweep(
             s3,
             STATE,

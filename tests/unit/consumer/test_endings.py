@@ -29,7 +29,7 @@ from tests.unit.consumer.job_world import (
     parked_body,
     redelivery_of,
 )
-from tests.unit.memory_s3 import away
+from tests.memory_s3 import away, works
 
 DELAYS = (60.0, 300.0, 1800.0, 7200.0)
 
@@ -179,8 +179,9 @@ def test_an_ending_is_given_back_when_its_lease_is_lost(world: World) -> None:
     waiting = only(world.pipeline.handle(delivery()))
 
     def taken_over() -> None:
-        found = world.s3.objects[STATE, "jobs/task-1.json"]
-        found.body += b" "  # another ETag: somebody else has written it
+        body = world.s3.objects[STATE, "jobs/task-1.json"].body
+        # Another ETag: somebody else has written it.
+        world.s3.change(STATE, "jobs/task-1.json", body=body + b" ")
 
     world.backend.on_ending = taken_over
     again = only(world.endings.handle(redelivery_of(waiting)))
@@ -201,10 +202,10 @@ def test_what_no_worker_has_parked_goes_to_the_dead_queue(world: World, body: by
 def test_a_parked_ending_outlives_a_storage_that_is_away(world: World) -> None:
     world.backend.answers = [AWAY]
     waiting = only(world.pipeline.handle(delivery()))
-    world.s3.fail = away
+    world.s3.before = away
     again = only(world.endings.handle(redelivery_of(waiting)))
     assert (again.queue, again.body, again.headers[PUT_OFFS]) == (Queue.ENDINGS, waiting.body, 1)
-    world.s3.fail = lambda operation, key: None
+    world.s3.before = works
     assert world.endings.handle(redelivery_of(again)) == Settlement.ack()
 
 
@@ -257,7 +258,7 @@ def test_a_refused_message_is_told_once_and_kept_in_the_dead_queue(world: World)
 
 
 def test_a_refusal_that_cannot_be_recorded_comes_back_whole(world: World) -> None:
-    world.s3.fail = away
+    world.s3.before = away
     body = order(parameters={"epochs": 0})
     copy = only(world.pipeline.handle(delivery(body)))
     assert (copy.queue, copy.body, copy.headers) == (Queue.TRAINING, body, {PUT_OFFS: 1})

@@ -15,7 +15,7 @@ from consumer.stop_signal import StopSignal
 from services.job_record import Checkpoint
 from services.s3_service import S3Location, S3Service
 from tests.unit.consumer.message_samples import BUCKET, envelope, make_settings, read
-from tests.unit.memory_s3 import MemoryS3
+from tests.memory_s3 import MemoryS3
 from training.lora_config import HyperParameters
 from utils.errors import (
     AccessDenied,
@@ -87,7 +87,7 @@ def test_pictures_and_validation_pictures_count_and_nothing_is_downloaded(
 ) -> None:
     put(s3, {"0": 1000, "1": 200, "2": 30, "v0": 4})
     assert measure(validation=1).pictures == 1234
-    assert s3.count("head") == 4 and s3.count("read") == 0
+    assert s3.count("HEAD") == 4 and s3.count("GET") == 0
 
 
 def test_a_picture_that_will_not_be_downloaded_counts_nothing(
@@ -95,11 +95,11 @@ def test_a_picture_that_will_not_be_downloaded_counts_nothing(
 ) -> None:
     put(s3, {"0": 1000, "1": 5000})  # 2 is missing
 
-    def forbid(_: str, key: str) -> None:
+    def forbid(_: str, __: str, key: str) -> None:
         if key == "3":
             raise AccessDenied()
 
-    s3.fail = forbid
+    s3.before = forbid
     assert measure(pictures=4, max_image_bytes=4096).pictures == 1000
 
 
@@ -157,19 +157,19 @@ def test_a_stop_ends_the_look_up_at_once(s3: MemoryS3, measure: Measure) -> None
     stop.request(StopReason.CANCELLED)
     with pytest.raises(Cancelled):
         measure(pictures=50, stop=stop)
-    assert s3.count("head") == 0
+    assert s3.count("HEAD") == 0
 
 
 def test_trouble_with_s3_is_raised_and_the_rest_is_not_asked_for(
     s3: MemoryS3, measure: Measure
 ) -> None:
-    def fail(operation: str, key: str) -> None:
-        raise StorageError(f"{operation} {key}")
+    def fail(method: str, _: str, key: str) -> None:
+        raise StorageError(f"{method} {key}")
 
-    s3.fail = fail
+    s3.before = fail
     with pytest.raises(StorageError):
         measure(pictures=200)
-    assert s3.count("head") < 200
+    assert s3.count("HEAD") < 200
 
 
 @pytest.mark.parametrize(

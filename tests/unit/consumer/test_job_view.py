@@ -14,7 +14,7 @@ from services.job_records import Claimed, JobRecords
 from services.record_listing import look_up
 from services.s3_service import S3Service
 from tests.unit.consumer.message_samples import envelope, read
-from tests.unit.memory_s3 import MemoryS3
+from tests.memory_s3 import MemoryS3
 from utils.errors import ErrorCode
 from utils.events import Progress, Stage
 from utils.metrics import Metrics

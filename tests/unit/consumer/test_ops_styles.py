@@ -13,7 +13,7 @@ from services.job_record import JobRecord, JobRequest
 from services.record_index import record_at
 from services.record_listing import RecordListing
 from services.s3_service import S3Location, S3Service
-from tests.unit.memory_s3 import MemoryS3, away
+from tests.memory_s3 import MemoryS3, away
 
 SETTINGS = config.load(
     _env_file=None,
@@ -81,5 +81,5 @@ def test_a_style_without_a_model_has_nothing_at_stake(models: MemoryS3) -> None:
     _publish(models, task_id="sold")
     told = at_stake(SETTINGS, s3, 7, "If this job fails")
     assert told.startswith("Style 7 has a published model (of job sold). If this job fails, the")
-    models.fail = away
+    models.before = away
     assert at_stake(SETTINGS, s3, 7, "If this job fails") == "", "a warning stops nothing"

@@ -27,7 +27,7 @@ from tests.unit.consumer.job_world import (
     redelivery_of,
 )
 from tests.unit.consumer.message_samples import BUCKET
-from tests.unit.memory_s3 import away
+from tests.memory_s3 import away, works
 from utils.errors import (
     REPORTABLE,
     DiskFull,
@@ -237,15 +237,15 @@ def test_a_second_order_that_was_never_claimed_is_not_taken_for_a_duplicate(worl
     world.pipeline.handle(delivery(order(None)))
     world.s3.pass_seconds(601.0)
 
-    def records_are_away(operation: str, key: str) -> None:
-        if operation == "create" and key.startswith("jobs/"):
-            away(operation, key)
+    def records_are_away(method: str, bucket: str, key: str) -> None:
+        if method == "PUT" and key.endswith(".json"):
+            away(method, bucket, key)
 
-    world.s3.fail = records_are_away
+    world.s3.before = records_are_away
     copy = only(world.pipeline.handle(delivery(order(None))))
     assert copy.message_id is None
     assert OWN_COPY not in copy.headers
-    world.s3.fail = lambda operation, key: None
+    world.s3.before = works
     assert world.pipeline.handle(redelivery_of(copy)) == Settlement.ack()
     assert len(world.backend.endings) == 2
     assert len({ending.body["task_id"] for ending in world.backend.endings}) == 2
@@ -291,7 +291,7 @@ def test_a_redelivered_body_without_an_id_is_no_new_order(world: World) -> None:
 
 
 def test_a_redelivery_that_is_put_off_stays_no_new_order(world: World) -> None:
-    world.s3.fail = away
+    world.s3.before = away
     copy = only(world.pipeline.handle(delivery(order(None), redelivered=True)))
     assert copy.headers[OWN_COPY] is True
 
@@ -485,7 +485,7 @@ def test_a_job_above_the_limit_fails_before_any_of_its_images_is_downloaded(
         world.s3.write(S3Location(BUCKET, key), b"x" * 2000)
     assert world.pipeline.handle(delivery()) == Settlement.ack()
     assert world.backend.endings[0].body["error_code"] == "JOB_TOO_LARGE"
-    assert not {("read", key) for key in keys} & set(world.s3.requests)
+    assert not {("GET", key) for key in keys} & set(world.s3.requests)
     assert not world.trainer.runs
 
 
@@ -569,7 +569,7 @@ def test_a_job_that_waited_too_long_for_its_first_claim_fails_if_there_is_a_limi
 def test_a_storage_that_is_away_puts_the_message_off_with_growing_delays_and_a_limit(
     world: World,
 ) -> None:
-    world.s3.fail = away
+    world.s3.before = away
     message = delivery()
     delays = []
     for _ in range(4):
@@ -674,8 +674,8 @@ def _all_errors() -> list[type[TrainingServerError]]:
 def _rewrite(world: World, **values: Any) -> None:
     """Change a released record, as another worker would have left it."""
     record = dataclasses.replace(world.record(), **values)
-    found = world.s3.objects[STATE, "jobs/task-1.json"]
-    found.body, found.metadata = encode(record), numbers_beside(record)
+    beside = numbers_beside(record)
+    world.s3.change(STATE, "jobs/task-1.json", body=encode(record), metadata=beside)
 
 
 def _seconds_ago(seconds: float) -> str:

@@ -14,7 +14,7 @@ from services.record_index import INVENTORY_SECONDS, live_mark_at
 from services.record_sweep import RecordSweep
 from services.s3_service import S3Location
 from tests.unit.consumer.job_world import AWAY, STATE, World, delivery, order, redelivery_of
-from tests.unit.memory_s3 import away
+from tests.memory_s3 import away, works
 from utils.errors import WorkerCrashed
 
 DAY = 86_400.0
@@ -134,13 +134,13 @@ def test_the_sweep_reads_live_jobs_and_no_history(world: World) -> None:
     abandon(world, "live")
     world.s3.requests.clear()
     world.sweeper().sweep_once()
-    touched = [key for operation, key in world.s3.requests if operation in ("read", "list")]
+    touched = [key for operation, key in world.s3.requests if operation in ("GET", "LIST")]
     assert touched == ["jobs/inventory", "jobs/live/", "jobs/live.json"]
 
 
 def test_the_inventory_is_taken_once_a_day_by_one_worker(world: World) -> None:
     def listings() -> int:
-        return world.s3.requests.count(("list", "jobs/"))
+        return world.s3.requests.count(("LIST", "jobs/"))
 
     world.sweeper().sweep_once()
     world.worker("two").sweeper().sweep_once()
@@ -203,15 +203,15 @@ def test_what_could_not_be_cleared_up_after_the_ending_is_cleared_up_by_the_swee
     def publishes() -> None:
         world.s3.write(leftover, b"x")
 
-        def no_listing(operation: str, key: str) -> None:
-            if operation == "list":
-                away(operation, key)
+        def no_listing(method: str, bucket: str, key: str) -> None:
+            if method == "LIST":
+                away(method, bucket, key)
 
-        world.s3.fail = no_listing
+        world.s3.before = no_listing
 
     world.publisher.does = publishes
     assert world.pipeline.handle(delivery()) == Settlement.ack()
-    world.s3.fail = lambda operation, key: None
+    world.s3.before = works
     assert world.s3.exists(leftover)
     assert world.s3.keys(STATE, "jobs/live/") == ["jobs/live/task-1"]
     world.sweeper().sweep_once()
@@ -224,8 +224,7 @@ def test_a_name_on_the_index_without_a_record_goes_after_a_while(world: World) -
     world.s3.write(live_mark_at(STATE, "never"), b"")
     world.sweeper().sweep_once()
     assert world.s3.keys(STATE, "jobs/live/") == ["jobs/live/never"]
-    found = world.s3.objects[STATE, "jobs/live/never"]
-    found.written_at = found.written_at.replace(year=2020)
+    world.s3.change(STATE, "jobs/live/never", written_at=world.s3.now.replace(year=2020))
     world.sweeper().sweep_once()
     assert not world.s3.keys(STATE, "jobs/live/")
 
@@ -235,13 +234,13 @@ def test_a_job_for_a_newer_worker_is_left_to_that_workers_sweep(world: World) ->
     dead.trainer.does = killed
     with pytest.raises(KeyboardInterrupt):
         dead.pipeline.handle(delivery(headers={MIN_LEVEL: PROTOCOL_LEVEL}))
-    found = world.s3.objects[STATE, "jobs/task-1.json"]
     world.s3.pass_seconds(400.0)
     sweep = world.sweeper()
     sweep.sweep_once()
     assert world.broker.published[0].headers[MIN_LEVEL] == PROTOCOL_LEVEL
-    found = world.s3.objects[STATE, "jobs/task-1.json"]
-    found.body = found.body.replace(b'"min_level": 1', b'"min_level": 2')
+    body = world.s3.objects[STATE, "jobs/task-1.json"].body
+    newer = body.replace(b'"min_level": 1', b'"min_level": 2')
+    world.s3.change(STATE, "jobs/task-1.json", body=newer)
     world.s3.pass_seconds(DAY)
     world.broker.published.clear()
     world.sweeper().sweep_once()
@@ -258,7 +257,7 @@ def test_a_record_that_cannot_be_read_costs_the_others_nothing(world: World) -> 
 
 
 def test_a_storage_that_is_away_ends_no_sweeper(world: World) -> None:
-    world.s3.fail = away
+    world.s3.before = away
     world.sweeper().sweep_once()
     assert not world.broker.published
 

@@ -11,7 +11,7 @@ import typer
 from consumer.ops.task_ids import confirm, is_clear, resolve
 from services.record_index import record_at
 from services.s3_service import S3Service
-from tests.unit.memory_s3 import MemoryS3
+from tests.memory_s3 import MemoryS3
 from utils.errors import ConfigurationError
 
 BUCKET = "state"
