@@ -13,6 +13,8 @@ from utils.logger import get_logger
 
 log = get_logger(__name__)
 
+_THIRD = b"a third"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConditionalSupport:
@@ -83,11 +85,23 @@ def _creates(s3: S3Service, location: S3Location) -> tuple[bool, str]:
 
 
 def _replaces(s3: S3Service, location: S3Location, present: str, first: str) -> bool:
-    """Whether `replace` writes over the present version, and over no other."""
+    """Whether `replace` writes over the present version, and over no other.
+
+    Raises:
+        StorageError: S3 refuses to replace a version that nobody has changed, as it may do in
+            passing: nothing is known of the store then.
+    """
     try:
-        s3.replace(location, b"a third", present)
-    except (NotSupported, PreconditionFailed):
+        s3.replace(location, _THIRD, present)
+    except NotSupported:
         return False
+    except PreconditionFailed as error:
+        # The client repeats a request whose answer was lost, and meets its own write.
+        if s3.read(location).body != _THIRD:
+            raise StorageError(
+                f"S3 refused to replace {location.uri()} though nobody has changed it; it can be "
+                "tried again."
+            ) from error
     return _is_refused(lambda: s3.replace(location, b"fourth", first))
 
 

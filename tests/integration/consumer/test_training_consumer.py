@@ -332,10 +332,12 @@ def test_a_queue_of_the_worker_that_differs_in_its_type_alone_is_taken_as_it_is(
     }
 
 
+@pytest.mark.timeout(360)
 def test_what_waits_on_a_quorum_delay_queue_outlives_the_broker(
     start: Start, client: Client, queue: str, rabbitmq: RabbitMqNode
 ) -> None:
-    """Its time runs out while the broker is down or comes back."""
+    """Its time runs out while the broker is down or comes back. Where the broker wants to move a
+    message before the queue that it goes to is back, it tries again after three minutes."""
     with client.channel() as channel:
         channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "quorum"})
     handler = Handler()
@@ -348,7 +350,7 @@ def test_what_waits_on_a_quorum_delay_queue_outlives_the_broker(
         promise.result(SOON)
     rabbitmq.kill()
     rabbitmq.start()
-    until(lambda: len(set(handler.bodies)) == 50, 60)
+    until(lambda: len(set(handler.bodies)) == 50, 240)
 
 
 # --- stopping

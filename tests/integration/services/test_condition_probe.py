@@ -10,7 +10,7 @@ from sandbox.s3_server import S3Server
 from services.condition_probe import probe
 from services.s3_service import S3Location, S3Service
 from tests.integration.services.record_world import BUCKET, access
-from utils.errors import StorageError
+from utils.errors import PreconditionFailed, StorageError
 
 
 @pytest.fixture(scope="module", name="endpoint", autouse=True)
@@ -43,3 +43,25 @@ def test_the_probe_tells_a_store_that_honours_conditions_from_one_that_does_not(
 def test_the_probe_says_when_the_bucket_cannot_be_used_at_all(s3: S3Service) -> None:
     with pytest.raises(StorageError, match="no-such-bucket"):
         probe(s3, "no-such-bucket")
+
+
+def test_a_write_that_meets_itself_is_no_sign_of_a_store_without_conditions(
+    endpoint: str,
+) -> None:
+    """The client repeats a request whose answer was lost, and S3 answers 412 to the repetition."""
+
+    class Repeating(S3Service):
+        def replace(self, location: S3Location, body: bytes, etag: str, **how: Any) -> str:
+            super().replace(location, body, etag, **how)
+            return super().replace(location, body, etag, **how)
+
+    assert probe(Repeating(**access(endpoint)), BUCKET).complete
+
+
+def test_a_refusal_without_a_reason_says_nothing_of_the_store(endpoint: str) -> None:
+    class Refusing(S3Service):
+        def replace(self, location: S3Location, body: bytes, etag: str, **how: Any) -> str:
+            raise PreconditionFailed
+
+    with pytest.raises(StorageError, match="nobody has changed it"):
+        probe(Refusing(**access(endpoint)), BUCKET)
