@@ -199,7 +199,7 @@ class Injector(ProcessFaults):
     def _delete_queue(self, fault: Fault) -> None:
         with self._world.broker_turn:
             name = self._queue_to_delete(fault)
-            unsettled = self._jobs.unsettled()
+            unsettled = self._jobs.unsettled() | self._jobs.damaged()
             held = self._world.delete_queue(name)
             self._world.declare()
             if name == DEAD_QUEUE:
