@@ -199,18 +199,16 @@ class Injector(ProcessFaults):
     def _delete_queue(self, fault: Fault) -> None:
         with self._world.broker_turn:
             name = self._queue_to_delete(fault)
-            unsettled = self._jobs.unsettled()
-            held = self._world.delete_queue(name)
+            unsettled = self._jobs.unsettled() | self._jobs.damaged()
+            held, is_all = self._world.delete_queue(name)
             self._world.declare()
             if name == DEAD_QUEUE:
                 self._keep(held)
-            # Of the training queue nobody knows what it held.
-            lost = unsettled if name == QUEUE else {task_of(message) for message in held}
+            # Where nobody knows what it held, it may have been anything.
+            lost = {task_of(message) for message in held} if is_all else unsettled
             self._world.allow_sweep(lost)
             self._world.hits.struck(fault.kind, len(lost) if name == QUEUE else len(held))
-            again = self._jobs.publish_unclaimed(
-                {body for _, body in held} if name != QUEUE else None
-            )
+            again = self._jobs.publish_unclaimed({body for _, body in held} if is_all else None)
         self._line.note(f"{fault.number:3}  … {name}; published again: {again or 'none'}")
 
     def _queue_to_delete(self, fault: Fault) -> str:

@@ -147,6 +147,11 @@ class Jobs:
         settled = {name for name, one in self._world.records().items() if is_settled(one)}
         return {job.record_id for job in tuple(self.published)} - settled
 
+    def damaged(self) -> set[str]:
+        """The record ids of jobs whose record is to be damaged, or has been."""
+        jobs = tuple(self.published)
+        return {job.record_id for job in jobs if job.destiny is Destiny.RECORD_DAMAGED}
+
     def publish_again(self, which: int) -> Job | None:
         """The same message once more, as a platform does that is not sure of the first.
 

@@ -131,7 +131,12 @@ class Observed:
                 refused += 1
             most = max(most, lost)
         old = any(note["who"].endswith("-old") for note in claims)
-        return Facts(lost_attempts=most, no_room=refused, last_release=old)
+        return Facts(
+            lost_attempts=most,
+            no_room=refused,
+            last_release=old,
+            message_deleted=job.record_id in self.run.world.sweep_allowed,
+        )
 
     def ending_claim(self, job: Job) -> str:
         """The claim that the job's ending was made under."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from tests.chaos.clock import LONGEST_STEP
 from tests.chaos.fleet import ROOT, Fleet, Slot, wait_for
+from tests.chaos.hits import Hits
 from tests.chaos.jobs import Jobs
 from tests.chaos.noted import noted
 from tests.chaos.reference import Destiny
@@ -39,17 +40,24 @@ class ProcessFaults:
 
     Attributes:
         errors: What went wrong in a thread.
+        world: Servers and proxies.
     """
 
     def __init__(
         self, world: World, fleet: Fleet, jobs: Jobs, line: TimeLine, old_tree: Path | None
     ) -> None:
         self.errors: list[BaseException] = []
+        self.world = world
         self._world, self._fleet, self._jobs, self._line = world, fleet, jobs, line
         self._old_tree = old_tree
         self._threads: list[threading.Thread] = []
         self._freezing = threading.Lock()
         self._busy: set[int] = set()  # slots that are frozen or shutting down
+
+    @property
+    def hits(self) -> Hits:
+        """What has struck so far."""
+        return self.world.hits
 
     def join(self) -> None:
         """Return when what lasted is over."""

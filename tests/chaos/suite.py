@@ -33,6 +33,7 @@ from pathlib import Path
 from sandbox.photographs import photographs
 from sandbox.stand_in_model import build_stand_in
 from tests.chaos import journal, old_release
+from tests.chaos.breaking import break_things, upgrade
 from tests.chaos.conductor import Conductor
 from tests.chaos.crash_points import POINTS, STOP_POINTS
 from tests.chaos.fleet import Fleet, Slot, claims_of, wait_for
@@ -42,7 +43,7 @@ from tests.chaos.jobs import Jobs, journal_of
 from tests.chaos.journal import Journal
 from tests.chaos.noted import noted
 from tests.chaos.reference import Destiny
-from tests.chaos.schedule import Fault, Kind, schedule
+from tests.chaos.schedule import Fault, Kind
 from tests.chaos.settling import Patience, empty_queues, settle
 from tests.chaos.time_line import TimeLine
 from tests.chaos.timing import MEDIA
@@ -51,14 +52,10 @@ from tests.chaos.watcher import Watcher
 from tests.chaos.world import Message, World
 
 STOP_SECONDS = 8.0
-REAL_PACE = 6.0
-"""With the real trainer, which takes seconds to import torch: faults are to find it at work."""
 MORE_FILES, MORE_THREADS, MORE_MEMORY_KIB = 16, 4, 40_000
 """What a worker may have gained over a run: its pools of connections are no leak."""
 DEAF_SECONDS = 40.0
 """So long a worker may take no job, once nothing goes wrong any more."""
-ENCORES = 3
-"""How often a kind of fault is tried again that has struck nothing."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,6 +98,12 @@ class Plan:
     once: bool = True
     mutant: str | None = None
 
+    @property
+    def upgrades(self) -> bool:
+        """Whether the last release was there first: it refuses own queues that are quorum queues,
+        as new workers make them beside a training queue that is one."""
+        return self.queue_type == "quorum" and self.faults > 0 and Kind.TWO_VERSIONS in self.kinds
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
@@ -133,6 +136,8 @@ def run(plan: Plan) -> Outcome:
     if Kind.TWO_VERSIONS in plan.kinds:
         old_tree = old_release.unpack(plan.folder / "last-release")
     with _world(plan, hits := Hits()) as world:
+        if plan.upgrades:
+            world.declare_own_queues()
         jobs = _jobs(plan, world)
         played = _play(plan, world, jobs, line, old_tree)
         if played.settled_after < math.inf:
@@ -169,7 +174,8 @@ def _play(plan: Plan, world: World, jobs: Jobs, line: TimeLine, old_tree: Path |
         line.note(f"workers are warm: {baseline}")
         injector = Injector(world, fleet, jobs, line, old_tree)
         with Watcher(world, jobs) as watcher:
-            faults = _break_things(plan, injector, jobs, world.hits)
+            faults = upgrade(plan, injector, jobs, conductor) if plan.upgrades else []
+            faults += break_things(plan, injector, jobs)
             line.note("faults have ceased")
             deaf = [] if plan.real_trainer else _deaf(fleet, jobs, journal_of(plan.folder))
             patience = Patience(plan.settle_seconds, hasty=plan.mutant is not None)
@@ -248,52 +254,6 @@ def _workers(plan: Plan, world: World) -> Iterator[Fleet]:
     ]
     with Fleet(slots) as fleet:
         yield fleet
-
-
-def _break_things(plan: Plan, injector: Injector, jobs: Jobs, hits: Hits) -> list[Fault]:
-    """So many faults, with work for every worker all the time. Those that were carried out.
-
-    Where every kind must strike, those that struck nothing are tried again.
-    """
-    faults: list[Fault] = []
-
-    def inject(drawn: list[Fault], most: int) -> None:
-        for fault in drawn:
-            if len(faults) >= most:
-                break
-            while jobs.unended() < plan.workers:
-                jobs.publish()
-            if injector.inject(fault):
-                faults.append(fault)
-
-    # Twice as many, since some find nothing to break.
-    inject(_drawn(plan, plan.seed, 2 * plan.faults, plan.kinds), plan.faults)
-    for encore in range(ENCORES if plan.demand else 0):
-        for destiny in jobs.undrawn():
-            jobs.publish(destiny=destiny)
-        injector.join()
-        inside = noted(plan.folder)
-        kinds = tuple(kind for kind in plan.kinds if not hits.of(kind) and not inside[kind])
-        inject(_drawn(plan, plan.seed + 1000 * (encore + 1), len(kinds), kinds), 10**6)
-    while len(jobs.published) < plan.jobs:
-        jobs.publish()
-    injector.cease()
-    return faults
-
-
-def _drawn(plan: Plan, seed: int, count: int, kinds: tuple[Kind, ...]) -> list[Fault]:
-    if not kinds:
-        return []
-    return schedule(
-        seed,
-        count,
-        workers=plan.workers,
-        lease=plan.lease,
-        kinds=kinds,
-        points=plan.points,
-        stop_points=plan.stop_points,
-        pace=REAL_PACE if plan.real_trainer else 1.0,
-    )
 
 
 def _missed(plan: Plan, hits: Hits, jobs: Jobs, old_tree: Path | None) -> list[str]:

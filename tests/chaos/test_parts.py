@@ -6,20 +6,25 @@ import errno
 import io
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from sandbox.backend import COMPLETE, Answer, ReceivedRequest
 from tests.chaos import full_disk, mutants, mutation_run
 from tests.chaos.__main__ import chosen
 from tests.chaos.crash_points import POINTS, STOP_POINTS
 from tests.chaos.hits import Hits
+from tests.chaos.reference import Destiny
 from tests.chaos.schedule import Kind
 from tests.chaos.tcp_proxy import Frames
+from tests.chaos.windows import BackendMood, Window, endings
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,6 +119,23 @@ def test_words_choose_kinds_and_points() -> None:
     kinds, _, stops = chosen("stopped at before delete")
     assert kinds == (Kind.STOP_POINT,)
     assert set(stops) == {"before delete checkpoints", "before delete staging"}
+
+
+def test_a_late_answer_still_says_what_the_jobs_destiny_wants() -> None:
+    mood = BackendMood(Hits())
+    mood.destinies["job"] = Destiny.NOT_FOUND
+    request = ReceivedRequest(COMPLETE, "POST", {}, {"task_id": "job"}, 0.0, "id")
+    until = time.monotonic() + 60.0
+
+    def answer(fault: Answer) -> Answer | None:
+        mood.calm()
+        mood.add(Window(until, 1.0, random.Random(1), fault, endings, Kind.ENDING_SLOW))
+        return mood(request)
+
+    late = answer(Answer(delay=1.5))
+    assert late is not None
+    assert (late.status, late.delay) == (404, 1.5)
+    assert answer(Answer(401)) == Answer(401)
 
 
 def test_hits_are_counted_by_any_thread() -> None:

@@ -105,6 +105,13 @@ def test_a_job_whose_record_is_damaged_is_kept_in_the_dead_queue() -> None:
     assert outcome.dead_letters == {"STORAGE_FAILED"}
 
 
+def test_a_damaged_record_whose_message_was_deleted_needs_no_dead_letter() -> None:
+    deleted = Facts(message_deleted=True)
+    letters = [each.dead_letters for each in expected(Destiny.RECORD_DAMAGED, deleted)]
+    assert letters == [{"STORAGE_FAILED"}, frozenset()]
+    assert len(expected(Destiny.PLAIN, deleted)) == 1
+
+
 def test_an_ended_job_stays_ended_whatever_comes() -> None:
     done = expected(Destiny.PLAIN)[0]
     for event in Event:

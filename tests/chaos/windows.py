@@ -137,7 +137,10 @@ class BackendMood(Weather[Answer]):
         if fault and "Retry-After" in fault.headers:
             seconds = float(fault.headers["Retry-After"])
             self.asked[request.webhook_id, request.received_at] = seconds
-        return fault or self._destined(request.task_id or "", request.path)
+        destined = self._destined(request.task_id or "", request.path)
+        if fault and destined and fault.status == Answer().status:
+            return destined._replace(delay=fault.delay)  # it is late, and says what it always says
+        return fault or destined
 
     def _destined(self, task_id: str, path: str) -> Answer | None:
         is_ending = path in (COMPLETE, FAILED)

@@ -15,6 +15,8 @@ import pika
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 from consumer.messages import derive_task_id
+from consumer.settlement import Queue
+from consumer.topology import declaration
 from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
@@ -191,6 +193,23 @@ class World:
             with contextlib.suppress(ChannelClosedByBroker):
                 channel.queue_declare(QUEUE, durable=True, arguments=self._arguments)
 
+    def declare_own_queues(self) -> None:
+        """The worker's own queues, as the last release declares them: classic ones."""
+        with self._channel() as channel:
+            for queue, delays in ((Queue.TRAINING, RETRY_DELAYS), (Queue.ENDINGS, ENDING_DELAYS)):
+                for delay in (*delays, self.lease):
+                    own = declaration(QUEUE, queue, delay)
+                    channel.queue_declare(own.name, durable=True, arguments=own.arguments)
+            for queue in (Queue.ENDINGS, Queue.DEAD):
+                channel.queue_declare(declaration(QUEUE, queue).name, durable=True)
+
+    def delete_own_queues(self) -> None:
+        """Delete those of the worker's own queues that hold nothing; workers make them anew."""
+        for name in self.queues():
+            if name != QUEUE:
+                with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
+                    channel.queue_delete(name, if_empty=True)
+
     def publish(self, body: bytes, times: int = 1, headers: dict[str, Any] | None = None) -> None:
         """Publish, once or more often in a row, until the broker has confirmed it."""
         properties = pika.BasicProperties(
@@ -211,27 +230,19 @@ class World:
                 with contextlib.suppress(AMQPError, OSError):
                     self.declare()
 
-    def delete_queue(self, name: str) -> list[Message]:
+    def delete_queue(self, name: str) -> tuple[list[Message], bool]:
         """Delete a queue with all that it holds.
 
         Returns:
-            What it held ready. Of the training queue nothing is known: workers have its messages
-            in hand.
+            What it held ready, and whether that is all. Of the training queue nothing is known:
+            workers have its messages in hand.
         """
-        held: list[Message] = []
-        with self._channel() as channel:
-            if name == QUEUE:
-                channel.queue_delete(name)
-                return held
-        while True:
-            held += self.take_all(name)
-            with self._channel() as channel:
-                try:
-                    channel.queue_delete(name, if_empty=True)
-                    return held
-                except ChannelClosedByBroker as error:
-                    if error.reply_code != 406:  # a message arrived meanwhile
-                        raise
+        held = [] if name == QUEUE else self.take_all(name)
+        with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
+            # A message may arrive meanwhile; quorum queues cannot be deleted only if empty.
+            gone = channel.queue_delete(name).method.message_count
+            return held, name != QUEUE and not gone
+        return held, name != QUEUE  # it was not there
 
     def waiting(self) -> dict[str, int]:
         """How many messages each queue has ready, by name; those that do not exist are left out."""
@@ -318,8 +329,10 @@ class World:
         deadline = time.monotonic() + PUBLISH_SECONDS
         while True:
             try:
+                with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
+                    # A worker may have been faster, and its queue has arguments of its own.
+                    channel.queue_declare(queue, durable=True, arguments=self._arguments)
                 with self._channel() as channel:
-                    channel.queue_declare(queue, durable=True)
                     channel.basic_publish("", queue, body, properties, mandatory=True)
                 return
             except (AMQPError, OSError):
