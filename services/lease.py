@@ -8,6 +8,7 @@ nothing more is written under this claim.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import time
@@ -142,7 +143,7 @@ class Lease(Generic[R]):
         Raises:
             LeaseLost: See `update`.
         """
-        self.update(self._stamped)
+        self.update(_anew)
 
     def after_renewal(self) -> None:
         """Called in the renewing thread when a renewal was due, also where some other change had
@@ -225,3 +226,8 @@ class Lease(Generic[R]):
                 self._lose("It could not be renewed in time.")
             if self.lost.is_set():
                 return
+
+
+def _anew(record: R) -> R:
+    """The same record, as a change of its own."""
+    return dataclasses.replace(record)
