@@ -12,6 +12,7 @@ from services.s3_service import FetchedPicture, PictureRequest, S3Service
 from training.lora_config import Picture
 from utils.errors import ImageDownloadFailed
 from utils.logger import get_logger
+from utils.wording import grouped
 
 log = get_logger(__name__)
 
@@ -43,7 +44,7 @@ def fetch_pictures(
         raise ImageDownloadFailed(
             f"only {there} of {len(pictures)} pictures could be fetched, and "
             f"{settings.min_images} are needed: "
-            + "; ".join(f"{picture.source}: {picture.problem}" for picture in missing)
+            + grouped(((picture.source, picture.problem or "") for picture in missing), "picture")
         )
     return pictures
 
