@@ -169,7 +169,7 @@ def _take_jobs(
         settings.state_bucket_name,
         lease_seconds=settings.lease_ttl_seconds,
         clear_up=functools.partial(clear_up, s3, settings.state_bucket_name),
-        may_wait=lambda: bool(observer.queues.length),
+        may_wait=observer.queues.may_hold_messages,
     )
     with Sweeper(sweep, consumer.publish, settings, s3, observer):
         consumer.run()

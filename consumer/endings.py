@@ -208,7 +208,8 @@ class Endings:
         """
         delays = [one for one in self._retry_delays if one <= _LONGEST_WATCH_SECONDS]
         lease = record.hold.lease_seconds
-        delay = _at_least(lease, delays or self._retry_delays[:1], looks)
+        # The first look comes when a holder that was killed just now has lost the job.
+        delay = _at_least(lease, delays or self._retry_delays[:1], looks - 1) if looks else lease
         return parked(record.task_id, original, tries=0, delay=delay, looks=looks + 1)
 
     def handle(self, delivery: settlement.Delivery) -> Settlement:
@@ -302,6 +303,7 @@ class Endings:
                 message=owed.message,
                 task_id=lease.record.task_id,
                 attempts=owed.attempts,
+                min_level=lease.record.min_level,
             )
         )
         if self._is_confirmed(confirmed):
@@ -330,7 +332,11 @@ class Endings:
         log.warning("message_refused", code=str(code), field=error.field, reason=str(error))
         self._observer.refused(code)
         dead = Publication.to_dead(
-            delivery.body, code=code, message=str(error), task_id=error.task_id
+            delivery.body,
+            code=code,
+            message=str(error),
+            task_id=error.task_id,
+            min_level=delivery.min_level,
         )
         if error.style_id is None or isinstance(error, UnknownType):
             return Settlement.ack(dead)
@@ -352,7 +358,11 @@ class Endings:
             failed(style_id, error.task_id, error, attempts=0, sequence=SEQUENCES_PER_CLAIM + 1),
             style_id=style_id,
             webhook_url=error.webhook_url,
-            new_run_after=None if delivery.redelivered else self._deduplication_seconds,
+            new_run_after=(
+                None
+                if delivery.redelivered or OWN_COPY in delivery.headers
+                else self._deduplication_seconds
+            ),
         )
         match claim:
             case Claimed():

@@ -106,7 +106,7 @@ def require_room(
         raise NoRoomForJob(
             f"This job needs {spoken(size.total)} of disk space ({spoken(size.pictures)} for its "
             f"pictures), and {spoken(free)} are free on the worker: use fewer or smaller pictures, "
-            "or give the workers a larger disk (WORK_DIR)."
+            "or give the workers a larger disk."
         )
     return size
 

@@ -174,6 +174,7 @@ def give_up(delivery: Delivery, error: BaseException) -> Settlement:
         "(handler_crashed)",
         task_id=_task_id(delivery),
         attempts=delivery.crashes + 1,
+        min_level=delivery.min_level,
     )
 
 

@@ -9,7 +9,9 @@ Runs of one style take turns (`services.style_turn`). A publication goes like th
    Otherwise the archive gets a copy of the model that is about to be replaced.
 3. The turn notes that the folder is being replaced, and what it had before. Until here a cancel, a
    time limit or a shutdown stops the publication; from here on it is finished.
-4. The files are written, and the note is removed.
+4. The files are written, and the note says so.
+5. Once the job's ending is durable, the note is removed (`ModelPublisher.confirm`). A job that is
+   cancelled or fails before that leaves the folder as it was.
 
 So a folder without a note is of one run. If S3 fails for good, the folder is rolled back from the
 archive; if the worker dies, the next claim of the job (`ModelPublisher.repair`) or the next
@@ -166,7 +168,7 @@ class ModelPublisher:
         check: Callable[[], None],
     ) -> Published:
         url = style.place(WEIGHTS).uri(self._url_scheme)
-        before = self._repaired(style, turn, fence)
+        before = self._repaired(style, turn, fence, run.task_id)
         if before is None:
             before, later = _archived(style, run.mark, fence)
             if later is not None:
@@ -174,24 +176,48 @@ class ModelPublisher:
                 archived = self._keep_in_archive(style, run, fence)
                 return Published(url, superseded_by=later, archived_url=archived)
         check()
-        _write_note(turn, Replacement(run.task_id, run.claim, run.files, before))
+        note = Replacement(run.task_id, run.claim, run.files, before)
+        _write_note(turn, note)
         try:
             persistently(lambda: style.put(run.folder, run.files, run.mark, fence), fence)
         except (StorageError, MachineError) as error:
             log.error("publication_failed", reason=str(error))
             if not turn.lost.is_set():
-                self._repaired(style, turn, fence)
+                self._repaired(style, turn, fence, run.task_id)
             raise
-        _write_note(turn, None)
+        _write_note(turn, dataclasses.replace(note, done=True))
         log.info("model_published", files=len(run.files))
         return Published(url)
 
+    def confirm(self, style_id: int, task_id: str, lease: JobLease) -> None:
+        """The ending of a job whose model is in place is durable: keep nothing to roll back to.
+
+        If S3 fails, or another run has the turn, the next publisher of the style does it.
+
+        Args:
+            style_id: The style.
+            task_id: The job.
+            lease: The hold on the job.
+
+        Raises:
+            LeaseLost: The job is another worker's now.
+        """
+        try:
+            seen = self._turns.read(style_id)
+            if seen is None or not _is_done(seen, task_id) or not seen.hold.released:
+                return
+            with self._turns.take(style_id, task_id, lease.check) as turn:
+                if _is_done(turn.record, task_id):
+                    _write_note(turn, None)
+        except StorageError as error:
+            log.warning("publication_not_confirmed", reason=str(error))
+
     def repair(self, style_id: int, task_id: str, lease: JobLease) -> bool:
-        """Roll the style's folder back if a publication of this job was begun and not finished.
+        """Roll the style's folder back if a publication of this job was begun.
 
         To be called when a job is claimed, and before it ends as failed or cancelled. It costs one
         read if there is nothing to do. The note of another job is acted on only if its publisher
-        has given up the turn.
+        has given up the turn without writing all files.
 
         Args:
             style_id: The style.
@@ -209,10 +235,12 @@ class ModelPublisher:
         seen = self._turns.read(style_id)
         if seen is None or seen.replacement is None:
             return False
+        if not _is_to_be_repaired(seen, task_id):
+            return False
         if seen.replacement.task_id != task_id and not seen.hold.released:
             return False
         with self._turns.take(style_id, task_id, lease.check) as turn:
-            if turn.record.replacement is None:
+            if not _is_to_be_repaired(turn.record, task_id):
                 return False  # another worker was faster
             _roll_back(self._folder(style_id), turn, Fence(lease, turn))
         return True
@@ -227,16 +255,16 @@ class ModelPublisher:
         )
 
     def _repaired(
-        self, style: ModelFolder, turn: Lease[Turn], fence: Fence
+        self, style: ModelFolder, turn: Lease[Turn], fence: Fence, task_id: str
     ) -> tuple[ReplacedFile, ...] | None:
         """Roll back the publication that a dead publisher left unfinished.
 
         Returns:
             None if the folder is of one run; otherwise the last complete model, which the archive
-            has, and which the new run replaces as a whole.
+            has, and which the new run of job `task_id` replaces as a whole.
         """
         left = turn.record.replacement
-        if left is None:
+        if left is None or (left.done and left.task_id != task_id):
             return None
         try:
             _roll_back(style, turn, fence)
@@ -305,3 +333,13 @@ def _roll_back(style: ModelFolder, turn: Lease[Turn], fence: Fence) -> None:
 def _write_note(turn: Lease[Turn], note: Replacement | None) -> None:
     with turn_errors():
         turn.update(lambda record: dataclasses.replace(record, replacement=note))
+
+
+def _is_done(turn: Turn, task_id: str) -> bool:
+    left = turn.replacement
+    return left is not None and left.done and left.task_id == task_id
+
+
+def _is_to_be_repaired(turn: Turn, task_id: str) -> bool:
+    left = turn.replacement
+    return left is not None and (left.task_id == task_id or not left.done)

@@ -25,13 +25,20 @@ from consumer.pictures import fetch_pictures, fetch_validation_pictures
 from consumer.progress_reporter import ProgressReporter, queued
 from consumer.put_offs import PutOffs, Why, why_of
 from consumer.queue_watch import age_of
-from consumer.settlement import CRASHES, MIN_LEVEL, OWN_COPY, PUT_OFFS, Delivery, Settlement
+from consumer.settlement import CRASHES, OWN_COPY, PUT_OFF_REASON, PUT_OFFS, Delivery, Settlement
 from consumer.stop_signal import Shutdown, StopSignal
 from consumer.trainer_process import TrainerProcess
 from consumer.training_job import TrainingJob, from_understood
 from consumer.work_folder import WorkFolder
 from services.job_lease import JobLease
-from services.job_record import PROTOCOL_LEVEL, Ending, JobRecord, JobRequest, OwedCopy
+from services.job_record import (
+    PROTOCOL_LEVEL,
+    Ending,
+    EndingKind,
+    JobRecord,
+    JobRequest,
+    OwedCopy,
+)
 from services.job_records import Claimed, Ended, HeldElsewhere, JobRecords, OtherBody
 from services.s3_service import S3Service
 from services.webhook_service import WebhookService
@@ -59,8 +66,9 @@ from utils.errors import (
 
 log = logger.get_logger(__name__)
 
-_MOST_BROKEN_MACHINES = 10
-"""A job that so many machines in a row could not train, for whatever reason, is at fault itself."""
+_MOST_REJECTIONS = 10
+"""A job that was rejected so often in a row, for whatever reason, is at fault itself. It may be one
+worker each time, where there is no other."""
 _OF_THE_ORDER = (
     ErrorCode.IMAGE_DOWNLOAD_FAILED,
     ErrorCode.LOW_QUALITY_DATA,
@@ -98,7 +106,7 @@ class Pipeline:
 
     def handle(self, delivery: Delivery) -> Settlement:
         """Do what a message asks for, unless its record says that there is nothing to do."""
-        if (needed := _level(delivery)) > PROTOCOL_LEVEL:
+        if (needed := delivery.min_level) > PROTOCOL_LEVEL:
             detail = (
                 f"the message needs a worker of protocol level {needed} and this one has level "
                 f"{PROTOCOL_LEVEL}; update the worker"
@@ -130,7 +138,7 @@ class Pipeline:
                 message=job.understood(),
                 webhook_url=job.webhook_url,
                 id_is_derived=job.id_is_derived,
-                min_level=_level(delivery),
+                min_level=delivery.min_level,
             ),
             new_run_after=(None if may_be_claimed else self._settings.deduplication_window_seconds),
         )
@@ -225,6 +233,8 @@ class Pipeline:
         """The ending, and what the dead queue is owed, are durable before anybody is told; the
         message is acknowledged after that."""
         lease.end(ending, owed)
+        if ending.kind is EndingKind.COMPLETE:
+            self._desk.publisher.confirm(job.style_id, job.task_id, lease)
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
         self._desk.observer.ended(ending)
         cleared = clear_up(self._desk.state_s3, self._settings.state_bucket_name, lease.record)
@@ -426,11 +436,13 @@ class Pipeline:
         """Why the job ends after too many machines could not do it; None while it goes on."""
         rejections = lease.record.rejections + 1
         if isinstance(error, (DiskFull, NoRoomForJob)):
-            if rejections >= self._settings.max_machines:
+            workers = len(lease.record.rejecters_with_this)
+            if workers >= self._settings.max_machines or rejections >= _MOST_REJECTIONS:
                 return JobTooLarge(
-                    f"{rejections} workers had too little disk space for it: {error}"
+                    f"no worker has enough disk space for it; {workers} tried, {rejections} times "
+                    f"in all: {error}"
                 )
-        elif rejections >= _MOST_BROKEN_MACHINES:
+        elif rejections >= _MOST_REJECTIONS:
             return WorkerCrashed(f"{rejections} machines could not train it: {error}")
         return None
 
@@ -460,17 +472,12 @@ class Pipeline:
         The id of the run that was claimed rides in `message_id`, which counts where the body has
         none: the copy means this run, and never a later order of the same body.
         """
-        counts = (PUT_OFFS, CRASHES)  # of this attempt's message
+        counts = (PUT_OFFS, PUT_OFF_REASON, CRASHES)  # of this attempt's message
         headers = {name: value for name, value in job.headers.items() if name not in counts}
         headers[OWN_COPY] = True
         return Settlement.delayed(
             job.body, seconds=seconds, message_id=lease.record.task_id, headers=headers
         )
-
-
-def _level(delivery: Delivery) -> int:
-    level = delivery.headers.get(MIN_LEVEL)
-    return level if isinstance(level, int) and not isinstance(level, bool) and level > 0 else 0
 
 
 def _log_failure(code: ErrorCode, reason: str, attempts: int) -> None:

@@ -12,7 +12,7 @@ import enum
 from collections.abc import Sequence
 
 from consumer.observer import Observer
-from consumer.settlement import OWN_COPY, PUT_OFFS, Delivery, Settlement
+from consumer.settlement import OWN_COPY, PUT_OFF_REASON, PUT_OFFS, Delivery, Settlement
 from utils.errors import DamagedRecord, ErrorCode, NewerRecord, StorageError
 from utils.logger import get_logger
 
@@ -36,13 +36,15 @@ class _Rule:
     code: ErrorCode
 
 
+_LIMIT = 200  # whatever the reasons, unless one has none
+
 # With the default delays 200 are a day and a half of an S3 that is away. A damaged record does not
 # mend itself. A record of a newer worker is sound: its message waits for an update, with an alert.
 _RULES = {
-    Why.STORAGE: _Rule(200, ErrorCode.STORAGE_FAILED),
+    Why.STORAGE: _Rule(_LIMIT, ErrorCode.STORAGE_FAILED),
     Why.DAMAGED_RECORD: _Rule(5, ErrorCode.STORAGE_FAILED),
     Why.NEWER_RECORD: _Rule(None, ErrorCode.STORAGE_FAILED),
-    Why.NEWER_MESSAGE: _Rule(200, ErrorCode.UNKNOWN_TYPE),
+    Why.NEWER_MESSAGE: _Rule(_LIMIT, ErrorCode.UNKNOWN_TYPE),
 }
 
 
@@ -81,8 +83,9 @@ class PutOffs:
             task_id: The task's id, for the dead queue.
         """
         rule, count = _RULES[why], delivery.put_offs
+        in_a_row = delivery.put_offs_for(why)
         task_id = task_id or delivery.message_id
-        if rule.limit is not None and count >= rule.limit:
+        if rule.limit is not None and (in_a_row >= rule.limit or count >= _LIMIT):
             log.error("message_given_up", reason=detail, why=str(why), put_offs=count)
             self._observer.dead_lettered(rule.code)
             return Settlement.dead(
@@ -90,12 +93,16 @@ class PutOffs:
                 code=rule.code,
                 message=f"given up after it was put off {count} times: {detail}",
                 task_id=task_id,
+                min_level=delivery.min_level,
             )
         delay = self._delays[min(count, len(self._delays) - 1)]
         level = log.error if why is Why.DAMAGED_RECORD else log.warning
         level("message_put_off", reason=detail, why=str(why), put_offs=count + 1, seconds=delay)
         self._observer.put_off(why)
-        headers = delivery.carried_headers | {PUT_OFFS: count + 1}
+        headers = delivery.carried_headers | {
+            PUT_OFFS: count + 1,
+            PUT_OFF_REASON: f"{why}:{in_a_row + 1}",
+        }
         if delivery.redelivered:
             headers[OWN_COPY] = True
         return Settlement.delayed(

@@ -86,6 +86,10 @@ class QueueWatch:
         """Training messages that wait; None while that is not known."""
         return self._lengths.get(Queue.TRAINING)
 
+    def may_hold_messages(self) -> bool:
+        """Whether training messages may wait; also while the broker has not said how many."""
+        return self.length != 0
+
     @property
     def oldest_seconds(self) -> float | None:
         """The oldest training message has waited at most so long; None while nothing is known."""

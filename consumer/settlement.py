@@ -21,12 +21,16 @@ OWN_COPY = "x-worker-copy"
 """Header of a worker's copy of a message that may have been claimed: it is no new order."""
 PUT_OFFS = "x-put-offs"
 """Header of a worker's copy: how often the message was put off so far."""
+PUT_OFF_REASON = "x-put-off-reason"
+"""Header of a worker's copy: why it was put off last, and how often in a row for that reason."""
 CRASHES = "x-crashes"
 """Header of a worker's copy: how often the message's handler has broken so far."""
 MIN_LEVEL = "x-min-level"
 """Header: the lowest protocol level of a worker that understands the message."""
 
-CARRIED_HEADERS = frozenset({OWN_COPY, PUT_OFFS, CRASHES, MIN_LEVEL, "traceparent", "tracestate"})
+CARRIED_HEADERS = frozenset(
+    {OWN_COPY, PUT_OFFS, PUT_OFF_REASON, CRASHES, MIN_LEVEL, "traceparent", "tracestate"}
+)
 """The headers that a copy takes along. All others stay behind: a publisher's headers may fill a
 frame, and the broker's own history would make it drop the copy as one that goes in circles."""
 MAX_HEADER = 1024  # characters of a header's text; a longer one stays behind
@@ -91,14 +95,23 @@ class Delivery:
         """How often a worker has put this message off."""
         return self._count(PUT_OFFS)
 
+    def put_offs_for(self, reason: str) -> int:
+        """How often in a row a worker has put this message off for this reason."""
+        said, _, count = str(self.headers.get(PUT_OFF_REASON, "")).rpartition(":")
+        return int(count) if said == reason and count.isdecimal() else 0
+
     @property
     def crashes(self) -> int:
         """How often a worker has put this message off because its handler broke."""
         return self._count(CRASHES)
 
+    @property
+    def min_level(self) -> int:
+        """The lowest protocol level of a worker that understands the message; 0: any."""
+        return level_of(self.headers)
+
     def _count(self, header: str) -> int:
-        count = self.headers.get(header)
-        return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
+        return _whole(self.headers.get(header))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,7 +145,14 @@ class Publication:
 
     @classmethod
     def to_dead(
-        cls, body: bytes, *, code: str, message: str, task_id: str | None, attempts: int = 0
+        cls,
+        body: bytes,
+        *,
+        code: str,
+        message: str,
+        task_id: str | None,
+        attempts: int = 0,
+        min_level: int = 0,
     ) -> Publication:
         """A message that can go no further, with the reason (docs/protocol.md, section 1).
 
@@ -142,6 +162,7 @@ class Publication:
             message: A sentence for a person; cut to `MAX_ERROR_MESSAGE`.
             task_id: The task's id, where one could be read.
             attempts: Attempts made.
+            min_level: The protocol level that the message needs, kept for whoever sends it back.
         """
         headers: dict[str, str | int | bool] = {
             "x-error-code": str(code),
@@ -149,6 +170,8 @@ class Publication:
             "x-task-id": task_id or "",
             "x-attempts": attempts,
         }
+        if min_level:
+            headers[MIN_LEVEL] = min_level
         return cls(Queue.DEAD, body, task_id, headers)
 
     def given_up(self, why: str) -> Publication:
@@ -165,8 +188,10 @@ class Publication:
                 code=ErrorCode.PUBLICATION_REFUSED,
                 message=f"a message for the queue {self.queue.value} was refused: {why}",
                 task_id=self.message_id,
+                min_level=level_of(self.headers),
             )
-        headers = {name: value for name, value in self.headers.items() if name in _REASONS}
+        kept = _REASONS | {MIN_LEVEL}
+        headers = {name: value for name, value in self.headers.items() if name in kept}
         return dataclasses.replace(self, headers=headers, delay_seconds=None)
 
     def cut(self) -> Publication:
@@ -205,12 +230,24 @@ class Settlement:
 
     @classmethod
     def dead(
-        cls, body: bytes, *, code: str, message: str, task_id: str | None, attempts: int = 0
+        cls,
+        body: bytes,
+        *,
+        code: str,
+        message: str,
+        task_id: str | None,
+        attempts: int = 0,
+        min_level: int = 0,
     ) -> Settlement:
         """To the dead queue; see `Publication.to_dead`."""
         return cls.ack(
             Publication.to_dead(
-                body, code=code, message=message, task_id=task_id, attempts=attempts
+                body,
+                code=code,
+                message=message,
+                task_id=task_id,
+                attempts=attempts,
+                min_level=min_level,
             )
         )
 
@@ -231,6 +268,16 @@ class Settlement:
     def requeue(cls) -> Settlement:
         """Back to the queue at once."""
         return cls(Action.REQUEUE)
+
+
+def level_of(headers: Mapping[str, Any]) -> int:
+    """The protocol level that a message's headers ask for; 0: any."""
+    return _whole(headers.get(MIN_LEVEL))
+
+
+def _whole(value: Any) -> int:
+    """A header's whole number above 0; 0 for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 def _encodable(text: str) -> str:

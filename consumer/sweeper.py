@@ -12,7 +12,7 @@ from consumer.endings import parked, training_copy
 from consumer.observer import Observer
 from consumer.settlement import Publication
 from consumer.training_job import from_understood, to_message
-from services.job_record import PROTOCOL_LEVEL, JobRecord, State
+from services.job_record import JobRecord, State
 from services.record_sweep import RecordSweep
 from services.s3_service import S3Service
 from utils.errors import StorageError
@@ -79,10 +79,6 @@ class Sweeper:
                 return
 
     def _publish_again(self, record: JobRecord) -> None:
-        if record.min_level > PROTOCOL_LEVEL:
-            # Only a newer worker can write this job's message; its sweep will.
-            log.warning("record_left_to_newer_worker", task_id=record.task_id)
-            return
         try:
             body = self._message(record)
         except ValueError as error:

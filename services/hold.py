@@ -31,8 +31,8 @@ def later(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"later": True})
 
 
-def beside(default: float) -> Any:
-    """A number that is kept in the object's own metadata, beside the record.
+def beside(default: float | str) -> Any:
+    """A number or a short text that is kept in the object's own metadata, beside the record.
 
     Older workers read the record without it, and drop it when they write.
     """
@@ -129,14 +129,14 @@ def stamped(record: R) -> R:
 
 
 def encode(record: HeldRecord) -> bytes:
-    """The record as JSON that a person can read too, less the numbers kept beside it."""
+    """The record as JSON that a person can read too, less what is kept beside it."""
     return json.dumps(_plain(record), indent=1, ensure_ascii=False).encode()
 
 
-def numbers_beside(record: HeldRecord) -> dict[str, str]:
-    """The record's numbers that are kept in the object's metadata, by their names there."""
+def values_beside(record: HeldRecord) -> dict[str, str]:
+    """What is kept of the record in the object's metadata, by its names there."""
     return {
-        _metadata_name(field): repr(value)
+        _metadata_name(field): value if isinstance(value, str) else repr(value)
         for field in dataclasses.fields(record)
         if field.metadata.get("beside") and (value := getattr(record, field.name)) != field.default
     }
@@ -149,7 +149,7 @@ def decode(kind: type[R], body: bytes, key: str, metadata: Mapping[str, str] | N
         kind: The record's class.
         body: The object's bytes.
         key: Its key, for the message.
-        metadata: The object's own metadata, with the numbers that are kept beside the record.
+        metadata: The object's own metadata, with what is kept beside the record.
 
     Raises:
         NewerRecord: A newer worker wrote it in a form that this one must not touch.
@@ -163,7 +163,7 @@ def decode(kind: type[R], body: bytes, key: str, metadata: Mapping[str, str] | N
                 f"The record {key} has version {version} and this worker reads up to {VERSION}. "
                 "Update the worker."
             )
-        return from_dict(kind, values | _numbers(kind, metadata or {}))
+        return from_dict(kind, values | _values_beside(kind, metadata or {}))
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedRecord(f"The record {key} cannot be read: it is damaged ({error}).") from error
 
@@ -185,17 +185,22 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, enum.Enum) else value
 
 
-def _numbers(kind: type[HeldRecord], metadata: Mapping[str, str]) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _values_beside(kind: type[HeldRecord], metadata: Mapping[str, str]) -> dict[str, float | str]:
+    found: dict[str, float | str] = {}
     for field in dataclasses.fields(kind):
         text = metadata.get(_metadata_name(field)) if field.metadata.get("beside") else None
         if text is not None:
-            read: Callable[[str], float] = int if isinstance(field.default, int) else float
             try:
-                found[field.name] = read(text)
+                found[field.name] = _read(field.default, text)
             except ValueError:
                 continue  # it only counts; the record itself is whole
     return found
+
+
+def _read(default: Any, text: str) -> float | str:
+    """A text as a value of the same type as the default."""
+    value: float | str = type(default)(text)
+    return value
 
 
 def _metadata_name(field: dataclasses.Field[Any]) -> str:

@@ -200,6 +200,7 @@ class JobRecord(HeldRecord):
         min_level: The lowest protocol level of a worker that may claim the job.
         seconds_run: How long workers have held the live job in all, up to the last write.
         rejections: How often in a row a machine could not do the job and left it to another.
+        rejected_by: The workers that did, separated by commas, each once.
         epoch_seen, loss_seen, seconds_left: How far the live job was at the last write, for people:
             completed epochs, the loss, and the time that was left. 0 where it is not known.
     """
@@ -226,6 +227,7 @@ class JobRecord(HeldRecord):
     min_level: int = later(0)
     seconds_run: float = beside(0.0)
     rejections: int = beside(0)
+    rejected_by: str = beside("")
     epoch_seen: int = beside(0)
     loss_seen: float = beside(0.0)
     seconds_left: float = beside(0.0)
@@ -272,6 +274,12 @@ class JobRecord(HeldRecord):
         """Nothing is written to this record again, unless a person sends the job back."""
         return self.delivery in _FINAL and self.owed is None
 
+    @property
+    def rejecters_with_this(self) -> tuple[str, ...]:
+        """The workers that have rejected the job once its present holder does, each once."""
+        before = tuple(filter(None, self.rejected_by.split(",")))
+        return tuple(dict.fromkeys((*before, self.hold.owner)))
+
     def claimed(self, owner: str, lease_seconds: float) -> JobRecord:
         """Taken by `owner`: when it was released, or when its holder has gone silent.
 
@@ -306,6 +314,7 @@ class JobRecord(HeldRecord):
             fruitful=self.fruitful or further,
             attempts=0 if further else self.attempts,
             rejections=0,
+            rejected_by="",
         )
 
     def ended(self, ending: Ending, owed: OwedCopy | None = None) -> JobRecord:
@@ -388,6 +397,7 @@ class JobRecord(HeldRecord):
             owed=None,
             seconds_run=0.0,
             rejections=0,
+            rejected_by="",
             epoch_seen=0,
             loss_seen=0.0,
             seconds_left=0.0,
@@ -435,6 +445,7 @@ class JobRecord(HeldRecord):
             attempts=self.attempts_with_this if counts else self.attempts,
             last_error=error or self.last_error,
             rejections=self.rejections + 1 if rejected else self.rejections,
+            rejected_by=",".join(self.rejecters_with_this) if rejected else self.rejected_by,
         )
 
     def swept(self) -> JobRecord:

@@ -240,14 +240,14 @@ class JobRecords:
                 outcome: Claim | None = self._write_claim(target, fresh, None)
             elif version.record.identity != request.identity:
                 return OtherBody(version.record)
+            elif version.record.state is State.ENDED:
+                return Ended(version.record, version.age_seconds)
             elif version.record.min_level > PROTOCOL_LEVEL:
                 raise NewerRecord(
                     f"Job {request.task_id} needs a worker of protocol level "
                     f"{version.record.min_level} and this one has level {PROTOCOL_LEVEL}. "
                     "Update the worker."
                 )
-            elif version.record.state is State.ENDED:
-                return Ended(version.record, version.age_seconds)
             else:
                 outcome = self._take(target, version)
             if outcome is not None:
@@ -273,6 +273,8 @@ class JobRecords:
                 claim=record.claim,
                 age_seconds=version.age_seconds,
             )
+        # A worker of the first release, which knows no index, may have made the record.
+        self._index.add(record.task_id)
         return self._write_claim(
             target, record.claimed(self._owner, self._lease_seconds), version.etag
         )

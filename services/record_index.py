@@ -31,6 +31,9 @@ CANCEL_SUFFIX = ".cancel"
 INVENTORY_SECONDS = 86_400.0
 
 _INVENTORY = FOLDER + "inventory"
+_DONE = b"done "
+_UNFINISHED_SECONDS = 600.0
+"""An inventory that was begun so long ago is not going to be finished."""
 
 
 def record_at(bucket: str, task_id: str) -> S3Location:
@@ -134,9 +137,11 @@ class RecordIndex:
             Whether this call did it.
 
         Raises:
-            StorageError: S3 cannot be used; another sweep begins anew.
+            StorageError: S3 cannot be used. The inventory is begun anew after ten minutes, also if
+                this process ends before it is done.
         """
-        if not self._is_inventory_due():
+        begun = self._begin_inventory()
+        if begun is None:
             return False
         listing = {info.key: info for info in self._s3.list_objects(self._bucket, FOLDER)}
         added = deleted = 0
@@ -152,11 +157,13 @@ class RecordIndex:
                 added += 1
             elif retention_seconds is not None and _seconds(now, info) > retention_seconds:
                 deleted += self._delete_record(task_id, expired)
+        with contextlib.suppress(PreconditionFailed):  # another worker has begun it meanwhile
+            self._s3.replace(S3Location(self._bucket, _INVENTORY), _DONE + _now(), begun)
         log.info("inventory_taken", objects=len(listing), added=added, deleted=deleted)
         return True
 
-    def _is_inventory_due(self) -> bool:
-        """Whether the last one is a day old; then it is this worker's, by a conditional write."""
+    def _begin_inventory(self) -> str | None:
+        """Begin an inventory if it is due, by a conditional write; its version, else None."""
         location = S3Location(self._bucket, _INVENTORY)
         try:
             stored = self._s3.read(location)
@@ -164,23 +171,23 @@ class RecordIndex:
             stored = None
         try:
             if stored is None:
-                self._s3.create(location, _now())
-                return True
+                return self._s3.create(location, _now())
             age = (stored.server_date - stored.last_modified).total_seconds()
-            if age < INVENTORY_SECONDS:
-                return False
-            self._s3.replace(location, _now(), stored.etag)
+            pause = INVENTORY_SECONDS if stored.body.startswith(_DONE) else _UNFINISHED_SECONDS
+            if age < pause:
+                return None
+            return self._s3.replace(location, _now(), stored.etag)
         except PreconditionFailed:
-            return False  # another worker takes it
-        return True
+            return None  # another worker takes it
 
     def _delete_record(self, task_id: str, expired: Callable[[JobRecord], bool]) -> bool:
         try:
             version = self.record(task_id).read()
             if version is None or not version.record.is_settled or not expired(version.record):
                 return False
-            # The record goes first: a mark without a record harms nobody.
-            self._delete(record_at(self._bucket, task_id))
+            # The record goes first: a mark without a record harms nobody. Only this version goes:
+            # a person may send the job back at this moment.
+            self._s3.delete_version(record_at(self._bucket, task_id), version.etag)
             self._delete(cancel_file_at(self._bucket, task_id))
             self._delete(settled_mark_at(self._bucket, task_id))
         except StorageError as error:

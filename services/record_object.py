@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Generic
 
-from services.hold import R, decode, encode, numbers_beside
+from services.hold import R, decode, encode, values_beside
 from services.s3_service import S3Location, S3Service
 from utils.errors import ObjectNotFound, PreconditionFailed, StorageError
 from utils.logger import get_logger
@@ -87,7 +87,7 @@ class RecordObject(Generic[R]):
             StorageError: It is not known whether the record was written; the same call may be made
                 again.
         """
-        body, beside = encode(record), numbers_beside(record)
+        body, beside = encode(record), values_beside(record)
         try:
             if etag is None:
                 return self._s3.create(self.location, body, metadata=beside)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from services.hold import stamped
-from services.job_record import Delivery, JobRecord, State
+from services.job_record import PROTOCOL_LEVEL, Delivery, JobRecord, State
 from services.record_index import RecordIndex
 from services.record_object import RecordObject, Version
 from services.s3_service import ObjectInfo, S3Service
@@ -84,6 +84,7 @@ class RecordSweep:
         self._clear_up = clear_up
         self._may_wait = may_wait
         self._known: dict[str, tuple[JobRecord, float]] = {}
+        self._unreadable: set[str] = set()  # said once each, until it can be read
 
     def abandoned(self) -> Iterator[JobRecord]:
         """The records that this worker is to publish again.
@@ -98,6 +99,7 @@ class RecordSweep:
                 left for the next sweep.
         """
         seen: dict[str, tuple[JobRecord, float]] = {}
+        unreadable: set[str] = set()
         for task_id, mark in self.index.entries():
             known = self._known.get(task_id)
             if known and time.monotonic() < known[1]:
@@ -118,17 +120,23 @@ class RecordSweep:
             except PreconditionFailed:
                 continue  # it lives after all, or another worker's sweep has it
             except StorageError as error:
-                log.warning("record_not_swept", task_id=task_id, error=str(error))
+                if task_id not in self._unreadable:
+                    log.warning("record_not_swept", task_id=task_id, error=str(error))
+                unreadable.add(task_id)
                 continue
             if record is not None:
                 yield record
-        self._known = seen
+        self._known, self._unreadable = seen, unreadable
         self.census = _census(record for record, _ in seen.values())
 
     def _taken_over(
         self, target: RecordObject[JobRecord], version: Version[JobRecord]
     ) -> JobRecord | None:
         if not is_abandoned(version) or self._may_still_come(version):
+            return None
+        if version.record.min_level > PROTOCOL_LEVEL:
+            # Only a newer worker can write this job's message; its sweep will.
+            log.warning("record_left_to_newer_worker", task_id=version.record.task_id)
             return None
         record = stamped(version.record.swept())
         target.write(record, version.etag)

@@ -47,19 +47,22 @@ class ReplacedFile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Replacement:
-    """A publication that has begun and is not finished.
+    """A publication that has begun, and whose job has not ended yet.
 
     Attributes:
         task_id: The job that publishes.
         claim: The claim that publishes.
         files: Names of the files that it writes.
         before: The files that the folder had before.
+        done: All files are written. What the folder had before is kept until the job's ending is
+            durable: until then the job may still be cancelled or fail.
     """
 
     task_id: str
     claim: int
     files: tuple[str, ...]
     before: tuple[ReplacedFile, ...] = ()
+    done: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +71,8 @@ class Turn(HeldRecord):
 
     Attributes:
         task_id: The job that publishes, or published last; for people.
-        replacement: The publication that is under way, or that its publisher left unfinished; None
-            while the folder is of one run.
+        replacement: The publication that is under way, or that its publisher left unfinished, or
+            whose job has not ended yet; else None.
     """
 
     task_id: str

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from consumer.model_publisher import WEIGHTS, ModelPublisher, Published
 from consumer.stop_signal import StopSignal
@@ -130,10 +131,17 @@ class World:
 
     def has_note(self) -> bool:
         """Whether the turn says that a publication is unfinished."""
+        return self._note().get("done") is False
+
+    def waits_for_its_ending(self) -> bool:
+        """Whether the turn says that all files are written, and that the job may yet fail."""
+        return self._note().get("done") is True
+
+    def _note(self) -> dict[str, Any]:
         where = S3Location(self.state, f"jobs/style_{STYLE}.turn")
         if not self.s3.exists(where):
-            return False
-        return json.loads(self.s3.read(where).body).get("replacement") is not None
+            return {}
+        return json.loads(self.s3.read(where).body).get("replacement") or {}
 
     def publish(
         self,

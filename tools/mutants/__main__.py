@@ -31,6 +31,8 @@ MODULES = (
     "consumer/put_offs.py",
     "consumer/endings.py",
     "consumer/sweeper.py",
+    "consumer/model_publisher.py",
+    "consumer/model_folder.py",
     "consumer/checkpoint_uploads.py",
     "consumer/broker_loop.py",
     "consumer/lane.py",
@@ -41,6 +43,9 @@ MODULES = (
     "services/job_records.py",
     "services/job_lease.py",
     "services/lease.py",
+    "services/record_index.py",
+    "services/record_sweep.py",
+    "services/style_turn.py",
     "training/inbox.py",
 )
 """The code that runs a job's life and the broker connection."""
@@ -51,7 +56,12 @@ EXTRA_TESTS: dict[str, tuple[str, ...]] = {
         "tests/unit/consumer/test_pipeline.py",
     ),
     "consumer/queue_watch.py": ("tests/unit/consumer/test_observer.py",),
-    "services/lease.py": ("tests/unit/services/test_job_lease.py",),
+    "services/job_lease.py": ("tests/unit/services/test_job_records.py",),
+    "services/record_index.py": ("tests/unit/services/test_job_records.py",),
+    "services/record_sweep.py": ("tests/unit/consumer/test_sweeper.py",),
+    "services/style_turn.py": ("tests/unit/consumer/test_publishing.py",),
+    "consumer/model_folder.py": ("tests/unit/consumer/test_publishing.py",),
+    "consumer/model_publisher.py": ("tests/unit/consumer/test_publishing.py",),
 }
 """Tests of a module that neither import it nor are named after it."""
 

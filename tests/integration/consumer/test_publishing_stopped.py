@@ -196,6 +196,7 @@ def test_the_model_of_the_later_order_stays_and_the_other_goes_to_the_archive(wo
 def test_a_finished_publication_leaves_a_turn_that_the_last_release_can_read(world: World) -> None:
     with world.claim("new") as lease:
         world.publish("new", lease)
+        world.publisher(world.s3).confirm(STYLE, "new", lease)
     turn = json.loads(world.s3.read(S3Location(world.state, f"jobs/style_{STYLE}.turn")).body)
     assert set(turn) == {"hold", "version", "task_id"}
 

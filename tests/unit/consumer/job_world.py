@@ -130,6 +130,7 @@ class Publisher:
     def __init__(self) -> None:
         self.published: list[str] = []
         self.repaired: list[str] = []
+        self.confirmed: list[tuple[str, str]] = []
         self.ordered_at = ""
         self.superseded_by: str | None = None
         self.does: Callable[[], None] = lambda: None
@@ -146,6 +147,10 @@ class Publisher:
         if self.superseded_by is None:
             return Published(url)
         return Published(url, self.superseded_by, f"s3://state/archive/{job.task_id}")
+
+    def confirm(self, style_id: int, task_id: str, lease: Any) -> None:
+        del style_id
+        self.confirmed.append((task_id, str(lease.record.state)))
 
     def repair(self, style_id: int, task_id: str, lease: Any) -> bool:
         del style_id, lease

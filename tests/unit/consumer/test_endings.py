@@ -12,7 +12,16 @@ import structlog.contextvars
 from structlog.testing import capture_logs
 
 from consumer.endings import parked, parking_delay
-from consumer.settlement import PUT_OFFS, Action, Publication, Queue, Settlement
+from consumer.settlement import (
+    MIN_LEVEL,
+    OWN_COPY,
+    PUT_OFF_REASON,
+    PUT_OFFS,
+    Action,
+    Publication,
+    Queue,
+    Settlement,
+)
 from services.job_record import Delivery, State
 from services.s3_service import S3Location
 from services.webhook_service import EndingAnswer, EndingOutcome
@@ -82,6 +91,35 @@ def test_an_ending_that_the_backend_cannot_take_rides_on_the_endings_queue(world
     first, second = world.backend.endings
     assert first == second  # the same under the same id
     assert world.record().is_settled
+
+
+def test_the_first_look_comes_when_a_holder_killed_just_now_has_lost_its_lease(
+    world: World,
+) -> None:
+    kept: list[Publication] = []
+    world.trainer.does = lambda *_: kept.append(
+        only(world.worker("two").pipeline.handle(delivery()))
+    )
+    world.pipeline.handle(delivery())
+    assert kept[0].delay_seconds == world.settings.lease_ttl_seconds == 120.0
+
+
+def test_a_dead_letter_says_which_level_its_message_needs(world: World) -> None:
+    world.backend.answers = [REFUSED]
+    world.pipeline.handle(delivery(headers={MIN_LEVEL: 1}))
+    bad = order("bad", parameters={"epochs": 0})
+    refused = world.pipeline.handle(delivery(bad, headers={MIN_LEVEL: 1})).publish[0]
+    (set_aside,) = world.broker.in_queue(Queue.DEAD)
+    assert [one.headers[MIN_LEVEL] for one in (set_aside, refused)] == [1, 1]
+    assert refused.given_up("too large").cut().headers[MIN_LEVEL] == 1
+
+
+def test_a_refusal_that_was_put_off_is_told_once_however_long_that_took(world: World) -> None:
+    body = order(parameters={"epochs": 0})
+    world.pipeline.handle(delivery(body))
+    world.s3.pass_seconds(5000)
+    world.pipeline.handle(delivery(body, headers={OWN_COPY: True}))
+    assert len(world.backend.endings) == 1
 
 
 def test_each_further_try_waits_longer_up_to_the_last_delay(world: World) -> None:
@@ -261,7 +299,11 @@ def test_a_refusal_that_cannot_be_recorded_comes_back_whole(world: World) -> Non
     world.s3.before = away
     body = order(parameters={"epochs": 0})
     copy = only(world.pipeline.handle(delivery(body)))
-    assert (copy.queue, copy.body, copy.headers) == (Queue.TRAINING, body, {PUT_OFFS: 1})
+    assert (copy.queue, copy.body, copy.headers) == (
+        Queue.TRAINING,
+        body,
+        {PUT_OFFS: 1, PUT_OFF_REASON: "storage:1"},
+    )
     assert not world.broker.published
 
 

@@ -132,7 +132,7 @@ def test_a_job_that_needs_more_than_is_free_is_for_another_machine(
         measure()
     sentence = str(caught.value)
     assert f"needs {spoken(needed)}" in sentence and f"{spoken(needed - 1)} are free" in sentence
-    assert "WORK_DIR" in sentence
+    assert "larger disk" in sentence
 
 
 def test_the_checkpoint_to_resume_from_needs_room_too_but_never_fails_the_job(

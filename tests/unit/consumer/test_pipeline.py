@@ -12,11 +12,20 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.settlement import MIN_LEVEL, OWN_COPY, PUT_OFFS, Action, Queue, Settlement
-from services.hold import encode, numbers_beside
+from consumer.settlement import (
+    MIN_LEVEL,
+    OWN_COPY,
+    PUT_OFF_REASON,
+    PUT_OFFS,
+    Action,
+    Queue,
+    Settlement,
+)
+from services.hold import encode, values_beside
 from services.job_record import PROTOCOL_LEVEL, Delivery, State
 from services.s3_service import S3Location
 from tests.unit.consumer.job_world import (
+    AWAY,
     REFUSED,
     STATE,
     World,
@@ -321,7 +330,7 @@ def test_a_duplicate_of_a_running_job_costs_a_few_messages_and_no_further_worker
     world.trainer.does = run
     world.pipeline.handle(delivery())
     assert {one.queue for one in published} == {Queue.ENDINGS}
-    assert len(published) <= 8
+    assert len(published) <= 9
     assert world.worker("three").endings.handle(redelivery_of(published[-1])) == Settlement.ack()
     assert len(world.backend.endings) == 1
 
@@ -451,6 +460,14 @@ def test_a_folder_that_can_never_be_repaired_does_not_keep_the_job_from_ending(
     assert world.backend.endings[0].kind == "failed"
 
 
+def test_a_publication_is_confirmed_once_the_ending_is_durable_and_only_then(world: World) -> None:
+    world.pipeline.handle(delivery())
+    assert world.publisher.confirmed == [("task-1", "ended")]
+    world.trainer.does = raising(LowQualityData())
+    world.pipeline.handle(delivery(order("task-2")))
+    assert len(world.publisher.confirmed) == 1
+
+
 def test_an_older_order_completes_without_replacing_the_later_ones_model(world: World) -> None:
     world.publisher.superseded_by = "later-task"
     world.pipeline.handle(delivery(order(created_at="2025-01-20T10:00:00Z")))
@@ -500,6 +517,28 @@ def test_a_job_that_no_machine_has_room_for_fails_after_three(world: World) -> N
     body = world.backend.endings[0].body
     assert body["error_code"] == "JOB_TOO_LARGE"
     assert "needs 900 GB" in body["error_message"]
+
+
+def test_one_small_worker_does_not_fail_a_job_that_others_have_room_for(world: World) -> None:
+    world.trainer.does = raising(NoRoomForJob("needs 900 GB, 40 GB are free"))
+    message = delivery()
+    for _ in range(5):
+        message = redelivery_of(only(world.pipeline.handle(message)))
+    assert world.record().rejected_by == "one"
+    roomy = world.worker("roomy")
+    assert roomy.pipeline.handle(message) == Settlement.ack()
+    assert roomy.backend.endings[0].kind == "complete"
+
+
+def test_a_job_that_is_too_large_for_the_only_worker_ends_all_the_same(world: World) -> None:
+    world.trainer.does = raising(NoRoomForJob("needs 900 GB, 40 GB are free"))
+    message, rejections = delivery(), 0
+    while (settlement := world.pipeline.handle(message)).publish:
+        message = redelivery_of(only(settlement))
+        rejections += 1
+        assert rejections < 20
+    assert rejections == 9
+    assert world.backend.endings[0].body["error_code"] == "JOB_TOO_LARGE"
 
 
 @pytest.mark.parametrize("error", [DiskFull(), OSError(errno.ENOSPC, "no space left")])
@@ -598,6 +637,33 @@ def test_a_damaged_record_puts_its_message_off_five_times_and_then_gives_it_up(
     assert world.counted("messages_dead_lettered_total", code="STORAGE_FAILED") == 1
 
 
+def test_what_went_before_does_not_shorten_the_patience_with_a_damaged_record(
+    world: World,
+) -> None:
+    message = delivery()
+    world.s3.before = away
+    for _ in range(7):
+        message = redelivery_of(only(world.pipeline.handle(message)))
+    world.s3.before = works
+    world.s3.write(S3Location(STATE, "jobs/task-1.json"), b"{")
+    for _ in range(5):
+        copy = only(world.pipeline.handle(message))
+        assert copy.queue is Queue.TRAINING
+        message = redelivery_of(copy)
+    assert message.put_offs == 12
+    assert only(world.pipeline.handle(message)).queue is Queue.DEAD
+
+
+def test_an_ended_job_of_a_newer_worker_has_its_ending_delivered_by_an_older_one(
+    world: World,
+) -> None:
+    world.backend.answers = [AWAY]
+    world.pipeline.handle(delivery())
+    _rewrite(world, min_level=PROTOCOL_LEVEL + 1)
+    assert world.pipeline.handle(delivery(redelivered=True)) == Settlement.ack()
+    assert world.record().is_settled
+
+
 def test_the_message_of_a_newer_workers_record_is_kept_whatever_it_takes(world: World) -> None:
     world.s3.write(S3Location(STATE, "jobs/task-1.json"), b'{"version": 2}')
     copy = only(world.pipeline.handle(delivery(headers={PUT_OFFS: 100_000})))
@@ -610,7 +676,11 @@ def test_a_message_for_a_newer_worker_waits_for_one_and_not_for_ever(world: Worl
     body = order(parameters={"only_the_new_version_knows": 1})
     copy = only(world.pipeline.handle(delivery(body, headers=headers)))
     assert (copy.queue, copy.body) == (Queue.TRAINING, body)
-    assert copy.headers == {MIN_LEVEL: PROTOCOL_LEVEL + 1, PUT_OFFS: 1}
+    assert copy.headers == {
+        MIN_LEVEL: PROTOCOL_LEVEL + 1,
+        PUT_OFFS: 1,
+        PUT_OFF_REASON: "newer_message:1",
+    }
     assert not world.s3.keys(STATE)
     last = only(world.pipeline.handle(delivery(body, headers=headers | {PUT_OFFS: 200})))
     assert (last.queue, last.headers["x-error-code"]) == (Queue.DEAD, "UNKNOWN_TYPE")
@@ -674,7 +744,7 @@ def _all_errors() -> list[type[TrainingServerError]]:
 def _rewrite(world: World, **values: Any) -> None:
     """Change a released record, as another worker would have left it."""
     record = dataclasses.replace(world.record(), **values)
-    beside = numbers_beside(record)
+    beside = values_beside(record)
     world.s3.change(STATE, "jobs/task-1.json", body=encode(record), metadata=beside)
 
 

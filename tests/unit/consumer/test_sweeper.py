@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from consumer.endings import parked
+from consumer.observer import Observer
 from consumer.settlement import MIN_LEVEL, OWN_COPY, Queue, Settlement
 from services.job_record import PROTOCOL_LEVEL
 from services.record_index import INVENTORY_SECONDS, live_mark_at
@@ -15,7 +17,7 @@ from services.record_sweep import RecordSweep
 from services.s3_service import S3Location
 from tests.unit.consumer.job_world import AWAY, STATE, World, delivery, order, redelivery_of
 from tests.memory_s3 import away, works
-from utils.errors import WorkerCrashed
+from utils.errors import LowQualityData, WorkerCrashed
 
 DAY = 86_400.0
 
@@ -23,6 +25,10 @@ DAY = 86_400.0
 @pytest.fixture(name="world")
 def _world(tmp_path: Path) -> World:
     return World(tmp_path / "one")
+
+
+def fails(*_: Any) -> None:
+    raise LowQualityData()
 
 
 def killed(*_: Any) -> None:
@@ -234,17 +240,112 @@ def test_a_job_for_a_newer_worker_is_left_to_that_workers_sweep(world: World) ->
     dead.trainer.does = killed
     with pytest.raises(KeyboardInterrupt):
         dead.pipeline.handle(delivery(headers={MIN_LEVEL: PROTOCOL_LEVEL}))
-    world.s3.pass_seconds(400.0)
-    sweep = world.sweeper()
-    sweep.sweep_once()
-    assert world.broker.published[0].headers[MIN_LEVEL] == PROTOCOL_LEVEL
     body = world.s3.objects[STATE, "jobs/task-1.json"].body
     newer = body.replace(b'"min_level": 1', b'"min_level": 2')
     world.s3.change(STATE, "jobs/task-1.json", body=newer)
     world.s3.pass_seconds(DAY)
-    world.broker.published.clear()
-    world.sweeper().sweep_once()
+    for _ in range(3):
+        world.sweeper().sweep_once()
     assert not world.broker.published
+    left = world.s3.objects[STATE, "jobs/task-1.json"].body
+    assert left == newer, "the newer worker finds it as it was, and not a day later"
+    world.s3.change(STATE, "jobs/task-1.json", body=body)
+    world.sweeper().sweep_once()
+    assert world.broker.published[0].headers == {MIN_LEVEL: PROTOCOL_LEVEL, OWN_COPY: True}
+
+
+def test_an_inventory_that_breaks_off_is_taken_again_soon(world: World) -> None:
+    def no_listing(method: str, bucket: str, key: str) -> None:
+        if (method, key) == ("LIST", "jobs/"):
+            away(method, bucket, key)
+
+    abandon(world)
+    mark = live_mark_at(STATE, "task-1")
+    world.s3.delete(mark.bucket, [mark.key])
+    world.s3.pass_seconds(400.0)
+    world.s3.before = no_listing
+    world.sweeper().sweep_once()
+    world.s3.before = works
+    world.s3.pass_seconds(300.0)
+    world.sweeper().sweep_once()
+    assert not world.broker.published, "another worker may be at it"
+    world.s3.pass_seconds(301.0)
+    world.sweeper().sweep_once()
+    assert [one.message_id for one in world.broker.published] == ["task-1"]
+
+
+def test_a_job_that_an_older_worker_made_is_on_the_index_once_it_is_taken_over(
+    world: World,
+) -> None:
+    abandon(world)
+    mark = live_mark_at(STATE, "task-1")
+    world.s3.delete(mark.bucket, [mark.key])
+    world.s3.pass_seconds(400.0)
+    world.trainer.does = killed
+    with pytest.raises(KeyboardInterrupt):
+        world.pipeline.handle(delivery(redelivered=True))
+    assert world.s3.exists(mark)
+
+
+def test_a_record_that_is_sent_back_while_it_leaves_the_index_stays_on_it(world: World) -> None:
+    index = RecordSweep(world.s3, STATE, lease_seconds=120.0).index
+    world.pipeline.handle(delivery())
+    live = world.s3.objects[STATE, "jobs/task-1.json"].body.replace(
+        b'"delivery": "delivered"', b'"delivery": "pending"'
+    )
+    index.add("task-1")
+
+    def sent_back(method: str, bucket: str, key: str) -> None:
+        if method == "DELETE" and key == "jobs/live/task-1":
+            world.s3.change(STATE, "jobs/task-1.json", body=live)
+
+    world.s3.before = sent_back
+    index.remove("task-1")
+    assert world.s3.keys(STATE, "jobs/live/") == ["jobs/live/task-1"]
+    assert not world.s3.exists(S3Location(STATE, "jobs/task-1.settled"))
+
+
+@pytest.mark.parametrize("when", ["before it is read", "before it is deleted"])
+def test_a_record_that_is_sent_back_at_the_end_of_its_retention_is_kept(
+    tmp_path: Path, when: str
+) -> None:
+    world = World(tmp_path / "one", record_retention_days=1)
+    world.trainer.does = fails
+    world.pipeline.handle(delivery())
+    world.s3.pass_seconds(3 * DAY)
+    body = world.s3.objects[STATE, "jobs/task-1.json"].body
+    live = body.replace(b'"delivery": "delivered"', b'"delivery": "pending"')
+    method = "GET" if when == "before it is read" else "DELETE"
+
+    def sent_back(asked: str, bucket: str, key: str) -> None:
+        del bucket
+        if (asked, key) == (method, "jobs/task-1.json"):
+            world.s3.change(STATE, key, body=live)
+
+    world.s3.before = sent_back
+    world.sweeper().sweep_once()
+    assert world.s3.objects[STATE, "jobs/task-1.json"].body == live
+
+
+def test_a_damaged_record_is_said_once_and_not_at_each_sweep(world: World) -> None:
+    world.s3.write(live_mark_at(STATE, "damaged"), b"")
+    world.s3.write(S3Location(STATE, "jobs/damaged.json"), b"{")
+    sweeper = world.sweeper()
+    with capture_logs() as lines:
+        sweeper.sweep_once()
+        sweeper.sweep_once()
+    assert [line["event"] for line in lines].count("record_not_swept") == 1
+
+
+def test_a_queue_whose_length_is_unknown_may_hold_messages() -> None:
+    watch = Observer().queues
+    assert watch.may_hold_messages()
+    watch.looked(Queue.TRAINING, 2, 1)
+    assert watch.may_hold_messages()
+    watch.looked(Queue.TRAINING, 0, 1)
+    assert not watch.may_hold_messages()
+    watch.lost_sight()
+    assert watch.may_hold_messages()
 
 
 def test_a_record_that_cannot_be_read_costs_the_others_nothing(world: World) -> None:

@@ -8,7 +8,7 @@ import uuid
 
 import pytest
 
-from services.hold import decode, encode, numbers_beside, stamped
+from services.hold import decode, encode, values_beside, stamped
 from services.job_record import (
     CHECKPOINTS_KEPT,
     Checkpoint,
@@ -95,14 +95,14 @@ def test_a_record_that_needs_nothing_new_has_the_fields_of_the_first_release_onl
     assert json.loads(encode(owing))["owed"]["code"] == "STORAGE_FAILED"
 
 
-def test_numbers_beside_the_record_come_back_and_a_damaged_one_costs_nothing() -> None:
+def test_values_beside_the_record_come_back_and_a_damaged_one_costs_nothing() -> None:
     plain = new()
     record = dataclasses.replace(plain, seconds_run=12.5, rejections=2)
-    beside = numbers_beside(record)
+    beside = values_beside(record)
     assert beside == {"seconds-run": "12.5", "rejections": "2"}
     assert decode(JobRecord, encode(record), "k", beside) == record
     assert decode(JobRecord, encode(record), "k", {"seconds-run": "long"}) == plain
-    assert numbers_beside(plain) == {}
+    assert values_beside(plain) == {}
 
 
 def test_each_write_has_a_body_of_its_own() -> None:
