@@ -11,7 +11,7 @@ import datetime
 import enum
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from utils.errors import DamagedRecord, NewerRecord

@@ -55,6 +55,7 @@ EXTRA_TESTS: dict[str, tuple[str, ...]] = {
         "tests/unit/consumer/test_endings.py",
         "tests/unit/consumer/test_pipeline.py",
     ),
+    "consumer/endings.py": ("tests/unit/consumer/test_pipeline.py",),
     "consumer/queue_watch.py": ("tests/unit/consumer/test_observer.py",),
     "services/job_lease.py": ("tests/unit/services/test_job_records.py",),
     "services/record_index.py": ("tests/unit/services/test_job_records.py",),

@@ -50,17 +50,21 @@ class Backend:
     def __init__(self) -> None:
         self.answers: list[EndingAnswer] = []
         self.endings: list[Ending] = []
+        self.patience: list[float] = []
+        self.reports: list[dict[str, Any]] = []
         self.on_ending: Callable[[], None] = lambda: None
 
     def origin_for(self, requested: str | None) -> str:
         return requested or "https://api.stylelicense.com"
 
     def send_progress(self, origin: str, body: Any) -> ProgressAnswer:
-        del origin, body
+        del origin
+        self.reports.append(body)
         return ProgressAnswer.DONE
 
-    def deliver(self, origin: str, ending: Ending, **_: Any) -> EndingAnswer:
+    def deliver(self, origin: str, ending: Ending, *, for_seconds: float, **_: Any) -> EndingAnswer:
         del origin
+        self.patience.append(for_seconds)
         self.on_ending()
         self.endings.append(ending)
         return self.answers.pop(0) if self.answers else TAKEN

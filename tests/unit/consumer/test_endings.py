@@ -122,6 +122,91 @@ def test_a_refusal_that_was_put_off_is_told_once_however_long_that_took(world: W
     assert len(world.backend.endings) == 1
 
 
+def test_an_ending_is_tried_for_a_minute_by_the_jobs_worker_and_once_by_any_other(
+    world: World,
+) -> None:
+    world.backend.answers = [AWAY, AWAY]
+    waiting = only(world.pipeline.handle(delivery()))
+    world.endings.handle(redelivery_of(waiting))
+    world.pipeline.handle(delivery(redelivered=True))
+    assert world.backend.patience == [60.0, 0.0, 0.0]
+
+
+def test_a_parked_ending_reads_as_the_first_release_writes_it() -> None:
+    parking = parked("task-1", order(), tries=2, delay=60.0)
+    assert set(parked_body(parking)) == {"task_id", "tries", "message"}
+    assert parked_body(parked("task-1", order(), tries=0, delay=None, looks=3))["looks"] == 3
+
+
+def test_each_look_at_a_live_job_is_counted(world: World) -> None:
+    kept: list[Publication] = []
+
+    def run(*_: Any) -> None:
+        other = world.worker("two")
+        first = only(other.pipeline.handle(delivery()))
+        kept.extend([first, only(other.endings.handle(redelivery_of(first)))])
+
+    world.trainer.does = run
+    world.pipeline.handle(delivery())
+    assert [parked_body(one)["looks"] for one in kept] == [1, 2]
+
+
+def test_a_duplicate_that_finds_an_undelivered_ending_tries_it_once(world: World) -> None:
+    world.backend.answers = [AWAY, NOT_FOUND]
+    world.pipeline.handle(delivery())
+    again = only(world.pipeline.handle(delivery(redelivered=True)))
+    assert (parked_body(again)["tries"], again.delay_seconds) == (1, 60.0)
+
+
+def test_a_job_that_was_given_back_long_ago_is_published_again_by_a_watched_message(
+    world: World,
+) -> None:
+    kept: list[Publication] = []
+
+    def stopped(*_: Any) -> None:
+        kept.append(only(world.worker("two").pipeline.handle(delivery())))
+        world.shutdown.request()
+
+    world.trainer.does = stopped
+    assert world.pipeline.handle(delivery()) == Settlement.requeue()
+    world.s3.pass_seconds(30)
+    copy = only(world.worker("three").endings.handle(redelivery_of(kept[0])))
+    assert copy.queue is Queue.TRAINING
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        order(type="another_kind"),
+        b'{"image_urls": ["s3://stylelicense-media/a.jpg"]}',
+        b"no json",
+    ],
+)
+def test_a_message_that_names_no_style_of_ours_is_refused_without_a_webhook(
+    world: World, body: bytes
+) -> None:
+    assert only(world.pipeline.handle(delivery(body))).queue is Queue.DEAD
+    assert not world.backend.endings
+    assert not world.s3.keys(STATE)
+
+
+def test_a_refusal_that_another_worker_is_telling_is_looked_at_again(world: World) -> None:
+    body = order(parameters={"epochs": 0})
+    kept: list[Publication] = []
+
+    def meanwhile() -> None:
+        world.backend.on_ending = lambda: None
+        kept.extend(world.worker("two").pipeline.handle(delivery(body)).publish)
+
+    world.backend.on_ending = meanwhile
+    world.pipeline.handle(delivery(body))
+    dead, waiting = kept
+    assert (dead.queue, waiting.queue, waiting.delay_seconds) == (Queue.DEAD, Queue.ENDINGS, 60.0)
+    assert parked_body(waiting)["tries"] == 0
+    assert world.endings.handle(redelivery_of(waiting)) == Settlement.ack()
+    assert len(world.backend.endings) == 1
+
+
 def test_each_further_try_waits_longer_up_to_the_last_delay(world: World) -> None:
     world.backend.answers = [AWAY] * 7
     waiting = only(world.pipeline.handle(delivery()))

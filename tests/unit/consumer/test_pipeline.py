@@ -41,6 +41,7 @@ from utils.errors import (
     REPORTABLE,
     DiskFull,
     ErrorCode,
+    GpuBroken,
     GpuOutOfMemory,
     LowQualityData,
     MachineError,
@@ -549,6 +550,52 @@ def test_a_disk_that_fills_up_makes_the_machine_unfit_and_counts_as_a_rejection(
     assert only(world.pipeline.handle(delivery())).queue is Queue.TRAINING
     assert [type(one) for one in world.unfit] == [DiskFull]
     assert (world.record().rejections, world.record().attempts) == (1, 0)
+
+
+def test_a_gpu_that_computes_again_in_a_fresh_process_is_the_jobs_fault(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        "consumer.pipeline.require_fit", lambda environment, allow_cpu: asked.append(allow_cpu)
+    )
+    world.trainer.does = raising(GpuBroken("a CUDA error"))
+    assert only(world.pipeline.handle(delivery())).queue is Queue.TRAINING
+    assert asked == [False]
+    assert not world.unfit
+    assert (world.record().attempts, world.record().rejections) == (1, 0)
+
+
+def test_a_gpu_that_stays_broken_makes_the_machine_unfit(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise GpuBroken("no CUDA")
+
+    monkeypatch.setattr("consumer.pipeline.require_fit", broken)
+    world.trainer.does = raising(GpuBroken("a CUDA error"))
+    assert only(world.pipeline.handle(delivery())).queue is Queue.TRAINING
+    assert [type(one) for one in world.unfit] == [GpuBroken]
+    assert (world.record().attempts, world.record().rejections) == (0, 1)
+
+
+def test_a_job_that_waits_for_another_attempt_is_told_its_place_where_it_is_known(
+    world: World,
+) -> None:
+    world.trainer.does = raising(WorkerCrashed("it died"))
+    world.pipeline.handle(delivery())
+    assert not [one for one in world.backend.reports if one["progress"]["stage"] == "queued"]
+    world.observer.queues.looked(Queue.TRAINING, 3, 1)
+    world.observer.queues.finished(100.0)
+    world.pipeline.handle(delivery(order("task-2")))
+    (told,) = [one for one in world.backend.reports if one["progress"]["stage"] == "queued"]
+    assert told["task_id"] == "task-2"
+    assert told["progress"]["queue_position"] == 4
+    assert told["progress"]["estimated_seconds"] == 310
+    world.shutdown.request()
+    world.pipeline.handle(delivery(order("task-3")))
+    queued = [one for one in world.backend.reports if one["progress"]["stage"] == "queued"]
+    assert len(queued) == 1, "a shutdown has no time for it"
 
 
 def test_a_job_that_breaks_every_machine_ends(world: World) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -346,6 +348,32 @@ def test_a_queue_whose_length_is_unknown_may_hold_messages() -> None:
     assert not watch.may_hold_messages()
     watch.lost_sight()
     assert watch.may_hold_messages()
+
+
+def test_a_record_whose_message_cannot_be_read_is_left_alone(world: World) -> None:
+    abandon(world)
+    body = world.s3.objects[STATE, "jobs/task-1.json"].body
+    values = json.loads(body) | {"message": {"nonsense": True}}
+    world.s3.change(STATE, "jobs/task-1.json", body=json.dumps(values).encode())
+    abandon(world, "task-2")
+    world.s3.pass_seconds(400.0)
+    world.sweeper().sweep_once()
+    assert [one.message_id for one in world.broker.published] == ["task-2"]
+
+
+def test_the_sweep_comes_at_start_and_then_once_a_lease_until_it_is_left(tmp_path: Path) -> None:
+    world = World(tmp_path / "one", lease_ttl_seconds=1)
+
+    def sweeps() -> int:
+        return world.s3.requests.count(("LIST", "jobs/live/"))
+
+    with world.sweeper():
+        deadline = time.monotonic() + 20
+        while sweeps() < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert sweeps() == 2
+    time.sleep(1.3)
+    assert sweeps() == 2
 
 
 def test_a_record_that_cannot_be_read_costs_the_others_nothing(world: World) -> None:

@@ -215,3 +215,63 @@ def test_the_time_that_workers_hold_a_job_is_kept_over_their_claims(
     lease.mark_delivered()
     record = worker(s3).read("task-1")
     assert record is not None and record.seconds_run == pytest.approx(75)
+
+
+def test_the_numbers_of_a_jobs_news_rise_within_a_claim_and_from_claim_to_claim(
+    s3: MemoryS3,
+) -> None:
+    first = claimed(worker(s3).claim(REQUEST))
+    assert [first.next_sequence() for _ in range(2)] == [1_000_001, 1_000_002]
+    first.release(count_attempt=False)
+    assert claimed(worker(s3, "two").claim(REQUEST)).next_sequence() == 2_000_001
+
+
+def test_a_release_says_why_for_how_long_and_who_rejected(s3: MemoryS3) -> None:
+    lease = claimed(worker(s3).claim(REQUEST))
+    lease.release(count_attempt=True, error=("DISK", "it is full"), quiet_seconds=60, rejected=True)
+    record = worker(s3).read("task-1")
+    assert record is not None and record.last_error is not None
+    assert (record.last_error.code, record.last_error.claim) == ("DISK", 1)
+    assert (record.attempts, record.hold.quiet_seconds) == (1, 60)
+    assert (record.rejections, record.rejected_by) == (1, "one")
+
+
+def test_a_released_record_settles_with_what_the_backend_said(s3: MemoryS3) -> None:
+    lease = claimed(worker(s3).claim(REQUEST))
+    lease.end(FAILED)
+    lease.set_aside("the backend answered 400", OwedCopy("WEBHOOK_REJECTED", "400", 0))
+    record = worker(s3).read("task-1")
+    assert record is not None and record.delivery_detail == "the backend answered 400"
+    assert not record.is_settled
+    lease.paid()
+    record = worker(s3).read("task-1")
+    assert record is not None and record.is_settled and record.hold.released
+
+
+def test_a_record_that_changes_at_every_try_is_given_up_for_now(s3: MemoryS3) -> None:
+    claimed(worker(s3).claim(REQUEST)).release(count_attempt=False)
+
+    def changed(method: str, bucket: str, key: str) -> None:
+        if (method, key) == ("PUT", "jobs/task-1.json"):
+            s3.change(bucket, key, body=s3.objects[bucket, key].body + b" ")
+
+    s3.before = changed
+    with pytest.raises(StorageError, match="changes too fast"):
+        worker(s3, "two").claim(REQUEST)
+
+
+def test_the_refusal_of_a_message_is_kept_under_its_hash_and_told_by_one_worker(
+    s3: MemoryS3,
+) -> None:
+    def refuse(name: str, window: float | None = 600) -> Any:
+        return worker(s3, name).claim_invalid("ab" * 32, FAILED, style_id=7, new_run_after=window)
+
+    lease = claimed(refuse("one"))
+    assert lease.record.task_id == "invalid/" + "ab" * 32
+    assert isinstance(refuse("two"), HeldElsewhere)
+    lease.release(count_attempt=False)
+    claimed(refuse("two")).mark_delivered()
+    assert isinstance(refuse("three"), Ended)
+    s3.pass_seconds(700)
+    assert isinstance(refuse("three", None), Ended)
+    assert claimed(refuse("three")).record.task_id.endswith("-1")
