@@ -17,6 +17,7 @@ import pytest
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.job_record import Checkpoint, Delivery, JobRecord, JobRequest
 from services.job_records import Claimed, HeldElsewhere
+from services.lease import SAFE_PART
 from services.s3_errors import ConditionalConflict
 from services.s3_service import S3Location, S3Service
 from tests.integration.services.record_world import (
@@ -204,6 +205,24 @@ def test_ones_own_write_is_recognised_when_its_answer_was_lost(faulty: Faulty) -
     lease.check()
     assert stored(faulty, job.task_id) == lease.record
     lease.mark_delivered()
+
+
+def test_a_lease_began_with_the_first_try_where_its_answer_was_lost(faulty: Faulty) -> None:
+    lease = claimed(worker(faulty, lease=20.0), request())
+    lost = [True]
+
+    def lose_the_answer() -> None:
+        if lost.pop():
+            lost.append(False)
+            time.sleep(1.0)
+            raise StorageError("no answer")
+        lost.append(False)
+
+    faulty.after = lose_the_answer
+    began = time.monotonic()
+    lease.renew()
+    assert lease.remaining <= 20.0 * SAFE_PART - (time.monotonic() - began) + 0.05
+    assert lease.remaining < 20.0 * SAFE_PART - 1.0
 
 
 def test_a_claim_whose_answer_was_lost_is_this_workers_at_once_and_no_attempt(
