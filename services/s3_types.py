@@ -67,7 +67,7 @@ class PictureRequest:
     Attributes:
         source: Its address in the message's own spelling, for the report.
         location: Where that is.
-        caption: Its caption; None to look for the object beside the picture with the suffix `.txt`.
+        caption: Its caption; None to look for a caption file beside the picture.
     """
 
     source: str
@@ -85,9 +85,11 @@ class FetchedPicture:
         caption: The request's caption, or the text found beside the picture, or None.
         problem: Why it could not be fetched, for an artist to read ("could not be found in
             storage"); else None.
+        caption_problem: Why the caption found beside it is ignored; None where it is not.
     """
 
     source: str
     path: Path | None
     caption: str | None = None
     problem: str | None = None
+    caption_problem: str | None = None

@@ -278,6 +278,7 @@ REPORTABLE: dict[str, type[TrainingServerError]] = {
         CheckpointUnusable,
         TimeLimit,
         ExportFailed,
+        WorkerCrashed,
         GpuBroken,
         DiskFull,
     )

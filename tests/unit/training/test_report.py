@@ -125,7 +125,9 @@ def test_the_file_is_strict_json_with_the_artists_own_letters_and_no_local_path(
     assert [file.name for file in tmp_path.iterdir()] == ["training_report.json"]
 
 
-def test_the_summary_is_a_few_scalars(report: dict[str, Any], base: BaseModel) -> None:
+def test_the_summary_is_brief_and_says_why_pictures_were_left_out(
+    report: dict[str, Any], base: BaseModel
+) -> None:
     assert summary(report) == {
         "pictures_used": 2,
         "pictures_left_out": 1,
@@ -137,6 +139,8 @@ def test_the_summary_is_a_few_scalars(report: dict[str, Any], base: BaseModel) -
         "delivered_epoch": None,
         "base_model": base.name,
         "warnings": 3 + len(base.warnings),
+        "captions_ignored": 0,
+        "left_out": [{"reason": "It is damaged.", "pictures": 1}],
     }
 
 

@@ -1,0 +1,78 @@
+"""PNG files without the metadata that nothing here reads, so that it cannot spoil the picture.
+
+A text of more than a megabyte or a checksum that is wrong in a comment makes Pillow refuse the
+whole file; neither has anything to do with the pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import zlib
+from collections.abc import Iterator
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_COLOURS = (b"iCCP", b"cICP", b"sRGB", b"gAMA", b"cHRM")
+# That there are frames is of interest, the frames after the first are not.
+_USED = (b"tRNS", b"eXIf", b"acTL", *_COLOURS)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Png:
+    """A PNG file, tidied.
+
+    Attributes:
+        content: The file without metadata that is not used or is damaged.
+        damaged: The names of used chunks that were damaged and left out.
+        coding: Primaries, transfer, matrix and range of its chunk cICP; None without one.
+    """
+
+    content: bytes
+    damaged: tuple[str, ...] = ()
+    coding: tuple[int, ...] | None = None
+
+
+def tidied(content: bytes) -> Png:
+    """The file with its pixels and what gives them their colours; all else is left out.
+
+    What the decoder judges stays as it is: chunks of the pixels, sound or not, and what follows
+    where the file breaks off.
+    """
+    kept: list[memoryview] = [memoryview(SIGNATURE)]
+    damaged: list[str] = []
+    coding = None
+    for name, chunk in _chunks(content):
+        critical = not name[0] & 0x20
+        if not critical and name not in _USED:
+            continue
+        if not critical and not _is_sound(chunk):
+            damaged.append(name.decode("ascii", "replace"))
+            continue
+        if name == b"cICP" and len(chunk) == 16:
+            coding = tuple(chunk[8:12])
+        kept.append(chunk)
+    return Png(b"".join(kept), tuple(dict.fromkeys(damaged)), coding)
+
+
+def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Each chunk's name and its bytes, length and checksum included; the rest of a broken file
+    comes as one of its pixels."""
+    view, place = memoryview(content), len(SIGNATURE)
+    while place < len(view):
+        if place + 12 > len(view):
+            yield b"IDAT", view[place:]
+            return
+        length, name = struct.unpack_from(">I4s", view, place)
+        end = place + 12 + length
+        if end > len(view) or not name.isalpha():
+            yield b"IDAT", view[place:]
+            return
+        yield name, view[place:end]
+        if name == b"IEND":
+            return
+        place = end
+
+
+def _is_sound(chunk: memoryview) -> bool:
+    (checksum,) = struct.unpack(">I", chunk[-4:])
+    return zlib.crc32(chunk[4:-4]) == int(checksum)
