@@ -50,11 +50,13 @@ class Stored:
     Attributes:
         levels: The 8-bit level of each of 65,536 values of deep greys; None where there are none.
         is_deep: The decoder keeps 8 of 16 bits.
+        is_grey: Its pixels are greys, whatever the mode that they are decoded to.
         profile: The colour space of the numbers; None for sRGB.
     """
 
     levels: tuple[int, ...] | None = None
     is_deep: bool = False
+    is_grey: bool = False
     profile: Profile | None = None
 
 
@@ -104,7 +106,7 @@ def _fitting(image: Image.Image, stored: Stored) -> tuple[Profile | None, tuple[
     profile = stored.profile
     if profile is None or profile.is_srgb:
         return None, notes
-    if not _fits(image, profile.mode, is_grey=bool(stored.levels)):
+    if not _fits(image, profile.mode, is_grey=stored.is_grey or bool(stored.levels)):
         return None, notes + (
             "has a colour profile for another kind of colours, which was ignored",
         )

@@ -71,7 +71,9 @@ def stored_in(
     """
     levels = _levels(image)
     profile, notes = _profile(image, coding or _coding_of_avif(image, content))
-    return Stored(levels, bool(levels) or _drops_bits(image), profile), notes
+    raw = _raw_mode(image)
+    drops_bits = ";16" in raw and not levels
+    return Stored(levels, bool(levels) or drops_bits, raw.startswith("LA"), profile), notes
 
 
 def _levels(image: Image.Image) -> tuple[int, ...] | None:
@@ -101,11 +103,11 @@ def _levels(image: Image.Image) -> tuple[int, ...] | None:
     return tuple(255 - level for level in table) if inverted else tuple(table)
 
 
-def _drops_bits(image: Image.Image) -> bool:
-    """Whether the decoder is about to keep 8 of 16 bits of each colour, unasked."""
+def _raw_mode(image: Image.Image) -> str:
+    """How the decoder finds the pixels in the file, such as `RGB;16B`; "" if it does not say."""
     packed = [part for tile in getattr(image, "tile", ()) for part in tile[-1:]]
-    raw = str(packed[0][0] if packed and isinstance(packed[0], tuple) else packed[:1])
-    return ";16" in raw and not image.mode.startswith("I")
+    raw = packed[0] if packed else ""
+    return str(raw[0] if isinstance(raw, tuple) and raw else raw)
 
 
 def _profile(

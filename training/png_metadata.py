@@ -12,6 +12,10 @@ import zlib
 from collections.abc import Iterator
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MOST_TEXT_BYTES = 1 << 20
+"""Of a text that is kept; Pillow refuses longer ones."""
+_XMP = b"XML:com.adobe.xmp"
+_RAW_EXIF = (b"Raw profile type exif", b"Raw profile type APP1")
 _COLOURS = (b"iCCP", b"cICP", b"sRGB", b"gAMA", b"cHRM")
 # That there are frames is of interest, the frames after the first are not.
 _USED = (b"tRNS", b"eXIf", b"acTL", *_COLOURS)
@@ -43,7 +47,7 @@ def tidied(content: bytes) -> Png:
     coding = None
     for name, chunk in _chunks(content):
         critical = not name[0] & 0x20
-        if not critical and name not in _USED:
+        if not critical and name not in _USED and not _says_how_it_lies(name, chunk):
             continue
         if not critical and not _is_sound(chunk):
             damaged.append(name.decode("ascii", "replace"))
@@ -71,6 +75,32 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
         if name == b"IEND":
             return
         place = end
+
+
+def _says_how_it_lies(name: bytes, chunk: memoryview) -> bool:
+    """Whether it is a text in which other programs keep the picture's orientation, and of a
+    bounded length."""
+    if name not in (b"tEXt", b"zTXt", b"iTXt") or not _is_sound(chunk):
+        return False
+    keyword, _, rest = bytes(chunk[8:-4]).partition(b"\0")
+    if name == b"iTXt":
+        if keyword != _XMP:
+            return False
+        is_compressed, text = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
+    else:
+        if keyword not in _RAW_EXIF:
+            return False
+        is_compressed, text = name == b"zTXt", rest[1:] if name == b"zTXt" else rest
+    return _has_at_most(text, MOST_TEXT_BYTES) if is_compressed else len(text) <= MOST_TEXT_BYTES
+
+
+def _has_at_most(compressed: bytes, most: int) -> bool:
+    stream = zlib.decompressobj()
+    try:
+        stream.decompress(compressed, most)
+    except zlib.error:
+        return False
+    return stream.eof
 
 
 def _is_sound(chunk: memoryview) -> bool:
