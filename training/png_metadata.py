@@ -11,6 +11,8 @@ import struct
 import zlib
 from collections.abc import Iterator
 
+from training.profiles import MOST_PROFILE_BYTES
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MOST_TEXT_BYTES = 1 << 20
 """Of a text that is kept; Pillow refuses longer ones."""
@@ -49,7 +51,7 @@ def tidied(content: bytes) -> Png:
         critical = not name[0] & 0x20
         if not critical and name not in _USED and not _says_how_it_lies(name, chunk):
             continue
-        if not critical and not _is_sound(chunk):
+        if not critical and not (_is_sound(chunk) and _is_bounded(name, chunk)):
             damaged.append(name.decode("ascii", "replace"))
             continue
         if name == b"cICP" and len(chunk) == 16:
@@ -92,6 +94,14 @@ def _says_how_it_lies(name: bytes, chunk: memoryview) -> bool:
             return False
         is_compressed, text = name == b"zTXt", rest[1:] if name == b"zTXt" else rest
     return _has_at_most(text, MOST_TEXT_BYTES) if is_compressed else len(text) <= MOST_TEXT_BYTES
+
+
+def _is_bounded(name: bytes, chunk: memoryview) -> bool:
+    """Whether a profile is not compressed from something larger than any profile."""
+    if name != b"iCCP":
+        return True
+    _, _, rest = bytes(chunk[8:-4]).partition(b"\0")
+    return _has_at_most(rest[1:], MOST_PROFILE_BYTES)
 
 
 def _has_at_most(compressed: bytes, most: int) -> bool:

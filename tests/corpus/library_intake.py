@@ -61,10 +61,14 @@ def main() -> int:
     wrong = [
         each
         for each in verdicts
-        if each.seconds > MOST_SECONDS or each.difference > MOST_LEVELS or each.reason.startswith(REASONS)
+        if each.seconds > MOST_SECONDS
+        or each.difference > MOST_LEVELS
+        or each.reason.startswith(REASONS)
     ]
     for each in verdicts if arguments.all else wrong:
-        print(f"{each.name}: {each.seconds:.2f} s, {each.difference} off, {each.reason or each.notes}")
+        print(
+            f"{each.name}: {each.seconds:.2f} s, {each.difference} off, {each.reason or each.notes}"
+        )
     mebibytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     slowest = max(each.seconds for each in verdicts)
     used = sum(not each.reason for each in verdicts)
@@ -120,7 +124,7 @@ def _by_pillow(path: Path) -> Image.Image:
         profile = image.info.get("icc_profile")
         if upright.mode.startswith("I"):
             values = np.asarray(upright).astype(float)
-            bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
+            bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]
             levels = np.round(255 * values / (2**bits - 1)).clip(0, 255).astype(np.uint8)
             levels[values == image.info.get("transparency", -1)] = 255  # laid on white
             return Image.fromarray(levels).convert("RGB")

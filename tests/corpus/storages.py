@@ -42,7 +42,8 @@ def eight(values: Values) -> NDArray[np.uint8]:
 
 def deep(values: Values, bits: int = 16) -> NDArray[np.uint16]:
     """Numbers of more than 8 bits."""
-    return np.round(values * (2**bits - 1)).astype(np.uint16)
+    numbers: NDArray[np.uint16] = np.round(values * (2**bits - 1)).astype(np.uint16)
+    return numbers
 
 
 def srgb_of(linear: Values) -> Values:
@@ -116,9 +117,9 @@ def _by_pillow(image: Image.Image, kind: str, **how: object) -> Callable[[bytes 
     return make
 
 
-def _png(values: NDArray[np.generic], colours: int, *, depth: int, extra: tuple[bytes, ...] = ()) -> (
-    Callable[[bytes | None], bytes]
-):
+def _png(
+    values: NDArray[np.generic], colours: int, *, depth: int, extra: tuple[bytes, ...] = ()
+) -> Callable[[bytes | None], bytes]:
     def make(profile: bytes | None) -> bytes:
         before = (*([files.iccp(profile)] if profile else []), *extra)
         return files.png(values, colours, depth=depth, before=before)
@@ -165,7 +166,9 @@ def storages() -> dict[str, Storage]:
         "PNG L": Storage(_png(low, files.GREY, depth=8), small, True),
         "PNG L with a transparent value": Storage(
             # 255 is transparent, and white where it is laid on white
-            _png(low, files.GREY, depth=8, extra=(files.chunk(b"tRNS", b"\0\xff"),)), small, True
+            _png(low, files.GREY, depth=8, extra=(files.chunk(b"tRNS", b"\0\xff"),)),
+            small,
+            True,
         ),
         "PNG LA": Storage(_png(_with_alpha(low, 255), files.GREY_ALPHA, depth=8), small, True),
         "PNG grey palette": Storage(_by_pillow(grey.convert("P"), "PNG"), small, True),
@@ -204,9 +207,7 @@ def storages() -> dict[str, Storage]:
             _tiff(_colours(low).tobytes(), t258=(8, 8, 8), t262=2, t277=3), small, False
         ),
         "TIFF 16-bit RGB": Storage(
-            _tiff(
-                _colours(high).astype("<u2").tobytes(), t258=(16, 16, 16), t262=2, t277=3
-            ),
+            _tiff(_colours(high).astype("<u2").tobytes(), t258=(16, 16, 16), t262=2, t277=3),
             large,
             False,
         ),
@@ -218,9 +219,7 @@ def cases() -> Iterator[Case]:
     """Each storage with each profile."""
     for name, storage in storages().items():
         for called, space in SPACES.items():
-            yield Case(
-                f"{name}, {called}", storage.make(space.content), _right(storage, space)
-            )
+            yield Case(f"{name}, {called}", storage.make(space.content), _right(storage, space))
 
 
 def _right(storage: Storage, space: Space) -> Values | None:
