@@ -30,6 +30,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+_ASCII_TEXT = bytes(range(0x20, 0x7F)) + b"\t\n\v\f\r"
 _WORD_JOINERS = dict.fromkeys(map(ord, "\ufeff\u2060"))  # byte-order marks in the middle of a text
 _LINES = dict.fromkeys(map(ord, "\t\n\v\f\r\x85"), " ")
 # Scripts that one caption may mix, by the first word of their characters' names.
@@ -94,6 +95,9 @@ def decoded(content: bytes) -> str | None:
 
 def _without_mark(content: bytes) -> str | None:
     """UTF-16 without a byte-order mark, if one byte order alone gives a text."""
+    zeros = content.count(0)
+    if 2 * zeros != len(content) and not content.translate(None, b"\0" + _ASCII_TEXT):
+        return None  # ASCII with stray zeros, which read as UTF-16 would be Chinese
     readings = [_strictly(content, encoding) for encoding in ("utf-16-le", "utf-16-be")]
     texts = [text for text in readings if text is not None and _is_text(text)]
     return texts[0] if len(texts) == 1 else None

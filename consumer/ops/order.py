@@ -86,7 +86,7 @@ def place(
         raise ConfigurationError(f"there is a job {task_id} already: choose another id")
     post.check(settings)
     for index, picture in enumerate(pictures):
-        s3.upload_file(folder / picture.source, places[index])
+        s3.upload_file(Path(picture.path or ""), places[index])
         on_upload(index + 1, len(pictures))
     post.publish_one(settings, Publication(Queue.TRAINING, body, task_id))
     return Order(
