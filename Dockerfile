@@ -12,13 +12,18 @@ ENV UV_PYTHON_INSTALL_DIR=/opt/python UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PA
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3-venv \
-    && rm -rf /var/lib/apt/lists/* \
-    && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir uv==0.13.9
+    && rm -rf /var/lib/apt/lists/*
+COPY requirements-build.lock /build/
+RUN python3 -m venv /opt/uv \
+    && /opt/uv/bin/pip install --no-cache-dir --require-hashes --no-deps --only-binary :all: \
+        --requirement /build/requirements-build.lock
+# uv carries the checksums of the Pythons that it knows; 3.11 is the newest of those.
 RUN uv python install 3.11 && uv venv --python 3.11 /opt/venv
-# Before the code: this layer, by far the largest, is made anew only when a requirement changes.
-COPY requirements.txt constraints.txt /build/
+# Before the code: this layer, by far the largest, is built again only when a lock changes.
+COPY requirements.lock requirements-cuda.lock /build/
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv pip install --python /opt/venv/bin/python --requirements /build/requirements.txt
+    uv pip install --python /opt/venv/bin/python --require-hashes --no-deps --only-binary :all: \
+        --requirements /build/requirements.lock --requirements /build/requirements-cuda.lock
 
 FROM ${BASE} AS runtime
 # For COMPILE_FROM_STEPS: torch.compile builds what starts its kernels with gcc. uv's Python brings the headers.
@@ -61,7 +66,8 @@ CMD ["worker"]
 # The same with the base model in it, for machines that start without a volume: --target worker-with-model.
 FROM worker AS worker-with-model
 ARG MODEL=stable-diffusion-v1-5/stable-diffusion-v1-5
-ARG MODEL_REVISION=main
+# A commit of that model: with another MODEL name its own.
+ARG MODEL_REVISION=451f4fe16113bff5a5d2269ed5ad43b0592e9a14
 USER 0:0
 RUN --mount=type=secret,id=hf_token,env=HF_TOKEN \
     HF_HOME=/tmp/hub python -m training.fetch_base_model "${MODEL}" "${MODEL_REVISION}" /opt/base-model \

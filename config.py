@@ -7,15 +7,10 @@ docs/protocol.md, section 5; `.env.example` documents each of them.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import difflib
-import hashlib
-import hmac
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -37,9 +32,13 @@ from pydantic_settings import (
 )
 
 from training.lora_config import HyperParameters, TrainerOptions
+from utils import setting_names as names_of_settings
 from utils import setting_values, settings_file
+from utils.confined import Confinement
 from utils.errors import ConfigurationError
-from utils.urls import origin_of
+from utils.trainer_surroundings import ROOT, confinement, trainer_environment
+from utils.storage_settings import Bucket, StorageSettings
+from utils.urls import base_of, origin_of
 
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -74,9 +73,8 @@ Delays = Annotated[
     BeforeValidator(setting_values.split),
     Field(min_length=1),
 ]
-Origin = Annotated[str, AfterValidator(origin_of)]
+Origin = Annotated[str, AfterValidator(base_of)]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(setting_values.split)]
-Bucket = Annotated[str, AfterValidator(setting_values.bucket_name)]
 Buckets = Annotated[
     tuple[Bucket, ...], NoDecode, BeforeValidator(setting_values.split), Field(min_length=1)
 ]
@@ -95,10 +93,10 @@ class TrainerSettings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    base_model: Annotated[str, AfterValidator(setting_values.base_model)] = (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    )
-    base_model_revision: str | None = None
+    source: ClassVar[Path | None] = None  # the file of --config
+
+    base_model: setting_values.BaseModel = setting_values.BASE_MODEL
+    base_model_revision: setting_values.BaseModelRevision = None
     hf_token: SecretStr | None = None
     hf_home: AbsolutePath | None = None
     mixed_precision: Literal["fp16", "bf16", "no"] = "fp16"
@@ -106,6 +104,7 @@ class TrainerSettings(BaseSettings):
     compile_from_steps: int = Field(0, ge=0)
     cuda_visible_devices: str | None = None
     allow_cpu: bool = False
+    omp_num_threads: str | None = Field(None, pattern=r"^[1-9]\d*(,[1-9]\d*)*$")
 
     epochs: int = 100
     learning_rate: float = 1e-4
@@ -141,6 +140,11 @@ class TrainerSettings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "json"
     work_dir: AbsolutePath | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_filled_in(cls, value: Any) -> Any:
+        return setting_values.filled_in(value)
 
     @field_validator("gradient_checkpointing", "mixed_precision", mode="before")
     @classmethod
@@ -186,24 +190,29 @@ class TrainerSettings(BaseSettings):
 
     def trainer_environment(self) -> dict[str, str]:
         """The environment of the trainer process: ours, less the secrets it has no use for."""
-        own = setting_names(Settings)
-        secrets = [secret for secret in self.secrets() if len(secret) >= 8]  # not "guest"
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name.upper() not in own
-            and not re.search(r"SECRET|TOKEN|PASS|KEY|CREDENTIAL", name, re.IGNORECASE)
-            and not any(secret in value for secret in secrets)
-        }
-        if self.hf_token:
-            environment["HF_TOKEN"] = self.hf_token.get_secret_value()
-        if self.hf_home:
-            environment["HF_HOME"] = str(self.hf_home)
-            # Beside the base model, on its volume: what was compiled outlives a restart.
-            environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.hf_home / "torchinductor"))
-        if self.cuda_visible_devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
-        return environment
+        return trainer_environment(
+            os.environ,
+            own=setting_names(Settings),
+            secrets=self.secrets(),
+            hf_token=self.hf_token.get_secret_value() if self.hf_token else None,
+            hf_home=self.hf_home,
+            cuda_visible_devices=self.cuda_visible_devices,
+            threads=self.omp_num_threads,
+        )
+
+    def trainer_confinement(self, *folders: Path) -> Confinement:
+        """What the trainer process cannot reach: settings files, keys, other processes.
+
+        Args:
+            folders: Where it works.
+        """
+        return confinement(
+            os.environ,
+            own=setting_names(Settings),
+            files=(Path(".env"), ROOT / ".env", *([self.source] if self.source else [])),
+            writable=folders,
+            caches=self.trainer_environment(),
+        )
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, for the log's redaction."""
@@ -211,7 +220,7 @@ class TrainerSettings(BaseSettings):
         return tuple(value.get_secret_value() for value in values if isinstance(value, SecretStr))
 
 
-class Settings(TrainerSettings):
+class Settings(TrainerSettings, StorageSettings):
     """Everything that the worker needs; immutable."""
 
     rabbitmq_host: Hosts = ("localhost",)
@@ -223,25 +232,21 @@ class Settings(TrainerSettings):
     rabbitmq_heartbeat_seconds: int = Field(20, ge=2, le=600)
     training_queue: str = Field("model_training", pattern=r"^[A-Za-z0-9._-]{1,100}$")
 
-    aws_access_key_id: str | None = None
-    aws_secret_access_key: SecretStr | None = None
-    aws_s3_region_name: Annotated[str, AfterValidator(setting_values.region)] = "ap-northeast-2"
-    aws_endpoint_url_s3: Annotated[str, AfterValidator(setting_values.endpoint)] | None = None
-    aws_storage_bucket_name: Bucket
-    model_bucket_name: Bucket = Field(default_factory=lambda data: data["aws_storage_bucket_name"])
-    state_bucket_name: Bucket = Field(default_factory=lambda data: data["model_bucket_name"])
     image_buckets: Buckets = Field(
         default_factory=lambda data: tuple(
             dict.fromkeys((data["aws_storage_bucket_name"], data["model_bucket_name"]))
         )
     )
-    model_url_scheme: Literal["s3", "gs"] = "s3"
 
     allow_insecure_webhooks: bool = False  # the addresses below are judged by it, so it comes first
     backend_api_url: Origin
     internal_api_token: SecretStr
     webhook_signing_secret: SecretStr | None = None
     webhook_allowed_origins: Origins = ()
+    webhook_ca_file: Annotated[AbsolutePath, AfterValidator(setting_values.certificates)] | None = (
+        None
+    )
+    webhook_proxy: SecretStr | None = None
 
     progress_interval_seconds: Seconds = 30.0
     lease_ttl_seconds: float = Field(120.0, ge=1, allow_inf_nan=False)
@@ -250,6 +255,10 @@ class Settings(TrainerSettings):
     ending_retry_delays_seconds: Delays = (60.0, 300.0, 1800.0, 7200.0)
     deduplication_window_seconds: float = Field(600.0, ge=0, allow_inf_nan=False)
     max_job_seconds: Seconds = 6 * 3600.0
+    max_wait_seconds: Seconds | None = None
+    max_job_bytes: int = Field(10 * 1024**3, ge=1024)
+    max_machines: int = Field(3, ge=1)
+    record_retention_days: float | None = Field(None, ge=1, allow_inf_nan=False)
     shutdown_grace_seconds: Seconds = 8.0
 
     http_host: str = "127.0.0.1"
@@ -263,13 +272,6 @@ class Settings(TrainerSettings):
     sentry_dsn: SecretStr | None = None
     sentry_environment: str | None = None
 
-    @field_validator("aws_secret_access_key")
-    @classmethod
-    def _keys_come_in_pairs(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
-        if (value is None) != (info.data.get("aws_access_key_id") is None):
-            raise ValueError("belongs to AWS_ACCESS_KEY_ID: set both or neither")
-        return value
-
     @field_validator("internal_api_token")
     @classmethod
     def _token_is_long_enough(cls, value: SecretStr) -> SecretStr:
@@ -280,15 +282,8 @@ class Settings(TrainerSettings):
     @field_validator("webhook_signing_secret")
     @classmethod
     def _signing_secrets_are_well_formed(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is None:
-            return value
-        for secret in setting_values.split(value.get_secret_value()) or ("",):
-            try:
-                key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-            except ValueError:  # its text says which byte is wrong
-                key = b""
-            if not secret.startswith("whsec_") or len(key) < 24:
-                raise ValueError("must be whsec_ and base64 of at least 24 bytes")
+        if value is not None:
+            setting_values.signing_secrets(value.get_secret_value())
         return value
 
     @field_validator("backend_api_url", "webhook_allowed_origins")
@@ -306,13 +301,29 @@ class Settings(TrainerSettings):
                 )
         return value
 
+    @field_validator("webhook_allowed_origins")
+    @classmethod
+    def _each_origin_has_one_path(cls, value: Any, info: ValidationInfo) -> Any:
+        bases = {*value, *filter(None, [info.data.get("backend_api_url")])}
+        if len({origin_of(base) for base in bases}) < len(bases):
+            raise ValueError(
+                "names an origin with two paths, counting BACKEND_API_URL; a message names an "
+                "origin only, so each can have one path"
+            )
+        return value
+
+    @field_validator("webhook_proxy")
+    @classmethod
+    def _the_proxy_is_an_address(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            setting_values.proxy(value.get_secret_value())
+        return value
+
     def signing_secrets(self) -> tuple[str, ...]:
         """The keys that sign webhooks, `whsec_…`; derived from the token where none is set."""
         if self.webhook_signing_secret:
             return tuple(setting_values.split(self.webhook_signing_secret.get_secret_value()))
-        token = self.internal_api_token.get_secret_value().encode()
-        digest = hmac.new(token, b"training-server webhook signing v1", hashlib.sha256).digest()
-        return ("whsec_" + base64.b64encode(digest).decode(),)
+        return (setting_values.derived_signing_secret(self.internal_api_token.get_secret_value()),)
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, the derived ones too."""
@@ -335,7 +346,9 @@ def load(
     try:
         return (_over(file, kind) if file else kind)(**overrides)
     except ValidationError as error:
-        raise ConfigurationError(_explain(error)) from None
+        # A required setting may be missing because its name is another one by now.
+        unknown = unknown_names(file)
+        raise ConfigurationError(_explain(error) + (f"\n  {unknown}" if unknown else "")) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise ConfigurationError(f"The file .env cannot be read: {reason}") from None
@@ -347,6 +360,8 @@ def _over(file: Path, kind: type[TrainerSettings]) -> type[TrainerSettings]:
 
     class WithFile(kind):  # type: ignore[valid-type, misc]
         """As `kind`."""
+
+        source: ClassVar[Path | None] = file
 
         @classmethod
         def settings_customise_sources(
@@ -373,16 +388,8 @@ def unknown_names(file: Path | None = None) -> str | None:
     found = {".env": {name.upper() for name in DotEnvSettingsSource(Settings).env_vars}}
     if file:
         found[str(file)] = {name.upper() for name in settings_file.read(file)}
-    known = sorted(setting_names(Settings))
-    told = []
-    for place, names in found.items():
-        unknown = []
-        for name in sorted(names - set(known)):
-            near = difflib.get_close_matches(name, known, n=1)
-            unknown.append(f"{name} (is it {near[0]}?)" if near else name)
-        if unknown:
-            told.append(f"in {place} stand names that are no settings: {', '.join(unknown)}")
-    return "; ".join(told) or None
+    environment = {name for name, value in os.environ.items() if value}
+    return names_of_settings.unknown(found, setting_names(Settings), environment)
 
 
 def _explain(error: ValidationError) -> str:

@@ -59,6 +59,7 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="More settings, in TOML or JSON; the environment wins."),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 @app.command()
@@ -82,30 +83,44 @@ def worker(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="For scripts: JSON.")] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Print every finding in full, with advice.")
+    ] = False,
+    policy: Annotated[
+        bool,
+        typer.Option(
+            "--policy", help="Print the least S3 policy for the worker, and test nothing."
+        ),
+    ] = False,
+    as_json: Json = False,
     config_file: ConfigFile = None,
 ) -> None:
-    """Test everything that a worker needs before its first job, and say what to do.
+    """Test everything that a worker needs before its first job, and print what to do.
 
-    Exit code 0: a worker can be started; 1: something failed; 2: the settings are wrong.
+    Exit code 0: a worker can be started; 1: a test failed; 2: the settings are wrong.
     """
-    from consumer.doctor.command import run  # pylint: disable=import-outside-toplevel
+    from consumer.doctor import command  # pylint: disable=import-outside-toplevel
 
-    sys.exit(run(as_json=as_json, config_file=config_file))
+    if policy:
+        sys.exit(command.print_policy(config_file=config_file))
+    sys.exit(command.run(as_json=as_json, show_all=show_all, config_file=config_file))
 
 
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="A LoRA as safetensors.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For scripts: JSON.")] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Also print every layer and the metadata.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say what a LoRA file is: format, rank, alpha, targets, base, norms, metadata.
+    """Print a summary of a LoRA file: format, base, rank, alpha, targets, norms.
 
-    Exit code 1: it is damaged, a pickle, or no LoRA.
+    Exit code 1: the file is damaged, a pickle, or not a LoRA.
     """
     from consumer.inspect_command import run  # pylint: disable=import-outside-toplevel
 
-    sys.exit(run(file, as_json=as_json))
+    sys.exit(run(file, as_json=as_json, show_all=show_all))
 
 
 @app.command()
@@ -201,19 +216,24 @@ def _guarded(command: Callable[[], int], *, say: _Sentences | BoundLogger = log)
 
 
 def _on_stop_signals(first: Callable[[], None]) -> None:
-    """Call `first` at SIGTERM or SIGINT, in a thread of its own; a second signal ends the process
-    at once.
+    """Call `first` at SIGTERM, SIGINT or SIGHUP, in a thread of its own; a further SIGTERM or
+    SIGINT ends the process at once.
 
-    The signals are blocked and waited for, so no handler interrupts a thread that holds a lock.
+    The signals are blocked and waited for, so no handler interrupts a thread that holds a lock. A
+    terminal that closes sends SIGHUP twice, from the kernel and from the shell, so that one never
+    hurries the end. Where SIGHUP was ignored at start (nohup), it stays ignored.
     """
-    wanted = {signal.SIGTERM, signal.SIGINT}
+    at_once = {signal.SIGTERM, signal.SIGINT}
+    wanted = set(at_once)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        wanted.add(signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
 
     def wait() -> None:
         signal.sigwait(wanted)
         first()
         # The trainer ends with our pipe, whatever it is doing.
-        os._exit(128 + signal.sigwait(wanted))
+        os._exit(128 + signal.sigwait(at_once))
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 

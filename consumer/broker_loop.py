@@ -10,9 +10,9 @@ from concurrent.futures import Future
 
 from consumer.lane import InHand, Lane
 from consumer.observer import Observer
-from consumer.outbox import Backoff, Outbox
+from consumer.outbox import Backoff, Outbox, Parcel
 from consumer.settlement import Action, Publication
-from utils.errors import BrokerError, BrokerRefused
+from utils.errors import BrokerError, BrokerRefused, PublicationRefused, Refusal
 from utils.logger import get_logger
 
 log = get_logger(__name__)
@@ -33,6 +33,7 @@ class BrokerLoop(abc.ABC):
         observer: Is told of connections and of the queues' lengths.
         idle_seconds: Stop by itself once the first lane has taken and settled all that it may, and
             after so many seconds in which nothing came; None: only when told to.
+        outbox: Where publications come from; one of its own if None.
 
     Attributes:
         connected: Whether there is a connection at the moment.
@@ -46,6 +47,7 @@ class BrokerLoop(abc.ABC):
         stop_seconds: float,
         observer: Observer | None = None,
         idle_seconds: float | None = None,
+        outbox: Outbox | None = None,
     ) -> None:
         self._observer = observer or Observer()
         self._turned_at = time.monotonic()
@@ -53,7 +55,7 @@ class BrokerLoop(abc.ABC):
         self.connected = False
         self.consuming = False
         self._lanes = tuple(lanes)
-        self._outbox = Outbox()
+        self._outbox = outbox or Outbox()
         self._stop = stop
         self._stop_seconds = stop_seconds
         self._idle_seconds = idle_seconds
@@ -127,7 +129,16 @@ class BrokerLoop(abc.ABC):
 
     @abc.abstractmethod
     def _publish(self, publication: Publication) -> None:
-        """Publish, and wait for the broker's confirmation. Raises `BrokerError`."""
+        """Publish, and wait for the broker's confirmation, no longer than a limit.
+
+        Raises `BrokerError`, as `PublicationRefused` where the publication may be at fault.
+        """
+
+    @abc.abstractmethod
+    def _probe(self) -> None:
+        """See that the broker takes a publication at all; leaves nothing behind. Raises
+        `BrokerError`.
+        """
 
     @abc.abstractmethod
     def _answer(self, hand: InHand, action: Action) -> None:
@@ -174,6 +185,8 @@ class BrokerLoop(abc.ABC):
                 # no broker.
                 if isinstance(error, BrokerRefused) and not self._is_working():
                     raise
+                if not isinstance(error, PublicationRefused):
+                    self._outbox.acquit()
                 if time.monotonic() > steady_at:
                     backoff.reset()
                 delay = backoff.next()
@@ -207,15 +220,39 @@ class BrokerLoop(abc.ABC):
 
     def _publish_due(self) -> None:
         for parcel in self._outbox.due():
+            if parcel.is_suspect:
+                self._probe()
             try:
-                self._publish(parcel.publication)
+                self._publish(parcel.form)
             except BrokerError as error:
+                self._put_off(parcel, error)
                 if isinstance(error, BrokerRefused) or not self._is_connected():
                     raise
-                delay = self._outbox.put_off(parcel)
-                log.warning("publication_refused", error=str(error), retry_in=round(delay, 1))
             else:
                 self._outbox.confirm(parcel)
+
+    def _put_off(self, parcel: Parcel, error: BrokerError) -> None:
+        """Let the others pass a publication that failed, and give up a form of it that is refused
+        again and again.
+        """
+        refusal = error.refusal if isinstance(error, PublicationRefused) else Refusal.LOST
+        queue, task_id = parcel.form.queue.value, parcel.form.message_id
+        is_shorter = parcel.strike(refusal, str(error))
+        delay = self._outbox.put_off(parcel)
+        self._observer.metrics.publications_refused.labels(refusal).inc()
+        log.warning(
+            "publication_refused",
+            queue=queue,
+            task_id=task_id,
+            refusal=refusal.value,
+            error=str(error),
+            retry_in=round(delay, 1),
+        )
+        if is_shorter:
+            log.error("publication_shortened", queue=queue, task_id=task_id, cut=parcel.is_cut)
+        elif parcel.is_stuck:
+            self._observer.metrics.publications_stuck.inc()
+            log.error("publication_stuck", queue=queue, task_id=task_id, error=str(error))
 
     def _settle(self, lane: Lane) -> None:
         """Answer a delivery whose publications are confirmed, if its channel is still there."""
@@ -250,9 +287,8 @@ class BrokerLoop(abc.ABC):
 
     def _has_done_its_part(self, idle_seconds: float) -> bool:
         """Whether nothing is left to wait for. A broker that is away is waited for."""
-        first = self._lanes[0]
-        if first.is_spent():
-            return first.in_hand is None and self._outbox.is_empty()
+        if self._lanes[0].is_spent():
+            return self._is_idle()
         if not self.consuming or not self._is_idle():
             self._idle_since = time.monotonic()
         return time.monotonic() - self._idle_since >= idle_seconds

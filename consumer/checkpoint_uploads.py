@@ -8,7 +8,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Self
 
@@ -16,14 +16,18 @@ from consumer.curve_uploads import CurveUploads
 from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
 from services.job_record import Checkpoint, EndingKind, JobRecord
-from services.s3_service import S3Service
-from training.checkpoint_name import order
+from services.job_records import record_at
+from services.record_object import RecordObject
+from services.s3_service import S3Location, S3Service
+from training.checkpoint_name import NOT_OURS, order
 from training.lora_config import CURVES
 from training.manifest import MANIFEST, verify
 from utils.errors import (
     CheckpointUnusable,
     ErrorCode,
+    LeaseLost,
     ObjectNotFound,
+    PreconditionFailed,
     StorageError,
     TrainingServerError,
 )
@@ -201,26 +205,55 @@ class CheckpointUploads:
         self._prune()
 
     def _prune(self) -> None:
-        in_full = tuple(each.prefix for each in self._lease.record.checkpoints[-_KEPT_IN_FULL:])
-        prune(self._s3, self._bucket, self._prefix, in_full=in_full)
+        kept = [each.name for each in self._lease.record.checkpoints[-_KEPT_IN_FULL:]]
+        prune(self._s3, self._bucket, self._prefix, kept=kept, lease=self._lease)
 
 
-def prune(s3: S3Service, bucket: str, prefix: str, *, in_full: tuple[str, ...]) -> None:
-    """Of every checkpoint under `prefix` but those `in_full`, keep the LoRA's weights alone. What
-    lies beside the checkpoints stays.
+def prune(
+    s3: S3Service, bucket: str, prefix: str, *, kept: Collection[str], lease: JobLease
+) -> None:
+    """Reduce the checkpoints that were made before all of the kept ones to the LoRA's weights.
+
+    A worker that slept here may find that the job went on without it. So only checkpoints are
+    touched whose files are all of this claim or an earlier one, and the lease is renewed directly
+    before the deletion. Files beside the checkpoints stay.
 
     What cannot be removed now is logged and removed another time: a job never fails of it.
+
+    Args:
+        s3: The storage.
+        bucket: The state bucket.
+        prefix: Where the job's checkpoints are.
+        kept: Names of the checkpoints that stay in full; without any, nothing is removed.
+        lease: The hold on the job.
     """
+    oldest_kept = min(map(order, kept), default=NOT_OURS)
     try:
-        keys = [
-            found.key
-            for found in s3.list_objects(bucket, prefix)
-            if not found.key.startswith((*in_full, prefix + CURVES))
-            and not found.key.endswith("/" + LORA_WEIGHTS)
+        folders: dict[str, list[str]] = {}
+        for found in s3.list_objects(bucket, prefix):
+            name = found.key.removeprefix(prefix).partition("/")[0]
+            if NOT_OURS < order(name) < oldest_kept and not found.key.endswith("/" + LORA_WEIGHTS):
+                folders.setdefault(name, []).append(found.key)
+        unneeded = [
+            key
+            for keys in folders.values()
+            if max(_claim_of(s3, bucket, key) for key in keys) <= lease.claim_number
+            for key in keys
         ]
-        s3.delete(bucket, keys)
-    except StorageError as error:
+        if unneeded:
+            lease.renew()
+            s3.delete(bucket, unneeded)
+    except (LeaseLost, StorageError) as error:
         log.warning("checkpoints_not_pruned", reason=str(error))
+
+
+def _claim_of(s3: S3Service, bucket: str, key: str) -> int:
+    """The claim that wrote a file; 0 if it names none, or was deleted meanwhile."""
+    try:
+        claim = s3.head(S3Location(bucket, key)).metadata.get("claim", "0")
+    except ObjectNotFound:
+        return 0
+    return int(claim) if claim.isdecimal() else 0
 
 
 def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
@@ -235,20 +268,58 @@ def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
     prefix = checkpoint_prefix(record)
     staging = f"staging/{record.task_id}/"
     try:
-        lying = sorted(each.key for each in s3.list_objects(bucket, prefix))
-        found = [key for key in lying if not key.startswith(curves_prefix(record))]
+        there = sorted(each.key for each in s3.list_objects(bucket, prefix))
+        found = [key for key in there if not key.startswith(curves_prefix(record))]
         if ending.kind is EndingKind.COMPLETE:
             unneeded = [key for key in found if not key.endswith("/" + LORA_WEIGHTS)]
         elif ending.code == ErrorCode.CANCELLED:
-            unneeded = lying
+            unneeded = there
         else:
-            names = {key.removeprefix(prefix).partition("/")[0] for key in found}
-            newest = f"{prefix}{max(names, key=order, default='')}/"
+            newest = _newest(record, prefix, found)
             unneeded = [key for key in found if not key.startswith(newest)]
         unneeded += [each.key for each in s3.list_objects(bucket, staging)]
-        s3.delete(bucket, unneeded)
+        _delete_of_ended(s3, bucket, record, unneeded)
     except StorageError as error:
         log.warning("not_cleared_up", task_id=record.task_id, reason=str(error))
+        return False
+    return True
+
+
+def _newest(record: JobRecord, prefix: str, keys: Collection[str]) -> str:
+    """Prefix of the checkpoint from which the job goes on if it is sent back."""
+    if record.checkpoint:
+        return record.checkpoint.prefix
+    names = {key.removeprefix(prefix).partition("/")[0] for key in keys}
+    return f"{prefix}{max(names, key=order, default='')}/"
+
+
+def _delete_of_ended(s3: S3Service, bucket: str, record: JobRecord, keys: Collection[str]) -> None:
+    """Delete files of an ended job unless its record has another ending by now, or none.
+
+    The record is read directly before: a person may have sent the job back while this worker slept,
+    and then its files are needed again.
+    """
+    if not keys:
+        return
+    now = RecordObject(s3, record_at(bucket, record.task_id), JobRecord).read()
+    endings = (now.record.ending if now else None), record.ending
+    if len({ending.webhook_id if ending else None for ending in endings}) > 1:
+        raise PreconditionFailed("The job was sent back, so its files are needed again.")
+    s3.delete(bucket, keys)
+
+
+def delete_all_of(s3: S3Service, bucket: str, record: JobRecord) -> bool:
+    """Delete everything that a job has in the state bucket beside its record.
+
+    Returns:
+        Whether all is gone; what is not is logged.
+    """
+    try:
+        for prefix in (checkpoint_prefix(record), f"staging/{record.task_id}/"):
+            keys = [each.key for each in s3.list_objects(bucket, prefix)]
+            _delete_of_ended(s3, bucket, record, keys)
+    except StorageError as error:
+        log.warning("not_deleted", task_id=record.task_id, reason=str(error))
         return False
     return True
 

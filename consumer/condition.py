@@ -23,8 +23,9 @@ BROKER_SILENT_SECONDS = 5.0
 """The owner asks RabbitMQ for the queues' lengths more often; while nothing comes, it waits."""
 S3_SILENT_SECONDS = 9.0
 """A look at S3 may hang where no time-out reaches, in the resolver for one."""
-STUCK_SECONDS = 300.0
-"""The connection's thread may hang in a connection attempt to each of several hosts, no longer."""
+STUCK_SECONDS = 180.0
+"""Longer than any wait of the connection's thread that ends by itself: for an answer, for a broker
+that blocks its publishers, for a connection to each of ten hosts."""
 
 
 class Condition:
@@ -41,6 +42,8 @@ class Condition:
         trainer: The trainer process.
         broker: The connection's life.
         stop: Set once the worker shuts down.
+        state_problem: Why no job may be taken although S3 answers.
+        remarks: What to know of a part that is ready, by the parts of `utils.metrics.READINESS`.
     """
 
     def __init__(self, settings: Settings, observer: Observer, stop: threading.Event) -> None:
@@ -48,6 +51,8 @@ class Condition:
         self.machine_problem: str | None = None
         self.trainer: TrainerProcess | None = None
         self.broker: BrokerLoop | None = None
+        self.state_problem: str | None = None
+        self.remarks: dict[str, str] = {}
         self._storage_problem: str | None = "not looked at yet"
         self._storage_seen_at = float("inf")
         self.stop = stop
@@ -65,13 +70,19 @@ class Condition:
         self._storage_problem, self._storage_seen_at = problem, time.monotonic()
 
     def health(self) -> dict[str, Any]:
-        """Whether the process should live on; its `problem` says why not."""
-        problem = self._fatal_problem()
+        """Whether the process should live on; its `problem` says why not.
+
+        A broker that leaves a request without an answer is named under `broker`, and is no reason
+        for a restart: the worker ends that connection by itself.
+        """
+        problem, silence = self._fatal_problem(), self._silence()
         health: dict[str, Any] = {
             "status": "unhealthy" if problem else "healthy",
             "cuda_available": bool(self.machine and self.machine.cuda),
             "is_training": self.is_training,
         }
+        if silence and not self.stop.is_set():
+            health["broker"] = silence
         return health | ({"problem": problem} if problem else {})
 
     def problems(self) -> dict[str, str]:
@@ -153,16 +164,23 @@ class Condition:
             return "not connected yet"
         if not self.broker.connected:
             return "there is no connection to RabbitMQ"
-        if not self.broker.turned_within(BROKER_SILENT_SECONDS):
-            return f"RabbitMQ has not answered for {BROKER_SILENT_SECONDS:.0f} seconds"
+        if silence := self._silence():
+            return silence
         if not self.broker.consuming and not self.broker.busy:
             return "connected, but no consumer of the training queue"
         return None
 
+    def _silence(self) -> str | None:
+        """The broker has a request, and does not answer."""
+        broker = self.broker
+        if broker is None or not broker.connected or broker.turned_within(BROKER_SILENT_SECONDS):
+            return None
+        return f"RabbitMQ has not answered for {BROKER_SILENT_SECONDS:.0f} seconds"
+
     def _s3_problem(self) -> str | None:
         if time.monotonic() - self._storage_seen_at > S3_SILENT_SECONDS:
             return f"S3 has not answered for {S3_SILENT_SECONDS:.0f} seconds"
-        return self._storage_problem
+        return self._storage_problem or self.state_problem
 
     def _gpu_problem(self) -> str | None:
         if self._observer.gpus_lost:

@@ -17,24 +17,28 @@ from consumer.http_pages import HttpPages
 from consumer.machine import Machine, require_fit
 from consumer.model_publisher import ModelPublisher
 from consumer.observer import Observer
+from consumer.outbox import Outbox
 from consumer.pipeline import Desk, Pipeline
+from consumer.put_offs import PutOffs
+from consumer.state_guard import StateGuard
 from consumer.stop_signal import Shutdown
 from consumer.surroundings import PATIENCE_SECONDS, Surroundings
 from consumer.sweeper import Sweeper
 from consumer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
 from consumer.work_folder import WorkFolder
-from services.condition_probe import probe
 from services.job_records import JobRecords
 from services.record_sweep import RecordSweep
 from services.s3_service import S3Service
 from services.style_turn import StyleTurns
 from services.tracing import open_tracing
 from services.webhook_service import WebhookService
-from utils.errors import MachineError, StorageError
+from utils.errors import MachineError
 from utils.gpu_monitor import GpuMonitor
 from utils.logger import get_logger
 from utils.metrics import Metrics
+from utils.setting_values import not_pinned
+from utils.storage_settings import Store
 
 log = get_logger(__name__)
 
@@ -59,7 +63,8 @@ def run_worker(
         once_idle: End after one training message, or after so many seconds without one.
 
     Raises:
-        ConfigurationError: A folder, a port or a service cannot be set up as the settings say.
+        ConfigurationError: A folder, a port or a service cannot be set up as the settings say, or
+            the state bucket does not honour conditional writes.
         MachineError: This machine cannot train; the job in hand went back.
         BrokerRefused: RabbitMQ refuses the worker, and waiting will not help.
     """
@@ -94,15 +99,23 @@ def _serve(
     once_idle: float | None,
 ) -> None:
     """Take jobs on a machine that is fit, until the shutdown."""
-    s3 = open_s3(settings, metrics=observer.metrics)
-    _say_what_s3_promises(s3, settings.state_bucket_name)
+    state_s3 = open_state_s3(settings, metrics=observer.metrics)
+    guard = StateGuard(
+        state_s3,
+        settings.state_bucket_name,
+        allow_unguarded=settings.allow_unguarded_state,
+        condition=condition,
+    )
+    guard.test()  # a wrong store is refused before anything is loaded
+    folders = WorkFolder(settings.work_dir)
     trainer = condition.trainer = TrainerProcess(
         settings.trainer_options(),
-        settings.trainer_environment(),
+        settings.trainer_environment() | {"TMPDIR": str(folders.temporary)},
         stall_seconds=settings.stall_seconds,
         command=trainer_command,
         metrics=observer.metrics,
         secrets=settings.secrets(),
+        confinement=settings.trainer_confinement(folders.path),
     )
     failures: list[MachineError] = []
 
@@ -111,31 +124,18 @@ def _serve(
         condition.machine_problem = str(error)
         shutdown.request()
 
-    folders = WorkFolder(settings.work_dir)
     monitor = GpuMonitor(sample_seconds=GPU_SAMPLE_SECONDS, observe=observer.gpus)
     try:
         trainer.start()  # the base model loads while the first message is waited for
         monitor.start()
-        desk = _desk(settings, s3, trainer, folders, shutdown, machine_fails, observer)
-        consumer = condition.broker = TrainingConsumer(
-            settings,
-            handle=Pipeline(desk).handle,
-            handle_ending=desk.endings.handle,
-            stop=shutdown.event,
-            observer=observer,
-            once_idle=once_idle,
+        outbox = Outbox()
+        desk = _desk(
+            settings, state_s3, trainer, folders, shutdown, machine_fails, observer, outbox
         )
-        sweep = RecordSweep(
-            s3,
-            settings.state_bucket_name,
-            lease_seconds=settings.lease_ttl_seconds,
-            clear_up=functools.partial(clear_up, s3, settings.state_bucket_name),
-        )
-        with (
-            Sweeper(sweep, consumer.publish, settings),
-            _surroundings(settings, folders, condition, observer),
-        ):
-            consumer.run()
+        with _surroundings(settings, folders, condition, observer):
+            # S3 may be down when the worker starts: then it takes no job before it was tested.
+            if guard.wait(shutdown.event, at_most=once_idle):
+                _take_jobs(settings, desk, condition, outbox, once_idle)
     finally:
         # In this order: the consumer has returned what it held; the child ends before its folder
         # goes.
@@ -146,6 +146,35 @@ def _serve(
         raise failures[0]
 
 
+def _take_jobs(
+    settings: Settings,
+    desk: Desk,
+    condition: Condition,
+    outbox: Outbox,
+    once_idle: float | None,
+) -> None:
+    """Consume until the shutdown."""
+    s3, observer = desk.state_s3, desk.observer
+    consumer = condition.broker = TrainingConsumer(
+        settings,
+        handle=Pipeline(desk).handle,
+        handle_ending=desk.endings.handle,
+        stop=desk.shutdown.event,
+        observer=observer,
+        once_idle=once_idle,
+        outbox=outbox,
+    )
+    sweep = RecordSweep(
+        s3,
+        settings.state_bucket_name,
+        lease_seconds=settings.lease_ttl_seconds,
+        clear_up=functools.partial(clear_up, s3, settings.state_bucket_name),
+        may_wait=lambda: bool(observer.queues.length),
+    )
+    with Sweeper(sweep, consumer.publish, settings, s3, observer):
+        consumer.run()
+
+
 def _surroundings(
     settings: Settings, folders: WorkFolder, condition: Condition, observer: Observer
 ) -> Surroundings:
@@ -153,9 +182,12 @@ def _surroundings(
     watched = {"work": folders.path}
     if settings.hf_home:
         watched["models"] = settings.hf_home
+    s3 = open_s3(settings, attempts=1, patience=PATIENCE_SECONDS)
+    one_store = settings.state_store() == settings.main_store()
     return Surroundings(
         settings,
-        open_s3(settings, attempts=1, patience=PATIENCE_SECONDS),
+        s3,
+        s3 if one_store else open_state_s3(settings, attempts=1, patience=PATIENCE_SECONDS),
         watched,
         condition,
         observer.metrics,
@@ -164,38 +196,51 @@ def _surroundings(
 
 def _desk(
     settings: Settings,
-    s3: S3Service,
+    state_s3: S3Service,
     trainer: TrainerProcess,
     folders: WorkFolder,
     shutdown: Shutdown,
     machine_fails: Callable[[MachineError], None],
     observer: Observer,
+    outbox: Outbox,
 ) -> Desk:
     """Everything that the pipeline works with."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    bucket, lease_seconds = settings.state_bucket_name, settings.lease_ttl_seconds
+    bucket = settings.state_bucket_name
     records_s3 = _s3_for_records(settings, observer.metrics)
-    records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=lease_seconds)
+    records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=settings.lease_ttl_seconds)
     webhooks = open_webhooks(settings, observer)
+    # The same object tells the publisher that it can copy inside the storage.
+    s3 = state_s3
+    if settings.state_store() != settings.main_store():
+        s3 = open_s3(settings, metrics=observer.metrics)
+    put_offs = PutOffs(settings.retry_delays_seconds, observer)
     return Desk(
         settings=settings,
         s3=s3,
+        state_s3=state_s3,
         webhooks=webhooks,
         records=records,
         endings=Endings(
             webhooks,
             records,
+            publish=outbox.put,
+            put_offs=put_offs,
             retry_delays=settings.ending_retry_delays_seconds,
             deduplication_seconds=settings.deduplication_window_seconds,
             stop=shutdown.event,
             observer=observer,
         ),
+        put_offs=put_offs,
         publisher=ModelPublisher(
             s3,
+            state_s3,
             model_bucket=settings.model_bucket_name,
             state_bucket=bucket,
             url_scheme=settings.model_url_scheme,
-            turns=StyleTurns(records_s3, bucket, owner=owner, lease_seconds=lease_seconds),
+            turns=StyleTurns(
+                records_s3, bucket, owner=owner, lease_seconds=settings.lease_ttl_seconds
+            ),
         ),
         trainer=trainer,
         folders=folders,
@@ -213,6 +258,8 @@ def open_webhooks(settings: Settings, observer: Observer | None = None) -> Webho
         allowed_origins=settings.webhook_allowed_origins,
         token=settings.internal_api_token.get_secret_value(),
         signing_secrets=settings.signing_secrets(),
+        ca_file=settings.webhook_ca_file,
+        proxy=settings.webhook_proxy.get_secret_value() if settings.webhook_proxy else None,
         metrics=observer.metrics,
         trace_headers=observer.tracing.headers,
     )
@@ -225,7 +272,7 @@ def open_s3(
     patience: float = 20.0,
     metrics: Metrics | None = None,
 ) -> S3Service:
-    """S3, as the settings say.
+    """The store of images and models, as the settings say.
 
     Args:
         settings: Region, address, keys.
@@ -236,12 +283,30 @@ def open_s3(
     Raises:
         ConfigurationError: No client can be made of them.
     """
-    secret = settings.aws_secret_access_key
+    return _open(settings.main_store(), attempts, patience, metrics)
+
+
+def open_state_s3(
+    settings: Settings,
+    *,
+    attempts: int = 3,
+    patience: float = 20.0,
+    metrics: Metrics | None = None,
+) -> S3Service:
+    """The store of the state bucket; arguments and errors as for `open_s3`."""
+    return _open(settings.state_store(), attempts, patience, metrics)
+
+
+def _open(store: Store, attempts: int, patience: float, metrics: Metrics | None) -> S3Service:
     return S3Service(
-        region=settings.aws_s3_region_name,
-        endpoint_url=settings.aws_endpoint_url_s3,
-        access_key_id=settings.aws_access_key_id,
-        secret_access_key=secret.get_secret_value() if secret else None,
+        region=store.region,
+        endpoint_url=store.endpoint,
+        ignore_configured_endpoints=store.ignore_configured_endpoints,
+        access_key_id=store.access_key_id,
+        secret_access_key=store.secret_access_key,
+        session_token=store.session_token,
+        checksums=store.checksums,
+        conditional_writes=store.conditional_writes,
         connect_timeout=min(5.0, patience),
         read_timeout=patience,
         attempts=attempts,
@@ -252,7 +317,7 @@ def open_s3(
 def _s3_for_records(settings: Settings, metrics: Metrics) -> S3Service:
     """A request for a record must fail, and be made again, well within the lease."""
     patience = min(10.0, settings.lease_ttl_seconds / 8)
-    return open_s3(settings, attempts=2, patience=patience, metrics=metrics)
+    return open_state_s3(settings, attempts=2, patience=patience, metrics=metrics)
 
 
 def _say_hello(settings: Settings, machine: Machine, observer: Observer) -> None:
@@ -266,16 +331,5 @@ def _say_hello(settings: Settings, machine: Machine, observer: Observer) -> None
     )
     if not machine.cuda:
         log.warning("training_on_cpu", reason="no CUDA, and ALLOW_CPU=true: fp32 and slow")
-
-
-def _say_what_s3_promises(s3: S3Service, bucket: str) -> None:
-    """A store that ignores conditional writes is usable by one worker; S3 may also be down now."""
-    try:
-        support = probe(s3, bucket)
-    except StorageError as error:
-        log.error("state_bucket_unusable", bucket=bucket, reason=str(error))
-        return
-    if support.complete:
-        log.info("state_bucket_tested", bucket=bucket, result=support.explain())
-    else:
-        log.error("state_bucket_unsafe", bucket=bucket, reason=support.explain())
+    if reason := not_pinned(settings.base_model, settings.base_model_revision):
+        log.warning("base_model_not_pinned", reason=reason)

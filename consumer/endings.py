@@ -1,24 +1,47 @@
 """A job's last word: how it is phrased, sent, and parked while the backend cannot take it.
 
 An ending is in its record before anything is sent, so nothing here can lose it. What the backend
-does not take within a minute rides on `<queue>.endings`, while the GPU takes the next job.
+does not take within a minute rides on `<queue>.endings`, while the GPU takes the next job. So does
+whatever else is left to do for a record, and a message whose job another worker holds: a message is
+acknowledged without a successor only when its record is settled.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
+from consumer import settlement
+from consumer.model_publisher import Published
 from consumer.observer import Observer
+from consumer.put_offs import PutOffs, Why, why_of
+from consumer.settlement import MIN_LEVEL, OWN_COPY, Publication, Queue, Settlement
 from consumer.training_job import TrainingJob
-from consumer.settlement import Delivery, Publication, Queue, Settlement
 from services import webhook_service
 from services.job_lease import JobLease
-from services.job_record import SEQUENCES_PER_CLAIM, Ending, EndingKind
-from services.job_records import Claim, Claimed, Ended, HeldElsewhere, JobRecords
+from services.job_record import (
+    SEQUENCES_PER_CLAIM,
+    Delivery,
+    Ending,
+    EndingKind,
+    JobRecord,
+    OwedCopy,
+    State,
+)
+from services.job_records import (
+    Claim,
+    Claimed,
+    Ended,
+    HeldElsewhere,
+    JobRecords,
+    Unclaimed,
+)
 from services.webhook_service import EndingAnswer, EndingOutcome, WebhookService
 from utils import logger
 from utils.errors import (
@@ -36,12 +59,20 @@ from utils.events import Finished
 log = logger.get_logger(__name__)
 
 DELIVER_AT_ONCE_SECONDS = 60.0
-# A 404 may be a backend that is just being deployed; a deleted style stays 404.
-_NOT_FOUND_TRIES = 4
+REPORT = "training_report.html"
+# How long a copy for the dead queue is waited for; it is owed until then, and if it does not come.
+_CONFIRM_SECONDS = 30.0
+_CONFIRM_SECONDS_AT_A_STOP = 1.0
+# A message that may be a job's only one is looked at again after so long at most.
+_LONGEST_WATCH_SECONDS = 1800.0
 
 
-def complete(job: TrainingJob, finished: Finished, model_url: str, *, sequence: int) -> Ending:
-    """The ending of a job whose model is in place."""
+def complete(
+    job: TrainingJob, finished: Finished, published: Published, *, sequence: int
+) -> Ending:
+    """The ending of a job whose model is in place, or in the archive where the style keeps the
+    model of a later order."""
+    model_url = published.model_url
     parameters = finished.summary.get("hyperparameters", {})
     body: dict[str, Any] = {
         "style_id": job.style_id,
@@ -52,11 +83,20 @@ def complete(job: TrainingJob, finished: Finished, model_url: str, *, sequence: 
             "lora_rank": parameters.get("rank", job.hyper_parameters.rank),
             "lora_alpha": parameters.get("alpha", job.hyper_parameters.alpha),
         },
-        "training_metric": {"loss": finished.loss, "epochs": finished.epoch},
+        "training_metric": {
+            "loss": finished.loss,
+            "epochs": finished.epoch,
+            # For backends that keep the model's address and this object, and nothing else.
+            "images_used": finished.summary.get("pictures_used"),
+            "images_left_out": finished.summary.get("pictures_left_out"),
+            "report_url": f"{model_url.rpartition('/')[0]}/{REPORT}",
+        },
         "task_id": job.task_id,
         "sequence": sequence,
         "report": finished.summary,
     }
+    if published.superseded_by is not None:
+        body |= {"superseded_by": published.superseded_by, "archived_url": published.archived_url}
     return Ending(EndingKind.COMPLETE, body)
 
 
@@ -84,11 +124,13 @@ def failed(
 
 
 class Endings:
-    """Delivers endings, now or later.
+    """Delivers endings, now or later, and makes up for what a record owes the dead queue.
 
     Args:
         webhooks: Who sends.
         records: Where endings are kept.
+        publish: Publishes; the future is done once the broker has confirmed it.
+        put_offs: Puts messages off.
         retry_delays: Seconds before each further try of a parked ending; the last repeats.
         deduplication_seconds: An invalid message told longer ago than this is told again.
         stop: Ends waiting when the worker shuts down.
@@ -100,6 +142,8 @@ class Endings:
         webhooks: WebhookService,
         records: JobRecords,
         *,
+        publish: Callable[[Publication], Future[None]],
+        put_offs: PutOffs,
         retry_delays: Sequence[float],
         deduplication_seconds: float,
         stop: threading.Event,
@@ -108,6 +152,8 @@ class Endings:
         self._observer = observer or Observer()
         self._webhooks = webhooks
         self._records = records
+        self._publish = publish
+        self._put_offs = put_offs
         self._retry_delays = tuple(retry_delays)
         self._deduplication_seconds = deduplication_seconds
         self._stop = stop
@@ -119,16 +165,111 @@ class Endings:
 
         Args:
             lease: The hold on the record.
-            original: The message, for the dead queue, should the backend refuse the ending.
+            original: The message, for the dead queue.
             for_seconds: How long to try now.
             tries: How often the ending was parked before.
 
         Returns:
-            What must be published: nothing, or the parked or refused ending.
+            What must be published before the message is acknowledged: nothing once the record is
+            settled, else the parked ending.
 
         Raises:
             LeaseLost: Somebody else delivers it now.
         """
+        self._pay(lease, original)
+        delay, tried = self._retry_delays[0], tries
+        if lease.record.delivery is Delivery.PENDING:
+            answer = self._send(lease, for_seconds)
+            tried = tries + 1
+            if answer.outcome is EndingOutcome.DELIVERED:
+                lease.mark_delivered()
+            elif self._is_refused_for_good(answer, tries) and lease.record.owed is None:
+                self._set_aside(lease, answer)
+                self._pay(lease, original)
+            else:
+                delay = parking_delay(self._retry_delays, tries, answer)
+        record = lease.record
+        if record.is_settled:
+            return ()
+        lease.release(count_attempt=False, quiet_seconds=delay)
+        return (parked(record.task_id, original, tries=tried, delay=delay),)
+
+    def watched(self, record: JobRecord, original: bytes, *, looks: int = 0) -> Publication:
+        """A message of a job that another worker holds, on its way through the endings' queue.
+
+        Every worker reads that queue, also while it trains, so that the copy starts no worker. It
+        goes on coming back until the job is settled, and is published to the training queue if its
+        holder vanishes.
+
+        Args:
+            record: The job's record.
+            original: The message.
+            looks: How often it has come back.
+        """
+        delays = [one for one in self._retry_delays if one <= _LONGEST_WATCH_SECONDS]
+        lease = record.hold.lease_seconds
+        delay = _at_least(lease, delays or self._retry_delays[:1], looks)
+        return parked(record.task_id, original, tries=0, delay=delay, looks=looks + 1)
+
+    def handle(self, delivery: settlement.Delivery) -> Settlement:
+        """Look at a job again whose ending or message is parked; the handler of
+        `<queue>.endings`."""
+        try:
+            one = _unpark(delivery.body)
+        except (ValueError, KeyError, TypeError) as error:
+            return Settlement.dead(
+                delivery.body,
+                code=ErrorCode.INVALID_MESSAGE,
+                message=f"not an ending that a worker has parked: {error!r}",
+                task_id=delivery.message_id,
+            )
+        with logger.bound(task_id=one.task_id):
+            try:
+                return self._look_at(one)
+            except LeaseLost as error:
+                log.warning("ending_not_delivered", reason=str(error))
+                return Settlement.ack(one.again(self._retry_delays[0]))
+            except StorageError as error:
+                return self._put_offs.put_off(
+                    delivery, why_of(error), str(error), task_id=one.task_id
+                )
+
+    def deliver_what_is_left(self, task_id: str, original: bytes) -> Settlement:
+        """A job that has ended is not trained again, whatever the queue says.
+
+        Its message is acknowledged once nothing is left to do, or once that is parked.
+
+        Raises:
+            StorageError: S3 cannot be used.
+        """
+        try:
+            return self._look_at(_Parked(task_id, original, tries=0, looks=0))
+        except LeaseLost as error:
+            log.warning("ending_not_delivered", reason=str(error))
+            again = parked(task_id, original, tries=0, delay=self._retry_delays[0])
+            return Settlement.ack(again)
+
+    def _look_at(self, one: _Parked) -> Settlement:
+        match self._records.adopt_ending(one.task_id):
+            case None:
+                return Settlement.ack()
+            case HeldElsewhere(record=record, wait_seconds=seconds):
+                if record.state is State.LIVE:
+                    return Settlement.ack(self.watched(record, one.message, looks=one.looks))
+                return Settlement.ack(one.again(_at_least(seconds, self._retry_delays)))
+            case Unclaimed(record=record, seconds_silent=seconds):
+                if record.hold.released and seconds < record.hold.quiet_seconds:
+                    # Given back in good order: its message is in a delay queue.
+                    return Settlement.ack(self.watched(record, one.message, looks=one.looks))
+                log.warning("holder_vanished", claim=record.claim, holder=record.hold.owner)
+                return Settlement.ack(training_copy(record, one.message))
+            case Claimed(lease=lease):
+                # One attempt: endings of other jobs wait behind this one.
+                with lease, logger.bound(style_id=lease.record.style_id):
+                    left = self.deliver(lease, original=one.message, for_seconds=0, tries=one.tries)
+                return Settlement.ack(*left)
+
+    def _send(self, lease: JobLease, for_seconds: float) -> EndingAnswer:
         record = lease.record
         assert record.ending is not None
         answer = self._webhooks.deliver(
@@ -139,53 +280,50 @@ class Endings:
             for_seconds=for_seconds,
             stop=self._stop,
         )
-        log.info(
-            "ending_sent",
-            ending=str(record.ending.kind),
-            outcome=answer.outcome.name,
-            status=answer.status,
-        )
-        not_found_for_good = (
-            answer.outcome is EndingOutcome.RETRY_A_FEW and tries >= _NOT_FOUND_TRIES
-        )
+        facts = {"ending": str(record.ending.kind), "status": answer.status}
         if answer.outcome is EndingOutcome.DELIVERED:
-            lease.mark_delivered()
-            return ()
-        if answer.outcome is EndingOutcome.REJECTED or not_found_for_good:
-            return self._set_aside(lease, answer, original)
-        delay = self._retry_delays[min(tries, len(self._retry_delays) - 1)]
-        lease.release(count_attempt=False, quiet_seconds=delay)
-        return (parked(record.task_id, original, tries=tries + 1, delay=delay),)
+            log.info("ending_sent", **facts)
+        else:
+            log.info("ending_not_accepted", outcome=answer.outcome.value, **facts)
+        return answer
 
-    def handle(self, delivery: Delivery) -> Settlement:
-        """Try again to deliver a parked ending; the handler of `<queue>.endings`."""
-        try:
-            task_id, original, tries = _unpark(delivery.body)
-        except (ValueError, KeyError, TypeError) as error:
-            return Settlement.dead(
-                delivery.body,
-                code=ErrorCode.INVALID_MESSAGE,
-                message=f"not an ending that a worker has parked: {error!r}",
-                task_id=delivery.message_id,
+    def _pay(self, lease: JobLease, original: bytes) -> None:
+        """Give the dead queue the copy that the record owes, and strike it off once confirmed.
+
+        Without a confirmation in time the record goes on owing it, and so stays unsettled.
+        """
+        owed = lease.record.owed
+        if owed is None:
+            return
+        confirmed = self._publish(
+            Publication.to_dead(
+                original,
+                code=owed.code,
+                message=owed.message,
+                task_id=lease.record.task_id,
+                attempts=owed.attempts,
             )
-        again = parked(task_id, original, tries=tries, delay=self._retry_delays[0])
-        with logger.bound(task_id=task_id):
-            try:
-                claim = self._records.adopt_ending(task_id)
-                if claim is None:
-                    return Settlement.ack()
-                if isinstance(claim, HeldElsewhere):
-                    return Settlement.ack(again)
-                with claim.lease as lease:
-                    # One attempt: endings of other jobs wait behind this one.
-                    return Settlement.ack(
-                        *self.deliver(lease, original=original, for_seconds=0, tries=tries)
-                    )
-            except (LeaseLost, StorageError) as error:
-                log.warning("ending_not_delivered", reason=str(error))
-                return Settlement.ack(again)
+        )
+        if self._is_confirmed(confirmed):
+            lease.paid()
+        else:
+            log.warning("dead_letter_owed", reason="the broker has not confirmed the copy yet")
 
-    def refuse(self, delivery: Delivery, error: InvalidMessage) -> Settlement:
+    def _is_confirmed(self, confirmed: Future[None]) -> bool:
+        deadline = time.monotonic() + _CONFIRM_SECONDS
+        while time.monotonic() < deadline:
+            if self._stop.is_set():
+                deadline = min(deadline, time.monotonic() + _CONFIRM_SECONDS_AT_A_STOP)
+            try:
+                confirmed.result(timeout=0.1)
+                return True
+            except TimeoutError:
+                continue
+            except CancelledError:
+                return False
+        return False
+
+    def refuse(self, delivery: settlement.Delivery, error: InvalidMessage) -> Settlement:
         """A message that can never become a job: to the dead queue, and `failed` where a style can
         be named."""
         code = code_of(error)
@@ -200,16 +338,11 @@ class Endings:
             return Settlement.ack(dead, *self._tell_refused(delivery, error, error.style_id))
         except (StorageError, LeaseLost) as trouble:
             # Its record could not be written: the message comes back, and nothing was said yet.
-            log.warning("refusal_not_recorded", reason=str(trouble))
-            return Settlement.delayed(
-                delivery.body,
-                seconds=self._retry_delays[0],
-                message_id=delivery.message_id,
-                headers=delivery.carried_headers,
-            )
+            why = why_of(trouble) if isinstance(trouble, StorageError) else Why.STORAGE
+            return self._put_offs.put_off(delivery, why, str(trouble), task_id=error.task_id)
 
     def _tell_refused(
-        self, delivery: Delivery, error: InvalidMessage, style_id: int
+        self, delivery: settlement.Delivery, error: InvalidMessage, style_id: int
     ) -> tuple[Publication, ...]:
         if error.task_id and self._records.read(error.task_id):
             log.info("refusal_not_told", reason="its task id belongs to another job")
@@ -233,40 +366,90 @@ class Endings:
             case _:
                 raise AssertionError(claim)
 
-    def _set_aside(
-        self, lease: JobLease, answer: EndingAnswer, original: bytes
-    ) -> tuple[Publication, ...]:
+    def _is_refused_for_good(self, answer: EndingAnswer, tries: int) -> bool:
+        """Whether a person has to see to it. A 404 may come from a router while the backend is
+        deployed: it counts only if the backend itself still says so after the last delay."""
+        if answer.outcome is EndingOutcome.RETRY_A_FEW:
+            return answer.by_json and tries >= len(self._retry_delays)
+        return answer.outcome is EndingOutcome.REJECTED
+
+    def _set_aside(self, lease: JobLease, answer: EndingAnswer) -> None:
         """The backend refuses the ending for good: the dead queue keeps it, for a person."""
         detail = f"the backend answered {answer.status}: {answer.detail}"
-        task_id = lease.record.task_id
         log.error("ending_set_aside", reason=detail)
-        lease.set_aside(detail)
-        return (
-            Publication.to_dead(
-                original,
-                code=ErrorCode.WEBHOOK_REJECTED,
-                message=detail,
-                task_id=task_id,
-                attempts=lease.record.attempts,
-            ),
+        lease.set_aside(
+            detail, OwedCopy(str(ErrorCode.WEBHOOK_REJECTED), detail, lease.record.attempts)
         )
 
 
-def parked(task_id: str, original: bytes, *, tries: int, delay: float | None) -> Publication:
-    """An ending on its way through `<queue>.endings`.
+def parking_delay(delays: Sequence[float], tries: int, answer: EndingAnswer) -> float:
+    """Seconds until a parked ending is tried again: one of the configured delays.
+
+    A backend that refuses the token is tried more slowly, since keys may be rotating. One that
+    names a time (`Retry-After`) is left alone for the first delay that is not shorter.
+
+    Args:
+        delays: `ENDING_RETRY_DELAYS_SECONDS`.
+        tries: How often the ending was parked before.
+        answer: What the backend said last.
+    """
+    slower = 1 if answer.outcome is EndingOutcome.RETRY_SLOWLY else 0
+    return _at_least(answer.retry_after or 0.0, delays, tries + slower)
+
+
+def _at_least(seconds: float, delays: Sequence[float], index: int = 0) -> float:
+    """The delay of this index, or the first of the later ones that is no shorter; else the last."""
+    later = delays[min(index, len(delays) - 1) :]
+    return next((delay for delay in later if delay >= seconds), max(delays))
+
+
+def parked(
+    task_id: str, original: bytes, *, tries: int, delay: float | None, looks: int = 0
+) -> Publication:
+    """An ending, or a job to look at again, on its way through `<queue>.endings`.
 
     Args:
         task_id: Its record.
         original: The job's message.
-        tries: How often it was parked, this time included.
+        tries: How often the ending was parked, this time included.
         delay: Seconds until it is looked at again; None for at once.
+        looks: How often the job was looked at while it was live.
     """
     body = {"task_id": task_id, "tries": tries, "message": original.decode(errors="replace")}
+    if looks:
+        body["looks"] = looks
     return Publication(
         Queue.ENDINGS, json.dumps(body).encode(), message_id=task_id, delay_seconds=delay
     )
 
 
-def _unpark(body: bytes) -> tuple[str, bytes, int]:
+def training_copy(record: JobRecord, message: bytes) -> Publication:
+    """A live job's message, for whichever worker is free."""
+    headers: dict[str, str | int | bool] = {OWN_COPY: True}
+    if record.min_level:
+        headers[MIN_LEVEL] = record.min_level
+    return Publication(Queue.TRAINING, message, record.task_id, headers)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Parked:
+    """What `parked` wrote."""
+
+    task_id: str
+    message: bytes
+    tries: int
+    looks: int
+
+    def again(self, delay: float) -> Publication:
+        """The same once more."""
+        return parked(self.task_id, self.message, tries=self.tries, delay=delay, looks=self.looks)
+
+
+def _unpark(body: bytes) -> _Parked:
     values = json.loads(body)
-    return str(values["task_id"]), str(values["message"]).encode(), int(values["tries"])
+    return _Parked(
+        str(values["task_id"]),
+        str(values["message"]).encode(),
+        int(values["tries"]),
+        int(values.get("looks", 0)),
+    )

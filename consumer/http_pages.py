@@ -109,7 +109,8 @@ class HttpPages:
 
     async def _ready(self, _request: Request) -> Response:
         problems = self._condition.problems()
-        checks = {part: problems.get(part, "ok") for part in READINESS}
+        remarks = self._condition.remarks
+        checks = {part: problems.get(part) or remarks.get(part, "ok") for part in READINESS}
         return _json({"ready": not problems, "checks": checks}, status=503 if problems else 200)
 
     async def _status(self, _request: Request) -> Response:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from services.s3_types import S3Location
 
@@ -23,6 +23,29 @@ _AWS_HOST = re.compile(
     rf"(?:(?P<bucket>.+)\.)?"
     rf"s3(?:-fips)?(?:-accelerate)?(?:\.dualstack)?(?:[.-]{_REGION})?\.amazonaws\.com(?:\.cn)?"
 )
+# https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html: what a presigned address
+# carries, and headers that it asks for. None of them changes the object.
+_HARMLESS = re.compile(
+    r"x-(?:amz|goog)-[a-z0-9-]+|x-id|awsaccesskeyid|googleaccessid|key-pair-id|policy|signature"
+    r"|expires|response-[a-z-]+",
+    re.IGNORECASE,
+)
+# These ask for another object, a part of it, or something about it.
+_OTHER_OBJECT = frozenset(
+    {
+        "acl",
+        "attributes",
+        "generation",
+        "legal-hold",
+        "partNumber",
+        "retention",
+        "select",
+        "tagging",
+    }
+    | {"torrent", "uploadId", "uploads", "versions"}
+)
+_VERSION = "versionId"
+_VERSION_ID = re.compile(r"[\x21-\x7e]{1,1024}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -38,14 +61,14 @@ def read_address(
 
     Args:
         address: `s3://bucket/key`, `gs://bucket/key`, an https address of S3 or of the endpoint
-            (virtual-hosted or path style, percent-encoded; query and fragment are dropped: they may
-            be a signature), or a bare key.
+            (virtual-hosted or path style, percent-encoded; of its query only a version counts: the
+            rest may be a signature, and `unused_parts` names what is neither), or a bare key.
         default_bucket: Bucket of a bare key.
-        endpoint: `AWS_ENDPOINT_URL_S3`, if set.
+        endpoint: The store's own address, if it is not AWS's.
         allowed: Buckets that pictures may be read from.
 
     Returns:
-        The address as it may be shown (without its query), and the location.
+        The address as it may be shown (of its query the version alone), and the location.
 
     Raises:
         BrokenAddress: No object of S3 can have it.
@@ -71,9 +94,42 @@ def read_address(
     return shown, location
 
 
+def version_of(address: str) -> str | None:
+    """The object's version that an https address of `read_address` names; None for the present one.
+
+    An `s3://` address has none: there a question mark is part of the key.
+    """
+    if not _is_url(address):
+        return None
+    return dict(parse_qsl(urlsplit(address).query)).get(_VERSION)
+
+
+def unused_parts(address: str) -> tuple[str, ...]:
+    """Names of the parts of an https address that mean nothing here and are no signature.
+
+    Args:
+        address: One that `read_address` takes.
+    """
+    if not _is_url(address.strip()):
+        return ()
+    parts = urlsplit(address.strip())
+    names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    unused = [
+        f"?{name}"
+        for name in names
+        if name.lower() != _VERSION.lower() and not _HARMLESS.fullmatch(name)
+    ]
+    return tuple(dict.fromkeys(unused)) + (("#",) if parts.fragment else ())
+
+
+def _is_url(address: str) -> bool:
+    scheme = address.partition(":")[0].lower()
+    return scheme in ("http", "https") and _SCHEME.match(address) is not None
+
+
 def _split(address: str, default_bucket: str, endpoint: str | None) -> tuple[str, S3Location]:
     scheme = address.partition(":")[0].lower()
-    if scheme in ("http", "https") and _SCHEME.match(address):
+    if _is_url(address):
         return _from_url(address, endpoint)
     if scheme in ("s3", "gs") and _SCHEME.match(address):
         bucket, _, key = address[len(scheme) + 3 :].partition("/")
@@ -104,7 +160,26 @@ def _from_url(address: str, endpoint: str | None) -> tuple[str, S3Location]:
         raise BrokenAddress("is not percent-encoded UTF-8") from error
     if bucket is None:
         bucket, _, path = path.partition("/")
-    return parts._replace(query="", fragment="").geturl(), S3Location(bucket, path)
+    version = _version(parts.query)
+    query = f"{_VERSION}={quote(version, safe='')}" if version else ""
+    return parts._replace(query=query, fragment="").geturl(), S3Location(bucket, path)
+
+
+def _version(query: str) -> str | None:
+    """The version that a query names, if it names one."""
+    try:
+        found = parse_qsl(query, keep_blank_values=True, max_num_fields=100)
+    except ValueError:
+        raise BrokenAddress("has more than 100 query parameters") from None
+    for name, _ in found:
+        if name in _OTHER_OBJECT:
+            raise BrokenAddress(f"asks by {name!r} for something else than a whole object")
+    versions = [value for name, value in found if name.lower() == _VERSION.lower()]
+    if not versions:
+        return None
+    if len(versions) > 1 or not _VERSION_ID.fullmatch(versions[0]):
+        raise BrokenAddress("names no valid version, or several")
+    return versions[0]
 
 
 def _bucket_in_host(parts: SplitResult, port: int | None, endpoint: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""`python main.py inspect FILE`: what a LoRA file is, as a table or as JSON."""
+"""`python main.py inspect FILE`: a summary of a LoRA file, every detail with `--all`, or JSON."""
 
 from __future__ import annotations
 
@@ -11,14 +11,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from utils.wording import counted
+
 if TYPE_CHECKING:
     from training.inspection import Inspection
 
 _LONGEST_VALUE = 120
+# Metadata that the summary shows, and its name there.
+_OF_INTEREST = {
+    "modelspec.title": "title",
+    "modelspec.trigger_phrase": "trigger word",
+    "modelspec.resolution": "resolution",
+    "modelspec.date": "trained on",
+}
 
 
-def run(path: Path, *, as_json: bool) -> int:
-    """Print what a file is; the exit code: 1 where it is no LoRA that can be read."""
+def run(
+    path: Path, *, as_json: bool, show_all: bool = False, console: Console | None = None
+) -> int:
+    """Print what a file is.
+
+    Args:
+        path: The file.
+        as_json: Print JSON with everything.
+        show_all: Print every layer and the metadata, too.
+        console: Where to print; standard output by default.
+
+    Returns:
+        0; 1 if the file is not a LoRA that can be read.
+    """
     # Imported late: it brings torch, which the front desk does without.
     from training.inspection import NotALora, inspect  # pylint: disable=import-outside-toplevel
 
@@ -27,32 +48,55 @@ def run(path: Path, *, as_json: bool) -> int:
     except NotALora as refusal:
         Console(stderr=True).print(Text(_printable(str(refusal)), "red"), soft_wrap=True)
         return 1
+    console = console or Console()
     if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=2, allow_nan=False))
+        values = dataclasses.asdict(found) | {"about_alpha": found.about_alpha}
+        print(json.dumps(values, indent=2, allow_nan=False), file=console.file)
+        return 0
+    _summary(found, console)
+    if show_all:
+        _layers(found, console)
+        _metadata(found, console)
     else:
-        _show(found, Console())
+        entries = counted(len(found.metadata), "metadata entry", "metadata entries")
+        console.print(
+            f"--all also prints {counted(len(found.layers), 'layer')} and {entries}.",
+            style="dim",
+            highlight=False,
+        )
     return 0
 
 
-def _show(found: Inspection, console: Console) -> None:
-    facts = Table(show_header=False, box=None)
+def _summary(found: Inspection, console: Console) -> None:
+    facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
-    for name, value in (
+    numbers = f"{found.parameters:,} numbers, {', '.join(found.dtypes)}"
+    rows = [
         ("file", found.file),
         ("format", found.format),
         ("base", found.base or "unknown"),
-        ("rank", ", ".join(map(str, found.ranks))),
-        ("alpha", ", ".join(f"{alpha:g}" for alpha in found.alphas) or "not said"),
-        (
-            "layers",
-            f"{len(found.layers)} ({found.parameters:,} numbers, {', '.join(found.dtypes)})",
+        *(
+            (name, found.metadata[key])
+            for key, name in _OF_INTEREST.items()
+            if key in found.metadata
         ),
+        ("rank", ", ".join(map(str, found.ranks))),
+        ("alpha", ", ".join(f"{alpha:g}" for alpha in found.alphas) or "not in the file"),
+        ("layers", f"{len(found.layers)} ({numbers})"),
         ("targets", ", ".join(f"{count} × {name}" for name, count in found.targets.items())),
         ("‖ΔW‖", _spread(found.norms)),
-    ):
-        facts.add_row(name, Text(_printable(value)))
+    ]
+    for name, value in rows:
+        facts.add_row(name, Text(_printable(_shortened(value))))
     console.print(facts)
+    for note in found.notes:
+        console.print(Text(f"note: {note}", "yellow"))
+    if found.about_alpha:
+        console.print(Text(found.about_alpha))
+
+
+def _layers(found: Inspection, console: Console) -> None:
     layers = Table("layer", title="Layers", title_justify="left")
     for title in ("rank", "alpha", "‖ΔW‖", "‖down‖", "‖up‖"):
         layers.add_column(title, justify="right", no_wrap=True)
@@ -65,13 +109,19 @@ def _show(found: Inspection, console: Console) -> None:
             *("not finite" if norm is None else f"{norm:.4g}" for norm in norms),
         )
     console.print(layers)
+
+
+def _metadata(found: Inspection, console: Console) -> None:
     metadata = Table("name", "value", title="Metadata", title_justify="left")
     for name, value in sorted(found.metadata.items()):
-        shown = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}…"
-        metadata.add_row(Text(_printable(name)), Text(_printable(shown), overflow="fold"))
+        metadata.add_row(
+            Text(_printable(name)), Text(_printable(_shortened(value)), overflow="fold")
+        )
     console.print(metadata)
-    for note in found.notes:
-        console.print(Text(f"note: {note}", "yellow"))
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}…"
 
 
 def _printable(text: str) -> str:

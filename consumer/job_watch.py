@@ -12,6 +12,9 @@ from services.job_lease import JobLease
 from utils.events import CheckpointSaved, Event, Progress, Stage, Started
 from utils.metrics import Metrics
 
+DELIVERING = "delivering"
+"""Stage of a job that has ended, while the backend has yet to take the ending."""
+
 
 class JobWatch:
     """One claim on a job, from the claim to whatever came of it. Safe to share between threads.
@@ -34,6 +37,7 @@ class JobWatch:
         self._run_began_at: float | None = None
         self._counted_to = 0.0
         self._run_over_at: float | None = None
+        self._has_ended = False
         self._epoch = self._step = 0
         self._saved_at: dict[str, float] = {}
         self._kept_at = 0.0
@@ -47,11 +51,26 @@ class JobWatch:
     def run(self) -> Iterator[None]:
         """While the block runs the trainer works on the job."""
         self._run_began_at = self._counted_to = time.monotonic()
+        self._run_over_at = None
         try:
             yield
         finally:
             self._count_time()
             self._run_over_at = self._counted_to
+
+    @property
+    def stage(self) -> str:
+        """The job's stage: the trainer names it while it works, and this process afterwards."""
+        if self._has_ended:
+            return DELIVERING
+        stage = self.latest.stage if self.latest else Stage.PREPARING
+        if self._run_over_at is not None and stage is Stage.EXPORTING:
+            return str(Stage.UPLOADING)
+        return str(stage)
+
+    def ended(self) -> None:
+        """The ending is in the record; the backend is told of it now."""
+        self._has_ended = True
 
     def saw(self, event: Event) -> None:
         """Take note of what the trainer says."""
@@ -99,7 +118,7 @@ class JobWatch:
             "attempts": record.attempts_with_this,
             "seconds": round(self.seconds, 1),
             "lease_remaining_seconds": round(self._lease.remaining, 1),
-            "stage": str(latest.stage if latest else Stage.PREPARING),
+            "stage": self.stage,
             "epoch": latest.epoch if latest else 0,
             "total_epochs": self._job.hyper_parameters.epochs,
             "step": latest.step if latest else 0,
@@ -112,6 +131,8 @@ class JobWatch:
 
     def _saw_progress(self, progress: Progress) -> None:
         self.latest = progress
+        left = remaining_seconds(progress)
+        self._lease.saw(epoch=progress.epoch, loss=progress.loss, seconds_left=left)
         # Less than before: training had to start over from a checkpoint.
         self._metrics.epochs.inc(max(0, progress.epoch - self._epoch))
         self._metrics.steps.inc(max(0, progress.step - self._step))
@@ -122,7 +143,7 @@ class JobWatch:
             self._metrics.steps_per_second.set(progress.steps_per_second)
         if progress.loss is not None:
             self._metrics.loss.set(progress.loss)
-        if (left := remaining_seconds(progress)) is not None:
+        if left is not None:
             self._metrics.job_remaining_seconds.set(left)
         if progress.gpu_memory_allocated is not None:
             self._metrics.trainer_gpu_memory_allocated_bytes.set(progress.gpu_memory_allocated)

@@ -36,6 +36,7 @@ MADE = frozenset(
 """What a training writes into its output folder."""
 
 _WORK = ".training"
+_TEMPORARY = "tmp"
 _MANIFEST = "manifest.json"
 
 
@@ -114,8 +115,10 @@ def train_folder(
     )
     trainer = TrainerProcess(
         settings.trainer_options(),
-        settings.trainer_environment(),
+        settings.trainer_environment() | {"TMPDIR": str(work / _TEMPORARY)},
         stall_seconds=settings.stall_seconds,
+        secrets=settings.secrets(),
+        confinement=settings.trainer_confinement(work),
     )
     try:
         finished = trainer.run(run, on_event, stop, max_seconds=float("inf"))
@@ -150,7 +153,7 @@ def _make_folder(work: Path, output: Path, *, emptied: bool) -> None:
     try:
         if emptied:
             shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
+        (work / _TEMPORARY).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"{output} cannot be written ({error.strerror})") from error
 

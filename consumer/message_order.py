@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from training.lora_config import LEFT_OUT, HyperParameters
 from training.prompts import checked_trigger_word
+from utils.wording import counted
 
 MAX_STYLE_ID = 2**63 - 1
 MAX_IMAGES = 200
@@ -109,8 +110,8 @@ def printable(name: str) -> str:
 
 
 def _reason(problem: ErrorDetails) -> str:
-    limits = problem.get("ctx", {})
     kind = problem["type"]
+    limits = _with_nouns(problem.get("ctx", {}), "character" if "string" in kind else "entry")
     if kind == "extra_forbidden":
         return _unknown(str(problem["loc"][-1]))
     words = {
@@ -119,12 +120,12 @@ def _reason(problem: ErrorDetails) -> str:
         "bool_type": "must be true or false",
         "float_type": "must be a number",
         "finite_number": "must be a finite number",
-        "string_type": "must be a text",
+        "string_type": "must be text",
         "string_unicode": "is not valid Unicode",
-        "string_too_long": "must have at most {max_length} characters",
+        "string_too_long": "must have at most {limit}",
         "list_type": "must be a list",
-        "too_short": "must have at least {min_length} entries",
-        "too_long": "must have at most {max_length} entries",
+        "too_short": "must have at least {limit} and has {size}",
+        "too_long": "must have at most {limit} and has {size}",
         "model_type": "must be an object",
         "greater_than_equal": "must be at least {ge}",
         "less_than_equal": "must be at most {le}",
@@ -138,10 +139,24 @@ def _reason(problem: ErrorDetails) -> str:
     return reason
 
 
+def _with_nouns(limits: dict[str, Any], noun: str) -> dict[str, Any]:
+    """pydantic's limits of a length, and the same as phrases: `1 entry`, `200 entries`."""
+    limit = limits.get("min_length", limits.get("max_length"))
+    if limit is None:
+        return limits
+    plural = "entries" if noun == "entry" else None
+    size = limits.get("actual_length")
+    return limits | {
+        "limit": counted(limit, noun, plural),
+        # pydantic stops counting where a list comes piece by piece; a message's never does.
+        "size": "none" if size == 0 else f"{size:,}" if isinstance(size, int) else "more",
+    }
+
+
 def _unknown(name: str) -> str:
     if name in LEFT_OUT:
         return LEFT_OUT[name]
     near = difflib.get_close_matches(name[:80], PARAMETER_NAMES, n=1)
     return "is not a parameter; " + (
-        f"did you mean {near[0]}?" if near else f"there are {', '.join(PARAMETER_NAMES)}"
+        f"did you mean {near[0]}?" if near else f"the parameters are {', '.join(PARAMETER_NAMES)}"
     )

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from config import Settings
-from consumer.image_address import BrokenAddress, read_address
+from consumer.image_address import BrokenAddress, read_address, unused_parts
 from consumer.message_order import MAX_STYLE_ID, PARAMETER_NAMES, Order, complaints, printable
 from consumer.training_job import (
     MESSAGE_TYPE,
@@ -31,6 +31,7 @@ from consumer.training_job import (
 from training.lora_config import HyperParameters
 from utils.errors import InvalidMessage, UnknownType
 from utils.logger import get_logger
+from utils.wording import counted
 
 __all__ = ["ImageRef", "TrainingJob", "derive_task_id", "from_understood", "parse", "to_message"]
 
@@ -117,7 +118,7 @@ def derive_task_id(body: bytes) -> str:
 def _load(body: bytes) -> tuple[dict[str, Any], list[str]]:
     """The JSON object, less the names that stand twice in one of its objects, and those names."""
     if len(body) > MAX_BODY:
-        raise _Wrong("body", f"has {len(body)} bytes; at most {MAX_BODY} are read")
+        raise _Wrong("body", f"has {len(body):,} bytes; at most {MAX_BODY:,} are read")
     repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,11 +168,13 @@ def _job(
     images_field = other if order.get(own) is None and order.get(other) is not None else own
     checked = _checked(order, images_field, prefix)
     images = _images_to_train_on(checked.images, f"{prefix}{images_field}", settings)
+    validation_images = _images(
+        checked.validation_images or [], f"{prefix}validation_images", settings
+    )
     captions = checked.captions or [None] * len(images)
     if len(captions) != len(images):
-        raise _Wrong(f"{prefix}captions", f"has {len(captions)} entries for {len(images)} pictures")
+        raise _Wrong(f"{prefix}captions", _mismatch(len(captions), len(images)))
     parameters = checked.given_parameters()
-    created_at = message.get("created_at")
     return TrainingJob(
         task_id=task_id or derive_task_id(body),
         style_id=checked.style_id,
@@ -181,16 +184,22 @@ def _job(
         parameters=parameters,
         hyper_parameters=_hyper_parameters(parameters, f"{prefix}parameters", settings),
         webhook_url=_webhook_url(message),
-        created_at=created_at if _is_plain_text(created_at, MAX_CREATED_AT) else None,
+        created_at=_created_at(message),
         id_is_derived=task_id is None,
-        ignored_fields=_ignored(message, order, prefix, images_field),
-        validation_images=_images(
-            checked.validation_images or [], f"{prefix}validation_images", settings
-        ),
+        ignored_fields=(
+            *_ignored(message, order, prefix, images_field),
+            *_unused(checked.images, images, f"{prefix}{images_field}"),
+            *_unused(checked.validation_images, validation_images, f"{prefix}validation_images"),
+        )[:MAX_NAMED],
+        validation_images=validation_images,
         sample_prompts=tuple(prompt for prompt in checked.sample_prompts or () if prompt),
         trigger_word=checked.trigger_word or "",
         body=body,
     )
+
+
+def _mismatch(captions: int, pictures: int) -> str:
+    return f"has {counted(captions, 'entry', 'entries')} for {counted(pictures, 'picture')}"
 
 
 def _checked(order: dict[str, Any], images_field: str, prefix: str) -> Order:
@@ -227,7 +236,7 @@ def _images(addresses: list[str | None], field: str, settings: Settings) -> tupl
             source, location = read_address(
                 address or "",
                 default_bucket=settings.aws_storage_bucket_name,
-                endpoint=settings.aws_endpoint_url_s3,
+                endpoint=settings.s3_endpoint,
                 allowed=settings.image_buckets,
             )
         except BrokenAddress as broken:
@@ -238,6 +247,18 @@ def _images(addresses: list[str | None], field: str, settings: Settings) -> tupl
         else:
             images.append(ImageRef(source, location))
     return tuple(images)
+
+
+def _unused(
+    addresses: list[str | None] | None, images: tuple[ImageRef, ...], field: str
+) -> tuple[str, ...]:
+    """Parts of addresses that change nothing here, such as `images.3?width`."""
+    return tuple(
+        printable(f"{field}.{index}{part}")
+        for index, (address, image) in enumerate(zip(addresses or (), images))
+        if address and image.location
+        for part in unused_parts(address)
+    )
 
 
 def _hyper_parameters(
@@ -287,6 +308,11 @@ def _readable_style_id(order: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int):
         return None
     return value if 0 < value <= MAX_STYLE_ID else None
+
+
+def _created_at(message: dict[str, Any]) -> str | None:
+    value = message.get("created_at")
+    return value if _is_plain_text(value, MAX_CREATED_AT) else None
 
 
 def _is_webhook_url(value: Any) -> bool:

@@ -1,38 +1,89 @@
 """Puts a finished model in its place: staged first, then file by file under `models/`, the weights
 last.
 
-Runs of one style take turns (`services.style_turn`). A claim that slept through its lease may still
-have one write in flight, so each write is made only over the version that the publisher saw when it
-began; and the publisher looks again at the end, because only a folder whose files are all of one
-run counts as published.
+Runs of one style take turns (`services.style_turn`). A publication goes like this:
+
+1. The files are staged. The turn is taken, and an unfinished publication of a dead publisher is
+   rolled back.
+2. If the folder has a model of a later order, the files go to the archive and the folder stays.
+   Otherwise the archive gets a copy of the model that is about to be replaced.
+3. The turn notes that the folder is being replaced, and what it had before. Until here a cancel, a
+   time limit or a shutdown stops the publication; from here on it is finished.
+4. The files are written, and the note is removed.
+
+So a folder without a note is of one run. If S3 fails for good, the folder is rolled back from the
+archive; if the worker dies, the next claim of the job (`ModelPublisher.repair`) or the next
+publisher of the style does that.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from consumer.training_job import TrainingJob
+from consumer.model_folder import (
+    CLAIM,
+    ORDERED_AT,
+    TASK_ID,
+    WEIGHTS,
+    Fence,
+    ModelFolder,
+    persistently,
+    turn_errors,
+    whole_run,
+)
+from consumer.order_time import instant, order_time
 from consumer.stop_signal import StopSignal
+from consumer.training_job import TrainingJob
 from services.job_lease import JobLease
-from services.s3_service import ObjectInfo, S3Location, S3Service
-from services.style_turn import StyleTurns
-from utils.errors import ObjectNotFound, PreconditionFailed, StorageError
+from services.lease import Lease
+from services.s3_service import ObjectInfo, S3Service
+from services.style_turn import ReplacedFile, Replacement, StyleTurns, Turn
+from utils.errors import MachineError, StorageError
 from utils.logger import get_logger
+
+__all__ = ["WEIGHTS", "ModelPublisher", "Published"]
 
 log = get_logger(__name__)
 
-WEIGHTS = "lora_weights.safetensors"
-_ROUNDS = 5
-_PAUSE_SECONDS = 0.5
+_LOOKS = 5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Published:
+    """Where a run's model is.
+
+    Attributes:
+        model_url: The style's model, `model_url` on the wire.
+        superseded_by: The job with a later order whose model the style keeps; None if the style's
+            model is this run's.
+        archived_url: Where this run's model is if the style keeps another one; else None.
+    """
+
+    model_url: str
+    superseded_by: str | None = None
+    archived_url: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Run:
+    """A run's files on their way; `mark` is the metadata of each."""
+
+    folder: Path
+    files: tuple[str, ...]
+    task_id: str
+    claim: int
+    mark: Mapping[str, str]
 
 
 class ModelPublisher:
     """Publishes models of styles.
 
     Args:
-        s3: The storage.
+        models: Storage of `models/`.
+        state: Storage of `staging/` and `archive/`; the same object if both buckets are at the same
+            endpoint.
         model_bucket: Bucket of `models/`.
         state_bucket: Bucket of `staging/` and `archive/`.
         url_scheme: `s3` or `gs`: how the model's address is spelt to the backend.
@@ -41,14 +92,16 @@ class ModelPublisher:
 
     def __init__(
         self,
-        s3: S3Service,
+        models: S3Service,
+        state: S3Service,
         *,
         model_bucket: str,
         state_bucket: str,
         url_scheme: str,
         turns: StyleTurns,
     ) -> None:
-        self._s3 = s3
+        self._models = models
+        self._state = state
         self._turns = turns
         self._model_bucket = model_bucket
         self._state_bucket = state_bucket
@@ -61,26 +114,33 @@ class ModelPublisher:
         job: TrainingJob,
         lease: JobLease,
         stop: StopSignal,
-    ) -> str:
-        """Upload a run's files and make them the style's model.
+        *,
+        ordered_at: str,
+    ) -> Published:
+        """Upload a run's files and make them the style's model, unless it has a later order's.
 
         Args:
             folder: Local folder of the files.
             files: Their names; `lora_weights.safetensors` last.
-            job: Whose model it is.
+            job: The job that made the model.
             lease: Checked before every write.
-            stop: Checked between two files.
-
-        Returns:
-            The model's address, `model_url` on the wire.
+            stop: Checked until the first file is written; from then on the publication is finished.
+            ordered_at: ISO time of the order. The later order wins. A time that cannot be read, or
+                that is later than the record's creation, counts as the record's creation.
 
         Raises:
             LeaseLost: The job is another worker's now; nothing more was written.
-            Stopped: The worker shuts down; the next one publishes anew.
-            StorageError: S3 failed, or other runs of the style kept getting in between.
+            Stopped, Cancelled, TimeLimit: `stop` asked for it; the style's folder is unchanged.
+            StorageError, MachineError: S3 or the disk failed. The folder is as it was, or the
+                turn's note says that it has to be repaired.
         """
         assert files[-1] == WEIGHTS, "whoever sees the weights must find everything else in place"
-        mark = {"task_id": job.task_id, "claim": str(lease.claim_number)}
+        mark = {
+            TASK_ID: job.task_id,
+            CLAIM: str(lease.claim_number),
+            ORDERED_AT: order_time(ordered_at, lease.record.created_at).isoformat(),
+        }
+        run = _Run(folder, tuple(files), job.task_id, lease.claim_number, mark)
 
         def check() -> None:
             stop.check()
@@ -88,90 +148,160 @@ class ModelPublisher:
 
         check()
         staging = f"staging/{job.task_id}/{lease.claim_number}/"
-        self._s3.upload_folder(
+        self._state.upload_folder(
             folder, self._state_bucket, staging, last=WEIGHTS, metadata=mark, check=check
         )
-        target = f"models/style_{job.style_id}/"
+        style = self._folder(job.style_id)
         with self._turns.take(job.style_id, job.task_id, check) as turn:
+            published = self._put_in_place(style, run, turn, Fence(lease, turn), check)
+        self._clear_staging([staging + name for name in files])
+        return published
 
-            def check_turn() -> None:
-                check()
-                if turn.lost.is_set():
-                    raise StorageError("the turn to publish was lost; S3 answers too slowly")
-
-            self._replace(folder, files, target, mark, job, check_turn)
-        self._s3.delete(self._state_bucket, [staging + name for name in files])
-        return S3Location(self._model_bucket, target + WEIGHTS).uri(self._url_scheme)
-
-    def _replace(
+    def _put_in_place(
         self,
-        folder: Path,
-        files: Sequence[str],
-        target: str,
-        mark: dict[str, str],
-        job: TrainingJob,
+        style: ModelFolder,
+        run: _Run,
+        turn: Lease[Turn],
+        fence: Fence,
         check: Callable[[], None],
-    ) -> None:
-        for round_number in range(1, _ROUNDS + 1):
-            check()
-            try:
-                present = self._present(target)
-                self._archive(present, job)
-                self._put(folder, files, target, present, mark, check)
-                if self._is_all_ours(target, files, mark):
-                    log.info("model_published", files=len(files))
-                    return
-            except (PreconditionFailed, ObjectNotFound):
-                log.info("publishing_again", round=round_number, reason="a stale write came late")
-            time.sleep(_PAUSE_SECONDS)
-        raise StorageError("somebody else keeps writing into the style's folder")
+    ) -> Published:
+        url = style.place(WEIGHTS).uri(self._url_scheme)
+        before = self._repaired(style, turn, fence)
+        if before is None:
+            before, later = _archived(style, run.mark, fence)
+            if later is not None:
+                log.warning("older_order_archived", superseded_by=later)
+                archived = self._keep_in_archive(style, run, fence)
+                return Published(url, superseded_by=later, archived_url=archived)
+        check()
+        _write_note(turn, Replacement(run.task_id, run.claim, run.files, before))
+        try:
+            persistently(lambda: style.put(run.folder, run.files, run.mark, fence), fence)
+        except (StorageError, MachineError) as error:
+            log.error("publication_failed", reason=str(error))
+            if not turn.lost.is_set():
+                self._repaired(style, turn, fence)
+            raise
+        _write_note(turn, None)
+        log.info("model_published", files=len(run.files))
+        return Published(url)
 
-    def _present(self, target: str) -> dict[str, ObjectInfo]:
-        """What lies in the style's folder, by key, with metadata."""
-        found: dict[str, ObjectInfo] = {}
-        for listed in self._s3.list_objects(self._model_bucket, target):
-            try:
-                found[listed.key] = self._s3.head(S3Location(self._model_bucket, listed.key))
-            except ObjectNotFound:
-                continue
-        return found
+    def repair(self, style_id: int, task_id: str, lease: JobLease) -> bool:
+        """Roll the style's folder back if a publication of this job was begun and not finished.
 
-    def _archive(self, present: dict[str, ObjectInfo], job: TrainingJob) -> None:
-        """Keep the files of the run that is about to be replaced."""
-        for key, info in present.items():
-            owner = info.metadata.get("task_id")
-            if owner is None or owner == job.task_id:
-                continue  # our own earlier try, or nobody's
-            archived = f"archive/style_{job.style_id}/{owner}/{key.rsplit('/', 1)[1]}"
-            self._s3.copy(
-                S3Location(self._model_bucket, key), S3Location(self._state_bucket, archived)
-            )
+        To be called when a job is claimed, and before it ends as failed or cancelled. It costs one
+        read if there is nothing to do. The note of another job is acted on only if its publisher
+        has given up the turn.
 
-    def _put(
-        self,
-        folder: Path,
-        files: Sequence[str],
-        target: str,
-        present: dict[str, ObjectInfo],
-        mark: dict[str, str],
-        check: Callable[[], None],
-    ) -> None:
-        stale = [key for key in present if key.removeprefix(target) not in files]
-        for name in files:
-            check()
-            before = present.get(target + name)
-            self._s3.upload_file(
-                folder / name,
-                S3Location(self._model_bucket, target + name),
-                metadata=mark,
-                only_over=before.etag if before else "",
-            )
-        self._s3.delete(self._model_bucket, stale)
+        Args:
+            style_id: The style.
+            task_id: The job.
+            lease: The hold on the job; checked before every write.
 
-    def _is_all_ours(self, target: str, files: Sequence[str], mark: dict[str, str]) -> bool:
-        present = self._present(target)
-        return all(
-            (info := present.get(target + name)) is not None
-            and {key: info.metadata.get(key) for key in mark} == mark
-            for name in files
+        Returns:
+            Whether a publication was rolled back.
+
+        Raises:
+            LeaseLost: The job is another worker's now.
+            StorageError, MachineError: It could not be rolled back. The turn's note stays, so it
+                can be tried again.
+        """
+        seen = self._turns.read(style_id)
+        if seen is None or seen.replacement is None:
+            return False
+        if seen.replacement.task_id != task_id and not seen.hold.released:
+            return False
+        with self._turns.take(style_id, task_id, lease.check) as turn:
+            if turn.record.replacement is None:
+                return False  # another worker was faster
+            _roll_back(self._folder(style_id), turn, Fence(lease, turn))
+        return True
+
+    def _folder(self, style_id: int) -> ModelFolder:
+        return ModelFolder(
+            self._models,
+            self._state,
+            model_bucket=self._model_bucket,
+            state_bucket=self._state_bucket,
+            style_id=style_id,
         )
+
+    def _repaired(
+        self, style: ModelFolder, turn: Lease[Turn], fence: Fence
+    ) -> tuple[ReplacedFile, ...] | None:
+        """Roll back the publication that a dead publisher left unfinished.
+
+        Returns:
+            None if the folder is of one run; otherwise the last complete model, which the archive
+            has, and which the new run replaces as a whole.
+        """
+        left = turn.record.replacement
+        if left is None:
+            return None
+        try:
+            _roll_back(style, turn, fence)
+        except (StorageError, MachineError) as error:
+            fence.check()
+            log.error("publication_not_rolled_back", task_id_left=left.task_id, reason=str(error))
+            return left.before
+        return None
+
+    def _keep_in_archive(self, style: ModelFolder, run: _Run, fence: Fence) -> str:
+        self._state.upload_folder(
+            run.folder,
+            self._state_bucket,
+            style.archived(run.task_id, "").key,
+            last=WEIGHTS,
+            metadata=run.mark,
+            check=fence.check,
+        )
+        return style.archived(run.task_id, WEIGHTS).uri(self._url_scheme)
+
+    def _clear_staging(self, keys: Sequence[str]) -> None:
+        try:
+            self._state.delete(self._state_bucket, keys)
+        except StorageError as error:
+            # The model is in place; what is left goes after the job's ending.
+            log.warning("staging_not_cleared", reason=str(error))
+
+
+def _archived(
+    style: ModelFolder, mark: Mapping[str, str], fence: Fence
+) -> tuple[tuple[ReplacedFile, ...], str | None]:
+    """Keep the model that is about to be replaced; nothing under `models/` changes.
+
+    Returns:
+        The files that the folder has; and the job whose model stays, if it is of a later order than
+        `mark`. Then nothing was archived.
+    """
+    for _ in range(_LOOKS):
+        present = style.look()
+        if later := _later_order(present, mark):
+            return (), later
+        before = style.archive(present, fence)
+        if before is not None:
+            return before, None
+        log.info("publishing_again", reason="a file changed while it was archived")
+    raise StorageError("Other publishers keep writing into the style's folder.")
+
+
+def _later_order(present: Mapping[str, ObjectInfo], mark: Mapping[str, str]) -> str | None:
+    """The job with a later order than `mark` names, if the folder has its complete model."""
+    there = whole_run(present)
+    if there is None or there[TASK_ID] == mark[TASK_ID]:
+        return None
+    theirs, ours = instant(there.get(ORDERED_AT)), instant(mark[ORDERED_AT])
+    return there[TASK_ID] if theirs and ours and theirs > ours else None
+
+
+def _roll_back(style: ModelFolder, turn: Lease[Turn], fence: Fence) -> None:
+    note = turn.record.replacement
+    assert note is not None  # the caller has seen it
+    persistently(lambda: style.restore(note.before, fence), fence)
+    _write_note(turn, None)
+    log.warning("publication_rolled_back", task_id_left=note.task_id, files=len(note.before))
+
+
+def _write_note(turn: Lease[Turn], note: Replacement | None) -> None:
+    with turn_errors():
+        turn.update(lambda record: dataclasses.replace(record, replacement=note))

@@ -125,12 +125,34 @@ class Observer:
         """A message can never become a job."""
         self.metrics.messages_refused.labels(code).inc()
 
+    def put_off(self, reason: str) -> None:
+        """A message was put off."""
+        self.metrics.messages_put_off.labels(reason).inc()
+
+    def dead_lettered(self, code: ErrorCode) -> None:
+        """A message was given up and goes to the dead queue."""
+        self.metrics.messages_dead_lettered.labels(code).inc()
+
+    def swept(self) -> None:
+        """The sweep found a record that no message points to, and publishes it again."""
+        self.metrics.records_swept.inc()
+
+    def lease_lost(self) -> None:
+        """The hold on a job was lost to another worker, or to the clock."""
+        self.metrics.leases_lost.inc()
+
+    def endings_pending(self, count: int, oldest_seconds: float) -> None:
+        """The sweep has counted the endings that the backend has not taken yet."""
+        self.metrics.endings_pending.set(count)
+        self.metrics.oldest_pending_ending_age_seconds.set(oldest_seconds)
+
     def ended(self, ending: Ending) -> None:
         """The job in hand has its ending."""
         self.metrics.jobs.labels(ending.kind, ending.code or NO_CODE).inc()
         self.tracing.note(ending=ending.kind, code=ending.code)
         if self._job is None:
             return
+        self._job.ended()
         seconds = self._job.seconds
         self.metrics.job_duration_seconds.labels(ending.kind).observe(seconds)
         if ending.kind is EndingKind.COMPLETE:

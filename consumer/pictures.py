@@ -80,7 +80,7 @@ def _fetch(
     fetched = iter(
         s3.fetch_pictures(
             [
-                PictureRequest(image.source, image.location, caption)
+                PictureRequest(image.source, image.location, caption, image.version_id)
                 for image, caption in zip(*wanted, strict=True)
                 if image.location
             ],

@@ -16,19 +16,22 @@ from config import Settings
 from consumer import endings, messages, run_events
 from consumer.checkpoint_uploads import CheckpointUploads, clear_up, newest_usable_checkpoint
 from consumer.endings import Endings
+from consumer.job_size import require_room
 from consumer.lease_relay import relayed
 from consumer.machine import require_fit
 from consumer.model_publisher import ModelPublisher
 from consumer.observer import Observer
 from consumer.pictures import fetch_pictures, fetch_validation_pictures
-from consumer.progress_reporter import ProgressReporter, RouteMemory, queued
-from consumer.settlement import OWN_COPY, Delivery, Publication, Settlement
+from consumer.progress_reporter import ProgressReporter, queued
+from consumer.put_offs import PutOffs, Why, why_of
+from consumer.queue_watch import age_of
+from consumer.settlement import CRASHES, MIN_LEVEL, OWN_COPY, PUT_OFFS, Delivery, Settlement
 from consumer.stop_signal import Shutdown, StopSignal
 from consumer.trainer_process import TrainerProcess
 from consumer.training_job import TrainingJob, from_understood
 from consumer.work_folder import WorkFolder
 from services.job_lease import JobLease
-from services.job_record import Ending, JobRecord, JobRequest
+from services.job_record import PROTOCOL_LEVEL, Ending, JobRecord, JobRequest, OwedCopy
 from services.job_records import Claimed, Ended, HeldElsewhere, JobRecords, OtherBody
 from services.s3_service import S3Service
 from services.webhook_service import WebhookService
@@ -36,13 +39,17 @@ from training.lora_config import CURVES, TrainingRun
 from utils import logger
 from utils.errors import (
     DiskFull,
+    ErrorCode,
     GpuBroken,
     InvalidMessage,
+    JobTooLarge,
     LeaseLost,
     MachineError,
+    NoRoomForJob,
     Stopped,
     StopReason,
     StorageError,
+    TimeLimit,
     TrainingFailed,
     TrainingServerError,
     WorkerCrashed,
@@ -52,6 +59,15 @@ from utils.errors import (
 
 log = logger.get_logger(__name__)
 
+_MOST_BROKEN_MACHINES = 10
+"""A job that so many machines in a row could not train, for whatever reason, is at fault itself."""
+_OF_THE_ORDER = (
+    ErrorCode.IMAGE_DOWNLOAD_FAILED,
+    ErrorCode.LOW_QUALITY_DATA,
+    ErrorCode.JOB_TOO_LARGE,
+    ErrorCode.TIME_LIMIT,
+)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Desk:
@@ -59,9 +75,11 @@ class Desk:
 
     settings: Settings
     s3: S3Service
+    state_s3: S3Service
     webhooks: WebhookService
     records: JobRecords
     endings: Endings
+    put_offs: PutOffs
     publisher: ModelPublisher
     trainer: TrainerProcess
     folders: WorkFolder
@@ -76,10 +94,16 @@ class Pipeline:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._settings = desk.settings
-        self._routes = RouteMemory()
+        self._put_offs = desk.put_offs
 
     def handle(self, delivery: Delivery) -> Settlement:
         """Do what a message asks for, unless its record says that there is nothing to do."""
+        if (needed := _level(delivery)) > PROTOCOL_LEVEL:
+            detail = (
+                f"the message needs a worker of protocol level {needed} and this one has level "
+                f"{PROTOCOL_LEVEL}; update the worker"
+            )
+            return self._put_offs.put_off(delivery, Why.NEWER_MESSAGE, detail)
         try:
             job = messages.parse(
                 delivery.body, message_id=delivery.message_id, settings=self._settings
@@ -90,13 +114,14 @@ class Pipeline:
         with logger.bound(task_id=job.task_id, style_id=job.style_id):
             try:
                 return self._handle_job(job, delivery)
-            except (LeaseLost, StorageError) as error:
-                # Either the job is another worker's, or nothing can be known of it now.
-                log.warning("job_put_off", reason=str(error))
-                return self._put_off(job, self._settings.lease_ttl_seconds)
+            except StorageError as error:
+                # Nothing can be known of the job now, not even whether it was ever claimed.
+                return self._put_offs.put_off(
+                    delivery, why_of(error), str(error), task_id=job.task_id
+                )
 
     def _handle_job(self, job: TrainingJob, delivery: Delivery) -> Settlement:
-        own_copy = OWN_COPY in delivery.headers
+        may_be_claimed = delivery.redelivered or OWN_COPY in delivery.headers
         claim = self._desk.records.claim(
             JobRequest(
                 task_id=job.task_id,
@@ -105,38 +130,30 @@ class Pipeline:
                 message=job.understood(),
                 webhook_url=job.webhook_url,
                 id_is_derived=job.id_is_derived,
+                min_level=_level(delivery),
             ),
-            new_run_after=(
-                None
-                if delivery.redelivered or own_copy
-                else self._settings.deduplication_window_seconds
-            ),
+            new_run_after=(None if may_be_claimed else self._settings.deduplication_window_seconds),
         )
         match claim:
-            case Claimed():
+            case Claimed(lease=lease):
                 # The record is the truth: its id may have got a count, and another worker's
                 # defaults may differ from ours. The message stays what was sent.
-                record = claim.lease.record
                 job = dataclasses.replace(
-                    self._as_recorded(record, job),
-                    task_id=record.task_id,
+                    self._as_recorded(lease.record, job),
+                    task_id=lease.record.task_id,
                     body=job.body,
                     headers=job.headers,
                 )
-                if not (delivery.redelivered or own_copy):
+                if not may_be_claimed:
                     self._desk.observer.queues.took(job.created_at)
-                with (
-                    logger.bound(task_id=job.task_id),
-                    claim.lease as lease,
-                    self._desk.observer.holding(job, lease),
-                ):
-                    return self._work(job, lease)
-            case HeldElsewhere():
+                with logger.bound(task_id=job.task_id):
+                    return self._hold(job, lease)
+            case HeldElsewhere(record=record):
                 log.info("job_held_elsewhere", wait_seconds=round(claim.wait_seconds, 1))
-                return self._put_off(job, self._settings.lease_ttl_seconds)
-            case Ended():
-                log.info("job_ended_before", ending=str(claim.record.delivery))
-                return self._deliver_what_is_left(claim.record.task_id, delivery.body)
+                return Settlement.ack(self._desk.endings.watched(record, delivery.body))
+            case Ended(record=record):
+                log.info("job_ended_before", ending=str(record.delivery))
+                return self._desk.endings.deliver_what_is_left(record.task_id, delivery.body)
             case OtherBody():
                 error = InvalidMessage(
                     f"task_id: {job.task_id} belongs to a job that asks for something else",
@@ -145,6 +162,15 @@ class Pipeline:
                     style_id=job.style_id,
                 )
                 return self._desk.endings.refuse(delivery, error)
+
+    def _hold(self, job: TrainingJob, lease: JobLease) -> Settlement:
+        """Work on a job under its lease; once that is lost, only watch over the job's message."""
+        try:
+            with lease, self._desk.observer.holding(job, lease):
+                return self._work(job, lease)
+        except LeaseLost as error:
+            log.warning("job_left_to_another_worker", reason=str(error))
+            return self._watch(job, lease)
 
     def _as_recorded(self, record: JobRecord, job: TrainingJob) -> TrainingJob:
         """The job as it was understood first; as it is understood now where that cannot be read."""
@@ -157,7 +183,6 @@ class Pipeline:
     def _work(self, job: TrainingJob, lease: JobLease) -> Settlement:
         """From a claim to an ending, or back to the queue."""
         stop = StopSignal()
-        dead: tuple[Publication, ...] = ()
         try:
             with self._desk.shutdown.covering(stop), relayed(lease, stop):
                 ending = self._train_and_publish(job, lease, stop)
@@ -166,48 +191,63 @@ class Pipeline:
         except (TrainingServerError, OSError) as raised:
             error = _of_the_disk(raised) if isinstance(raised, OSError) else raised
             if isinstance(error, MachineError) and self._is_unfit(error):
-                return self._leave_to_another_machine(job, lease, error)
-            if is_retryable(error) and not self._is_last_attempt(lease):
+                given_up = self._rejected_too_often(lease, error)
+                if given_up is None:
+                    return self._leave_to_another_machine(job, lease, error)
+                error = given_up
+            elif is_retryable(error) and not self._is_last_attempt(lease):
                 return self._try_again(job, lease, error)
-            ending, dead = self._failed(job, lease, error)
+            return self._fail(job, lease, error)
         except Exception as error:  # pylint: disable=broad-exception-caught
             # A bug of ours must not cost the artist the ending; the stack trace is in the log.
             log.exception("job_broke")
             ours = TrainingFailed(
                 f"internal error ({type(error).__name__}); the worker's log says more"
             )
-            ending, dead = self._failed(job, lease, ours)
-        return self._settle(job, lease, ending, dead)
+            return self._fail(job, lease, ours)
+        return self._settle(job, lease, ending, None)
+
+    def _fail(self, job: TrainingJob, lease: JobLease, error: TrainingServerError) -> Settlement:
+        """End the job as failed, once no file of it is left in the style's folder."""
+        try:
+            self._desk.publisher.repair(job.style_id, job.task_id, lease)
+        except (StorageError, MachineError) as trouble:
+            if not self._is_last_attempt(lease):
+                return self._try_again(job, lease, trouble)
+            # The turn's note stays: the style's next publisher repairs the folder.
+            log.error("style_folder_not_repaired", reason=str(trouble))
+        ending, owed = self._failed(job, lease, error)
+        return self._settle(job, lease, ending, owed)
 
     def _settle(
-        self,
-        job: TrainingJob,
-        lease: JobLease,
-        ending: Ending,
-        dead: tuple[Publication, ...],
+        self, job: TrainingJob, lease: JobLease, ending: Ending, owed: OwedCopy | None
     ) -> Settlement:
-        """The ending is durable before anybody is told, and the message acked after that."""
-        lease.end(ending)
+        """The ending, and what the dead queue is owed, are durable before anybody is told; the
+        message is acknowledged after that."""
+        lease.end(ending, owed)
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
         self._desk.observer.ended(ending)
-        clear_up(self._desk.s3, self._settings.state_bucket_name, lease.record)
+        cleared = clear_up(self._desk.state_s3, self._settings.state_bucket_name, lease.record)
         with self._desk.observer.tracing.span("tell"):
-            parked = self._desk.endings.deliver(
+            left = self._desk.endings.deliver(
                 lease, original=job.body, for_seconds=endings.DELIVER_AT_ONCE_SECONDS
             )
-        return Settlement.ack(*dead, *parked)
+        if cleared and not left:
+            self._desk.records.forget(job.task_id)
+        return Settlement.ack(*left)
 
     def _train_and_publish(self, job: TrainingJob, lease: JobLease, stop: StopSignal) -> Ending:
         desk, settings = self._desk, self._settings
         if lease.record.attempts >= settings.max_attempts:
             raise _given_up(lease)
         stop.check()
+        self._require_time(job, lease)
+        desk.publisher.repair(job.style_id, job.task_id, lease)
         with (
             desk.folders.job() as folder,
             ProgressReporter(
                 job,
                 desk.webhooks,
-                self._routes,
                 next_sequence=lease.next_sequence,
                 stop=stop,
                 interval_seconds=settings.progress_interval_seconds,
@@ -215,7 +255,7 @@ class Pipeline:
             CheckpointUploads(
                 job,
                 lease,
-                desk.s3,
+                desk.state_s3,
                 settings.state_bucket_name,
                 curves=folder / CURVES,
                 patience=desk.shutdown.seconds_for_saving,
@@ -231,24 +271,38 @@ class Pipeline:
                     run,
                     lambda event: run_events.dispatch(event, desk.observer, reporter, uploads),
                     stop,
-                    max_seconds=settings.max_job_seconds,
+                    max_seconds=max(0.0, settings.max_job_seconds - lease.seconds_run),
                     patience=desk.shutdown.seconds_for_saving,
                 )
             uploads.settle()
             stop.check()
             reporter.saw(run_events.uploading(finished, job))
             with desk.observer.tracing.span("upload"):
-                model_url = desk.publisher.publish(
-                    Path(finished.folder), finished.files, job, lease, stop
+                published = desk.publisher.publish(
+                    Path(finished.folder),
+                    finished.files,
+                    job,
+                    lease,
+                    stop,
+                    ordered_at=lease.record.ordered_at,
                 )
         # The reporter is closed: no progress follows the ending.
-        return endings.complete(job, finished, model_url, sequence=lease.next_sequence())
+        return endings.complete(job, finished, published, sequence=lease.next_sequence())
 
     def _fetched_run(
         self, job: TrainingJob, lease: JobLease, folder: Path, stop: StopSignal
     ) -> TrainingRun:
         """What the trainer is told, with everything that it needs in the job's folder."""
         s3, settings = self._desk.s3, self._settings
+        require_room(
+            s3,
+            self._desk.state_s3,
+            settings,
+            job,
+            folder,
+            stop,
+            checkpoints=lease.record.checkpoints,
+        )
         return TrainingRun(
             task_id=job.task_id,
             style_id=job.style_id,
@@ -257,7 +311,7 @@ class Pipeline:
             parameters=job.hyper_parameters,
             work_folder=str(folder),
             resume_from=newest_usable_checkpoint(
-                s3, settings.state_bucket_name, lease.record, folder
+                self._desk.state_s3, settings.state_bucket_name, lease.record, folder
             ),
             min_images=settings.min_images,
             max_image_pixels=settings.max_image_pixels,
@@ -271,6 +325,26 @@ class Pipeline:
             preview_share=settings.preview_share,
             tensorboard=settings.tensorboard,
         )
+
+    def _require_time(self, job: TrainingJob, lease: JobLease) -> None:
+        """The limits of a whole job: how long it was worked on, and how long it has waited.
+
+        Raises:
+            TimeLimit: One of them is over.
+        """
+        limit = self._settings.max_job_seconds
+        if lease.seconds_run >= limit:
+            raise TimeLimit(
+                f"workers have spent {lease.seconds_run:.0f} seconds on the job in all, and "
+                f"{limit:.0f} are allowed"
+            )
+        longest = self._settings.max_wait_seconds
+        waited = age_of(job.created_at) if lease.claim_number == 1 else None
+        if longest is not None and waited is not None and waited > longest:
+            raise TimeLimit(
+                f"the job has waited {waited:.0f} seconds in the queue, and {longest:.0f} are "
+                "allowed; nothing was trained"
+            )
 
     def _is_last_attempt(self, lease: JobLease) -> bool:
         return lease.record.attempts_with_this >= self._settings.max_attempts
@@ -295,7 +369,7 @@ class Pipeline:
         lease.release(
             count_attempt=True, error=(str(code_of(error)), str(error)), quiet_seconds=delay
         )
-        return self._put_off(job, delay)
+        return self._after(job, lease, delay)
 
     def _tell_place(self, job: TrainingJob, lease: JobLease, delay: float) -> None:
         """Tell the artist how long the job waits now, where that can be said; in one attempt."""
@@ -308,33 +382,32 @@ class Pipeline:
 
     def _failed(
         self, job: TrainingJob, lease: JobLease, error: TrainingServerError
-    ) -> tuple[Ending, tuple[Publication, ...]]:
+    ) -> tuple[Ending, OwedCopy | None]:
         attempts = min(lease.record.attempts_with_this, self._settings.max_attempts)
-        log.error("job_failed", code=str(code_of(error)), reason=str(error), attempts=attempts)
+        code = code_of(error)
+        _log_failure(code, str(error), attempts)
         ending = endings.failed(
             job.style_id, job.task_id, error, attempts=attempts, sequence=lease.next_sequence()
         )
         if not is_retryable(error):
-            return ending, ()
+            return ending, None
         # Given up, though another attempt might have helped: kept for a person to send back.
-        dead = Publication.to_dead(
-            job.body,
-            code=str(code_of(error)),
-            message=str(error),
-            task_id=job.task_id,
-            attempts=attempts,
-        )
-        return ending, (dead,)
+        return ending, OwedCopy(str(code), str(error), attempts)
 
     def _give_back(self, job: TrainingJob, lease: JobLease, stopped: Stopped) -> Settlement:
         """The worker shuts down, or the job is another's: no attempt is counted."""
         log.info("job_given_back", reason=str(stopped.reason))
         self._desk.observer.given_back(stopped.reason)
         if stopped.reason is StopReason.LEASE_LOST:
-            return self._put_off(job, self._settings.lease_ttl_seconds)
+            return self._watch(job, lease)
         with contextlib.suppress(LeaseLost):
             lease.release(count_attempt=False, within=Shutdown.RESERVE_SECONDS / 2)
         return Settlement.requeue()
+
+    def _watch(self, job: TrainingJob, lease: JobLease) -> Settlement:
+        """The job is another worker's; its message is looked at until the job is settled."""
+        self._desk.observer.lease_lost()
+        return Settlement.ack(self._desk.endings.watched(lease.record, job.body))
 
     def _is_unfit(self, error: MachineError) -> bool:
         """Whether the machine is to blame. A job that breaks every GPU in turn must end, too."""
@@ -347,39 +420,67 @@ class Pipeline:
         log.warning("gpu_computes_again", reason="a fresh process finds nothing wrong with it")
         return False
 
+    def _rejected_too_often(
+        self, lease: JobLease, error: MachineError
+    ) -> TrainingServerError | None:
+        """Why the job ends after too many machines could not do it; None while it goes on."""
+        rejections = lease.record.rejections + 1
+        if isinstance(error, (DiskFull, NoRoomForJob)):
+            if rejections >= self._settings.max_machines:
+                return JobTooLarge(
+                    f"{rejections} workers had too little disk space for it: {error}"
+                )
+        elif rejections >= _MOST_BROKEN_MACHINES:
+            return WorkerCrashed(f"{rejections} machines could not train it: {error}")
+        return None
+
     def _leave_to_another_machine(
         self, job: TrainingJob, lease: JobLease, error: MachineError
     ) -> Settlement:
-        """No attempt is counted, and this worker takes no further job."""
-        log.error("machine_unfit", reason=str(error))
+        """No attempt is counted. A worker whose machine is unfit takes no further job."""
+        if isinstance(error, NoRoomForJob):
+            log.warning("job_rejected", reason=str(error))
+        else:
+            log.error("machine_unfit", reason=str(error))
+            self._desk.machine_fails(error)
         self._desk.observer.unfit()
-        self._desk.machine_fails(error)
-        delay = self._settings.retry_delays_seconds[0]
+        delays = self._settings.retry_delays_seconds
+        delay = delays[min(lease.record.rejections, len(delays) - 1)]
         lease.release(
-            count_attempt=False, error=(str(code_of(error)), str(error)), quiet_seconds=delay
+            count_attempt=False,
+            error=(str(code_of(error)), str(error)),
+            quiet_seconds=delay,
+            rejected=True,
         )
-        return self._put_off(job, delay)
+        return self._after(job, lease, delay)
 
-    def _put_off(self, job: TrainingJob, seconds: float) -> Settlement:
-        """The message comes back after a while; until then the GPU takes another job.
+    def _after(self, job: TrainingJob, lease: JobLease, seconds: float) -> Settlement:
+        """The message of a claimed job comes back after a while; until then the GPU takes another.
 
-        Its id rides in `message_id`, which counts where the body has none.
+        The id of the run that was claimed rides in `message_id`, which counts where the body has
+        none: the copy means this run, and never a later order of the same body.
         """
-        headers = job.headers | {OWN_COPY: True}
+        counts = (PUT_OFFS, CRASHES)  # of this attempt's message
+        headers = {name: value for name, value in job.headers.items() if name not in counts}
+        headers[OWN_COPY] = True
         return Settlement.delayed(
-            job.body, seconds=seconds, message_id=job.task_id, headers=headers
+            job.body, seconds=seconds, message_id=lease.record.task_id, headers=headers
         )
 
-    def _deliver_what_is_left(self, task_id: str, original: bytes) -> Settlement:
-        """A job that has ended is not trained again, whatever the queue says."""
-        claim = self._desk.records.adopt_ending(task_id)
-        if not isinstance(claim, Claimed):
-            # Delivered, or in the hands of another worker, whose endings' queue has it.
-            return Settlement.ack()
-        with claim.lease as lease:
-            return Settlement.ack(
-                *self._desk.endings.deliver(lease, original=original, for_seconds=0)
-            )
+
+def _level(delivery: Delivery) -> int:
+    level = delivery.headers.get(MIN_LEVEL)
+    return level if isinstance(level, int) and not isinstance(level, bool) and level > 0 else 0
+
+
+def _log_failure(code: ErrorCode, reason: str, attempts: int) -> None:
+    """What is wrong with the order is no fault of the service: errors page somebody."""
+    level = log.error
+    if code is ErrorCode.CANCELLED:
+        level = log.info
+    elif code in _OF_THE_ORDER:
+        level = log.warning
+    level("job_failed", code=str(code), reason=reason, attempts=attempts)
 
 
 def _of_the_disk(error: OSError) -> MachineError:

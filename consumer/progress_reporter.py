@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -18,24 +19,7 @@ from utils.logger import get_logger
 
 log = get_logger(__name__)
 
-# So many 404 in a row, from a route that has answered otherwise before, say that the style was
-# deleted.
-_NOT_FOUND_LIMIT = 3
 _NO_ENDING_FOLLOWS = (StopReason.SHUTDOWN, StopReason.LEASE_LOST)
-
-
-class RouteMemory:
-    """Whether a backend's progress route has ever answered anything but 404; kept across jobs."""
-
-    def __init__(self) -> None:
-        self._known: set[str] = set()
-
-    def exists(self, origin: str) -> None:
-        """The route has answered something else."""
-        self._known.add(origin)
-
-    def __contains__(self, origin: str) -> bool:
-        return origin in self._known
 
 
 class ProgressReporter:
@@ -45,7 +29,6 @@ class ProgressReporter:
     Args:
         job: The job.
         webhooks: Who sends.
-        routes: What is known of the backend.
         next_sequence: Gives each report its number.
         stop: Is asked to cancel when the backend says so.
         interval_seconds: Time between two reports.
@@ -55,7 +38,6 @@ class ProgressReporter:
         self,
         job: TrainingJob,
         webhooks: WebhookService,
-        routes: RouteMemory,
         *,
         next_sequence: Callable[[], int],
         stop: StopSignal,
@@ -63,13 +45,11 @@ class ProgressReporter:
     ) -> None:
         self._job = job
         self._webhooks = webhooks
-        self._routes = routes
         self._origin = webhooks.origin_for(job.webhook_url)
         self._next_sequence = next_sequence
         self._stop = stop
         self._interval = interval_seconds
         self._latest = _at_the_beginning(job)
-        self._not_found = 0
         self._wake = threading.Event()
         self._closed = False
         context = contextvars.copy_context()  # the thread's log lines carry the job, too
@@ -106,7 +86,9 @@ class ProgressReporter:
         """Take the newest state. The start of training is reported at once, everything else by the
         clock."""
         starts = progress.stage is Stage.TRAINING and self._latest.stage is not Stage.TRAINING
-        self._latest = progress
+        # Training that starts over is not measured yet; the rate before that is the best there is.
+        rate = progress.steps_per_second or self._latest.steps_per_second
+        self._latest = dataclasses.replace(progress, steps_per_second=rate)
         if starts:
             self._wake.set()
 
@@ -119,13 +101,8 @@ class ProgressReporter:
 
     def _report(self) -> None:
         answer = self._webhooks.send_progress(self._origin, self._body())
-        if answer is ProgressAnswer.NOT_FOUND:
-            self._not_found += 1
-        elif answer is not ProgressAnswer.DROPPED:
-            self._not_found = 0
-            self._routes.exists(self._origin)
-        deleted = self._not_found >= _NOT_FOUND_LIMIT and self._origin in self._routes
-        if deleted or answer is ProgressAnswer.CANCEL:
+        # Only on the backend's own word: a router answers 404 while the backend is deployed.
+        if answer is ProgressAnswer.CANCEL:
             log.info("job_cancelled_by_backend", answer=answer.name)
             self._stop.request(StopReason.CANCELLED)
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 from collections.abc import Mapping
 from typing import Any
+
+from utils.errors import ErrorCode
 
 MAX_ERROR_MESSAGE = 2000  # characters; headers must fit in one frame
 MAX_MESSAGE_ID = 255  # bytes of AMQP's short string
@@ -18,13 +21,23 @@ OWN_COPY = "x-worker-copy"
 """Header of a worker's copy of a message that may have been claimed: it is no new order."""
 PUT_OFFS = "x-put-offs"
 """Header of a worker's copy: how often the message was put off so far."""
+CRASHES = "x-crashes"
+"""Header of a worker's copy: how often the message's handler has broken so far."""
 MIN_LEVEL = "x-min-level"
 """Header: the lowest protocol level of a worker that understands the message."""
 
-CARRIED_HEADERS = frozenset({OWN_COPY, PUT_OFFS, MIN_LEVEL, "traceparent", "tracestate"})
+CARRIED_HEADERS = frozenset({OWN_COPY, PUT_OFFS, CRASHES, MIN_LEVEL, "traceparent", "tracestate"})
 """The headers that a copy takes along. All others stay behind: a publisher's headers may fill a
 frame, and the broker's own history would make it drop the copy as one that goes in circles."""
 MAX_HEADER = 1024  # characters of a header's text; a longer one stays behind
+
+BODY_BYTES = "x-body-bytes"
+"""Header of a dead letter whose body was cut: the size of the whole body."""
+BODY_SHA256 = "x-body-sha256"
+"""Header of a dead letter whose body was cut: the SHA-256 of the whole body."""
+CUT_BODY_BYTES = 4096
+"""Bytes of the body that a shortened dead letter keeps, for a person to recognise it."""
+_REASONS = frozenset({"x-error-code", "x-error-message", "x-task-id", "x-attempts"})
 
 
 class Queue(enum.StrEnum):
@@ -76,7 +89,15 @@ class Delivery:
     @property
     def put_offs(self) -> int:
         """How often a worker has put this message off."""
-        count = self.headers.get(PUT_OFFS)
+        return self._count(PUT_OFFS)
+
+    @property
+    def crashes(self) -> int:
+        """How often a worker has put this message off because its handler broke."""
+        return self._count(CRASHES)
+
+    def _count(self, header: str) -> int:
+        count = self.headers.get(header)
         return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
 
 
@@ -129,6 +150,35 @@ class Publication:
             "x-attempts": attempts,
         }
         return cls(Queue.DEAD, body, task_id, headers)
+
+    def given_up(self, why: str) -> Publication:
+        """The same body as a dead letter with no other headers than the reasons.
+
+        A publication that is a dead letter already keeps its own reasons.
+
+        Args:
+            why: Why it could not be published as it is; a sentence for a person.
+        """
+        if self.queue is not Queue.DEAD:
+            return Publication.to_dead(
+                self.body,
+                code=ErrorCode.PUBLICATION_REFUSED,
+                message=f"a message for the queue {self.queue.value} was refused: {why}",
+                task_id=self.message_id,
+            )
+        headers = {name: value for name, value in self.headers.items() if name in _REASONS}
+        return dataclasses.replace(self, headers=headers, delay_seconds=None)
+
+    def cut(self) -> Publication:
+        """The same message with only the first bytes of its body; headers hold the whole body's
+        size and SHA-256.
+        """
+        headers: dict[str, str | int | bool] = {
+            **self.headers,
+            BODY_BYTES: len(self.body),
+            BODY_SHA256: hashlib.sha256(self.body).hexdigest(),
+        }
+        return dataclasses.replace(self, body=self.body[:CUT_BODY_BYTES], headers=headers)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ class Surroundings:
 
     Args:
         settings: Which buckets.
-        s3: A service of its own, whose requests fail fast.
+        s3: A service of its own, whose requests fail fast; of the model bucket's store.
+        state_s3: The same of the state bucket's.
         folders: Folders whose disks are watched, by the metric's label.
         condition: Is told about S3, and knows the trainer.
         metrics: Are told about the disks.
@@ -35,12 +36,16 @@ class Surroundings:
         self,
         settings: Settings,
         s3: S3Service,
+        state_s3: S3Service,
         folders: Mapping[str, Path],
         condition: Condition,
         metrics: Metrics,
     ) -> None:
-        self._buckets = sorted({settings.state_bucket_name, settings.model_bucket_name})
-        self._s3 = s3
+        # Where both are one, the bucket is looked at once.
+        self._buckets = sorted(
+            {(settings.state_bucket_name, state_s3), (settings.model_bucket_name, s3)},
+            key=lambda each: each[0],
+        )
         self._folders = dict(folders)
         self._condition = condition
         self._metrics = metrics
@@ -62,9 +67,9 @@ class Surroundings:
             self._stopping.wait(LOOK_SECONDS)
 
     def _storage_problem(self) -> str | None:
-        for bucket in self._buckets:
+        for bucket, s3 in self._buckets:
             try:
-                self._s3.reach(bucket)
+                s3.reach(bucket)
             except TrainingServerError as error:
                 return str(error)
         return None

@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from consumer import trainer_log
+from consumer.run_watch import STOP_PATIENCE_SECONDS, RunWatch
 from consumer.stop_signal import StopSignal
 from training.lora_config import TrainerOptions, TrainingRun
+from utils.confined import LEAST_ABI, Confinement, hide_own_memory, landlock_version
 from utils.errors import REPORTABLE, StopReason, TrainingFailed, WorkerCrashed
 from utils.events import (
     EVENTS,
@@ -30,8 +32,6 @@ from utils.events import (
     Event,
     Failed,
     Finished,
-    Progress,
-    Stage,
     Stop,
     decode,
     encode,
@@ -43,11 +43,6 @@ log = get_logger(__name__)
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
-# A child that was told to stop and does not (a hung driver) is replaced after this long.
-_STOP_PATIENCE_SECONDS = 60.0
-# Loading a base model may mean to download it first, and compiling takes minutes; a child that says
-# nothing for so many times the stall's seconds hangs all the same.
-_LONGEST_SILENCE_IN_STALLS = 12
 _POLL_SECONDS = 0.2
 REVIVE_SECONDS = 60.0
 
@@ -62,6 +57,7 @@ class TrainerProcess:
         command: Starts the child; anything that speaks `utils.events` over the two pipes will do.
         metrics: Where restarts are counted.
         secrets: Masked in what the child logs.
+        confinement: What the child cannot reach.
     """
 
     def __init__(
@@ -73,6 +69,7 @@ class TrainerProcess:
         command: Sequence[str] = (sys.executable, "-m", "training"),
         metrics: Metrics | None = None,
         secrets: Iterable[str] = (),
+        confinement: Confinement = Confinement(),
     ) -> None:
         self._metrics = metrics or Metrics()
         self._started = self._closed = False
@@ -80,7 +77,7 @@ class TrainerProcess:
         self._options = options
         self._environment = dict(environment)
         self._stall_seconds = stall_seconds
-        self._command = tuple(command)
+        self._command = tuple(confinement.command(command))
         self._redactor = Redactor(secrets)
         self._child: _Child | None = None
         self._lock = threading.Lock()
@@ -103,6 +100,7 @@ class TrainerProcess:
         with self._lock:
             if self.pid is None and not self._closed:
                 self._discard()
+                self._hide_secrets()
                 self._child = _Child(
                     self._command, self._options, self._environment, self._redactor
                 )
@@ -110,6 +108,12 @@ class TrainerProcess:
                 if self._started:
                     self._metrics.trainer_restarts.inc()
                 self._started = True
+
+    def _hide_secrets(self) -> None:
+        hide_own_memory()
+        if not self._started and landlock_version() < LEAST_ABI:
+            reason = "this kernel does not offer Landlock, so that the trainer can read .env"
+            log.warning("trainer_not_confined", reason=reason)
 
     def revive(self) -> None:
         """Replace a child that died while there was nothing to do, so that the next job need not
@@ -135,7 +139,7 @@ class TrainerProcess:
         stop: StopSignal,
         *,
         max_seconds: float,
-        patience: Callable[[], float] = lambda: _STOP_PATIENCE_SECONDS,
+        patience: Callable[[], float] = lambda: STOP_PATIENCE_SECONDS,
     ) -> Finished:
         """Train.
 
@@ -159,8 +163,8 @@ class TrainerProcess:
         child = self._child
         assert child is not None
         child.send(encode(run))
-        stop.subscribe(lambda reason: child.send(encode(Stop(reason))))
-        watch = _Watch(
+        stop.subscribe(lambda reason: child.send(encode(Stop(reason, run.task_id, run.claim))))
+        watch = RunWatch(
             stop, stall_seconds=self._stall_seconds, max_seconds=max_seconds, patience=patience
         )
         for event in child.events(watch):
@@ -195,64 +199,6 @@ class TrainerProcess:
         if self._child:
             self._child.close()
             self._child = None
-
-
-class _Watch:
-    """Judges whether a run is still alive: no verdict, or a sentence why the child has to go."""
-
-    def __init__(
-        self,
-        stop: StopSignal,
-        *,
-        stall_seconds: float,
-        max_seconds: float,
-        patience: Callable[[], float],
-    ) -> None:
-        self._stop = stop
-        self._patience = patience
-        self._stall_seconds = stall_seconds
-        self._deadline = time.monotonic() + max_seconds
-        self._stop_seen_at: float | None = None
-        self._step: int | None = None
-        self._step_at: float | None = None
-        self._heard_at = time.monotonic()
-        self.verdict: str | None = None
-
-    def saw(self, event: Event) -> None:
-        """Take note of an event. The stall clock runs only while steps are being made."""
-        self._heard_at = time.monotonic()
-        if not isinstance(event, Progress):
-            return
-        if event.stage is not Stage.TRAINING:
-            self._step = self._step_at = None
-        elif event.step != self._step:
-            # The first report only says where training starts: compiling may take minutes from
-            # there.
-            self._step_at = time.monotonic() if self._step is not None else None
-            self._step = event.step
-
-    def judge(self) -> str | None:
-        """Called now and then; asks for a stop at the deadline, and returns the verdict, if there
-        is one."""
-        now = time.monotonic()
-        if now > self._deadline:
-            self._stop.request(StopReason.TIME_LIMIT)
-        if self._step_at is not None and now - self._step_at > self._stall_seconds:
-            self.verdict = (
-                f"the trainer made no step for {self._stall_seconds:.0f} seconds and was replaced "
-                "(STALL_SECONDS); the GPU or its driver may hang"
-            )
-        if now - self._heard_at > (silence := self._stall_seconds * _LONGEST_SILENCE_IN_STALLS):
-            self.verdict = (
-                f"the trainer said nothing for {silence:.0f} seconds and was replaced "
-                f"({_LONGEST_SILENCE_IN_STALLS} times STALL_SECONDS)"
-            )
-        if self._stop.reason:
-            self._stop_seen_at = self._stop_seen_at or now
-            waited = now - self._stop_seen_at
-            if waited > _STOP_PATIENCE_SECONDS or self._patience() <= 0:
-                self.verdict = f"the trainer had not obeyed a stop after {waited:.0f} s"
-        return self.verdict
 
 
 class _Child:
@@ -314,7 +260,7 @@ class _Child:
                 while view:
                     view = view[os.write(self._runs, view) :]
 
-    def events(self, watch: _Watch) -> Iterator[Event]:
+    def events(self, watch: RunWatch) -> Iterator[Event]:
         """Events until the child's pipe ends or the watch has a verdict."""
         while watch.judge() is None:
             try:

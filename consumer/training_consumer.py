@@ -13,8 +13,8 @@ what the job wants published can be published, but subscribes again only when th
 ended: until then the broker may hand the message to another worker, who finds the job's record. A
 tag of a channel that is gone is never acknowledged.
 
-Stop order: cancel the consumers, so that nothing new is taken; wait for the handlers, who obey the
-same stop; make their publications; acknowledge or return; close, which gives back whatever is left.
+Stop order: cancel the consumers; wait for the handlers, who obey the same stop; make their
+publications; acknowledge or return; close, which gives back whatever is left.
 """
 
 from __future__ import annotations
@@ -28,34 +28,27 @@ import random
 import re
 import socket
 import ssl
+import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pika
 import pika.data
+from pika import exceptions
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
-from pika.exceptions import (
-    AMQPError,
-    AuthenticationError,
-    ChannelClosedByBroker,
-    ChannelError,
-    ConnectionWrongStateError,
-    NackError,
-    ProbableAccessDeniedError,
-    ProbableAuthenticationError,
-    ReentrancyError,
-    UnroutableError,
-)
 
 from config import Settings
+from consumer.answer_limit import AnswerLimit
 from consumer.broker_loop import BrokerLoop
+from consumer.declarations import NOT_FOUND, PRECONDITION_FAILED, Declarations
+from consumer.header_values import tolerant
 from consumer.lane import Handler, InHand, Lane
 from consumer.observer import Observer
+from consumer.outbox import Outbox
 from consumer.settlement import Action, Delivery, Publication, Queue
-from consumer.topology import QueueDeclaration, declaration
-from utils.errors import BrokerError, BrokerRefused
+from utils.errors import BrokerError, BrokerRefused, PublicationRefused, Refusal
 from utils.logger import get_logger
 
 log = get_logger(__name__)
@@ -63,35 +56,42 @@ log = get_logger(__name__)
 TURN_SECONDS = 0.25
 CONNECT_SECONDS = 10.0
 BLOCKED_SECONDS = 120.0  # a broker out of memory or disk stops reading; then try another
+ANSWER_SECONDS = 30.0  # the longest wait for a confirm or any other answer of the broker
 NO_ROUTE = 312  # AMQP's code for a message that no queue takes
+REFUSED_FORM = frozenset({311, 406, 501, 502, 505})  # AMQP's codes for a message's size and frames
+
+
+class AnswerOverdue(exceptions.AMQPConnectionError):
+    """The broker has left a request without an answer, and the connection was ended."""
+
 
 # Rows are tried from the top: pika's class, what its text must say, ours, and a sentence of ours.
 ERRORS: tuple[tuple[type[Exception], str, type[BrokerError], str], ...] = (
     (
-        ProbableAuthenticationError,
+        exceptions.ProbableAuthenticationError,
         # Without the broker's own word it may as well have been restarted during the handshake.
         r"\(403\)",
         BrokerRefused,
         "RabbitMQ refuses the login of user {user!r}: check RABBITMQ_USER and RABBITMQ_PASS",
     ),
-    (AuthenticationError, "", BrokerRefused, "RabbitMQ offers no login with name and password"),
+    (exceptions.AuthenticationError, "", BrokerRefused, "RabbitMQ offers no login by password"),
     (
-        ProbableAccessDeniedError,
+        exceptions.ProbableAccessDeniedError,
         r"\((?:403|530)\)(?!.*limit)",
         BrokerRefused,
         "RabbitMQ refuses the virtual host {vhost!r} to user {user!r}: check RABBITMQ_VHOST and "
         "the user's permissions",
     ),
     (
-        ChannelClosedByBroker,
+        exceptions.ChannelClosedByBroker,
         r"\(403\).*refused for user",
         BrokerRefused,
         "RabbitMQ user {user!r} lacks a permission for {doing}: it needs configure, write and read "
         "on '^{queue}', and write on the default exchange",
     ),
-    (AMQPError, "", BrokerError, "RabbitMQ failed while {doing}"),
-    (ChannelError, "", BrokerError, "RabbitMQ failed while {doing}"),
-    (ReentrancyError, "", BrokerError, "The AMQP client failed while {doing}"),
+    (exceptions.AMQPError, "", BrokerError, "RabbitMQ failed while {doing}"),
+    (exceptions.ChannelError, "", BrokerError, "RabbitMQ failed while {doing}"),
+    (exceptions.ReentrancyError, "", BrokerError, "The AMQP client failed while {doing}"),
     (AMQPConnectorException, "", BrokerError, "RabbitMQ could not be reached"),
     (OSError, "", BrokerError, "RabbitMQ could not be reached"),
     # How pika says that a connection was reset between its opening and its first use.
@@ -113,6 +113,8 @@ class TrainingConsumer(BrokerLoop):
         stop_seconds: How long `run` may take after that; `SHUTDOWN_GRACE_SECONDS` if None.
         observer: Is told of connections, deliveries and the queues' lengths.
         once_idle: Take one training message and stop, or stop after so many seconds without one.
+        answer_seconds: How long the broker may take for a confirm or any other answer.
+        outbox: Where others than the handlers put publications; one of its own if None.
     """
 
     def __init__(
@@ -125,45 +127,50 @@ class TrainingConsumer(BrokerLoop):
         stop_seconds: float | None = None,
         observer: Observer | None = None,
         once_idle: float | None = None,
+        answer_seconds: float = ANSWER_SECONDS,
+        outbox: Outbox | None = None,
     ) -> None:
-        limit = math.inf if once_idle is None else 1
-        lanes = [Lane(Queue.TRAINING, handle, self._wake, limit)]
+        observer = observer or Observer()
+        lane = functools.partial(Lane, wake=self._wake, observer=observer)
+        delays, limit = settings.retry_delays_seconds, math.inf if once_idle is None else 1
+        lanes = [lane(Queue.TRAINING, handle, limit=limit, crash_delays=delays)]
         if handle_ending:
-            lanes.append(Lane(Queue.ENDINGS, handle_ending, self._wake))
+            delays = settings.ending_retry_delays_seconds
+            lanes.append(lane(Queue.ENDINGS, handle_ending, crash_delays=delays))
         stop_seconds = stop_seconds or settings.shutdown_grace_seconds
-        super().__init__(lanes, stop, stop_seconds, observer, once_idle)
+        super().__init__(lanes, stop, stop_seconds, observer, once_idle, outbox)
         self._settings = settings
         self._connection: pika.BlockingConnection | None = None
         self._outgoing: BlockingChannel | None = None
         self._looking: BlockingChannel | None = None
-        self._declared: set[str] = set()
+        self._answer_seconds = answer_seconds
+        self._answered: AnswerLimit | None = None
+        self._queues = Declarations(settings.training_queue, self._attempt)
         # All that pika tells is raised too, and logged here once, without its stack traces.
         logging.getLogger("pika").setLevel(logging.CRITICAL)
 
     def _connect(self) -> None:
         self._connection = connect(self._settings)
-        with self._errors("connecting"):
-            self._connection.add_on_connection_blocked_callback(_log_blocked)
-            self._connection.add_on_connection_unblocked_callback(
-                lambda *_: log.info("broker_takes_messages_again")
-            )
+        self._answered = AnswerLimit(self._connection, self._answer_seconds, AnswerOverdue)
         self.connected = True
+        self._queues = Declarations(self._settings.training_queue, self._attempt)
+        self._queues.begin()
         for queue in Queue:
-            self._declare(self._declaration(queue))
+            self._queues.ensure(self._queues.of(queue))
         for delay in self._settings.retry_delays_seconds:
-            self._declare(self._declaration(Queue.TRAINING, delay))
+            self._queues.ensure(self._queues.of(Queue.TRAINING, delay))
         log.info("broker_connected", queue=self._settings.training_queue)
 
     def _disconnect(self) -> None:
         self.connected = self.consuming = False
         connection, self._connection = self._connection, None
         self._outgoing = self._looking = None
-        self._declared.clear()
         for lane in self._lanes:
             lane.channel = None
         if connection is not None and connection.is_open:
             with contextlib.suppress(BrokerError), self._errors("closing the connection"):
                 connection.close()
+        self._answered = None
 
     def _is_connected(self) -> bool:
         return self._connection is not None and self._connection.is_open
@@ -173,23 +180,40 @@ class TrainingConsumer(BrokerLoop):
             self._open_connection().process_data_events(time_limit=TURN_SECONDS)
 
     def _publish(self, publication: Publication) -> None:
-        target = self._declaration(publication.queue, publication.delay_seconds)
+        target = self._queues.of(publication.queue, publication.delay_seconds)
         if publication.delay_seconds is not None:
             # What leaves a delay queue for a queue that is not there is dropped without a word.
-            self._declare_again(self._declaration(publication.queue))
-        self._declare(target)
-        properties = properties_of(publication)
-        with self._errors(f"publishing to {target.name}"):
+            self._queues.ensure(self._queues.of(publication.queue), again=True)
+        self._queues.ensure(target)
+        try:
+            self._publish_to(target.name, publication.body, properties_of(publication))
+        except PublicationRefused:
+            self._queues.forget(target)  # perhaps somebody deleted it
+            raise
+
+    def _probe(self) -> None:
+        name = f"{self._settings.training_queue}.nowhere"
+        try:
+            self._publish_to(name, b"", pika.BasicProperties())
+        except PublicationRefused as error:
+            if error.refusal is not Refusal.ROUTE:
+                raise BrokerError(f"RabbitMQ takes no message at all: {error}") from error
+
+    def _publish_to(self, name: str, body: bytes, properties: pika.BasicProperties) -> None:
+        doing = f"publishing to {name}"
+        with self._errors(doing):
             if self._outgoing is None or not self._outgoing.is_open:
                 self._outgoing = self._open_connection().channel()
                 self._outgoing.confirm_delivery()
-            try:
-                self._outgoing.basic_publish(
-                    "", target.name, publication.body, properties, mandatory=True
-                )
-            except (UnroutableError, NackError):
-                self._declared.discard(target.name)  # perhaps somebody deleted it
-                raise
+        try:
+            with self._errors(doing):
+                self._outgoing.basic_publish("", name, body, properties, mandatory=True)
+        except BrokerRefused:
+            raise
+        except Exception as error:
+            # pika encodes a message before it sends any of it.
+            refusal = refusal_by(error.__cause__ if isinstance(error, BrokerError) else error)
+            raise PublicationRefused(str(error), refusal) from error
 
     def _answer(self, hand: InHand, action: Action) -> None:
         with self._errors("settling a delivery"):
@@ -201,19 +225,19 @@ class TrainingConsumer(BrokerLoop):
 
     def _look_at_queues(self) -> None:
         for queue in Queue:
-            name = self._declaration(queue).name
+            name = self._queues.of(queue).name
             with self._errors(f"looking at {name}"):
                 if self._looking is None or not self._looking.is_open:
                     self._looking = self._open_connection().channel()
                 try:
                     found = self._looking.queue_declare(name, passive=True).method
-                except ChannelClosedByBroker:
+                except exceptions.ChannelClosedByBroker:
                     continue  # it is gone: whoever needs it next declares it
                 self._observer.looked(queue, found.message_count, found.consumer_count)
 
     def _subscribe(self, lane: Lane) -> None:
-        source = self._declaration(lane.queue)
-        self._declare_again(source)  # the consumer may be gone because the queue is
+        source = self._queues.of(lane.queue)
+        self._queues.ensure(source, again=True)  # the consumer may be gone because the queue is
         with self._errors(f"subscribing to {source.name}"):
             if lane.channel is not None and lane.channel.is_open:
                 lane.channel.close()
@@ -247,35 +271,9 @@ class TrainingConsumer(BrokerLoop):
         self._observer.took(delivery)
         lane.take(delivery, method.delivery_tag)
 
-    def _declaration(self, queue: Queue, delay_seconds: float | None = None) -> QueueDeclaration:
-        return declaration(self._settings.training_queue, queue, delay_seconds)
-
-    def _declare(self, queue: QueueDeclaration) -> None:
-        """Have the queue there: ours with our arguments, the backend's as it is."""
-        if queue.name in self._declared:
-            return
-        with self._errors(f"declaring {queue.name}"):
-            try:
-                with self._open_connection().channel() as channel:
-                    channel.queue_declare(
-                        queue.name,
-                        passive=not queue.ours,
-                        durable=True,
-                        arguments=queue.arguments or None,
-                    )
-            except ChannelClosedByBroker as error:
-                if error.reply_code == 406:
-                    raise BrokerRefused(queue.conflict(error.reply_text)) from error
-                if error.reply_code != 404 or queue.ours:
-                    raise
-                # Exactly as the backend declares it, or the backend's own declaration is refused.
-                with self._open_connection().channel() as channel:
-                    channel.queue_declare(queue.name, durable=True)
-        self._declared.add(queue.name)
-
-    def _declare_again(self, queue: QueueDeclaration) -> None:
-        self._declared.discard(queue.name)
-        self._declare(queue)
+    def _attempt(self, doing: str, act: Callable[[Any], object]) -> tuple[int, str] | None:
+        with self._errors(doing):
+            return refusal_of(self._open_connection(), act, (NOT_FOUND, PRECONDITION_FAILED))
 
     def _open_connection(self) -> pika.BlockingConnection:
         if self._connection is None:
@@ -285,11 +283,15 @@ class TrainingConsumer(BrokerLoop):
     def _wake(self) -> None:
         """End the owner's wait for events; from any thread, whatever the connection's state."""
         if (connection := self._connection) is not None:
-            with contextlib.suppress(ConnectionWrongStateError):
+            with contextlib.suppress(exceptions.ConnectionWrongStateError):
                 connection.add_callback_threadsafe(lambda: None)  # it only ends a wait
 
-    def _errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        return translated(self._settings, doing)
+    @contextlib.contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        """Errors are ours, and the broker's answer is waited for no longer than the limit."""
+        limit = self._answered() if self._answered else contextlib.nullcontext()
+        with translated(self._settings, doing), limit:
+            yield
 
 
 @contextlib.contextmanager
@@ -308,6 +310,22 @@ def translated(settings: Settings, doing: str) -> Iterator[None]:
                 )
                 raise ours(f"{told} ({error!r})") from error
         raise
+
+
+def refusal_by(error: BaseException | None) -> Refusal:
+    """Why pika could not publish."""
+    match error:
+        case exceptions.UnroutableError():
+            return Refusal.ROUTE
+        case exceptions.NackError():
+            return Refusal.FULL
+        case AnswerOverdue():
+            return Refusal.UNANSWERED
+        case exceptions.ChannelClosedByBroker() | exceptions.ConnectionClosedByBroker():
+            return Refusal.FORM if error.reply_code in REFUSED_FORM else Refusal.LOST
+        case ValueError() | struct.error() | exceptions.ShortStringTooLong():
+            return Refusal.FORM
+    return Refusal.LOST
 
 
 def properties_of(publication: Publication) -> pika.BasicProperties:
@@ -331,9 +349,14 @@ def connect(settings: Settings) -> pika.BlockingConnection:
 
 
 def refusal_of(
-    connection: pika.BlockingConnection, act: Callable[[BlockingChannel], object]
+    connection: pika.BlockingConnection,
+    act: Callable[[BlockingChannel], object],
+    expected: Collection[int] = range(1000),
 ) -> tuple[int, str] | None:
     """Do something on a channel of its own, which the broker closes over what it refuses.
+
+    Args:
+        expected: Codes of refusals that are returned; others are raised, as pika's errors.
 
     Returns:
         The broker's refusal, its code and its words; None where it refused nothing.
@@ -341,9 +364,11 @@ def refusal_of(
     try:
         with connection.channel() as channel:
             act(channel)
-    except ChannelClosedByBroker as error:
+    except exceptions.ChannelClosedByBroker as error:
+        if error.reply_code not in expected:
+            raise
         return error.reply_code, error.reply_text
-    except UnroutableError:
+    except exceptions.UnroutableError:
         return NO_ROUTE, "no queue has this name"
     return None
 
@@ -372,27 +397,4 @@ def connection_parameters(settings: Settings) -> list[pika.ConnectionParameters]
     ]
 
 
-def _log_blocked(*_: Any) -> None:
-    log.warning("broker_blocks_publishers", why="it is short of memory or disk")
-
-
-def _tolerant(decode: Callable[[bytes, int], tuple[Any, int]]) -> Any:
-    """pika's reading of a header's value, less the error that costs the connection.
-
-    A time in the year 50,000, from a publisher who counts in milliseconds, is sound AMQP, and no
-    value of Python's. pika raises in mid-frame, the connection is lost, and the message comes back.
-    """
-
-    @functools.wraps(decode)
-    def decode_value(encoded: bytes, offset: int) -> tuple[Any, int]:
-        try:
-            return decode(encoded, offset)
-        except (ValueError, OverflowError, OSError):
-            if encoded[offset : offset + 1] != b"T":
-                raise
-            return None, offset + 9  # its kind, and eight bytes
-
-    return decode_value
-
-
-pika.data.decode_value = _tolerant(pika.data.decode_value)
+pika.data.decode_value = tolerant(pika.data.decode_value)

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from config import Settings
+from consumer.image_address import version_of
 from services.s3_types import S3Location
 from training.lora_config import HyperParameters
 from utils.events import from_dict
@@ -20,7 +21,8 @@ class ImageRef:
     """One picture that the message asks for.
 
     Attributes:
-        source: Its address as the message spelt it, less a query (which may be a signature).
+        source: Its address as the message spelt it, less a query (which may be a signature) but for
+            the version that it names.
         location: Bucket and key; None where no object can have this address.
         problem: Why there is none, in words an artist understands; None where there is one.
     """
@@ -28,6 +30,14 @@ class ImageRef:
     source: str
     location: S3Location | None
     problem: str | None = None
+
+    @property
+    def version_id(self) -> str | None:
+        """The object's version that is meant; None for the present one.
+
+        Part of the source, and no field: earlier releases refuse a record with unknown fields.
+        """
+        return version_of(self.source) if self.location else None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,7 +113,8 @@ class TrainingJob:
 
 def from_understood(values: dict[str, Any], settings: Settings) -> TrainingJob:
     """The job that `TrainingJob.understood` wrote down; it keeps the hyper-parameters that it was
-    understood with.
+    understood with. What a newer worker wrote beside them means nothing to this one: a job that
+    cannot do without says so by its record's `min_level`.
 
     Args:
         values: From the job record.
@@ -115,7 +126,7 @@ def from_understood(values: dict[str, Any], settings: Settings) -> TrainingJob:
     if "hyper_parameters" not in values:
         defaults = settings.hyper_parameters(**values.get("parameters", {}))
         values = values | {"hyper_parameters": dataclasses.asdict(defaults)}
-    job = from_dict(TrainingJob, values)
+    job = from_dict(TrainingJob, values, tolerant=True)
     return dataclasses.replace(job, body=to_message(job))
 
 
@@ -144,6 +155,10 @@ def to_message(job: TrainingJob) -> bytes:
 def _places(images: tuple[ImageRef, ...]) -> list[Any]:
     """Where pictures lie, however their addresses are spelt."""
     return [
-        [image.location.bucket, image.location.key] if image.location else image.source
+        (
+            [image.location.bucket, image.location.key, *filter(None, [image.version_id])]
+            if image.location
+            else image.source
+        )
         for image in images
     ]

@@ -26,6 +26,10 @@ class WorkFolder:
     Args:
         root: `WORK_DIR`; None for a folder in the system's place for temporary files.
 
+    Attributes:
+        path: The process's folder.
+        temporary: The trainer's folder for temporary files, which goes with this process.
+
     Raises:
         ConfigurationError: The folder cannot be written.
     """
@@ -36,6 +40,8 @@ class WorkFolder:
             self._root.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             self.path = Path(tempfile.mkdtemp(prefix="worker-", dir=self._root))
+            self.temporary = self.path / "tmp"
+            self.temporary.mkdir()
             # Held open on purpose; the kernel lets go of the lock however the process ends.
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

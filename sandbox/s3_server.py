@@ -3,6 +3,8 @@
 moto checks an `If-Match` and writes afterwards without a lock in between, so two writers can both
 win, and a listing breaks over an object that is deleted meanwhile. Here every request that changes
 or lists something waits for its turn, so that a race has one winner, as on S3 itself.
+
+moto also ignores `x-amz-copy-source-if-match`; here a copy of another version is refused, as on S3.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import unquote
 
 import boto3
 from botocore.config import Config
@@ -105,7 +108,28 @@ class OneWriterAtATime:
             start_response("400 Bad Request", [("Content-Type", "application/xml")])
             return [b"<Error><Code>BadDigest</Code><Message>SHA-256 mismatch</Message></Error>"]
         with self._turn:
+            if self._is_copy_of_another_version(environ):
+                start_response("412 Precondition Failed", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>PreconditionFailed</Code><Message>ETag</Message></Error>"]
             return list(self._application(environ, start_response))
+
+    def _is_copy_of_another_version(self, environ: _Environ) -> bool:
+        wanted = environ.get("HTTP_X_AMZ_COPY_SOURCE_IF_MATCH")
+        if not wanted:
+            return False
+        source = "/" + unquote(environ["HTTP_X_AMZ_COPY_SOURCE"]).lstrip("/")
+        head = {name: value for name, value in environ.items() if "AMZ_COPY" not in name}
+        head |= {"REQUEST_METHOD": "HEAD", "PATH_INFO": source, "RAW_URI": source}
+        head |= {"REQUEST_URI": source, "CONTENT_LENGTH": "0", "wsgi.input": io.BytesIO()}
+        found: dict[str, str] = {}
+
+        def keep(_status: str, headers: list[tuple[str, str]], *_: Any) -> None:
+            found.update({name.lower(): value for name, value in headers})
+
+        for _ in self._application(head, keep):
+            pass
+        # A source that does not exist is refused by moto itself.
+        return "etag" in found and found["etag"].strip('"') != wanted.strip('"')
 
 
 def _read_body(environ: _Environ) -> bytes:

@@ -26,10 +26,14 @@ class WorkerProcess:
             the project's `.env` say of others does not reach it, but for `KEPT`.
         folder: Folder in which the worker runs.
         log: File that receives all that the worker writes.
+        code: Folder of the program; another release's, to run two of them side by side.
     """
 
-    def __init__(self, settings: Mapping[str, str], *, folder: Path, log: Path) -> None:
+    def __init__(
+        self, settings: Mapping[str, str], *, folder: Path, log: Path, code: Path = ROOT
+    ) -> None:
         self.log = log
+        self._code = code
         self._folder = folder
         self._environment = {
             name: value
@@ -85,7 +89,7 @@ class WorkerProcess:
         output: IO[bytes]
         with self.log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, str(ROOT / "main.py"), "worker"],
+                [sys.executable, str(self._code / "main.py"), "worker"],
                 cwd=self._folder,  # where no `.env` lies
                 env=self._environment,
                 stdin=subprocess.DEVNULL,

@@ -6,6 +6,7 @@ import dataclasses
 import uuid
 from collections.abc import Callable
 
+from services.s3_errors import NotSupported
 from services.s3_service import S3Location, S3Service
 from utils.errors import PreconditionFailed, StorageError
 from utils.logger import get_logger
@@ -30,19 +31,21 @@ class ConditionalSupport:
         """Whether records are safe here."""
         return self.create and self.replace
 
+    @property
+    def missing(self) -> str:
+        """The conditions that are not honoured, by their headers; empty where there are none."""
+        conditions = (("If-None-Match", self.create), ("If-Match", self.replace))
+        return " and ".join(name for name, works in conditions if not works)
+
     def explain(self) -> str:
         """What follows from it, in a sentence for ops."""
         if self.complete:
             return "The store honours conditional writes: no job is trained by two workers at once."
-        missing = [
-            name
-            for name, works in (("If-None-Match", self.create), ("If-Match", self.replace))
-            if not works
-        ]
         return (
-            f"The store ignores {' and '.join(missing)}. With more than one worker a job may be "
-            "trained twice, and a worker that slept may overwrite another's record. Run a single "
-            "worker, or use a store that honours conditional writes, as AWS S3 does."
+            f"The store does not honour {self.missing}. With more than one worker "
+            "a job may be trained twice, and a worker that slept may overwrite another's record. "
+            "Use a store that honours conditional writes (AWS S3, MinIO, Cloudflare R2, Ceph from "
+            "Squid on)."
         )
 
 
@@ -59,18 +62,33 @@ def probe(s3: S3Service, bucket: str, prefix: str = "jobs/") -> ConditionalSuppo
     """
     # No task id begins with a dot, and the sweep looks at `.json` alone.
     location = S3Location(bucket, f"{prefix}.probe-{uuid.uuid4()}")
-    first = s3.create(location, b"first")
     try:
-        create = _is_refused(lambda: s3.create(location, b"second"))
+        create, first = _creates(s3, location)
         present = s3.read(location).etag
-        s3.replace(location, b"third", present)
-        replace = _is_refused(lambda: s3.replace(location, b"fourth", first))
-        return ConditionalSupport(create=create, replace=replace)
+        return ConditionalSupport(create=create, replace=_replaces(s3, location, present, first))
     finally:
         try:
             s3.delete(bucket, [location.key])
         except StorageError as error:
             log.warning("probe_not_removed", key=location.key, error=str(error))
+
+
+def _creates(s3: S3Service, location: S3Location) -> tuple[bool, str]:
+    """Whether a second `create` is refused, and the version that the object has had first."""
+    try:
+        first = s3.create(location, b"first")
+    except NotSupported:  # the store knows the header, and refuses it
+        return False, s3.write(location, b"first")
+    return _is_refused(lambda: s3.create(location, b"second")), first
+
+
+def _replaces(s3: S3Service, location: S3Location, present: str, first: str) -> bool:
+    """Whether `replace` writes over the present version, and over no other."""
+    try:
+        s3.replace(location, b"a third", present)
+    except (NotSupported, PreconditionFailed):
+        return False
+    return _is_refused(lambda: s3.replace(location, b"fourth", first))
 
 
 def _is_refused(write: Callable[[], str]) -> bool:

@@ -8,12 +8,42 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import enum
 import json
 import uuid
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from utils.errors import StorageError
-from utils.events import from_dict
+from utils.errors import DamagedRecord, NewerRecord
+from utils.events import UNKNOWN, from_dict
+
+VERSION = 1
+"""The version of the records' form that this worker writes, and the highest that it reads."""
+
+
+def later(default: Any) -> Any:
+    """A field that the first release of the records does not have and refuses to read.
+
+    It is written only where it differs from its default, so that an older worker can take over
+    every record that does not need it.
+    """
+    # pylint: disable-next=invalid-field-call  # called where a field is declared
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
+def beside(default: float) -> Any:
+    """A number that is kept in the object's own metadata, beside the record.
+
+    Older workers read the record without it, and drop it when they write.
+    """
+    # pylint: disable-next=invalid-field-call
+    return dataclasses.field(default=default, metadata={"beside": True})
+
+
+def unknown_fields() -> Any:
+    """The field that keeps what a newer version wrote and this one does not know."""
+    # pylint: disable-next=invalid-field-call
+    return dataclasses.field(default_factory=dict, metadata={"later": True}, repr=False)
 
 
 def utc_now() -> str:
@@ -48,6 +78,7 @@ class Hold:
     revision: int = 0
     nonce: str = ""
     written_at: str = ""
+    unknown: dict[str, Any] = unknown_fields()
 
     @property
     def silence(self) -> float:
@@ -80,12 +111,13 @@ class Hold:
 class HeldRecord:
     """What every record has: its hold, and the version of its form.
 
-    A later version may add fields with defaults and reads older records; an older worker refuses a
-    newer record instead of dropping what it does not know.
+    A later version may add fields with defaults (`later`). A reader keeps the fields that it does
+    not know and writes them back. A change that an older worker must not touch raises `version`.
     """
 
     hold: Hold
-    version: int = 1
+    version: int = VERSION
+    unknown: dict[str, Any] = unknown_fields()
 
 
 R = TypeVar("R", bound=HeldRecord)
@@ -97,25 +129,74 @@ def stamped(record: R) -> R:
 
 
 def encode(record: HeldRecord) -> bytes:
-    """The record as JSON that a person can read too."""
-    return json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False).encode()
+    """The record as JSON that a person can read too, less the numbers kept beside it."""
+    return json.dumps(_plain(record), indent=1, ensure_ascii=False).encode()
 
 
-def decode(kind: type[R], body: bytes, key: str) -> R:
+def numbers_beside(record: HeldRecord) -> dict[str, str]:
+    """The record's numbers that are kept in the object's metadata, by their names there."""
+    return {
+        _metadata_name(field): repr(value)
+        for field in dataclasses.fields(record)
+        if field.metadata.get("beside") and (value := getattr(record, field.name)) != field.default
+    }
+
+
+def decode(kind: type[R], body: bytes, key: str, metadata: Mapping[str, str] | None = None) -> R:
     """The record that `encode` wrote.
 
     Args:
         kind: The record's class.
         body: The object's bytes.
         key: Its key, for the message.
+        metadata: The object's own metadata, with the numbers that are kept beside the record.
 
     Raises:
-        StorageError: The object is not such a record, or one of a newer worker's.
+        NewerRecord: A newer worker wrote it in a form that this one must not touch.
+        DamagedRecord: The object is not such a record.
     """
     try:
-        return from_dict(kind, json.loads(body))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise StorageError(
-            f"The record {key} cannot be read: it is damaged, or a newer worker wrote it and this "
-            f"one needs an update ({error})."
-        ) from error
+        values = json.loads(body)
+        version = values.get("version", VERSION)
+        if isinstance(version, int) and version > VERSION:
+            raise NewerRecord(
+                f"The record {key} has version {version} and this worker reads up to {VERSION}. "
+                "Update the worker."
+            )
+        return from_dict(kind, values | _numbers(kind, metadata or {}))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise DamagedRecord(f"The record {key} cannot be read: it is damaged ({error}).") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of a record: without what an older version need not know, with the unknown."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        plain = {}
+        for field in dataclasses.fields(value):
+            part = getattr(value, field.name)
+            if field.name == UNKNOWN or field.metadata.get("beside"):
+                continue
+            if field.metadata.get("later") and part == field.default:
+                continue
+            plain[field.name] = _plain(part)
+        return plain | getattr(value, UNKNOWN, {})
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, enum.Enum) else value
+
+
+def _numbers(kind: type[HeldRecord], metadata: Mapping[str, str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for field in dataclasses.fields(kind):
+        text = metadata.get(_metadata_name(field)) if field.metadata.get("beside") else None
+        if text is not None:
+            read: Callable[[str], float] = int if isinstance(field.default, int) else float
+            try:
+                found[field.name] = read(text)
+            except ValueError:
+                continue  # it only counts; the record itself is whole
+    return found
+
+
+def _metadata_name(field: dataclasses.Field[Any]) -> str:
+    return field.name.replace("_", "-")

@@ -11,6 +11,10 @@ A record lives like this, each arrow one conditional write:
 A person may send a job back: one that failed, and of which the backend has heard, is released as it
 was before its ending; an ending that was set aside has its delivery pending again.
 
+A copy of the message that belongs in the dead queue is owed (`owed`) from the write that decides on
+it until the broker has confirmed it. A record that owes one is not settled, so that any worker
+makes up for a worker that died in between.
+
 **How attempts are counted.** `attempts` is the number of attempts in a row that are over and made
 no new checkpoint. An attempt is judged when it is over, not when it begins:
 
@@ -30,13 +34,17 @@ import enum
 import uuid
 from typing import Any
 
-from services.hold import HeldRecord, Hold, utc_now
+from services.hold import HeldRecord, Hold, beside, later, unknown_fields, utc_now
 
 CHECKPOINTS_KEPT = 3
 SEQUENCES_PER_CLAIM = 1_000_000
 INVALID_PREFIX = "invalid/"
+PROTOCOL_LEVEL = 1
+"""The newest features of messages and records that this worker understands. A message that needs
+newer ones says so in the header `x-min-level`, and its record in `min_level`."""
 _RUNS = uuid.UUID("6f1d3a52-3a0e-5a6c-9d27-5b0f6b6f3f4e")
-_LONGEST_BACKOFF = 8
+_SWEEP_GROWTH = 8
+_LONGEST_SILENCE_SECONDS = 86_400.0
 
 
 class State(enum.StrEnum):
@@ -53,6 +61,9 @@ class Delivery(enum.StrEnum):
     PENDING = "pending"
     DELIVERED = "delivered"
     SET_ASIDE = "set_aside"
+
+
+_FINAL = (Delivery.DELIVERED, Delivery.SET_ASIDE)
 
 
 class EndingKind(enum.StrEnum):
@@ -80,6 +91,7 @@ class Checkpoint:
     step: int
     prefix: str
     claim: int
+    unknown: dict[str, Any] = unknown_fields()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,6 +110,7 @@ class Ending:
     code: str | None = None
     webhook_id: str = dataclasses.field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
     at: str = dataclasses.field(default_factory=utc_now)
+    unknown: dict[str, Any] = unknown_fields()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,6 +121,23 @@ class LastError:
     message: str
     claim: int
     at: str = dataclasses.field(default_factory=utc_now)
+    unknown: dict[str, Any] = unknown_fields()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OwedCopy:
+    """A copy of the message that the dead queue is to get, and does not have for certain.
+
+    Attributes:
+        code: One of `utils.errors.ErrorCode`.
+        message: Why, for a person.
+        attempts: Attempts made.
+    """
+
+    code: str
+    message: str
+    attempts: int
+    unknown: dict[str, Any] = unknown_fields()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,6 +152,7 @@ class JobRequest:
         webhook_url: Where the backend wants to hear of it, as allowed.
         id_is_derived: The id was derived from the body, so the same body later may be a new job.
         ending: For a message that can never become a job: its ending, known from the start.
+        min_level: The lowest protocol level of a worker that understands the message.
     """
 
     task_id: str
@@ -131,6 +162,7 @@ class JobRequest:
     webhook_url: str | None = None
     id_is_derived: bool = False
     ending: Ending | None = None
+    min_level: int = 0
 
     def run(self, count: int) -> JobRequest:
         """The same request as the `count`-th repetition of its body; 0 is the first."""
@@ -164,6 +196,12 @@ class JobRecord(HeldRecord):
         checkpoints: The last few to resume from, newest last.
         sweeps: How often the record was found abandoned since somebody last claimed it.
         ended_at: For people. How long ago it ended is judged by S3's dates.
+        owed: The copy that the dead queue is still to get.
+        min_level: The lowest protocol level of a worker that may claim the job.
+        seconds_run: How long workers have held the live job in all, up to the last write.
+        rejections: How often in a row a machine could not do the job and left it to another.
+        epoch_seen, loss_seen, seconds_left: How far the live job was at the last write, for people:
+            completed epochs, the loss, and the time that was left. 0 where it is not known.
     """
 
     task_id: str
@@ -184,6 +222,13 @@ class JobRecord(HeldRecord):
     sweeps: int = 0
     created_at: str = ""
     ended_at: str | None = None
+    owed: OwedCopy | None = later(None)
+    min_level: int = later(0)
+    seconds_run: float = beside(0.0)
+    rejections: int = beside(0)
+    epoch_seen: int = beside(0)
+    loss_seen: float = beside(0.0)
+    seconds_left: float = beside(0.0)
 
     @classmethod
     def new(cls, request: JobRequest, owner: str, lease_seconds: float) -> JobRecord:
@@ -196,6 +241,7 @@ class JobRecord(HeldRecord):
             message=request.message,
             webhook_url=request.webhook_url,
             id_is_derived=request.id_is_derived,
+            min_level=request.min_level,
             created_at=utc_now(),
         )
         return record.ended(request.ending) if request.ending else record
@@ -216,9 +262,15 @@ class JobRecord(HeldRecord):
         return self.attempts + (0 if self.fruitful else 1)
 
     @property
+    def ordered_at(self) -> str:
+        """When the job was ordered: as its message says, else when it was claimed first."""
+        said = self.message.get("created_at")
+        return said if isinstance(said, str) and said else self.created_at
+
+    @property
     def is_settled(self) -> bool:
         """Nothing is written to this record again, unless a person sends the job back."""
-        return self.delivery in (Delivery.DELIVERED, Delivery.SET_ASIDE)
+        return self.delivery in _FINAL and self.owed is None
 
     def claimed(self, owner: str, lease_seconds: float) -> JobRecord:
         """Taken by `owner`: when it was released, or when its holder has gone silent.
@@ -229,7 +281,15 @@ class JobRecord(HeldRecord):
         if not self.hold.released:
             free = self.released(count_attempt=self.hold.owner != owner)
         hold = free.hold.taken(owner, lease_seconds)
-        return dataclasses.replace(free, hold=hold, fruitful=False, sweeps=0)
+        return dataclasses.replace(
+            free,
+            hold=hold,
+            fruitful=False,
+            sweeps=0,
+            epoch_seen=0,
+            loss_seen=0.0,
+            seconds_left=0.0,
+        )
 
     def with_checkpoint(self, checkpoint: Checkpoint) -> JobRecord:
         """A checkpoint is complete on S3.
@@ -245,32 +305,57 @@ class JobRecord(HeldRecord):
             furthest_step=max(self.furthest_step, checkpoint.step),
             fruitful=self.fruitful or further,
             attempts=0 if further else self.attempts,
+            rejections=0,
         )
 
-    def ended(self, ending: Ending) -> JobRecord:
-        """The job's last word; a job has one, so that of an ended job stays."""
+    def ended(self, ending: Ending, owed: OwedCopy | None = None) -> JobRecord:
+        """The job's last word; a job has one, so that of an ended job stays.
+
+        Args:
+            ending: The last word.
+            owed: The copy of the message that the dead queue is to get.
+        """
         if self.state is State.ENDED:
             return self
         return dataclasses.replace(
-            self, state=State.ENDED, ending=ending, delivery=Delivery.PENDING, ended_at=ending.at
+            self,
+            state=State.ENDED,
+            ending=ending,
+            delivery=Delivery.PENDING,
+            ended_at=ending.at,
+            owed=owed,
         )
 
-    def settled(self, delivery: Delivery, detail: str | None = None) -> JobRecord:
-        """The ending was delivered, or set aside where nobody takes it; the record is finished.
+    def settled(
+        self, delivery: Delivery, detail: str | None = None, owed: OwedCopy | None = None
+    ) -> JobRecord:
+        """The ending was delivered, or set aside where nobody takes it.
+
+        The record is finished and free, unless it owes the dead queue a copy.
+
+        Args:
+            delivery: How it ended up.
+            detail: What the backend answered.
+            owed: The copy that the dead queue is to get of an ending that is set aside.
 
         Raises:
             ValueError: The job has not ended, or `delivery` settles nothing.
         """
-        if self.state is not State.ENDED or delivery not in (
-            Delivery.DELIVERED,
-            Delivery.SET_ASIDE,
-        ):
+        if self.state is not State.ENDED or delivery not in _FINAL:
             raise ValueError(f"a job that is {self.state} cannot be settled as {delivery}")
-        if self.is_settled:
+        if self.delivery in _FINAL:
             return self
-        return dataclasses.replace(
-            self, hold=self.hold.dropped(), delivery=delivery, delivery_detail=detail
+        return _free_if_settled(
+            dataclasses.replace(
+                self, delivery=delivery, delivery_detail=detail, owed=owed or self.owed
+            )
         )
+
+    def paid(self) -> JobRecord:
+        """The dead queue has the copy that it was owed."""
+        if self.owed is None:
+            return self
+        return _free_if_settled(dataclasses.replace(self, owed=None))
 
     def reopened(self) -> JobRecord:
         """A failed job, sent back for a fresh attempt, from the newest checkpoint that is left.
@@ -278,11 +363,14 @@ class JobRecord(HeldRecord):
         What the backend was told stays told: the attempt has an ending of its own, under an id of
         its own, and the next claim's number makes its `sequence` a later one.
 
+        A copy that the dead queue was still owed is owed no more.
+
         Raises:
             ValueError: The job has not failed, or the backend has yet to hear that it did.
         """
         ending = self.ending
-        if ending is None or ending.kind is not EndingKind.FAILED or not self.is_settled:
+        told = self.delivery in _FINAL
+        if ending is None or ending.kind is not EndingKind.FAILED or not told:
             raise ValueError(f"a job that is {self.state} ({self.delivery}) cannot be reopened")
         reason = str(ending.body.get("error_message", ""))
         return dataclasses.replace(
@@ -297,6 +385,12 @@ class JobRecord(HeldRecord):
             last_error=LastError(ending.code or "", reason, claim=self.claim, at=ending.at),
             sweeps=0,
             ended_at=None,
+            owed=None,
+            seconds_run=0.0,
+            rejections=0,
+            epoch_seen=0,
+            loss_seen=0.0,
+            seconds_left=0.0,
         )
 
     def to_be_told_again(self) -> JobRecord:
@@ -312,13 +406,26 @@ class JobRecord(HeldRecord):
             hold=self.hold.dropped(),
             delivery=Delivery.PENDING,
             delivery_detail=None,
+            owed=None,
             sweeps=0,
         )
 
     def released(
-        self, *, count_attempt: bool, error: LastError | None = None, quiet_seconds: float = 0.0
+        self,
+        *,
+        count_attempt: bool,
+        error: LastError | None = None,
+        quiet_seconds: float = 0.0,
+        rejected: bool = False,
     ) -> JobRecord:
-        """Given back by its holder; see the module's text for what counts."""
+        """Given back by its holder; see the module's text for what counts.
+
+        Args:
+            count_attempt: The attempt failed.
+            error: Why.
+            quiet_seconds: How long it is normal that nobody takes the record.
+            rejected: The machine could not do the job and leaves it to another.
+        """
         if self.hold.released:
             return self
         counts = count_attempt and self.state is State.LIVE
@@ -327,14 +434,22 @@ class JobRecord(HeldRecord):
             hold=self.hold.dropped(quiet_seconds),
             attempts=self.attempts_with_this if counts else self.attempts,
             last_error=error or self.last_error,
+            rejections=self.rejections + 1 if rejected else self.rejections,
         )
 
     def swept(self) -> JobRecord:
         """Found abandoned, and about to be published again.
 
-        The silence that is normal afterwards doubles each time: the message may be waiting behind
-        hours of other jobs.
+        The silence that is normal afterwards grows eightfold each time, up to a day: the message
+        may be waiting behind hours of other jobs, and each copy of it may start a worker.
         """
         free = self.released(count_attempt=True)
-        quiet = free.hold.lease_seconds * 2 ** min(free.sweeps, _LONGEST_BACKOFF)
-        return dataclasses.replace(free, hold=free.hold.dropped(quiet), sweeps=free.sweeps + 1)
+        quiet = free.hold.lease_seconds * _SWEEP_GROWTH ** min(free.sweeps, 10)
+        hold = free.hold.dropped(min(quiet, _LONGEST_SILENCE_SECONDS))
+        return dataclasses.replace(free, hold=hold, sweeps=free.sweeps + 1)
+
+
+def _free_if_settled(record: JobRecord) -> JobRecord:
+    if not record.is_settled:
+        return record
+    return dataclasses.replace(record, hold=record.hold.dropped())

@@ -6,6 +6,7 @@ other lock, and no worker's clock is trusted but one's own monotonic one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -15,30 +16,33 @@ from services.hold import stamped
 from services.job_lease import JobLease
 from services.job_record import (
     INVALID_PREFIX,
+    PROTOCOL_LEVEL,
     Ending,
     JobRecord,
     JobRequest,
     State,
 )
+from services.record_index import RecordIndex, cancel_file_at, record_at
 from services.record_object import Expiry, RecordObject, Version
-from services.s3_service import S3Location, S3Service
-from utils.errors import PreconditionFailed, StorageError
+from services.s3_service import S3Service
+from utils.errors import NewerRecord, PreconditionFailed, StorageError
 from utils.logger import get_logger
 
 log = get_logger(__name__)
 
-FOLDER = "jobs/"
+__all__ = [
+    "Claim",
+    "Claimed",
+    "Ended",
+    "HeldElsewhere",
+    "JobRecords",
+    "OtherBody",
+    "Unclaimed",
+    "cancel_file_at",
+    "record_at",
+]
+
 _RACES = 10
-
-
-def record_at(bucket: str, task_id: str) -> S3Location:
-    """Where a job's record lies."""
-    return S3Location(bucket, f"{FOLDER}{task_id}.json")
-
-
-def cancel_file_at(bucket: str, task_id: str) -> S3Location:
-    """Where the file lies that cancels a job."""
-    return S3Location(bucket, f"{FOLDER}{task_id}.cancel")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,6 +58,14 @@ class HeldElsewhere:
 
     record: JobRecord
     wait_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unclaimed:
+    """The job is live and nobody holds it; `seconds_silent`: since the last write, by S3."""
+
+    record: JobRecord
+    seconds_silent: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,6 +104,7 @@ class JobRecords:
         self._owner = owner
         self._lease_seconds = lease_seconds
         self._expiry = Expiry()
+        self._index = RecordIndex(s3, bucket)
         # Claims of this process whose answer never came: key -> nonce. Should one turn up, it is
         # ours and unattended.
         self._unanswered: dict[str, str] = {}
@@ -119,6 +132,7 @@ class JobRecords:
                 worker's own copy: never.
 
         Raises:
+            DamagedRecord, NewerRecord: The record cannot be used.
             StorageError: S3 cannot be used. Nothing is lost: the job can be claimed again, by this
                 worker at once.
         """
@@ -171,27 +185,40 @@ class JobRecords:
         )
         outcome = self.claim(request, new_run_after=new_run_after)
         if isinstance(outcome, Ended):
-            return self.adopt_ending(outcome.record.task_id) or outcome
+            adopted = self.adopt_ending(outcome.record.task_id)
+            return adopted if isinstance(adopted, (Claimed, HeldElsewhere)) else outcome
         return outcome
 
-    def adopt_ending(self, task_id: str) -> Claimed | HeldElsewhere | None:
-        """Take an ended job to deliver its ending, which stays as it is.
+    def adopt_ending(self, task_id: str) -> Claimed | HeldElsewhere | Unclaimed | None:
+        """Take an ended job to deliver its ending, which stays as it is, and what else it owes.
 
         Returns:
-            None where there is nothing to deliver: no record, not ended, or settled.
+            `Claimed` for an ended job that is not settled. `HeldElsewhere` and `Unclaimed` for a
+            live job too, which is left alone. None where there is nothing to do: no record, or a
+            settled one.
 
         Raises:
+            DamagedRecord, NewerRecord: The record cannot be used.
             StorageError: S3 cannot be used.
         """
         target = self._target(task_id)
         for _ in range(_RACES):
             version = target.read()
-            if not version or version.record.state is State.LIVE or version.record.is_settled:
+            if not version or version.record.is_settled:
                 return None
+            if version.record.state is State.LIVE:
+                if wait_seconds := self._expiry.wait_seconds(target.location.key, version):
+                    return HeldElsewhere(version.record, wait_seconds)
+                return Unclaimed(version.record, version.age_seconds)
             outcome = self._take(target, version)
             if outcome is not None:
                 return outcome
         raise StorageError(f"The record {target.location.key} changes too fast; try again.")
+
+    def forget(self, task_id: str) -> None:
+        """Take a settled record off the index; what fails here is left for the sweep."""
+        with contextlib.suppress(StorageError):
+            self._index.remove(task_id)
 
     def cancel_requested(self, task_id: str) -> bool:
         """Whether somebody has put `jobs/{task_id}.cancel` there.
@@ -208,10 +235,17 @@ class JobRecords:
             if version is None:
                 if not create:
                     return None
+                self._index.add(request.task_id)
                 fresh = JobRecord.new(request, self._owner, self._lease_seconds)
                 outcome: Claim | None = self._write_claim(target, fresh, None)
             elif version.record.identity != request.identity:
                 return OtherBody(version.record)
+            elif version.record.min_level > PROTOCOL_LEVEL:
+                raise NewerRecord(
+                    f"Job {request.task_id} needs a worker of protocol level "
+                    f"{version.record.min_level} and this one has level {PROTOCOL_LEVEL}. "
+                    "Update the worker."
+                )
             elif version.record.state is State.ENDED:
                 return Ended(version.record, version.age_seconds)
             else:

@@ -1,9 +1,9 @@
 """A person sends back a job that has ended: the only change that a settled record ever sees.
 
 By conditional writes, as everything that changes a record: a worker that comes in between wins, and
-the record is looked at anew. The record is written first and its `.settled` mark removed after it
-(see `services.record_sweep`), the message published last: whoever dies in between leaves a record
-that the sweep publishes, or one that can be sent back again.
+the record is read again. The record is put on the index of live ones and written, and its
+`.settled` mark removed after it (see `services.record_index`), the message published last: whoever
+dies in between leaves a record that the sweep publishes, or one that can be sent back again.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 from services.hold import stamped
 from services.job_record import Delivery, EndingKind, JobRecord, State
-from services.job_records import cancel_file_at, record_at
+from services.record_index import RecordIndex, cancel_file_at, record_at
 from services.record_object import RecordObject
-from services.record_sweep import settled_mark
 from services.s3_service import S3Service
 from utils.errors import PreconditionFailed, StorageError
 from utils.logger import get_logger
@@ -52,7 +51,7 @@ def reopen(s3: S3Service, bucket: str, task_id: str, *, identity: str) -> JobRec
             return record
         if record.ending is not None and record.ending.kind is EndingKind.COMPLETE:
             raise CannotReopen("it has completed since, and its model is in place")
-        if not record.is_settled:
+        if record.delivery is Delivery.PENDING:
             raise CannotReopen("the backend has not heard yet that it failed; wait until it has")
         return record.reopened()
 
@@ -87,6 +86,7 @@ def _change(
     s3: S3Service, bucket: str, task_id: str, change: Callable[[JobRecord], JobRecord]
 ) -> JobRecord | None:
     target = RecordObject(s3, record_at(bucket, task_id), JobRecord)
+    index = RecordIndex(s3, bucket)
     for _ in range(_RACES):
         version = target.read()
         if version is None:
@@ -94,13 +94,13 @@ def _change(
         record = change(version.record)
         if record is not version.record:
             record = stamped(record)
+            index.add(task_id)
             try:
                 target.write(record, version.etag)
             except PreconditionFailed:
                 continue  # somebody was faster: the record says what is so now
             log.info("job_sent_back", task_id=task_id, state=record.state)
         # Also where there was nothing to change: an earlier call may have died before this.
-        mark = settled_mark(target.location)
-        s3.delete(mark.bucket, [mark.key])
+        index.reopen(task_id)
         return record
     raise StorageError(f"The record {target.location.key} changes too fast; try again.")

@@ -131,7 +131,7 @@ class Lease(Generic[R]):
             self.check()
             changed = change(self._record)
             if changed is not self._record:
-                self._write(stamped(changed), deadline)
+                self._write(self._stamped(changed), deadline)
             return self._record
         finally:
             self._writing.release()
@@ -142,11 +142,15 @@ class Lease(Generic[R]):
         Raises:
             LeaseLost: See `update`.
         """
-        self.update(stamped)
+        self.update(self._stamped)
 
     def after_renewal(self) -> None:
         """Called in the renewing thread when a renewal was due, also where some other change had
         made it; for subclasses."""
+
+    def _stamped(self, record: R) -> R:
+        """The record as it is about to be written; for subclasses."""
+        return stamped(record)
 
     def _wait_for_turn(self, deadline: float) -> None:
         # The write in hand may hang in the network, so it is waited for while the hold is certain,
@@ -161,8 +165,10 @@ class Lease(Generic[R]):
 
     def _write(self, record: R, deadline: float) -> None:
         pause = min(_LONGEST_PAUSE_SECONDS, record.hold.lease_seconds / 20)
+        # The first try may have been the one that S3 took, though its answer was lost: the lease
+        # began then, and not with the try that finds it written.
+        began_at = time.monotonic()
         while True:
-            began_at = time.monotonic()
             try:
                 etag = self._target.write(record, self._etag)
             except PreconditionFailed as error:

@@ -10,10 +10,18 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
-from services.s3_types import FetchedPicture, PictureRequest, S3Location, StoredObject
+from services.s3_errors import VersionNotServed
+from services.s3_types import (
+    FetchedPicture,
+    ObjectInfo,
+    PictureRequest,
+    S3Location,
+    StoredObject,
+)
 from utils.captions import MAX_CAPTION_BYTES, TOO_LARGE, CaptionText, read_caption
 from utils.errors import AccessDenied, ObjectNotFound, ObjectTooLarge
 from utils.logger import get_logger
+from utils.sizes import spoken
 
 log = get_logger(__name__)
 
@@ -21,6 +29,7 @@ AT_ONCE = 8
 
 NOT_FOUND = "could not be found in storage"
 REFUSED = "could not be read: storage refuses access to it"
+NO_VERSIONS = "names a version that this storage does not give"
 STOPPED = "was not fetched, because the job was stopped"
 
 
@@ -34,11 +43,15 @@ class Store(Protocol):
         *,
         max_bytes: int | None = None,
         watch: Callable[[], None] = ...,
+        version_id: str | None = None,
     ) -> int:
         """Write an object into a local file; `watch` is called now and then and may raise."""
 
     def read(self, location: S3Location, *, max_bytes: int = ...) -> StoredObject:
         """A small object, whole."""
+
+    def head(self, location: S3Location, *, version_id: str | None = None) -> ObjectInfo:
+        """Facts about an object, without its body."""
 
 
 class _GivenUp(Exception):
@@ -85,6 +98,42 @@ def fetch_pictures(
     return fetched
 
 
+def object_sizes(
+    store: Store, objects: Sequence[tuple[S3Location, str | None]], *, stop: Callable[[], bool]
+) -> tuple[int, ...]:
+    """Ask for the sizes of objects, several at a time; nothing is downloaded.
+
+    Args:
+        store: The storage.
+        objects: Where each is, and which version of it is meant; None for the present one.
+        stop: Asked before each request; once true, the rest count as 0.
+
+    Returns:
+        Bytes of each, in order; 0 for an object that is missing or forbidden.
+
+    Raises:
+        StorageError: S3 as a whole is in trouble.
+    """
+    over = threading.Event()
+
+    def size(wanted: tuple[S3Location, str | None]) -> int:
+        if over.is_set() or stop():
+            return 0
+        try:
+            location, version_id = wanted
+            return store.head(location, version_id=version_id).size
+        except (ObjectNotFound, AccessDenied):
+            return 0
+
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="picture-size") as pool:
+        futures = [pool.submit(contextvars.copy_context().run, size, each) for each in objects]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            over.set()
+    return tuple(future.result() for future in futures)
+
+
 def _report(requests: Sequence[PictureRequest], fetched: Sequence[FetchedPicture]) -> None:
     for index, (request, picture) in enumerate(zip(requests, fetched, strict=True)):
         if picture.problem:
@@ -106,13 +155,17 @@ def _fetch(
     watch: Callable[[], None],
 ) -> FetchedPicture:
     try:
-        store.download(request.location, path, max_bytes=max_bytes, watch=watch)
+        store.download(
+            request.location, path, max_bytes=max_bytes, watch=watch, version_id=request.version_id
+        )
+    except VersionNotServed:
+        return FetchedPicture(request.source, None, problem=NO_VERSIONS)
     except ObjectNotFound:
         return FetchedPicture(request.source, None, problem=NOT_FOUND)
     except AccessDenied:
         return FetchedPicture(request.source, None, problem=REFUSED)
     except ObjectTooLarge:
-        problem = f"is too large: a picture may have at most {max_bytes / 1024**2:.3g} MiB"
+        problem = f"is too large: a picture may have at most {spoken(max_bytes)}"
         return FetchedPicture(request.source, None, problem=problem)
     if request.caption is not None:
         return FetchedPicture(request.source, path, request.caption)

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Generic
 
-from services.hold import R, decode, encode
+from services.hold import R, decode, encode, numbers_beside
 from services.s3_service import S3Location, S3Service
 from utils.errors import ObjectNotFound, PreconditionFailed, StorageError
 from utils.logger import get_logger
@@ -53,8 +53,8 @@ class RecordObject(Generic[R]):
         """The record as it is now; None where there is none.
 
         Raises:
-            StorageError: S3 cannot be used, or the object is not a record that this worker
-                understands.
+            DamagedRecord, NewerRecord: The object is not a record that this worker can use.
+            StorageError: S3 cannot be used.
         """
         asked_at = time.monotonic()
         try:
@@ -62,7 +62,7 @@ class RecordObject(Generic[R]):
         except ObjectNotFound:
             return None
         return Version(
-            record=decode(self._kind, stored.body, self.location.key),
+            record=decode(self._kind, stored.body, self.location.key, stored.metadata),
             etag=stored.etag,
             age_seconds=(stored.server_date - stored.last_modified).total_seconds(),
             asked_at=asked_at,
@@ -87,11 +87,11 @@ class RecordObject(Generic[R]):
             StorageError: It is not known whether the record was written; the same call may be made
                 again.
         """
-        body = encode(record)
+        body, beside = encode(record), numbers_beside(record)
         try:
             if etag is None:
-                return self._s3.create(self.location, body)
-            return self._s3.replace(self.location, body, etag)
+                return self._s3.create(self.location, body, metadata=beside)
+            return self._s3.replace(self.location, body, etag, metadata=beside)
         except (PreconditionFailed, ObjectNotFound) as error:
             if etag is None and isinstance(error, ObjectNotFound):
                 raise  # there is no such bucket

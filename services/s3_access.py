@@ -22,6 +22,8 @@ class S3Access:
         client: boto3's client; safe to share between threads.
         translated: `with translated(what):` turns every foreign error into one that names `what`.
         attempts: How often, in all, a request is made that fails for a passing reason.
+        checksums: `sha256` or `md5`: which checksum uploads carry.
+        conditional_writes: Whether `upload_file` sends its condition.
     """
 
     def __init__(
@@ -29,10 +31,22 @@ class S3Access:
         client: S3Client,
         translated: Callable[[str], AbstractContextManager[None]],
         attempts: int,
+        *,
+        checksums: str = "sha256",
+        conditional_writes: bool = True,
     ) -> None:
         self._client = client
         self._translated = translated
         self._attempts = attempts
+        self._checksums = checksums
+        self._conditional_writes = conditional_writes
+        # The request that deletes many objects wants a checksum that not every store takes.
+        self._deletes_one_by_one = checksums == "md5"
+
+    @property
+    def endpoint(self) -> str:
+        """The address that requests go to, wherever it was configured."""
+        return str(self._client.meta.endpoint_url)
 
 
 # A proxy or a captive portal may answer 200 to anything; what lacks S3's own marks is not S3's.

@@ -24,10 +24,34 @@ class Transient(StorageError):
     """The connection broke or what arrived was damaged: another request may do better."""
 
 
+class NotSupported(StorageError):
+    """The store has no such operation, or refuses a header that it does not know."""
+
+
+class BucketMissing(ObjectNotFound):
+    """The bucket does not exist."""
+
+
+class VersionNotServed(ObjectNotFound):
+    """The store answered with another version than the one that was asked for."""
+
+
 _NOT_FOUND = (ObjectNotFound, "does not exist")
 _DENIED = (AccessDenied, "S3 refuses access; the worker's policy must allow it")
-_KEY = (StorageError, "S3 does not accept the access key; check AWS_ACCESS_KEY_ID")
-_TOKEN = (StorageError, "S3 does not accept the session's credentials any more")
+_KEY = (
+    StorageError,
+    "S3 does not accept the access key; check AWS_ACCESS_KEY_ID and, if the credentials are "
+    "temporary, AWS_SESSION_TOKEN",
+)
+_TOKEN = (
+    StorageError,
+    "S3 does not accept the temporary credentials, or no longer; renew AWS_ACCESS_KEY_ID, "
+    "AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN together",
+)
+_NOT_SUPPORTED = (
+    NotSupported,
+    "the store does not support the request or one of its headers; S3_CHECKSUMS=md5 can help",
+)
 _BUSY = (StorageError, "S3 is busy or broken; trying again later can help")
 _CHANGED = (PreconditionFailed, "was changed by somebody else")
 _CONFLICT = (ConditionalConflict, "is being written by somebody else at this moment")
@@ -40,8 +64,8 @@ CODES: dict[str, tuple[type[StorageError], str]] = {
     "NoSuchKey": _NOT_FOUND,
     "NoSuchVersion": _NOT_FOUND,
     "NotFound": _NOT_FOUND,
-    "NoSuchBucket": (ObjectNotFound, "the bucket does not exist"),
-    "InvalidBucketName": (ObjectNotFound, "no bucket can have this name"),
+    "NoSuchBucket": (BucketMissing, "the bucket does not exist"),
+    "InvalidBucketName": (BucketMissing, "no bucket can have this name"),
     "KeyTooLongError": (ObjectNotFound, "no object can have so long a key"),
     # What a GET of a deleted object's marker gets.
     "MethodNotAllowed": _NOT_FOUND,
@@ -70,6 +94,9 @@ CODES: dict[str, tuple[type[StorageError], str]] = {
     "ConditionalRequestConflict": _CONFLICT,
     "OperationAborted": _CONFLICT,
     "EntityTooLarge": (ObjectTooLarge, "is larger than S3 takes"),
+    "NotImplemented": _NOT_SUPPORTED,
+    "MissingContentMD5": _NOT_SUPPORTED,
+    "ExcessHeaderValues": _NOT_SUPPORTED,
     "BadDigest": _DAMAGED,
     "InvalidDigest": _DAMAGED,
     "XAmzContentSHA256Mismatch": _DAMAGED,
@@ -91,6 +118,7 @@ _STATUSES: dict[int, tuple[type[StorageError], str]] = {
     412: _CHANGED,
     413: CODES["EntityTooLarge"],
     429: _BUSY,
+    501: _NOT_SUPPORTED,
 }
 
 

@@ -61,7 +61,7 @@ def upload_folder(
         location = S3Location(bucket, _joined(prefix, name))
         return store.upload_file(folder / name, location, metadata=metadata)
 
-    return _each(upload, names) | {last: upload(last)}
+    return each(upload, names) | {last: upload(last)}
 
 
 def download_folder(
@@ -88,7 +88,7 @@ def download_folder(
         info = objects[name]
         return store.download(S3Location(bucket, info.key), target / name, max_bytes=info.size)
 
-    return sum(_each(download, objects).values())
+    return sum(each(download, objects).values())
 
 
 def _joined(prefix: str, name: str) -> str:
@@ -101,7 +101,7 @@ def _refuse_unsafe(name: str, where: str) -> None:
         raise StorageError(f"{where}: holds {name!r}, which is no file of ours")
 
 
-def _each(function: Callable[[str], T], names: Iterable[str]) -> dict[str, T]:
+def each(function: Callable[[str], T], names: Iterable[str]) -> dict[str, T]:
     """What the function gives for every name, several at a time; a failure begins nothing new."""
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="s3-folder") as pool:
         futures = {

@@ -17,7 +17,7 @@ from services.s3_access import (
     server_date_of,
 )
 from services.s3_body import copy_body
-from services.s3_errors import Transient
+from services.s3_errors import Transient, VersionNotServed
 from services.s3_gzip import Gunzip, is_gzipped
 from services.s3_types import FetchedPicture, ObjectInfo, PictureRequest, S3Location, StoredObject
 from utils.errors import ObjectNotFound
@@ -74,6 +74,8 @@ class S3Reading(S3Access):
         *,
         max_bytes: int | None = None,
         watch: Callable[[], None] = _nothing,
+        etag: str | None = None,
+        version_id: str | None = None,
     ) -> int:
         """Write an object into a local file, which appears only when it is whole.
 
@@ -82,11 +84,14 @@ class S3Reading(S3Access):
             path: The file; missing folders are made.
             max_bytes: More is refused, before and while downloading.
             watch: Called between chunks; what it raises ends the download.
+            etag: Download only if the object has this ETag (`If-Match`); None takes any version.
+            version_id: The version that is meant; None for the present one.
 
         Returns:
             Bytes written.
 
         Raises:
+            PreconditionFailed: The object has another version.
             ObjectNotFound, AccessDenied, ObjectTooLarge, StorageError, MachineError: See
                 `utils.errors`. A checksum that differs is a `StorageError`.
         """
@@ -95,7 +100,7 @@ class S3Reading(S3Access):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with part.open("wb") as file:
-                    self._pull(location, file, max_bytes, watch)
+                    self._pull(location, file, max_bytes, watch, etag=etag, version_id=version_id)
                     size = file.tell()
                 os.replace(part, path)
             finally:
@@ -132,6 +137,7 @@ class S3Reading(S3Access):
             etag=etag_of(answer, what),
             last_modified=last_modified_of(answer, what),
             server_date=server_date_of(answer, what),
+            metadata=dict(answer.get("Metadata", {})),
         )
 
     def _pull(
@@ -140,12 +146,18 @@ class S3Reading(S3Access):
         sink: BinaryIO,
         max_bytes: int | None,
         watch: Callable[[], None],
+        *,
+        etag: str | None = None,
+        version_id: str | None = None,
     ) -> Mapping[str, Any]:
         """GET into `sink`.
 
         The SDK repeats what fails before an answer's body begins, this what fails inside it.
         """
         what = location.uri()
+        which: dict[str, Any] = {"IfMatch": etag} if etag else {}
+        if version_id:
+            which["VersionId"] = version_id
         if not location.key:
             raise ObjectNotFound(f"{what}: an object has a key")
         for left in reversed(range(self._attempts)):
@@ -153,7 +165,8 @@ class S3Reading(S3Access):
                 sink.seek(0)
                 sink.truncate()
             with self._translated(what):
-                answer = self._client.get_object(Bucket=location.bucket, Key=location.key)
+                answer = self._client.get_object(Bucket=location.bucket, Key=location.key, **which)
+            _require_version(answer, version_id, what)
             unpacking = Gunzip(sink, max_bytes=max_bytes, what=what) if is_gzipped(answer) else None
             try:
                 with self._translated(what):
@@ -174,15 +187,17 @@ class S3Reading(S3Access):
                 log.info("download_repeated", object=what, reason=str(error))
         raise AssertionError("attempts is at least 1")
 
-    def head(self, location: S3Location) -> ObjectInfo:
-        """What S3 says of an object, its metadata included.
+    def head(self, location: S3Location, *, version_id: str | None = None) -> ObjectInfo:
+        """What S3 says of an object, or of one version of it, its metadata included.
 
         Raises:
             ObjectNotFound, AccessDenied, StorageError: See `utils.errors`.
         """
         what = location.uri()
         with self._translated(what):
-            answer = self._client.head_object(Bucket=location.bucket, Key=location.key)
+            answer = self._client.head_object(
+                Bucket=location.bucket, Key=location.key, **_version(version_id)
+            )
         return ObjectInfo(
             key=location.key,
             size=answer.get("ContentLength", 0),
@@ -235,3 +250,15 @@ class S3Reading(S3Access):
             if not page.get("NextContinuationToken"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _version(version_id: str | None) -> dict[str, Any]:
+    return {"VersionId": version_id} if version_id else {}
+
+
+def _require_version(answer: Mapping[str, Any], wanted: str | None, what: str) -> None:
+    """A store without versions ignores the request for one, and would give the present object."""
+    # "null" names the version that was written without versioning, where no id is answered.
+    if wanted and answer.get("VersionId", "null") != wanted:
+        answer["Body"].close()
+        raise VersionNotServed(f"{what}: the store did not answer with the version {wanted}")

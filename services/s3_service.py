@@ -11,7 +11,7 @@ import contextlib
 import http.client
 import ssl
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import boto3
 import urllib3.exceptions
@@ -131,8 +131,15 @@ class S3Service(S3Reading, S3Writing):
     Args:
         region: AWS region of the buckets.
         endpoint_url: Address of another store than AWS's; it is then spoken to in path style.
+        ignore_configured_endpoints: Do not look for another address in boto3's own configuration.
         access_key_id: Access key; None for boto3's own chain (environment, profile, instance role).
         secret_access_key: Its secret.
+        session_token: The third part of temporary credentials; None for lasting ones.
+        checksums: What uploads carry for the store to verify: `sha256` in S3's own header, or
+            `md5` in `Content-MD5`, which every store takes. With `md5` nothing else is sent that
+            only AWS is sure to know: no checksums are asked for, and objects are deleted singly.
+        conditional_writes: False for a store that ignores or refuses conditions on a PUT:
+            `upload_file` then writes without them. `create` and `replace` always send theirs.
         connect_timeout: Seconds to wait for a connection.
         read_timeout: Seconds to wait for the next bytes.
         attempts: How often, in all, a request is made that fails for a passing reason.
@@ -147,25 +154,17 @@ class S3Service(S3Reading, S3Writing):
         *,
         region: str,
         endpoint_url: str | None = None,
+        ignore_configured_endpoints: bool = False,
         access_key_id: str | None = None,
         secret_access_key: str | None = None,
+        session_token: str | None = None,
+        checksums: Literal["sha256", "md5"] = "sha256",
+        conditional_writes: bool = True,
         connect_timeout: float = 5.0,
         read_timeout: float = 20.0,
         attempts: int = 3,
         metrics: Metrics | None = None,
     ) -> None:
-        config = Config(
-            connect_timeout=connect_timeout,
-            read_timeout=read_timeout,
-            retries={"mode": "standard", "total_max_attempts": attempts},
-            max_pool_connections=32,
-            tcp_keepalive=True,
-            s3={"addressing_style": "path" if endpoint_url else "auto"},
-            # Uploads carry a SHA-256 of our own making in a header. The SDK's default, a checksum
-            # in a trailer, is understood by AWS and few others.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_supported",
-        )
         try:
             client = boto3.session.Session().client(
                 "s3",
@@ -173,10 +172,48 @@ class S3Service(S3Reading, S3Writing):
                 endpoint_url=endpoint_url,
                 aws_access_key_id=access_key_id,
                 aws_secret_access_key=secret_access_key,
-                config=config,
+                aws_session_token=session_token,
+                config=_client_config(
+                    path_style=bool(endpoint_url),
+                    ignore_configured_endpoints=ignore_configured_endpoints,
+                    timeouts=(connect_timeout, read_timeout),
+                    attempts=attempts,
+                    checksums=checksums,
+                ),
             )
         except (botocore_errors.BotoCoreError, ValueError) as error:
             raise ConfigurationError(f"S3 cannot be set up: {error}") from error
         if metrics:
             s3_metrics.count_requests(client.meta.events, metrics)
-        super().__init__(client, translated, attempts)
+        super().__init__(
+            client,
+            translated,
+            attempts,
+            checksums=checksums,
+            conditional_writes=conditional_writes,
+        )
+
+
+def _client_config(
+    *,
+    path_style: bool,
+    ignore_configured_endpoints: bool,
+    timeouts: tuple[float, float],
+    attempts: int,
+    checksums: str,
+) -> Config:
+    return Config(  # type: ignore[call-arg]  # one option is missing in the stubs
+        connect_timeout=timeouts[0],
+        read_timeout=timeouts[1],
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=32,
+        tcp_keepalive=True,
+        ignore_configured_endpoint_urls=ignore_configured_endpoints or None,
+        s3={"addressing_style": "path" if path_style else "auto"},
+        # Uploads carry a checksum of our own making in a header. The SDK's default, a checksum in
+        # a trailer, is understood by AWS and few others.
+        request_checksum_calculation="when_required",
+        response_checksum_validation=(
+            "when_supported" if checksums == "sha256" else "when_required"
+        ),
+    )

@@ -52,12 +52,14 @@ class StoredObject:
         etag: Names this version; give it back to `S3Service.replace`.
         last_modified: When this version was written, by S3's clock.
         server_date: What S3's clock said when it answered.
+        metadata: Its own metadata.
     """
 
     body: bytes
     etag: str
     last_modified: datetime
     server_date: datetime
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,11 +70,13 @@ class PictureRequest:
         source: Its address in the message's own spelling, for the report.
         location: Where that is.
         caption: Its caption; None to look for a caption file beside the picture.
+        version_id: The version of the object that is meant; None for the present one.
     """
 
     source: str
     location: S3Location
     caption: str | None = None
+    version_id: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

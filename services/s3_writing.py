@@ -13,8 +13,12 @@ from typing import Any
 
 from services import s3_errors, s3_folders
 from services.s3_access import S3Access, etag_of
-from services.s3_errors import ConditionalConflict
+from services.s3_errors import BucketMissing, ConditionalConflict, NotSupported
 from services.s3_types import S3Location
+from utils.errors import ObjectNotFound
+from utils.logger import get_logger
+
+log = get_logger(__name__)
 
 _JSON = "application/json"
 # Seconds before a conditional write that met another one is tried again.
@@ -34,7 +38,7 @@ class S3Writing(S3Access):
         content_type: str | None = None,
         only_over: str | None = None,
     ) -> str:
-        """Upload a local file with its SHA-256, which S3 verifies. One request: 5 GB at most.
+        """Upload a local file with a checksum, which S3 verifies. One request: 5 GB at most.
 
         Args:
             path: The file.
@@ -42,7 +46,8 @@ class S3Writing(S3Access):
             metadata: The object's own metadata (ASCII).
             content_type: Its type; None to tell by the name.
             only_over: Write only over the version with this ETag; `""`: only where there is no
-                object; None: whatever is there. See `create` and `replace`.
+                object; None: whatever is there. See `create` and `replace`. Left out where the
+                store does not honour conditions.
 
         Returns:
             The new ETag.
@@ -51,15 +56,16 @@ class S3Writing(S3Access):
             PreconditionFailed, ObjectNotFound: Another version is there, or none.
             AccessDenied, StorageError, MachineError: See `utils.errors`.
         """
-        condition = {} if only_over is None else _condition(only_over)
+        kind = content_type or _content_type(location.key)
+        more = {"Metadata": dict(metadata or {})}
         with self._translated(location.uri()), path.open("rb") as file:
-            return self._put(
-                location,
-                file,
-                content_type or _content_type(location.key),
-                Metadata=dict(metadata or {}),
-                **condition,
-            )
+            if only_over is not None and self._conditional_writes:
+                try:
+                    return self._put(location, file, kind, **more, **_condition(only_over))
+                except NotSupported as error:
+                    self._conditional_writes = False
+                    log.warning("writing_without_conditions", reason=str(error))
+            return self._put(location, file, kind, **more)
 
     def upload_folder(
         self,
@@ -102,25 +108,49 @@ class S3Writing(S3Access):
         """
         return self._put(location, io.BytesIO(body), content_type)
 
-    def create(self, location: S3Location, body: bytes) -> str:
+    def create(
+        self, location: S3Location, body: bytes, *, metadata: Mapping[str, str] | None = None
+    ) -> str:
         """Write a small object only where none is (`If-None-Match: *`). Returns the new ETag.
+
+        Args:
+            location: Where to.
+            body: The object.
+            metadata: Its own metadata (ASCII).
 
         Raises:
             PreconditionFailed: There is one. It can be this call's own: the SDK repeats a request
                 whose answer was lost, and finds what the first one wrote. Read it back to know.
             StorageError: S3 cannot be used; the object may have been written all the same.
         """
-        return self._put(location, io.BytesIO(body), _JSON, **_condition(""))
+        return self._put(
+            location, io.BytesIO(body), _JSON, Metadata=dict(metadata or {}), **_condition("")
+        )
 
-    def replace(self, location: S3Location, body: bytes, etag: str) -> str:
+    def replace(
+        self,
+        location: S3Location,
+        body: bytes,
+        etag: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> str:
         """Write a small object only over the version `etag` (`If-Match`). Returns the new ETag.
+
+        Args:
+            location: Where to.
+            body: The object.
+            etag: The version that is replaced.
+            metadata: The new version's own metadata (ASCII).
 
         Raises:
             PreconditionFailed: Another version is there; it can be this call's own, as in `create`.
             ObjectNotFound: None is there any more.
             StorageError: S3 cannot be used; the object may have been written all the same.
         """
-        return self._put(location, io.BytesIO(body), _JSON, **_condition(etag))
+        return self._put(
+            location, io.BytesIO(body), _JSON, Metadata=dict(metadata or {}), **_condition(etag)
+        )
 
     def _put(
         self,
@@ -130,7 +160,8 @@ class S3Writing(S3Access):
         **more: Any,
     ) -> str:
         what = location.uri()
-        digest = hashlib.file_digest(body, "sha256").digest()
+        body.seek(0)
+        checksum = self._checksum(body)
         for pause in (*_CONFLICT_PAUSES, None):
             body.seek(0)
             try:
@@ -140,8 +171,7 @@ class S3Writing(S3Access):
                         Key=location.key,
                         Body=body,
                         ContentType=content_type,
-                        ChecksumAlgorithm="SHA256",
-                        ChecksumSHA256=base64.b64encode(digest).decode(),
+                        **checksum,
                         **more,
                     )
                 return etag_of(answer, what)
@@ -151,24 +181,42 @@ class S3Writing(S3Access):
                 time.sleep(pause)
         raise AssertionError("the last turn returns or raises")
 
+    def _checksum(self, body: io.BytesIO | io.BufferedReader) -> dict[str, Any]:
+        if self._checksums == "md5":
+            digest = hashlib.file_digest(body, lambda: hashlib.md5(usedforsecurity=False)).digest()
+            return {"ContentMD5": base64.b64encode(digest).decode()}
+        digest = hashlib.file_digest(body, "sha256").digest()
+        return {
+            "ChecksumAlgorithm": "SHA256",
+            "ChecksumSHA256": base64.b64encode(digest).decode(),
+        }
+
     def copy(
-        self, source: S3Location, target: S3Location, *, metadata: Mapping[str, str] | None = None
+        self,
+        source: S3Location,
+        target: S3Location,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        etag: str | None = None,
     ) -> str:
         """Copy an object inside S3 (5 GB at most). Returns the new ETag.
 
         Args:
-            source: What to copy.
-            target: Where to.
+            source: The object to copy.
+            target: Location of the copy.
             metadata: Replaces the object's own metadata; None keeps it.
+            etag: Copy only if the source still has this ETag (`CopySourceIfMatch`); None copies
+                any version.
 
         Raises:
+            PreconditionFailed: The source has another version.
             ObjectNotFound, AccessDenied, StorageError: See `utils.errors`.
         """
         what = source.uri()
-        replaced: dict[str, Any] = {}
+        replaced: dict[str, Any] = {"CopySourceIfMatch": etag} if etag else {}
         if metadata is not None:
             # Replacing the metadata drops the type as well, so it is said again.
-            replaced = {
+            replaced |= {
                 "MetadataDirective": "REPLACE",
                 "Metadata": dict(metadata),
                 "ContentType": _content_type(target.key),
@@ -182,6 +230,26 @@ class S3Writing(S3Access):
             )
         return etag_of(answer.get("CopyObjectResult", {}), what)
 
+    def delete_version(self, location: S3Location, etag: str) -> None:
+        """Delete an object if it still has the version `etag` (`If-Match`).
+
+        An object that does not exist is no error. A store without conditional deletes deletes any
+        version, so callers also need another guard.
+
+        Raises:
+            PreconditionFailed: The object has another version, and stays.
+            AccessDenied, StorageError: See `utils.errors`.
+        """
+        place: dict[str, Any] = {"Bucket": location.bucket, "Key": location.key}
+        try:
+            with self._translated(location.uri()):
+                self._client.delete_object(**place, IfMatch=etag)
+        except ObjectNotFound:
+            pass
+        except NotSupported:
+            with self._translated(location.uri()):
+                self._client.delete_object(**place)
+
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
         """Delete objects; those that are not there are no error.
 
@@ -191,14 +259,38 @@ class S3Writing(S3Access):
         remaining = list(keys)
         while remaining:
             batch, remaining = remaining[:_DELETE_BATCH], remaining[_DELETE_BATCH:]
+            if self._deletes_one_by_one:
+                self._delete_singly(bucket, batch)
+            else:
+                self._delete_batch(bucket, batch)
+
+    def _delete_batch(self, bucket: str, batch: list[str]) -> None:
+        try:
             with self._translated(f"s3://{bucket}/{batch[0]}"):
                 answer = self._client.delete_objects(
                     Bucket=bucket,
                     Delete={"Objects": [{"Key": key} for key in batch], "Quiet": True},
                 )
-            for refused in answer.get("Errors", ()):
-                what = f"s3://{bucket}/{refused.get('Key', '')}"
-                raise s3_errors.from_answer(refused.get("Code", ""), 200, what)
+        except BucketMissing:
+            raise
+        except (NotSupported, ObjectNotFound) as error:  # a store without this request
+            self._delete_singly(bucket, batch)
+            self._deletes_one_by_one = True
+            log.info("deleting_one_by_one", bucket=bucket, reason=str(error))
+            return
+        for refused in answer.get("Errors", ()):
+            what = f"s3://{bucket}/{refused.get('Key', '')}"
+            raise s3_errors.from_answer(refused.get("Code", ""), 200, what)
+
+    def _delete_singly(self, bucket: str, keys: Iterable[str]) -> None:
+        for key in keys:
+            try:
+                with self._translated(f"s3://{bucket}/{key}"):
+                    self._client.delete_object(Bucket=bucket, Key=key)
+            except BucketMissing:
+                raise
+            except ObjectNotFound:
+                pass  # S3 answers 204 for what is not there, other stores 404
 
 
 def _condition(etag: str) -> dict[str, str]:

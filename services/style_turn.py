@@ -1,7 +1,9 @@
-"""Runs of one style take turns at publishing: a lease of its own for each style's folder.
+"""Runs of one style take turns at publishing: a lease for each style's folder.
 
-A folder of several files cannot be replaced in one act, so two publishers at once would mix theirs.
-The turn is a record like a job's (`services.hold`), at `jobs/style_{style_id}.turn`.
+A folder of several files cannot be replaced in one act, so two publishers at once would mix their
+files. The turn is a record like a job's (`services.hold`), at `jobs/style_{style_id}.turn`. From
+before a publisher's first write into the folder until after its last one, the turn also holds a
+note about that publication: if the publisher dies, the note says how to restore the folder.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 
-from services.hold import HeldRecord, Hold, stamped
+from services.hold import HeldRecord, Hold, later, stamped
 from services.lease import Lease
 from services.record_object import Expiry, RecordObject
 from services.s3_service import S3Location, S3Service
@@ -24,15 +26,54 @@ log = get_logger(__name__)
 _PAUSE_SECONDS = 0.5
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Turn(HeldRecord):
-    """Who publishes into a style's folder.
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplacedFile:
+    """A file that the style's folder had before a publication.
 
     Attributes:
-        task_id: The job that publishes, or published last; for people.
+        name: Its name in the folder.
+        archived: Key of its copy in the state bucket.
+        etag: Its version in the folder.
+        task_id: The job that published it; None if the file names no job.
+        claim: The claim that published it; None if the file names no claim.
+    """
+
+    name: str
+    archived: str
+    etag: str
+    task_id: str | None = None
+    claim: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Replacement:
+    """A publication that has begun and is not finished.
+
+    Attributes:
+        task_id: The job that publishes.
+        claim: The claim that publishes.
+        files: Names of the files that it writes.
+        before: The files that the folder had before.
     """
 
     task_id: str
+    claim: int
+    files: tuple[str, ...]
+    before: tuple[ReplacedFile, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Turn(HeldRecord):
+    """The job that publishes into a style's folder.
+
+    Attributes:
+        task_id: The job that publishes, or published last; for people.
+        replacement: The publication that is under way, or that its publisher left unfinished; None
+            while the folder is of one run.
+    """
+
+    task_id: str
+    replacement: Replacement | None = later(None)
 
 
 class StyleTurns:
@@ -52,9 +93,20 @@ class StyleTurns:
         self._lease_seconds = lease_seconds
         self._expiry = Expiry()
 
+    def read(self, style_id: int) -> Turn | None:
+        """The style's turn as it is now, by one request; None if nobody has published the style.
+
+        Raises:
+            StorageError: S3 cannot be used.
+        """
+        version = self._target(style_id).read()
+        return version.record if version else None
+
     @contextlib.contextmanager
     def take(self, style_id: int, task_id: str, check: Callable[[], None]) -> Iterator[Lease[Turn]]:
         """Wait for the turn and hold it while the block runs.
+
+        A note that a dead publisher left in the turn is still there when the block begins.
 
         Args:
             style_id: The style.
@@ -64,9 +116,7 @@ class StyleTurns:
         Raises:
             StorageError: S3 cannot be used.
         """
-        key = f"jobs/style_{style_id}.turn"
-        target = RecordObject(self._s3, S3Location(self._bucket, key), Turn)
-        with self._wait_for(target, key, task_id, check) as lease:
+        with self._wait_for(self._target(style_id), task_id, check) as lease:
             try:
                 yield lease
             finally:
@@ -76,24 +126,31 @@ class StyleTurns:
                         within=self._lease_seconds / 2,
                     )
 
+    def _target(self, style_id: int) -> RecordObject[Turn]:
+        key = f"jobs/style_{style_id}.turn"
+        return RecordObject(self._s3, S3Location(self._bucket, key), Turn)
+
     def _wait_for(
-        self, target: RecordObject[Turn], key: str, task_id: str, check: Callable[[], None]
+        self, target: RecordObject[Turn], task_id: str, check: Callable[[], None]
     ) -> Lease[Turn]:
         waiting = False
         while True:
             check()
             version = target.read()
-            etag: str | None = None
-            hold = Hold(owner=self._owner, claim=1, lease_seconds=self._lease_seconds)
-            if version:
-                etag = version.etag
-                hold = version.record.hold.taken(self._owner, self._lease_seconds)
-            if version is None or not self._expiry.wait_seconds(key, version):
-                turn = stamped(Turn(hold=hold, task_id=task_id))
+            if version is None or not self._expiry.wait_seconds(target.location.key, version):
+                turn = stamped(self._taken(version.record if version else None, task_id))
                 began_at = time.monotonic()
-                with contextlib.suppress(PreconditionFailed):  # somebody was faster
-                    return Lease(target, turn, target.write(turn, etag), began_at)
+                with contextlib.suppress(PreconditionFailed):  # another publisher was faster
+                    etag = target.write(turn, version.etag if version else None)
+                    return Lease(target, turn, etag, began_at)
             elif not waiting:
                 waiting = True
                 log.info("waiting_for_turn", publisher=version.record.task_id)
             time.sleep(_PAUSE_SECONDS * random.uniform(0.5, 1.0))
+
+    def _taken(self, turn: Turn | None, task_id: str) -> Turn:
+        if turn is None:
+            hold = Hold(owner=self._owner, claim=1, lease_seconds=self._lease_seconds)
+            return Turn(hold=hold, task_id=task_id)
+        hold = turn.hold.taken(self._owner, self._lease_seconds)
+        return dataclasses.replace(turn, hold=hold, task_id=task_id)

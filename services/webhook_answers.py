@@ -47,7 +47,7 @@ class EndingOutcome(enum.Enum):
     DELIVERED = "delivered"
     RETRY = "retry"
     RETRY_SLOWLY = "retry_slowly"  # keys may be rotating
-    RETRY_A_FEW = "retry_a_few"  # the route or the style is not there; then set aside
+    RETRY_A_FEW = "retry_a_few"  # perhaps not the backend's own answer; see `EndingAnswer.by_json`
     REJECTED = "rejected"
 
 
@@ -59,12 +59,15 @@ class EndingAnswer:
         retry_after: Seconds that the backend asks to be left alone, at most an hour, if it asks.
         status: The answer's HTTP status; None where there was no answer.
         detail: The answer's text or what went wrong, short, for a person; without secrets.
+        by_json: The answer's body is a JSON object, as an application writes it. Routers, proxies
+            and error pages between us and the backend answer with text, HTML or nothing.
     """
 
     outcome: EndingOutcome
     retry_after: float | None = None
     status: int | None = None
     detail: str = ""
+    by_json: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +91,10 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RetrySchedule:
-    """How long to wait between two attempts to deliver an ending.
+    """How long to wait between two attempts to deliver an ending before it is parked.
+
+    An ending is parked after a minute, and its further delays are settings
+    (`ENDING_RETRY_DELAYS_SECONDS`).
 
     Attributes:
         delays: Seconds after the first attempt, after the second, …; the last one repeats.
@@ -97,8 +103,8 @@ class RetrySchedule:
             workers does not knock in step.
     """
 
-    delays: tuple[float, ...] = (5.0, 30.0, 300.0, 1800.0, 7200.0)
-    slow_delays: tuple[float, ...] = (60.0, 300.0, 1800.0, 7200.0)
+    delays: tuple[float, ...] = (5.0, 30.0)
+    slow_delays: tuple[float, ...] = (60.0,)
     jitter: float = 0.2
 
     def seconds(self, attempts: int, answer: EndingAnswer) -> float:
@@ -119,6 +125,9 @@ class _Kind(enum.Enum):
     NOT_FOUND = (ProgressAnswer.NOT_FOUND, EndingOutcome.RETRY_A_FEW)
     GONE = (ProgressAnswer.CANCEL, EndingOutcome.DELIVERED)  # nobody wants it any more
     REFUSED = (ProgressAnswer.REJECTED, EndingOutcome.REJECTED)
+    # A web page where an application's answer belongs: a login page, a proxy's error page.
+    TAKEN_BY_A_PAGE = (ProgressAnswer.DROPPED, EndingOutcome.RETRY)
+    REFUSED_BY_A_PAGE = (ProgressAnswer.REJECTED, EndingOutcome.RETRY_A_FEW)
 
 
 _STATUSES = {
@@ -131,6 +140,7 @@ _STATUSES = {
     429: _Kind.PASSING,
 }
 _HUNDREDS = {2: _Kind.TAKEN, 5: _Kind.PASSING}
+_OF_PAGES = {_Kind.TAKEN: _Kind.TAKEN_BY_A_PAGE, _Kind.REFUSED: _Kind.REFUSED_BY_A_PAGE}
 
 
 def judge_progress(reply: Reply) -> ProgressAnswer:
@@ -151,14 +161,21 @@ def judge_ending(reply: Reply, detail: str) -> EndingAnswer:
         detail: The same in words.
     """
     outcome = _kind_of(reply).value[1]
-    return EndingAnswer(outcome, retry_after_of(reply.headers), reply.status, detail)
+    by_json = _json_object(reply.body) is not None
+    return EndingAnswer(outcome, retry_after_of(reply.headers), reply.status, detail, by_json)
 
 
 def _kind_of(reply: Reply) -> _Kind:
     if reply.status is None:
         return _Kind.REFUSED if reply.hopeless else _Kind.PASSING
     by_hundred = _HUNDREDS.get(reply.status // 100, _Kind.REFUSED)
-    return _STATUSES.get(reply.status, by_hundred)
+    kind = _STATUSES.get(reply.status, by_hundred)
+    return _OF_PAGES.get(kind, kind) if _is_page(reply) else kind
+
+
+def _is_page(reply: Reply) -> bool:
+    kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind in ("text/html", "application/xhtml+xml")
 
 
 def retry_after_of(headers: Mapping[str, str]) -> float | None:
@@ -180,8 +197,13 @@ def retry_after_of(headers: Mapping[str, str]) -> float | None:
 
 
 def _wants_cancel(body: bytes) -> bool:
+    answer = _json_object(body)
+    return answer is not None and answer.get("cancel") is True
+
+
+def _json_object(body: bytes) -> dict[str, Any] | None:
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(answer, dict) and answer.get("cancel") is True
+        return None
+    return answer if isinstance(answer, dict) else None

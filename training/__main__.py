@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Never in practice: the inbox ends the process when the desk closes the pipe.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("--runs-fd", type=int, required=True, help="runs and stops are read here")

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import re
 
+NOT_OURS = (-1, -1, -1)
+"""The order of a name that is no checkpoint's: before every checkpoint."""
+
 _NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?(?:-retake-(\d+))?")
 
 
@@ -27,6 +30,6 @@ def order(name: str) -> tuple[int, int, int]:
     """
     match = _NAME.fullmatch(name)
     if not match:
-        return (-1, -1, -1)  # not one of ours
+        return NOT_OURS
     epoch, step, retake = (int(part or 0) for part in match.groups())
     return (retake, epoch, step)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import time
 
 PROGRESS_SECONDS = 0.25
+COLD_STEPS = 2
+"""The first steps load kernels, tune them and make the optimizer's state: many times slower."""
+MEASURED_STEPS = 3
+"""So many more make a rate that an estimate can be built on."""
 
 
 class Clock:
-    """Measures the rate of steps, and when progress is due."""
+    """Measures the rate of steps, and when progress is due.
+
+    Time that was no training must be left out of both rates (`leave_out`).
+    """
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -16,6 +23,8 @@ class Clock:
         self._first: float | None = (
             None  # end of the first step, which warms things up and does not count
         )
+        self._warm: float | None = None  # end of the cold steps
+        self._left_out_since_warm = 0.0
         self._steps = 0
         self._told = float("-inf")
 
@@ -25,10 +34,14 @@ class Clock:
         if self._first is None:
             self._first = time.monotonic()
             self._left_out = 0.0
+        if self._steps == COLD_STEPS:
+            self._warm = time.monotonic()
+            self._left_out_since_warm = 0.0
 
     def leave_out(self, seconds: float) -> None:
         """This time was no training."""
         self._left_out += seconds
+        self._left_out_since_warm += seconds
 
     def due(self) -> bool:
         """Whether progress may be told again; asking counts as telling."""
@@ -52,3 +65,11 @@ class Clock:
             return 1.0 / max(self._first - self._began, 1e-9)
         elapsed = time.monotonic() - self._first - self._left_out
         return (self._steps - 1) / max(elapsed, 1e-9)
+
+    @property
+    def warm_steps_per_second(self) -> float | None:
+        """Of all steps after the cold ones; None until there are enough of them for an estimate."""
+        if self._warm is None or self._steps < COLD_STEPS + MEASURED_STEPS:
+            return None
+        elapsed = time.monotonic() - self._warm - self._left_out_since_warm
+        return (self._steps - COLD_STEPS) / max(elapsed, 1e-9)

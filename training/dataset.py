@@ -24,6 +24,7 @@ from training.prompts import orders, with_trigger
 from utils.captions import clean_caption
 from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
 from utils.names import printable, shown_name
+from utils.wording import counted, grouped
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ def prepare(
     warnings = list(run.notes)
     if len(usable) < FEW_PICTURES:
         warnings.append(
-            f"Only {len(usable)} pictures are trained on; a style holds better with "
+            f"Only {counted(len(usable), 'picture')} can be trained on; a style holds better with "
             f"{FEW_PICTURES} to 30."
         )
     if all(looks.is_grey for _, looks in found.seen):
@@ -371,14 +372,18 @@ def _refuse_too_few(run: TrainingRun, entries: list[PictureReport], usable: int)
     if usable >= run.min_images:
         return
     fetched = sum(picture.path is not None for picture in run.pictures)
-    left_out = "; ".join(
-        f"{_name(entry)} {', '.join(entry.reasons)}"
-        for entry in entries
-        if entry.status == "left_out"
+    left_out = grouped(
+        [
+            (_name(entry), ", ".join(entry.reasons))
+            for entry in entries
+            if entry.status == "left_out"
+        ],
+        "picture",
     )
     message = (
-        f"{usable} of {len(entries)} pictures can be used, and at least {run.min_images} are "
-        "needed." + (f" Left out: {left_out}." if left_out else " Add more pictures.")
+        f"{usable} of {counted(len(entries), 'picture')} can be used, and at least "
+        f"{run.min_images} {'is' if run.min_images == 1 else 'are'} needed."
+        + (f" Left out: {left_out}." if left_out else " Add more pictures.")
     )
     if fetched < run.min_images <= len(run.pictures):
         raise ImageDownloadFailed(message)

@@ -21,8 +21,8 @@ DESK_SENT_NONSENSE = 3
 class Inbox:
     """Reads the pipe in a thread of its own: a stop, and the end, are seen in mid-training.
 
-    A stop is for the run in hand; if none is, for the run that waits; if none waits either, it came
-    too late and is forgotten. So it can never end a run that the desk sends after it.
+    A stop names its run. If that run is neither in hand nor waiting, the stop came too late and is
+    dropped: it never ends another run.
     """
 
     def __init__(self, pipe: IO[bytes]) -> None:
@@ -63,10 +63,15 @@ class Inbox:
             if isinstance(fact, TrainingRun):
                 self._waiting.append(_Pending(fact))
                 self._changed.notify()
-            elif meant := self._in_hand or (self._waiting[0] if self._waiting else None):
+            elif meant := self._meant_by(fact):
                 meant.stop = fact.reason
             else:
                 log.info("stop_without_run", extra={"reason": fact.reason})
+
+    def _meant_by(self, stop: Stop) -> _Pending | None:
+        known = (*([self._in_hand] if self._in_hand else ()), *self._waiting)
+        named = (stop.task_id, stop.claim)
+        return next((each for each in known if (each.run.task_id, each.run.claim) == named), None)
 
     def _read(self) -> None:
         # No clean-up at the end: a training thread cannot be interrupted, and whoever would read

@@ -82,6 +82,27 @@ class Inspection:
     notes: tuple[str, ...]
 
     @property
+    def about_alpha(self) -> str:
+        """Why files of one model may differ in alpha; empty where this file has none."""
+        if not self.alphas:
+            return ""
+        if self.format == DIFFUSERS and self.alphas == tuple(map(float, self.ranks)):
+            return (
+                "Here alpha equals rank, which is a scaling of 1. Diffusers files of this server "
+                "have the scaling folded into the weights, because some readers of this format "
+                "ignore alpha. The PEFT and kohya files of the same model keep the alpha of the "
+                "training; "
+                "all three change the base model by the same ‖ΔW‖."
+            )
+        if self.format in (PEFT, KOHYA) and self.alphas != tuple(map(float, self.ranks)):
+            return (
+                "This format keeps alpha, and its readers scale by it. The diffusers file of the "
+                "same model says alpha = rank, because there the scaling is folded into the "
+                "weights; both change the base model by the same ‖ΔW‖."
+            )
+        return ""
+
+    @property
     def norms(self) -> tuple[float, float, float] | None:
         """The smallest, the mean and the largest ‖ΔW‖; None where none is finite."""
         known = [layer.norm for layer in self.layers if layer.norm is not None]
@@ -142,8 +163,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise NotALora(
-            f"{path.name} is no safetensors file, or a damaged one: it may be cut off; fetch it "
-            "anew."
+            f"{path.name} is not a valid safetensors file; it may be truncated. Download it again."
         ) from error
 
 

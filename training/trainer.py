@@ -344,7 +344,7 @@ class LoRATrainer:
                 step=state.step,
                 total_steps=self._plan.total_steps,
                 loss=state.losses[-1] if state.losses else None,
-                steps_per_second=self._clock.steps_per_second,
+                steps_per_second=self._clock.warm_steps_per_second,
                 gpu_memory_allocated=allocated_bytes(self._base.device),
             )
         )

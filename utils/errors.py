@@ -13,7 +13,7 @@
     │   ├── TrainingFailed            training broke in a way that has no name of its own
     │   │   └── CheckpointUnusable    damaged, or of another run: an older one may help
     │   ├── TimeLimit
-    │   ├── JobTooLarge               more bytes than a job may have, or than any worker has room for
+    │   ├── JobTooLarge               it needs more disk space than the workers have
     │   ├── ExportFailed              the written files do not act as the weights
     │   ├── WorkerCrashed             the trainer process died
     │   └── Cancelled
@@ -25,9 +25,12 @@
     │   ├── ObjectNotFound
     │   ├── AccessDenied
     │   ├── ObjectTooLarge
+    │   ├── DamagedRecord             a record that nobody can read; waiting cannot help
+    │   ├── NewerRecord               a record for a newer worker
     │   └── PreconditionFailed        a conditional write found another version
     ├── BrokerError                   RabbitMQ
-    │   └── BrokerRefused             waiting cannot help: credentials, conflicting queues
+    │   ├── BrokerRefused             waiting cannot help: credentials, conflicting queues
+    │   └── PublicationRefused        one message is not taken, and why; the connection may be well
     └── Stopped                       not a fault: the run was asked to stop, and why
         └── LeaseLost                 another worker owns the job now
 
@@ -59,6 +62,7 @@ class ErrorCode(enum.StrEnum):
     WORKER_CRASHED = "WORKER_CRASHED"
     CANCELLED = "CANCELLED"
     WEBHOOK_REJECTED = "WEBHOOK_REJECTED"
+    PUBLICATION_REFUSED = "PUBLICATION_REFUSED"
 
 
 class StopReason(enum.StrEnum):
@@ -196,6 +200,14 @@ class ObjectTooLarge(StorageError):
     """The object is larger than allowed."""
 
 
+class DamagedRecord(StorageError):
+    """The record is damaged."""
+
+
+class NewerRecord(StorageError):
+    """The record was written for a newer worker. Update this one."""
+
+
 class PreconditionFailed(StorageError):
     """The object was changed by somebody else."""
 
@@ -206,6 +218,33 @@ class BrokerError(TrainingServerError):
 
 class BrokerRefused(BrokerError):
     """RabbitMQ refuses this worker, and waiting will not help."""
+
+
+class Refusal(enum.StrEnum):
+    """Why a publication was not taken."""
+
+    FORM = "form"
+    """Its headers or its size: the broker or the client refuses the message itself."""
+    ROUTE = "route"
+    """Its queue does not exist."""
+    FULL = "full"
+    """Its queue takes no message at the moment."""
+    LOST = "lost"
+    """The broker closed the connection or the channel, or the network did."""
+    UNANSWERED = "unanswered"
+    """The broker did not confirm it in time."""
+
+
+class PublicationRefused(BrokerError):
+    """RabbitMQ does not take this message.
+
+    Attributes:
+        refusal: Why.
+    """
+
+    def __init__(self, message: str | None = None, refusal: Refusal = Refusal.LOST) -> None:
+        super().__init__(message)
+        self.refusal = refusal
 
 
 class Stopped(TrainingServerError):

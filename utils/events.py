@@ -33,9 +33,16 @@ class Stage(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stop:
-    """Ask the run in hand to stop at the next optimizer step."""
+    """Ask one run to stop at the next optimizer step.
+
+    Attributes:
+        reason: Why.
+        task_id, claim: The run that is meant; for any other the stop comes too late.
+    """
 
     reason: StopReason
+    task_id: str
+    claim: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -190,19 +197,39 @@ def decode(line: bytes, kinds: tuple[type[Any], ...]) -> Any:
     return from_dict(kind, values)
 
 
-def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+UNKNOWN = "unknown"
+"""Name of the field in which a dataclass keeps what it does not know; see `from_dict`."""
+
+
+def from_dict(cls: type[T], values: dict[str, Any], *, tolerant: bool = False) -> T:
     """Build a frozen dataclass from JSON values: nested dataclasses, tuples, enums and optionals
     included.
+
+    A dataclass with a field `unknown` keeps the values of names that it does not have there, so
+    that a newer version's fields survive being read and written back.
+
+    Args:
+        cls: The dataclass.
+        values: JSON values.
+        tolerant: Names that a dataclass does not have are dropped instead of refused.
 
     Raises:
         ValueError: A field is missing, unknown, or of another type.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if unknown := set(values) - set(fields):
+    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = {name: value for name, value in values.items() if name not in fields - {UNKNOWN}}
+    if unknown and UNKNOWN not in fields and not tolerant:
         raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}")
     hints = _hints(cls)  # type: ignore[arg-type]
+    known = {
+        name: _value(hints[name], value, name, tolerant)
+        for name, value in values.items()
+        if name not in unknown
+    }
+    if unknown and UNKNOWN in fields:
+        known[UNKNOWN] = unknown
     try:
-        return cls(**{name: _value(hints[name], value, name) for name, value in values.items()})
+        return cls(**known)
     except TypeError as error:
         raise ValueError(f"{cls.__name__}: {error}") from error
 
@@ -212,18 +239,20 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _value(hint: Any, value: Any, name: str) -> Any:  # pylint: disable=too-many-return-statements
+def _value(  # pylint: disable=too-many-return-statements
+    hint: Any, value: Any, name: str, tolerant: bool
+) -> Any:
     origin = typing.get_origin(hint)
     if hint is Any:
         return value
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _value(typing.get_args(hint)[0], value, name)
+        return None if value is None else _value(typing.get_args(hint)[0], value, name, tolerant)
     if origin is tuple and isinstance(value, list):
-        return tuple(_value(typing.get_args(hint)[0], item, name) for item in value)
+        return tuple(_value(typing.get_args(hint)[0], item, name, tolerant) for item in value)
     if origin is dict and isinstance(value, dict):
         return value
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_dict(typing.cast(type[Any], hint), value)
+        return from_dict(typing.cast(type[Any], hint), value, tolerant=tolerant)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return hint(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -168,3 +168,8 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 def bound(**values: Any) -> AbstractContextManager[None]:
     """Bind `task_id`, `style_id` and the like to every line of this thread until the block ends."""
     return structlog.contextvars.bound_contextvars(**values)
+
+
+def bound_value(name: str) -> str:
+    """What `bound` has bound under a name in this thread; empty for nothing."""
+    return str(structlog.contextvars.get_contextvars().get(name, ""))

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from utils.errors import ErrorCode
+from utils.errors import ErrorCode, Refusal
 
 PREFIX = "training_server"
 NO_CODE = "none"
@@ -25,6 +25,9 @@ READINESS = ("broker", "s3", "gpu", "base_model")
 
 WASTE = ("failed", "retry", "machine", "lease_lost", "shutdown", "cancelled")
 """Why GPU time led to nothing: the label `reason` of `wasted_gpu_seconds_total`."""
+
+PUT_OFFS = ("storage", "damaged_record", "newer_record", "newer_message", "crash")
+"""Why a message is put off: the label `reason` of `messages_put_off_total`."""
 
 _QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SAVING = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -73,6 +76,23 @@ class Metrics:
         )
         self.messages_refused = self._counter(
             "messages_refused", "Messages that can never become a job, by error code", "code"
+        )
+        self.messages_put_off = self._counter(
+            "messages_put_off", "Messages put off for a while, by reason", "reason"
+        )
+        self.messages_dead_lettered = self._counter(
+            "messages_dead_lettered", "Messages given up and put in the dead queue, by code", "code"
+        )
+        self.leases_lost = self._counter("leases_lost", "Holds on a job that were lost")
+        self.records_swept = self._counter(
+            "records_swept", "Records that no message pointed to, published again by the sweep"
+        )
+        self.endings_pending = self._gauge(
+            "endings_pending", "Endings that the backend has not taken yet, at the last sweep"
+        )
+        self.oldest_pending_ending_age_seconds = self._gauge(
+            "oldest_pending_ending_age_seconds",
+            "How long the backend has not taken the oldest of them, at the last sweep; 0 with none",
         )
 
     def _add_training(self) -> None:
@@ -124,6 +144,12 @@ class Metrics:
         self.consuming = self._gauge("consuming", "1 while a training message would be taken")
         self.broker_reconnects = self._counter(
             "broker_reconnects", "Connections to RabbitMQ after the first"
+        )
+        self.publications_refused = self._counter(
+            "publications_refused", "Publications that RabbitMQ did not take", "refusal"
+        )
+        self.publications_stuck = self._counter(
+            "publications_stuck", "Refusals of a publication in its shortest form"
         )
 
     def _add_services(self) -> None:
@@ -178,11 +204,16 @@ class Metrics:
         for code in ErrorCode:
             self.jobs.labels("failed", code)
             self.job_retries.labels(code)
+            self.messages_dead_lettered.labels(code)
         self.messages_refused.labels(ErrorCode.INVALID_MESSAGE)
         self.messages_refused.labels(ErrorCode.UNKNOWN_TYPE)
         for queue in ("training", "endings"):
             self.messages.labels(queue)
             self.redeliveries.labels(queue)
+        for refusal in Refusal:
+            self.publications_refused.labels(refusal)
+        for reason in PUT_OFFS:
+            self.messages_put_off.labels(reason)
         for reason in WASTE:
             self.wasted_gpu_seconds.labels(reason)
         for direction in ("sent", "received"):

@@ -6,15 +6,51 @@ secret.
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import importlib.util
 import ipaddress
 import os
 import re
+import ssl
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+from pydantic import AfterValidator, Field, ValidationInfo
+
 from utils.urls import origin_of
+
+BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+BASE_MODEL_REVISION = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
+"""The commit on the Hugging Face hub that `BASE_MODEL` means, unless the settings name another.
+https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/tree/451f4fe16113bff5a5d2269ed5ad43b0592e9a14
+`scripts/pin-images` compares it with the hub."""
+
+_PLACEHOLDER = "replace-me"
+_PLACEHOLDER_HOST = "api.example.com"
+
+
+def filled_in(value: Any) -> Any:
+    """Any value as it is, unless it is one that `.env.example` only shows the place of."""
+    for item in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(item, str):
+            _refuse_placeholders(item)
+    return value
+
+
+def _refuse_placeholders(value: str) -> None:
+    for part in value.lower().split(","):
+        if part.strip().startswith(_PLACEHOLDER):
+            raise ValueError("is still the placeholder of .env.example: set your own value")
+        # Found by its text, since an address that is malformed besides has no host.
+        address = re.sub(r"^[a-z]+://", "", part.strip()).rpartition("@")[2]
+        if re.fullmatch(rf"{re.escape(_PLACEHOLDER_HOST)}\.?(?:[:/?#].*)?", address):
+            raise ValueError(
+                f"still names the placeholder {_PLACEHOLDER_HOST} of .env.example: set your own "
+                "host"
+            )
 
 
 def split(value: Any) -> Any:
@@ -31,8 +67,35 @@ def path(value: str | Path) -> str:
 
 def base_model(value: str) -> str:
     """A folder as a path; `owner/name` is the hub's unless there is such a folder."""
-    is_of_the_hub = re.fullmatch(r"[^./~][^/]*/[^/]+", value) and not Path(value).is_dir()
-    return value if is_of_the_hub else path(value)
+    return value if _is_on_the_hub(value) else path(value)
+
+
+def base_model_revision(value: str | None, info: ValidationInfo) -> str | None:
+    """The revision that is set, or the pinned one of the default model."""
+    is_default = info.data.get("base_model") == BASE_MODEL
+    return BASE_MODEL_REVISION if value is None and is_default else value
+
+
+BaseModel = Annotated[str, AfterValidator(base_model)]
+BaseModelRevision = Annotated[
+    str | None, AfterValidator(base_model_revision), Field(validate_default=True)
+]
+"""Types of the two settings; the revision's default depends on the field `base_model` before it."""
+
+
+def not_pinned(model: str, revision: str | None) -> str:
+    """Why the files of a base model may change from one start to the next; empty if they cannot.
+
+    A folder does not change by itself. A model on the hub does, unless a commit is named.
+    """
+    if not _is_on_the_hub(model) or re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return ""
+    named = f"{revision} is a branch or a tag" if revision else "no revision is set"
+    return f"{named} for {model}, so its files change when its owner changes them on the hub"
+
+
+def _is_on_the_hub(model: str) -> bool:
+    return bool(re.fullmatch(r"[^./~][^/]*/[^/]+", model)) and not Path(model).is_dir()
 
 
 def host(value: str) -> str:
@@ -80,4 +143,51 @@ def bucket_name(value: str) -> str:
     """The name of a bucket."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", value):
         raise ValueError("is not a bucket name (3 to 63 of a-z, 0-9, dot and hyphen; no s3://)")
+    return value
+
+
+def signing_secrets(value: str) -> None:
+    """Keys of Standard Webhooks, separated by commas."""
+    for secret in split(value) or ("",):
+        try:
+            key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        except ValueError:  # its text says which byte is wrong
+            key = b""
+        if not secret.startswith("whsec_") or len(key) < 24:
+            raise ValueError("must be whsec_ and base64 of at least 24 bytes")
+
+
+def derived_signing_secret(token: str) -> str:
+    """The key that signs webhooks if none is set, as docs/protocol.md has it."""
+    message = b"training-server webhook signing v1"
+    digest = hmac.new(token.encode(), message, hashlib.sha256).digest()
+    return "whsec_" + base64.b64encode(digest).decode()
+
+
+def certificates(value: Path) -> Path:
+    """A file of certificates in PEM.
+
+    Raises:
+        ValueError: It cannot be read, or has none.
+    """
+    try:
+        ssl.create_default_context(cafile=value)
+    except (OSError, ssl.SSLError) as error:
+        raise ValueError(f"has no certificates in PEM that can be read ({error})") from None
+    return value
+
+
+def proxy(value: str) -> str:
+    """The address of an HTTP proxy, which may carry a user name and a password.
+
+    Raises:
+        ValueError: It is none. The address is not shown, since it may hold a password.
+    """
+    parts = urlsplit(value)
+    try:
+        complete = parts.scheme in ("http", "https") and parts.hostname and parts.port
+    except ValueError:
+        complete = False
+    if not complete or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError("must be an address like http://proxy.example.com:3128, with its port")
     return value

@@ -7,6 +7,7 @@ import re
 from urllib.parse import SplitResult, urlsplit
 
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?")
+_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -32,11 +33,32 @@ def origin_of(url: str) -> str:
     return f"{parts.scheme}://{_host(parts.hostname)}{port}"
 
 
+def base_of(url: str) -> str:
+    """An address that paths are appended to: its origin, and its path as a prefix.
+
+    The path has no slash at its end.
+
+    Raises:
+        ValueError: As for `origin_of`; or the address has a query, a fragment or a path that
+            servers read in different ways.
+    """
+    origin = origin_of(url)
+    parts = urlsplit(url.strip())
+    if "?" in url or "#" in url:
+        raise ValueError("must not have a query or a fragment: it would be in front of the path")
+    path = parts.path.rstrip("/")
+    if not _PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
+        raise ValueError("must have a plain path, like https://api.example.com/prod")
+    return origin + path
+
+
 def shown(url: str) -> str:
-    """An address for a log line: scheme and host alone, since the rest may hold a secret."""
+    """An address for a log line: scheme, host and port, since the rest may hold a secret."""
     try:
         parts = urlsplit(url)
-        return f"{parts.scheme}://{parts.hostname or ''}"[:100]
+        port = "" if parts.port is None else f":{parts.port}"
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
+        return f"{parts.scheme}://{host[:100]}{port}"
     except ValueError:
         return "an address that cannot be read"
 

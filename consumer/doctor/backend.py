@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 
 from config import LOCAL_HOSTS, Settings
 from consumer.desk import open_webhooks
-from consumer.doctor.findings import Finding, clock, fail, now, ok, warn
+from consumer.doctor.findings import Finding, Verdict, clock, fail, now, ok, warn
 from services.webhook_answers import Reply
 from services.webhook_service import PATHS, WebhookService
 from utils.errors import ConfigurationError
-from utils.urls import shown
+from utils.urls import origin_of, shown
 
 _REFUSED = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 _OTHER_TOKEN = (fail, "it does not accept the token", "INTERNAL_API_TOKEN must be the backend's")
@@ -22,7 +22,8 @@ _BUSY = (warn, "it is busy; nothing is known of the token", "run the doctor agai
 _ELSEWHERE = (
     fail,
     "this is not the route of progress reports",
-    f"BACKEND_API_URL must be the origin under which {PATHS['progress']} lies",
+    f"BACKEND_API_URL must be the address, with its path if it has one, under which "
+    f"{PATHS['progress']} is",
 )
 # What the answer to an empty progress report means: by its exact status, else by its hundred.
 _MEANINGS: dict[int, tuple[Callable[[str, str, str], Finding], str, str]] = {
@@ -41,7 +42,7 @@ _MEANINGS: dict[int, tuple[Callable[[str, str, str], Finding], str, str]] = {
     3: (
         fail,
         "it sends us elsewhere, and webhooks follow no redirect (the token would go along)",
-        "set BACKEND_API_URL to the origin that it redirects to",
+        "set BACKEND_API_URL to the address that it redirects to",
     ),
     5: (fail, "it is broken", "look at the backend's log, or at that of the proxy before it"),
 }
@@ -65,6 +66,16 @@ def _visit(webhooks: WebhookService, origin: str) -> list[Finding]:
     reply, words = webhooks.knock(origin)
     answered = now()
     findings = [_judge(origin, reply, words)]
+    if origin != origin_of(origin) and findings[0].verdict is not Verdict.OK:
+        other, _ = webhooks.knock(origin, with_path=False)
+        if other.status in (*_REFUSED, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            findings.append(
+                fail(
+                    f"backend {origin_of(origin)}",
+                    f"it answers without the path ({other.status})",
+                    f"set BACKEND_API_URL to {origin_of(origin)}",
+                )
+            )
     try:
         theirs = parsedate_to_datetime(reply.headers.get("date", ""))
         findings.append(clock("the backend", theirs, asked, answered))
@@ -109,12 +120,12 @@ def _accepted(check: str, origin: str, detail: str) -> Finding:
 def _unreachable(words: str) -> str:
     if "certificate" in words.lower():
         return (
-            "its certificate must be valid, for this name, and of a known authority; this machine's"
-            " clock must be right"
+            "its certificate must be valid, for this name, and of a known authority (a private "
+            "one: WEBHOOK_CA_FILE); this machine's clock must be right"
         )
     if "SSL" in words:
         return "the port does not speak TLS: check https or http in BACKEND_API_URL"
-    return "check BACKEND_API_URL, the network and the firewall; a proxy is not used"
+    return "check BACKEND_API_URL, the network and the firewall; behind a proxy set WEBHOOK_PROXY"
 
 
 def _signing(settings: Settings) -> Finding:

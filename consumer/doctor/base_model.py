@@ -16,6 +16,7 @@ from typing import Any
 from config import Settings
 from consumer.doctor.findings import Finding, fail, ok, warn
 from consumer.doctor.model_files import examine_folder, missing
+from utils.setting_values import not_pinned
 
 CHECK = "base model"
 _HUB_SECONDS = 15.0
@@ -29,6 +30,14 @@ _OFFLINE = (
 
 def examine(settings: Settings) -> list[Finding]:
     """Judge BASE_MODEL as the trainer will: a local folder, the hub's cache, the hub."""
+    findings = _files(settings)
+    if reason := not_pinned(settings.base_model, settings.base_model_revision):
+        remedy = "set BASE_MODEL_REVISION to the commit that the hub shows for the model"
+        findings.append(warn(CHECK, reason, remedy))
+    return findings
+
+
+def _files(settings: Settings) -> list[Finding]:
     name = settings.base_model
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -18,18 +18,21 @@ from consumer.doctor import broker_limits
 from consumer.doctor.broker_visit import BrokerVisit, Refusal
 from consumer.doctor.findings import Finding, Verdict, fail, ok, warn
 from consumer.settlement import Queue
-from consumer.topology import QueueDeclaration, declaration, name_of
+from consumer.topology import (
+    IMPOSSIBLE,
+    TYPE_TRIAL,
+    QueueDeclaration,
+    declaration,
+    different_argument,
+    name_of,
+    queue_type_of,
+    tells_more_than_the_type,
+)
 from consumer.training_consumer import NO_ROUTE
 from utils.errors import BrokerError, BrokerRefused
+from utils.wording import counted as phrase
 
 NOT_FOUND, LOCKED, REFUSED, PRECONDITION = 404, 405, 403, 406
-
-# An age without a unit that exists: only streams know the argument, and they refuse this value.
-IMPOSSIBLE = {"x-max-age": "1X"}
-_TYPE = re.compile(
-    r"inequivalent arg 'x-queue-type'.* but current is (?:the value )?'?(?P<type>\w+)"
-)
-_DIFFERENT = re.compile(r"inequivalent arg '(?P<argument>[\w-]+)'")
 
 
 def examine(settings: Settings) -> list[Finding]:
@@ -109,13 +112,11 @@ def _queues(settings: Settings, visit: BrokerVisit) -> list[Finding]:
         )
         trial = visit.attempt(
             f"looking at {name}",
-            lambda channel: channel.queue_declare(
-                name, durable=True, arguments={"x-queue-type": "stream"} | IMPOSSIBLE
-            ),
+            lambda channel: channel.queue_declare(name, durable=True, arguments=TYPE_TRIAL),
         )
         queue_type = _type_of(counted, trial)
         findings.append(_training_queue(settings, visit, counted, queue_type))
-        findings.append(_own_queues(settings, visit))
+        findings.append(_own_queues(settings, visit, queue_type))
         findings.append(_permissions(settings, visit, exists=not isinstance(counted, Refusal)))
         findings += _set_aside(settings, visit)
         findings.append(broker_limits.advice(settings, visit.product, visit.version, queue_type))
@@ -128,11 +129,7 @@ def _type_of(counted: Any, trial: Any) -> str | None:
     """The queue's type; None where there is no queue, or something hides its type."""
     if isinstance(counted, Refusal) or not isinstance(trial, Refusal):
         return None
-    if match := _TYPE.search(trial.text):
-        # Declared without a type, as the backend does on a virtual host without a default.
-        return "classic" if match["type"] == "none" else match["type"]
-    # What differs from a stream in its age alone is a stream.
-    return "stream" if "inequivalent arg 'x-max-age'" in trial.text else None
+    return queue_type_of(trial.text)
 
 
 def _training_queue(
@@ -142,10 +139,9 @@ def _training_queue(
     check = f"queue {name}"
     if isinstance(counted, Refusal):
         return _out_of_sight(check, counted)
-    detail = (
-        f"{queue_type or 'its type cannot be told'}; {counted.method.message_count} messages wait, "
-        f"{counted.method.consumer_count} consumers"
-    )
+    waiting = phrase(counted.method.message_count, "waiting message")
+    consumers = phrase(counted.method.consumer_count, "consumer")
+    detail = f"{queue_type or 'its type cannot be told'}; {waiting}, {consumers}"
     if queue_type == "stream":
         return fail(
             check,
@@ -188,13 +184,12 @@ def _out_of_sight(check: str, refusal: Refusal) -> Finding:
 def _difference(trial: Any) -> str | None:
     """The argument in which an existing queue differs from a trial declaration."""
     if isinstance(trial, Refusal) and trial.code == PRECONDITION:
-        match = _DIFFERENT.search(trial.text)
-        if match and match["argument"] not in IMPOSSIBLE:
-            return match["argument"]
+        argument = different_argument(trial.text)
+        return argument if argument not in IMPOSSIBLE else None
     return None
 
 
-def _own_queues(settings: Settings, visit: BrokerVisit) -> Finding:
+def _own_queues(settings: Settings, visit: BrokerVisit, queue_type: str | None) -> Finding:
     check = "own queues"
     wanted = [declaration(settings.training_queue, queue) for queue in Queue]
     wanted += [
@@ -202,21 +197,26 @@ def _own_queues(settings: Settings, visit: BrokerVisit) -> Finding:
         for delay in settings.retry_delays_seconds
     ]
     for queue in wanted:
-        trial = _try_to_declare(visit, queue)
-        if not isinstance(trial, Refusal):
-            continue
-        if trial.code == REFUSED:
-            return fail(check, trial.text, *_permission_remedy(settings))
-        if queue.ours and _difference(trial):
-            return fail(check, queue.conflict(trial.text), "see what was found")
+        differences: list[str] = []
+        for arguments in queue.variants(queue_type) if queue.ours else ({},):
+            trial = _try_to_declare(visit, queue, arguments)
+            if isinstance(trial, Refusal) and trial.code == REFUSED:
+                return fail(check, trial.text, *_permission_remedy(settings))
+            if not _difference(trial):
+                break
+            differences.append(trial.text)
+        else:
+            if queue.ours:
+                told = next(filter(tells_more_than_the_type, differences), differences[0])
+                return fail(check, queue.conflict(told), "see what was found")
     return ok(check, f"can be declared: {', '.join(queue.name for queue in wanted if queue.ours)}")
 
 
-def _try_to_declare(visit: BrokerVisit, queue: QueueDeclaration) -> Any:
+def _try_to_declare(visit: BrokerVisit, queue: QueueDeclaration, arguments: dict[str, Any]) -> Any:
     return visit.attempt(
         f"trying to declare {queue.name}",
         lambda channel: channel.queue_declare(
-            queue.name, durable=True, arguments=queue.arguments | IMPOSSIBLE
+            queue.name, durable=True, arguments=arguments | IMPOSSIBLE
         ),
     )
 
@@ -268,7 +268,7 @@ def _set_aside(settings: Settings, visit: BrokerVisit) -> list[Finding]:
     return [
         warn(
             f"queue {name}",
-            f"{counted.method.message_count} messages were set aside",
-            "their headers x-error-code and x-error-message say why (docs/operations.md)",
+            phrase(counted.method.message_count, "message"),
+            "`main.py redrive` shows why, and sends back what should be tried again",
         )
     ]

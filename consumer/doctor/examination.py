@@ -13,6 +13,7 @@ from consumer.doctor import backend, base_model, broker, machine, storage
 from consumer.doctor.findings import Finding, Verdict, fail, ok, warn
 from consumer.doctor.storage_rights import least_policy
 from utils.errors import TrainingServerError
+from utils.storage_settings import Store
 
 _SECONDS = 90.0
 _GPU_SECONDS = 150.0  # `check_machine` gives up by itself before
@@ -26,6 +27,7 @@ CHECKS: tuple[tuple[str, Check, float], ...] = (
     ("GPU", machine.examine_gpu, _GPU_SECONDS),
     ("RAM", machine.examine_memory, _SECONDS),
     ("disk", machine.examine_disk, _SECONDS),
+    ("trainer's confinement", machine.examine_confinement, _SECONDS),
     ("base model", base_model.examine, _SECONDS),
 )
 
@@ -74,13 +76,22 @@ def _settings(settings: Settings, unknown: str | None) -> Finding:
         f"pictures from {', '.join(settings.image_buckets)}",
         f"models to {settings.model_bucket_name}",
         f"state in {settings.state_bucket_name}",
-        f"S3 at {settings.aws_endpoint_url_s3 or settings.aws_s3_region_name}",
+        f"S3 at {_place(settings.main_store())}",
+        *([f"state at {_place(settings.state_store())}"] if _apart(settings) else []),
         f"backend {settings.backend_api_url}",
         f"base model {settings.base_model}",
     )
     if unknown:
         return warn("settings", "; ".join((*parts, unknown)), "correct these names, or remove them")
     return ok("settings", "; ".join(parts))
+
+
+def _place(store: Store) -> str:
+    return store.endpoint or store.region
+
+
+def _apart(settings: Settings) -> bool:
+    return settings.state_store() != settings.main_store()
 
 
 class _Bounded:

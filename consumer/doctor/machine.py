@@ -10,6 +10,7 @@ from pathlib import Path
 from config import Settings
 from consumer.doctor.findings import Finding, fail, ok, warn
 from consumer.machine import check_machine
+from utils.confined import LEAST_ABI, landlock_version
 from utils.errors import GpuBroken
 from utils.gpu_monitor import GpuMonitor, GpuReading
 
@@ -86,6 +87,26 @@ def examine_memory(_settings: Settings) -> list[Finding]:
         remedy = f"give the container {_gib(_ENOUGH_RAM)}: loading Stable Diffusion needs about 6"
         return [warn("RAM", detail, remedy)]
     return [ok("RAM", detail)]
+
+
+def examine_confinement(_settings: Settings) -> list[Finding]:
+    """Can the trainer be kept away from files with secrets?"""
+    check = "trainer's confinement"
+    version = landlock_version()
+    if version < LEAST_ABI:
+        detail = (
+            "this kernel does not offer Landlock: code in the trainer could read .env, keys in the "
+            "home folder and other processes of this user"
+        )
+        remedy = (
+            "use Linux 5.19 or newer, with a seccomp profile that allows landlock_*, or run the "
+            "worker as a user of its own without such files"
+        )
+        return [warn(check, detail, remedy)]
+    if os.geteuid() == 0:
+        detail = f"Landlock {version}, but the worker would run as root, who may open disks"
+        return [warn(check, detail, "run the worker as a user of its own")]
+    return [ok(check, f"Landlock {version}: the trainer cannot read files with secrets")]
 
 
 def memory_limit() -> int:

@@ -12,7 +12,8 @@ import uuid
 from collections.abc import Iterator
 
 from config import Settings
-from consumer.desk import open_s3
+from consumer.desk import open_s3, open_state_s3
+from consumer.doctor import stores
 from consumer.doctor.findings import Finding, clock, fail, now, ok, warn
 from consumer.doctor.storage_rights import PROBE, Right, Use, uses
 from services.condition_probe import probe
@@ -27,27 +28,36 @@ def examine(settings: Settings) -> list[Finding]:
     """A finding a bucket, then conditional writes, the clock, and whether the state is public."""
     try:
         s3 = open_s3(settings, attempts=2, patience=_SECONDS)
+        state_s3 = open_state_s3(settings, attempts=2, patience=_SECONDS)
     except ConfigurationError as error:
         return [fail("storage", str(error), "check AWS_ENDPOINT_URL_S3 and AWS_S3_REGION_NAME")]
-    findings: list[Finding] = []
+    findings: list[Finding] = stores.examine(settings, s3)
     clocks: list[Finding] = []
-    by_bucket: dict[str, list[Use]] = {}
+    by_bucket: dict[tuple[bool, str], list[Use]] = {}
     for use in uses(settings):
-        by_bucket.setdefault(use.bucket, []).append(use)
+        by_bucket.setdefault((use.of_state, use.bucket), []).append(use)
     usable = set()
-    for bucket, its_uses in by_bucket.items():
-        visit = _BucketVisit(s3, bucket, clocks)
-        finding = visit.examine(its_uses)
-        findings.append(finding)
-        if finding.verdict != "fail":
-            usable.add(bucket)
-    prefixes = {settings.model_bucket_name: "models/", settings.state_bucket_name: "jobs/"}
-    findings += [
-        _conditions(s3, bucket, prefix) for bucket, prefix in prefixes.items() if bucket in usable
-    ]
-    if settings.state_bucket_name in usable:
-        findings.append(_public(settings, s3))
-    return findings + clocks[:1]
+    for (of_state, bucket), its_uses in by_bucket.items():
+        visit = _BucketVisit(state_s3 if of_state else s3, bucket, clocks, of_state)
+        findings.append(visit.examine(its_uses))
+        if findings[-1].verdict != "fail":
+            usable.add((of_state, bucket))
+    return findings + _guarantees(settings, s3, state_s3, usable) + clocks[:1]
+
+
+def _guarantees(
+    settings: Settings, s3: S3Service, state_s3: S3Service, usable: set[tuple[bool, str]]
+) -> list[Finding]:
+    """Conditional writes and privacy, in the buckets that can be used at all."""
+    findings = []
+    state = (settings.state_store() != settings.main_store(), settings.state_bucket_name)
+    models = (False, settings.model_bucket_name)
+    if models in usable and models != state:
+        findings.append(_model_conditions(s3, settings.model_bucket_name))
+    if state in usable:
+        findings.append(_state_conditions(settings, state_s3))
+        findings.append(_public(settings, state_s3))
+    return findings
 
 
 @dataclasses.dataclass
@@ -56,11 +66,13 @@ class _BucketVisit:
 
     Attributes:
         clocks: Receives what S3's answers say of the time.
+        of_state: Whether this is the state bucket, in a store of its own.
     """
 
     s3: S3Service
     bucket: str
     clocks: list[Finding]
+    of_state: bool = False
 
     def __post_init__(self) -> None:
         self._denied: list[str] = []
@@ -68,13 +80,13 @@ class _BucketVisit:
 
     def examine(self, its_uses: list[Use]) -> Finding:
         """What may be done there, and what not."""
-        check = f"bucket {self.bucket}"
+        check = f"bucket {self.bucket}{' (state store)' if self.of_state else ''}"
         try:
             for use in its_uses:
                 self._try(use)
             missing = self._missing_looks_forbidden(its_uses)
         except StorageError as error:
-            return fail(check, str(error), _remedy(error))
+            return fail(check, str(error), _remedy(error, self.of_state))
         if self._denied:
             return fail(check, f"S3 refuses to {', '.join(self._denied)}", _POLICY)
         if missing:
@@ -156,28 +168,55 @@ class _BucketVisit:
             self._denied.append(f"{what} under {use.prefix or 'any prefix'}")
 
 
-def _remedy(error: StorageError) -> str:
+def _remedy(error: StorageError, of_state: bool) -> str:
     if isinstance(error, ObjectNotFound):
         return (
             "check AWS_STORAGE_BUCKET_NAME, MODEL_BUCKET_NAME, STATE_BUCKET_NAME and IMAGE_BUCKETS,"
             " or make the bucket"
         )
-    return "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_S3_REGION_NAME, AWS_ENDPOINT_URL_S3"
+    own = "STATE_AWS_" if of_state else "AWS_"
+    return (
+        f"check {own}ACCESS_KEY_ID, {own}SECRET_ACCESS_KEY, {own}S3_REGION_NAME, "
+        f"{own}ENDPOINT_URL_S3 and, if the credentials are temporary, {own}SESSION_TOKEN"
+    )
 
 
-def _conditions(s3: S3Service, bucket: str, prefix: str) -> Finding:
+def _model_conditions(s3: S3Service, bucket: str) -> Finding:
     check = f"conditional writes in {bucket}"
     try:
-        support = probe(s3, bucket, prefix)
+        support = probe(s3, bucket, "models/")
     except StorageError as error:
         return fail(check, str(error), _POLICY)
     if support.complete:
         return ok(check, "If-None-Match and If-Match are honoured")
+    return warn(
+        check,
+        f"the store does not honour {support.missing}: publishing relies on the style's turn in "
+        "the state bucket alone, and a worker that was stopped during an upload may still write "
+        "one file over a newer model",
+    )
+
+
+def _state_conditions(settings: Settings, s3: S3Service) -> Finding:
+    bucket = settings.state_bucket_name
+    check = f"conditional writes in {bucket}"
+    try:
+        support = probe(s3, bucket)
+    except StorageError as error:
+        return fail(check, str(error), _POLICY)
+    if support.complete:
+        return ok(check, "If-None-Match and If-Match are honoured")
+    if settings.allow_unguarded_state:
+        return warn(
+            check,
+            f"{support.explain()} ALLOW_UNGUARDED_STATE=true allows it",
+            "make sure that exactly one worker runs, also during an update",
+        )
     return fail(
         check,
-        support.explain(),
-        "use a store that honours them (AWS S3, MinIO, Cloudflare R2, Ceph from Squid on), or run "
-        "one worker alone and take this failure as known",
+        f"{support.explain()} A worker refuses to start with it",
+        "set STATE_BUCKET_NAME and STATE_AWS_ENDPOINT_URL_S3 to a store that honours them, or "
+        "ALLOW_UNGUARDED_STATE=true to run exactly one worker alone",
     )
 
 
@@ -200,10 +239,17 @@ def _public(settings: Settings, s3: S3Service) -> Finding:
         return warn(check, f"could not be tested: {error}")
     public = [word for word, status in statuses.items() if status == http.HTTPStatus.OK]
     if public:
+        inherited = (
+            f"STATE_BUCKET_NAME is not set, so the state is in the bucket of the models, "
+            f"{location.bucket}: "
+            if "state_bucket_name" not in settings.model_fields_set
+            else ""
+        )
         return warn(
             check,
-            f"anybody can {' and '.join(public)} job records and checkpoints",
-            "block public access to it, or set STATE_BUCKET_NAME to a private bucket",
+            f"{inherited}anybody can {' and '.join(public)} job records and checkpoints, which "
+            "hold what customers sent",
+            "set STATE_BUCKET_NAME to a private bucket, or block public access to this one",
         )
     if set(statuses.values()) <= {http.HTTPStatus.FORBIDDEN, http.HTTPStatus.UNAUTHORIZED}:
         return ok(check, "nobody reads it without a key")
@@ -212,9 +258,9 @@ def _public(settings: Settings, s3: S3Service) -> Finding:
 
 def _without_a_key(settings: Settings, path: str) -> int | None:
     """The HTTP status of an unsigned GET; None where there was no answer."""
-    region = settings.aws_s3_region_name
-    suffix = ".cn" if region.startswith("cn-") else ""
-    endpoint = settings.aws_endpoint_url_s3 or f"https://s3.{region}.amazonaws.com{suffix}"
+    store = settings.state_store()
+    suffix = ".cn" if store.region.startswith("cn-") else ""
+    endpoint = store.endpoint or f"https://s3.{store.region}.amazonaws.com{suffix}"
     url = f"{endpoint.rstrip('/')}/{urllib.parse.quote(path, safe='/?&=')}"
     try:
         with urllib.request.urlopen(url, timeout=_SECONDS) as answer:

@@ -22,11 +22,16 @@ class Right(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Use:
-    """One prefix and what the worker does under it. It may list every bucket that it uses."""
+    """One prefix and what the worker does under it. It may list every bucket that it uses.
+
+    Attributes:
+        of_state: Whether the bucket is in the store of the state bucket, where that is another one.
+    """
 
     bucket: str
     prefix: str
     rights: frozenset[Right]
+    of_state: bool = False
 
 
 _ALL = frozenset(Right)
@@ -34,14 +39,15 @@ _STATE: dict[str, frozenset[Right]] = {
     "jobs/": _ALL,
     "checkpoints/": _ALL,
     "staging/": frozenset({Right.WRITE, Right.DELETE}),
-    "archive/": frozenset({Right.WRITE}),
+    "archive/": frozenset({Right.READ, Right.WRITE}),
 }
 
 
 def uses(settings: Settings) -> tuple[Use, ...]:
     """Everything that the worker does on S3."""
     pictures = [Use(bucket, "", frozenset({Right.READ})) for bucket in settings.image_buckets]
-    state = [Use(settings.state_bucket_name, *item) for item in _STATE.items()]
+    apart = settings.state_store() != settings.main_store()
+    state = [Use(settings.state_bucket_name, *item, of_state=apart) for item in _STATE.items()]
     return (*pictures, Use(settings.model_bucket_name, "models/", _ALL), *state)
 
 

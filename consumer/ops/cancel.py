@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from services.job_record import JobRecord, State
-from services.job_records import cancel_file_at, record_at
+from services.record_index import cancel_file_at, record_at
+from services.record_listing import RecordListing
 from services.record_object import RecordObject
 from services.s3_service import S3Service
 from utils.errors import ConfigurationError
@@ -13,8 +14,8 @@ from utils.errors import ConfigurationError
 _TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
-def cancel(s3: S3Service, bucket: str, task_id: str) -> JobRecord | None:
-    """Have a job cancelled: at its holder's next renewal, or before it is first trained.
+def cancellable(s3: S3Service, bucket: str, task_id: str) -> JobRecord | None:
+    """The record of a job that can be cancelled.
 
     Returns:
         Its record; None where no worker has seen the job yet.
@@ -32,5 +33,27 @@ def cancel(s3: S3Service, bucket: str, task_id: str) -> JobRecord | None:
             f"{task_id} has ended ({ending.kind if ending else 'unknown'}): there is nothing "
             "to cancel"
         )
-    s3.write(cancel_file_at(bucket, task_id), b"")
     return version.record if version else None
+
+
+def live_of_style(listing: RecordListing, style_id: int) -> list[JobRecord]:
+    """The live jobs of a style that a worker has seen, the newest order first.
+
+    Raises:
+        StorageError: The records cannot be listed.
+    """
+    found = [
+        each.record
+        for each in listing.unsettled
+        if each.record and each.record.style_id == style_id and each.record.state is State.LIVE
+    ]
+    return sorted(found, key=lambda record: record.created_at, reverse=True)
+
+
+def ask_to_cancel(s3: S3Service, bucket: str, task_id: str) -> None:
+    """Have a job cancelled: at its holder's next renewal, or before it is first trained.
+
+    Raises:
+        StorageError: S3 cannot be used.
+    """
+    s3.write(cancel_file_at(bucket, task_id), b"")

@@ -1,4 +1,4 @@
-"""The commands for ops, as they are typed. Each is a few lines: what it does is in its own module.
+"""The commands for ops, as they are typed.
 
 Nothing that these need is imported before one of them runs: `--help` and `train` want neither pika
 nor boto3.
@@ -8,28 +8,22 @@ nor boto3.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-import config
-from utils import logger
 from utils.errors import ConfigurationError
 
-if TYPE_CHECKING:
-    from consumer.ops.order import Order
-    from services.s3_service import S3Service
-
-DONE, FAILED, INTERRUPTED = 0, 1, 130
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="More settings, in TOML or JSON; the environment wins."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="For scripts: JSON on standard output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; the answer is yes.")]
+_SHORT = "The beginning of an id is enough if no other id begins like it."
 
 
 def add_commands(app: typer.Typer, end: Callable[[Callable[[], int]], None]) -> None:
@@ -37,7 +31,7 @@ def add_commands(app: typer.Typer, end: Callable[[Callable[[], int]], None]) -> 
 
     Args:
         app: The program's command line.
-        end: Runs a command, tells its error as a sentence, and ends with its exit code.
+        end: Runs a command, prints its error as a sentence, and ends with its exit code.
     """
 
     @app.command()
@@ -45,193 +39,157 @@ def add_commands(app: typer.Typer, end: Callable[[Callable[[], int]], None]) -> 
         folder: Annotated[
             Path, typer.Argument(help="Folder of pictures; `name.txt` captions `name.jpg`.")
         ],
-        style_id: Annotated[int, typer.Option(help="The style that is trained.")],
+        style_id: Annotated[int, typer.Option(help="The style to train.")],
         task_id: Annotated[
-            str | None, typer.Option(help="The job's id; made if not given.")
+            str | None, typer.Option(help="The job's id; a random one by default.")
         ] = None,
-        tag: Annotated[list[str] | None, typer.Option(help="Once or more.")] = None,
+        tag: Annotated[list[str] | None, typer.Option(help="A tag; may be repeated.")] = None,
         parameter: Annotated[
-            list[str] | None, typer.Option(help="NAME=VALUE, once or more: epochs=200.")
+            list[str] | None, typer.Option(help="NAME=VALUE, such as epochs=200; may be repeated.")
         ] = None,
-        wait: Annotated[bool, typer.Option("--wait", help="Until the job has ended.")] = False,
+        wait: Annotated[
+            bool, typer.Option("--wait", help="Follow the job until it has ended.")
+        ] = False,
         as_json: Json = False,
         config_file: ConfigFile = None,
     ) -> None:
         """Order a training: pictures to S3, and a message to the queue.
 
+        If the style already has a published model and this job fails or is cancelled, the
+        platform's backend marks the whole style as failed.
+
         Exit code 0: it was published, and with --wait has completed; 1: it failed.
         """
 
         def order() -> int:
-            parameters = _parameters(parameter or [])
-            return _publish(
-                _Server.of(config_file), folder, style_id, task_id, tag, parameters, wait, as_json
+            from consumer.ops import actions
+
+            return actions.publish(
+                _server(config_file),
+                folder,
+                style_id,
+                task_id=task_id,
+                tags=tag or (),
+                parameters=_parameters(parameter or []),
+                wait=wait,
+                as_json=as_json,
             )
 
         end(order)
 
     @app.command()
     def jobs(
-        tasks: Annotated[list[str] | None, typer.Argument(help="These; none: the newest.")] = None,
+        tasks: Annotated[
+            list[str] | None, typer.Argument(help=f"Show every detail of these. {_SHORT}")
+        ] = None,
+        style: Annotated[int | None, typer.Option(help="Only the jobs of this style.")] = None,
         live: Annotated[
             bool, typer.Option("--live", help="Only those that are not settled.")
         ] = False,
-        limit: Annotated[int, typer.Option(min=1, help="No more than so many.")] = 50,
+        limit: Annotated[int, typer.Option(min=1, help="The most jobs to show.")] = 50,
         as_json: Json = False,
         config_file: ConfigFile = None,
     ) -> None:
-        """Show the jobs' records on S3: state, owner, attempts, ending, and who has heard of it.
+        """Show the jobs' records on S3, one line each, or every detail of some.
 
-        Exit code 1: a record that was asked for is not there, or cannot be read.
+        A refused message is found by the task id that it gave. Exit code 1: a record that was
+        asked for does not exist, or cannot be read.
         """
-        end(lambda: _jobs(_Server.of(config_file), tasks or [], live, limit, as_json))
+
+        def show() -> int:
+            from consumer.ops import actions
+
+            return actions.jobs(
+                _server(config_file), tasks or [], style, live=live, limit=limit, as_json=as_json
+            )
+
+        end(show)
 
     @app.command()
     def cancel(
-        task: Annotated[str, typer.Argument(help="The job's id.")],
+        task: Annotated[str | None, typer.Argument(help=f"The job's id. {_SHORT}")] = None,
+        style: Annotated[
+            int | None, typer.Option(help="The live job of this style; asks if there are several.")
+        ] = None,
+        newest: Annotated[
+            bool, typer.Option("--newest", help="With --style: the newest job only.")
+        ] = False,
+        everything: Annotated[
+            bool, typer.Option("--all", help="With --style: all live jobs.")
+        ] = False,
+        yes: Yes = False,
         as_json: Json = False,
         config_file: ConfigFile = None,
     ) -> None:
-        """Have a job cancelled, wherever it is; its worker sees it within a quarter of a lease."""
-        end(lambda: _cancel(_Server.of(config_file), task, as_json))
+        """Have a job cancelled, wherever it is; its worker sees it within a quarter of a lease.
+
+        If the style already has a published model, the platform's backend marks the whole style as
+        failed when a retrain of it is cancelled.
+        """
+
+        def ask() -> int:
+            from consumer.ops import actions
+
+            if style is None and (newest or everything):
+                raise ConfigurationError("--newest and --all go with --style N.")
+            if newest and everything:
+                raise ConfigurationError("Use --newest or --all, not both.")
+            meant = None if style is None else actions.Style(style, newest, everything)
+            return actions.cancel(_server(config_file), task, meant, yes=yes, as_json=as_json)
+
+        end(ask)
 
     @app.command()
     def redrive(
-        tasks: Annotated[list[str] | None, typer.Argument(help="Send these back.")] = None,
-        everything: Annotated[bool, typer.Option("--all", help="Send all back.")] = False,
+        tasks: Annotated[
+            list[str] | None, typer.Argument(help=f"Send these back. {_SHORT}")
+        ] = None,
+        everything: Annotated[
+            bool, typer.Option("--all", help="Send back everything in the dead queue.")
+        ] = False,
+        include_superseded: Annotated[
+            bool,
+            typer.Option(
+                "--include-superseded",
+                help="With --all: also jobs of styles that have a later order.",
+            ),
+        ] = False,
+        yes: Yes = False,
         as_json: Json = False,
         config_file: ConfigFile = None,
     ) -> None:
-        """Look into the dead queue, or send messages back from it, each as a fresh attempt.
+        """List the dead queue and jobs that were given up, or send some back.
 
-        Without a task and without --all nothing is changed. Exit code 1: something that was to be
-        sent back was not; it lies where it was.
+        Each is sent back as a fresh attempt; a refused ending is only sent again. A job without a
+        copy in the dead queue is sent back by its record, if its task id is given. Without a task
+        and without --all nothing is changed.
+
+        If a style has a later order, the model of a job that is sent back goes into the archive
+        only. If a style has a published model and the new attempt fails, the platform's backend
+        marks the whole style as failed.
+
+        Exit code 1: something that was to be sent back was not; it is where it was.
         """
-        end(lambda: _redrive(_Server.of(config_file), tasks or [], everything, as_json))
+
+        def send() -> int:
+            from consumer.ops import actions
+
+            return actions.redrive(
+                _server(config_file),
+                tasks or [],
+                everything=everything,
+                include_superseded=include_superseded,
+                yes=yes,
+                as_json=as_json,
+            )
+
+        end(send)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Server:
-    """What the commands speak of: the settings, and the storage that they name."""
+def _server(config_file: Path | None) -> Any:
+    from consumer.ops.server import Server
 
-    settings: config.Settings
-    s3: S3Service
-
-    @classmethod
-    def of(cls, config_file: Path | None) -> _Server:
-        """As the settings say."""
-        from consumer.desk import open_s3
-
-        settings: config.Settings = config.load(file=config_file)
-        logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
-        return cls(settings, open_s3(settings))
-
-    @property
-    def state(self) -> str:
-        """The state bucket."""
-        return self.settings.state_bucket_name
-
-
-def _publish(
-    server: _Server,
-    folder: Path,
-    style_id: int,
-    task_id: str | None,
-    tags: list[str] | None,
-    parameters: dict[str, Any],
-    wait: bool,
-    as_json: bool,
-) -> int:
-    from consumer.ops import order, screen
-
-    with screen.JobBar() as shown:
-        placed = order.place(
-            server.settings,
-            server.s3,
-            folder,
-            style_id=style_id,
-            task_id=task_id,
-            tags=tags or (),
-            parameters=parameters,
-            on_upload=shown.uploaded,
-        )
-    if wait:
-        return _wait(server, placed, as_json)
-    if as_json:
-        screen.print_json(dataclasses.asdict(placed))
-    else:
-        screen.say(f"published {placed.task_id}: style {style_id}, {len(placed.images)} pictures")
-    return DONE
-
-
-def _wait(server: _Server, placed: Order, as_json: bool) -> int:
-    from consumer.ops import screen
-    from consumer.ops.follow import follow
-
-    if not as_json:
-        screen.say(f"published {placed.task_id}; Ctrl-C ends the waiting, not the job")
-    try:
-        with screen.JobBar() as shown:
-            job = follow(server.s3, server.state, placed.task_id, shown.saw)
-    except KeyboardInterrupt:
-        screen.say(f"the job goes on: main.py jobs {placed.task_id}")
-        return INTERRUPTED
-    completed = job.ending == "complete"
-    if as_json:
-        screen.print_json(dataclasses.asdict(placed) | {"job": dataclasses.asdict(job)})
-    else:
-        told = ": ".join(filter(None, (placed.task_id, job.ending, job.model_url or job.detail)))
-        screen.say(told, "green" if completed else "red")
-    return DONE if completed else FAILED
-
-
-def _jobs(server: _Server, tasks: list[str], live: bool, limit: int, as_json: bool) -> int:
-    from consumer.ops import screen
-    from consumer.ops.job_view import view
-    from services.record_listing import look_up, newest
-
-    if tasks:
-        found, more = look_up(server.s3, server.state, tasks), 0
-    else:
-        found, more = newest(server.s3, server.state, limit=limit, unsettled_only=live)
-    views = [view(one) for one in found]
-    screen.jobs(views, more, as_json=as_json)
-    return FAILED if any(one.state == "unknown" for one in views) else DONE
-
-
-def _cancel(server: _Server, task: str, as_json: bool) -> int:
-    from consumer.ops import screen
-    from consumer.ops.cancel import cancel
-
-    record = cancel(server.s3, server.state, task)
-    looks_every = record.hold.lease_seconds / 4 if record else None
-    if as_json:
-        screen.print_json({"task_id": task, "looked_for_every_seconds": looks_every})
-    elif looks_every is None:
-        screen.say(
-            f"{task} will be cancelled as soon as a worker takes it. None has seen it yet: "
-            "is the id right?"
-        )
-    else:
-        screen.say(f"{task} will be cancelled; its worker looks every {looks_every:.0f} s")
-    return DONE
-
-
-def _redrive(server: _Server, tasks: list[str], everything: bool, as_json: bool) -> int:
-    from consumer.ops import redrive, screen
-
-    if tasks and everything:
-        raise ConfigurationError("name tasks or say --all, not both")
-    if not tasks and not everything:
-        letters, more = redrive.look(server.settings)
-        screen.dead(letters, more, as_json=as_json)
-        return DONE
-    done, more = redrive.send_back(server.settings, server.s3, None if everything else tasks)
-    screen.redriven(done, more, as_json=as_json)
-    missing = set(tasks) - {one.task_id for one in done}
-    if missing and not as_json:
-        screen.say(f"not in the dead queue: {', '.join(sorted(missing))}", "yellow")
-    return FAILED if missing or not all(one.sent_back for one in done) else DONE
+    return Server.of(config_file)
 
 
 def _parameters(given: list[str]) -> dict[str, Any]:
@@ -240,7 +198,7 @@ def _parameters(given: list[str]) -> dict[str, Any]:
     for each in given:
         name, equals, value = each.partition("=")
         if not equals:
-            raise ConfigurationError(f"--parameter {each}: NAME=VALUE is wanted, epochs=200 say")
+            raise ConfigurationError(f"--parameter {each}: must be NAME=VALUE, such as epochs=200")
         try:
             found[name] = json.loads(value)
             json.dumps(found[name], allow_nan=False)

@@ -15,12 +15,11 @@ from typing import Any
 from config import Settings
 from consumer.doctor.broker_visit import BrokerVisit, Refusal
 from consumer.ops import post
-from consumer.settlement import Delivery, Publication, Queue
+from consumer.settlement import BODY_BYTES, BODY_SHA256, Delivery, Publication, Queue
 from consumer.topology import name_of
 from utils.errors import BrokerError
 
 MOST_RETURNS = 10  # RabbitMQ 4 drops a message of a quorum queue after 20
-_REASONS = ("x-error-code", "x-error-message", "x-task-id", "x-attempts")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class DeadLetter:
         task_id: The task's id; empty where nobody could read one.
         attempts: Attempts made, as far as anybody counted.
         body: The message as it was published.
-        headers: Those that a copy of the original takes along, less the reasons.
+        headers: Those that a copy of the original takes along.
     """
 
     number: int
@@ -45,6 +44,11 @@ class DeadLetter:
     attempts: int
     body: bytes
     headers: Mapping[str, str | int | bool]
+
+    @property
+    def is_cut(self) -> bool:
+        """The body is only the beginning of the message, which the broker would not hold."""
+        return BODY_SHA256 in self.headers
 
 
 Judge = Callable[[DeadLetter], Publication | None]
@@ -112,16 +116,17 @@ def _fetched(channel: Any, queue: str, count: int) -> Iterator[tuple[int, int, D
 def _letter(number: int, properties: Any, body: bytes) -> DeadLetter:
     message_id = properties.message_id if isinstance(properties.message_id, str) else None
     delivery = Delivery(body=body, message_id=message_id, headers=properties.headers or {})
-    carried = delivery.carried_headers
-    attempts = carried.get("x-attempts")
+    headers = delivery.headers
+    attempts = headers.get("x-attempts")
     return DeadLetter(
         number=number,
-        code=str(carried.get("x-error-code", "")),
-        reason=str(carried.get("x-error-message", "")),
-        task_id=str(carried.get("x-task-id", "")) or message_id or "",
+        code=str(headers.get("x-error-code", "")),
+        reason=str(headers.get("x-error-message", "")),
+        task_id=str(headers.get("x-task-id", "")) or message_id or "",
         attempts=attempts if isinstance(attempts, int) else 0,
         body=body,
-        headers={name: value for name, value in carried.items() if name not in _REASONS},
+        headers=delivery.carried_headers
+        | {name: headers[name] for name in (BODY_BYTES, BODY_SHA256) if name in headers},
     )
 
 

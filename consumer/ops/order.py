@@ -17,7 +17,7 @@ from consumer.local_training import pictures_in
 from consumer.ops import post
 from consumer.settlement import Publication, Queue
 from consumer.training_job import MESSAGE_TYPE
-from services.job_records import record_at
+from services.record_index import record_at
 from services.s3_service import S3Location, S3Service
 from training.lora_config import Picture
 from utils.errors import ConfigurationError, InvalidMessage
@@ -48,6 +48,7 @@ def place(
     s3: S3Service,
     folder: Path,
     *,
+    state_s3: S3Service | None = None,
     style_id: int,
     task_id: str | None = None,
     tags: Sequence[str] = (),
@@ -61,8 +62,9 @@ def place(
 
     Args:
         settings: Buckets, broker, queue, and the limits of the parameters.
-        s3: The storage.
+        s3: The storage of images.
         folder: The pictures.
+        state_s3: The storage of the state bucket; None: the same.
         style_id: The style that is trained.
         task_id: The job's id; None makes one.
         tags: As in a message.
@@ -82,16 +84,25 @@ def place(
         job = messages.parse(body, message_id=None, settings=settings)
     except InvalidMessage as error:
         raise ConfigurationError(f"no worker would take this order: {error}") from error
-    if s3.exists(record_at(settings.state_bucket_name, task_id)):
+    if (state_s3 or s3).exists(record_at(settings.state_bucket_name, task_id)):
         raise ConfigurationError(f"there is a job {task_id} already: choose another id")
     post.check(settings)
-    for index, picture in enumerate(pictures):
-        s3.upload_file(Path(picture.path or ""), places[index])
-        on_upload(index + 1, len(pictures))
+    _upload(s3, pictures, places, on_upload)
     post.publish_one(settings, Publication(Queue.TRAINING, body, task_id))
     return Order(
         task_id, style_id, tuple(each.uri() for each in places), job.hyper_parameters.epochs
     )
+
+
+def _upload(
+    s3: S3Service,
+    pictures: Sequence[Picture],
+    places: Sequence[S3Location],
+    on_upload: Callable[[int, int], None],
+) -> None:
+    for index, picture in enumerate(pictures):
+        s3.upload_file(Path(picture.path or ""), places[index])
+        on_upload(index + 1, len(pictures))
 
 
 def _places(bucket: str, prefix: str, pictures: Sequence[Picture]) -> list[S3Location]:

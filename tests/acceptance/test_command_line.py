@@ -209,7 +209,7 @@ def test_inspect_says_what_a_lora_file_is_and_refuses_what_is_none(tmp_path: Pat
     }
     save_file(tensors, path, metadata={"modelspec.title": "Harbour \x1b[31mred"})
     bare = {"PATH": os.environ["PATH"], "COLUMNS": "200"}
-    table = _main("inspect", str(path), environment=bare, folder=tmp_path)
+    table = _main("inspect", str(path), "--all", environment=bare, folder=tmp_path)
     assert table.returncode == 0, table.stderr
     for said in ("kohya", "Stable Diffusion 1, by its shapes", layer, "1 × to_k", "Harbour"):
         assert said in table.stdout

@@ -110,7 +110,7 @@ def test_the_images_files_are_enough_for_a_job_and_none_of_them_is_written_to(
         said, _ = started.communicate(timeout=60)
     assert started.returncode == 0, said
     # The doctor has told what is wrong, and has not stood in the way.
-    assert "mend what failed" in said and "worker_stopped" in said
+    assert "fix what failed" in said and "worker_stopped" in said
     assert _ask(HTTP_PORT=port).returncode == 1
     assert sorted(image.rglob("*")) == before
 
@@ -131,7 +131,7 @@ def test_wrong_settings_end_it_with_2_and_nothing_is_started(
     arguments = ["worker", *(each.format(file=file) for each in option)]
     with _entrypoint({}, *arguments) as started:
         said, _ = started.communicate(timeout=60)
-    assert started.returncode == 2 and "EPOCHS" in said and "mend what failed" in said
+    assert started.returncode == 2 and "EPOCHS" in said and "fix what failed" in said
     assert "worker_starting" not in said
 
 
@@ -139,7 +139,7 @@ def test_a_worker_for_one_message_starts_without_a_look() -> None:
     with _entrypoint({}, "worker", "--once") as started:
         said, _ = started.communicate(timeout=60)
     assert started.returncode == 2 and "BACKEND_API_URL" in said
-    assert "mend what failed" not in said
+    assert "fix what failed" not in said
 
 
 def test_a_stop_during_the_check_is_obeyed_at_once(apart: World) -> None:

@@ -64,10 +64,10 @@ def test_where_all_is_well_the_doctor_says_so_and_leaves_nothing_behind(
 ) -> None:
     sound.publish(b"a job that waits")
     before = sound.keys(sound.media)
-    done = _doctor(environment=sound.settings() | {"COLUMNS": "160"}, folder=tmp_path)
+    done = _doctor("--all", environment=sound.settings() | {"COLUMNS": "160"}, folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("0 failed: a worker can be started.")
-    for said in ("RabbitMQ 3.", "classic; 1 messages wait", '"s3:PutObject"', "rabbitmqctl"):
+    for said in ("RabbitMQ 3.", "classic; 1 waiting message", "rabbitmqctl"):
         assert said in done.stdout
     for checked in ("settings", "broker", "bucket", "clock", "backend", "GPU", "RAM", "disk"):
         assert f"  {checked}" in done.stdout
@@ -77,6 +77,25 @@ def test_where_all_is_well_the_doctor_says_so_and_leaves_nothing_behind(
     taken = sound.take(sound.queue)
     assert taken and taken[1] == b"a job that waits"
     assert sound.take(f"{sound.queue}.dead") is None
+
+
+def test_the_report_begins_with_findings_and_fits_a_terminal_of_80_columns(
+    sound: World, tmp_path: Path
+) -> None:
+    done = _doctor(environment=sound.settings() | {"COLUMNS": "80"}, folder=tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("ok") and "s3:PutObject" not in done.stdout
+    assert max(map(len, lines)) <= 80
+    well = [line for line in lines if line.startswith("ok ")]
+    assert len(lines) < len(well) + 25, done.stdout
+
+
+def test_the_policy_is_printed_alone(sound: World, tmp_path: Path) -> None:
+    environment = sound.settings(RABBITMQ_PORT="1")  # nothing is tested
+    done = _doctor("--policy", environment=environment, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    policy = json.loads(done.stdout)
+    assert policy["Version"] == "2012-10-17" and "s3:PutObject" in done.stdout
 
 
 def test_all_that_is_broken_is_told_at_once_with_its_remedy_and_without_a_secret(
@@ -170,8 +189,9 @@ def test_a_store_that_ignores_conditions_fails(sound: World) -> None:
     with S3Proxy(sound.s3_server.endpoint) as proxy:
         proxy.fault = always(Fault(careless=True))
         failures = _failures(sound, "storage", AWS_ENDPOINT_URL_S3=proxy.endpoint)
-    assert len(failures) == 2
-    assert all("one worker alone" in each.remedy for each in failures)
+    (failure,) = failures
+    assert failure.check == f"conditional writes in {sound.state}"
+    assert "exactly one worker" in failure.remedy and "STATE_BUCKET_NAME" in failure.remedy
 
 
 def test_a_damaged_base_model_fails(sound: World, tmp_path: Path) -> None:

@@ -73,6 +73,37 @@ def test_ctrl_c_reaches_the_worker_and_not_its_trainer(apart: World) -> None:
         trainer.wait(5)
 
 
+def test_a_terminal_that_closes_ends_a_worker_as_a_stop_does(apart: World) -> None:
+    """The kernel and the shell both send SIGHUP; the second must not cut the first one short."""
+    message = apart.envelope(style_id=27, parameters={"epochs": 200})
+    task_id = message["task_id"]
+    with apart.worker() as worker:
+        apart.publish(message)
+        until(lambda: apart.keys(apart.state, f"jobs/{task_id}.json"))
+        until(lambda: apart.record(task_id)["checkpoints"])
+        os.kill(worker.pid, signal.SIGHUP)
+        os.kill(worker.pid, signal.SIGHUP)
+        until(lambda: worker.exit_code is not None, 20)
+        assert worker.exit_code == 0, worker.last_words(20)
+        saved = [each["checkpoint"] for each in log_lines(worker, "checkpoint_saved")]
+    record = apart.record(task_id)
+    assert record["hold"]["released"] is True
+    assert record["checkpoints"][-1]["name"] == saved[-1]
+
+
+def test_a_worker_under_nohup_outlives_its_terminal(apart: World) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does, inherited by the child
+    try:
+        with apart.worker() as worker:
+            until(lambda: log_lines(worker, "consuming"))
+            os.kill(worker.pid, signal.SIGHUP)
+            time.sleep(1)
+            assert worker.exit_code is None
+            assert worker.stop() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("how", ["killed", "told to stop"])
 def test_another_worker_goes_on_where_one_was(apart: World, how: str) -> None:
     """A worker that is killed loses what came after its last checkpoint, one that is told to stop

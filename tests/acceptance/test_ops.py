@@ -12,8 +12,14 @@ from typing import Any
 import psutil
 import pytest
 
+import config
+from config import Settings
+from consumer import messages
+from consumer.desk import open_s3
 from sandbox.photographs import photographs
 from sandbox.worker_process import ROOT, WorkerProcess
+from services.job_record import JobRequest
+from services.job_records import Claimed, JobRecords
 from tests.acceptance.world import World, log_lines, until
 
 
@@ -27,6 +33,12 @@ def _main(world: World, *arguments: str, **changed: str) -> subprocess.Completed
         timeout=150,
         check=False,
     )
+
+
+def _line(shown: str, task_id: str) -> str:
+    """The one line of a table that is about a job."""
+    (line,) = (each for each in shown.splitlines() if task_id.startswith(each.split()[0]))
+    return line
 
 
 def _json(done: subprocess.CompletedProcess[str]) -> Any:
@@ -63,10 +75,11 @@ def test_a_folder_is_ordered_trained_and_waited_for(
     (job,) = _json(_main(world, "jobs", told["task_id"], "--json"))["jobs"]
     assert (job["state"], job["ending"], job["epoch"]) == ("ended", "complete", 2)
     assert job["model_url"] == f"s3://{world.media}/models/style_61/lora_weights.safetensors"
-    for columns in ("200", "60"):  # as a table, and a paragraph each where that would be cut
-        shown = _main(world, "jobs", COLUMNS=columns).stdout
-        words = (told["task_id"], "complete", "delivered", job["owner"], " ago")
-        assert all(each in shown for each in words)
+    assert job["loss"] == report["loss"]
+    line = _line(_main(world, "jobs", "--style", "61", COLUMNS="80").stdout, told["task_id"])
+    assert line.split()[1:5] == ["61", "complete", "2/2", "yes"] and len(line) <= 80
+    shown = _main(world, "jobs", line.split()[0], COLUMNS="80").stdout
+    assert all(each in shown for each in (told["task_id"], job["owner"], "was told", " ago"))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +113,76 @@ def test_a_job_is_cancelled_by_its_id(world: World, worker: WorkerProcess) -> No
     until(lambda: world.record(task_id)["delivery"] == "delivered")
     again = _main(world, "cancel", task_id)
     assert again.returncode == 2 and "has ended" in again.stderr
+
+
+def test_a_job_is_cancelled_by_its_style_and_the_retrain_of_a_sold_style_is_a_warning(
+    apart: World,
+) -> None:
+    first = apart.envelope(style_id=68)
+    with apart.worker() as worker:
+        apart.publish(first)
+        assert apart.ending(first["task_id"])[0] == "complete"
+        message = apart.envelope(style_id=68, parameters={"epochs": 1000})
+        apart.publish(message)
+        until(lambda: apart.backend.progress(message["task_id"]))
+        live = _main(apart, "jobs", "--live", COLUMNS="80").stdout
+        assert " held " in _line(live, message["task_id"])
+        other = _main(apart, "cancel", "--style", "69")
+        assert other.returncode == 1 and "No live job of style 69" in other.stderr
+        done = _main(apart, "cancel", "--style", "68", COLUMNS="80")
+        assert done.returncode == 0, done.stderr
+        assert f"Style 68 has a published model (of job {first['task_id']})" in done.stderr
+        assert apart.ending(message["task_id"])[1]["error_code"] == "CANCELLED"
+        assert worker.stop() == 0
+
+
+def test_of_several_live_jobs_of_a_style_none_is_cancelled_by_surprise(apart: World) -> None:
+    orders = [apart.envelope(style_id=70) for _ in range(2)]
+    for message in orders:
+        _claim_and_die(apart, message)
+    tasks = [message["task_id"] for message in orders]
+    unsaid = _main(apart, "cancel", "--style", "70")
+    assert unsaid.returncode == 2 and all(each in unsaid.stderr for each in tasks)
+    assert not _cancel_files(apart)
+    newest = _json(_main(apart, "cancel", "--style", "70", "--newest", "--json"))
+    assert newest["cancelled"] == tasks[1:] and _cancel_files(apart) == tasks[1:]
+    every = _json(_main(apart, "cancel", "--style", "70", "--all", "--json"))
+    assert sorted(every["cancelled"]) == sorted(tasks) == _cancel_files(apart)
+
+
+def test_a_refused_message_is_found_by_the_id_that_it_gave(apart: World) -> None:
+    with apart.worker() as worker:
+        apart.publish({"task_id": "refused-one", "style_id": 71, "image_urls": []})
+        apart.publish({"task_id": "of-another-type", "type": "video_training"})
+        until(lambda: len(_json(_main(apart, "redrive", "--json"))["messages"]) == 2)
+        assert worker.stop() == 0
+    shown = _main(apart, "jobs", "refused-one", COLUMNS="80")
+    assert shown.returncode == 0 and "must have at least 1 entry" in shown.stdout
+    (job,) = _json(_main(apart, "jobs", "of-another-type", "--json"))["jobs"]
+    assert (job["state"], job["ending"]) == ("dead", "UNKNOWN_TYPE")
+
+
+def test_a_job_that_was_given_up_is_sent_back_although_its_dead_letter_is_gone(
+    apart: World,
+) -> None:
+    with apart.worker(MAX_ATTEMPTS="1", CHECKPOINT_INTERVAL="1000") as worker:
+        message = apart.envelope(style_id=72, parameters={"epochs": 24})
+        task_id = message["task_id"]
+        apart.publish(message)
+        until(lambda: log_lines(worker, "training_started"))
+        for child in psutil.Process(worker.pid).children():
+            if "--runs-fd" in child.cmdline():
+                child.kill()
+        assert apart.ending(task_id)[1]["error_code"] == "WORKER_CRASHED"
+        until(lambda: apart.take(f"{apart.queue}.dead"))
+        until(lambda: apart.record(task_id)["delivery"] == "delivered")
+        (found,) = until(lambda: _json(_main(apart, "redrive", "--json"))["records"])
+        assert found["task_id"] == task_id
+        done = _main(apart, "redrive", task_id, COLUMNS="80")
+        assert done.returncode == 0 and "sent back" in done.stdout, done.stdout + done.stderr
+        endings = until(lambda: _two(apart, task_id))
+        assert [each.path.rsplit("/", 1)[1] for each in endings] == ["failed", "complete"]
+        assert worker.stop() == 0
 
 
 def test_what_was_given_up_is_sent_back_trained_and_told_anew(apart: World) -> None:
@@ -162,6 +245,24 @@ def test_looking_into_the_dead_queue_makes_no_queue(apart: World) -> None:
     done = _main(apart, "redrive", TRAINING_QUEUE="a-queue-that-nobody-uses")
     assert done.returncode == 0 and "empty" in done.stdout
     assert "a-queue-that-nobody-uses" not in apart.broker.ctl("list_queues", "name")
+
+
+def _cancel_files(world: World) -> list[str]:
+    """The ids of the jobs that somebody wants cancelled."""
+    keys = world.keys(world.state, "jobs/")
+    return [
+        key.removeprefix("jobs/").removesuffix(".cancel") for key in keys if key.endswith(".cancel")
+    ]
+
+
+def _claim_and_die(world: World, message: dict[str, Any]) -> None:
+    """A worker claims the job of a message, and is never heard of again."""
+    values: dict[str, Any] = {name.lower(): text for name, text in world.settings().items()}
+    settings: Settings = config.load(_env_file=None, **values)
+    job = messages.parse(json.dumps(message).encode(), message_id=None, settings=settings)
+    records = JobRecords(open_s3(settings), world.state, owner="dead", lease_seconds=5)
+    request = JobRequest(job.task_id, job.style_id, job.identity, job.understood())
+    assert isinstance(records.claim(request), Claimed)
 
 
 def _two(world: World, task_id: str) -> Any:

@@ -299,18 +299,24 @@ def test_a_job_that_is_to_be_tried_again_tells_its_place_in_the_queue(
     assert pages.metric("wasted_gpu_seconds_total", reason="retry") > 0
 
 
-def test_a_failed_job_is_an_error_report(mortal: World, sentry: SentryDoor) -> None:
+def test_a_fault_of_the_service_is_an_error_report_and_one_of_the_order_is_not(
+    mortal: World, sentry: SentryDoor
+) -> None:
     message = mortal.envelope(style_id=74, images=[f"s3://{mortal.media}/training/none.jpg"] * 3)
     message["data"]["captions"] = None
     mortal.publish(message)
     assert mortal.ending(message["task_id"])[1]["error_code"] == "IMAGE_DOWNLOAD_FAILED"
+    damaged = mortal.envelope(style_id=75)
+    mortal.s3.put_object(Bucket=mortal.state, Key=f"jobs/{damaged['task_id']}.json", Body=b"{")
+    mortal.publish(damaged)
 
     def reports() -> list[dict[str, str]]:
-        failed = [each for each in sentry.events() if each["message"] == "job_failed"]
-        return [each["tags"] for each in failed if each["tags"]["task_id"] == message["task_id"]]
+        told = [each for each in sentry.events() if each["message"] == "message_given_up"]
+        return [each["tags"] for each in told if each["tags"]["task_id"] == damaged["task_id"]]
 
     (tags,) = until(reports)
-    assert (tags["style_id"], tags["code"]) == ("74", "IMAGE_DOWNLOAD_FAILED")
+    assert tags["style_id"] == "75"
+    assert not [each for each in sentry.events() if each["message"] == "job_failed"]
 
 
 def test_a_port_in_use_is_said_at_once_with_its_setting(mortal: World) -> None:

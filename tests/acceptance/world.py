@@ -18,7 +18,7 @@ from pika.exceptions import ChannelClosedByBroker
 from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
-from sandbox.worker_process import WorkerProcess
+from sandbox.worker_process import ROOT, WorkerProcess
 
 SOON = 120.0
 
@@ -91,8 +91,12 @@ class World:
 
     def worker(self, **changed: str) -> WorkerProcess:
         """A worker of this world, started by entering it."""
+        return self.worker_of(ROOT, **changed)
+
+    def worker_of(self, code: Path, **changed: str) -> WorkerProcess:
+        """A worker of another release, whose program is in this folder."""
         log = self.folder / f"worker-{secrets.token_hex(3)}.log"
-        return WorkerProcess(self.settings(**changed), folder=self.folder, log=log)
+        return WorkerProcess(self.settings(**changed), folder=self.folder, log=log, code=code)
 
     def upload(self, name: str, content: bytes) -> str:
         """Put an object into the media bucket; its address."""

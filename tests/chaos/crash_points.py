@@ -1,4 +1,5 @@
-"""Named points at which a worker, or its trainer process, is killed when the suite says so."""
+"""Named points at which a worker is killed or stopped, or its trainer process is killed, when the
+suite says so."""
 
 from __future__ import annotations
 
@@ -13,12 +14,18 @@ from pathlib import Path
 from tests.chaos.journal import Journal
 
 FOLDERS = ("jobs", "checkpoints", "staging", "models")
+S3_ACTS = (
+    *(f"write {folder}" for folder in FOLDERS),
+    "copy",
+    *(f"delete {folder}" for folder in ("checkpoints", "staging")),
+    *(f"list {folder}" for folder in ("checkpoints", "models")),
+)
+STOP_POINTS = tuple(f"{moment} {act}" for act in S3_ACTS for moment in ("before", "after"))
+"""Points between two requests to S3, at which a worker may be stopped for longer than its lease."""
 POINTS = tuple(
     f"{moment} {act}"
     for act in (
-        *(f"write {folder}" for folder in FOLDERS),
-        "copy",
-        "delete",
+        *S3_ACTS,
         "webhook progress",
         "webhook complete",
         "webhook failed",
@@ -32,15 +39,17 @@ POINTS = tuple(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Order:
-    """Kill at the n-th time that a point is reached.
+    """Kill or stop at the n-th time that a point is reached.
 
     Attributes:
         victim: `worker` or `child`.
+        act: `kill`, or `stop` (SIGSTOP; somebody else has it go on).
     """
 
     point: str
     nth: int
     victim: str = "worker"
+    act: str = "kill"
 
     def give(self, path: Path) -> None:
         """Put the order where the worker looks for it; it replaces an older one."""
@@ -69,7 +78,7 @@ class CrashPoints:
         self._reached = 0
 
     def reached(self, point: str) -> None:
-        """Die here, if that is the order."""
+        """Die or stop here, if that is the order."""
         try:
             order = Order(**json.loads(self._path.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -85,8 +94,12 @@ class CrashPoints:
             self._order = None
             self._path.unlink(missing_ok=True)
         victim = self.child if order.victim == "child" else os.getpid()
-        self._journal.note("crash_point", point=point, victim=order.victim)
         if victim is None:
+            return
+        self._journal.note("crash_point", point=point, victim=order.victim, act=order.act)
+        if order.act == "stop":
+            os.kill(victim, signal.SIGSTOP)
+            time.sleep(0.05)  # the signal stops every thread, this one perhaps a moment later
             return
         os.kill(victim, signal.SIGKILL)
         if order.victim == "worker":

@@ -17,6 +17,7 @@ from typing import Any, Self
 from config import Settings, setting_names
 from tests.chaos import journal
 from tests.chaos.crash_points import Order
+from tests.chaos.timing import IDLE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESTART_SECONDS = 0.2
@@ -31,6 +32,54 @@ class Exit:
     wanted: tuple[int, ...]
 
 
+class Diary:
+    """What the journal says of one worker process.
+
+    Args:
+        path: The journal.
+        who: The process.
+    """
+
+    def __init__(self, path: Path, who: str) -> None:
+        self._notes = [note for note in journal.read(path) if note["who"] == who]
+
+    def child(self) -> int | None:
+        """Process id of its trainer process, while that lives."""
+        pids = [note["pid"] for note in self._notes if note["kind"] == "child"]
+        if not pids or not Path(f"/proc/{pids[-1]}").exists():
+            return None
+        return int(pids[-1])
+
+    def is_training(self) -> bool:
+        """Whether its trainer process is in the middle of a run."""
+        return self._last("run", "epoch", "run_over", "ended") == "epoch"
+
+    def is_busy(self) -> bool:
+        """Whether it has a message in hand."""
+        return self._last("handling", "handled") == "handling"
+
+    def claims(self) -> int:
+        """How often it has claimed a job."""
+        return sum(note["kind"] == "claimed" for note in self._notes)
+
+    def task(self) -> str | None:
+        """The task that it has claimed last."""
+        tasks = [note["task"] for note in self._notes if note["kind"] == "claimed"]
+        return str(tasks[-1]) if tasks else None
+
+    def _last(self, *kinds: str) -> str:
+        found = [str(note["kind"]) for note in self._notes if note["kind"] in kinds]
+        return found[-1] if found else ""
+
+
+def claims_of(path: Path, slot: int) -> int:
+    """How often the processes of a slot have claimed a job, by the journal."""
+    own = f"worker-{slot}-"
+    return sum(
+        note["kind"] == "claimed" and note["who"].startswith(own) for note in journal.read(path)
+    )
+
+
 class Slot:
     """The place of one worker: its processes, one after the other.
 
@@ -39,23 +88,38 @@ class Slot:
         folder: The run's folder.
         settings: The environment of each of its processes.
         extra: More arguments for them.
+        once: Each takes one message and ends, as a pod does that is started for a message.
+
+    Attributes:
+        tree: Where the code of its next process lies: this one's, or that of an older release.
     """
 
     def __init__(
-        self, number: int, folder: Path, settings: Mapping[str, str], extra: tuple[str, ...]
+        self,
+        number: int,
+        folder: Path,
+        settings: Mapping[str, str],
+        extra: tuple[str, ...],
+        *,
+        once: bool = False,
     ) -> None:
         self.number = number
+        self.tree = ROOT
+        self._once = once
+        self._is_old = False
         self.starts = 0
         self.exits: list[Exit] = []
         self._folder = folder
         self._order_path = folder / f"crash-{number}.json"
         self._disk_full_path = folder / f"disk-full-{number}"
+        self._mid_write_path = folder / f"disk-full-{number}-mid-write"
+        self._clock_path = folder / f"clock-{number}"
         self._extra = extra
         self._environment = {
             name: value
             for name, value in os.environ.items()
             if name.upper() not in setting_names(Settings)
-        } | {"PYTHONPATH": str(ROOT), **settings}
+        } | dict(settings)
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted: tuple[int, ...] = ()
         self._closing = threading.Event()
@@ -64,7 +128,7 @@ class Slot:
     @property
     def who(self) -> str:
         """Name of the present process."""
-        return f"worker-{self.number}-{self.starts}"
+        return f"worker-{self.number}-{self.starts}{'-old' if self._is_old else ''}"
 
     @property
     def log(self) -> Path:
@@ -78,22 +142,25 @@ class Slot:
         return self._process.pid
 
     @property
-    def child(self) -> int | None:
-        """Process id of its trainer process, while that lives."""
-        notes = journal.read(self._folder / "journal.jsonl")
-        pids = [
-            note["pid"] for note in notes if note["kind"] == "child" and note["who"] == self.who
-        ]
-        if not pids or not Path(f"/proc/{pids[-1]}").exists():
-            return None
-        return int(pids[-1])
+    def diary(self) -> Diary:
+        """What the journal says of its present process."""
+        return Diary(self._folder / "journal.jsonl", self.who)
+
+    def is_busy(self) -> bool:
+        """Whether its present process has a message in hand."""
+        return self.diary.is_busy()
 
     def is_training(self) -> bool:
-        """Whether its trainer process is in the middle of a run."""
-        notes = journal.read(self._folder / "journal.jsonl")
-        kinds = [note["kind"] for note in notes if note["who"] == self.who]
-        last = [kind for kind in kinds if kind in ("run", "epoch", "run_over", "ended")]
-        return last[-1:] == ["epoch"]
+        """Whether its present process has a trainer in the middle of a run."""
+        return self.diary.is_training()
+
+    def is_stopped(self) -> bool:
+        """Whether its process has been stopped by a signal."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii", errors="replace")
+        except FileNotFoundError:
+            return False
+        return stat.rpartition(")")[2].split()[0] == "T"
 
     def start(self) -> None:
         """Start its first process."""
@@ -102,7 +169,8 @@ class Slot:
 
     def order(self, order: Order) -> None:
         """Have it die at a named point."""
-        self.may_end_with(-signal.SIGKILL)
+        if order.act == "kill":
+            self.may_end_with(-signal.SIGKILL)
         order.give(self._order_path)
 
     def has_no_order(self) -> bool:
@@ -113,23 +181,42 @@ class Slot:
         """What has not happened yet will not."""
         self._order_path.unlink(missing_ok=True)
 
-    def disk_full(self, full: bool) -> None:
-        """Let its disk be full, or let there be room again."""
+    def disk_full(self, full: bool, *, mid_write: bool = False) -> None:
+        """Let its disk be full, or let there be room again.
+
+        Args:
+            full: Whether it is.
+            mid_write: Half of a file can still be written.
+        """
+        path = self._mid_write_path if mid_write else self._disk_full_path
         if full:
             self.may_end_with(4)  # a machine that cannot train says so and leaves
-            self._disk_full_path.touch()
+            path.touch()
         else:
-            self._disk_full_path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def set_clock(self, offset: float) -> None:
+        """Let its wall clock be wrong by so many seconds; right for 0."""
+        if offset:
+            self._clock_path.write_text(str(offset), encoding="ascii")
+        else:
+            self._clock_path.unlink(missing_ok=True)
 
     def signal(self, number: int, *, with_child: bool = False) -> None:
         """Send a signal to the worker, and to its child if that is asked for."""
         if number == signal.SIGKILL:
             self.may_end_with(-signal.SIGKILL)
-        if with_child and (child := self.child):
+        if with_child and (child := self.diary.child()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)
         if self._process and self._process.poll() is None:
             self._process.send_signal(number)
+
+    def stop_child(self) -> None:
+        """Stop the trainer process alone."""
+        if child := self.diary.child():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGSTOP)
 
     def may_end_with(self, *codes: int) -> None:
         """What follows may end the present process with one of these."""
@@ -180,18 +267,23 @@ class Slot:
 
     def _launch(self) -> None:
         self.starts += 1
+        self._is_old = self.tree != ROOT
+        once = self._once and not self._is_old
+        full = self._disk_full_path.exists() or self._mid_write_path.exists()
         self._wanted = (
             *((-signal.SIGKILL,) if self._order_path.exists() else ()),
-            *((4,) if self._disk_full_path.exists() else ()),
+            *((4,) if full else ()),
+            *((0,) if once else ()),
         )
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # pylint: disable=consider-using-with
                 [
                     *(sys.executable, "-m", "tests.chaos.worker", "--folder", str(self._folder)),
                     *("--slot", str(self.number), "--who", self.who, *self._extra),
+                    *(("--once", str(IDLE_SECONDS)) if once else ()),
                 ],
                 cwd=self._folder,  # where no `.env` lies
-                env=self._environment,
+                env=self._environment | {"PYTHONPATH": str(self.tree)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

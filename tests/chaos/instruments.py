@@ -10,19 +10,33 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from consumer import checkpoint_uploads, desk, endings, lane, outbox, pipeline, run_events
+from consumer import (
+    checkpoint_uploads,
+    desk,
+    endings,
+    lane,
+    outbox,
+    pipeline,
+    run_events,
+)
 from consumer.checkpoint_uploads import CheckpointUploads
 from consumer.machine import Machine
+from consumer.pipeline import Pipeline
 from consumer.settlement import Action
+from consumer.sweeper import Sweeper
 from consumer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
 from consumer.work_folder import WorkFolder
+from services import hold, record_sweep
 from services.job_lease import JobLease
 from services.job_records import Claimed, JobRecords
+from services.lease import Lease
+from services.record_object import RecordObject
 from services.s3_service import S3Service
 from services.webhook_service import RetrySchedule, WebhookService
 from tests.chaos.crash_points import CrashPoints
@@ -30,17 +44,40 @@ from tests.chaos.journal import Journal
 from tests.chaos.timing import CRASH_DELAY
 from utils.events import CheckpointSaved, Progress, Stage, Started
 
+_OVERRATED_SECONDS = 0.1
+
 
 def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     setattr(owner, name, make(getattr(owner, name)))
 
 
+def _shorten(value: Any, *places: tuple[Any, str]) -> None:
+    """Set a waiting time wherever one of the names exists: releases call it differently.
+
+    Raises:
+        AttributeError: It exists nowhere.
+    """
+    found = [(owner, name) for owner, name in places if hasattr(owner, name)]
+    if not found:
+        raise AttributeError(f"no waiting time is called {[name for _, name in places]}")
+    for owner, name in found:
+        setattr(owner, name, value)
+
+
 def shorten_waits() -> None:
     """Minutes become seconds, where no setting says how long."""
-    setattr(endings, "DELIVER_AT_ONCE_SECONDS", 3.0)
-    setattr(checkpoint_uploads, "_RETRY_SECONDS", 0.3)
-    setattr(lane, "CRASH_DELAY_SECONDS", CRASH_DELAY)
-    setattr(outbox, "LONGEST_DELAY", 3.0)
+    _shorten(3.0, (endings, "DELIVER_AT_ONCE_SECONDS"))
+    _shorten(0.3, (checkpoint_uploads, "_RETRY_SECONDS"))
+    _shorten(3.0, (outbox, "LONGEST_DELAY"))
+    if hasattr(lane, "CRASH_DELAY_SECONDS"):  # the last release's
+        _shorten(CRASH_DELAY, (lane, "CRASH_DELAY_SECONDS"))
+    else:
+        _shorten(5.0, (endings, "_CONFIRM_SECONDS"))
+        _wrap(
+            TrainingConsumer,
+            "__init__",
+            lambda init: lambda *given, **how: init(*given, **how | {"answer_seconds": 3.0}),
+        )
     _wrap(outbox.Backoff, "__init__", lambda init: lambda self: init(self, 0.3, 3.0))
 
     def with_short_waits(init: Any) -> Any:
@@ -90,7 +127,8 @@ def add_crash_points(points: CrashPoints) -> None:
 
     _wrap(S3Service, "_put", around(lambda place, *_, **__: f"write {place.key.split('/')[0]}"))
     _wrap(S3Service, "copy", around(lambda *_, **__: "copy"))
-    _wrap(S3Service, "delete", around(lambda *_, **__: "delete"))
+    _wrap(S3Service, "delete", _delete_by_folder(points))
+    _wrap(S3Service, "list_objects", _list_by_folder(points))
     _wrap(WebhookService, "_exchange", around(lambda _m, _o, kind, *_, **__: f"webhook {kind}"))
     _wrap(TrainingConsumer, "_publish", around(lambda *_, **__: "publish"))
     _wrap(TrainingConsumer, "_answer", around(lambda _hand, action: str(action)))
@@ -106,8 +144,63 @@ def add_crash_points(points: CrashPoints) -> None:
     _wrap(TrainerProcess, "start", start)
 
 
+def _delete_by_folder(points: CrashPoints) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        def wrapped(self: Any, bucket: str, keys: Any) -> Any:
+            keys = list(keys)
+            act = f"delete {keys[0].split('/')[0]}" if keys else "delete nothing"
+            points.reached(f"before {act}")
+            result = original(self, bucket, keys)
+            points.reached(f"after {act}")
+            return result
+
+        return wrapped
+
+    return make
+
+
+def _list_by_folder(points: CrashPoints) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        def wrapped(self: Any, bucket: str, prefix: str) -> Any:
+            act = f"list {prefix.split('/')[0]}"
+            points.reached(f"before {act}")
+            found = list(original(self, bucket, prefix))
+            points.reached(f"after {act}")
+            return iter(found)
+
+        return wrapped
+
+    return make
+
+
+def withhold_sweeps(path: Path, journal: Journal) -> None:
+    """Let the sweep publish only what the suite allows it to.
+
+    A job that needs the sweep without a reason is a finding, and the sweep would hide it. The file
+    names the records that may be swept; `*` allows all.
+    """
+
+    def may_be_swept(original: Any) -> Any:
+        def wrapped(version: Any) -> bool:
+            allowed = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+            named = "*" in allowed or version.record.task_id in allowed
+            return named and bool(original(version))
+
+        return wrapped
+
+    def publish(original: Any) -> Any:
+        def wrapped(self: Sweeper, record: Any) -> Any:
+            journal.note("swept", task=record.task_id, state=record.state)
+            return original(self, record)
+
+        return wrapped
+
+    _wrap(record_sweep, "is_abandoned", may_be_swept)
+    _wrap(Sweeper, "_publish_again", publish)
+
+
 def keep_journal(journal: Journal) -> None:
-    """Note claims, endings, uploads of checkpoints, and each child."""
+    """Note deliveries in hand, claims, endings, uploads of checkpoints, and each child."""
 
     def start(original: Any) -> Any:
         def wrapped(self: TrainerProcess) -> None:
@@ -135,8 +228,8 @@ def keep_journal(journal: Journal) -> None:
         return wrapped
 
     def end(original: Any) -> Any:
-        def wrapped(self: JobLease, ending: Any) -> Any:
-            kept = original(self, ending)
+        def wrapped(self: JobLease, ending: Any, *more: Any) -> Any:
+            kept = original(self, ending, *more)
             journal.note(
                 "ended",
                 task=self.record.task_id,
@@ -160,6 +253,38 @@ def keep_journal(journal: Journal) -> None:
 
         return wrapped
 
+    def handle(original: Any) -> Any:
+        def wrapped(self: Pipeline, delivery: Any) -> Any:
+            journal.note("handling")
+            try:
+                return original(self, delivery)
+            finally:
+                journal.note("handled")
+
+        return wrapped
+
+    def register(original: Any) -> Any:
+        def wrapped(self: JobLease, checkpoint: Any) -> Any:
+            result = original(self, checkpoint)
+            facts = {"task": self.record.task_id, "claim": self.claim_number}
+            journal.note("registered", name=checkpoint.name, **facts)
+            return result
+
+        return wrapped
+
+    def release(original: Any) -> Any:
+        def wrapped(self: JobLease, **how: Any) -> Any:
+            result = original(self, **how)
+            journal.note(
+                "released", task=self.record.task_id, rejected=bool(how.get("rejected", False))
+            )
+            return result
+
+        return wrapped
+
+    _wrap(Pipeline, "handle", handle)
+    _wrap(JobLease, "release", release)
+    _wrap(JobLease, "register_checkpoint", register)
     _wrap(TrainerProcess, "start", start)
     _wrap(JobRecords, "claim", claim)
     _wrap(JobRecords, "adopt_ending", claim)
@@ -195,12 +320,40 @@ def keep_journal_of_epochs(journal: Journal) -> None:
     _wrap(run_events, "dispatch", dispatch)
 
 
-def fill_disk(marker: Path) -> None:
+def watch_leases(journal: Journal) -> None:
+    """Note each lease that is believed to have begun later than the write that began it."""
+    if not hasattr(hold, "VERSION"):
+        return  # the last release does not keep this promise
+    first_tries: dict[str, float] = {}
+
+    def write_object(original: Any) -> Any:
+        def wrapped(self: RecordObject[Any], record: Any, etag: Any) -> Any:
+            first_tries.setdefault(record.hold.nonce, time.monotonic())
+            return original(self, record, etag)
+
+        return wrapped
+
+    def write(original: Any) -> Any:
+        def wrapped(self: Lease[Any], record: Any, deadline: float) -> Any:
+            result = original(self, record, deadline)
+            late = self._began_at - first_tries.pop(record.hold.nonce, self._began_at)
+            if late > _OVERRATED_SECONDS:
+                journal.note("lease_overrated", task=record.task_id, seconds=late)
+            return result
+
+        return wrapped
+
+    _wrap(RecordObject, "write", write_object)
+    _wrap(Lease, "_write", write)
+
+
+def fill_disk(marker: Path, journal: Journal) -> None:
     """While the file exists, the worker can make no folder and write no file for a job."""
 
     def refuse(original: Any) -> Any:
         def wrapped(*arguments: Any, **how: Any) -> Any:
             if marker.exists():
+                journal.note("disk_full")
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return original(*arguments, **how)
 

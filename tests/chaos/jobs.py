@@ -1,36 +1,66 @@
-"""The jobs of a run: what is published, again where it must be, and what became of it."""
+"""The jobs of a run. Each is ordered for a destiny; a third of them not to complete."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
+import random
 import threading
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from consumer.messages import derive_task_id
+from services.job_record import INVALID_PREFIX, derived_task_id
+from tests.chaos.fates import SEEDS
 from tests.chaos.journal import Journal
-from tests.chaos.timing import MEDIA
+from tests.chaos.reference import Destiny
+from tests.chaos.timing import MAX_JOB_BYTES, MEDIA
 from tests.chaos.world import World
 
+_FIRST_ORDER = datetime.datetime(2026, 1, 20, 10, tzinfo=datetime.UTC)
 _PICTURE = b"not looked at by the stand-in"
+_WITHOUT_ID = {Destiny.NO_ID, Destiny.ORDERED_TWICE}
+_ONE_IN = 3
+_REFUSED_CREATIONS = 4
+_WITH_LARGE_HEADERS = {Destiny.GIVEN_UP, Destiny.GIVEN_UP_REDRIVEN}
+"""Jobs that are put off for sure: their copies must not carry what fills a frame."""
+_LARGE_HEADERS = {"x-junk": "j" * 130_950}
+LONG_EPOCHS = 60
+"""Of a job that is to be cancelled: it must not complete before anybody can cancel it."""
+HUGE = "training/huge.jpg"
+HUGE_BYTES = 3_000_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """One published message.
+    """One order.
 
     Attributes:
-        task_id: Its id; of an invalid one too.
-        valid: Whether it can become a job; one that cannot ends in `failed`.
+        task_id: Its id; of an invalid one too; where the message has none, what is derived.
+        destiny: What it is ordered for.
+        body: The message.
+        again: It is the second order of the same message.
     """
 
     task_id: str
     style_id: int
     epochs: int
     body: bytes
-    valid: bool = True
+    destiny: Destiny = Destiny.PLAIN
+    again: bool = False
+
+    @property
+    def valid(self) -> bool:
+        """Whether the message can become a job."""
+        return self.destiny is not Destiny.INVALID
+
+    @property
+    def record_id(self) -> str:
+        """The id of its record."""
+        return self.task_id if self.valid else INVALID_PREFIX + _sha256(self.body)
 
 
 class Jobs:
@@ -40,7 +70,11 @@ class Jobs:
         world: Where.
         journal: Told of each.
         epochs: Fewest and most epochs of a job.
+        dice: Shuffles the destinies.
+        destinies: Those to choose from.
+        plain_first: So many are ordered to complete before the first that is not.
         pictures: Addresses; None for two that nobody can see anything on.
+        one_style: All are of one style.
     """
 
     def __init__(
@@ -49,36 +83,81 @@ class Jobs:
         journal: Journal,
         *,
         epochs: tuple[int, int],
+        dice: random.Random,
+        destinies: Collection[Destiny],
+        plain_first: int,
         pictures: list[str] | None = None,
+        one_style: bool = False,
     ) -> None:
+        self._one_style = one_style
         self.journal = journal
         self.published: list[Job] = []
         self._world = world
         self._epochs = epochs
+        self._dice = dice
+        self._destinies = tuple(one for one in destinies if one is not Destiny.PLAIN)
+        self._deck: list[Destiny] = []
+        self._plain_first = plain_first
         self._pictures = pictures or self._upload_blanks()
         self._lock = threading.Lock()
 
-    def publish(self, times: int = 1) -> Job:
-        """Make the next job and publish it, once or more often."""
+    def publish(self, times: int = 1, destiny: Destiny | None = None) -> Job:
+        """Make the next job and publish it, once or more often.
+
+        Args:
+            times: How often the same message is published.
+            destiny: What it is ordered for; None for the next of the deck.
+        """
         with self._lock:
             number = len(self.published) + 1
-            job = self._invalid(number) if number % 6 == 0 else self._valid(number)
+            job = self._job(number, destiny or self._next_destiny(number))
             self.published.append(job)
-        self._world.publish(job.body, times)
-        self.journal.note("published", task=job.task_id)
+        self._world.mood.destinies[job.task_id] = job.destiny
+        if job.destiny is Destiny.CANCEL_PUBLISHING:
+            self._world.destined.cancel_while_publishing[job.task_id] = job.style_id
+        headers = _LARGE_HEADERS if job.destiny in _WITH_LARGE_HEADERS else None
+        self._world.publish(job.body, times, headers)
+        self.journal.note("published", task=job.task_id, destiny=job.destiny, times=times)
         return job
+
+    def order_again(self, first: Job) -> Job:
+        """Order the same message again, after the window: a job of its own."""
+        second = dataclasses.replace(first, task_id=derived_task_id(first.task_id, 1), again=True)
+        with self._lock:
+            self.published.append(second)
+        # Its record cannot be made at first: the order is put off before it was ever claimed.
+        self._world.destined.creation_refused[second.task_id] = _REFUSED_CREATIONS
+        self._world.publish(first.body)
+        self.journal.note("published", task=second.task_id, destiny=second.destiny, times=1)
+        return second
+
+    def undrawn(self) -> list[Destiny]:
+        """Destinies that no job has been ordered for yet."""
+        drawn = {job.destiny for job in self.published}
+        return [destiny for destiny in self._destinies if destiny not in drawn]
 
     def unended(self) -> int:
         """How many there are whose record has no ending, or that have no record yet."""
-        ended = [one for one in self._world.records().values() if one["state"] == "ended"]
-        return len(self.published) - len(ended)
+        records = self._world.records()
+        ended = {name for name, one in records.items() if one["state"] in ("ended", "damaged")}
+        return sum(job.record_id not in ended for job in tuple(self.published))
 
-    def publish_again(self, which: int) -> None:
-        """The same message once more, as a platform does that is not sure of the first."""
+    def unsettled(self) -> set[str]:
+        """The record ids of jobs that still have something to do."""
+        settled = {name for name, one in self._world.records().items() if is_settled(one)}
+        return {job.record_id for job in tuple(self.published)} - settled
+
+    def publish_again(self, which: int) -> Job | None:
+        """The same message once more, as a platform does that is not sure of the first.
+
+        Only one whose id its publisher gave: without one it may be an order of its own.
+        """
         with self._lock:
-            job = self.published[which % len(self.published)]
+            named = [job for job in self.published if job.valid and job.destiny not in _WITHOUT_ID]
+            job = named[which % len(named)]
         self._world.publish(job.body)
-        self.journal.note("published", task=job.task_id)
+        self.journal.note("published", task=job.task_id, destiny=job.destiny, times=1)
+        return job
 
     def publish_unclaimed(self, held: Collection[bytes] | None) -> list[str]:
         """Publish again what a deleted queue held, and nobody has made a record of.
@@ -92,49 +171,82 @@ class Jobs:
         records = self._world.records()
         with self._lock:
             jobs = tuple(self.published)
-        lost = [job for job in jobs if job.valid and job.task_id not in records]
-        # An invalid message's record is named after its body.
-        told = {record["identity"] for record in records.values()}
-        lost += [job for job in jobs if not job.valid and _sha256(job.body) not in told]
+        lost = [job for job in jobs if job.record_id not in records]
         lost = [job for job in lost if held is None or job.body in held]
         for job in lost:
             self._world.publish(job.body)
         return [job.task_id for job in lost]
 
-    def _valid(self, number: int) -> Job:
+    def _next_destiny(self, number: int) -> Destiny:
+        if not self._destinies or number <= self._plain_first or number % _ONE_IN:
+            return Destiny.PLAIN
+        if not self._deck:
+            self._deck = self._dice.sample(self._destinies, len(self._destinies))
+        return self._deck.pop()
+
+    def _job(self, number: int, destiny: Destiny) -> Job:
         fewest, most = self._epochs
         epochs = fewest + number * 7 % (most - fewest + 1)
         # Every fourth is of the style before it: two runs of one style must not mix.
-        style_id = 100 + number - (number % 4 == 0)
-        message = self._message(f"job-{number:04d}", style_id, {"epochs": epochs})
-        return Job(f"job-{number:04d}", style_id, epochs, message)
+        style_id = 101 if self._one_style else 100 + number - (number % 4 == 0)
+        parameters: dict[str, Any] = {}
+        pictures = self._pictures
+        match destiny:
+            case Destiny.INVALID:
+                style_id, epochs = 50_000 + number, 0
+            case (
+                Destiny.CANCEL_FILE
+                | Destiny.CANCEL_ANSWER
+                | Destiny.CANCEL_GONE
+                | Destiny.RECORD_DAMAGED
+            ):
+                epochs = LONG_EPOCHS
+            case Destiny.CANCEL_PUBLISHING:
+                # Of a style that has a model, so that a mixture would be seen.
+                style_id, epochs = self.published[0].style_id if self.published else 101, 2
+            case Destiny.TOO_LARGE:
+                pictures = [f"s3://{MEDIA}/{HUGE}"] * (MAX_JOB_BYTES // HUGE_BYTES + 2)
+        if destiny in SEEDS:
+            parameters["seed"] = SEEDS[destiny]
+        name = None if destiny in _WITHOUT_ID else f"job-{number:04d}"
+        body = self._message(number, name, style_id, parameters | {"epochs": epochs}, pictures)
+        return Job(name or derive_task_id(body), style_id, epochs, body, destiny)
 
-    def _invalid(self, number: int) -> Job:
-        style_id = 50_000 + number
-        message = self._message(f"job-{number:04d}", style_id, {"epochs": 0})
-        return Job(f"job-{number:04d}", style_id, 0, message, valid=False)
-
-    def _message(self, task_id: str, style_id: int, parameters: dict[str, Any]) -> bytes:
+    def _message(
+        self,
+        number: int,
+        task_id: str | None,
+        style_id: int,
+        parameters: dict[str, Any],
+        pictures: list[str],
+    ) -> bytes:
         data = {
             "style_id": style_id,
-            "images": self._pictures,
-            "captions": ["a harbour"] * len(self._pictures),
+            "images": pictures,
+            "captions": ["a harbour"] * len(pictures),
             "parameters": parameters,
         }
         message = {
-            "task_id": task_id,
             "type": "model_training",
             "data": data,
             "webhook_url": f"{self._world.backend_url}/api/webhooks/training/{style_id}/status",
-            "created_at": "2026-01-20T10:00:00.000Z",
+            "created_at": (_FIRST_ORDER + datetime.timedelta(seconds=number)).isoformat(),
         }
-        return json.dumps(message).encode()
+        return json.dumps(({"task_id": task_id} if task_id else {}) | message).encode()
 
     def _upload_blanks(self) -> list[str]:
         keys = [f"training/{number}.jpg" for number in range(2)]
         for key in keys:
             self._world.s3.put_object(Bucket=MEDIA, Key=key, Body=_PICTURE)
+        self._world.s3.put_object(Bucket=MEDIA, Key=HUGE, Body=b"x" * HUGE_BYTES)
         return [f"s3://{MEDIA}/{key}" for key in keys]
+
+
+def is_settled(record: dict[str, Any]) -> bool:
+    """Whether nothing is left to do for a record, by what it says itself."""
+    if record["state"] == "damaged":
+        return True
+    return record["delivery"] in ("delivered", "set_aside") and not record.get("owed")
 
 
 def _sha256(body: bytes) -> str:

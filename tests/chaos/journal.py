@@ -1,4 +1,4 @@
-"""What really happened, told by everybody who did it: one file, one line of JSON an event.
+"""The events of a run, noted by each process that caused one: one file, one line of JSON an event.
 
 Times are `time.monotonic()`, which all processes of a machine share.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,27 @@ class Journal:
         os.write(self._file, json.dumps(line).encode() + b"\n")
 
 
+_READ: dict[Path, tuple[int, list[dict[str, Any]]]] = {}
+_LOCK = threading.Lock()
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    """All events so far, by time."""
+    """All events so far, by time. Only what is new since the last call is parsed."""
     if not path.exists():
         return []
-    lines = path.read_bytes().splitlines()
-    return sorted((json.loads(line) for line in lines), key=lambda event: float(event["t"]))
+    with _LOCK:
+        offset, events = _READ.get(path, (0, []))
+        with path.open("rb") as file:
+            file.seek(offset)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        events += [json.loads(line) for line in whole.splitlines()]
+        events.sort(key=lambda event: float(event["t"]))
+        _READ[path] = (offset + len(whole), events)
+        return list(events)
+
+
+def forget(path: Path) -> None:
+    """The file is about to be made again."""
+    with _LOCK:
+        _READ.pop(path, None)

@@ -8,7 +8,7 @@ import enum
 import random
 from collections.abc import Collection
 
-from tests.chaos.crash_points import POINTS, Order
+from tests.chaos.crash_points import POINTS, STOP_POINTS, Order
 from tests.chaos.timing import LONGEST_FREEZE_IN_LEASES
 
 
@@ -24,7 +24,9 @@ class Kind(enum.StrEnum):
     DISK_FULL = "disk full"
     BROKER_KILLED = "broker killed and started"
     BROKER_RESTARTED = "broker restarted"
-    QUEUE_DELETED = "queue deleted"
+    TRAINING_QUEUE_DELETED = "training queue deleted"
+    DEAD_QUEUE_DELETED = "dead queue deleted"
+    OWN_QUEUE_DELETED = "endings or delay queue deleted"
     PUBLISHED_TWICE = "message published twice"
     BROKER_RESET = "connection to the broker reset"
     BROKER_SILENT = "connection to the broker black-holed"
@@ -38,6 +40,23 @@ class Kind(enum.StrEnum):
     S3_409 = "S3 answers 409"
     S3_RESET = "connections to S3 reset"
     S3_AWAY = "S3 away"
+    STOP_POINT = "worker stopped between two S3 requests for longer than its lease"
+    DISK_FULL_MID_WRITE = "disk full in mid-write"
+    CLOCK_STEP = "clock of a worker steps"
+    TWO_VERSIONS = "the last release takes jobs too"
+    S3_AWAY_LONG = "S3 away for longer than a lease"
+    S3_CUT = "S3's answers cut off in the body"
+    S3_FLIPPED = "S3's answers damaged on the way"
+    S3_412 = "S3 answers 412 without a reason"
+    CHECKPOINT_DAMAGED = "newest checkpoint damaged"
+    CHECKPOINT_DELETED = "newest checkpoint deleted"
+    BROKER_CONFIRMS_LOST = "publisher confirms lost"
+    BROKER_ALARM = "broker short of memory"
+    ENDING_401 = "endings answered 401"
+    ENDING_403 = "endings answered 403"
+    ENDING_404 = "endings answered 404 by a proxy"
+    ENDING_429 = "endings answered 429 with a long Retry-After"
+    ENDING_SLOW = "endings answered slowly"
     BACKEND_500 = "backend answers 500"
     BACKEND_429 = "backend answers 429"
     BACKEND_HANGS = "backend hangs"
@@ -55,8 +74,19 @@ _WEIGHTS = {
 }
 """How often a kind is in the deck; once where nothing is said."""
 
-_WORST = {Kind.BROKER_KILLED, Kind.BROKER_RESTARTED}
-"""Seconds of starting a broker, in which little else happens: half as often."""
+_WORST = {Kind.BROKER_KILLED, Kind.BROKER_RESTARTED, Kind.BROKER_ALARM, Kind.TWO_VERSIONS}
+"""Seconds of starting something, in which little else happens: half as often."""
+DEADLY = {
+    Kind.WORKER_KILLED,
+    Kind.PREEMPTED,
+    Kind.CRASH_POINT,
+    Kind.DISK_FULL,
+    Kind.DISK_FULL_MID_WRITE,
+    Kind.CHECKPOINT_DAMAGED,
+    Kind.CHECKPOINT_DELETED,
+    Kind.TWO_VERSIONS,
+}
+"""They end the process of their worker."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,6 +131,7 @@ def schedule(
     lease: float,
     kinds: Collection[Kind] = tuple(Kind),
     points: Collection[str] = POINTS,
+    stop_points: Collection[str] = STOP_POINTS,
     pace: float = 1.0,
 ) -> list[Fault]:
     """The faults of a run.
@@ -113,17 +144,14 @@ def schedule(
         lease: `LEASE_TTL_SECONDS`.
         kinds: What to choose from.
         points: Crash points to choose from.
+        stop_points: Points to choose from at which a worker is stopped.
         pace: Times a second or so from one fault to the next.
     """
     dice = random.Random(seed)
-    drawn = _draw(dice, count, kinds)
-    deck: list[str] = []
+    deck = {Kind.CRASH_POINT: _Deck(dice, points), Kind.STOP_POINT: _Deck(dice, stop_points)}
     faults = []
-    for number, kind in enumerate(drawn, start=1):
-        order = None
-        if kind is Kind.CRASH_POINT:
-            deck = deck or dice.sample(sorted(points), len(points))
-            order = _order(dice, deck.pop())
+    for number, kind in enumerate(_draw(dice, count, kinds), start=1):
+        order = _order(dice, kind, deck[kind].draw()) if kind in deck else None
         seconds = _seconds(dice, kind, lease)
         faults.append(
             Fault(
@@ -141,26 +169,53 @@ def schedule(
     return faults
 
 
-def _order(dice: random.Random, point: str) -> Order:
-    often = "jobs" in point or "progress" in point
-    nth = dice.randint(1, 12 if often else 4 if "checkpoints" in point else 1)
+class _Deck:
+    """Draws each of the points before any of them again."""
+
+    def __init__(self, dice: random.Random, points: Collection[str]) -> None:
+        self._dice, self._points = dice, sorted(points)
+        self._left: list[str] = []
+
+    def draw(self) -> str:
+        """The next one."""
+        self._left = self._left or self._dice.sample(self._points, len(self._points))
+        return self._left.pop()
+
+
+def _order(dice: random.Random, kind: Kind, point: str) -> Order:
+    nth = _nth(dice, point)
+    if kind is Kind.STOP_POINT:
+        return Order(point, nth, act="stop")
     # Its child dies with a worker, and sometimes alone.
     return Order(point, nth, dice.choice(("worker", "worker", "worker", "child")))
 
 
+def _nth(dice: random.Random, point: str) -> int:
+    often = "jobs" in point or "progress" in point
+    many = "checkpoints" in point or "models" in point
+    return dice.randint(1, 12 if often else 4 if many else 1)
+
+
 def _seconds(dice: random.Random, kind: Kind, lease: float) -> float:
     seconds = dice.uniform(0.5, 2.5)
-    if kind is Kind.FROZEN:
+    if kind in (Kind.FROZEN, Kind.STOP_POINT):
         seconds = lease * dice.uniform(1.5, LONGEST_FREEZE_IN_LEASES)
+    if kind is Kind.S3_AWAY_LONG:
+        seconds = lease * dice.uniform(1.2, 2.0)
+    if kind in (Kind.DISK_FULL_MID_WRITE, Kind.CLOCK_STEP):
+        seconds = dice.uniform(2.0, 5.0)
+    if kind is Kind.BROKER_CONFIRMS_LOST:
+        seconds = dice.uniform(4.0, 8.0)  # somebody is to publish something meanwhile
     if kind in (Kind.BROKER_SILENT, Kind.CHILD_HANGS):
         seconds = dice.uniform(2.0, 7.0)
     return seconds
 
 
 def _slot(dice: random.Random, kind: Kind, workers: int) -> int:
-    deadly = {Kind.WORKER_KILLED, Kind.PREEMPTED, Kind.CRASH_POINT, Kind.DISK_FULL}
-    if kind in deadly:
+    if kind in DEADLY:
         return dice.randrange(min(1, workers - 1), workers)
+    if kind is Kind.BROKER_CONFIRMS_LOST:
+        return -1
     if kind.name.startswith(("S3_", "BROKER_")) and dice.random() < 0.3:
         return -1
     return dice.randrange(workers)

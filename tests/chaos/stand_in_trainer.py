@@ -1,7 +1,8 @@
 """A trainer process without torch: the same pipe, the same events, the same files, no model.
 
 It "trains" by sleeping, and notes every epoch in the journal, so that work done twice is counted
-where it is done. Whose files they are stands in each of them.
+where it is done. Whose files they are stands in each of them. The parameter `seed` of some jobs is
+one by which it knows that the job is destined to fail.
 """
 
 from __future__ import annotations
@@ -16,11 +17,22 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from tests.chaos import full_disk
+from tests.chaos.fates import SEEDS
 from tests.chaos.journal import Journal
+from tests.chaos.reference import Destiny
 from training import manifest
 from training.inbox import Inbox
 from training.lora_config import TrainingRun
-from utils.errors import CheckpointUnusable, DiskFull, StopReason, TrainingServerError
+from utils.errors import (
+    BaseModelUnavailable,
+    CheckpointUnusable,
+    DiskFull,
+    LowQualityData,
+    StopReason,
+    TrainingDiverged,
+    TrainingServerError,
+)
 from utils.events import (
     BaseModelReady,
     CheckpointSaved,
@@ -47,6 +59,9 @@ FILES = (
 """Those of `training.report.FILES`, whose module imports torch."""
 
 _PROGRESS_SECONDS = 0.25
+_DIVERGES_AT = 5
+"""Epochs, when there are checkpoints already."""
+_FATES = {seed: destiny for destiny, seed in SEEDS.items()}
 
 
 class StandIn:
@@ -58,6 +73,7 @@ class StandIn:
         journal: Notes each epoch.
         epoch_seconds: How long one takes.
         disk_full: While this file exists, the disk is full.
+        mended: Folder of files named after tasks; those are no longer destined to fail.
     """
 
     def __init__(
@@ -68,7 +84,9 @@ class StandIn:
         *,
         epoch_seconds: float,
         disk_full: Path,
+        mended: Path,
     ) -> None:
+        self._mended = mended
         self._inbox, self._events, self._journal = inbox, events, journal
         self._epoch_seconds = epoch_seconds
         self._disk_full = disk_full
@@ -89,6 +107,7 @@ class StandIn:
 
     def _train(self, run: TrainingRun) -> Finished:
         began = time.monotonic()
+        fate = self._fate(run)
         epochs = run.parameters.epochs
         total = epochs * STEPS_PER_EPOCH
         self._tell(Progress(run.task_id, Stage.PREPARING, 0, epochs, 0, 0))
@@ -108,12 +127,29 @@ class StandIn:
             epoch, inside = divmod(step, STEPS_PER_EPOCH)
             if not inside:
                 self._note(run, "epoch", epoch=epoch)
+                if fate is Destiny.DIVERGES and epoch >= _DIVERGES_AT:
+                    raise TrainingDiverged("the loss is no number any more")
                 if epoch % run.checkpoint_interval == 0 or epoch == epochs:
                     self._save(run, step)
             if time.monotonic() - told > _PROGRESS_SECONDS or step == total:
                 told = time.monotonic()
                 self._tell(self._progress(run, Stage.TRAINING, step))
         return self._finished(run, step, stopped, time.monotonic() - began)
+
+    def _fate(self, run: TrainingRun) -> Destiny | None:
+        """What the job is destined to.
+
+        Raises:
+            TrainingServerError: To fail before its first epoch.
+        """
+        fate = _FATES.get(run.parameters.seed or 0)
+        if fate is None or (self._mended / run.task_id).exists():
+            return None
+        if fate is Destiny.LOW_QUALITY:
+            raise LowQualityData("0 of 2 pictures can be used")
+        if fate in (Destiny.GIVEN_UP, Destiny.GIVEN_UP_REDRIVEN):
+            raise BaseModelUnavailable("the base model could not be loaded")
+        return fate
 
     def _finished(
         self, run: TrainingRun, step: int, stopped: StopReason | None, seconds: float
@@ -170,6 +206,7 @@ class StandIn:
 
     def _refuse_if_full(self) -> None:
         if self._disk_full.exists():
+            self._journal.note("disk_full")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _progress(self, run: TrainingRun, stage: Stage, step: int) -> Progress:
@@ -234,6 +271,10 @@ def main() -> None:
     parser.add_argument("--events-fd", type=int, required=True)
     parser.add_argument("options")
     parsed = parser.parse_args()
+    full_disk.cut_writes(
+        parsed.disk_full.with_name(parsed.disk_full.name + "-mid-write"),
+        lambda name: Journal(parsed.journal, parsed.who).note("write_cut", name=name),
+    )
     inbox = Inbox(os.fdopen(parsed.runs_fd, "rb", buffering=0))
     inbox.start()
     StandIn(
@@ -242,6 +283,7 @@ def main() -> None:
         Journal(parsed.journal, parsed.who),
         epoch_seconds=parsed.epoch_seconds,
         disk_full=parsed.disk_full,
+        mended=parsed.journal.with_name("mended"),
     ).serve()
 
 

@@ -1,51 +1,64 @@
 """A whole run: start, break things, let everything settle, judge.
 
-    schedule ──▶ injector ──▶ proxies (broker, S3, backend), signals, crash points
+    schedule ──▶ injector ──▶ proxies (broker, S3, backend), signals, named points, disks, clocks
                                  │
     jobs ──▶ RabbitMQ node ──▶ 3 workers: `main.worker`, each with its trainer process
                                  │                                 │
     verdict ◀── backend's requests, records and objects on S3, queues, logs, journal
+       ▲
+    reference: where everything of each job must be
 
-What is where: `schedule` draws every fault from the seed before anything starts; `injector` carries
-them out (`tcp_proxy` and `windows` break connections and answers, `fleet` kills and starts
-workers);
-`worker` is the product's worker with `instruments` around it, which die at named `crash_points` and
-keep a `journal` of claims and epochs; `stand_in_trainer` trains by sleeping; `verdict` counts and
-holds the invariants; `safeguards` takes one away, to see that the suite notices.
+docs/chaos.md says what is where, and how to read a finding.
 
-The faults, their order and their targets are the seed's, and so is each job. Not the seed's is
-where in its work a worker is when a fault hits it, nor how many jobs it takes to keep all of them
-busy: the processes run free, and so the same seed may end differently. A broken invariant therefore
-prints what happened and leaves every log in the folder.
+The faults, their order and their targets are the seed's, and so is each job with its destiny. Not
+the seed's is where in its work a worker is when a fault hits it, nor how many jobs it takes to keep
+all of them busy: the processes run free, and so the same seed may end differently. A broken
+invariant therefore prints what happened and leaves every log in the folder.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import logging
+import math
+import random
 import shutil
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from sandbox.photographs import photographs
 from sandbox.stand_in_model import build_stand_in
-from tests.chaos import journal
-from tests.chaos.crash_points import POINTS
-from tests.chaos.fleet import Fleet, Slot, wait_for
-from tests.chaos.injector import Injector, TimeLine
+from tests.chaos import journal, old_release
+from tests.chaos.conductor import Conductor
+from tests.chaos.crash_points import POINTS, STOP_POINTS
+from tests.chaos.fleet import Fleet, Slot, claims_of, wait_for
+from tests.chaos.hits import Hits
+from tests.chaos.injector import Injector
 from tests.chaos.jobs import Jobs, journal_of
 from tests.chaos.journal import Journal
-from tests.chaos.safeguards import Safeguard
+from tests.chaos.noted import noted
+from tests.chaos.reference import Destiny
 from tests.chaos.schedule import Fault, Kind, schedule
-from tests.chaos.timing import DEAD_QUEUE, MEDIA
+from tests.chaos.settling import Patience, empty_queues, settle
+from tests.chaos.time_line import TimeLine
+from tests.chaos.timing import MEDIA
 from tests.chaos.verdict import Evidence, Verdict
-from tests.chaos.world import World
+from tests.chaos.watcher import Watcher
+from tests.chaos.world import Message, World
 
 STOP_SECONDS = 8.0
 REAL_PACE = 6.0
 """With the real trainer, which takes seconds to import torch: faults are to find it at work."""
 MORE_FILES, MORE_THREADS, MORE_MEMORY_KIB = 16, 4, 40_000
 """What a worker may have gained over a run: its pools of connections are no leak."""
+DEAF_SECONDS = 40.0
+"""So long a worker may take no job, once nothing goes wrong any more."""
+ENCORES = 3
+"""How often a kind of fault is tried again that has struck nothing."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,8 +70,15 @@ class Plan:
         lease: `LEASE_TTL_SECONDS`.
         epoch_seconds: How long the stand-in takes for one.
         settle_seconds: How long everything may take to settle once nothing goes wrong any more.
-        kinds, points: The faults and the crash points to choose from.
-        without: The safeguard that the workers lack.
+        kinds, points, stop_points: The faults, the crash points, and the points at which a worker
+            is stopped, to choose from.
+        destinies: Those of the jobs that are not to complete.
+        demand: Each of the kinds must strike, and each destiny be drawn.
+        jobs: So many are ordered at least.
+        epochs: Fewest and most epochs of a job.
+        one_style: All jobs are of one style.
+        once: Whether the last worker runs with `--once`.
+        mutant: What is changed in the workers (`tests.chaos.mutants`).
     """
 
     seed: int
@@ -72,7 +92,14 @@ class Plan:
     settle_seconds: float = 150.0
     kinds: tuple[Kind, ...] = tuple(Kind)
     points: tuple[str, ...] = POINTS
-    without: Safeguard | None = None
+    stop_points: tuple[str, ...] = STOP_POINTS
+    destinies: tuple[Destiny, ...] = tuple(Destiny)
+    demand: bool = False
+    jobs: int = 0
+    epochs: tuple[int, int] = (10, 30)
+    one_style: bool = False
+    once: bool = True
+    mutant: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +108,7 @@ class Outcome:
 
     Attributes:
         faults: Those that were carried out.
+        hits: How often each kind struck something.
     """
 
     plan: Plan
@@ -89,94 +117,234 @@ class Outcome:
     seconds: float
     settled_after: float
     faults: list[Fault]
+    hits: collections.Counter[str]
 
 
 def run(plan: Plan) -> Outcome:
     """Carry the plan out."""
     began = time.monotonic()
     shutil.rmtree(plan.folder, ignore_errors=True)
+    journal.forget(journal_of(plan.folder))
     plan.folder.mkdir(parents=True)
     line = TimeLine(plan.folder / "timeline.txt")
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # its connections break on purpose
     line.note(f"seed {plan.seed}, {plan.faults} faults, {plan.queue_type} queue")
-    with World.running(
-        plan.folder, workers=plan.workers, queue_type=plan.queue_type, lease=plan.lease
-    ) as world:
+    old_tree = None
+    if Kind.TWO_VERSIONS in plan.kinds:
+        old_tree = old_release.unpack(plan.folder / "last-release")
+    with _world(plan, hits := Hits()) as world:
         jobs = _jobs(plan, world)
-        more = _base_model(plan)
-        slots = [
-            Slot(number, plan.folder, world.settings(number) | more, _arguments(plan))
-            for number in range(plan.workers)
-        ]
-        broken: list[str] = []
-        with Fleet(slots) as fleet:
-            baseline = _warm_up(fleet, world, jobs)
-            line.note(f"workers are warm: {baseline}")
-            injector = Injector(world, fleet, jobs, line)
-            faults = _break_things(plan, injector, jobs)
+        played = _play(plan, world, jobs, line, old_tree)
+        if played.settled_after < math.inf:
+            played.broken += empty_queues(world)
+        verdict = _judge(plan, world, jobs, played.dead)
+        for kind, times in noted(plan.folder).items():
+            hits.struck(kind, times)
+        verdict.broken[:0] = played.broken + _missed(plan, hits, jobs, old_tree)
+    line.note("judged")
+    (plan.folder / "broken.txt").write_text("\n".join(verdict.broken), encoding="utf-8")
+    seconds = time.monotonic() - began
+    return Outcome(
+        *(plan, verdict, line, seconds, played.settled_after, played.faults, hits.counts())
+    )
+
+
+@dataclasses.dataclass
+class _Played:
+    """What happened while the workers ran.
+
+    Attributes:
+        dead: What dead queues held that were deleted.
+    """
+
+    faults: list[Fault]
+    settled_after: float
+    dead: list[Message]
+    broken: list[str]
+
+
+def _play(plan: Plan, world: World, jobs: Jobs, line: TimeLine, old_tree: Path | None) -> _Played:
+    with _workers(plan, world) as fleet, Conductor(world, jobs, plan.folder) as conductor:
+        baseline = _warm_up(fleet, world, jobs, conductor)
+        line.note(f"workers are warm: {baseline}")
+        injector = Injector(world, fleet, jobs, line, old_tree)
+        with Watcher(world, jobs) as watcher:
+            faults = _break_things(plan, injector, jobs, world.hits)
             line.note("faults have ceased")
-            settled_after = _settle(world, jobs, plan.settle_seconds)
+            deaf = [] if plan.real_trainer else _deaf(fleet, jobs, journal_of(plan.folder))
+            patience = Patience(plan.settle_seconds, hasty=plan.mutant is not None)
+            settled_after = settle(world, jobs, conductor, patience, line)
             line.note(f"settled after {settled_after:.1f} s")
-            broken += _queues(world, quiet=plan.lease + 2.0)  # longer than any delay
-            broken += _vitals(fleet, baseline)
-            broken += _stop(fleet)
-        broken += _queues(world)
-        evidence = Evidence(
+        broken = deaf + watcher.broken + _left(plan, world, jobs, settled_after)
+        broken += _vitals(fleet, baseline) + _stop(fleet)
+        if conductor.errors:
+            raise conductor.errors[0]
+    return _Played(faults, settled_after, injector.dead, broken)
+
+
+def _deaf(fleet: Fleet, jobs: Jobs, notes: Path) -> list[str]:
+    """Workers that take no job any more, though there is one for each."""
+    waiting = {slot.number: claims_of(notes, slot.number) for slot in fleet.slots}
+
+    def all_have_claimed() -> bool:
+        for number, before in tuple(waiting.items()):
+            if claims_of(notes, number) > before:
+                del waiting[number]
+        while jobs.unended() < len(fleet.slots):
+            jobs.publish(destiny=Destiny.PLAIN)
+        return not waiting
+
+    wait_for(all_have_claimed, DEAF_SECONDS, every=0.5)
+    return [f"worker {number} takes no job any more" for number in sorted(waiting)]
+
+
+def _left(plan: Plan, world: World, jobs: Jobs, settled_after: float) -> list[str]:
+    """What goes on in the queues though all is settled, or what did not settle."""
+    if settled_after < math.inf:
+        return empty_queues(world, quiet=plan.lease + 2.0)  # longer than any delay
+    return [
+        f"{task_id}: not settled, and only the sweep could save it"
+        for task_id in sorted(jobs.unsettled())
+    ]
+
+
+def _world(plan: Plan, hits: Hits) -> contextlib.AbstractContextManager[World]:
+    return World.running(
+        plan.folder,
+        workers=plan.workers,
+        queue_type=plan.queue_type,
+        lease=plan.lease,
+        hits=hits,
+    )
+
+
+def _judge(plan: Plan, world: World, jobs: Jobs, dead: list[Message]) -> Verdict:
+    verdict = Verdict(
+        Evidence(
             world=world,
             folder=plan.folder,
             jobs=jobs.published,
             notes=journal.read(journal_of(plan.folder)),
-            dead=injector.dead,
+            dead=dead,
             exact=not plan.real_trainer,
         )
-        verdict = Verdict(evidence)
-        verdict.reach()
-        verdict.broken[:0] = broken
-    line.note("judged")
-    (plan.folder / "broken.txt").write_text("\n".join(verdict.broken), encoding="utf-8")
-    return Outcome(plan, verdict, line, time.monotonic() - began, settled_after, faults)
+    )
+    verdict.reach()
+    return verdict
 
 
-def _break_things(plan: Plan, injector: Injector, jobs: Jobs) -> list[Fault]:
-    """So many faults, with work for every worker all the time. Those that were carried out."""
+@contextlib.contextmanager
+def _workers(plan: Plan, world: World) -> Iterator[Fleet]:
+    more = _base_model(plan) | {"WORK_DIR": str(plan.folder / "training-server")}
+    slots = [
+        Slot(
+            number,
+            plan.folder,
+            world.settings(number) | more,
+            _arguments(plan),
+            once=plan.once and plan.workers > 1 and number == plan.workers - 1,
+        )
+        for number in range(plan.workers)
+    ]
+    with Fleet(slots) as fleet:
+        yield fleet
+
+
+def _break_things(plan: Plan, injector: Injector, jobs: Jobs, hits: Hits) -> list[Fault]:
+    """So many faults, with work for every worker all the time. Those that were carried out.
+
+    Where every kind must strike, those that struck nothing are tried again.
+    """
     faults: list[Fault] = []
-    for fault in schedule(
-        plan.seed,
-        2 * plan.faults,  # some find nothing to break
-        workers=plan.workers,
-        lease=plan.lease,
-        kinds=plan.kinds,
-        points=plan.points,
-        pace=REAL_PACE if plan.real_trainer else 1.0,
-    ):
-        if len(faults) == plan.faults:
-            break
-        while jobs.unended() < plan.workers:
-            jobs.publish()
-        if injector.inject(fault):
-            faults.append(fault)
+
+    def inject(drawn: list[Fault], most: int) -> None:
+        for fault in drawn:
+            if len(faults) >= most:
+                break
+            while jobs.unended() < plan.workers:
+                jobs.publish()
+            if injector.inject(fault):
+                faults.append(fault)
+
+    # Twice as many, since some find nothing to break.
+    inject(_drawn(plan, plan.seed, 2 * plan.faults, plan.kinds), plan.faults)
+    for encore in range(ENCORES if plan.demand else 0):
+        for destiny in jobs.undrawn():
+            jobs.publish(destiny=destiny)
+        injector.join()
+        inside = noted(plan.folder)
+        kinds = tuple(kind for kind in plan.kinds if not hits.of(kind) and not inside[kind])
+        inject(_drawn(plan, plan.seed + 1000 * (encore + 1), len(kinds), kinds), 10**6)
+    while len(jobs.published) < plan.jobs:
+        jobs.publish()
     injector.cease()
     return faults
+
+
+def _drawn(plan: Plan, seed: int, count: int, kinds: tuple[Kind, ...]) -> list[Fault]:
+    if not kinds:
+        return []
+    return schedule(
+        seed,
+        count,
+        workers=plan.workers,
+        lease=plan.lease,
+        kinds=kinds,
+        points=plan.points,
+        stop_points=plan.stop_points,
+        pace=REAL_PACE if plan.real_trainer else 1.0,
+    )
+
+
+def _missed(plan: Plan, hits: Hits, jobs: Jobs, old_tree: Path | None) -> list[str]:
+    """What was to be tried and was not."""
+    broken = []
+    if Kind.TWO_VERSIONS in plan.kinds and old_tree is None:
+        broken.append(
+            f"not tried: {Kind.TWO_VERSIONS}; this copy has no git history with the commit "
+            f"{old_release.COMMIT}"
+        )
+    if plan.demand:
+        broken += [f"hits 0: {kind} struck nothing" for kind in plan.kinds if not hits.of(kind)]
+        broken += [f"no job was ordered that {destiny}" for destiny in jobs.undrawn()]
+    return broken
 
 
 def _arguments(plan: Plan) -> tuple[str, ...]:
     return (
         *("--epoch-seconds", str(plan.epoch_seconds)),
         *(("--real-trainer",) if plan.real_trainer else ()),
-        *(("--without", plan.without) if plan.without else ()),
+        *(("--mutant", plan.mutant) if plan.mutant else ()),
     )
 
 
 def _jobs(plan: Plan, world: World) -> Jobs:
     suites_own = Journal(journal_of(plan.folder), "suite")
+    dice = random.Random(plan.seed)
     if not plan.real_trainer:
-        return Jobs(world, suites_own, epochs=(10, 30))
+        return Jobs(
+            world,
+            suites_own,
+            epochs=plan.epochs,
+            dice=dice,
+            destinies=plan.destinies,
+            plain_first=plan.workers,
+            one_style=plan.one_style,
+        )
     addresses = []
     for photograph in photographs()[:3]:
         key = f"training/{photograph.name}"
         world.s3.put_object(Bucket=MEDIA, Key=key, Body=photograph.content)
         addresses.append(f"s3://{MEDIA}/{key}")
-    return Jobs(world, suites_own, epochs=(6, 12), pictures=addresses)
+    return Jobs(
+        world,
+        suites_own,
+        epochs=(6, 12),
+        dice=dice,
+        destinies=(Destiny.INVALID,),
+        plain_first=plan.workers,
+        pictures=addresses,
+    )
 
 
 def _base_model(plan: Plan) -> dict[str, str]:
@@ -185,48 +353,13 @@ def _base_model(plan: Plan) -> dict[str, str]:
     return {"BASE_MODEL": str(build_stand_in(plan.folder / "base-model"))}
 
 
-def _warm_up(fleet: Fleet, world: World, jobs: Jobs) -> dict[str, int]:
+def _warm_up(fleet: Fleet, world: World, jobs: Jobs, conductor: Conductor) -> dict[str, int]:
     """One job for each worker, and a few more for those that were slow to start."""
     for _ in fleet.slots:
         jobs.publish()
-    if _settle(world, jobs, 90.0) == float("inf"):
+    if settle(world, jobs, conductor, Patience(90.0)) == math.inf:
         raise RuntimeError("the first jobs did not end, before anything was broken")
     return fleet.slots[0].vitals()
-
-
-def _settle(world: World, jobs: Jobs, seconds: float) -> float:
-    """How long it took until every ending was delivered, and cleared up after; infinity for too
-    long."""
-    began = time.monotonic()
-
-    def settled() -> bool:
-        heard = {each.task_id for each in world.backend.endings() if each.accepted}
-        if not {job.task_id for job in jobs.published} <= heard:
-            return False
-        records = world.records().values()
-        if not all(record["delivery"] in ("delivered", "set_aside") for record in records):
-            return False
-        return {record["task_id"] for record in records} == world.settled()
-
-    return time.monotonic() - began if wait_for(settled, seconds, every=0.5) else float("inf")
-
-
-def _queues(world: World, *, quiet: float = 0.0) -> list[str]:
-    """All queues but the dead one get empty, and stay so: a worker may have had a copy in hand."""
-    deadline = time.monotonic() + quiet + 15.0
-    empty_since = None
-    while True:
-        waiting = {name: n for name, n in world.waiting().items() if n and name != DEAD_QUEUE}
-        now = time.monotonic()
-        if not waiting:
-            empty_since = empty_since or now
-            if now - empty_since >= quiet:
-                return []
-        elif now > deadline:
-            return [f"{count} messages wait in {name}" for name, count in waiting.items()]
-        else:
-            empty_since = None
-        time.sleep(0.5)
 
 
 def _vitals(fleet: Fleet, baseline: dict[str, int]) -> list[str]:
@@ -247,9 +380,9 @@ def _vitals(fleet: Fleet, baseline: dict[str, int]) -> list[str]:
 
 def _stop(fleet: Fleet) -> list[str]:
     broken = [
-        f"{who} ended with {code}, wanted 0"
+        f"{who} did not end within {STOP_SECONDS:.0f} s"
         for who, code in fleet.stop(STOP_SECONDS).items()
-        if code
+        if code == -signal.SIGKILL
     ]
     for slot in fleet.slots:
         broken += [

@@ -8,10 +8,45 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
 _LINGER_NOT = struct.pack("ii", 1, 0)
+_METHOD = 1
+_BASIC_ACK = struct.pack(">HH", 60, 80)
+Struck = Callable[[int], None]
+
+
+def _nothing(_times: int) -> None:
+    """Count nothing."""
+
+
+class Frames:
+    """The frames that an AMQP 0-9-1 server sends on one connection."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def passed(self, data: bytes, *, without_confirms: bool) -> tuple[bytes, int]:
+        """What is to be forwarded of what has arrived, whole frames only.
+
+        A `basic.ack` from a server is always a publisher confirm.
+
+        Returns:
+            The bytes, and how many confirms were left out.
+        """
+        self._rest += data
+        forwarded, lost = [], 0
+        while len(self._rest) >= 7:
+            kind, _, size = struct.unpack(">BHI", self._rest[:7])
+            if len(self._rest) < size + 8:
+                break
+            frame, self._rest = self._rest[: size + 8], self._rest[size + 8 :]
+            if without_confirms and kind == _METHOD and frame[7:11] == _BASIC_ACK:
+                lost += 1
+                continue
+            forwarded.append(frame)
+        return b"".join(forwarded), lost
 
 
 class _Link:
@@ -19,6 +54,7 @@ class _Link:
 
     Attributes:
         swallows: What arrives is thrown away: the other side is gone, and nobody was told.
+        frames: Reads what an AMQP server sends.
     """
 
     def __init__(
@@ -27,6 +63,7 @@ class _Link:
         server: tuple[asyncio.StreamReader, asyncio.StreamWriter],
     ) -> None:
         self.client, self.server = client, server
+        self.frames = Frames()
         self.swallows = False
         self.answered = 0
 
@@ -41,13 +78,20 @@ class TcpProxy:
 
     Args:
         host, port: Where to forward to; need not listen all the time.
+        amqp: The server speaks AMQP, so that its confirms can be withheld.
 
     Attributes:
         port: Where it listens, on the loopback address.
+
+    Each fault takes `struck`, which is called with the number of connections, answers or frames
+    that it hit, each time it hits some.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, *, amqp: bool = False) -> None:
         self.port = 0
+        self._amqp = amqp
+        self._strikes: Callable[[int], None] = lambda times: None
+        self._losing_until = 0.0
         self._target = (host, port)
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -70,36 +114,52 @@ class TcpProxy:
         self._thread.join()
         self._loop.close()
 
-    def reset(self) -> None:
+    @property
+    def links(self) -> int:
+        """How many connections there are."""
+        return len(self._links)
+
+    def reset(self, struck: Struck = _nothing) -> None:
         """Reset every connection."""
+        struck(len(self._links))
         self._call(self._each(_Link.reset))
 
-    def go_silent(self, seconds: float) -> None:
+    def go_silent(self, seconds: float, struck: Struck = _nothing) -> None:
         """A black hole: nothing gets through for so long, and nobody is told."""
+        self._strikes = struck
         self._silent_until = time.monotonic() + seconds
 
-    def refuse(self, seconds: float) -> None:
+    def refuse(self, seconds: float, struck: Struck = _nothing) -> None:
         """Reset what there is, and every new connection for so long."""
+        self._strikes = struck
         self._refusing_until = time.monotonic() + seconds
-        self.reset()
+        self.reset(struck)
 
-    def half_open(self, *, server_knows: bool) -> None:
+    def half_open(self, *, server_knows: bool, struck: Struck = _nothing) -> None:
         """Every connection ends for one side only; the other goes on talking to nobody."""
 
         def halve(link: _Link) -> None:
             link.swallows = True
             _reset(link.server[1] if server_knows else link.client[1])
 
+        struck(len(self._links))
         self._call(self._each(halve))
 
-    def cut_answers(self, after: int, seconds: float) -> None:
+    def cut_answers(self, after: int, seconds: float, struck: Struck = _nothing) -> None:
         """For so long, reset a connection once `after` bytes of the server's answer are through."""
+        self._strikes = struck
         self._cut_after = after
         self._cutting_until = time.monotonic() + seconds
+
+    def lose_confirms(self, seconds: float, struck: Struck = _nothing) -> None:
+        """For so long, the broker's word that it has taken a message does not arrive."""
+        self._strikes = struck
+        self._losing_until = time.monotonic() + seconds
 
     def calm(self) -> None:
         """Forward everything again."""
         self._silent_until = self._refusing_until = self._cutting_until = 0.0
+        self._losing_until = 0.0
 
     def _call(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
@@ -133,6 +193,7 @@ class TcpProxy:
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if time.monotonic() < self._refusing_until:
+            self._strikes(1)
             _reset(writer)
             return
         link = _Link((reader, writer), await asyncio.open_connection(*self._target))
@@ -156,15 +217,23 @@ class TcpProxy:
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await source.read(1 << 16):
+                if time.monotonic() < self._silent_until:
+                    self._strikes(1)
                 while time.monotonic() < self._silent_until:
                     await asyncio.sleep(0.05)
                 if link.swallows:
                     continue
+                if is_answer and self._amqp:
+                    loses = time.monotonic() < self._losing_until
+                    data, lost = link.frames.passed(data, without_confirms=loses)
+                    if lost:
+                        self._strikes(lost)
                 if is_answer and time.monotonic() < self._cutting_until:
                     data = data[: max(0, self._cut_after - link.answered)]
                     link.answered += len(data)
                     sink.write(data)
                     if link.answered >= self._cut_after:
+                        self._strikes(1)
                         await asyncio.sleep(0.02)  # so that what was written arrives before that
                         link.reset()
                         return

@@ -12,6 +12,9 @@ import pytest
 from tests.chaos.schedule import Kind, schedule
 from tests.chaos.suite import Plan, run
 
+_SLOW = {Kind.TWO_VERSIONS, Kind.BROKER_ALARM, Kind.BROKER_RESTARTED}
+"""Left to `scripts/chaos`."""
+
 
 def _assert_whole(plan: Plan) -> None:
     outcome = run(plan)
@@ -20,12 +23,14 @@ def _assert_whole(plan: Plan) -> None:
     assert not broken, "\n".join(told)
     count = outcome.verdict.count
     assert count.ended == count.published > 0
+    assert sum(outcome.hits.values()) >= len(outcome.faults) / 2, "the faults struck too little"
     assert len(outcome.faults) > plan.faults / 2, "the faults have hardly been tried"
 
 
 @pytest.mark.timeout(420)
-def test_three_workers_end_every_job_once_through_thirty_faults(tmp_path: Path) -> None:
-    _assert_whole(Plan(seed=4, faults=30, folder=tmp_path / "chaos"))
+def test_everything_of_each_job_is_where_it_must_be_after_twenty_faults(tmp_path: Path) -> None:
+    kinds = tuple(kind for kind in Kind if kind not in _SLOW)
+    _assert_whole(Plan(seed=4, faults=20, folder=tmp_path / "chaos", kinds=kinds))
 
 
 @pytest.mark.timeout(420)
@@ -40,6 +45,7 @@ def test_the_real_trainer_resumes_what_a_killed_worker_had_trained(tmp_path: Pat
             real_trainer=True,
             lease=5.0,
             kinds=deaths,
+            destinies=(),
         )
     )
 

@@ -4,14 +4,21 @@ QUEUE = "model_training"
 DEAD_QUEUE = f"{QUEUE}.dead"
 MEDIA, STATE = "media", "state"
 RETRY_DELAYS = (0.5, 1.0, 2.0)
-ENDING_DELAYS = (1.0, 2.0)
+ENDING_DELAYS = (1.0, 2.0, 4.0)
+RETRY_AFTER = 4
+"""Seconds that a backend asks for: longer than an ending is tried at once."""
 CRASH_DELAY = 2.0
-MAX_ATTEMPTS = 8
-ATTEMPTS_TO_SPARE = 4
-"""No fault is aimed at jobs while one of them has fewer: some that are under way may still cost it
-one each."""
+WINDOW_SECONDS = 15.0
+"""`DEDUPLICATION_WINDOW_SECONDS`: longer than any outage of the suite, so that a message that comes
+back late is never an order of its own."""
+ATTEMPTS_TO_SPARE = 2
+"""No fault is aimed at jobs while one of them has fewer: one that is under way may cost it
+another."""
 CHECKPOINT_INTERVAL = 2
 GRACE_SECONDS = 4.0
 """`SHUTDOWN_GRACE_SECONDS` where the platform kills after 5 s."""
 LONGEST_FREEZE_IN_LEASES = 5.0
 ACK_TIMEOUT_MS = 5000
+IDLE_SECONDS = 20.0
+"""`--idle-seconds` of the worker that runs with `--once`."""
+MAX_JOB_BYTES = 50_000_000

@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
-from sandbox.backend import PROGRESS, Answer, ReceivedRequest
+from sandbox.backend import COMPLETE, FAILED, PROGRESS, Answer, ReceivedRequest
+from tests.chaos.hits import Hits
+from tests.chaos.reference import Destiny
 from tests.integration.services.s3_proxy import Fault, S3Proxy
 
 T = TypeVar("T")
 
 _REMEMBERED = 5_000
+PATIENCE_SECONDS = 8.0
 
 
 @dataclasses.dataclass
 class Window(Generic[T]):
-    """A fault that is in the air for a while.
+    """A fault that is in the air for a while, and a little longer if it has hit nothing by then.
 
     Attributes:
         until: When it is over (`time.monotonic`).
@@ -27,6 +30,7 @@ class Window(Generic[T]):
         dice: Its own.
         fault: What happens to them.
         hits: Whether a request, by its method and path, can be hit.
+        kind: The kind of fault, for the count of what it struck.
     """
 
     until: float
@@ -34,12 +38,23 @@ class Window(Generic[T]):
     dice: random.Random
     fault: T
     hits: Callable[[str, str], bool]
+    kind: str
+    has_hit: bool = False
+
+    def is_open(self, now: float) -> bool:
+        """Whether requests can still be hit."""
+        return now < self.until or (not self.has_hit and now < self.until + PATIENCE_SECONDS)
 
 
 class Weather(Generic[T]):
-    """The windows in force at one place."""
+    """The windows in force at one place.
 
-    def __init__(self) -> None:
+    Args:
+        struck: Counts each request that is hit.
+    """
+
+    def __init__(self, struck: Hits) -> None:
+        self._struck = struck
         self._windows: list[Window[T]] = []
         self._lock = threading.Lock()
 
@@ -57,18 +72,29 @@ class Weather(Generic[T]):
         """What is to happen to a request."""
         with self._lock:
             now = time.monotonic()
-            self._windows = [window for window in self._windows if window.until > now]
+            self._windows = [window for window in self._windows if window.is_open(now)]
             for window in self._windows:
                 if window.hits(method, path) and window.dice.random() < window.chance:
+                    window.has_hit = True
+                    self._struck.struck(window.kind)
                     return window.fault
         return None
 
 
 class FaultyS3(Weather[Fault]):
-    """An S3 proxy with its weather; a context manager."""
+    """An S3 proxy with its weather; a context manager.
 
-    def __init__(self, target: str) -> None:
-        super().__init__()
+    Args:
+        target: The S3 server's address.
+        struck: Counts each request that is hit.
+        passing: Sees each request that nothing hits, and may still choose a fault for it.
+    """
+
+    def __init__(
+        self, target: str, struck: Hits, passing: Callable[[str, str], Fault | None]
+    ) -> None:
+        super().__init__(struck)
+        self._passing = passing
         self.proxy = S3Proxy(target)
         self.proxy.fault = self._choose
         self.endpoint = self.proxy.endpoint
@@ -77,7 +103,7 @@ class FaultyS3(Weather[Fault]):
         if len(self.proxy.requests) > _REMEMBERED:
             self.proxy.requests.clear()
             self.proxy.headers.clear()
-        return self.fault(method, path)
+        return self.fault(method, path) or self._passing(method, path)
 
     def __enter__(self) -> FaultyS3:
         self.proxy.__enter__()
@@ -89,10 +115,44 @@ class FaultyS3(Weather[Fault]):
 
 
 class BackendMood(Weather[Answer]):
-    """What the backend answers instead of the usual; goes where `Backend.answer` is."""
+    """What the backend answers instead of the usual; goes where `Backend.answer` is.
+
+    Attributes:
+        destinies: Of the jobs, by task id: some are answered as their destiny wants it.
+        mended: Tasks whose endings are taken from now on, whatever their destiny.
+        asked: Seconds that an answer asked for (`Retry-After`), by `webhook-id` and arrival.
+        heard: Told of each verified request.
+    """
+
+    def __init__(self, struck: Hits) -> None:
+        super().__init__(struck)
+        self.destinies: dict[str, Destiny] = {}
+        self.mended: set[str] = set()
+        self.asked: dict[tuple[str, float], float] = {}
+        self.heard: Callable[[ReceivedRequest], None] = lambda request: None
 
     def __call__(self, request: ReceivedRequest) -> Answer | None:
-        return self.fault(request.method, request.path)
+        self.heard(request)
+        fault = self.fault(request.method, request.path)
+        if fault and "Retry-After" in fault.headers:
+            seconds = float(fault.headers["Retry-After"])
+            self.asked[request.webhook_id, request.received_at] = seconds
+        return fault or self._destined(request.task_id or "", request.path)
+
+    def _destined(self, task_id: str, path: str) -> Answer | None:
+        is_ending = path in (COMPLETE, FAILED)
+        match self.destinies.get(task_id):
+            case Destiny.CANCEL_ANSWER if not is_ending:
+                return Answer(body=b'{"cancel": true}')
+            case Destiny.CANCEL_GONE:
+                return Answer(410, body=b'{"detail": "deleted"}')
+            case Destiny.REFUSED if is_ending:
+                return Answer(400, body=b'{"detail": "refused"}')
+            case Destiny.REFUSED_REDRIVEN if is_ending and task_id not in self.mended:
+                return Answer(400, body=b'{"detail": "refused"}')
+            case Destiny.NOT_FOUND if is_ending:
+                return Answer(404, body=b'{"detail": "no such style"}')
+        return None
 
 
 def anything(_method: str, _path: str) -> bool:
@@ -113,6 +173,16 @@ def conditional_writes(method: str, path: str) -> bool:
 def progress(_method: str, path: str) -> bool:
     """Progress reports."""
     return path == PROGRESS
+
+
+def endings(_method: str, path: str) -> bool:
+    """Endings."""
+    return path in (COMPLETE, FAILED)
+
+
+def object_reads(method: str, path: str) -> bool:
+    """Requests for an object's content."""
+    return method == "GET" and "list-type" not in path and path.count("/") > 2
 
 
 def calm_all(places: Iterable[Weather[Fault]]) -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import main as program
 from consumer import desk
-from tests.chaos import instruments, safeguards
+from tests.chaos import clock, full_disk, instruments, mutants
 from tests.chaos.crash_points import CrashPoints
 from tests.chaos.journal import Journal
-from tests.chaos.safeguards import Safeguard
 
 
 def main() -> None:
@@ -26,17 +25,24 @@ def main() -> None:
     parser.add_argument("--who", required=True)
     parser.add_argument("--epoch-seconds", type=float, required=True)
     parser.add_argument("--real-trainer", action="store_true")
-    parser.add_argument("--without", type=Safeguard, choices=Safeguard, default=None)
+    parser.add_argument("--once", type=float, help="take one message, wait so long for it")
+    parser.add_argument("--mutant", choices=mutants.NAMES)
     parsed = parser.parse_args()
     journal = Journal(parsed.folder / "journal.jsonl", parsed.who)
     points = CrashPoints(parsed.folder / f"crash-{parsed.slot}.json", journal)
     disk_full = parsed.folder / f"disk-full-{parsed.slot}"
-    if parsed.without:
-        safeguards.remove(parsed.without)
+    if parsed.mutant:
+        mutants.apply(parsed.mutant)
     instruments.shorten_waits()
     instruments.add_crash_points(points)
     instruments.keep_journal(journal)
-    instruments.fill_disk(disk_full)
+    instruments.watch_leases(journal)
+    instruments.withhold_sweeps(parsed.folder / "sweep-allowed", journal)
+    instruments.fill_disk(disk_full, journal)
+    full_disk.cut_writes(
+        disk_full.with_name(disk_full.name + "-mid-write"),
+        lambda name: journal.note("write_cut", name=name),
+    )
     if parsed.real_trainer:
         instruments.keep_journal_of_epochs(journal)
     else:
@@ -47,7 +53,16 @@ def main() -> None:
             *("--epoch-seconds", str(parsed.epoch_seconds), "--disk-full", str(disk_full)),
         )
         setattr(desk, "run_worker", functools.partial(desk.run_worker, trainer_command=command))
-    program.worker()
+    clock.shift(
+        clock.Clock(
+            parsed.folder / f"clock-{parsed.slot}",
+            lambda offset: journal.note("clock_stepped", offset=offset),
+        )
+    )
+    if parsed.once is not None:
+        program.worker(once=True, idle_seconds=parsed.once)
+    else:
+        program.worker()
 
 
 if __name__ == "__main__":

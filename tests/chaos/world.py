@@ -7,39 +7,42 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pika
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
+from consumer.messages import derive_task_id
 from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
+from tests.chaos.destined_s3 import DestinedS3
+from tests.chaos.hits import Hits
 from tests.chaos.tcp_proxy import TcpProxy
 from tests.chaos.timing import (
     ACK_TIMEOUT_MS,
     CHECKPOINT_INTERVAL,
-    CRASH_DELAY,
     ENDING_DELAYS,
     GRACE_SECONDS,
     LONGEST_FREEZE_IN_LEASES,
-    MAX_ATTEMPTS,
+    MAX_JOB_BYTES,
     MEDIA,
     QUEUE,
     RETRY_DELAYS,
     STATE,
+    WINDOW_SECONDS,
 )
 from tests.chaos.windows import BackendMood, FaultyS3
 
 PUBLISH_SECONDS = 90.0
-_PERSISTENT = pika.BasicProperties(content_type="application/json", delivery_mode=2)
 SECRETS = (TOKEN, SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SECRET_ACCESS_KEY)
 
 
 Message = tuple[dict[str, Any], bytes]
-"""Headers and body."""
+"""Headers, the message id among them, and body."""
+MESSAGE_ID = "message-id"
 
 
 @dataclasses.dataclass
@@ -50,14 +53,29 @@ class Ways:
     s3: FaultyS3
 
 
+_DAMAGED: dict[str, Any] = {
+    "state": "damaged",
+    "delivery": "none",
+    "ending": None,
+    "attempts": 0,
+    "checkpoints": [],
+    "hold": {"claim": 0, "revision": 0},
+}
+"""Stands for a record that cannot be read."""
+
+
 class World:
     """Servers and proxies; made by `running`.
 
     Attributes:
+        folder: The run's folder.
         ways: Each worker's own proxies.
         mood: What the backend answers.
         elsewhere: The host that progress is redirected to; it must never hear anything.
         broker_turn: Held by whoever restarts the broker or needs it whole.
+        hits: Counts what faults struck.
+        destined: What jobs' destinies have S3 do.
+        sweep_allowed: Records that the sweep may publish; the others must need no sweep.
     """
 
     def __init__(
@@ -69,22 +87,29 @@ class World:
         *,
         queue_type: str,
         lease: float,
+        hits: Hits,
+        folder: Path,
     ) -> None:
         self.lease = lease
+        self.sweep_allowed: set[str] = set()
+        self.folder = folder
+        self._sweep_file = folder / "sweep-allowed"
+        self.hits = hits
         self.broker, self.s3_server = broker, s3_server
         self.backend, self.elsewhere = backend, elsewhere
-        self.mood = BackendMood()
+        self.mood = BackendMood(hits)
         self.ways: list[Ways] = []
         self.backend_way: TcpProxy
         self.broker_turn = threading.Lock()
         self.s3 = s3_server.client()  # somebody else at the storage
+        self.destined = DestinedS3(self.s3, lease)
         self._records: dict[str, tuple[str, dict[str, Any]]] = {}  # by key, with the ETag
         self._arguments = {"x-queue-type": "quorum"} if queue_type == "quorum" else {}
 
     @classmethod
     @contextlib.contextmanager
     def running(
-        cls, folder: Path, *, workers: int, queue_type: str, lease: float
+        cls, folder: Path, *, workers: int, queue_type: str, lease: float, hits: Hits
     ) -> Iterator[World]:
         """All servers, for as long as the block runs."""
         with (
@@ -94,15 +119,23 @@ class World:
             Backend() as elsewhere,
             contextlib.ExitStack() as stack,
         ):
-            world = cls(broker, s3_server, backend, elsewhere, queue_type=queue_type, lease=lease)
+            world = cls(
+                *(broker, s3_server, backend, elsewhere),
+                queue_type=queue_type,
+                lease=lease,
+                hits=hits,
+                folder=folder,
+            )
             backend.answer = world.mood
             port = int(backend.url.rsplit(":", 1)[1])
             world.backend_way = stack.enter_context(TcpProxy("127.0.0.1", port))
             for _ in range(workers):
                 world.ways.append(
                     Ways(
-                        stack.enter_context(TcpProxy(broker.host, broker.port)),
-                        stack.enter_context(FaultyS3(s3_server.endpoint)),
+                        stack.enter_context(TcpProxy(broker.host, broker.port, amqp=True)),
+                        stack.enter_context(
+                            FaultyS3(s3_server.endpoint, hits, world.destined.fault)
+                        ),
                     )
                 )
             for bucket in (MEDIA, STATE):
@@ -110,15 +143,17 @@ class World:
             world.declare()
             yield world
 
-    def settings(self, slot: int) -> dict[str, str]:
-        """The whole environment of a worker."""
-        way = self.ways[slot]
+    def settings(self, slot: int | None) -> dict[str, str]:
+        """The whole environment of a worker; that of an operator, whom no fault hits, for None."""
+        port, endpoint = self.broker.port, self.s3_server.endpoint
+        if slot is not None:
+            port, endpoint = self.ways[slot].broker.port, self.ways[slot].s3.endpoint
         return {
             "RABBITMQ_HOST": "127.0.0.1",
-            "RABBITMQ_PORT": str(way.broker.port),
+            "RABBITMQ_PORT": str(port),
             "RABBITMQ_HEARTBEAT_SECONDS": "3",
             "TRAINING_QUEUE": QUEUE,
-            "AWS_ENDPOINT_URL_S3": way.s3.endpoint,
+            "AWS_ENDPOINT_URL_S3": endpoint,
             "AWS_S3_REGION_NAME": REGION,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
             "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
@@ -133,13 +168,13 @@ class World:
             "RESOLUTION": "64",
             "LORA_RANK": "4",
             "MIN_IMAGES": "1",
+            "MAX_JOB_BYTES": str(MAX_JOB_BYTES),
             "PROGRESS_INTERVAL_SECONDS": "0.5",
             "CHECKPOINT_INTERVAL": str(CHECKPOINT_INTERVAL),
             "LEASE_TTL_SECONDS": str(self.lease),
-            "MAX_ATTEMPTS": str(MAX_ATTEMPTS),
             "RETRY_DELAYS_SECONDS": ",".join(map(str, RETRY_DELAYS)),
             "ENDING_RETRY_DELAYS_SECONDS": ",".join(map(str, ENDING_DELAYS)),
-            "DEDUPLICATION_WINDOW_SECONDS": "86400",
+            "DEDUPLICATION_WINDOW_SECONDS": str(WINDOW_SECONDS),
             # Longer than a freeze: a worker that wakes is to be stopped by its lost lease.
             "STALL_SECONDS": str(self.lease * (LONGEST_FREEZE_IN_LEASES + 0.5)),
             "SHUTDOWN_GRACE_SECONDS": str(GRACE_SECONDS),
@@ -156,14 +191,17 @@ class World:
             with contextlib.suppress(ChannelClosedByBroker):
                 channel.queue_declare(QUEUE, durable=True, arguments=self._arguments)
 
-    def publish(self, body: bytes, times: int = 1) -> None:
+    def publish(self, body: bytes, times: int = 1, headers: dict[str, Any] | None = None) -> None:
         """Publish, once or more often in a row, until the broker has confirmed it."""
+        properties = pika.BasicProperties(
+            content_type="application/json", delivery_mode=2, headers=headers
+        )
         deadline = time.monotonic() + PUBLISH_SECONDS
         while True:
             try:
                 with self._channel() as channel:
                     while times:
-                        channel.basic_publish("", QUEUE, body, _PERSISTENT, mandatory=True)
+                        channel.basic_publish("", QUEUE, body, properties, mandatory=True)
                         times -= 1
                 return
             except (AMQPError, OSError):
@@ -205,9 +243,8 @@ class World:
 
     def queues(self) -> list[str]:
         """The names of all queues that there may be."""
-        for_a_while = (self.lease, CRASH_DELAY)
-        delays = [f"{QUEUE}.delay.{_ms(s)}" for s in (*RETRY_DELAYS, *for_a_while)]
-        delays += [f"{QUEUE}.endings.delay.{_ms(s)}" for s in (*ENDING_DELAYS, *for_a_while)]
+        delays = [f"{QUEUE}.delay.{_ms(s)}" for s in (*RETRY_DELAYS, self.lease)]
+        delays += [f"{QUEUE}.endings.delay.{_ms(s)}" for s in (*ENDING_DELAYS, self.lease)]
         return [QUEUE, f"{QUEUE}.endings", f"{QUEUE}.dead", *dict.fromkeys(delays)]
 
     def take_all(self, name: str) -> list[Message]:
@@ -218,7 +255,10 @@ class World:
                 _, properties, body = channel.basic_get(name, auto_ack=True)
                 if properties is None:
                     break
-                found.append((properties.headers or {}, body))
+                headers = dict(properties.headers or {})
+                if properties.message_id:
+                    headers[MESSAGE_ID] = properties.message_id
+                found.append((headers, body))
         return found
 
     def records(self) -> dict[str, dict[str, Any]]:
@@ -227,8 +267,18 @@ class World:
             key, etag = listed["Key"], listed["ETag"]
             if key.endswith(".json") and self._records.get(key, ("", {}))[0] != etag:
                 answer = self.s3.get_object(Bucket=STATE, Key=key)
-                self._records[key] = (answer["ETag"], json.loads(answer["Body"].read()))
+                try:
+                    record = json.loads(answer["Body"].read())
+                except ValueError:
+                    record = _DAMAGED | {"task_id": key.removeprefix("jobs/").removesuffix(".json")}
+                self._records[key] = (answer["ETag"], record)
         return {record["task_id"]: record for _, record in tuple(self._records.values())}
+
+    def damage_record(self, task_id: str) -> None:
+        """Put half of a record where the whole one is."""
+        key = f"jobs/{task_id}.json"
+        body = self.s3.get_object(Bucket=STATE, Key=key)["Body"].read()
+        self.s3.put_object(Bucket=STATE, Key=key, Body=body[: len(body) // 2])
 
     def settled(self) -> set[str]:
         """The ids of the jobs that a worker has marked as having nothing left to do."""
@@ -242,6 +292,40 @@ class World:
     def _listed(self, bucket: str, prefix: str) -> list[dict[str, Any]]:
         pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return [dict(found) for page in pages for found in page.get("Contents", ())]
+
+    def spoil(self, prefix: str, *, delete: bool) -> None:
+        """Delete one of the files of a checkpoint, or change its content, if it is there."""
+        key = f"{prefix}optimizer.safetensors"
+        with contextlib.suppress(self.s3.exceptions.ClientError):  # its job has just ended
+            mark = self.s3.head_object(Bucket=STATE, Key=key)["Metadata"]
+            if delete:
+                self.s3.delete_object(Bucket=STATE, Key=key)
+            else:
+                self.s3.put_object(Bucket=STATE, Key=key, Body=b"damaged", Metadata=mark)
+
+    def allow_sweep(self, records: Collection[str]) -> None:
+        """Let the workers' sweeps publish these records; `*` stands for all."""
+        with self._sweep_file.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{name}\n" for name in sorted(records)))
+        self.sweep_allowed.update(records)
+
+    def publish_to(self, queue: str, message: Message) -> None:
+        """Publish a message with its headers to any queue, until the broker has confirmed it."""
+        headers, body = message
+        properties = pika.BasicProperties(
+            content_type="application/json", delivery_mode=2, headers=headers
+        )
+        deadline = time.monotonic() + PUBLISH_SECONDS
+        while True:
+            try:
+                with self._channel() as channel:
+                    channel.queue_declare(queue, durable=True)
+                    channel.basic_publish("", queue, body, properties, mandatory=True)
+                return
+            except (AMQPError, OSError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.3)
 
     def calm(self) -> None:
         """Nothing goes wrong any more."""
@@ -264,6 +348,17 @@ class World:
         finally:
             if connection.is_open:
                 connection.close()
+
+
+def task_of(message: Message) -> str:
+    """The record that a message of a worker's queue is about."""
+    headers, body = message
+    try:
+        values = json.loads(body)
+    except ValueError:
+        values = {}
+    named = values.get("task_id") if isinstance(values, dict) else None
+    return str(named or headers.get(MESSAGE_ID) or derive_task_id(body))
 
 
 def _ms(seconds: float) -> int:

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("main", "config", "consumer", "services", "training", "utils")
+BESIDE_IT = {"tests", "sandbox", "benchmarks", "tools"}
 
 # room -> the rooms that it may import. `main` is where everything is put together.
 ARROWS: dict[str, set[str]] = {
@@ -153,8 +154,8 @@ def test_arrows_between_the_rooms_run_one_way(room: str) -> None:
     assert not wrong
 
 
-def test_the_product_stands_without_its_tests_and_its_sandbox() -> None:
-    wrong = {path for path in product_files() if imports(path) & {"tests", "sandbox", "benchmarks"}}
+def test_the_product_imports_no_test_no_sandbox_and_no_tool() -> None:
+    wrong = {path for path in product_files() if imports(path) & BESIDE_IT}
     assert not wrong
 
 
@@ -258,11 +259,10 @@ def test_the_requirements_are_what_the_product_imports_and_no_more() -> None:
     assert distributions("requirements.txt") == wanted | BY_OTHERS
 
 
-def test_every_installed_package_is_pinned() -> None:
+def test_every_installed_package_is_locked() -> None:
     installed = {normal(each.metadata["Name"]) for each in importlib.metadata.distributions()}
-    pinned = distributions("requirements.txt", "requirements-dev.txt", "constraints.txt")
-    loose = {name for name in installed - pinned if not name.startswith(("nvidia-", "cuda-"))}
-    assert loose <= {"pip", "setuptools", "triton"}
+    locked = distributions(*(f"requirements{part}.lock" for part in ("", "-cuda", "-dev")))
+    assert installed - locked <= {"pip"}
 
 
 # ---- habits --------------------------------------------------------------------------------------
@@ -291,12 +291,6 @@ def test_no_error_is_caught_without_saying_which() -> None:
 
 def test_no_file_is_a_drawer_for_everything() -> None:
     assert not [path for path in all_files() if path.name in ("helpers.py", "misc.py")]
-
-
-def test_no_file_but_a_test_is_longer_than_400_lines() -> None:
-    files = [path for path in all_files() if room_of(path) in (*ROOMS, "sandbox")]
-    lengths = {p: len((ROOT / p).read_text(encoding="utf-8").splitlines()) for p in files}
-    assert not {path: length for path, length in lengths.items() if length > 400}
 
 
 def test_every_folder_of_tests_is_a_package() -> None:

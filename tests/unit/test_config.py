@@ -17,43 +17,14 @@ from pydantic import SecretStr, ValidationError
 import config
 from config import Settings, TrainerSettings, load, setting_names
 from services.s3_service import S3Service
+from tests.unit.environment import NAMES, REQUIRED, TOKEN, problems, settings
 from training.lora_config import HyperParameters
 from utils.errors import ConfigurationError
+from utils.setting_values import not_pinned
 from utils.urls import origin_of
 
-TOKEN = "a-token-that-is-long-enough-for-the-rule"
-REQUIRED = {
-    "AWS_STORAGE_BUCKET_NAME": "stylelicense-media",
-    "BACKEND_API_URL": "https://api.stylelicense.com",
-    "INTERNAL_API_TOKEN": TOKEN,
-}
 EXAMPLE = Path(__file__).parents[2] / ".env.example"
-NAMES = setting_names(Settings)
-
-
-@pytest.fixture(autouse=True)
-def _no_settings_but_the_test_s_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No variable and no `.env` of whoever runs the tests gets in."""
-    monkeypatch.chdir(tmp_path)
-    for name in tuple(os.environ):
-        if name.upper() in NAMES:
-            monkeypatch.delenv(name)
-
-
-def settings(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Settings:
-    """The worker's settings in an environment of the required ones and `environment`."""
-    for name, value in (REQUIRED | environment).items():
-        monkeypatch.setenv(name, value)
-    loaded = load()
-    assert isinstance(loaded, Settings)
-    return loaded
-
-
-def problems(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
-    """What a person is told about `environment`."""
-    with pytest.raises(ConfigurationError) as caught:
-        settings(monkeypatch, **environment)
-    return str(caught.value)
+pytestmark = pytest.mark.usefixtures("own_settings")
 
 
 def documented() -> dict[str, tuple[str, bool, str]]:
@@ -94,9 +65,21 @@ def test_every_documented_default_is_the_real_one(monkeypatch: pytest.MonkeyPatc
     assert not [n for n in empty - derived if getattr(default, n) not in (None, ())]
 
 
-def test_the_example_itself_loads_as_a_dotenv_file(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_bytes(EXAMPLE.read_bytes())
+def test_the_example_starts_once_its_placeholders_are_filled_in_and_not_before(
+    tmp_path: Path,
+) -> None:
+    text = EXAMPLE.read_text(encoding="utf-8")
+    (tmp_path / ".env").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigurationError) as caught:
+        load()
+    told = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]]
+    assert told == ["BACKEND_API_URL", "INTERNAL_API_TOKEN"]
+    assert "placeholder" in str(caught.value)
+    for name in told:
+        text = re.sub(rf"(?m)^{name}=.*$", f"{name}={REQUIRED[name]}", text)
+    (tmp_path / ".env").write_text(text, encoding="utf-8")
     assert load().aws_storage_bucket_name == "stylelicense-media"
+    assert config.unknown_names() is None
 
 
 # ---- problems ------------------------------------------------------------------------------------
@@ -115,7 +98,7 @@ def test_problems_of_every_kind_are_reported_together(monkeypatch: pytest.Monkey
         monkeypatch,
         RABBITMQ_PORT="amqp",
         MODEL_BUCKET_NAME="s3://models",
-        BACKEND_API_URL="http://api.example.com",
+        BACKEND_API_URL="http://backend.example",
         INTERNAL_API_TOKEN="short",
         EPOCHS="0",
         RESOLUTION="100",
@@ -132,7 +115,7 @@ def test_problems_of_every_kind_are_reported_together(monkeypatch: pytest.Monkey
     expected = {
         "RABBITMQ_PORT: Input should be a valid integer",
         "MODEL_BUCKET_NAME: is not a bucket name",
-        "BACKEND_API_URL: http://api.example.com is plain http",
+        "BACKEND_API_URL: http://backend.example is plain http",
         "INTERNAL_API_TOKEN: must have 32 characters or more",
         "EPOCHS: epochs is 0; it must lie between 1 and 1000",
         "RESOLUTION: resolution is 100; it must be a multiple of 64",
@@ -167,9 +150,9 @@ def test_a_wrong_bucket_is_reported_once_not_for_those_that_default_to_it(
     [
         ("INTERNAL_API_TOKEN", "hunter2-hunter2"),
         ("WEBHOOK_SIGNING_SECRET", "whsec_hunter2,hunter2-hunter2"),
-        ("BACKEND_API_URL", "https://trainer:hunter2@api.example.com"),
+        ("BACKEND_API_URL", "https://trainer:hunter2@backend.example"),
         ("BACKEND_API_URL", "https://trainer:hunter2"),
-        ("WEBHOOK_ALLOWED_ORIGINS", "https://trainer:hunter2@api.example.com"),
+        ("WEBHOOK_ALLOWED_ORIGINS", "https://trainer:hunter2@backend.example"),
         ("AWS_ENDPOINT_URL_S3", "https://trainer:hunter2@minio"),
         ("RABBITMQ_HOST", "amqp://trainer:hunter2@broker"),
     ],
@@ -225,17 +208,6 @@ def test_what_s3_s_client_refuses_the_settings_refuse(monkeypatch: pytest.Monkey
             S3Service(region="eu-central-1", endpoint_url=address)
 
 
-def test_names_in_the_file_that_are_no_settings_are_told_with_the_nearest_that_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("EPOCHE", "3")  # the environment is everybody's
-    assert config.unknown_names() is None
-    (tmp_path / ".env").write_text("EPOCH=7\nlora_rank=8\nZZ=hunter2\n", encoding="utf-8")
-    assert config.unknown_names() == (
-        "in .env stand names that are no settings: EPOCH (is it EPOCHS?), ZZ"
-    )
-
-
 # ---- where the values come from ------------------------------------------------------------------
 
 
@@ -266,7 +238,10 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded.rabbitmq_host == ("one", "two")
     assert loaded.retry_delays_seconds == (0.5, 60.0)
     assert loaded.image_buckets == ("first", "second")
-    assert loaded.webhook_allowed_origins == ("https://a.example.com", "http://localhost:8000")
+    assert loaded.webhook_allowed_origins == (
+        "https://a.example.com/path",
+        "http://localhost:8000",
+    )
 
 
 @pytest.mark.parametrize("name", ["RABBITMQ_HOST", "RETRY_DELAYS_SECONDS", "IMAGE_BUCKETS"])
@@ -331,6 +306,41 @@ def test_a_name_on_the_hub_stays_one_unless_there_is_such_a_folder(
     assert settings(monkeypatch, BASE_MODEL="owner/name").base_model == "owner/name"
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert settings(monkeypatch, BASE_MODEL="owner/name").base_model == f"{tmp_path}/owner/name"
+
+
+# ---- the base model's revision -------------------------------------------------------------------
+
+
+def test_the_default_base_model_is_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = settings(monkeypatch)
+    assert re.fullmatch("[0-9a-f]{40}", default.base_model_revision or "")
+    assert default.trainer_options().base_model_revision == default.base_model_revision
+    assert not not_pinned(default.base_model, default.base_model_revision)
+
+
+def test_the_default_models_commit_is_not_taken_for_another_models(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert settings(monkeypatch, BASE_MODEL="owner/name").base_model_revision is None
+    assert settings(monkeypatch, BASE_MODEL=str(tmp_path)).base_model_revision is None
+
+
+def test_a_revision_that_is_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings(monkeypatch, BASE_MODEL_REVISION="main").base_model_revision == "main"
+
+
+def test_a_branch_on_the_hub_is_not_pinned_and_a_folder_is(tmp_path: Path) -> None:
+    assert "no revision is set" in not_pinned("owner/name", None)
+    assert "main is a branch or a tag" in not_pinned("owner/name", "main")
+    assert not not_pinned("owner/name", "0123456789abcdef" * 2 + "01234567")
+    assert not not_pinned(str(tmp_path), None)
+
+
+def test_an_image_with_the_model_in_it_has_the_same_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    dockerfile = (EXAMPLE.parent / "Dockerfile").read_text(encoding="utf-8")
+    default = settings(monkeypatch)
+    assert f"ARG MODEL={default.base_model}\n" in dockerfile
+    assert f"ARG MODEL_REVISION={default.base_model_revision}\n" in dockerfile
 
 
 # ---- webhooks ------------------------------------------------------------------------------------
@@ -439,3 +449,34 @@ def test_secrets_of_training_alone_are_known_too(monkeypatch: pytest.MonkeyPatch
     loaded = load(TrainerSettings)
     assert loaded.hf_token == SecretStr("hf_token")
     assert loaded.secrets() == ("hf_token",)
+
+
+def test_the_path_of_an_address_is_kept_and_the_rest_of_it_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = settings(monkeypatch, BACKEND_API_URL="https://api.example.org/prod/")
+    assert loaded.backend_api_url == "https://api.example.org/prod"
+    for address in ("https://api.example.org/?a=b", "https://api.example.org/#top"):
+        told = problems(monkeypatch, BACKEND_API_URL=address)
+        assert "BACKEND_API_URL: must not have a query" in told
+    told = problems(
+        monkeypatch,
+        BACKEND_API_URL="https://api.example.org/one",
+        WEBHOOK_ALLOWED_ORIGINS="https://api.example.org/two",
+    )
+    assert re.search("WEBHOOK_ALLOWED_ORIGINS: .*two paths", told)
+
+
+def test_a_file_of_certificates_and_a_proxy_are_checked_at_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.pem").write_text("none")
+    told = problems(monkeypatch, WEBHOOK_CA_FILE=str(tmp_path / "empty.pem"))
+    assert re.search("WEBHOOK_CA_FILE: .*certificates in PEM", told)
+    monkeypatch.delenv("WEBHOOK_CA_FILE")
+    for proxy in ("proxy.example.org", "socks5://a:1", "http://user:hunter2@a", "http://a:1/x"):
+        told = problems(monkeypatch, WEBHOOK_PROXY=proxy)
+        assert "WEBHOOK_PROXY: must be" in told
+        assert "hunter2" not in told
+    proxy = "http://user:hunter2@proxy.example.org:3128"
+    assert proxy in settings(monkeypatch, WEBHOOK_PROXY=proxy).secrets()

@@ -13,12 +13,13 @@ import config
 import main
 from config import Settings, TrainerSettings, setting_names
 from utils.errors import ConfigurationError
+from utils.setting_names import OLD_NAMES
 
 TOKEN = "a-token-that-is-long-enough-for-the-rule"
 TOML = f"""
 # A comment, as TOML has them.
 AWS_STORAGE_BUCKET_NAME = "media"
-backend_api_url = "https://api.example.com"
+backend_api_url = "https://backend.example"
 INTERNAL_API_TOKEN = "{TOKEN}"
 RABBITMQ_HOST = ["one.example", "two.example"]
 RETRY_DELAYS_SECONDS = "1,2"
@@ -33,7 +34,7 @@ MODEL_BUCKET_NAME = ""
 def _no_settings_but_the_test_s_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name in tuple(os.environ):
-        if name.upper() in setting_names(Settings):
+        if name.upper() in setting_names(Settings) | OLD_NAMES.keys():
             monkeypatch.delenv(name)
 
 
@@ -94,7 +95,7 @@ def test_a_secret_of_the_file_is_a_secret(file: Path) -> None:
 def test_a_name_that_is_no_setting_is_named_with_the_one_it_may_be(file: Path) -> None:
     file.write_text(TOML + 'RABBIT_HOST = "x"\nfavourite_colour = "blue"\n', encoding="utf-8")
     unknown = config.unknown_names(file) or ""
-    assert "RABBIT_HOST (is it RABBITMQ_HOST?)" in unknown and "FAVOURITE_COLOUR" in unknown
+    assert "RABBIT_HOST (did you mean RABBITMQ_HOST?)" in unknown and "FAVOURITE_COLOUR" in unknown
     assert "blue" not in unknown and str(file) in unknown
 
 

@@ -36,6 +36,7 @@ def _start(rabbitmq: RabbitMqNode, queue: str) -> Iterator[Start]:
         *,
         stop_seconds: float = 5.0,
         once_idle: float | None = None,
+        answer_seconds: float = 30.0,
         **values: Any,
     ) -> Worker:
         stop, errors = threading.Event(), list[BaseException]()
@@ -46,6 +47,7 @@ def _start(rabbitmq: RabbitMqNode, queue: str) -> Iterator[Start]:
             stop=stop,
             stop_seconds=stop_seconds,
             once_idle=once_idle,
+            answer_seconds=answer_seconds,
         )
 
         def run() -> None:

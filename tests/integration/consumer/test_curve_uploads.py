@@ -75,7 +75,7 @@ def test_curves_outlive_checkpoints_unless_the_job_was_cancelled(s3_server: S3Se
         names = {"epoch-0002/lora.safetensors", "epoch-0002/manifest.json", f"tensorboard/{LOCAL}"}
         for name in names:
             s3.write(S3Location(BUCKET, prefix + name), b"content")
-        prune(s3, BUCKET, prefix, in_full=(f"{prefix}epoch-0002/",))
+        prune(s3, BUCKET, prefix, kept=["epoch-0002"], lease=lease)
         assert {key.removeprefix(prefix) for key in keys(s3, prefix)} == names
         lease.end(Ending(kind, {"style_id": 7, "sequence": 1}, code))
         assert clear_up(s3, BUCKET, lease.record)

@@ -10,7 +10,8 @@ from config import Settings
 from consumer import messages
 from consumer.endings import failed
 from consumer.ops.dead_queue import MOST_RETURNS, DeadLetter, go_through
-from consumer.ops.redrive import look, send_back
+from consumer.ops.given_up import Redriven, Waiting
+from consumer.ops.redrive import Redrive
 from consumer.settlement import Publication
 from consumer.training_consumer import properties_of
 from sandbox.rabbitmq_node import RabbitMqNode
@@ -65,10 +66,22 @@ def _end(records: JobRecords, settings: Settings, letter: Publication, *, told: 
         claim.lease.mark_delivered()
 
 
-def test_looking_takes_nothing(client: Client, queue: str, settings: Settings) -> None:
+def look(settings: Settings, s3: S3Service) -> list[Waiting]:
+    return Redrive(settings, s3).look()[0]
+
+
+def send_back(
+    settings: Settings, s3: S3Service, chosen: set[str] | None, **how: bool
+) -> list[Redriven]:
+    return Redrive(settings, s3).send_back(chosen, **how)[0]
+
+
+def test_looking_takes_nothing(
+    client: Client, queue: str, settings: Settings, s3: S3Service
+) -> None:
     _die(client, queue, _letter("one"), _letter("two", "INVALID_MESSAGE"))
     for _ in range(2):
-        letters, more = look(settings)
+        letters, more = Redrive(settings, s3).look()
         assert [(each.task_id, each.code, each.attempts) for each in letters] == [
             ("one", "WORKER_CRASHED", 3),
             ("two", "INVALID_MESSAGE", 3),
@@ -77,8 +90,8 @@ def test_looking_takes_nothing(client: Client, queue: str, settings: Settings) -
     assert client.waiting(f"{queue}.dead") == 2
 
 
-def test_a_dead_queue_that_was_never_made_is_empty(settings: Settings) -> None:
-    assert look(settings) == ([], 0)
+def test_a_dead_queue_that_was_never_made_is_empty(settings: Settings, s3: S3Service) -> None:
+    assert Redrive(settings, s3).look() == ([], 0)
 
 
 def test_what_is_beyond_the_limit_is_counted_and_left(
@@ -99,13 +112,13 @@ def test_a_job_that_was_given_up_goes_back_with_its_record_open_and_the_others_s
     for letter in (chosen, other):
         _end(records, settings, letter, told=True)
     _die(client, queue, chosen, other)
-    (one,), more = send_back(settings, s3, {"chosen"})
+    (one,), more = Redrive(settings, s3).send_back({"chosen"})
     assert (one.task_id, one.sent_back, more) == ("chosen", True, 0)
     taken = client.get(queue)
     assert taken is not None and taken[1] == chosen.body
     assert taken[0].message_id == "chosen" and taken[0].delivery_mode == 2
     assert not taken[0].headers, "what was said of its death is not said of its life"
-    assert [letter.task_id for letter in look(settings)[0]] == ["other"]
+    assert [letter.task_id for letter in look(settings, s3)] == ["other"]
     states = {name: records.read(name) for name in ("chosen", "other")}
     assert [each and each.state for each in states.values()] == [State.LIVE, State.ENDED]
 
@@ -116,7 +129,7 @@ def test_a_job_whose_failure_nobody_has_heard_of_stays_where_it_is(
     letter = _letter("unheard", bucket=bucket)
     _end(JobRecords(s3, bucket, owner="one", lease_seconds=5), settings, letter, told=False)
     _die(client, queue, letter)
-    (one,), _ = send_back(settings, s3, None)
+    (one,) = send_back(settings, s3, None)
     assert not one.sent_back and "not heard" in one.outcome
     assert client.waiting(f"{queue}.dead") == 1 and client.waiting(queue) == 0
 
@@ -127,7 +140,7 @@ def test_a_message_that_was_refused_goes_back_as_it_was_published(
     body = b'{"style_id": 7, "image_urls": ["s3://elsewhere/a.jpg"]}'
     letter = Publication.to_dead(body, code="INVALID_MESSAGE", message="bucket", task_id=None)
     _die(client, queue, letter)
-    (one,), _ = send_back(settings, s3, None)
+    (one,) = send_back(settings, s3, None)
     taken = client.get(queue)
     assert one.sent_back and taken is not None and taken[1] == body
     assert taken[0].message_id is None, "an id of ours would make it another message"
@@ -143,7 +156,7 @@ def test_a_refused_ending_goes_to_the_endings_and_nothing_is_trained(
     claim = records.adopt_ending("rejected")
     assert claim is None or not isinstance(claim, Claimed)
     _die(client, queue, letter)
-    (waiting,), _ = send_back(settings, s3, None)
+    (waiting,) = send_back(settings, s3, None)
     assert waiting.sent_back, "its delivery is open: another message about it does no harm"
     taken = client.get(f"{queue}.endings")
     assert taken is not None and json.loads(taken[1])["task_id"] == "rejected"
@@ -159,19 +172,19 @@ def test_a_header_that_names_no_record_of_ours_moves_nothing(
     real = s3.read(record_at(bucket, "real")).body
     s3.write(record_at(bucket, "elsewhere/in-the-bucket"), real)
     _die(client, queue, _letter(task_id, "WEBHOOK_REJECTED"))
-    (one,), _ = send_back(settings, s3, None)
+    (one,) = send_back(settings, s3, None)
     assert not one.sent_back
     assert client.waiting(f"{queue}.dead") == 1
 
 
 def test_looking_often_costs_a_quorum_queue_no_message(
-    client: Client, queue: str, settings: Settings
+    client: Client, queue: str, settings: Settings, s3: S3Service
 ) -> None:
     """RabbitMQ counts what comes back, and drops it after so many times."""
     limit = {"x-queue-type": "quorum", "x-delivery-limit": MOST_RETURNS + 1}
     _die(client, queue, _letter("one"), arguments=limit)  # type: ignore[arg-type]
     for _ in range(2 * MOST_RETURNS):
-        assert [letter.task_id for letter in look(settings)[0]] == ["one"]
+        assert [letter.task_id for letter in look(settings, s3)] == ["one"]
 
 
 def test_a_broker_that_refuses_the_copy_keeps_the_message(

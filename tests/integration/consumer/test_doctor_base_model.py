@@ -82,6 +82,11 @@ def _hub(monkeypatch: pytest.MonkeyPatch, sound: Path) -> Iterator[_Hub]:
 
 
 def _examine(model: Path | str, home: Path | None = None, **values: Any) -> Finding:
+    """What is found about the model's files."""
+    return _examine_all(model, home, **values)[0]
+
+
+def _examine_all(model: Path | str, home: Path | None = None, **values: Any) -> list[Finding]:
     settings = config.load(
         _env_file=None,
         **{
@@ -95,8 +100,7 @@ def _examine(model: Path | str, home: Path | None = None, **values: Any) -> Find
         }
         | values,
     )
-    (finding,) = examination.examine(settings)
-    return finding
+    return examination.examine(settings)
 
 
 def test_a_whole_folder_is_well(model: Path) -> None:
@@ -197,3 +201,19 @@ def test_without_the_hub_the_way_to_bring_the_model_is_told(
     assert finding.verdict is Verdict.FAIL
     assert f"hf download {NAME}" in finding.remedy
     assert not hub.asked
+
+
+def test_a_model_on_the_hub_without_a_commit_is_reported_as_not_pinned(
+    hub: _Hub, tmp_path: Path
+) -> None:
+    for revision in (None, "main", "fp16"):
+        _, finding = _examine_all(NAME, tmp_path, base_model_revision=revision)
+        assert finding.verdict is Verdict.WARN
+        assert "BASE_MODEL_REVISION" in finding.remedy
+        assert (revision or "no revision is set") in finding.detail
+    assert len(_examine_all(NAME, tmp_path, base_model_revision="a" * 40)) == 1
+    assert hub.asked
+
+
+def test_a_folder_needs_no_revision(model: Path) -> None:
+    assert len(_examine_all(model)) == 1

@@ -46,7 +46,7 @@ def test_a_sound_broker_is_introduced_and_left_as_it_was(
     found = examine()
     assert not _failed(found)
     assert "RabbitMQ 3." in found["broker 127.0.0.1"].detail
-    assert "classic; 1 messages wait, 0 consumers" in found[f"queue {queue}"].detail
+    assert "classic; 1 waiting message, 0 consumers" in found[f"queue {queue}"].detail
     assert found["broker permissions"].detail == "may publish and take messages"
     assert f"{queue}.endings" in found["own queues"].detail
     assert "consumer_timeout" in found["broker limits"].command
@@ -78,13 +78,13 @@ def test_a_queue_that_is_not_there_yet_is_well_and_is_not_made(
         (
             {"durable": True, "arguments": {"x-queue-type": "quorum"}},
             Verdict.WARN,
-            "quorum; 0 messages wait, 0 consumers; it differs from what the backend declares",
+            "quorum; 0 waiting messages, 0 consumers; it differs from what the backend declares",
         ),
         (
             {"durable": True, "arguments": {"x-max-length": 5}},
             Verdict.WARN,
             # RabbitMQ names the first difference only, and here that hides the type.
-            "its type cannot be told; 0 messages wait, 0 consumers; it differs from what the "
+            "its type cannot be told; 0 waiting messages, 0 consumers; it differs from what the "
             "backend declares in x-max-length",
         ),
     ],

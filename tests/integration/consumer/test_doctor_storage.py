@@ -80,7 +80,7 @@ def test_in_sound_buckets_everything_is_tried_and_nothing_stays(buckets: _Bucket
     assert not _failed(found)
     assert found[f"bucket {buckets.media}"].detail == "*: list, read"
     assert found[f"bucket {buckets.models}"].detail == "models/: list, write, read, delete"
-    assert "archive/: list, write, delete" in found[f"bucket {buckets.state}"].detail
+    assert "archive/: list, write, read, delete" in found[f"bucket {buckets.state}"].detail
     for bucket in (buckets.models, buckets.state):
         assert "honoured" in found[f"conditional writes in {bucket}"].detail
     assert found["clock (S3)"].verdict is Verdict.OK
@@ -112,15 +112,57 @@ def test_a_store_that_ignores_conditions_fails_since_jobs_could_be_trained_twice
     buckets: _Buckets,
 ) -> None:
     buckets.proxy.fault = always(Fault(careless=True))
-    denied = _failed(buckets.examine())
-    assert set(denied) == {
-        f"conditional writes in {buckets.models}",
-        f"conditional writes in {buckets.state}",
-    }
-    finding = denied[f"conditional writes in {buckets.state}"]
-    assert "ignores If-None-Match and If-Match" in finding.detail
-    assert "one worker alone" in finding.remedy
+    found = buckets.examine()
+    assert list(_failed(found)) == [f"conditional writes in {buckets.state}"]
+    finding = found[f"conditional writes in {buckets.state}"]
+    assert "does not honour If-None-Match and If-Match" in finding.detail
+    assert "refuses to start" in finding.detail
+    assert "ALLOW_UNGUARDED_STATE=true" in finding.remedy
+    assert "STATE_AWS_ENDPOINT_URL_S3" in finding.remedy
     assert not buckets.keys()
+
+
+def test_a_model_bucket_without_conditional_writes_is_a_warning(buckets: _Buckets) -> None:
+    buckets.proxy.fault = always(Fault(careless=True))
+    finding = buckets.examine()[f"conditional writes in {buckets.models}"]
+    assert finding.verdict is Verdict.WARN
+    assert "relies on the style's turn" in finding.detail
+
+
+def test_an_unguarded_state_bucket_that_is_allowed_is_a_warning(buckets: _Buckets) -> None:
+    buckets.proxy.fault = always(Fault(careless=True))
+    found = buckets.examine(allow_unguarded_state=True)
+    finding = found[f"conditional writes in {buckets.state}"]
+    assert finding.verdict is Verdict.WARN and not _failed(found)
+    assert "exactly one worker" in finding.remedy
+
+
+def test_the_state_bucket_is_looked_for_in_its_own_store_with_its_own_keys(
+    buckets: _Buckets, s3_server: S3Server
+) -> None:
+    with S3Proxy(s3_server.endpoint) as state_proxy:
+        found = buckets.examine(
+            state_aws_endpoint_url_s3=state_proxy.endpoint,
+            state_aws_access_key_id="AKIASTATE",
+            state_aws_secret_access_key="secret-of-state",
+        )
+    assert not _failed(found)
+    assert (
+        "jobs/: list, write, read, delete" in found[f"bucket {buckets.state} (state store)"].detail
+    )
+    assert all(f"/{buckets.state}" in each for each in state_proxy.requests)
+    assert not any(f"/{buckets.state}" in each for each in buckets.proxy.requests)
+    signed = [each["authorization"] for each in state_proxy.headers if "authorization" in each]
+    assert signed and all("Credential=AKIASTATE/" in each for each in signed)
+    assert not any("AKIASTATE" in str(each) for each in buckets.proxy.headers)
+
+
+def test_the_settings_of_the_state_store_are_named_when_it_cannot_be_reached(
+    buckets: _Buckets,
+) -> None:
+    denied = _failed(buckets.examine(state_aws_endpoint_url_s3="http://127.0.0.1:1"))
+    assert list(denied) == [f"bucket {buckets.state} (state store)"]
+    assert "STATE_AWS_ENDPOINT_URL_S3" in denied[f"bucket {buckets.state} (state store)"].remedy
 
 
 @pytest.mark.parametrize(
@@ -187,6 +229,19 @@ def test_state_that_anybody_can_read_is_a_warning(buckets: _Buckets) -> None:
     assert finding.verdict is Verdict.WARN
     assert "list job records" in finding.detail
     assert "STATE_BUCKET_NAME" in finding.remedy
+
+
+def test_state_in_a_public_media_bucket_names_the_setting_that_was_not_set(
+    buckets: _Buckets,
+) -> None:
+    plain = buckets.settings().model_dump(exclude={"state_bucket_name", "model_bucket_name"})
+    settings: Settings = config.load(_env_file=None, **plain)
+    assert settings.state_bucket_name == buckets.media
+    found = {each.check: each for each in storage.examine(settings)}
+    finding = found[f"privacy of {buckets.media}"]
+    assert finding.verdict is Verdict.WARN
+    assert "STATE_BUCKET_NAME is not set" in finding.detail
+    assert "set STATE_BUCKET_NAME to a private bucket" in finding.remedy
 
 
 def test_state_that_nobody_can_read_without_a_key_is_well(buckets: _Buckets) -> None:

@@ -20,6 +20,7 @@ from training.lora_config import HyperParameters
 from utils.errors import LeaseLost, PreconditionFailed, Stopped, StopReason
 
 FILES = ("samples.png", "adapter_model.safetensors", WEIGHTS)
+ORDERED = "2025-01-20T10:00:00.000Z"
 
 
 @pytest.fixture(name="folder")
@@ -30,7 +31,7 @@ def _folder(tmp_path: Path) -> Path:
 def _publisher(s3: S3Service, bucket: str) -> ModelPublisher:
     turns = StyleTurns(s3, bucket, owner=secrets.token_hex(2), lease_seconds=5)
     return ModelPublisher(
-        s3, model_bucket=bucket, state_bucket=bucket, url_scheme="gs", turns=turns
+        s3, s3, model_bucket=bucket, state_bucket=bucket, url_scheme="gs", turns=turns
     )
 
 
@@ -56,7 +57,11 @@ def _files_of(job: TrainingJob, folder: Path) -> Path:
 
 def _publish(s3: S3Service, bucket: str, job: TrainingJob, lease: JobLease, folder: Path) -> str:
     ours = _files_of(job, folder)
-    return _publisher(s3, bucket).publish(ours, FILES, job, lease, StopSignal())
+    return (
+        _publisher(s3, bucket)
+        .publish(ours, FILES, job, lease, StopSignal(), ordered_at=ORDERED)
+        .model_url
+    )
 
 
 def _published(s3: S3Service, bucket: str) -> dict[str, tuple[str, str | None]]:
@@ -146,4 +151,6 @@ def test_a_shutdown_is_noticed_between_two_files(s3: S3Service, bucket: str, fol
     stop = StopSignal()
     stop.request(StopReason.SHUTDOWN)
     with _claimed(s3, bucket, job) as lease, pytest.raises(Stopped):
-        _publisher(s3, bucket).publish(_files_of(job, folder), FILES, job, lease, stop)
+        _publisher(s3, bucket).publish(
+            _files_of(job, folder), FILES, job, lease, stop, ordered_at=ORDERED
+        )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from consumer.messages import parse
-from consumer.progress_reporter import ProgressReporter, RouteMemory
+from consumer.progress_reporter import ProgressReporter
 from consumer.stop_signal import StopSignal
 from sandbox.backend import Answer, Backend
 from tests.integration.consumer.broker import until
@@ -32,7 +32,6 @@ def reporter(backend: Backend, stop: StopSignal, interval: float = 0.1) -> Progr
     return ProgressReporter(
         job,
         service(backend.url),
-        RouteMemory(),
         next_sequence=lambda: next(counter),
         stop=stop,
         interval_seconds=interval,

@@ -161,13 +161,14 @@ def test_a_handler_that_breaks_loses_nothing_and_makes_no_hot_loop(
 
     handler = Handler(settle)
     with capture_logs() as lines:
-        start(handler)
-        client.publish(queue, b"bad", headers={"kept": "yes", "odd": b"bytes"})
+        start(handler, retry_delays_seconds="30")
+        client.publish(queue, b"bad", headers={"tracestate": "kept", "theirs": "not"})
         client.publish(queue, b"good")
         until(lambda: handler.returned == 2)
     assert [line["event"] for line in lines].count("handler_crashed") == 1
-    properties, body = until(lambda: client.get(f"{queue}.delay.10000"))
-    assert (body, properties.message_id, properties.headers) == (b"bad", None, {"kept": "yes"})
+    properties, body = until(lambda: client.get(f"{queue}.delay.30000"))
+    assert (body, properties.message_id) == (b"bad", None)
+    assert properties.headers == {"tracestate": "kept", "x-put-offs": 1, "x-crashes": 1}
 
 
 def test_a_returned_message_goes_to_the_next_worker(
@@ -196,7 +197,7 @@ def test_a_returned_message_goes_to_the_next_worker(
 def test_no_header_of_a_publisher_keeps_a_message_from_its_handler(
     start: Start, client: Client, queue: str, header: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also not when its handler breaks and the message is put off, with the headers it can take."""
+    """Also not when its handler breaks and the message is put off."""
     encode = pika.data.encode_table
 
     def raw(pieces: list[bytes], table: dict[str, Any]) -> int:
@@ -211,15 +212,143 @@ def test_no_header_of_a_publisher_keeps_a_message_from_its_handler(
         raise ZeroDivisionError
 
     handler = Handler(settle)
-    start(handler)
+    start(handler, retry_delays_seconds="30")
     with monkeypatch.context() as patched:
         patched.setattr("pika.data.encode_table", raw)
-        client.publish(queue, b"odd", headers={"raw": header + b"\x04kept" + b"t\x01"})
+        client.publish(queue, b"odd", headers={"raw": header + b"\x0dx-worker-copy" + b"t\x01"})
     client.publish(queue, b"good")
     until(lambda: handler.returned == 2)
     assert handler.bodies == [b"odd", b"good"]
-    properties, body = until(lambda: client.get(f"{queue}.delay.10000"))
-    assert (body, properties.headers) == (b"odd", {"kept": True})
+    properties, body = until(lambda: client.get(f"{queue}.delay.30000"))
+    assert body == b"odd"
+    assert properties.headers == {"x-worker-copy": True, "x-put-offs": 1, "x-crashes": 1}
+
+
+def test_a_message_whose_handler_breaks_each_time_ends_in_the_dead_queue_with_the_errors_name(
+    start: Start, client: Client, queue: str
+) -> None:
+    def settle(_: Delivery) -> Settlement:
+        raise ZeroDivisionError("a secret")
+
+    handler = Handler(settle)
+    worker = start(handler, retry_delays_seconds="0.1,0.2")
+    client.publish(queue, b"bad", message_id="t-1")
+    properties, body = until(lambda: client.get(f"{queue}.dead"))
+    assert (body, handler.returned) == (b"bad", 6)
+    assert properties.headers["x-error-code"] == "TRAINING_FAILED"
+    assert properties.headers["x-task-id"] == "t-1"
+    assert "ZeroDivisionError" in properties.headers["x-error-message"]
+    assert "secret" not in properties.headers["x-error-message"]
+    worker.end()
+    assert client.unsettled(queue) == 0
+
+
+def test_a_handler_that_ends_its_thread_loses_nothing(
+    start: Start, client: Client, queue: str
+) -> None:
+    def settle(_: Delivery) -> Settlement:
+        if len(handler.deliveries) == 1:
+            raise SystemExit(1)
+        return Settlement.ack()
+
+    handler = Handler(settle)
+    start(handler, retry_delays_seconds="0.1")
+    client.publish(queue, b"order")
+    until(lambda: handler.returned == 2)
+    assert handler.bodies == [b"order", b"order"]
+
+
+# --- types of queues
+
+
+def _types(rabbitmq: RabbitMqNode, queue: str) -> dict[str, str]:
+    """The type of each queue of a test, by what follows the queue's name."""
+    listed = rabbitmq.ctl("list_queues", "--no-table-headers", "name", "type").splitlines()
+    types = dict(line.split("\t") for line in listed)
+    return {
+        name.removeprefix(queue): each for name, each in types.items() if name.startswith(queue)
+    }
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_new_queues_of_the_worker_are_of_the_training_queues_type_and_lead_back(
+    start: Start, client: Client, queue: str, rabbitmq: RabbitMqNode, queue_type: str
+) -> None:
+    with client.channel() as channel:
+        arguments = {"x-queue-type": "quorum"} if queue_type == "quorum" else None
+        channel.queue_declare(queue, durable=True, arguments=arguments)
+
+    def settle(delivery: Delivery) -> Settlement:
+        if delivery.message_id == "again":
+            return Settlement.ack(Publication(Queue.DEAD, b"letter", "t"))
+        return Settlement.delayed(b"x", seconds=0.3, message_id="again", queue=delivery.queue)
+
+    handler, endings = Handler(settle), Handler(settle)
+    start(handler, endings)
+    client.publish(queue, b"x")
+    client.publish(f"{queue}.endings", b"x")
+    until(lambda: client.waiting(f"{queue}.dead") == 2)
+    types = _types(rabbitmq, queue)
+    assert set(types) == {
+        *("", ".dead", ".endings", ".delay.500"),
+        *(".delay.300", ".endings.delay.300"),
+    }
+    assert set(types.values()) == {queue_type}
+
+
+@pytest.mark.parametrize("training", [None, {"x-queue-type": "quorum"}])
+@pytest.mark.parametrize("own", [{}, {"x-queue-type": "quorum"}])
+def test_a_queue_of_the_worker_that_differs_in_its_type_alone_is_taken_as_it_is(
+    start: Start,
+    client: Client,
+    queue: str,
+    rabbitmq: RabbitMqNode,
+    training: dict[str, str] | None,
+    own: dict[str, str],
+) -> None:
+    delay = {
+        "x-message-ttl": 500,
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": queue,
+    }
+    with client.channel() as channel:
+        channel.queue_declare(queue, durable=True, arguments=training)
+        for name in ("dead", "endings"):
+            channel.queue_declare(f"{queue}.{name}", durable=True, arguments=own)
+        channel.queue_declare(f"{queue}.delay.500", durable=True, arguments=delay | own)
+    handler = Handler(
+        lambda delivery: (
+            Settlement.ack(Publication(Queue.DEAD, b"letter", "t"))
+            if delivery.message_id
+            else Settlement.delayed(b"x", seconds=0.5, message_id="again")
+        )
+    )
+    start(handler)
+    client.publish(queue, b"x")
+    until(lambda: client.waiting(f"{queue}.dead") == 1)
+    types = _types(rabbitmq, queue)
+    assert {types[name] for name in (".dead", ".endings", ".delay.500")} == {
+        own.get("x-queue-type", "classic")
+    }
+
+
+def test_what_waits_on_a_quorum_delay_queue_outlives_the_broker(
+    start: Start, client: Client, queue: str, rabbitmq: RabbitMqNode
+) -> None:
+    """Its time runs out while the broker is down or comes back."""
+    with client.channel() as channel:
+        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "quorum"})
+    handler = Handler()
+    worker = start(handler)
+    promises = [
+        worker.consumer.publish(Publication(Queue.TRAINING, b"%d" % number, "t", {}, 1.0))
+        for number in range(50)
+    ]
+    for promise in promises:
+        promise.result(SOON)
+    rabbitmq.kill()
+    rabbitmq.start()
+    until(lambda: len(set(handler.bodies)) == 50, 60)
 
 
 # --- stopping
@@ -322,3 +451,35 @@ def test_once_ends_after_a_while_without_a_message_and_not_in_the_midst_of_an_en
     worker.thread.join(SOON)
     worker.end()
     assert client.unsettled(f"{queue}.endings") == 0
+
+
+def test_once_delivers_an_ending_that_waits_alone_and_ends(
+    start: Start, client: Client, queue: str
+) -> None:
+    """A scaler starts a pod for it though there is no training message."""
+    with client.channel() as channel:
+        channel.queue_declare(f"{queue}.endings", durable=True)
+    client.publish(f"{queue}.endings", b"ending")
+    ending = Handler()
+    worker = start(Handler(), ending, once_idle=1.0)
+    worker.thread.join(SOON)
+    worker.end()
+    assert ending.bodies == [b"ending"]
+    assert client.unsettled(f"{queue}.endings") == 0
+
+
+def test_once_does_not_end_after_its_job_while_an_ending_is_in_hand(
+    start: Start, client: Client, queue: str
+) -> None:
+    job, ending = Handler(), Handler()
+    ending.go.clear()
+    worker = start(job, ending, once_idle=60.0)
+    client.publish(f"{queue}.endings", b"ending")
+    until(lambda: ending.running)
+    client.publish(queue, b"job")
+    until(lambda: job.returned)
+    assert not worker.stop.wait(1.5), "an ending is being delivered"
+    ending.go.set()
+    worker.thread.join(SOON)
+    worker.end()
+    assert client.unsettled(queue) == client.unsettled(f"{queue}.endings") == 0

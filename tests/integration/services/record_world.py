@@ -11,7 +11,7 @@ from typing import Any
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY
 from services.hold import decode, encode, stamped
 from services.job_lease import JobLease
-from services.job_record import Ending, EndingKind, JobRecord, JobRequest
+from services.job_record import Ending, EndingKind, JobRecord, JobRequest, OwedCopy
 from services.job_records import Claimed, JobRecords
 from services.s3_service import S3Location, S3Service, StoredObject
 from utils.errors import StorageError
@@ -91,6 +91,11 @@ def overwrite(s3: S3Service, task_id: str, change: Callable[[JobRecord], JobReco
     s3.replace(where(task_id), encode(stamped(record)), found.etag)
 
 
+def owed(code: str = "WEBHOOK_REJECTED") -> OwedCopy:
+    """A copy that the dead queue is to get."""
+    return OwedCopy(code, "the backend answered 400", attempts=0)
+
+
 def settle(lease: JobLease) -> None:
     """End the job and have its ending delivered."""
     lease.end(ending())
@@ -110,15 +115,15 @@ class Faulty(S3Service):
         self.reads.append(location.key)
         return super().read(location, **how)
 
-    def create(self, location: S3Location, body: bytes) -> str:
+    def create(self, location: S3Location, body: bytes, **how: Any) -> str:
         self.before()
-        etag = super().create(location, body)
+        etag = super().create(location, body, **how)
         self.after()
         return etag
 
-    def replace(self, location: S3Location, body: bytes, etag: str) -> str:
+    def replace(self, location: S3Location, body: bytes, etag: str, **how: Any) -> str:
         self.before()
-        etag = super().replace(location, body, etag)
+        etag = super().replace(location, body, etag, **how)
         self.after()
         return etag
 

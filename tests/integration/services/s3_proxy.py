@@ -33,6 +33,8 @@ class Fault:
         delay: Seconds before the answer.
         drip: Seconds between two bytes of the body.
         careless: Forward it without its conditions, as a store does that ignores them.
+        path: Forward it with this path instead; empty for its own.
+        hide: Headers of the answer that are not passed on.
     """
 
     status: int = 0
@@ -45,6 +47,22 @@ class Fault:
     delay: float = 0.0
     drip: float = 0.0
     careless: bool = False
+    path: str = ""
+    hide: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One request that arrived.
+
+    Attributes:
+        headers: With names in lower case.
+    """
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
 
 
 def impatient(endpoint: str, **more: Any) -> S3Service:
@@ -65,7 +83,8 @@ def refusal(status: int, code: str) -> Fault:
 
 
 class S3Proxy:
-    """A context manager; `fault(method, path)` says what happens to each request.
+    """A context manager; `fault(method, path)` or `judge(request)` says what happens to each
+    request.
 
     Attributes:
         endpoint: Its address.
@@ -75,6 +94,7 @@ class S3Proxy:
 
     def __init__(self, target: str) -> None:
         self.fault: Callable[[str, str], Fault | None]
+        self.judge: Callable[[Request], Fault | None]
         self.requests: list[str]
         self.headers: list[dict[str, str]]
         self.reset()
@@ -88,6 +108,7 @@ class S3Proxy:
     def reset(self) -> None:
         """Do no harm, and remember nothing."""
         self.fault = lambda method, path: None
+        self.judge = lambda request: None
         self.requests = []
         self.headers = []
 
@@ -122,13 +143,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         proxy = self.server.proxy
         proxy.requests.append(f"{self.command} {self.path}")
-        proxy.headers.append({name.lower(): value for name, value in self.headers.items()})
-        fault = proxy.fault(self.command, self.path) or Fault()
+        headers_sent = {name.lower(): value for name, value in self.headers.items()}
+        proxy.headers.append(headers_sent)
+        told = proxy.fault(self.command, self.path)
         sent = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        request = Request(self.command, self.path, headers_sent, sent)
+        fault = told or proxy.judge(request) or Fault()
         self.close_connection = True
         status, headers, body = fault.status, [("Content-Type", "application/xml")], fault.body
         if not fault.status and fault.forward:
-            status, headers, body = self._forward(sent, _CONDITIONS if fault.careless else ())
+            without = _CONDITIONS if fault.careless else ()
+            status, headers, body = self._forward(fault.path or self.path, sent, without)
         proxy.closing.wait(fault.delay)
         if fault.reset:
             linger = struct.pack("ii", 1, 0)
@@ -138,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(fault, status, headers, body)
 
     def _forward(
-        self, sent: bytes, without: Collection[str]
+        self, path: str, sent: bytes, without: Collection[str]
     ) -> tuple[int, list[tuple[str, str]], bytes]:
         upstream = http.client.HTTPConnection(self.server.target, timeout=30)
         left_out = {"expect", *without}
@@ -146,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             name: value for name, value in self.headers.items() if name.lower() not in left_out
         }
         try:
-            upstream.request(self.command, self.path, body=sent, headers=headers)
+            upstream.request(self.command, path, body=sent, headers=headers)
             answer = upstream.getresponse()
             return answer.status, answer.getheaders(), answer.read()
         finally:
@@ -155,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(
         self, fault: Fault, status: int, headers: list[tuple[str, str]], body: bytes
     ) -> None:
-        hidden = {"connection", "transfer-encoding"} | (
+        hidden = {"connection", "transfer-encoding", *fault.hide} | (
             {"content-length"} if fault.no_length else set()
         )
         names = {name.lower() for name, _ in headers}

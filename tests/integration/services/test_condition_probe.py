@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 
 import pytest
 
@@ -21,10 +22,10 @@ def _endpoint(s3_server: S3Server) -> str:
 class Careless(S3Service):
     """A store that ignores the conditions."""
 
-    def create(self, location: S3Location, body: bytes) -> str:
+    def create(self, location: S3Location, body: bytes, **how: Any) -> str:
         return self.write(location, body)
 
-    def replace(self, location: S3Location, body: bytes, etag: str) -> str:
+    def replace(self, location: S3Location, body: bytes, etag: str, **how: Any) -> str:
         return self.write(location, body)
 
 
@@ -35,7 +36,7 @@ def test_the_probe_tells_a_store_that_honours_conditions_from_one_that_does_not(
     assert support.complete
     careless = probe(Careless(**access(endpoint)), BUCKET)
     assert (careless.create, careless.replace) == (False, False)
-    assert "ignores If-None-Match and If-Match" in careless.explain()
+    assert "does not honour If-None-Match and If-Match" in careless.explain()
     assert not list(s3.list_objects(BUCKET, "jobs/.probe-"))
 
 

@@ -14,7 +14,15 @@ import pytest
 from sandbox.s3_server import S3Server
 from services.job_lease import JobLease
 from services.job_record import Checkpoint, Delivery, EndingKind, JobRequest, derived_task_id
-from services.job_records import Claim, Claimed, Ended, HeldElsewhere, JobRecords, OtherBody
+from services.job_records import (
+    Claim,
+    Claimed,
+    Ended,
+    HeldElsewhere,
+    JobRecords,
+    OtherBody,
+    Unclaimed,
+)
 from services.s3_service import S3Service
 from tests.integration.services.record_world import (
     BUCKET,
@@ -24,6 +32,7 @@ from tests.integration.services.record_world import (
     derived,
     ending,
     eventually,
+    owed,
     request,
     settle,
     stored,
@@ -225,15 +234,18 @@ def test_an_undelivered_ending_is_renewed_then_adopted_with_its_webhook_id_and_s
 def test_there_is_nothing_to_adopt_of_an_unknown_or_a_live_job(s3: S3Service) -> None:
     job = request()
     assert worker(s3).adopt_ending(job.task_id) is None
-    claimed(worker(s3), job)
-    assert worker(s3).adopt_ending(job.task_id) is None
+    lease = claimed(worker(s3), job)
+    assert isinstance(worker(s3, "two").adopt_ending(job.task_id), HeldElsewhere)
+    lease.release(count_attempt=False)
+    assert isinstance(worker(s3, "two").adopt_ending(job.task_id), Unclaimed)
 
 
 def test_a_refused_ending_is_set_aside_with_the_answer(s3: S3Service) -> None:
     job = request()
     lease = claimed(worker(s3), job)
     lease.end(ending())
-    lease.set_aside("400 style_id is unknown")
+    lease.set_aside("400 style_id is unknown", owed())
+    lease.paid()
     record = stored(s3, job.task_id)
     assert (record.delivery, record.delivery_detail) == (
         Delivery.SET_ASIDE,

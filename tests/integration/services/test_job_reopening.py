@@ -9,9 +9,10 @@ import pytest
 
 from sandbox.s3_server import S3Server
 from services.job_record import Checkpoint, Delivery, EndingKind, JobRequest, State
-from services.job_records import Ended, cancel_file_at, record_at
+from services.job_records import Ended, cancel_file_at
 from services.job_reopening import CannotReopen, reopen, tell_again
-from services.record_sweep import RecordSweep, settled_mark
+from services.record_index import settled_mark_at
+from services.record_sweep import RecordSweep
 from services.s3_service import S3Service
 from tests.integration.services.record_world import (
     BUCKET,
@@ -20,6 +21,7 @@ from tests.integration.services.record_world import (
     claimed,
     ending,
     overwrite,
+    owed,
     request,
     settle,
     stored,
@@ -114,7 +116,8 @@ def test_a_refused_ending_is_told_again_as_it_was(store: S3Service) -> None:
     job = request()
     lease = claimed(worker(store), job)
     told = lease.end(ending())
-    lease.set_aside("the backend answered 400")
+    lease.set_aside("the backend answered 400", owed())
+    lease.paid()
     tell_again(store, BUCKET, job.task_id)
     tell_again(store, BUCKET, job.task_id)  # as after a lost connection
     again = adopted(worker(store, "two"), job.task_id)
@@ -126,7 +129,7 @@ def test_a_refused_ending_is_told_again_as_it_was(store: S3Service) -> None:
 
 def test_the_sweep_sees_a_job_again_that_was_sent_back(store: S3Service) -> None:
     job = _failed(store)
-    mark = settled_mark(record_at(BUCKET, job.task_id))
+    mark = settled_mark_at(BUCKET, job.task_id)
     sweep = RecordSweep(store, BUCKET, lease_seconds=1.0)
     assert job.task_id not in {record.task_id for record in sweep.abandoned()}
     assert store.exists(mark)
@@ -138,7 +141,7 @@ def test_a_job_that_is_sent_back_while_the_sweep_marks_it_keeps_no_mark(
     store: Faulty,
 ) -> None:
     job = _failed(store)
-    mark = settled_mark(record_at(BUCKET, job.task_id))
+    mark = settled_mark_at(BUCKET, job.task_id)
     plain = worker(store)
 
     def sent_back_meanwhile() -> None:

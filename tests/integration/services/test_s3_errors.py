@@ -15,6 +15,7 @@ import urllib3.exceptions
 
 from sandbox.s3_server import REGION, S3Server
 from services import s3_errors, s3_service
+from services.s3_errors import BucketMissing
 from services.s3_service import PictureRequest, S3Location, S3Service
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, refusal
 from utils.errors import (
@@ -79,7 +80,7 @@ def test_every_code_of_s3_becomes_one_of_ours(code: str, status: int) -> None:
     ("status", "code", "error"),
     [
         (404, "NoSuchKey", ObjectNotFound),
-        (404, "NoSuchBucket", ObjectNotFound),
+        (404, "NoSuchBucket", BucketMissing),
         (403, "AccessDenied", AccessDenied),
         (412, "PreconditionFailed", PreconditionFailed),
         (412, "", PreconditionFailed),
@@ -116,6 +117,7 @@ CALLS: dict[str, Callable[[S3Service, Path], object]] = {
     "replace": lambda s3, folder: s3.replace(S3Location("bucket", "a"), b"1", '"e"'),
     "copy": lambda s3, folder: s3.copy(S3Location("bucket", "a"), S3Location("bucket", "b")),
     "delete": lambda s3, folder: s3.delete("bucket", ["a"]),
+    "delete_version": lambda s3, folder: s3.delete_version(S3Location("bucket", "a"), '"1"'),
 }
 
 
@@ -142,6 +144,7 @@ FAULTS = {
 # What these faults leave without anything to complain of.
 HARMLESS = {
     ("delete", 200),  # asked to be quiet, S3 names only what it could not delete
+    ("delete_version", 200),  # the answer has no body; publishers look at the folder again
     ("fetch_pictures", 200),  # whether it is a picture is judged later
     ("reach", 200),  # the answer to a HEAD has no body to judge by
     ("download", 200),  # an object without a checksum may be anything

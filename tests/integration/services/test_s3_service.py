@@ -342,3 +342,56 @@ def test_a_request_without_an_answer_is_counted_too() -> None:
         s3.reach("bucket")
     labels = {"operation": "head_bucket", "outcome": "no_answer"}
     assert metrics.registry.get_sample_value(f"{PREFIX}_s3_requests_total", labels) == 1
+
+
+# ---- versions ------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_a_version_is_refused_once_the_source_has_another(
+    s3: S3Service, bucket: str
+) -> None:
+    source, target = S3Location(bucket, "a b/source ü.txt"), S3Location(bucket, "target.txt")
+    seen = s3.write(source, b"older")
+    s3.copy(source, target, etag=seen)
+    s3.write(source, b"newer")
+    with pytest.raises(PreconditionFailed):
+        s3.copy(source, target, etag=seen)
+    assert s3.read(target).body == b"older"
+    s3.delete(bucket, [source.key])
+    with pytest.raises(ObjectNotFound):
+        s3.copy(source, target, etag=seen)
+
+
+def test_a_version_is_deleted_only_while_the_object_has_it(s3: S3Service, bucket: str) -> None:
+    location = S3Location(bucket, "file.txt")
+    older = s3.write(location, b"older")
+    newer = s3.write(location, b"newer")
+    with pytest.raises(PreconditionFailed):
+        s3.delete_version(location, older)
+    assert s3.exists(location)
+    s3.delete_version(location, newer)
+    s3.delete_version(location, newer)  # what is not there is no error
+    assert not s3.exists(location)
+
+
+def test_a_store_without_conditional_deletes_deletes_all_the_same(
+    s3: S3Service, bucket: str, proxy: S3Proxy, proxied: S3Service
+) -> None:
+    location = S3Location(bucket, "file.txt")
+    etag = s3.write(location, b"content")
+    proxy.fault = once(refusal(501, "NotImplemented"), "DELETE")
+    proxied.delete_version(location, etag)
+    assert not s3.exists(location)
+    assert [("if-match" in sent) for sent in proxy.headers] == [True, False]
+
+
+def test_a_download_of_a_version_is_refused_once_the_object_has_another(
+    s3: S3Service, bucket: str, tmp_path: Path
+) -> None:
+    location = S3Location(bucket, "file.txt")
+    seen = s3.write(location, b"older")
+    assert s3.download(location, tmp_path / "file", etag=seen) == 5
+    s3.write(location, b"newer")
+    with pytest.raises(PreconditionFailed):
+        s3.download(location, tmp_path / "other", etag=seen)
+    assert not (tmp_path / "other").exists()

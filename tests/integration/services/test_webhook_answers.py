@@ -65,6 +65,52 @@ def test_what_an_answer_means(
     assert (answer.outcome, answer.status) == (ending, status)
 
 
+HTML = {"Content-Type": "text/html; charset=utf-8"}
+
+
+@pytest.mark.parametrize(
+    ("status", "progress", "ending"),
+    [
+        (200, ProgressAnswer.DROPPED, EndingOutcome.RETRY),  # a login page, a maintenance page
+        (302, ProgressAnswer.REJECTED, EndingOutcome.RETRY_A_FEW),
+        (400, ProgressAnswer.REJECTED, EndingOutcome.RETRY_A_FEW),
+        (413, ProgressAnswer.REJECTED, EndingOutcome.RETRY_A_FEW),
+        (404, ProgressAnswer.NOT_FOUND, EndingOutcome.RETRY_A_FEW),
+        (410, ProgressAnswer.CANCEL, EndingOutcome.DELIVERED),
+        (503, ProgressAnswer.DROPPED, EndingOutcome.RETRY),
+    ],
+)
+def test_a_web_page_is_not_taken_for_the_backends_own_answer(
+    backend: Backend,
+    webhooks: WebhookService,
+    status: int,
+    progress: ProgressAnswer,
+    ending: EndingOutcome,
+) -> None:
+    backend.answer = sequence(Answer(status, HTML, b"<!doctype html><h1>nginx</h1>"))
+    assert webhooks.send_progress(backend.url, REPORT) is progress
+    answer = webhooks.send_ending(backend.url, ENDING)
+    assert (answer.outcome, answer.by_json) == (ending, False)
+
+
+def test_a_page_that_says_cancel_cancels_nothing(
+    backend: Backend, webhooks: WebhookService
+) -> None:
+    backend.answer = sequence(Answer(200, HTML, b'{"cancel": true}'))
+    assert webhooks.send_progress(backend.url, REPORT) is ProgressAnswer.DROPPED
+
+
+@pytest.mark.parametrize(
+    ("body", "by_json"),
+    [(b'{"detail": "no such style"}', True), (b"[]", False), (b"not found", False), (b"", False)],
+)
+def test_an_answer_tells_whether_an_application_gave_it(
+    backend: Backend, webhooks: WebhookService, body: bytes, by_json: bool
+) -> None:
+    backend.answer = sequence(Answer(404, {"Content-Type": "text/plain"}, body))
+    assert webhooks.send_ending(backend.url, ENDING).by_json is by_json
+
+
 @pytest.mark.parametrize(
     ("body", "answer"),
     [

@@ -42,6 +42,8 @@ def _allows(policy: dict[str, Any], action: str, resource: str) -> bool:
         # Archiving copies the old model out of its bucket.
         ("GetObject", "models/models/style_1/lora_weights.safetensors"),
         ("PutObject", "state/archive/style_1/task/lora_weights.safetensors"),
+        # A publication that failed is rolled back from it.
+        ("GetObject", "state/archive/style_1/task/lora_weights.safetensors"),
         ("PutObject", "state/staging/task/1/lora_weights.safetensors"),
         ("DeleteObject", "state/staging/task/1/lora_weights.safetensors"),
         ("PutObject", "state/jobs/task.json"),
@@ -62,7 +64,6 @@ def test_the_policy_allows_what_the_worker_does(action: str, place: str) -> None
         ("DeleteObject", "uploads/a/b.jpg"),
         ("PutObject", "models/other/file"),
         ("GetObject", "models/other/file"),
-        ("GetObject", "state/archive/style_1/task/lora_weights.safetensors"),
         ("DeleteObject", "state/archive/style_1/task/lora_weights.safetensors"),
         ("GetObject", "other/jobs/task.json"),
         ("DeleteBucket", "state"),

@@ -34,7 +34,7 @@ class Broker(TrainingConsumer):
 
     def __init__(self) -> None:
         self.connected = self.consuming = self.holds = True
-        self.stuck = False
+        self.silent_for = 0.0
 
     @property
     def busy(self) -> bool:
@@ -43,7 +43,7 @@ class Broker(TrainingConsumer):
 
     def turned_within(self, seconds: float) -> bool:
         """Whether the thread is well."""
-        return not self.stuck
+        return self.silent_for < seconds
 
 
 class Trainer(TrainerProcess):
@@ -132,6 +132,25 @@ def test_each_part_that_is_missing_is_named_alone(
     assert ask(pages, "/health")[0] == 200, "no reason to shoot it"
 
 
+def test_a_state_bucket_that_was_not_tested_yet_keeps_the_worker_from_being_ready(
+    pages: HttpPages, condition: Condition
+) -> None:
+    condition.state_problem = "the state bucket could not be tested for conditional writes: down"
+    code, ready = ask(pages, "/ready")
+    assert (code, ready["checks"]["s3"]) == (503, condition.state_problem)
+
+
+def test_a_remark_stands_beside_a_part_that_is_ready(
+    pages: HttpPages, condition: Condition
+) -> None:
+    condition.remarks["s3"] = "ok, but unguarded: run this worker only"
+    code, ready = ask(pages, "/ready")
+    assert (code, ready["ready"]) == (200, True)
+    assert ready["checks"]["s3"] == "ok, but unguarded: run this worker only"
+    condition.saw_storage("S3 did not answer in time")
+    assert ask(pages, "/ready")[1]["checks"]["s3"] == "S3 did not answer in time"
+
+
 def test_a_worker_that_neither_consumes_nor_holds_a_job_is_not_ready(
     pages: HttpPages, condition: Condition
 ) -> None:
@@ -149,11 +168,11 @@ def test_who_has_not_answered_for_long_is_told_though_no_error_has_come(
     """A machine that vanishes sends no farewell, and a look at it may hang."""
     broker = condition.broker
     assert isinstance(broker, Broker)
-    broker.stuck = True
+    broker.silent_for = 6.0
     checks = ask(pages, "/ready")[1]["checks"]
     assert checks["broker"] == "RabbitMQ has not answered for 5 seconds"
     assert {checks[part] for part in ("s3", "gpu", "base_model")} == {"ok"}
-    broker.stuck = False
+    broker.silent_for = 0.0
     monkeypatch.setattr(condition_module, "S3_SILENT_SECONDS", 0.01)
     time.sleep(0.05)
     assert "has not answered" in ask(pages, "/ready")[1]["checks"]["s3"]
@@ -265,8 +284,26 @@ def test_a_connection_s_thread_that_stands_still_is_one_too(
 ) -> None:
     broker = condition.broker
     assert isinstance(broker, Broker)
-    broker.stuck = True
+    broker.silent_for = 181.0
     assert ask(pages, "/health")[0] == 503
+
+
+def test_a_broker_that_leaves_a_request_without_an_answer_is_named_and_kills_no_worker(
+    pages: HttpPages, condition: Condition
+) -> None:
+    broker = condition.broker
+    assert isinstance(broker, Broker)
+    assert "broker" not in ask(pages, "/health")[1]
+    broker.silent_for = 6.0
+    status, health = ask(pages, "/health")
+    assert (status, health["status"]) == (200, "healthy")
+    assert health["broker"] == "RabbitMQ has not answered for 5 seconds"
+    assert "problem" not in health
+    broker.connected = False
+    assert "broker" not in ask(pages, "/health")[1], "the worker tries to connect"
+    broker.connected = True
+    condition.stop.set()
+    assert "broker" not in ask(pages, "/health")[1]
 
 
 def test_a_worker_that_stops_is_alive_and_not_ready(condition: Condition) -> None:

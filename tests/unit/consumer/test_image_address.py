@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from consumer import pictures
+from consumer.stop_signal import StopSignal
 from consumer.training_job import from_understood
-from services.s3_types import S3Location
+from services.s3_service import FetchedPicture, PictureRequest, S3Location, S3Service
 from tests.unit.consumer.message_samples import (
     BUCKET,
     ENDPOINT,
     SETTINGS,
     envelope,
     flat,
+    make_settings,
     read,
     refused,
 )
@@ -54,6 +60,124 @@ def test_a_signature_in_an_address_is_not_kept() -> None:
     job = read(flat(image_urls=[address + "?X-Amz-Signature=secret#part"]))
     assert job.images[0].source == address
     assert "secret" not in json.dumps(job.understood())
+
+
+OBJECT = f"https://{BUCKET}.s3.amazonaws.com/a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("query", "version"),
+    [
+        ("versionId=3HL4kqtJlcpXroDTDmJ-rmSpXd3dIbrHY", "3HL4kqtJlcpXroDTDmJ-rmSpXd3dIbrHY"),
+        ("versionId=a%2Fb%3D&X-Amz-Signature=secret", "a/b="),
+        ("X-Amz-Expires=60&versionid=null", "null"),
+        ("X-Amz-Signature=secret", None),
+    ],
+)
+def test_a_version_in_an_address_is_kept_through_record_and_message(
+    query: str, version: str | None
+) -> None:
+    job = read(flat(image_urls=[f"{OBJECT}?{query}"]))
+    assert job.images[0].version_id == version
+    assert job.images[0].location == S3Location(BUCKET, "a.jpg")
+    assert "secret" not in json.dumps(job.understood())
+    again = from_understood(json.loads(json.dumps(job.understood())), SETTINGS)
+    assert again.images == job.images and again.images[0].version_id == version
+    assert read(again.body).images[0].version_id == version
+
+
+def test_the_version_is_asked_for_when_the_images_are_fetched(tmp_path: Path) -> None:
+    asked: list[str | None] = []
+
+    class Store:
+        """Stands in for `S3Service`, and has everything."""
+
+        def fetch_pictures(
+            self, sources: Sequence[PictureRequest], folder: Path, **_: Any
+        ) -> list[FetchedPicture]:
+            asked.extend(source.version_id for source in sources)
+            return [FetchedPicture(source.source, folder / "0000.img") for source in sources]
+
+    job = read(
+        flat(
+            image_urls=[f"{OBJECT}?versionId=7", OBJECT],
+            validation_images=[f"{OBJECT}?versionId=8"],
+        )
+    )
+    store, stop = cast(S3Service, Store()), StopSignal()
+    fetched = pictures.fetch_pictures(store, SETTINGS, job, tmp_path / "images", stop)
+    pictures.fetch_validation_pictures(store, SETTINGS, job, tmp_path / "others", stop)
+    assert asked == ["7", None, "8"]
+    assert fetched[0].source == f"{OBJECT}?versionId=7", "the report shows which version it was"
+
+
+def test_a_version_adds_no_field_to_the_record_that_earlier_releases_would_refuse() -> None:
+    plain = read(flat(image_urls=[OBJECT])).understood()["images"][0]
+    versioned = read(flat(image_urls=[f"{OBJECT}?versionId=1"])).understood()["images"][0]
+    assert plain.keys() == versioned.keys() == {"source", "location", "problem"}
+    assert plain["location"] == versioned["location"]
+
+
+def test_two_versions_of_an_image_are_not_the_same_job() -> None:
+    one, other, none = (
+        read(flat(task_id="t", image_urls=[OBJECT + query])).identity
+        for query in ("?versionId=1", "?versionId=2", "")
+    )
+    assert len({one, other, none}) == 3
+    signed = read(flat(task_id="t", image_urls=[f"{OBJECT}?X-Amz-Signature=1"]))
+    assert signed.identity == none
+
+
+def test_a_question_mark_of_an_s3_address_is_part_of_the_key() -> None:
+    image = read(flat(image_urls=[f"s3://{BUCKET}/what?versionId=1.jpg"])).images[0]
+    assert image.location == S3Location(BUCKET, "what?versionId=1.jpg")
+    assert image.version_id is None
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("versionId=", "names no valid version"),
+        ("versionId=1&versionId=2", "names no valid version, or several"),
+        ("versionId=%00", "names no valid version"),
+        ("versionId=" + "1" * 1025, "names no valid version"),
+        ("partNumber=2", "'partNumber'"),
+        ("torrent", "'torrent'"),
+        ("generation=17", "'generation'"),
+        ("&".join(f"a{n}=1" for n in range(101)), "more than 100"),
+    ],
+)
+def test_an_address_that_means_something_else_than_an_object_is_left_out_with_the_reason(
+    query: str, says: str
+) -> None:
+    job = read(flat(image_urls=[f"s3://{BUCKET}/ok.jpg", f"{OBJECT}?{query}"]))
+    broken = job.images[1]
+    assert broken.location is None and says in (broken.problem or "")
+
+
+def test_no_other_part_of_an_address_is_dropped_in_silence() -> None:
+    signature = "X-Amz-Signature=s&X-Goog-Date=d&AWSAccessKeyId=k&Expires=1&response-content-type=t"
+    job = read(
+        flat(
+            image_urls=[f"{OBJECT}?{signature}", f"{OBJECT}?width=640&v=2&width=8#left"],
+            validation_images=[f"{OBJECT}?crop=1"],
+        )
+    )
+    assert job.ignored_fields == (
+        "image_urls.1?width",
+        "image_urls.1?v",
+        "image_urls.1#",
+        "validation_images.0?crop",
+    )
+    assert all(image.location for image in job.images)
+
+
+@pytest.mark.parametrize("name", ["aws_endpoint_url_s3", "aws_endpoint_url"])
+def test_addresses_of_the_store_are_recognised_by_either_name_of_its_endpoint(name: str) -> None:
+    values = {"aws_endpoint_url_s3": None, name: "https://minio.example"}
+    settings = make_settings(**values)
+    image = read(flat(image_urls=[f"https://minio.example/{BUCKET}/a.jpg"]), settings=settings)
+    assert image.images[0].location == S3Location(BUCKET, "a.jpg")
 
 
 @pytest.mark.parametrize(

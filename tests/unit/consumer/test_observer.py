@@ -10,6 +10,7 @@ import pytest
 
 from consumer import job_watch
 from consumer.observer import Observer
+from consumer.put_offs import Why
 from consumer.settlement import Delivery, Queue
 from services.job_lease import JobLease
 from services.job_record import Ending, EndingKind, JobRecord, JobRequest
@@ -114,6 +115,27 @@ def test_a_job_that_is_done_wastes_nothing_and_is_known_by_its_time(observer: Ob
         assert value(observer, "wasted_gpu_seconds_total", reason=reason) == 0
 
 
+def stage(observer: Observer) -> str:
+    """The stage that `/status` shows."""
+    assert observer.job
+    return str(observer.job.facts()["stage"])
+
+
+def test_the_stage_follows_the_job_past_the_trainer_s_last_word(observer: Observer) -> None:
+    assert stage(observer) == "training"
+    with observer.training():
+        observer.saw(Progress("t-1", Stage.EXPORTING, 10, 10, 30, 30))
+        assert stage(observer) == "exporting"
+    assert stage(observer) == "uploading"
+    observer.ended(Ending(EndingKind.COMPLETE, {}))
+    assert stage(observer) == "delivering"
+
+
+def test_a_failed_job_whose_ending_is_retried_is_delivering_too(observer: Observer) -> None:
+    observer.ended(failure(ErrorCode.TRAINING_DIVERGED))
+    assert stage(observer) == "delivering"
+
+
 def test_training_that_starts_over_counts_its_epochs_again(observer: Observer) -> None:
     with observer.training():
         observer.saw(progress(2, 6))
@@ -147,3 +169,55 @@ def test_a_gpu_s_readings_are_in_base_units_and_go_when_it_is_lost() -> None:
     assert value(observer, "gpu_throttled", gpu="0", reason="power") == 0
     observer.gpus([])
     assert value(observer, "gpu_temperature_celsius", gpu="0") is None
+
+
+# ---- messages, leases and endings ----------------------------------------------------------------
+
+
+def _values(observer: Observer, name: str) -> dict[str, float]:
+    """A metric's values by the only label that it has, or by "" if it has none."""
+    return {
+        next(iter(sample.labels.values()), ""): sample.value
+        for family in observer.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == f"{PREFIX}_{name}"
+    }
+
+
+def test_each_way_of_putting_a_message_off_is_counted_by_its_reason() -> None:
+    observer = Observer()
+    none = dict.fromkeys((*Why, "crash"), 0.0)
+    assert _values(observer, "messages_put_off_total") == none
+    observer.put_off(Why.STORAGE)
+    observer.put_off(Why.STORAGE)
+    observer.put_off(Why.NEWER_MESSAGE)
+    counted = _values(observer, "messages_put_off_total")
+    assert counted == none | {"storage": 2, "newer_message": 1}
+
+
+def test_a_message_that_is_given_up_is_counted_by_its_code() -> None:
+    observer = Observer()
+    assert _values(observer, "messages_dead_lettered_total") == dict.fromkeys(ErrorCode, 0)
+    observer.dead_lettered(ErrorCode.STORAGE_FAILED)
+    assert _values(observer, "messages_dead_lettered_total")["STORAGE_FAILED"] == 1
+
+
+def test_lost_leases_and_jobs_found_by_the_sweep_are_counted() -> None:
+    observer = Observer()
+    for name in ("leases_lost_total", "records_swept_total"):
+        assert _values(observer, name) == {"": 0}
+    observer.lease_lost()
+    observer.swept()
+    observer.swept()
+    assert _values(observer, "leases_lost_total") == {"": 1}
+    assert _values(observer, "records_swept_total") == {"": 2}
+
+
+def test_endings_that_wait_for_the_backend_show_how_many_and_for_how_long() -> None:
+    observer = Observer()
+    observer.endings_pending(3, 7200.5)
+    assert _values(observer, "endings_pending") == {"": 3}
+    assert _values(observer, "oldest_pending_ending_age_seconds") == {"": 7200.5}
+    observer.endings_pending(0, 0.0)
+    assert _values(observer, "endings_pending") == {"": 0}
+    assert _values(observer, "oldest_pending_ending_age_seconds") == {"": 0}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import math
 
 import pytest
 
 from consumer.queue_watch import QueueWatch, age_of
 from consumer.settlement import Queue
-from utils.metrics import Metrics
+from utils.metrics import PREFIX, Metrics
 
 
 class Clock:
@@ -32,9 +33,29 @@ def _clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(name="metrics")
+def _metrics() -> Metrics:
+    return Metrics()
+
+
 @pytest.fixture(name="watch")
-def _watch(clock: Clock) -> QueueWatch:
-    return QueueWatch(Metrics(), clock=clock)
+def _watch(metrics: Metrics, clock: Clock) -> QueueWatch:
+    return QueueWatch(metrics, clock=clock)
+
+
+def shown(metrics: Metrics, name: str) -> dict[str, float]:
+    """A metric as a scraper reads it: its values, by queue or by "" if it has no label."""
+    return {
+        next(iter(sample.labels.values()), ""): sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == f"{PREFIX}_{name}"
+    }
+
+
+def age_shown(metrics: Metrics) -> float:
+    """The age of the oldest message, as a scraper reads it."""
+    return shown(metrics, "queue_oldest_message_age_seconds")[""]
 
 
 def test_an_empty_queue_has_no_wait(watch: QueueWatch) -> None:
@@ -97,3 +118,65 @@ def test_a_time_without_a_zone_is_utc_and_a_clock_may_be_a_little_fast() -> None
     naive = datetime.datetime.now(datetime.UTC).replace(tzinfo=None).isoformat()
     assert age_of(naive) == pytest.approx(0, abs=5)
     assert age_of(ago(-20)) == 0
+
+
+# ---- as a scraper reads it -----------------------------------------------------------------------
+
+
+def test_the_age_of_the_oldest_message_has_no_value_while_nothing_is_known(
+    watch: QueueWatch, metrics: Metrics
+) -> None:
+    assert math.isnan(age_shown(metrics))
+    watch.looked(Queue.TRAINING, 5, 1)
+    assert math.isnan(age_shown(metrics)), "the messages may have waited for days"
+
+
+def test_the_age_of_the_oldest_message_is_shown_at_each_look(
+    watch: QueueWatch, metrics: Metrics, clock: Clock
+) -> None:
+    watch.looked(Queue.TRAINING, 0, 1)
+    assert age_shown(metrics) == 0
+    clock.now += 40
+    watch.looked(Queue.TRAINING, 1, 1)
+    assert age_shown(metrics) == 40
+    clock.now += 15
+    watch.looked(Queue.DEAD, 1, 0)
+    assert age_shown(metrics) == 55
+    watch.looked(Queue.TRAINING, 0, 1)
+    assert age_shown(metrics) == 0
+
+
+def test_a_message_that_is_taken_shows_its_wait_and_bounds_the_age_of_the_rest(
+    watch: QueueWatch, metrics: Metrics
+) -> None:
+    watch.looked(Queue.TRAINING, 5, 1)
+    watch.took(ago(300))
+    assert age_shown(metrics) == pytest.approx(300, abs=2)
+    assert shown(metrics, "job_wait_seconds_count") == {"": 1}
+    assert shown(metrics, "job_wait_seconds_sum")[""] == pytest.approx(300, abs=2)
+    watch.took("yesterday")
+    assert shown(metrics, "job_wait_seconds_count") == {"": 1}, "a time that cannot be read"
+
+
+def test_a_lost_connection_takes_lengths_and_age_away(
+    watch: QueueWatch, metrics: Metrics, clock: Clock
+) -> None:
+    watch.looked(Queue.TRAINING, 0, 2)
+    clock.now += 5
+    watch.looked(Queue.TRAINING, 4, 2)
+    watch.looked(Queue.DEAD, 1, 0)
+    assert shown(metrics, "queue_messages") == {"training": 4, "dead": 1}
+    assert shown(metrics, "queue_consumers") == {"training": 2, "dead": 0}
+    watch.lost_sight()
+    assert not shown(metrics, "queue_messages") and not shown(metrics, "queue_consumers")
+    assert math.isnan(age_shown(metrics))
+
+
+def test_the_place_in_line_counts_on_one_worker_if_none_is_seen_and_on_the_newest_jobs(
+    watch: QueueWatch,
+) -> None:
+    watch.looked(Queue.TRAINING, 2, 0)
+    watch.finished(1000)
+    for _ in range(20):
+        watch.finished(100)
+    assert watch.place_at_the_end(5) == (3, 205.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import config
 import main
 from config import Settings
+from utils.errors import ConfigurationError
 
 FOLDER = Path(__file__).parents[3] / "deploy" / "kubernetes"
 KUBERNETES = "1.37.0"
@@ -102,6 +104,33 @@ def test_a_pod_for_each_message_is_never_two_for_one() -> None:
     assert spec["jobTargetRef"]["activeDeadlineSeconds"] >= longest + 3600
 
 
+def _pods_for(training: int, endings: int) -> int:
+    """The pods that KEDA starts for ready messages while none runs.
+
+    After `pkg/scaling/scaledjob/metrics.go` and the strategy `accurate` of KEDA 2.16 to 2.20.
+    """
+    spec = SCALED_JOB["spec"]
+    ready = {"model_training": training, "model_training.endings": endings}
+    metrics = [
+        (ready[each["metadata"]["queueName"]], float(each["metadata"]["value"]))
+        for each in spec["triggers"]
+    ]
+    active = [(length, length / value) for length, value in metrics if length > 0]
+    assert spec["scalingStrategy"]["multipleScalersCalculation"] == "sum"
+    wanted: int = math.ceil(min(sum(pods for _, pods in active), spec["maxReplicaCount"]))
+    return int(min(sum(length for length, _ in active), wanted))
+
+
+@pytest.mark.parametrize(
+    ("training", "endings", "pods"),
+    [(0, 0, 0), (1, 0, 1), (3, 0, 3), (0, 1, 1), (0, 100, 1), (3, 50, 4), (50, 50, 10)],
+)
+def test_a_single_ending_starts_a_pod_and_many_take_none_from_the_jobs(
+    training: int, endings: int, pods: int
+) -> None:
+    assert _pods_for(training, endings) == pods
+
+
 def test_the_pod_for_one_message_runs_a_command_that_there_is() -> None:
     container = _pods()[0]["containers"][0]
     assert "command" not in container, "the image's own entry point"
@@ -128,5 +157,11 @@ def test_settings_are_the_workers_and_secrets_are_referred_to() -> None:
     secret = {"RABBITMQ_PASS", "AWS_SECRET_ACCESS_KEY", "INTERNAL_API_TOKEN", "HF_TOKEN"}
     assert not secret & set(values)
     assert not [name for name, _ in DOCUMENTS if name.endswith(" Secret")]
-    required = {"internal_api_token": "t" * 32}
+    required = {"internal_api_token": "t" * 32, "backend_api_url": "https://backend.example"}
     config.load(_env_file=None, **{k.lower(): v for k, v in values.items()} | required)
+
+
+def test_the_manifest_does_not_start_before_its_placeholder_is_replaced() -> None:
+    values = {k.lower(): v for k, v in NAMED["worker.yaml ConfigMap"]["data"].items()}
+    with pytest.raises(ConfigurationError, match="BACKEND_API_URL: still names the placeholder"):
+        config.load(_env_file=None, **values | {"internal_api_token": "t" * 32})

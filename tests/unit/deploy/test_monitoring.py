@@ -14,9 +14,9 @@ import yaml
 
 from config import Settings
 from consumer.settlement import Queue
-from utils.errors import ErrorCode
+from utils.errors import ErrorCode, Refusal
 from utils.gpu_monitor import THROTTLE_REASONS
-from utils.metrics import NO_CODE, PREFIX, WASTE, Metrics, exported_names
+from utils.metrics import NO_CODE, PREFIX, PUT_OFFS, WASTE, Metrics, exported_names
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
@@ -47,9 +47,16 @@ VALUES: dict[str, set[str]] = {
     "ending": {"complete", "failed"},
     "code": {*ErrorCode, NO_CODE},
     "outcome": STATUSES,
-    "reason": {*WASTE, *THROTTLE_REASONS},
+    "refusal": set(Refusal),
 }
 """What a label can say."""
+
+REASONS: dict[str, set[str]] = {
+    "wasted_gpu_seconds_total": set(WASTE),
+    "messages_put_off_total": set(PUT_OFFS),
+    "gpu_throttled": set(THROTTLE_REASONS),
+}
+"""What the label `reason` can say, by metric."""
 
 
 def _queries() -> list[str]:
@@ -102,7 +109,8 @@ def test_a_query_asks_for_values_that_a_label_can_have(query: str) -> None:
     for selector in _selectors(query):
         for matcher in selector.matchers.matchers:
             if matcher.name != "instance":
-                possible = VALUES[matcher.name]
+                metric = selector.name.removeprefix(f"{PREFIX}_")
+                possible = REASONS[metric] if matcher.name == "reason" else VALUES[matcher.name]
                 if selector.name in BROKERS_OWN:
                     possible = {dict(Settings.model_fields)["training_queue"].default}
                 assert set(matcher.value.split("|")) <= possible, str(selector)

@@ -8,7 +8,7 @@ import uuid
 
 import pytest
 
-from services.hold import decode, encode, stamped
+from services.hold import decode, encode, numbers_beside, stamped
 from services.job_record import (
     CHECKPOINTS_KEPT,
     Checkpoint,
@@ -18,10 +18,11 @@ from services.job_record import (
     JobRecord,
     JobRequest,
     LastError,
+    OwedCopy,
     State,
     derived_task_id,
 )
-from utils.errors import StorageError
+from utils.errors import DamagedRecord, NewerRecord
 
 REQUEST = JobRequest(
     task_id="task-1",
@@ -61,9 +62,47 @@ def test_a_record_survives_json_with_everything_in_it() -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"\xff", b"{}", encode(new()).replace(b"style_id", b"styl_id")]
 )
-def test_a_damaged_or_newer_record_is_refused_by_name(body: bytes) -> None:
-    with pytest.raises(StorageError, match=r"jobs/task-1\.json cannot be read"):
+def test_a_damaged_record_is_refused_by_name(body: bytes) -> None:
+    with pytest.raises(DamagedRecord, match=r"jobs/task-1\.json cannot be read"):
         decode(JobRecord, body, "jobs/task-1.json")
+
+
+def test_a_record_of_a_newer_version_is_not_taken_for_a_damaged_one() -> None:
+    body = encode(dataclasses.replace(new(), version=2))
+    with pytest.raises(NewerRecord, match=r"jobs/task-1\.json has version 2.*Update the worker"):
+        decode(JobRecord, body, "jobs/task-1.json")
+
+
+def test_fields_that_only_a_newer_worker_knows_are_kept_and_written_back() -> None:
+    values = json.loads(encode(new().with_checkpoint(checkpoint(10)).ended(FAILED)))
+    values["kind"] = "style"
+    values["hold"]["zone"] = {"name": "a"}
+    values["checkpoints"][0]["format"] = 2
+    values["ending"]["report"] = "s3://models/report"
+    record = decode(JobRecord, json.dumps(values).encode(), "k")
+    assert json.loads(encode(record.settled(Delivery.DELIVERED))) == values | {
+        "delivery": "delivered",
+        "hold": values["hold"] | {"released": True},
+    }
+
+
+def test_a_record_that_needs_nothing_new_has_the_fields_of_the_first_release_only() -> None:
+    record = dataclasses.replace(new().ended(FAILED), seconds_run=12.5, rejections=1)
+    assert not {"owed", "min_level", "seconds_run", "rejections", "unknown"} & set(
+        json.loads(encode(record))
+    )
+    owing = new().ended(FAILED, OwedCopy("STORAGE_FAILED", "S3 is away", 3))
+    assert json.loads(encode(owing))["owed"]["code"] == "STORAGE_FAILED"
+
+
+def test_numbers_beside_the_record_come_back_and_a_damaged_one_costs_nothing() -> None:
+    plain = new()
+    record = dataclasses.replace(plain, seconds_run=12.5, rejections=2)
+    beside = numbers_beside(record)
+    assert beside == {"seconds-run": "12.5", "rejections": "2"}
+    assert decode(JobRecord, encode(record), "k", beside) == record
+    assert decode(JobRecord, encode(record), "k", {"seconds-run": "long"}) == plain
+    assert numbers_beside(plain) == {}
 
 
 def test_each_write_has_a_body_of_its_own() -> None:
@@ -176,12 +215,67 @@ def test_only_an_ended_job_can_be_settled() -> None:
         new().ended(FAILED).settled(Delivery.PENDING)
 
 
-def test_a_swept_record_is_free_counted_once_and_left_alone_twice_as_long_each_time() -> None:
+def test_a_swept_record_is_free_counted_once_and_left_alone_longer_each_time() -> None:
     first = new().swept()
     assert (first.attempts, first.hold.released, first.hold.silence) == (1, True, 120.0)
     second = first.swept()
-    assert (second.attempts, second.hold.silence) == (1, 240.0)
+    assert (second.attempts, second.hold.silence) == (1, 960.0)
     assert second.claimed("two", 120.0).sweeps == 0
+
+
+def test_the_sweep_publishes_few_copies_of_a_job_that_waits_for_days() -> None:
+    record, days, copies = new(), 0.0, 0
+    while days < 3.0:
+        record = record.swept()
+        copies += 1
+        days += (record.hold.silence + 2 * record.hold.lease_seconds) / 86_400
+    assert copies <= 7
+    assert record.hold.silence <= 86_400
+
+
+def test_a_copy_that_is_owed_keeps_the_record_unsettled_and_held_until_it_is_paid() -> None:
+    copy = OwedCopy("WORKER_CRASHED", "given up", 3)
+    delivered = new().ended(FAILED, copy).settled(Delivery.DELIVERED)
+    assert not delivered.is_settled
+    assert not delivered.hold.released
+    paid = delivered.paid()
+    assert paid.is_settled
+    assert paid.hold.released
+    assert paid.paid() is paid
+
+
+def test_an_ending_set_aside_owes_its_copy_and_one_told_again_does_not() -> None:
+    copy = OwedCopy("WEBHOOK_REJECTED", "the backend answered 400", 0)
+    aside = new().ended(FAILED).settled(Delivery.SET_ASIDE, "400", copy)
+    assert (aside.is_settled, aside.owed) == (False, copy)
+    assert aside.to_be_told_again().owed is None
+    first = OwedCopy("WORKER_CRASHED", "given up", 3)
+    assert new().ended(FAILED, first).settled(Delivery.DELIVERED).owed == first
+
+
+def test_a_job_that_is_paid_before_its_ending_is_delivered_stays_pending() -> None:
+    record = new().ended(FAILED, OwedCopy("WORKER_CRASHED", "given up", 3)).paid()
+    assert (record.is_settled, record.hold.released) == (False, False)
+
+
+def test_rejections_are_counted_until_a_worker_gets_on_with_the_job() -> None:
+    once = new().released(count_attempt=False, rejected=True)
+    twice = once.claimed("two", 60.0).released(count_attempt=False, rejected=True)
+    assert (once.rejections, twice.rejections, twice.attempts) == (1, 2, 0)
+    assert twice.claimed("three", 60.0).with_checkpoint(checkpoint(10)).rejections == 0
+
+
+def test_a_job_that_is_sent_back_has_its_whole_time_again() -> None:
+    record = dataclasses.replace(new(), seconds_run=5000.0, rejections=3)
+    again = record.ended(FAILED).settled(Delivery.DELIVERED).reopened()
+    assert (again.seconds_run, again.rejections, again.owed) == (0.0, 0, None)
+
+
+def test_a_job_is_ordered_when_its_message_says_or_when_it_was_first_claimed() -> None:
+    said = dataclasses.replace(REQUEST, message={"created_at": "2025-01-20T10:00:00Z"})
+    assert JobRecord.new(said, "one", 1.0).ordered_at == "2025-01-20T10:00:00Z"
+    silent = new()
+    assert silent.ordered_at == silent.created_at
 
 
 def test_an_abandoned_retry_keeps_its_count() -> None:

@@ -246,7 +246,7 @@ def test_a_stop_is_obeyed_within_a_step_and_the_resumed_run_finishes(
     child.send(run)
     child.wait_for(Started)
     child.seen.clear()
-    child.send(Stop(StopReason.SHUTDOWN))
+    child.send(Stop(StopReason.SHUTDOWN, "task-1", 1))
     ending = child.ending()
     assert isinstance(ending, Finished) and ending.stopped is StopReason.SHUTDOWN
     assert (ending.folder, ending.files) == ("", ())
@@ -258,12 +258,12 @@ def test_a_stop_is_obeyed_within_a_step_and_the_resumed_run_finishes(
     child.send(dataclasses.replace(run, claim=2, resume_from=saved[-1].folder))
     started = child.wait_for(Started)
     assert started.step == ending.step
-    child.send(Stop(StopReason.CANCELLED))
+    child.send(Stop(StopReason.CANCELLED, "task-1", 2))
     assert child.ending() == dataclasses.replace(child.seen[-1], stopped=StopReason.CANCELLED)
 
 
 def test_a_stop_between_runs_does_not_stop_the_next_run(child: Process, make_run: MakeRun) -> None:
-    child.send(Stop(StopReason.CANCELLED))
+    child.send(Stop(StopReason.CANCELLED, "task-1", 1))
     time.sleep(0.3)
     child.send(make_run(epochs=1))
     ending = child.ending()
@@ -275,7 +275,8 @@ def test_a_stop_right_behind_a_run_stops_that_run_and_not_the_one_after(
 ) -> None:
     first, second = long(make_run()), make_run(epochs=1, task_id="task-2")
     second = dataclasses.replace(second, work_folder=str(tmp_path / "second"))
-    os.write(child.runs, encode(first) + encode(Stop(StopReason.CANCELLED)) + encode(second))
+    stop = Stop(StopReason.CANCELLED, first.task_id, first.claim)
+    os.write(child.runs, encode(first) + encode(stop) + encode(second))
     for task, stopped in (("task-1", StopReason.CANCELLED), ("task-2", None)):
         ending = child.ending()
         assert isinstance(ending, Finished), ending

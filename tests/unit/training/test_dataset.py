@@ -303,7 +303,7 @@ def test_too_few_good_pictures_are_low_quality_and_each_bad_one_is_named(
     with pytest.raises(LowQualityData) as caught:
         prepare(run, base)
     assert "2 of 3 pictures" in str(caught.value)
-    assert "empty.png is an empty file" in str(caught.value)
+    assert "empty.png: is an empty file" in str(caught.value)
     assert "Signature" not in str(caught.value) and str(tmp_path) not in str(caught.value)
 
 
@@ -315,7 +315,7 @@ def test_too_few_pictures_asked_for_are_low_quality(base: BaseModel, make_run: M
 def test_too_few_pictures_fetched_are_a_failed_download(base: BaseModel, make_run: MakeRun) -> None:
     run = make_run(count=2)
     gone = Picture("s3://media/gone.png", None, "", "is not in the bucket")
-    with pytest.raises(ImageDownloadFailed, match=r"gone\.png is not in the bucket"):
+    with pytest.raises(ImageDownloadFailed, match=r"gone\.png: is not in the bucket"):
         prepare(dataclasses.replace(run, pictures=(*run.pictures, gone)), base)
 
 
@@ -326,6 +326,19 @@ def test_a_lost_picture_is_not_blamed_where_bad_ones_make_the_difference(
     gone = Picture("s3://media/gone.png", None, "", "is not in the bucket")
     with pytest.raises(LowQualityData, match=r"empty\.png.*gone\.png"):
         prepare(dataclasses.replace(run, pictures=(*run.pictures, gone)), base)
+
+
+def test_a_reason_that_several_pictures_share_is_named_once(
+    base: BaseModel, make_run: MakeRun, tmp_path: Path
+) -> None:
+    broken = [tmp_path / f"{name}.jpg" for name in "abc"]
+    for path in broken:
+        path.write_bytes(b"<html>")
+    pictures = tuple(Picture(f"s3://media/{path.name}", str(path), "") for path in broken)
+    run = dataclasses.replace(make_run(), pictures=pictures)
+    with pytest.raises(LowQualityData) as caught:
+        prepare(run, base)
+    assert "3 pictures: is a web page, not a picture (a.jpg, b.jpg, c.jpg)." in str(caught.value)
 
 
 def test_a_file_that_vanished_is_left_out(base: BaseModel, make_run: MakeRun) -> None:

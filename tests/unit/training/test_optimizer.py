@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from config import TrainerSettings
 from tests.unit.training.conftest import MakeRun
-from tests.unit.training.runs import checkpoints, same, stop_after, trained
-from training import optimizer
+from tests.unit.training.runs import checkpoints, same, spoil, stop_after, trained
+from training import loop_state, optimizer
 from training.base_model import BaseModel
 from training.course import Course
+from training.device import one_run_accelerator
+from training.loop_state import LoopState
 from training.lora_config import HyperParameters
 from training.plan import Plan
 from utils.errors import TrainingFailed
@@ -120,3 +124,56 @@ def test_an_optimizer_whose_library_is_missing_is_refused_in_settings_and_parame
 def settings() -> TrainerSettings:
     """The defaults, and the environment."""
     return TrainerSettings(_env_file=None)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["prodigy", "adamw"])
+def test_a_gradient_that_is_not_finite_moves_neither_weights_nor_optimizer(
+    base: BaseModel, name: str, bad: float
+) -> None:
+    """Prodigy would keep the value in its rate for ever; no gradient scaler looks out for it."""
+    parameters = HyperParameters(optimizer=name, resolution=64, rank=2)
+    with one_run_accelerator(base.device, base.dtype) as accelerator:
+        assert accelerator.scaler is None
+        state = loop_state.begin(base, Course.of(parameters), accelerator)
+        step(state, accelerator, value=1.0)
+        before = everything(state)
+        step(state, accelerator, value=bad)
+        assert everything(state).keys() == before.keys()
+        assert all(torch.equal(everything(state)[key], before[key]) for key in before)
+        counted = state.tally.read()
+        assert (counted.updates, counted.skipped_in_a_row) == (1, 1)
+        step(state, accelerator, value=1.0)
+        after = everything(state)
+        assert any(not torch.equal(after[key], before[key]) for key in state.lora)
+        after.pop("group/growth_rate", None)  # Prodigy's limit, which is none
+        assert all(tensor.isfinite().all() for tensor in after.values())
+
+
+def step(state: LoopState, accelerator: Accelerator, *, value: float) -> None:
+    """One step on gradients of ones, the first weight's with `value` in it."""
+    for weight in state.lora.values():
+        weight.grad = torch.ones_like(weight)
+    first = next(iter(state.lora.values()))
+    assert first.grad is not None
+    first.grad[0, 0] = value
+    norm = torch.nn.utils.get_total_norm(
+        [weight.grad for weight in state.lora.values() if weight.grad is not None]
+    )
+    loop_state.update(state, norm, accelerator)
+
+
+def everything(state: LoopState) -> dict[str, torch.Tensor]:
+    """Weights and the optimizer's state, copied."""
+    found = optimizer.state_tensors(state.optimizer, list(state.lora))
+    return {name: tensor.detach().clone() for name, tensor in (state.lora | found).items()}
+
+
+def test_a_whole_training_with_prodigy_goes_round_steps_that_are_not_finite(
+    base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda call: call in (2, 3))
+    result, weights, _ = trained(base, make_run(optimizer="prodigy", epochs=4))
+    assert result.skipped_steps == 2
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert any(weight.any() for name, weight in weights.items() if "lora_B" in name)

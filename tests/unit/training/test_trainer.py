@@ -253,6 +253,15 @@ def test_events_tell_the_start_the_progress_and_the_end_in_order(
     assert last.steps_per_second and last.steps_per_second > 0
 
 
+def test_the_first_report_of_progress_gives_no_rate_for_it_would_be_that_of_a_cold_start(
+    base: BaseModel, make_run: MakeRun
+) -> None:
+    result, _, events = trained(base, make_run(epochs=3))
+    first = next(event for event in events if isinstance(event, Progress))
+    assert first.step == 1 and first.steps_per_second is None
+    assert result.steps_per_second
+
+
 def test_progress_comes_a_few_times_a_second_at_most(base: BaseModel, make_run: MakeRun) -> None:
     result, _, events = trained(base, make_run(count=8, epochs=4))
     progress = [event for event in events if isinstance(event, Progress)]

@@ -59,7 +59,7 @@ def test_every_event_comes_out_as_it_went_in(fact: Any) -> None:
 
 @pytest.mark.parametrize(
     "fact",
-    [RUN, TrainerOptions("folder"), *(Stop(reason) for reason in StopReason)],
+    [RUN, TrainerOptions("folder"), *(Stop(reason, "task-1", 2) for reason in StopReason)],
     ids=lambda fact: type(fact).__name__,
 )
 def test_what_goes_in_comes_out_as_it_was_too(fact: Any) -> None:
@@ -93,7 +93,7 @@ def test_a_float_that_json_writes_as_an_integer_stays_a_float() -> None:
         b"{}\n",
         b'{"kind": "Reboot"}\n',
         b'{"kind": ["Stop"]}\n',
-        encode(Stop(StopReason.CANCELLED)),
+        encode(Stop(StopReason.CANCELLED, "task-1", 1)),
         b"\xff\xfe\n",
     ],
 )

@@ -58,9 +58,11 @@ def test_what_is_not_clearly_one_web_origin_is_refused(url: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_log_line_shows_scheme_and_host_alone() -> None:
+def test_a_log_line_shows_scheme_host_and_port_alone() -> None:
     assert (
         shown("https://user:secret@api.example.com/path?token=secret") == "https://api.example.com"
     )
     assert shown("https://[::1") == "an address that cannot be read"
-    assert len(shown("https://" + "a" * 1000)) == 100
+    assert shown("http://10.0.0.5:8443/api?token=secret") == "http://10.0.0.5:8443"
+    assert shown("http://[::1]:8000/x") == "http://[::1]:8000"
+    assert len(shown("https://" + "a" * 1000)) == 108

@@ -1,0 +1,76 @@
+"""What the destinies of some jobs have S3 do: a cancel between two files, a record not made."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import TYPE_CHECKING
+
+from tests.chaos.timing import MEDIA, STATE
+from tests.integration.services.s3_proxy import Fault, refusal
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+class DestinedS3:
+    """Chooses faults of single requests.
+
+    Args:
+        s3: Somebody else's way to the storage.
+        lease: `LEASE_TTL_SECONDS`.
+
+    Attributes:
+        cancel_while_publishing: Task to style: the first writes into the style's folder have the
+            job cancelled.
+        creation_refused: Task to how often S3 answers 503 when its record is to be made.
+    """
+
+    def __init__(self, s3: S3Client, lease: float) -> None:
+        self.cancel_while_publishing: dict[str, int] = {}
+        self.creation_refused: dict[str, int] = {}
+        self._s3 = s3
+        self._lease = lease
+
+    def cancel(self, task_id: str) -> None:
+        """Put the file there that cancels a job."""
+        self._s3.put_object(Bucket=STATE, Key=f"jobs/{task_id}.cancel", Body=b"")
+
+    def fault(self, method: str, path: str) -> Fault | None:
+        """What happens to a request that nothing else hits."""
+        path = path.partition("?")[0]
+        if method != "PUT":
+            return None
+        if task_id := self._refused_creation(path):
+            self.creation_refused[task_id] -= 1
+            return refusal(503, "SlowDown")
+        return self._cancel_in_mid_publication(path)
+
+    def _refused_creation(self, path: str) -> str | None:
+        """The task whose record is about to be made, and must not be yet."""
+        for task_id, times in tuple(self.creation_refused.items()):
+            if times > 0 and path == f"/{STATE}/jobs/{task_id}.json":
+                return task_id
+        return None
+
+    def _cancel_in_mid_publication(self, path: str) -> Fault | None:
+        """Have a job cancelled once the third file of its model is written.
+
+        The answer comes late, so that its worker sees the cancel before it writes the next file.
+        """
+        if not (path.startswith(f"/{MEDIA}/models/") and path.endswith("/loss_curve.png")):
+            return None
+        style = path.split("/")[3]
+        for task_id, style_id in tuple(self.cancel_while_publishing.items()):
+            if style == f"style_{style_id}" and self._publishes(style_id) == task_id:
+                del self.cancel_while_publishing[task_id]
+                self.cancel(task_id)
+                return Fault(delay=self._lease / 2)
+        return None
+
+    def _publishes(self, style_id: int) -> str | None:
+        """The task whose turn it is to publish into the style's folder."""
+        with contextlib.suppress(self._s3.exceptions.NoSuchKey):
+            answer = self._s3.get_object(Bucket=STATE, Key=f"jobs/style_{style_id}.turn")
+            return str(json.loads(answer["Body"].read()).get("task_id"))
+        return None

@@ -1,0 +1,175 @@
+"""`scripts/chaos --mutants`: a short run for each mutant, which must fail for the right reason.
+
+Each plan is first run without its mutant and must pass, or a finding would prove nothing. Results
+are kept in a file, so that a run that was cut off goes on where it stopped; a change of the product
+or of the suite makes them void.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.chaos import mutants
+from tests.chaos.mutants import Mutant, SymbolGone
+
+ROOT = Path(__file__).resolve().parents[2]
+LONGEST_SECONDS = 180.0
+_GRACE_SECONDS = 40.0
+_TRIES = 2
+"""Of a run that says nothing, because its broker did not start, say."""
+_SOURCES = ("main.py", "config.py", "consumer", "services", "training", "utils", "tests/chaos")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Result:
+    """How one run ended.
+
+    Attributes:
+        passed: No invariant was broken.
+        findings: What was found, as sentences.
+        problem: Why the run says nothing; empty where it does.
+    """
+
+    passed: bool
+    findings: list[str]
+    seconds: float
+    problem: str = ""
+
+
+class Results:
+    """The results so far, by plan and mutant, in a file.
+
+    Args:
+        path: The file.
+        version: Of the code; results of another are void.
+    """
+
+    def __init__(self, path: Path, version: str) -> None:
+        self._path, self._version = path, version
+        self._known: dict[str, Result] = {}
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["version"] == version:
+                self._known = {name: Result(**one) for name, one in kept["results"].items()}
+
+    def get(self, name: str) -> Result | None:
+        """The result of this name."""
+        return self._known.get(name)
+
+    def put(self, name: str, result: Result) -> None:
+        """Keep it."""
+        self._known[name] = result
+        kept = {
+            "version": self._version,
+            "results": {name: dataclasses.asdict(one) for name, one in self._known.items()},
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+
+
+def run(folder: Path, chosen: Iterable[str] = ()) -> int:
+    """Run the mutants; 0 if each of them was found.
+
+    Args:
+        folder: For logs and results.
+        chosen: Names of mutants; none for all.
+    """
+    console = Console()
+    wanted = [mutants.BY_NAME[name] for name in chosen] or list(mutants.MUTANTS)
+    results = Results(folder / "mutants.json", _version())
+    missed = []
+    for mutant in wanted:
+        verdict, is_found = _judge(mutant, results, folder)
+        console.print(
+            f"{mutant.name:28} {verdict}",
+            style="green" if is_found else "red",
+            markup=False,
+            soft_wrap=True,
+        )
+        if not is_found:
+            missed.append(mutant.name)
+    console.print(f"{len(wanted) - len(missed)} of {len(wanted)} mutants found; logs: {folder}")
+    return 1 if missed else 0
+
+
+def _judge(mutant: Mutant, results: Results, folder: Path) -> tuple[str, bool]:
+    """What is to be said of a mutant, and whether it was found."""
+    try:
+        for symbol, _ in mutant.changes:
+            mutants.find(symbol)
+    except SymbolGone as error:
+        return f"not tried: {error}", False
+    control = _result(" ".join(mutant.control), mutant.control, results, folder / "control")
+    if control.problem or not control.passed:
+        why = control.problem or control.findings[0]
+        return f"not tried: its plan fails without it ({why})", False
+    mutated = (*mutant.plan, "--mutant", mutant.name)
+    result = _result(mutant.name, mutated, results, folder / mutant.name)
+    seconds = f"{result.seconds:.0f} s"
+    for finding in result.findings:
+        if re.search(mutant.finding, finding):
+            return f"found in {seconds}: {finding[:150]}", True
+    if result.findings:
+        return f"MISSED in {seconds}; other findings: {result.findings[0][:150]}", False
+    return f"MISSED in {seconds}: {result.problem or mutant.promise}", False
+
+
+def _result(name: str, plan: tuple[str, ...], results: Results, folder: Path) -> Result:
+    if known := results.get(name):
+        return known
+    for _ in range(_TRIES):
+        result = _run(plan, folder)
+        if not result.problem:
+            results.put(name, result)
+            break
+    return result
+
+
+def _run(plan: tuple[str, ...], folder: Path) -> Result:
+    began = time.monotonic()
+    command = [sys.executable, "-m", "tests.chaos", *plan, "--folder", str(folder)]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=LONGEST_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # it ends its workers and servers
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=_GRACE_SECONDS)
+            process.kill()
+            return Result(False, [], LONGEST_SECONDS, f"it took over {LONGEST_SECONDS:.0f} s")
+    seconds = time.monotonic() - began
+    broken = folder / "broken.txt"
+    if not broken.exists():
+        last = (said.strip().splitlines() or ["it said nothing"])[-1]
+        return Result(False, [], seconds, f"the run itself failed: {last}")
+    findings = broken.read_text(encoding="utf-8").splitlines()
+    return Result(process.returncode == 0, findings, seconds)
+
+
+def _version() -> str:
+    digest = hashlib.sha256()
+    for source in _SOURCES:
+        path = ROOT / source
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(str(file.relative_to(ROOT)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,20 @@
+"""What tests of the settings share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.unit.environment import NAMES
+from utils.setting_names import OLD_NAMES
+
+
+@pytest.fixture(name="own_settings")
+def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variable and no `.env` of whoever runs the tests gets in."""
+    monkeypatch.chdir(tmp_path)
+    for name in tuple(os.environ):
+        if name.upper() in NAMES | OLD_NAMES.keys():
+            monkeypatch.delenv(name)

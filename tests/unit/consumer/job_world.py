@@ -1,0 +1,295 @@
+"""One worker and its surroundings in memory: the real pipeline, endings and records, on an S3 in
+memory, with a broker, a backend and a trainer that do as a test says."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+from config import Settings
+from consumer.checkpoint_uploads import clear_up
+from consumer.endings import Endings
+from consumer.model_publisher import Published
+from consumer.observer import Observer
+from consumer.pipeline import Desk, Pipeline
+from consumer.put_offs import PutOffs
+from consumer.settlement import Delivery, Publication, Queue
+from consumer.stop_signal import Shutdown, StopSignal
+from consumer.sweeper import Sweeper
+from services.hold import decode
+from services.job_record import JobRecord
+from services.job_records import JobRecords
+from services.record_sweep import RecordSweep
+from services.s3_service import S3Location, S3Service
+from services.webhook_service import Ending, EndingAnswer, EndingOutcome, ProgressAnswer
+from tests.unit.consumer.message_samples import BUCKET, flat, make_settings
+from tests.unit.memory_s3 import MemoryS3
+from utils.errors import MachineError
+from utils.events import CheckpointSaved, Event, Finished
+
+STATE = "state-bucket"
+TAKEN = EndingAnswer(EndingOutcome.DELIVERED, status=200)
+AWAY = EndingAnswer(EndingOutcome.RETRY, status=503)
+REFUSED = EndingAnswer(EndingOutcome.REJECTED, status=400, detail="no such style")
+NOT_FOUND = EndingAnswer(EndingOutcome.RETRY_A_FEW, status=404, by_json=True)
+ROUTER_404 = EndingAnswer(EndingOutcome.RETRY_A_FEW, status=404)
+FORBIDDEN = EndingAnswer(EndingOutcome.RETRY_SLOWLY, status=403)
+
+
+class Backend:
+    """Stands in for `WebhookService`: answers as it is told, and keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.answers: list[EndingAnswer] = []
+        self.endings: list[Ending] = []
+        self.on_ending: Callable[[], None] = lambda: None
+
+    def origin_for(self, requested: str | None) -> str:
+        return requested or "https://api.stylelicense.com"
+
+    def send_progress(self, origin: str, body: Any) -> ProgressAnswer:
+        del origin, body
+        return ProgressAnswer.DONE
+
+    def deliver(self, origin: str, ending: Ending, **_: Any) -> EndingAnswer:
+        del origin
+        self.on_ending()
+        self.endings.append(ending)
+        return self.answers.pop(0) if self.answers else TAKEN
+
+
+class Broker:
+    """Takes publications, and confirms them unless it is told not to."""
+
+    def __init__(self) -> None:
+        self.confirms = True
+        self.published: list[Publication] = []
+        self.on_publish: Callable[[], None] = lambda: None
+
+    def publish(self, publication: Publication) -> Future[None]:
+        confirmed: Future[None] = Future()
+        if self.confirms:
+            self.on_publish()
+            self.published.append(publication)
+            confirmed.set_result(None)
+        else:
+            confirmed.cancel()  # as when the worker ends before the broker confirms
+        return confirmed
+
+    def in_queue(self, queue: Queue) -> list[Publication]:
+        return [one for one in self.published if one.queue is queue]
+
+
+class Trainer:
+    """Stands in for `TrainerProcess`: `does` says what a run does."""
+
+    def __init__(self) -> None:
+        self.runs: list[Any] = []
+        self.max_seconds: list[float] = []
+        self.does: Callable[[Any, Callable[[Event], None], StopSignal], None] = (
+            lambda run, tell, stop: None
+        )
+
+    def run(
+        self,
+        run: Any,
+        on_event: Callable[[Event], None],
+        stop: StopSignal,
+        *,
+        max_seconds: float,
+        patience: Callable[[], float],
+    ) -> Finished:
+        del patience
+        self.runs.append(run)
+        self.max_seconds.append(max_seconds)
+        self.does(run, on_event, stop)
+        stop.check()
+        return Finished(
+            run.task_id,
+            folder=run.work_folder,
+            files=("lora_weights.safetensors",),
+            epoch=10,
+            step=100,
+            loss=0.1,
+            seconds=1.0,
+            summary={"pictures_used": 3, "pictures_left_out": 1},
+        )
+
+
+class Publisher:
+    """Stands in for `ModelPublisher`."""
+
+    def __init__(self) -> None:
+        self.published: list[str] = []
+        self.repaired: list[str] = []
+        self.ordered_at = ""
+        self.superseded_by: str | None = None
+        self.does: Callable[[], None] = lambda: None
+        self.repairs: Callable[[], None] = lambda: None
+
+    def publish(
+        self, folder: Any, files: Any, job: Any, *_: Any, ordered_at: str, **__: Any
+    ) -> Published:
+        del folder, files
+        self.does()
+        self.published.append(job.task_id)
+        self.ordered_at = ordered_at
+        url = f"s3://models/models/style_{job.style_id}/lora_weights.safetensors"
+        if self.superseded_by is None:
+            return Published(url)
+        return Published(url, self.superseded_by, f"s3://state/archive/{job.task_id}")
+
+    def repair(self, style_id: int, task_id: str, lease: Any) -> bool:
+        del style_id, lease
+        self.repairs()
+        self.repaired.append(task_id)
+        return False
+
+
+class Folders:
+    """A folder for each job, under a test's own."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._count = 0
+
+    @contextlib.contextmanager
+    def job(self) -> Iterator[Path]:
+        self._count += 1
+        folder = self._root / f"job-{self._count}"
+        folder.mkdir()
+        yield folder
+
+
+class World:
+    """Everything around the pipeline of one worker; `worker` makes another worker beside it."""
+
+    def __init__(self, root: Path, s3: MemoryS3 | None = None, **settings: Any) -> None:
+        self.settings: Settings = make_settings(
+            state_bucket_name=STATE, ending_retry_delays_seconds="60,300,1800,7200", **settings
+        )
+        self.root = root
+        self.s3 = s3 or MemoryS3()
+        self.backend = Backend()
+        self.broker = Broker()
+        self.trainer = Trainer()
+        self.publisher = Publisher()
+        self.shutdown = Shutdown(1.0)
+        self.unfit: list[MachineError] = []
+        self.observer = Observer()
+        root.mkdir(exist_ok=True)
+        records = JobRecords(
+            cast(S3Service, self.s3),
+            STATE,
+            owner=root.name,
+            lease_seconds=self.settings.lease_ttl_seconds,
+        )
+        put_offs = PutOffs(self.settings.retry_delays_seconds, self.observer)
+        self.endings = Endings(
+            cast(Any, self.backend),
+            records,
+            publish=self.broker.publish,
+            put_offs=put_offs,
+            retry_delays=self.settings.ending_retry_delays_seconds,
+            deduplication_seconds=self.settings.deduplication_window_seconds,
+            stop=threading.Event(),
+            observer=self.observer,
+        )
+        self.records = records
+        self.pipeline = Pipeline(
+            Desk(
+                settings=self.settings,
+                s3=cast(Any, self.s3),
+                state_s3=cast(Any, self.s3),
+                webhooks=cast(Any, self.backend),
+                records=records,
+                endings=self.endings,
+                put_offs=put_offs,
+                publisher=cast(Any, self.publisher),
+                trainer=cast(Any, self.trainer),
+                folders=cast(Any, Folders(root)),
+                shutdown=self.shutdown,
+                machine_fails=self.unfit.append,
+                observer=self.observer,
+            )
+        )
+        for name in "abc":
+            self.s3.write(S3Location(BUCKET, f"{name}.jpg"), name.encode())
+
+    def worker(self, name: str, **settings: Any) -> World:
+        """Another worker on the same storage."""
+        return World(self.root.parent / name, self.s3, **settings)
+
+    def sweeper(self) -> Sweeper:
+        """The worker's sweep, which reaches its broker."""
+        s3 = cast(S3Service, self.s3)
+        sweep = RecordSweep(
+            s3,
+            STATE,
+            lease_seconds=self.settings.lease_ttl_seconds,
+            clear_up=functools.partial(clear_up, s3, STATE),
+        )
+        return Sweeper(sweep, self.broker.publish, self.settings, s3, self.observer)
+
+    def record(self, task_id: str = "task-1") -> JobRecord:
+        """A record as it lies on S3."""
+        found = self.s3.objects[STATE, f"jobs/{task_id}.json"]
+        return decode(JobRecord, found.body, task_id, found.metadata)
+
+    def counted(self, name: str, **labels: str) -> float:
+        """A metric's value."""
+        value = self.observer.metrics.registry.get_sample_value(f"training_server_{name}", labels)
+        return value or 0.0
+
+
+def order(task_id: str | None = "task-1", **values: Any) -> bytes:
+    """A valid message; None: one without an id."""
+    images = [f"s3://{BUCKET}/{name}.jpg" for name in "abc"]
+    return json.dumps(
+        flat(image_urls=images, **({"task_id": task_id} if task_id else {}), **values)
+    ).encode()
+
+
+def delivery(body: bytes | None = None, **how: Any) -> Delivery:
+    """A message as the broker hands it over."""
+    return Delivery(body=order() if body is None else body, **how)
+
+
+def redelivery_of(publication: Publication) -> Delivery:
+    """The delivery that a publication becomes."""
+    return Delivery(
+        body=publication.body,
+        message_id=publication.message_id,
+        headers=dict(publication.headers),
+        queue=publication.queue,
+    )
+
+
+def parked_body(publication: Publication) -> dict[str, Any]:
+    """What a publication to the endings' queue says."""
+    return dict(json.loads(publication.body))
+
+
+def checkpoint(run: Any, tell: Callable[[Event], None], epoch: int = 10) -> None:
+    """The trainer makes a checkpoint."""
+    folder = Path(run.work_folder) / f"epoch-{epoch:04}"
+    folder.mkdir()
+    (folder / "lora.safetensors").write_bytes(b"weights")
+    (folder / "manifest.json").write_bytes(b"{}")
+    tell(
+        CheckpointSaved(
+            run.task_id, f"epoch-{epoch:04}", epoch, epoch * 10, str(folder), seconds=0.1
+        )
+    )
+
+
+def replaced(one: Delivery, **values: Any) -> Delivery:
+    """The same delivery with other facts."""
+    return dataclasses.replace(one, **values)

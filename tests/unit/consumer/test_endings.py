@@ -1,0 +1,278 @@
+"""Endings, fast: when they are sent, when they come back, and what is done about a refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog.contextvars
+from structlog.testing import capture_logs
+
+from consumer.endings import parked, parking_delay
+from consumer.settlement import PUT_OFFS, Action, Publication, Queue, Settlement
+from services.job_record import Delivery, State
+from services.s3_service import S3Location
+from services.webhook_service import EndingAnswer, EndingOutcome
+from tests.unit.consumer.job_world import (
+    AWAY,
+    FORBIDDEN,
+    NOT_FOUND,
+    REFUSED,
+    ROUTER_404,
+    STATE,
+    World,
+    delivery,
+    order,
+    parked_body,
+    redelivery_of,
+)
+from tests.unit.memory_s3 import away
+
+DELAYS = (60.0, 300.0, 1800.0, 7200.0)
+
+
+@pytest.fixture(name="world")
+def _world(tmp_path: Path) -> World:
+    return World(tmp_path / "one")
+
+
+def only(settlement: Settlement) -> Publication:
+    """The one publication of a settlement that acknowledges its delivery."""
+    assert settlement.action is Action.ACK
+    (publication,) = settlement.publish
+    return publication
+
+
+def answer(outcome: EndingOutcome, retry_after: float | None = None) -> EndingAnswer:
+    return EndingAnswer(outcome, retry_after=retry_after, status=503)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "retry_after", "tries", "seconds"),
+    [
+        (EndingOutcome.RETRY, None, 0, 60.0),
+        (EndingOutcome.RETRY, None, 2, 1800.0),
+        (EndingOutcome.RETRY, None, 99, 7200.0),
+        (EndingOutcome.RETRY, 120.0, 0, 300.0),
+        (EndingOutcome.RETRY, 60.0, 0, 60.0),
+        (EndingOutcome.RETRY, 30.0, 1, 300.0),
+        (EndingOutcome.RETRY, 99_999.0, 0, 7200.0),
+        (EndingOutcome.RETRY_SLOWLY, None, 0, 300.0),
+        (EndingOutcome.RETRY_SLOWLY, None, 3, 7200.0),
+        (EndingOutcome.RETRY_A_FEW, None, 1, 300.0),
+    ],
+)
+def test_a_parked_ending_waits_for_the_first_delay_that_the_backend_asks_for(
+    outcome: EndingOutcome, retry_after: float | None, tries: int, seconds: float
+) -> None:
+    assert parking_delay(DELAYS, tries, answer(outcome, retry_after)) == seconds
+
+
+def test_an_ending_that_the_backend_cannot_take_rides_on_the_endings_queue(world: World) -> None:
+    world.backend.answers = [dataclasses.replace(AWAY, retry_after=120.0)]
+    waiting = only(world.pipeline.handle(delivery()))
+    assert (waiting.queue, waiting.delay_seconds) == (Queue.ENDINGS, 300.0)
+    record = world.record()
+    assert (record.state, record.delivery) == (State.ENDED, Delivery.PENDING)
+    assert (record.hold.released, record.hold.quiet_seconds) == (True, 300.0)
+    assert world.endings.handle(redelivery_of(waiting)) == Settlement.ack()
+    first, second = world.backend.endings
+    assert first == second  # the same under the same id
+    assert world.record().is_settled
+
+
+def test_each_further_try_waits_longer_up_to_the_last_delay(world: World) -> None:
+    world.backend.answers = [AWAY] * 7
+    waiting = only(world.pipeline.handle(delivery()))
+    delays = [waiting.delay_seconds]
+    for _ in range(5):
+        waiting = only(world.endings.handle(redelivery_of(waiting)))
+        delays.append(waiting.delay_seconds)
+    assert delays == [60.0, 300.0, 1800.0, 7200.0, 7200.0, 7200.0]
+
+
+def test_a_backend_that_refuses_the_token_is_tried_more_slowly(world: World) -> None:
+    world.backend.answers = [FORBIDDEN]
+    assert only(world.pipeline.handle(delivery())).delay_seconds == 300.0
+
+
+def test_a_404_of_the_backend_itself_is_set_aside_after_the_last_delay(world: World) -> None:
+    world.backend.answers = [NOT_FOUND] * 5
+    settlement = world.pipeline.handle(delivery())
+    tries = 1
+    while settlement.publish:
+        assert world.record().delivery is Delivery.PENDING
+        settlement = world.endings.handle(redelivery_of(only(settlement)))
+        tries += 1
+    assert tries == 5
+    assert world.record().delivery is Delivery.SET_ASIDE
+    assert [one.headers["x-error-code"] for one in world.broker.published] == ["WEBHOOK_REJECTED"]
+
+
+def test_a_404_that_any_router_may_give_is_never_the_last_word(world: World) -> None:
+    world.backend.answers = [ROUTER_404] * 20
+    settlement = world.pipeline.handle(delivery())
+    for _ in range(19):
+        settlement = world.endings.handle(redelivery_of(only(settlement)))
+    assert only(settlement).delay_seconds == 7200.0
+    assert world.record().delivery is Delivery.PENDING
+    assert not world.broker.in_queue(Queue.DEAD)
+
+
+def test_a_404_at_the_first_try_is_not_the_last_word(world: World) -> None:
+    world.backend.answers = [NOT_FOUND]
+    assert only(world.pipeline.handle(delivery())).queue is Queue.ENDINGS
+    assert world.record().delivery is Delivery.PENDING
+
+
+def test_looking_at_a_live_job_uses_up_none_of_an_endings_tries(world: World) -> None:
+    kept: list[Publication] = []
+    world.trainer.does = lambda *_: kept.append(
+        only(world.worker("two").pipeline.handle(delivery()))
+    )
+    world.backend.answers = [NOT_FOUND]
+    world.pipeline.handle(delivery())
+    watched = parked_body(kept[0]) | {"looks": 9}
+    world.backend.answers = [NOT_FOUND]
+    again = only(world.endings.handle(delivery(json.dumps(watched).encode(), queue=Queue.ENDINGS)))
+    assert parked_body(again)["tries"] == 1
+    assert world.record().delivery is Delivery.PENDING
+
+
+def test_an_ending_that_another_worker_delivers_is_not_acknowledged_but_kept(world: World) -> None:
+    def dies_before_it_tells() -> None:
+        raise KeyboardInterrupt
+
+    world.backend.on_ending = dies_before_it_tells
+    with pytest.raises(KeyboardInterrupt):
+        world.pipeline.handle(delivery())
+
+    other = world.worker("two")
+    kept = only(other.pipeline.handle(delivery(redelivered=True)))
+    assert (kept.queue, kept.delay_seconds) == (Queue.ENDINGS, 300.0)  # no less than the lease
+    assert not other.backend.endings
+    world.s3.pass_seconds(1000.0)
+    assert other.endings.handle(redelivery_of(kept)) == Settlement.ack()
+    assert len(other.backend.endings) == 1
+    assert other.record().is_settled
+
+
+def test_an_ending_that_is_told_at_this_moment_is_looked_at_again(world: World) -> None:
+    kept: list[Publication] = []
+
+    def while_it_is_told() -> None:
+        other = world.worker("two")
+        parking = parked("task-1", order(), tries=2, delay=None)
+        kept.append(only(other.endings.handle(redelivery_of(parking))))
+
+    world.backend.on_ending = while_it_is_told
+    world.pipeline.handle(delivery())
+    assert parked_body(kept[0])["tries"] == 2
+    assert world.worker("three").endings.handle(redelivery_of(kept[0])) == Settlement.ack()
+
+
+def test_an_ending_is_given_back_when_its_lease_is_lost(world: World) -> None:
+    world.backend.answers = [AWAY]
+    waiting = only(world.pipeline.handle(delivery()))
+
+    def taken_over() -> None:
+        found = world.s3.objects[STATE, "jobs/task-1.json"]
+        found.body += b" "  # another ETag: somebody else has written it
+
+    world.backend.on_ending = taken_over
+    again = only(world.endings.handle(redelivery_of(waiting)))
+    assert parked_body(again) == parked_body(waiting)
+
+
+def test_a_parked_ending_of_a_job_without_a_record_is_done_with(world: World) -> None:
+    parking = parked("nobody-knows", b"{}", tries=1, delay=None)
+    assert world.endings.handle(redelivery_of(parking)) == Settlement.ack()
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"task_id": 1, "tries": "x"}', b"\xff"])
+def test_what_no_worker_has_parked_goes_to_the_dead_queue(world: World, body: bytes) -> None:
+    dead = only(world.endings.handle(delivery(body, queue=Queue.ENDINGS)))
+    assert (dead.queue, dead.headers["x-error-code"]) == (Queue.DEAD, "INVALID_MESSAGE")
+
+
+def test_a_parked_ending_outlives_a_storage_that_is_away(world: World) -> None:
+    world.backend.answers = [AWAY]
+    waiting = only(world.pipeline.handle(delivery()))
+    world.s3.fail = away
+    again = only(world.endings.handle(redelivery_of(waiting)))
+    assert (again.queue, again.body, again.headers[PUT_OFFS]) == (Queue.ENDINGS, waiting.body, 1)
+    world.s3.fail = lambda operation, key: None
+    assert world.endings.handle(redelivery_of(again)) == Settlement.ack()
+
+
+def test_a_parked_ending_whose_record_is_damaged_is_given_up_after_five_looks(
+    world: World,
+) -> None:
+    world.s3.write(S3Location(STATE, "jobs/task-1.json"), b"{")
+    parking = parked("task-1", order(), tries=1, delay=None)
+    message, looks = redelivery_of(parking), 0
+    while (copy := only(world.endings.handle(message))).queue is Queue.ENDINGS:
+        message = redelivery_of(copy)
+        looks += 1
+        assert looks < 10
+    assert looks == 5
+    assert copy.headers["x-task-id"] == "task-1"
+
+
+def test_the_log_says_that_an_ending_was_sent_only_when_it_was_taken(world: World) -> None:
+    world.backend.answers = [AWAY]
+    with capture_logs() as lines:
+        waiting = only(world.pipeline.handle(delivery()))
+        world.endings.handle(redelivery_of(waiting))
+    events = [line["event"] for line in lines if line["event"].startswith("ending_")]
+    assert events == ["ending_not_accepted", "ending_sent"]
+
+
+def test_the_log_lines_of_a_parked_ending_carry_the_style(world: World) -> None:
+    world.backend.answers = [AWAY]
+    waiting = only(world.pipeline.handle(delivery()))
+    seen: list[dict[str, Any]] = []
+
+    def look() -> None:
+        seen.append(structlog.contextvars.get_contextvars())
+
+    world.backend.on_ending = look
+    world.endings.handle(redelivery_of(waiting))
+    assert seen == [{"task_id": "task-1", "style_id": 10}]
+
+
+# ---- messages that can never become a job -------------------------------------------------------
+
+
+def test_a_refused_message_is_told_once_and_kept_in_the_dead_queue(world: World) -> None:
+    body = order(parameters={"epochs": 0})
+    dead = only(world.pipeline.handle(delivery(body)))
+    assert (dead.queue, dead.body) == (Queue.DEAD, body)
+    assert world.pipeline.handle(delivery(body, redelivered=True)).publish == (dead,)
+    (ending,) = world.backend.endings
+    assert (ending.kind, ending.body["error_code"]) == ("failed", "INVALID_MESSAGE")
+
+
+def test_a_refusal_that_cannot_be_recorded_comes_back_whole(world: World) -> None:
+    world.s3.fail = away
+    body = order(parameters={"epochs": 0})
+    copy = only(world.pipeline.handle(delivery(body)))
+    assert (copy.queue, copy.body, copy.headers) == (Queue.TRAINING, body, {PUT_OFFS: 1})
+    assert not world.broker.published
+
+
+def test_a_refusal_that_the_backend_cannot_take_is_parked(world: World) -> None:
+    world.backend.answers = [AWAY]
+    dead, waiting = world.pipeline.handle(delivery(order(parameters={"epochs": 0}))).publish
+    assert (dead.queue, waiting.queue) == (Queue.DEAD, Queue.ENDINGS)
+    assert world.endings.handle(redelivery_of(waiting)) == Settlement.ack()
+    assert len(world.backend.endings) == 2
+
+
+def test_a_refusal_that_the_backend_refuses_is_set_aside(world: World) -> None:
+    world.backend.answers = [REFUSED]
+    world.pipeline.handle(delivery(order(parameters={"epochs": 0})))
+    assert [one.headers["x-error-code"] for one in world.broker.published] == ["WEBHOOK_REJECTED"]

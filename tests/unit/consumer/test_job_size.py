@@ -1,0 +1,204 @@
+"""A job that is too large is refused before anything of it is downloaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from consumer.job_size import JobSize, output_bytes, require_room
+from consumer.stop_signal import StopSignal
+from services.job_record import Checkpoint
+from services.s3_service import S3Location, S3Service
+from tests.unit.consumer.message_samples import BUCKET, envelope, make_settings, read
+from tests.unit.memory_s3 import MemoryS3
+from training.lora_config import HyperParameters
+from utils.errors import (
+    AccessDenied,
+    Cancelled,
+    JobTooLarge,
+    NoRoomForJob,
+    StopReason,
+    StorageError,
+)
+from utils.sizes import spoken
+
+MIB = 1024**2
+Measure = Callable[..., JobSize]
+
+
+@pytest.fixture(name="s3")
+def _s3() -> MemoryS3:
+    return MemoryS3()
+
+
+@pytest.fixture(name="free")
+def _free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the free space of the disk."""
+
+    def set_free(size: int) -> None:
+        usage = SimpleNamespace(free=size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+    set_free(10**15)
+    return set_free
+
+
+@pytest.fixture(name="measure")
+def _measure(s3: MemoryS3, free: Any, tmp_path: Path) -> Measure:
+    """Measures a job of pictures `0`, `1`, … and validation pictures `v0`, `v1`, …."""
+    del free
+
+    def measure(
+        *, pictures: int = 3, validation: int = 0, stop: StopSignal | None = None, **how: Any
+    ) -> JobSize:
+        checkpoints = how.pop("checkpoints", ())
+        settings = make_settings(state_bucket_name="state", **how)
+        message = envelope(
+            images=[f"s3://{BUCKET}/{number}" for number in range(pictures)],
+            validation_images=[f"s3://{BUCKET}/v{number}" for number in range(validation)],
+        )
+        job = read(message, settings=settings)
+        return require_room(
+            cast(S3Service, s3),
+            cast(S3Service, s3),
+            settings,
+            job,
+            tmp_path,
+            stop or StopSignal(),
+            checkpoints=checkpoints,
+        )
+
+    return measure
+
+
+def put(s3: MemoryS3, sizes: dict[str, int], bucket: str = BUCKET) -> None:
+    """Store objects of these sizes."""
+    for key, size in sizes.items():
+        s3.write(S3Location(bucket, key), b"x" * size)
+
+
+def test_pictures_and_validation_pictures_count_and_nothing_is_downloaded(
+    s3: MemoryS3, measure: Measure
+) -> None:
+    put(s3, {"0": 1000, "1": 200, "2": 30, "v0": 4})
+    assert measure(validation=1).pictures == 1234
+    assert s3.count("head") == 4 and s3.count("read") == 0
+
+
+def test_a_picture_that_will_not_be_downloaded_counts_nothing(
+    s3: MemoryS3, measure: Measure
+) -> None:
+    put(s3, {"0": 1000, "1": 5000})  # 2 is missing
+
+    def forbid(_: str, key: str) -> None:
+        if key == "3":
+            raise AccessDenied()
+
+    s3.fail = forbid
+    assert measure(pictures=4, max_image_bytes=4096).pictures == 1000
+
+
+def test_a_job_with_more_bytes_than_the_limit_fails_and_both_sizes_are_named(
+    s3: MemoryS3, measure: Measure
+) -> None:
+    put(s3, {"0": MIB, "1": MIB, "2": MIB, "v0": MIB // 2})
+    assert measure(validation=1, max_job_bytes=3 * MIB + MIB // 2).pictures
+    with pytest.raises(JobTooLarge) as caught:
+        measure(validation=1, max_job_bytes=3 * MIB)
+    sentence = str(caught.value)
+    assert "3.5 MiB in all" in sentence and "3 MiB are allowed" in sentence
+    assert "fewer or smaller pictures" in sentence
+
+
+def test_the_default_limit_takes_the_largest_job_that_the_other_limits_allow() -> None:
+    settings = make_settings()
+    assert settings.max_job_bytes >= 200 * settings.max_image_bytes
+
+
+def test_a_job_that_needs_more_than_is_free_is_for_another_machine(
+    s3: MemoryS3, measure: Measure, free: Callable[[int], None]
+) -> None:
+    put(s3, {"0": MIB, "1": MIB, "2": MIB})
+    needed = 3 * MIB + output_bytes(HyperParameters())
+    free(needed)
+    assert measure().total == needed
+    free(needed - 1)
+    with pytest.raises(NoRoomForJob) as caught:
+        measure()
+    sentence = str(caught.value)
+    assert f"needs {spoken(needed)}" in sentence and f"{spoken(needed - 1)} are free" in sentence
+    assert "WORK_DIR" in sentence
+
+
+def test_the_checkpoint_to_resume_from_needs_room_too_but_never_fails_the_job(
+    s3: MemoryS3, measure: Measure, free: Callable[[int], None]
+) -> None:
+    """A job that was allowed to begin is allowed to go on."""
+    put(s3, {"0": 10, "1": 10, "2": 10})
+    put(s3, {"old/lora": 500, "new/lora": 3000, "new/optimizer": 4000}, bucket="state")
+    checkpoints = tuple(
+        Checkpoint(name=name, epoch=1, step=1, prefix=f"{name}/", claim=1)
+        for name in ("old", "new")
+    )
+    size = measure(checkpoints=checkpoints, max_job_bytes=1024)
+    assert (size.pictures, size.checkpoint) == (30, 7000)
+    free(30 + 7000 + output_bytes(HyperParameters()) - 1)
+    with pytest.raises(NoRoomForJob):
+        measure(checkpoints=checkpoints)
+
+
+def test_a_stop_ends_the_look_up_at_once(s3: MemoryS3, measure: Measure) -> None:
+    stop = StopSignal()
+    stop.request(StopReason.CANCELLED)
+    with pytest.raises(Cancelled):
+        measure(pictures=50, stop=stop)
+    assert s3.count("head") == 0
+
+
+def test_trouble_with_s3_is_raised_and_the_rest_is_not_asked_for(
+    s3: MemoryS3, measure: Measure
+) -> None:
+    def fail(operation: str, key: str) -> None:
+        raise StorageError(f"{operation} {key}")
+
+    s3.fail = fail
+    with pytest.raises(StorageError):
+        measure(pictures=200)
+    assert s3.count("head") < 200
+
+
+@pytest.mark.parametrize(
+    ("more", "mebibytes"),
+    [
+        ({}, 402),
+        ({"rank": 256, "target": "attention+ff"}, 4639),
+        ({"deliver": "best"}, 438),
+        ({"optimizer": "prodigy"}, 475),
+    ],
+)
+def test_what_training_writes_is_estimated_by_what_is_trained(
+    more: dict[str, Any], mebibytes: int
+) -> None:
+    assert round(output_bytes(HyperParameters(**more)) / MIB) == mebibytes
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "0.977 KiB"),
+        (52428800, "50 MiB"),
+        (10 * 1024**3, "10 GiB"),
+        (12_345_678_901, "11.5 GiB"),
+        (1024**3 - 500_000, "1 GiB"),
+        (5 * 1024**5, "5120 TiB"),
+    ],
+)
+def test_a_size_is_spoken_in_people_s_units(size: int, text: str) -> None:
+    assert spoken(size) == text

@@ -1,0 +1,256 @@
+"""One queue's deliveries: one in hand, handled in a thread, and a handler that breaks."""
+
+# A counter is read where prometheus_client keeps it.
+# pylint: disable=protected-access
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+from structlog.testing import capture_logs
+
+from consumer import lane as lane_module
+from consumer.lane import CRASH_DELAYS, MAX_CRASHES, InHand, Lane
+from consumer.observer import Observer
+from consumer.settlement import (
+    CRASHES,
+    MIN_LEVEL,
+    OWN_COPY,
+    PUT_OFFS,
+    Action,
+    Delivery,
+    Publication,
+    Queue,
+    Settlement,
+)
+from tests.unit.consumer.fake_broker import Channel, soon
+
+
+def settled(
+    lane: Lane, delivery: Delivery, *, by: list[threading.Event] | None = None
+) -> Settlement:
+    """Have the lane handle a delivery; answers the settlement."""
+    lane.channel = Channel()
+    lane.take(delivery, 3)
+    hand = lane.in_hand
+    assert hand is not None
+    assert (hand.delivery, hand.channel, hand.tag) == (delivery, lane.channel, 3)
+    soon(lambda: hand.settlement)
+    for event in by or ():
+        assert event.wait(5)
+    lane.in_hand = None
+    assert hand.settlement is not None
+    return hand.settlement
+
+
+def broken(
+    error: BaseException, delivery: Delivery, queue: Queue = Queue.TRAINING, **how: object
+) -> Settlement:
+    """The settlement of a delivery whose handler breaks."""
+
+    def handle(_: Delivery) -> Settlement:
+        raise error
+
+    woken = threading.Event()
+    lane = Lane(queue, handle, woken.set, **how)  # type: ignore[arg-type]
+    return settled(lane, delivery, by=[woken])
+
+
+def test_a_handler_works_in_a_thread_and_wakes_the_owner_with_its_settlement() -> None:
+    go, woken = threading.Event(), threading.Event()
+    names: list[str] = []
+
+    def handle(_: Delivery) -> Settlement:
+        names.append(threading.current_thread().name)
+        assert go.wait(5)
+        return Settlement.requeue()
+
+    lane = Lane(Queue.TRAINING, handle, woken.set)
+    assert not lane.is_working()
+    lane.channel = Channel()
+    lane.take(Delivery(b"x"), 1)
+    assert lane.is_working() and not woken.is_set()
+    go.set()
+    assert woken.wait(5)
+    assert lane.in_hand and lane.in_hand.settlement == Settlement.requeue()
+    assert not lane.is_working()
+    assert names == ["training-handler"]
+
+
+def test_a_lane_takes_no_more_than_its_limit() -> None:
+    lane = Lane(Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None, 2)
+    assert not lane.is_spent()
+    settled(lane, Delivery(b"1"))
+    assert not lane.is_spent()
+    settled(lane, Delivery(b"2"))
+    assert lane.is_spent()
+
+
+def test_a_lane_without_a_limit_is_never_spent() -> None:
+    lane = Lane(Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None)
+    for _ in range(5):
+        settled(lane, Delivery(b"1"))
+    assert not lane.is_spent()
+
+
+def test_a_lane_consumes_while_its_channel_is_open_and_has_a_consumer() -> None:
+    lane = Lane(Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None)
+    assert not lane.is_consuming()
+    lane.channel = Channel()
+    assert lane.is_consuming()
+    lane.channel.is_open = False
+    assert not lane.is_consuming()
+    lane.channel = Channel(consumer_tags=[])
+    assert not lane.is_consuming()
+
+
+def test_a_delivery_is_settled_when_everything_that_was_collected_is_confirmed() -> None:
+    hand = InHand(Delivery(b"x"), None, 1)
+    assert not hand.is_settled()
+    hand.is_collected = True
+    assert hand.is_settled()
+    first, second = Future[None](), Future[None]()
+    hand.confirmations = (first, second)
+    first.set_result(None)
+    assert not hand.is_settled()
+    second.set_result(None)
+    assert hand.is_settled()
+
+
+# --- a handler that breaks
+
+
+def test_the_message_of_a_handler_that_breaks_comes_back_with_a_count() -> None:
+    delivery = Delivery(b"order", "id", headers={MIN_LEVEL: 2, "x-theirs": "stays behind"})
+    settlement = broken(ZeroDivisionError("a secret"), delivery, crash_delays=(3.0, 9.0))
+    assert settlement == Settlement(
+        Action.ACK,
+        (
+            Publication(
+                Queue.TRAINING, b"order", "id", {MIN_LEVEL: 2, PUT_OFFS: 1, CRASHES: 1}, 3.0
+            ),
+        ),
+    )
+
+
+def test_a_message_without_an_id_stays_without_one() -> None:
+    (publication,) = broken(ValueError(), Delivery(b"order")).publish
+    assert publication.message_id is None
+    assert OWN_COPY not in publication.headers
+
+
+def test_a_redelivered_message_that_comes_back_is_no_new_order() -> None:
+    (publication,) = broken(ValueError(), Delivery(b"order", redelivered=True)).publish
+    assert publication.headers[OWN_COPY] is True
+
+
+@pytest.mark.parametrize(
+    ("crashes", "delay"), [(0, 10.0), (1, 60.0), (2, 600.0), (MAX_CRASHES - 1, 600.0)]
+)
+def test_the_delay_grows_and_the_last_one_repeats(crashes: int, delay: float) -> None:
+    assert CRASH_DELAYS == (10.0, 60.0, 600.0)
+    delivery = Delivery(b"order", headers={CRASHES: crashes, PUT_OFFS: 8})
+    (publication,) = broken(ValueError(), delivery).publish
+    assert publication.delay_seconds == delay
+    assert publication.headers == {CRASHES: crashes + 1, PUT_OFFS: 9}
+
+
+def test_it_comes_back_to_the_queue_that_it_came_from() -> None:
+    delivery = Delivery(b"ending", "id", queue=Queue.ENDINGS)
+    (publication,) = broken(ValueError(), delivery, Queue.ENDINGS).publish
+    assert publication.queue is Queue.ENDINGS
+
+
+def test_after_five_crashes_the_message_is_a_dead_letter_that_names_the_error_only() -> None:
+    assert MAX_CRASHES == 5
+    observer = Observer()
+    delivery = Delivery(b"order", "id", headers={CRASHES: MAX_CRASHES})
+    settlement = broken(ZeroDivisionError("a secret"), delivery, observer=observer)
+    assert settlement.action is Action.ACK
+    (letter,) = settlement.publish
+    assert (letter.queue, letter.body, letter.message_id) == (Queue.DEAD, b"order", "id")
+    assert letter.delay_seconds is None
+    reason = letter.headers["x-error-message"]
+    assert "ZeroDivisionError" in str(reason) and "secret" not in str(reason)
+    assert {name: letter.headers[name] for name in letter.headers if name != "x-error-message"} == {
+        "x-error-code": "TRAINING_FAILED",
+        "x-task-id": "id",
+        "x-attempts": MAX_CRASHES + 1,
+    }
+    metrics = observer.metrics
+    assert metrics.messages_dead_lettered.labels("TRAINING_FAILED")._value.get() == 1
+    assert metrics.messages_put_off.labels("crash")._value.get() == 0
+
+
+def test_put_offs_for_other_reasons_do_not_make_the_first_crash_the_last() -> None:
+    (publication,) = broken(ValueError(), Delivery(b"order", headers={PUT_OFFS: 150})).publish
+    assert publication.queue is Queue.TRAINING
+
+
+def test_a_crash_is_logged_with_its_stack_and_counted() -> None:
+    observer = Observer()
+    error = ZeroDivisionError()
+    with capture_logs() as lines:
+        broken(error, Delivery(b"order", "id", headers={CRASHES: 1}), observer=observer)
+        broken(error, Delivery(b"order", "id", headers={CRASHES: MAX_CRASHES}))
+    assert lines == [
+        {
+            "event": "handler_crashed",
+            "log_level": "error",
+            "queue": "training",
+            "task_id": "id",
+            "crashes": crashes,
+            "again_in": again_in,
+            "exc_info": error,
+        }
+        for crashes, again_in in ((2, 60.0), (MAX_CRASHES + 1, None))
+    ]
+    assert observer.metrics.messages_put_off.labels("crash")._value.get() == 1
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), GeneratorExit()])
+def test_a_handler_that_ends_its_thread_loses_nothing_either(error: BaseException) -> None:
+    (publication,) = broken(error, Delivery(b"order", "id")).publish
+    assert (publication.body, publication.headers[CRASHES]) == (b"order", 1)
+
+
+def test_a_message_goes_back_to_the_broker_if_it_cannot_even_be_put_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    died: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+
+    def no_copy(*_: object) -> Settlement:
+        raise ValueError
+
+    monkeypatch.setattr(lane_module, "put_off", no_copy)
+    assert broken(ZeroDivisionError(), Delivery(b"order")) == Settlement.requeue()
+    soon(lambda: died)
+
+
+@pytest.mark.parametrize(
+    ("body", "message_id", "task_id"),
+    [
+        (b'{"task_id": "t-1"}', None, "t-1"),
+        (b'{"task_id": "t-1"}', "id", "id"),
+        (b'{"task_id": "' + b"x" * 128 + b'"}', None, "x" * 128),
+        (b'{"task_id": "' + b"x" * 129 + b'"}', None, ""),
+        ('{"task_id": "수"}'.encode(), None, ""),
+        (b'{"task_id": ""}', None, ""),
+        (b'{"task_id": 7}', None, ""),
+        (b"{}", None, ""),
+        (b"[1]", None, ""),
+        (b"7", None, ""),
+        (b"\xff", None, ""),
+        (b"[" * 100_000, None, ""),
+    ],
+)
+def test_a_dead_letter_has_the_task_id_that_can_be_read(
+    body: bytes, message_id: str | None, task_id: str
+) -> None:
+    delivery = Delivery(body, message_id, headers={CRASHES: MAX_CRASHES})
+    (letter,) = broken(ValueError(), delivery).publish
+    assert letter.headers["x-task-id"] == task_id
+    assert letter.message_id == (task_id or None)

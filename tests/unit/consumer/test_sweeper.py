@@ -1,0 +1,276 @@
+"""The sweep, fast: what it publishes again, what it costs, and what it deletes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from consumer.endings import parked
+from consumer.settlement import MIN_LEVEL, OWN_COPY, Queue, Settlement
+from services.job_record import PROTOCOL_LEVEL
+from services.record_index import INVENTORY_SECONDS, live_mark_at
+from services.record_sweep import RecordSweep
+from services.s3_service import S3Location
+from tests.unit.consumer.job_world import AWAY, STATE, World, delivery, order, redelivery_of
+from tests.unit.memory_s3 import away
+from utils.errors import WorkerCrashed
+
+DAY = 86_400.0
+
+
+@pytest.fixture(name="world")
+def _world(tmp_path: Path) -> World:
+    return World(tmp_path / "one")
+
+
+def killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def abandon(world: World, task_id: str = "task-1") -> None:
+    """A worker claims a job and is killed; its message is lost."""
+    dead = world.worker(f"dead-{task_id}")
+    dead.trainer.does = killed
+    with pytest.raises(KeyboardInterrupt):
+        dead.pipeline.handle(delivery(order(task_id)))
+
+
+def test_a_job_that_no_message_points_to_is_published_again_and_done(world: World) -> None:
+    abandon(world)
+    sweeper = world.sweeper()
+    sweeper.sweep_once()
+    assert not world.broker.published  # its holder may live
+    world.s3.pass_seconds(400.0)
+    world.sweeper().sweep_once()
+    (copy,) = world.broker.published
+    assert (copy.queue, copy.message_id, copy.headers) == (
+        Queue.TRAINING,
+        "task-1",
+        {OWN_COPY: True},
+    )
+    assert world.pipeline.handle(redelivery_of(copy)) == Settlement.ack()
+    assert world.publisher.published == ["task-1"]
+    assert world.record().attempts == 1  # the dead worker's
+    assert world.counted("records_swept_total") == 1
+
+
+def test_an_ending_that_no_message_points_to_is_parked_again(world: World) -> None:
+    world.backend.answers = [AWAY]
+    world.pipeline.handle(delivery())  # its parked ending is lost
+    world.s3.pass_seconds(60.0 + 2 * 120.0 + 1)
+    world.sweeper().sweep_once()
+    (copy,) = world.broker.published
+    assert copy.queue is Queue.ENDINGS
+    assert world.endings.handle(redelivery_of(copy)) == Settlement.ack()
+    assert world.record().is_settled
+
+
+def test_a_copy_that_a_dead_worker_owed_is_made_up_for(world: World) -> None:
+    dead = world.worker("dead", max_attempts=1)
+    dead.broker.on_publish = killed
+
+    def crashes(*_: Any) -> None:
+        raise WorkerCrashed("it died")
+
+    dead.trainer.does = crashes
+    with pytest.raises(KeyboardInterrupt):
+        dead.pipeline.handle(delivery())
+    world.s3.pass_seconds(400.0)
+    world.sweeper().sweep_once()
+    (parking,) = world.broker.published
+    world.endings.handle(redelivery_of(parking))
+    assert [one.headers["x-error-code"] for one in world.broker.in_queue(Queue.DEAD)] == [
+        "WORKER_CRASHED"
+    ]
+    assert world.record().is_settled
+
+
+def test_of_two_sweeps_one_publishes(world: World) -> None:
+    abandon(world)
+    world.s3.pass_seconds(400.0)
+    other = world.worker("two")
+    other.sweeper().sweep_once()
+    world.sweeper().sweep_once()
+    assert len(world.broker.published) + len(other.broker.published) == 1
+
+
+def test_a_job_that_waits_behind_others_is_left_alone_while_the_queue_is_not_empty(
+    world: World,
+) -> None:
+    world.trainer.does = lambda *_: world.shutdown.request()
+    assert world.pipeline.handle(delivery()) == Settlement.requeue()
+    waiting = [True]
+    sweep = RecordSweep(
+        cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda: waiting[0]
+    )
+    world.s3.pass_seconds(6 * 3600.0)
+    assert not list(sweep.abandoned())
+    waiting[0] = False
+    sweep = RecordSweep(cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda: False)
+    assert [record.task_id for record in sweep.abandoned()] == ["task-1"]
+
+
+def test_a_queue_that_is_never_empty_hides_a_lost_message_for_a_day_only(world: World) -> None:
+    world.trainer.does = lambda *_: world.shutdown.request()
+    world.pipeline.handle(delivery())
+    world.s3.pass_seconds(DAY + 1)
+    sweep = RecordSweep(cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda: True)
+    assert [record.task_id for record in sweep.abandoned()] == ["task-1"]
+
+
+def test_a_holder_that_died_is_found_though_other_messages_wait(world: World) -> None:
+    abandon(world)
+    world.s3.pass_seconds(400.0)
+    sweep = RecordSweep(cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda: True)
+    assert [record.task_id for record in sweep.abandoned()] == ["task-1"]
+
+
+def test_the_sweep_reads_live_jobs_and_no_history(world: World) -> None:
+    for number in range(50):
+        world.pipeline.handle(delivery(order(f"old-{number}")))
+    world.sweeper().sweep_once()  # takes the inventory
+    abandon(world, "live")
+    world.s3.requests.clear()
+    world.sweeper().sweep_once()
+    touched = [key for operation, key in world.s3.requests if operation in ("read", "list")]
+    assert touched == ["jobs/inventory", "jobs/live/", "jobs/live.json"]
+
+
+def test_the_inventory_is_taken_once_a_day_by_one_worker(world: World) -> None:
+    def listings() -> int:
+        return world.s3.requests.count(("list", "jobs/"))
+
+    world.sweeper().sweep_once()
+    world.worker("two").sweeper().sweep_once()
+    assert listings() == 1
+    world.s3.pass_seconds(INVENTORY_SECONDS - 1)
+    world.sweeper().sweep_once()
+    assert listings() == 1
+    world.s3.pass_seconds(2)
+    world.sweeper().sweep_once()
+    assert listings() == 2
+
+
+def test_records_that_an_older_worker_left_off_the_index_are_found_by_the_inventory(
+    world: World,
+) -> None:
+    abandon(world)
+    mark = live_mark_at(STATE, "task-1")
+    world.s3.delete(mark.bucket, [mark.key])
+    world.s3.pass_seconds(400.0)
+    world.sweeper().sweep_once()
+    assert [one.message_id for one in world.broker.published] == ["task-1"]
+
+
+def test_settled_records_are_kept_unless_a_retention_is_set(world: World, tmp_path: Path) -> None:
+    world.pipeline.handle(delivery())
+    checkpoint = S3Location(STATE, "checkpoints/style_10/task-1/epoch-0010/lora.safetensors")
+    world.s3.write(checkpoint, b"weights")
+    world.s3.write(S3Location(STATE, "jobs/task-1.cancel"), b"")
+    world.s3.pass_seconds(31 * DAY)
+    world.sweeper().sweep_once()
+    assert world.s3.exists(S3Location(STATE, "jobs/task-1.json"))
+    brief = World(tmp_path / "brief", world.s3, record_retention_days=30)
+    world.s3.pass_seconds(DAY + 1)
+    brief.sweeper().sweep_once()
+    assert world.s3.keys(STATE) == ["jobs/inventory"]
+
+
+def test_a_record_that_is_not_settled_outlives_every_retention(tmp_path: Path) -> None:
+    world = World(tmp_path / "one", record_retention_days=1)
+    world.backend.answers = [AWAY]
+    world.pipeline.handle(delivery())
+    world.s3.pass_seconds(100 * DAY)
+    world.sweeper().sweep_once()
+    assert world.s3.exists(S3Location(STATE, "jobs/task-1.json"))
+
+
+def test_a_young_settled_record_outlives_the_inventory(tmp_path: Path) -> None:
+    world = World(tmp_path / "one", record_retention_days=30)
+    world.pipeline.handle(delivery())
+    world.s3.pass_seconds(29 * DAY)
+    world.sweeper().sweep_once()
+    assert world.s3.exists(S3Location(STATE, "jobs/task-1.json"))
+
+
+def test_what_could_not_be_cleared_up_after_the_ending_is_cleared_up_by_the_sweep(
+    world: World,
+) -> None:
+    leftover = S3Location(STATE, "staging/task-1/1/samples.png")
+
+    def publishes() -> None:
+        world.s3.write(leftover, b"x")
+
+        def no_listing(operation: str, key: str) -> None:
+            if operation == "list":
+                away(operation, key)
+
+        world.s3.fail = no_listing
+
+    world.publisher.does = publishes
+    assert world.pipeline.handle(delivery()) == Settlement.ack()
+    world.s3.fail = lambda operation, key: None
+    assert world.s3.exists(leftover)
+    assert world.s3.keys(STATE, "jobs/live/") == ["jobs/live/task-1"]
+    world.sweeper().sweep_once()
+    assert not world.s3.exists(leftover)
+    assert not world.s3.keys(STATE, "jobs/live/")
+    assert world.s3.exists(S3Location(STATE, "jobs/task-1.settled"))
+
+
+def test_a_name_on_the_index_without_a_record_goes_after_a_while(world: World) -> None:
+    world.s3.write(live_mark_at(STATE, "never"), b"")
+    world.sweeper().sweep_once()
+    assert world.s3.keys(STATE, "jobs/live/") == ["jobs/live/never"]
+    found = world.s3.objects[STATE, "jobs/live/never"]
+    found.written_at = found.written_at.replace(year=2020)
+    world.sweeper().sweep_once()
+    assert not world.s3.keys(STATE, "jobs/live/")
+
+
+def test_a_job_for_a_newer_worker_is_left_to_that_workers_sweep(world: World) -> None:
+    dead = world.worker("dead")
+    dead.trainer.does = killed
+    with pytest.raises(KeyboardInterrupt):
+        dead.pipeline.handle(delivery(headers={MIN_LEVEL: PROTOCOL_LEVEL}))
+    found = world.s3.objects[STATE, "jobs/task-1.json"]
+    world.s3.pass_seconds(400.0)
+    sweep = world.sweeper()
+    sweep.sweep_once()
+    assert world.broker.published[0].headers[MIN_LEVEL] == PROTOCOL_LEVEL
+    found = world.s3.objects[STATE, "jobs/task-1.json"]
+    found.body = found.body.replace(b'"min_level": 1', b'"min_level": 2')
+    world.s3.pass_seconds(DAY)
+    world.broker.published.clear()
+    world.sweeper().sweep_once()
+    assert not world.broker.published
+
+
+def test_a_record_that_cannot_be_read_costs_the_others_nothing(world: World) -> None:
+    world.s3.write(live_mark_at(STATE, "a-damaged-one"), b"")
+    world.s3.write(S3Location(STATE, "jobs/a-damaged-one.json"), b"{")
+    abandon(world)
+    world.s3.pass_seconds(400.0)
+    world.sweeper().sweep_once()
+    assert [one.message_id for one in world.broker.published] == ["task-1"]
+
+
+def test_a_storage_that_is_away_ends_no_sweeper(world: World) -> None:
+    world.s3.fail = away
+    world.sweeper().sweep_once()
+    assert not world.broker.published
+
+
+def test_pending_endings_are_counted_with_the_age_of_the_oldest(world: World) -> None:
+    world.backend.answers = [AWAY, AWAY]
+    world.pipeline.handle(delivery(order("first")))
+    world.pipeline.handle(delivery(order("second")))
+    world.sweeper().sweep_once()
+    assert world.counted("endings_pending") == 2
+    assert world.counted("oldest_pending_ending_age_seconds") >= 0
+    for task_id in ("first", "second"):
+        world.endings.handle(redelivery_of(parked(task_id, order(task_id), tries=1, delay=None)))
+    world.sweeper().sweep_once()
+    assert world.counted("endings_pending") == 0

@@ -1,0 +1,32 @@
+"""The front desk's estimate of a training's files holds for SD1.5's real layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from consumer.job_size import NUMBERS_PER_WEIGHT, WEIGHTS_PER_RANK
+from training import optimizer
+from training.lora_config import OPTIMIZERS, TARGETS, HyperParameters
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_lora_has_as_many_weights_for_each_rank_as_the_estimate_says(target: str) -> None:
+    with torch.device("meta"):  # SD1.5's shapes without their memory
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+        unet.add_adapter(HyperParameters(rank=4, target=target).peft_config())
+    weights = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad)
+    assert weights == 4 * WEIGHTS_PER_RANK[target]
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy"])
+def test_a_checkpoint_has_no_more_numbers_for_each_weight_than_the_estimate_says(name: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(1000))
+    made = optimizer.create([weight], HyperParameters(optimizer=name))
+    weight.grad = torch.ones(1000)
+    made.step()
+    state = optimizer.state_tensors(made, ["weight"]).values()
+    numbers = weight.numel() + sum(tensor.numel() for tensor in state if tensor.dim())
+    assert numbers <= NUMBERS_PER_WEIGHT[name] * weight.numel()
+    assert set(NUMBERS_PER_WEIGHT) == set(OPTIMIZERS)

@@ -1,0 +1,41 @@
+"""Counts and lists in sentences: singular, plural, and each reason once."""
+
+from __future__ import annotations
+
+import pytest
+
+from utils.wording import MOST_NAMES, counted, grouped
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(0, "0 pictures"), (1, "1 picture"), (2, "2 pictures"), (1200, "1,200 pictures")],
+)
+def test_a_noun_follows_its_number(number: int, words: str) -> None:
+    assert counted(number, "picture") == words
+
+
+def test_a_noun_may_have_a_plural_of_its_own() -> None:
+    assert (counted(1, "entry", "entries"), counted(2, "entry", "entries")) == (
+        "1 entry",
+        "2 entries",
+    )
+
+
+def test_equal_reasons_are_named_once_with_all_names() -> None:
+    problems = [("a.jpg", "is not a picture"), ("b.jpg", "is empty"), ("c.jpg", "is not a picture")]
+    assert grouped(problems, "picture") == (
+        "2 pictures: is not a picture (a.jpg, c.jpg); b.jpg: is empty"
+    )
+
+
+def test_a_long_group_names_the_first_and_counts_the_others() -> None:
+    problems = [(f"{number}.jpg", "is empty") for number in range(MOST_NAMES + 3)]
+    words = grouped(problems, "picture")
+    assert words.startswith(f"{MOST_NAMES + 3} pictures: is empty (0.jpg, 1.jpg")
+    assert words.endswith("9.jpg and 3 more)")
+    assert "more" not in grouped(problems[:MOST_NAMES], "picture")
+
+
+def test_nothing_wrong_is_no_words() -> None:
+    assert grouped([], "picture") == ""

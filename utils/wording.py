@@ -1,0 +1,45 @@
+"""Counts and lists in sentences for people: singular and plural, and equal reasons told once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MOST_NAMES = 10
+"""Names that one group lists; the others are counted."""
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: `1 picture`, `3 pictures`.
+
+    Args:
+        number: How many.
+        noun: The noun's singular.
+        plural: Its plural; the singular and an `s` by default.
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def grouped(problems: Iterable[tuple[str, str]], noun: str, *, plural: str | None = None) -> str:
+    """Things and what is wrong with each, with each reason named once.
+
+    `3 pictures: could not be found in storage (a.jpg, b.jpg, c.jpg); d.jpg: is an empty file`.
+    Reasons come in the order in which they appear first.
+
+    Args:
+        problems: The name of each thing, and its reason.
+        noun: What a thing is, in the singular.
+        plural: The noun's plural; the singular and an `s` by default.
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in problems:
+        names.setdefault(reason, []).append(name)
+    return "; ".join(_group(reason, found, noun, plural) for reason, found in names.items())
+
+
+def _group(reason: str, names: list[str], noun: str, plural: str | None) -> str:
+    if len(names) == 1:
+        return f"{names[0]}: {reason}"
+    listed = ", ".join(names[:MOST_NAMES])
+    if more := len(names) - MOST_NAMES:
+        listed += f" and {more} more" if more > 0 else ""
+    return f"{counted(len(names), noun, plural)}: {reason} ({listed})"
