@@ -9,7 +9,7 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,8 +119,8 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
-    """What the `complete` webhook says of the report: a few numbers, and why pictures were left
-    out; no captions and no addresses.
+    """The part of the report that the `complete` webhook sends: a few numbers, and the reasons for
+    which pictures were left out and captions ignored; no captions and no addresses.
 
     Args:
         report: From `build_report`.
@@ -133,25 +133,27 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         "delivered_epoch": report["delivered_epoch"],
         "base_model": report["base_model"]["name"],
         "warnings": len(report["warnings"]),
-        "captions_ignored": sum(
-            any(reason.startswith(CAPTION_IGNORED) for reason in entry["reasons"])
+        "left_out": _counted_reasons(
+            reason
             for entry in report["pictures"]
+            if entry["status"] == "left_out"
+            for reason in entry["reasons"]
+            if not reason.startswith(CAPTION_IGNORED)
         ),
-        "left_out": _why_left_out(report["pictures"]),
+        "captions_ignored": _counted_reasons(
+            reason.removeprefix(CAPTION_IGNORED)
+            for entry in report["pictures"]
+            for reason in entry["reasons"]
+            if reason.startswith(CAPTION_IGNORED)
+        ),
     }
 
 
-def _why_left_out(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Reasons for which pictures were left out, the most frequent first, with their numbers."""
-    reasons = Counter(
-        reason[:LONGEST_REASON]
-        for entry in entries
-        if entry["status"] == "left_out"
-        for reason in entry["reasons"]
-        if not reason.startswith(CAPTION_IGNORED)
-    )
+def _counted_reasons(reasons: Iterable[str]) -> list[dict[str, Any]]:
+    """Reasons with the number of pictures that each applies to, the most frequent first."""
+    counts = Counter(reason[:LONGEST_REASON] for reason in reasons)
     return [
-        {"reason": reason, "pictures": count} for reason, count in reasons.most_common(MOST_REASONS)
+        {"reason": reason, "pictures": count} for reason, count in counts.most_common(MOST_REASONS)
     ]
 
 

@@ -1,8 +1,8 @@
 """Every picture of Pillow's own test suite, taken in: `python -m tests.corpus.library_intake`.
 
-Pillow's source package is fetched by pip unless `--source` names it; nothing of it is kept. For each
-file the decoder answers within two seconds and 300 MiB, and what it uses is within one level of what
-Pillow itself makes of it. The exit code is 1 if one is not.
+pip fetches Pillow's source package unless `--source` names it; nothing of it is kept. The decoder
+must answer for each file within two seconds and 300 MiB, and the pixels of each used picture must
+be within one level of Pillow's own result. The exit code is 1 if a file fails.
 """
 
 from __future__ import annotations

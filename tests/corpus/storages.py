@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +72,8 @@ class Space:
     gamma: float | None = None
 
 
-def _made(kind: str) -> bytes:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile(kind)).tobytes()  # type: ignore[arg-type]
+def _made(kind: Literal["sRGB", "LAB"]) -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile(kind)).tobytes()
 
 
 SPACES = {

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 
+from sandbox.s3_server import S3Server
 from services import picture_download, s3_body
 from services.s3_service import FetchedPicture, PictureRequest, S3Location, S3Service
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, once, refusal
@@ -160,16 +160,9 @@ def test_a_caption_is_found_under_the_other_names_that_people_give_it(
     assert fetch(s3, tmp_path, bucket, picture)[0].caption == "a harbour"
 
 
-def put_as_gzip(endpoint: str, bucket: str, key: str, body: bytes) -> None:
-    """Store an object that says of itself that it is compressed."""
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    )
-    client.put_object(Bucket=bucket, Key=key, Body=body, ContentEncoding="gzip")
+def put_as_gzip(server: S3Server, bucket: str, key: str, body: bytes) -> None:
+    """Store an object with `Content-Encoding: gzip`."""
+    server.client().put_object(Bucket=bucket, Key=key, Body=body, ContentEncoding="gzip")
 
 
 @pytest.mark.parametrize(
@@ -184,10 +177,15 @@ def put_as_gzip(endpoint: str, bucket: str, key: str, body: bytes) -> None:
     ids=["gzip", "only said", "one byte", "empty", "bomb"],
 )
 def test_an_object_that_is_stored_as_gzip_is_unpacked_within_the_limit(
-    bucket: str, tmp_path: Path, endpoint: str, s3: S3Service, body: bytes, content: bytes | None
+    s3_server: S3Server,
+    bucket: str,
+    tmp_path: Path,
+    s3: S3Service,
+    body: bytes,
+    content: bytes | None,
 ) -> None:
-    put_as_gzip(endpoint, bucket, "a.jpg", body)
-    put_as_gzip(endpoint, bucket, "a.txt", gzip.compress("항구".encode()))
+    put_as_gzip(s3_server, bucket, "a.jpg", body)
+    put_as_gzip(s3_server, bucket, "a.txt", gzip.compress("항구".encode()))
     (fetched,) = fetch(s3, tmp_path, bucket, "a.jpg")
     if content is None:
         assert fetched.problem and "too large" in fetched.problem

@@ -294,7 +294,7 @@ def test_a_failed_run_is_told_by_name_and_the_next_one_succeeds(
     ending = child.ending()
     assert isinstance(ending, Failed)
     assert (ending.error, ending.trainer_usable) == ("LowQualityData", True)
-    assert "page.jpg is a web page" in ending.message and str(tmp_path) not in ending.message
+    assert "page.jpg: is a web page" in ending.message and str(tmp_path) not in ending.message
     child.send(make_run(epochs=1))
     assert isinstance(child.ending(), Finished)
 

@@ -105,7 +105,7 @@ def test_a_picture_that_comes_twice_counts_once_towards_the_least_number(
 ) -> None:
     cat, coffee = PHOTOGRAPHS["cat.jpg"], PHOTOGRAPHS["coffee.png"]
     run = dataclasses.replace(make_run(), pictures=pictures(tmp_path, cat, cat, coffee))
-    with pytest.raises(LowQualityData, match=r"1\.png is the same picture as 0\.png"):
+    with pytest.raises(LowQualityData, match=r"1\.png: is the same picture as 0\.png"):
         prepare(run, base)
 
 
