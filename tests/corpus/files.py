@@ -62,6 +62,16 @@ def png(
     )
 
 
+def flat_png(side: int) -> bytes:
+    """A square RGBA picture of one colour, however large, without its pixels in memory."""
+    compressor = zlib.compressobj(6)
+    row = b"\0" + b"\x20\x80\xa0\xff" * side
+    pixels = b"".join(compressor.compress(row) for _ in range(side)) + compressor.flush()
+    header = struct.pack(">IIBBBBB", side, side, 8, RGBA, 0, 0, 0)
+    chunks = (chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def iccp(profile: bytes, *, sound: bool = True) -> bytes:
     """The chunk of a colour profile."""
     return chunk(b"iCCP", b"profile\0\0" + zlib.compress(profile), sound=sound)
