@@ -88,8 +88,7 @@ def train_folder(
     trigger_word = _checked(trigger_word)
     _refuse_unprintable(output, settings.base_model)
     found = _contents(folder)
-    pictures = found.pictures
-    _refuse_to_overwrite(pictures, folder, output)
+    _refuse_to_overwrite(found.pictures, folder, output)
     _look_for_base_model(settings.base_model)
     require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
     held_out = _contents(validation) if validation else PictureFolder((), ())
@@ -99,7 +98,7 @@ def train_folder(
         task_id="local",
         style_id=0,
         claim=1,
-        pictures=pictures,
+        pictures=found.pictures,
         parameters=parameters,
         work_folder=str(work),
         resume_from=_newest_checkpoint(work) if resume else None,

@@ -187,13 +187,7 @@ def prepare(
             if reason := should_stop():
                 raise Stopped(reason)
             entry, example = _take_in(picture, answer, run, base, found)
-            if problem := _caption_problem(picture):
-                entry = _with_caution(entry, f"{CAPTION_IGNORED}{problem}")
-                if not picture.caption_problem:  # else whoever found the problem has logged it
-                    log.warning(
-                        "caption_ignored", extra={"picture": _name(entry), "reason": problem}
-                    )
-            entries.append(entry)
+            entries.append(entry := _with_caption_problem(entry, picture))
             if example:
                 usable.append(example)
             else:
@@ -202,25 +196,13 @@ def prepare(
                 )
             on_picture()
     _refuse_too_few(run, entries, len(usable))
-    warnings = list(run.notes)
-    if len(usable) < FEW_PICTURES:
-        warnings.append(
-            f"Only {counted(len(usable), 'picture')} can be trained on; a style holds better with "
-            f"{FEW_PICTURES} to 30."
-        )
-    if all(looks.is_grey for _, looks in found.seen):
-        warnings.append(
-            "All pictures are without colour; such a style comes out tinted unless the captions "
-            "say so (black and white, pencil drawing)."
-        )
-    captions = dict.fromkeys(["", *(caption for example in usable for caption in example.orders)])
-    embeddings = {caption: base.encode_prompts([caption])[0] for caption in captions}
+    captions = dict.fromkeys(["", *(caption for each in usable for caption in each.orders)])
     return Dataset(
         tuple(entries),
         tuple(usable),
         found.latents,
-        embeddings,
-        tuple(warnings),
+        {caption: base.encode_prompts([caption])[0] for caption in captions},
+        _warnings(run, len(usable), found),
         thumbnails=found.thumbnails,
     )
 
@@ -240,6 +222,22 @@ class _Found:
     thumbnails: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
+def _warnings(run: TrainingRun, usable: int, found: _Found) -> tuple[str, ...]:
+    """Sentences about the pictures as a whole."""
+    warnings = list(run.notes)
+    if usable < FEW_PICTURES:
+        warnings.append(
+            f"Only {counted(usable, 'picture')} can be trained on; a style holds better with "
+            f"{FEW_PICTURES} to 30."
+        )
+    if all(looks.is_grey for _, looks in found.seen):
+        warnings.append(
+            "All pictures are without colour; such a style comes out tinted unless the captions "
+            "say so (black and white, pencil drawing)."
+        )
+    return tuple(warnings)
+
+
 def _decoded(
     run: TrainingRun, decoder: Decoder, should_stop: Callable[[], StopReason | None]
 ) -> Iterator[tuple[Picture, Answer | None]]:
@@ -251,7 +249,7 @@ def _decoded(
     ]
     answers = decoder.answers(requests, should_stop=should_stop)
     for picture in run.pictures:
-        yield picture, next(answers) if picture.path is not None else None
+        yield picture, next(answers, None) if picture.path is not None else None
 
 
 def _take_in(
@@ -291,14 +289,17 @@ def _take_in(
     )
 
 
-def _caption_problem(picture: Picture) -> str | None:
-    """Why the picture's caption, or a part of it, is not trained; None where it is."""
-    return picture.caption_problem or clean_caption(picture.caption).problem
-
-
-def _with_caution(entry: PictureReport, sentence: str) -> PictureReport:
+def _with_caption_problem(entry: PictureReport, picture: Picture) -> PictureReport:
+    """The entry with the reason for which the picture's caption is not trained, if there is one."""
+    problem = picture.caption_problem
+    if not problem:  # else the code that found the problem has logged it
+        problem = clean_caption(picture.caption).problem
+        if not problem:
+            return entry
+        log.warning("caption_ignored", extra={"picture": _name(entry), "reason": problem})
     status = "warned" if entry.status == "used" else entry.status
-    return dataclasses.replace(entry, status=status, reasons=(*entry.reasons, sentence))
+    reasons = (*entry.reasons, f"{CAPTION_IGNORED}{problem}")
+    return dataclasses.replace(entry, status=status, reasons=reasons)
 
 
 def _caption(picture: Picture, run: TrainingRun, base: BaseModel) -> tuple[str, tuple[str, ...]]:
