@@ -169,13 +169,17 @@ def _fetch(
         return FetchedPicture(request.source, None, problem=problem)
     if request.caption is not None:
         return FetchedPicture(request.source, path, request.caption)
-    for location in _captions_of(request.location):
+    beside = _caption_beside(store, request.location, watch)
+    return FetchedPicture(request.source, path, beside.text or None, caption_problem=beside.problem)
+
+
+def _caption_beside(store: Store, picture: S3Location, watch: Callable[[], None]) -> CaptionText:
+    """The first caption that is there, or why it is ignored; an empty one if there is none."""
+    for location in _captions_of(picture):
         watch()
-        if beside := _caption_at(store, location):
-            return FetchedPicture(
-                request.source, path, beside.text or None, caption_problem=beside.problem
-            )
-    return FetchedPicture(request.source, path)
+        if found := _caption_at(store, location):
+            return found
+    return CaptionText("")
 
 
 def _captions_of(picture: S3Location) -> Iterator[S3Location]:

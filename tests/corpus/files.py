@@ -82,6 +82,7 @@ def iccp(profile: bytes, *, sound: bool = True) -> bytes:
 _TYPES = {"B": 1, "H": 3, "I": 4, "7": 7}
 
 
+# pylint: disable-next=too-many-locals
 def tiff(pixels: bytes, size: tuple[int, int], tags: dict[int, Any], *, order: str = "<") -> bytes:
     """A TIFF of one strip.
 
@@ -153,6 +154,7 @@ def jpeg_of_many_scans(scans: int, side: int = 5000) -> bytes:
 # ---- ICC -----------------------------------------------------------------------------------------
 
 
+# pylint: disable-next=too-many-locals
 def profile(
     space: str,
     gamma: float,
