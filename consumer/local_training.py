@@ -10,17 +10,15 @@ from pathlib import Path
 
 from config import TrainerSettings
 from consumer.machine import require_fit
+from consumer.picture_folder import PictureFolder, read_folder
 from consumer.stop_signal import StopSignal
 from consumer.trainer_process import TrainerProcess
 from training.checkpoint_name import order
 from training.lora_config import CURVES, HyperParameters, Picture, TrainingRun
 from training.prompts import checked_trigger_word
-from utils.captions import MAX_CAPTION_BYTES, caption_text
 from utils.errors import ConfigurationError, TrainingServerError
 from utils.events import Event, Finished
-from utils.logger import get_logger
-
-log = get_logger(__name__)
+from utils.names import is_unicode, printable
 
 REPORT = "training_report.json"
 MADE = frozenset(
@@ -39,40 +37,21 @@ MADE = frozenset(
 
 _WORK = ".training"
 _TEMPORARY = "tmp"
-_MAX_PICTURES = 200
 _MANIFEST = "manifest.json"
 
 
 def pictures_in(folder: Path) -> tuple[Picture, ...]:
-    """Every file of a folder that may be a picture, by name; a `.txt` beside one is its caption.
-
-    Whether a file is a picture is judged by its content, later; hidden files and captions are not
-    looked at, nor is what an earlier training has written beside its report.
+    """The pictures of a folder, with their captions; see `read_folder`.
 
     Raises:
         ConfigurationError: The folder is missing, empty, or holds too many files.
     """
-    if not folder.is_dir():
-        raise ConfigurationError(f"{folder} is not a folder")
-    made = MADE if (folder / REPORT).is_file() else frozenset()
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.suffix.lower() != ".txt"
-        and path.name not in made
-    )
-    if not files:
-        raise ConfigurationError(f"{folder} holds no pictures")
-    if len(files) > _MAX_PICTURES:
-        raise ConfigurationError(
-            f"{folder} holds {len(files)} files; at most {_MAX_PICTURES} pictures can be trained on"
-        )
-    return tuple(
-        Picture(source=path.name, path=str(path.resolve()), caption=_caption_of(path))
-        for path in files
-    )
+    return _contents(folder).pictures
+
+
+def _contents(folder: Path) -> PictureFolder:
+    """A folder's pictures, less what an earlier training has written beside its report."""
+    return read_folder(folder, ignored=MADE if (folder / REPORT).is_file() else frozenset())
 
 
 def train_folder(
@@ -107,29 +86,31 @@ def train_folder(
         MachineError: This machine cannot train.
     """
     trigger_word = _checked(trigger_word)
-    pictures = pictures_in(folder)
-    _refuse_to_overwrite(pictures, folder, output)
+    _refuse_unprintable(output, settings.base_model)
+    found = _contents(folder)
+    _refuse_to_overwrite(found.pictures, folder, output)
     _look_for_base_model(settings.base_model)
     require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
-    held_out = pictures_in(validation) if validation else ()
+    held_out = _contents(validation) if validation else PictureFolder((), ())
     work = output.resolve() / _WORK
     _make_folder(work, output, emptied=not resume)
     run = TrainingRun(
         task_id="local",
         style_id=0,
         claim=1,
-        pictures=pictures,
+        pictures=found.pictures,
         parameters=parameters,
         work_folder=str(work),
         resume_from=_newest_checkpoint(work) if resume else None,
         min_images=settings.min_images,
         max_image_pixels=settings.max_image_pixels,
         checkpoint_interval=settings.checkpoint_interval,
-        validation_pictures=held_out,
+        validation_pictures=held_out.pictures,
         trigger_word=trigger_word,
         sample_steps=settings.sample_steps,
         preview_share=settings.preview_share,
         tensorboard=settings.tensorboard,
+        notes=found.notes + held_out.notes,
     )
     trainer = TrainerProcess(
         settings.trainer_options(),
@@ -193,20 +174,20 @@ def _refuse_to_overwrite(pictures: tuple[Picture, ...], folder: Path, output: Pa
         )
 
 
+def _refuse_unprintable(output: Path, base_model: str) -> None:
+    """The libraries that write the model's files take no path that is not UTF-8, and would say so
+    only after the training."""
+    for name, path in (("--output", str(output.absolute())), ("BASE_MODEL", base_model)):
+        if not is_unicode(path):
+            raise ConfigurationError(
+                f"{name}: {printable(path)} is not UTF-8. Rename it, or choose another folder."
+            )
+
+
 def _look_for_base_model(name: str) -> None:
     """A folder of the settings that is not there is told with its path, before anything starts."""
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ConfigurationError(f"BASE_MODEL: there is no folder {name}")
-
-
-def _caption_of(picture: Path) -> str:
-    beside = picture.with_suffix(".txt")
-    if not beside.is_file():
-        return ""
-    if beside.stat().st_size > MAX_CAPTION_BYTES:
-        log.warning("caption_ignored", caption=str(beside), reason="larger than 16 KiB")
-        return ""
-    return caption_text(beside.read_bytes())
 
 
 def _newest_checkpoint(work: Path) -> str | None:

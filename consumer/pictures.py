@@ -109,6 +109,7 @@ def _picture(fetched: FetchedPicture, job: TrainingJob) -> Picture:
         path=str(fetched.path) if fetched.path else None,
         caption=fetched.caption if fetched.caption is not None else ", ".join(job.tags),
         problem=fetched.problem,
+        caption_problem=fetched.caption_problem,
     )
 
 

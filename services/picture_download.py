@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,7 @@ from services.s3_types import (
     S3Location,
     StoredObject,
 )
-from utils.captions import MAX_CAPTION_BYTES, caption_text
+from utils.captions import MAX_CAPTION_BYTES, TOO_LARGE, CaptionText, read_caption
 from utils.errors import AccessDenied, ObjectNotFound, ObjectTooLarge
 from utils.logger import get_logger
 from utils.sizes import spoken
@@ -166,23 +167,42 @@ def _fetch(
     except ObjectTooLarge:
         problem = f"is too large: a picture may have at most {spoken(max_bytes)}"
         return FetchedPicture(request.source, None, problem=problem)
-    caption = request.caption
-    if caption is None:
+    if request.caption is not None:
+        return FetchedPicture(request.source, path, request.caption)
+    beside = _caption_beside(store, request.location, watch)
+    return FetchedPicture(request.source, path, beside.text or None, caption_problem=beside.problem)
+
+
+def _caption_beside(store: Store, picture: S3Location, watch: Callable[[], None]) -> CaptionText:
+    """The first caption that is there, or why it is ignored; an empty one if there is none."""
+    for location in _captions_of(picture):
         watch()
-        caption = _caption_beside(store, request.location)
-    return FetchedPicture(request.source, path, caption)
+        if found := _caption_at(store, location):
+            return found
+    return CaptionText("")
 
 
-def _caption_beside(store: Store, picture: S3Location) -> str | None:
-    location = picture.with_suffix(".txt")
-    if location == picture:
-        return None
+def _captions_of(picture: S3Location) -> Iterator[S3Location]:
+    """Where a picture's caption may be, the usual place first."""
+    folder, slash, name = picture.key.rpartition("/")
+    stem = name.rpartition(".")[0] or name
+    names = dict.fromkeys((f"{stem}.txt", f"{name}.txt", f"{stem}.TXT", f"{stem}.caption"))
+    for form in ("NFC", "NFD"):  # a Mac decomposes the letters of names, other systems do not
+        names |= dict.fromkeys(unicodedata.normalize(form, each) for each in list(names)[:2])
+    for each in names:
+        if each != name:
+            yield S3Location(picture.bucket, f"{folder}{slash}{each}")
+
+
+def _caption_at(store: Store, location: S3Location) -> CaptionText | None:
+    """A caption, or why it is ignored; None where there is none."""
     try:
-        body = store.read(location, max_bytes=MAX_CAPTION_BYTES).body
+        found = read_caption(store.read(location, max_bytes=MAX_CAPTION_BYTES).body)
     except (ObjectNotFound, AccessDenied):
         # Where the worker may not list the bucket, S3 answers "forbidden" for what is not there.
         return None
     except ObjectTooLarge:
-        log.warning("caption_ignored", caption=location.uri(), reason="larger than 16 KiB")
-        return None
-    return caption_text(body) or None
+        found = CaptionText("", TOO_LARGE)
+    if found.problem:
+        log.warning("caption_ignored", caption=location.uri(), reason=found.problem)
+    return found

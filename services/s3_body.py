@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from services.s3_gzip import Gunzip
 from utils.errors import ObjectTooLarge
 
 CHUNK_BYTES = 64 * 1024
@@ -19,7 +20,7 @@ MIN_BYTES_PER_SECOND = 50_000
 
 def copy_body(
     body: Any,
-    sink: BinaryIO,
+    sink: BinaryIO | Gunzip,
     *,
     declared: int | None,
     max_bytes: int | None,

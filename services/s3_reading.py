@@ -18,6 +18,7 @@ from services.s3_access import (
 )
 from services.s3_body import copy_body
 from services.s3_errors import Transient, VersionNotServed
+from services.s3_gzip import Gunzip, is_gzipped
 from services.s3_types import FetchedPicture, ObjectInfo, PictureRequest, S3Location, StoredObject
 from utils.errors import ObjectNotFound
 from utils.logger import get_logger
@@ -166,16 +167,19 @@ class S3Reading(S3Access):
             with self._translated(what):
                 answer = self._client.get_object(Bucket=location.bucket, Key=location.key, **which)
             _require_version(answer, version_id, what)
+            unpacking = Gunzip(sink, max_bytes=max_bytes, what=what) if is_gzipped(answer) else None
             try:
                 with self._translated(what):
                     copy_body(
                         answer["Body"],
-                        sink,
+                        unpacking or sink,
                         declared=answer.get("ContentLength"),
                         max_bytes=max_bytes,
                         watch=watch,
                         what=what,
                     )
+                if unpacking:
+                    unpacking.close()
                 return answer
             except Transient as error:
                 if not left:

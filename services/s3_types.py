@@ -69,7 +69,7 @@ class PictureRequest:
     Attributes:
         source: Its address in the message's own spelling, for the report.
         location: Where that is.
-        caption: Its caption; None to look for the object beside the picture with the suffix `.txt`.
+        caption: Its caption; None to look for a caption file beside the picture.
         version_id: The version of the object that is meant; None for the present one.
     """
 
@@ -89,9 +89,11 @@ class FetchedPicture:
         caption: The request's caption, or the text found beside the picture, or None.
         problem: Why it could not be fetched, for an artist to read ("could not be found in
             storage"); else None.
+        caption_problem: Why the caption found beside it is ignored; None where it is not.
     """
 
     source: str
     path: Path | None
     caption: str | None = None
     problem: str | None = None
+    caption_problem: str | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,15 @@ def load(folder: Path) -> Checkpoint:
         ) from error
 
 
-def refuse_another_run(saved: RunState, now: RunState) -> None:
+def refuse_another_run(
+    saved: RunState, now: RunState, *, names: Mapping[str, str] | None = None
+) -> None:
     """Refuse to go on from a checkpoint of another job, base model, data set or schedule.
+
+    Args:
+        saved: Of the checkpoint.
+        now: Of the run that is to go on from it.
+        names: What a person calls each of `now.pictures`.
 
     Raises:
         CheckpointUnusable: Names everything that differs.
@@ -165,16 +173,36 @@ def refuse_another_run(saved: RunState, now: RunState) -> None:
     if saved.base_model != now.base_model:
         unlike.append("the base model's weights are others")
     if saved.pictures != now.pictures:
-        unlike.append(
-            f"the usable pictures or their captions are others ({len(saved.pictures)} then, "
-            f"{len(now.pictures)} now)"
-        )
+        unlike.append(_other_pictures(saved.pictures, now.pictures, names or {}))
     if saved.total_steps != now.total_steps:
         unlike.append(f"the schedule had {saved.total_steps} steps, has {now.total_steps}")
     if unlike:
         raise CheckpointUnusable(
             f"The checkpoint cannot be continued by this run: {'; '.join(unlike)}."
         )
+
+
+def _other_pictures(saved: tuple[str, ...], now: tuple[str, ...], names: Mapping[str, str]) -> str:
+    """Which pictures differ; of those that are gone only their number is known."""
+    contents = {identity.partition("-")[0] for identity in saved}
+    fresh = [identity for identity in now if identity not in saved]
+    recaptioned = [each for each in fresh if each.partition("-")[0] in contents]
+    gone = len(set(saved) - set(now)) - len(recaptioned)
+    parts = [
+        f"{verb} {', '.join(names.get(each, each[:12]) for each in some)}"
+        for verb, some in (
+            ("new are", [each for each in fresh if each not in recaptioned]),
+            ("other captions have", recaptioned),
+        )
+        if some
+    ]
+    if gone > 0:
+        parts.append(f"{gone} missing")
+    return (
+        f"the usable pictures or their captions are others ({len(saved)} then, {len(now)} now"
+        + "".join(f"; {part}" for part in parts)
+        + ")"
+    )
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

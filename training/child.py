@@ -144,8 +144,14 @@ class Child:
     def _train(self, run: TrainingRun, base: BaseModel, began: float) -> Finished:
         """The run from its pictures to its files."""
         epochs = run.parameters.epochs
-        self._tell(Progress(run.task_id, Stage.PREPARING, 0, epochs, 0, 0))
-        data = held_out.prepare(run, base, should_stop=self._inbox.stop_reason)
+        preparing = Progress(run.task_id, Stage.PREPARING, 0, epochs, 0, 0)
+        self._tell(preparing)
+        data = held_out.prepare(
+            run,
+            base,
+            should_stop=self._inbox.stop_reason,
+            on_picture=lambda: self._tell(preparing),
+        )
         result = recovery.train(
             run, base, data, emit=self._tell, should_stop=self._inbox.stop_reason
         )
@@ -302,7 +308,15 @@ def _write_html(
     """The report for people. The facts are safe in the other one: training does not fail of it."""
     try:
         prompts = preview.chosen_prompts(prompts_of(run, data))
-        html_report.write_html(content, run, result, prompts, folder)
+        held_out_thumbnails = data.held_out.thumbnails if data.held_out else {}
+        html_report.write_html(
+            content,
+            run,
+            result,
+            prompts,
+            folder,
+            thumbnails={**held_out_thumbnails, **data.thumbnails},
+        )
     except (ValueError, TypeError, LookupError, jinja2.TemplateError) as error:
         log.error("html_report_failed", exc_info=error)
 

@@ -1,24 +1,34 @@
-"""Every way of storing colours, brought to 8-bit sRGB by a stated rule."""
+"""Every way of storing colours, brought to 8-bit sRGB by a stated rule.
+
+How a picture is converted is decided once, from its mode and its profile; the pixels then go
+through in strips, so that a large picture is never in memory twice.
+"""
 
 from __future__ import annotations
 
-import io
+import dataclasses
+from collections.abc import Callable
 
-import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image
+
+from training.profiles import Profile
 
 BACKGROUND = (255, 255, 255)
 """Transparent parts are laid on white: a declared colour, not whatever the file hides there."""
+STRIP_PIXELS = 1024 * 1024
+"""Converted at a time."""
 
-_SRGB = ImageCms.createProfile("sRGB")
 _NOTES = {
     "CMYK": ("was in print colours (CMYK), converted to RGB; colours may shift a little",),
     "P": ("had a colour palette, converted to full colour",),
+    "PA": ("had a colour palette, converted to full colour",),
     "L": ("is greyscale, converted to colour",),
     "LA": ("is greyscale, converted to colour",),
+    "La": ("is greyscale, converted to colour",),
     "LAB": ("was in Lab colours, converted to RGB",),
     "1": ("is black and white, converted to colour",),
 }
+_GREY = ("1", "L", "LA", "La")
 
 
 class UnusablePicture(Exception):
@@ -33,62 +43,135 @@ class UnusablePicture(Exception):
         self.size = size
 
 
-def to_srgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...], tuple[str, ...]]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """How a file stores its colours, beyond what the decoder does with them.
+
+    Attributes:
+        levels: The 8-bit level of each of 65,536 values of deep greys; None where there are none.
+        is_deep: The decoder keeps 8 of 16 bits.
+        is_grey: Its pixels are greys, whatever the mode that they are decoded to.
+        profile: The colour space of the numbers; None for sRGB.
+    """
+
+    levels: tuple[int, ...] | None = None
+    is_deep: bool = False
+    is_grey: bool = False
+    profile: Profile | None = None
+
+
+def to_srgb(
+    image: Image.Image, stored: Stored = Stored(), *, reduced_by: int = 1
+) -> tuple[Image.Image, tuple[str, ...], tuple[str, ...]]:
     """Bring a decoded picture to 8-bit sRGB without transparency.
+
+    Args:
+        image: As decoded.
+        stored: How the file stores its colours.
+        reduced_by: Pixels of the picture on each side of one of the result's.
 
     Returns:
         The picture; what was done to it; what the artist should know.
 
     Raises:
-        UnusablePicture: It stores no colours.
+        UnusablePicture: It stores colours that cannot be read as they were meant.
     """
-    if image.mode.startswith("I"):
-        grey = _from_16_bit(image)
-        return grey.convert("RGB"), ("was 16-bit grey, converted to 8-bit colour",), ()
-    if image.mode == "F":
-        raise UnusablePicture(
-            "stores floating-point values; export it as an 8-bit picture", image.size
+    profile, notes = _fitting(image, stored)
+    convert = _converter(image, stored, profile)
+    width, height = -(-image.width // reduced_by), -(-image.height // reduced_by)
+    result = Image.new("RGB", (width, height))
+    rows = max(1, STRIP_PIXELS // max(1, image.width * reduced_by)) * reduced_by
+    see_through = False
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(image.height, top + rows)))
+        rgb, alpha = convert(part)
+        if alpha is not None and alpha.getextrema() != (255, 255):
+            see_through = True
+            canvas = Image.new("RGB", rgb.size, BACKGROUND)
+            canvas.paste(rgb, mask=alpha)
+            rgb = canvas
+        result.paste(rgb.reduce(reduced_by) if reduced_by > 1 else rgb, (0, top // reduced_by))
+    warning = ("has transparent parts, which were laid on white",) if see_through else ()
+    return result, notes, warning
+
+
+def _fitting(image: Image.Image, stored: Stored) -> tuple[Profile | None, tuple[str, ...]]:
+    """The profile, if it changes these pixels, and notes about what is done.
+
+    Raises:
+        UnusablePicture: The profile needs bits that the decoder drops.
+    """
+    deep_grey = ("was 16-bit grey, converted to 8-bit colour",)
+    notes = deep_grey if stored.levels else _NOTES.get(image.mode, ())
+    profile = stored.profile
+    if profile is None or profile.is_srgb:
+        return None, notes
+    if not _fits(image, profile.mode, is_grey=stored.is_grey or bool(stored.levels)):
+        return None, notes + (
+            "has a colour profile for another kind of colours, which was ignored",
         )
-    notes = _NOTES.get(image.mode, ())
-    alpha = None
+    if stored.is_deep and profile.is_steep:
+        raise UnusablePicture(
+            f"has 16 bits a colour in the colour space {profile.name!r}, which cannot be converted "
+            "without loss; export it as an 8-bit sRGB PNG",
+            image.size,
+        )
+    said = f"was in the colours of the profile {profile.name!r}, converted to sRGB"
+    return profile, notes + (said,)
+
+
+def _fits(image: Image.Image, mode: str, *, is_grey: bool) -> bool:
+    """Whether pixels of this picture can be brought to the mode without changing their meaning."""
+    if mode == "L":
+        return is_grey or image.mode in _GREY or _has_grey_palette(image)
+    if mode == "RGB":
+        return image.mode not in ("CMYK", "LAB")
+    return image.mode == mode
+
+
+def _has_grey_palette(image: Image.Image) -> bool:
+    if image.mode not in ("P", "PA") or image.palette is None:
+        return False
+    colours = image.palette.tobytes()
+    bands = len(image.palette.mode)
+    return all(len(set(colours[place : place + 3])) <= 1 for place in range(0, len(colours), bands))
+
+
+def _converter(
+    image: Image.Image, stored: Stored, profile: Profile | None
+) -> Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]:
+    """What makes RGB pixels, and their opacity where there is one, of a part of the picture."""
+    mode = profile.mode if profile else "RGB"
+
+    def colours_of(part: Image.Image) -> Image.Image:
+        plain = part if part.mode == mode else part.convert(mode)
+        return profile.to_srgb(plain) if profile else plain
+
+    def from_levels(part: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+        whole = part.convert("I")  # the only mode of more than 8 bits that takes a table
+        return colours_of(whole.point(list(stored.levels or ()), "L")), _opacity_of_deep(whole)
+
+    def see_through(part: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+        if part.mode == "La":
+            part = part.convert("LA")
+        if part.mode == "LA":
+            return colours_of(part.convert("L")), part.getchannel("A")
+        rgba = part.convert("RGBA")
+        grey = mode == "L" and part.mode not in ("P", "PA")
+        return colours_of(part.convert("L") if grey else rgba.convert("RGB")), rgba.getchannel("A")
+
+    if stored.levels:
+        return from_levels
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        alpha, colours = rgba.getchannel("A"), rgba.convert("RGB")
-    else:
-        colours = image.convert("RGB") if image.mode in ("P", "1", "LAB") else image
-    rgb, profile_notes = _through_profile(colours, image.info.get("icc_profile"))
-    if alpha is None or alpha.getextrema()[0] == 255:
-        return rgb, notes + profile_notes, ()
-    canvas = Image.new("RGB", rgb.size, BACKGROUND)
-    canvas.paste(rgb, mask=alpha)
-    return canvas, notes + profile_notes, ("has transparent parts, which were laid on white",)
+        return see_through
+    return lambda part: (colours_of(part), None)
 
 
-def _through_profile(
-    image: Image.Image, profile: bytes | None
-) -> tuple[Image.Image, tuple[str, ...]]:
-    """Read the numbers as the file's own colour profile means them; without one they are sRGB."""
-    plain = image.convert("RGB")
-    if not profile:
-        return plain, ()
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        name = ImageCms.getProfileDescription(source).strip()[:60]
-        converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return plain, ("has a damaged colour profile, which was ignored",)
-    if converted is None or name.startswith("sRGB"):
-        return plain, ()
-    return converted, (f"was in the colours of the profile {name!r}, converted to sRGB",)
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8-bit by scaling; Pillow's own conversion clips all above 255 to white."""
-    values = np.asarray(image)
-    if image.mode == "I" and values.max() <= 255:  # 32-bit files often hold 8-bit values
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    # 65535 / 255 is 257; whole numbers, row by row, since a scan can be large.
-    scaled = np.empty(values.shape, dtype=np.uint8)
-    for row, numbers in enumerate(values):
-        scaled[row] = (numbers.clip(0, 65535).astype(np.uint32) + 128) // 257
-    return Image.fromarray(scaled)
+def _opacity_of_deep(whole: Image.Image) -> Image.Image | None:
+    """Opacity where a file of 16-bit greys names one of them as transparent."""
+    transparent = whole.info.get("transparency")
+    if not isinstance(transparent, int):
+        return None
+    table = [255] * 65536
+    table[transparent & 0xFFFF] = 0
+    return whole.point(table, "L")

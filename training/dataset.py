@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from training.base_model import BaseModel
-from training.buckets import Frame, frame_for
+from training.buckets import Frame
+from training.colour import UnusablePicture
+from training.decoder import Answer, Decoder
+from training.intake import MOTIF, Refused, Request
 from training.lora_config import Picture, TrainingRun
-from training.picture_checks import Looks, look_at
+from training.picture_checks import Looks, motif_of
 from training.prompts import orders, with_trigger
-from training.vetting import UnusablePicture, Vetted, vet
+from utils.captions import clean_caption
 from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
+from utils.names import printable, shown_name
 from utils.wording import counted, grouped
 
 log = logging.getLogger(__name__)
 
+CAPTION_IGNORED = "its caption was ignored: "
+"""How a reason begins that is about a caption and not about a picture."""
 FEW_PICTURES = 10
 """With fewer usable pictures than this, a style comes out weakly."""
 MUCH_LOST = 0.1
@@ -36,7 +41,7 @@ class PictureReport:
     """What became of one picture that was asked for.
 
     Attributes:
-        source: Its address as the message spelt it.
+        source: Its address as the message spelt it, printable.
         status: `used`, `warned` (used, but the artist should know something), or `left_out`.
         reasons: Why, and what was done to it, in words an artist understands.
         width, height: In pixels after rotation; None where they are not known.
@@ -92,6 +97,7 @@ class Dataset:
         embeddings: [77, d] by caption, in each of its orders; the empty prompt's is always there.
         warnings: Sentences for the report.
         held_out: Pictures that the probe looks at and the loop never sees, if there are any.
+        thumbnails: JPEG files of the pictures that could be decoded, by the path of their files.
     """
 
     entries: tuple[PictureReport, ...]
@@ -100,6 +106,7 @@ class Dataset:
     embeddings: dict[str, Tensor]
     warnings: tuple[str, ...] = ()
     held_out: Dataset | None = None
+    thumbnails: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def identities(self) -> tuple[str, ...]:
@@ -108,6 +115,26 @@ class Dataset:
             f"{example.identity}-{hashlib.sha256(example.caption.encode()).hexdigest()[:16]}"
             for example in self.usable
         )
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What a person calls each of `identities`."""
+        return {
+            identity: shown_name(example.source)
+            for identity, example in zip(self.identities, self.usable, strict=True)
+        }
+
+    def in_order_of(self, identities: Sequence[str]) -> Dataset:
+        """The same pictures in another order, if they are the same; else unchanged.
+
+        Files that were renamed come in another order, and a resumed run keeps the one it began
+        with.
+        """
+        ours = self.identities
+        if ours == tuple(identities) or sorted(ours) != sorted(identities):
+            return self
+        examples = dict(zip(ours, self.usable, strict=True))
+        return dataclasses.replace(self, usable=tuple(examples[each] for each in identities))
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -132,92 +159,152 @@ def prepare(
     base: BaseModel,
     *,
     should_stop: Callable[[], StopReason | None] = lambda: None,
+    on_picture: Callable[[], None] = lambda: None,
+    decoder: Decoder | None = None,
 ) -> Dataset:
     """Vet and encode a run's pictures.
 
     Args:
         run: What is asked for.
         base: The base model; VAE and text encoder are used.
-        should_stop: Asked before each picture.
+        should_stop: Asked before each picture and while it is decoded.
+        on_picture: Called after each picture, so that nobody takes a slow one for the end.
+        decoder: Decodes the pictures; without one, one is started.
 
     Raises:
         ImageDownloadFailed: Too few pictures are usable because too few could be fetched.
         LowQualityData: Too few pictures are usable; the message names each that was left out, and
             why.
         Stopped: `should_stop` gave a reason.
+        WorkerCrashed: The decoder cannot be started.
     """
     entries: list[PictureReport] = []
     usable: list[Example] = []
-    latents: dict[str, Latents] = {}
-    seen: list[tuple[str, Looks]] = []
-    for picture in run.pictures:
-        if reason := should_stop():
-            raise Stopped(reason)
-        entry, example = _take_in(picture, run, base, latents, seen)
-        entries.append(entry)
-        if example:
-            usable.append(example)
-        else:
-            log.warning(
-                "picture_left_out", extra={"picture": _name(entry), "reasons": entry.reasons}
-            )
+    found = _Found()
+    with contextlib.ExitStack() as mine:
+        decoder = decoder or mine.enter_context(Decoder())
+        for picture, answer in _decoded(run, decoder, should_stop):
+            if reason := should_stop():
+                raise Stopped(reason)
+            entry, example = _take_in(picture, answer, run, base, found)
+            entries.append(entry := _with_caption_problem(entry, picture))
+            if example:
+                usable.append(example)
+            else:
+                log.warning(
+                    "picture_left_out", extra={"picture": _name(entry), "reasons": entry.reasons}
+                )
+            on_picture()
     _refuse_too_few(run, entries, len(usable))
-    warnings = []
-    if len(usable) < FEW_PICTURES:
+    captions = dict.fromkeys(["", *(caption for each in usable for caption in each.orders)])
+    return Dataset(
+        tuple(entries),
+        tuple(usable),
+        found.latents,
+        {caption: base.encode_prompts([caption])[0] for caption in captions},
+        _warnings(run, len(usable), found),
+        thumbnails=found.thumbnails,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Found:
+    """What the pictures so far have brought.
+
+    Attributes:
+        latents: By the picture's identity.
+        seen: Name and looks of each usable picture.
+        thumbnails: By the file's path.
+    """
+
+    latents: dict[str, Latents] = dataclasses.field(default_factory=dict)
+    seen: list[tuple[str, Looks]] = dataclasses.field(default_factory=list)
+    thumbnails: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+
+def _warnings(run: TrainingRun, usable: int, found: _Found) -> tuple[str, ...]:
+    """Sentences about the pictures as a whole."""
+    warnings = list(run.notes)
+    if usable < FEW_PICTURES:
         warnings.append(
-            f"Only {counted(len(usable), 'picture')} can be trained on; a style holds better with "
+            f"Only {counted(usable, 'picture')} can be trained on; a style holds better with "
             f"{FEW_PICTURES} to 30."
         )
-    if all(looks.is_grey for _, looks in seen):
+    if all(looks.is_grey for _, looks in found.seen):
         warnings.append(
             "All pictures are without colour; such a style comes out tinted unless the captions "
             "say so (black and white, pencil drawing)."
         )
-    captions = dict.fromkeys(["", *(caption for example in usable for caption in example.orders)])
-    embeddings = {caption: base.encode_prompts([caption])[0] for caption in captions}
-    return Dataset(tuple(entries), tuple(usable), latents, embeddings, tuple(warnings))
+    return tuple(warnings)
+
+
+def _decoded(
+    run: TrainingRun, decoder: Decoder, should_stop: Callable[[], StopReason | None]
+) -> Iterator[tuple[Picture, Answer | None]]:
+    """Each picture with what the decoder says of it; None where there is no file."""
+    requests = [
+        Request(picture.path, run.max_image_pixels, run.parameters.resolution)
+        for picture in run.pictures
+        if picture.path is not None
+    ]
+    answers = decoder.answers(requests, should_stop=should_stop)
+    for picture in run.pictures:
+        yield picture, next(answers, None) if picture.path is not None else None
 
 
 def _take_in(
-    picture: Picture,
-    run: TrainingRun,
-    base: BaseModel,
-    latents: dict[str, Latents],
-    seen: list[tuple[str, Looks]],
+    picture: Picture, answer: Answer | None, run: TrainingRun, base: BaseModel, found: _Found
 ) -> tuple[PictureReport, Example | None]:
-    """Vet and encode one picture; its latents go into `latents`, its looks into `seen`."""
-    if picture.path is None:
+    """Judge and encode one decoded picture; what it brings goes into `found`."""
+    if picture.path is None or answer is None:
         return _left_out(picture, picture.problem or "could not be fetched"), None
+    if answer.thumbnail:
+        found.thumbnails[picture.path] = answer.thumbnail
+    fact = answer.fact
+    if isinstance(fact, Refused):
+        size = (fact.width, fact.height) if fact.width and fact.height else None
+        return _left_out(picture, fact.reason, size), None
+    copy = Image.frombytes("L", (MOTIF, MOTIF), answer.motif)
+    looks = Looks(fact.looks, fact.is_grey, fact.pixels, motif_of(copy))
+    frame, size = Frame(*fact.frame), (fact.width, fact.height)
     try:
-        content = Path(picture.path).read_bytes()
-        vetted = vet(content, max_pixels=run.max_image_pixels)
-        looks = look_at(vetted.image, resolution=run.parameters.resolution)
-        cautions = looks.warnings + _compare(vetted, looks, seen)
+        cautions = looks.warnings + _compare(size, looks, found.seen)
         caption, cut = _caption(picture, run, base)
-        frame = frame_for(*vetted.image.size, run.parameters.resolution)
-        identity = hashlib.sha256(content).hexdigest()
-        latents[identity] = _encode(vetted, frame, base)
-    except OSError:
-        return _left_out(picture, "its file could not be read"), None
+        found.latents[fact.identity] = _encode(answer.pixels, frame, size, base)
     except UnusablePicture as unusable:
         return _left_out(picture, str(unusable), unusable.size), None
-    seen.append((_shown_name(picture.source), looks))
-    cautions = vetted.warnings + _enlarged(vetted, frame) + cautions + cut
+    found.seen.append((shown_name(picture.source), looks))
+    cautions = fact.warnings + _enlarged(size, frame) + cautions + cut
     entry = PictureReport(
-        picture.source,
+        printable(picture.source),
         "warned" if cautions else "used",
-        cautions + vetted.notes + _cropped(vetted, frame),
-        *vetted.image.size,
+        cautions + fact.notes + _cropped(size, frame),
+        *size,
         caption,
-        vetted.decoded,
+        fact.decoded,
         str(frame),
     )
-    return entry, Example(picture.source, identity, caption, _orders(caption, identity, run))
+    return entry, Example(
+        picture.source, fact.identity, caption, _orders(caption, fact.identity, run)
+    )
+
+
+def _with_caption_problem(entry: PictureReport, picture: Picture) -> PictureReport:
+    """The entry with the reason for which the picture's caption is not trained, if there is one."""
+    problem = picture.caption_problem
+    if not problem:  # else the code that found the problem has logged it
+        problem = clean_caption(picture.caption).problem
+        if not problem:
+            return entry
+        log.warning("caption_ignored", extra={"picture": _name(entry), "reason": problem})
+    status = "warned" if entry.status == "used" else entry.status
+    reasons = (*entry.reasons, f"{CAPTION_IGNORED}{problem}")
+    return dataclasses.replace(entry, status=status, reasons=reasons)
 
 
 def _caption(picture: Picture, run: TrainingRun, base: BaseModel) -> tuple[str, tuple[str, ...]]:
     """What a picture is trained with, and a warning where that is not the whole of its caption."""
-    prompt = with_trigger(run.trigger_word, picture.caption)
+    prompt = with_trigger(run.trigger_word, clean_caption(picture.caption).text)
     caption = base.fit_prompt(prompt)
     if caption == prompt:
         return caption, ()
@@ -234,10 +321,12 @@ def _orders(caption: str, identity: str, run: TrainingRun) -> tuple[str, ...]:
 
 def _left_out(picture: Picture, reason: str, size: tuple[int, int] | None = None) -> PictureReport:
     width, height = size or (None, None)
-    return PictureReport(picture.source, "left_out", (reason,), width, height, picture.caption)
+    caption = clean_caption(picture.caption).text
+    source = printable(picture.source)
+    return PictureReport(source, "left_out", (reason,), width, height, caption)
 
 
-def _compare(vetted: Vetted, looks: Looks, seen: list[tuple[str, Looks]]) -> tuple[str, ...]:
+def _compare(size: tuple[int, int], looks: Looks, seen: list[tuple[str, Looks]]) -> tuple[str, ...]:
     """Compare a picture with those before it.
 
     Returns:
@@ -248,34 +337,34 @@ def _compare(vetted: Vetted, looks: Looks, seen: list[tuple[str, Looks]]) -> tup
     """
     for name, other in seen:
         if other.pixels == looks.pixels:
-            raise UnusablePicture(f"is the same picture as {name}", vetted.image.size)
+            raise UnusablePicture(f"is the same picture as {name}", size)
     near = [name for name, other in seen if looks.shows_the_same(other)]
     return (f"looks like another version of {near[0]}, which then counts twice",) if near else ()
 
 
-def _enlarged(vetted: Vetted, frame: Frame) -> tuple[str, ...]:
-    small = frame.enlarges(*vetted.image.size)
+def _enlarged(size: tuple[int, int], frame: Frame) -> tuple[str, ...]:
+    small = frame.enlarges(*size)
     return (f"is smaller than {frame} pixels; enlarging it made it soft",) if small else ()
 
 
-def _cropped(vetted: Vetted, frame: Frame) -> tuple[str, ...]:
-    lost = 1 - frame.keeps(*vetted.image.size)
+def _cropped(size: tuple[int, int], frame: Frame) -> tuple[str, ...]:
+    lost = 1 - frame.keeps(*size)
     return (f"lost {lost:.0%} at its edges, to fit {frame} pixels",) if lost > MUCH_LOST else ()
 
 
-def _encode(vetted: Vetted, frame: Frame, base: BaseModel) -> Latents:
-    """Scale, crop around the centre, and encode.
+def _encode(content: bytes, frame: Frame, size: tuple[int, int], base: BaseModel) -> Latents:
+    """Encode the RGB pixels of a frame.
 
     Raises:
         UnusablePicture: The VAE makes no finite numbers of it.
     """
-    fitted = ImageOps.fit(vetted.image, (frame.width, frame.height), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    pixels = values.view(frame.height, frame.width, 3).permute(2, 0, 1).float() / 127.5 - 1.0
     mean, std = base.encode_images(pixels[None])
     if not bool((torch.isfinite(mean) & torch.isfinite(std)).all()):
         raise UnusablePicture(
             "the image encoder cannot represent it (it gave values that are no numbers)",
-            vetted.image.size,
+            size,
         )
     return Latents(mean[0], std[0])
 
@@ -303,9 +392,4 @@ def _refuse_too_few(run: TrainingRun, entries: list[PictureReport], usable: int)
 
 
 def _name(entry: PictureReport) -> str:
-    return _shown_name(entry.source)
-
-
-def _shown_name(source: str) -> str:
-    """The last part of an address, without a query, which may carry a signature."""
-    return source.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
+    return shown_name(entry.source)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from training import dataset
 from training.dataset import Dataset
+from training.decoder import Decoder
 from utils.errors import StopReason
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ def prepare(
     base: BaseModel,
     *,
     should_stop: Callable[[], StopReason | None] = lambda: None,
+    on_picture: Callable[[], None] = lambda: None,
 ) -> Dataset:
     """Vet and encode a run's pictures, and those that are held out as its `held_out`.
 
@@ -30,16 +33,24 @@ def prepare(
     Args:
         run: What is asked for.
         base: The base model; VAE and text encoder are used.
-        should_stop: Asked before each picture.
+        should_stop, on_picture: See `dataset.prepare`.
 
     Raises:
-        ImageDownloadFailed, LowQualityData, Stopped: See `dataset.prepare`.
+        ImageDownloadFailed, LowQualityData, Stopped, WorkerCrashed: See `dataset.prepare`.
     """
-    data = dataset.prepare(run, base, should_stop=should_stop)
-    if not run.validation_pictures:
-        return data
-    apart = dataclasses.replace(run, pictures=run.validation_pictures, min_images=0)
-    others = dataset.prepare(apart, base, should_stop=should_stop)
+    with Decoder() as decoder:
+        prepare_one = functools.partial(
+            dataset.prepare,
+            base=base,
+            should_stop=should_stop,
+            on_picture=on_picture,
+            decoder=decoder,
+        )
+        data = prepare_one(run)
+        if not run.validation_pictures:
+            return data
+        apart = dataclasses.replace(run, pictures=run.validation_pictures, min_images=0, notes=())
+        others = prepare_one(apart)
     return dataclasses.replace(data, held_out=_without(others, data))
 
 

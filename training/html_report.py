@@ -5,17 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from PIL import Image, ImageOps
+from PIL import Image
 
 from training import grids
 from training.preview import LOSS_CURVE, SAMPLES
-from training.vetting import FORMATS
+from utils.names import shown_name
 
 if TYPE_CHECKING:
     from training.lora_config import Picture, TrainingRun
@@ -23,9 +22,8 @@ if TYPE_CHECKING:
 
 HTML_REPORT = "training_report.html"
 TEMPLATE = "training_report.html.j2"
-THUMBNAIL = 320
 SHEET = 1100
-"""Sides in pixels."""
+"""Side in pixels."""
 
 
 def write_html(
@@ -34,16 +32,19 @@ def write_html(
     result: TrainingResult,
     prompts: Sequence[str],
     folder: Path,
+    *,
+    thumbnails: Mapping[str, bytes],
 ) -> Path:
     """Write `training_report.html`.
 
     Args:
         report: From `report.build_report`.
-        run: Where the pictures lie, for thumbnails.
+        run: Its pictures.
         result: With the samples of checkpoints.
         prompts: Of the samples.
         folder: Where `samples.png` and `loss_curve.png` lie, as far as they could be made; the file
             goes there, too.
+        thumbnails: JPEG files of the pictures, by the path of their files.
 
     Returns:
         The file's path.
@@ -51,16 +52,15 @@ def write_html(
     Raises:
         OSError: The disk is full or read-only.
     """
-    limit = run.max_image_pixels
     content = {
         **report,
-        "pictures": _shown(report["pictures"], run.pictures, limit),
+        "pictures": _shown(report["pictures"], run.pictures, thumbnails),
         "validation_pictures": _shown(
-            report["validation_pictures"], run.validation_pictures, limit
+            report["validation_pictures"], run.validation_pictures, thumbnails
         ),
         "loss_curve": _data_uri(_read(folder / LOSS_CURVE), "png"),
         "curve_text": _curve_text(report),
-        "samples": _thumbnail(folder / SAMPLES, SHEET, limit),
+        "samples": _small_sheet(folder / SAMPLES),
         "prompts": prompts,
         "rows": _rows(result, prompts),
         "choice": _choice(report),
@@ -81,14 +81,16 @@ def write_html(
 
 
 def _shown(
-    entries: Sequence[Mapping[str, Any]], pictures: Sequence[Picture], limit: int
+    entries: Sequence[Mapping[str, Any]],
+    pictures: Sequence[Picture],
+    thumbnails: Mapping[str, bytes],
 ) -> list[dict[str, Any]]:
     """What is said of each picture, with its name and its thumbnail."""
     return [
         {
             **entry,
-            "name": entry["source"].partition("?")[0].rstrip("/").rpartition("/")[2],
-            "thumbnail": _thumbnail(Path(picture.path), THUMBNAIL, limit) if picture.path else None,
+            "name": shown_name(entry["source"]),
+            "thumbnail": _data_uri(thumbnails.get(picture.path or ""), "jpeg"),
         }
         for entry, picture in zip(entries, pictures, strict=True)
     ]
@@ -138,23 +140,16 @@ def _curve_text(report: Mapping[str, Any]) -> str:
     return f"Loss curve: from {known[0]:.4f} in the first epoch to {known[-1]:.4f} in the last"
 
 
-def _thumbnail(path: Path, side: int, limit: int) -> str | None:
-    """A small copy of a picture without any of its metadata; None where there is nothing to see."""
+def _small_sheet(path: Path) -> str | None:
+    """A small copy of the sheet of samples; None where there is none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-            with Image.open(path, formats=FORMATS) as picture:
-                if picture.width * picture.height > limit:
-                    return None
-                picture.draft("RGB", (side, side))
-                upright = ImageOps.exif_transpose(picture).convert("RGBA")
-        upright.thumbnail((side, side))
-        small = Image.new("RGB", upright.size, "white")
-        small.paste(upright, mask=upright.getchannel("A"))
-        buffer = io.BytesIO()
-        small.save(buffer, format="JPEG", quality=80)
-    except Exception:  # pylint: disable=broad-exception-caught  # decoders raise nearly anything
+        with Image.open(path, formats=("PNG",)) as picture:
+            small = picture.convert("RGB")
+    except OSError:  # the samples could not be painted, which the report says
         return None
+    small.thumbnail((SHEET, SHEET))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=80)
     return _data_uri(buffer.getvalue(), "jpeg")
 
 

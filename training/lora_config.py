@@ -168,12 +168,14 @@ class Picture:
         path: Local file, or None where it could not be fetched.
         caption: Caption, or the empty string.
         problem: Why there is no file, in words an artist understands; None where there is one.
+        caption_problem: Why a caption that was there is ignored; None where none was ignored.
     """
 
     source: str
     path: str | None
     caption: str = ""
     problem: str | None = None
+    caption_problem: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -197,6 +199,7 @@ class TrainingRun:
         sample_steps: Steps of the sampler; a CPU makes a sketch of fewer.
         preview_share: Part of the training's time that samples at checkpoints may take.
         tensorboard: Draw curves, as event files in the folder `CURVES`.
+        notes: Sentences for the report about files that were sent and are not used.
     """
 
     task_id: str
@@ -215,6 +218,7 @@ class TrainingRun:
     sample_steps: int = 25
     preview_share: float = 0.0
     tensorboard: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.buckets import MOST_STRETCHED
-from training.vetting import UnusablePicture
+from training.colour import UnusablePicture
+from training.intake import MOTIF
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Looks:
         warnings: What the artist should know, to follow the picture's name in a sentence.
         is_grey: It has no colour.
         pixels: SHA-256 of its pixels: the same picture in another file has the same.
-        motif: Its perceptual hash; None where the library is not installed.
+        motif: Its perceptual hash; None where the library is not installed, or none was made.
     """
 
     warnings: tuple[str, ...]
@@ -56,30 +57,32 @@ class Looks:
         return int((self.motif != other.motif).sum()) <= SAME_MOTIF
 
 
-def look_at(image: Image.Image, *, resolution: int) -> Looks:
-    """Judge a picture by what it shows.
+def look_at(image: Image.Image, *, resolution: int, size: tuple[int, int] | None = None) -> Looks:
+    """Judge a picture by what it shows; its motif is for `motif_of`.
 
     Args:
         image: Upright, RGB.
         resolution: Side of the training pictures in pixels.
+        size: Of the picture that `image` is a smaller copy of.
 
     Raises:
         UnusablePicture: There is nothing to learn from it; says why.
     """
-    width, height = image.size
+    width, height = size or image.size
     least = max(8, resolution // LEAST_PART)
     if min(width, height) < least:
         raise UnusablePicture(
             f"is too small ({width} x {height} pixels; at least {least} are needed on each side)",
-            image.size,
+            (width, height),
         )
     if max(width, height) > MOST_STRETCHED * min(width, height):
         raise UnusablePicture(
-            f"is too long and narrow ({width} x {height} pixels); cut a part out of it", image.size
+            f"is too long and narrow ({width} x {height} pixels); cut a part out of it",
+            (width, height),
         )
     small = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).astype(np.int16)
     if int((small.max(axis=(0, 1)) - small.min(axis=(0, 1))).max()) <= ONE_COLOUR:
-        raise UnusablePicture("shows nothing: it is a single colour", image.size)
+        raise UnusablePicture("shows nothing: it is a single colour", (width, height))
     warnings = []
     away = np.abs(small - np.median(small, axis=(0, 1))).max(axis=2)
     if float((away <= ONE_COLOUR).mean()) >= NEARLY_ALL:
@@ -91,8 +94,13 @@ def look_at(image: Image.Image, *, resolution: int) -> Looks:
         warnings=tuple(warnings),
         is_grey=float((channels[..., 2] - channels[..., 0]).mean()) < GREY,
         pixels=hashlib.sha256(f"{width}x{height}".encode() + image.tobytes()).hexdigest(),
-        motif=_motif(image),
+        motif=None,
     )
+
+
+def motif_copy(image: Image.Image) -> Image.Image:
+    """The small grey copy that shows a picture's motif."""
+    return image.convert("L").resize((MOTIF, MOTIF), Image.Resampling.LANCZOS)
 
 
 def _sharpness(image: Image.Image) -> float:
@@ -117,11 +125,16 @@ def _sharpness(image: Image.Image) -> float:
     return float(np.percentile(parts, 95))
 
 
-def _motif(image: Image.Image) -> NDArray[np.bool_] | None:
+def motif_of(copy: Image.Image) -> NDArray[np.bool_] | None:
+    """The perceptual hash of a picture.
+
+    Args:
+        copy: From `motif_copy`.
+    """
     try:
         import imagehash  # pylint: disable=import-outside-toplevel  # training alone does without
     except ImportError:
         log.info("near_duplicates_not_looked_for", extra={"reason": "ImageHash is not installed"})
         return None
-    found: NDArray[np.bool_] = imagehash.phash(image).hash.reshape(-1)
+    found: NDArray[np.bool_] = imagehash.phash(copy).hash.reshape(-1)
     return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 
+from utils.captions import clean_caption
+
 ORDERS = 8
 """Of a caption's tags, at most: each is encoded once and kept, 0.1 MB in half precision."""
 MAX_TRIGGER_WORD = 64
@@ -19,6 +21,8 @@ def checked_trigger_word(text: str) -> str:
     word = " ".join(text.split())
     if len(word) > MAX_TRIGGER_WORD:
         raise ValueError(f"must have at most {MAX_TRIGGER_WORD} characters")
+    if clean_caption(word).problem:
+        raise ValueError("must be valid Unicode text without control characters")
     if "," in word:
         raise ValueError("must be without commas, which part tags")
     return word

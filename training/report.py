@@ -8,14 +8,18 @@ import json
 import math
 import os
 import platform
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from training.dataset import CAPTION_IGNORED
 from training.html_report import HTML_REPORT
 from training.lora_formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIFFUSERS_WEIGHTS, KOHYA_WEIGHTS
 from training.preview import LOSS_CURVE, SAMPLES
+from utils.names import is_unicode, printable
 
 if TYPE_CHECKING:
     from training.base_model import BaseModel
@@ -36,6 +40,8 @@ FILES = (
 )
 """Everything that a finished run publishes, in that order: where the last one is, all are."""
 
+LONGEST_REASON, MOST_REASONS = 200, 10
+"""Characters and number of the reasons in the `complete` webhook."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -113,7 +119,8 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
-    """What the `complete` webhook says of the report: a few scalars, no captions and no addresses.
+    """The part of the report that the `complete` webhook sends: a few numbers, and the reasons for
+    which pictures were left out and captions ignored; no captions and no addresses.
 
     Args:
         report: From `build_report`.
@@ -126,7 +133,28 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         "delivered_epoch": report["delivered_epoch"],
         "base_model": report["base_model"]["name"],
         "warnings": len(report["warnings"]),
+        "left_out": _counted_reasons(
+            reason
+            for entry in report["pictures"]
+            if entry["status"] == "left_out"
+            for reason in entry["reasons"]
+            if not reason.startswith(CAPTION_IGNORED)
+        ),
+        "captions_ignored": _counted_reasons(
+            reason.removeprefix(CAPTION_IGNORED)
+            for entry in report["pictures"]
+            for reason in entry["reasons"]
+            if reason.startswith(CAPTION_IGNORED)
+        ),
     }
+
+
+def _counted_reasons(reasons: Iterable[str]) -> list[dict[str, Any]]:
+    """Reasons with the number of pictures that each applies to, the most frequent first."""
+    counts = Counter(reason[:LONGEST_REASON] for reason in reasons)
+    return [
+        {"reason": reason, "pictures": count} for reason, count in counts.most_common(MOST_REASONS)
+    ]
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -146,11 +174,14 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _json_value(value: Any) -> Any:
-    """Tuples become lists, and numbers that are not finite become None: JSON knows neither."""
+    """Tuples become lists, numbers that are not finite None, and halves of characters escape
+    sequences: JSON, or its file, can hold none of them."""
     if isinstance(value, dict):
         return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_json_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str) and not is_unicode(value):
+        return printable(value)
     return value

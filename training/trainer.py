@@ -278,7 +278,9 @@ class LoRATrainer:
         state = loop_state.begin(self._base, self._course, accelerator)
         changed = bool(self._course.changes)
         if self._start:
-            checkpoint.refuse_another_run(self._start.state, self._about())
+            checkpoint.refuse_another_run(
+                self._start.state, self._about(), names=self._dataset.names
+            )
             loop_state.restore(state, self._start, accelerator)
             changed = self._course != self._start.state.course
             log.info("resumed", extra={"epoch": len(state.losses), "step": state.step})

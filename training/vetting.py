@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import warnings
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from training.colour import UnusablePicture, to_srgb
+from training import png_metadata
+from training.colour import Stored, UnusablePicture, to_srgb
+from training.containers import RAW, refuse_previews, stored_in
 
 __all__ = ["FORMATS", "UnusablePicture", "Vetted", "vet"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 """What may be opened. Pillow knows more, and starts other programs for some of them."""
+MOST_DECODED_BYTES = 512 * 1024**2
+"""Memory that the pixels of one picture may take in the decoder."""
+LARGE = 32_000_000
+"""Pixels. A larger picture is made smaller while it is read: no more than that is trained on."""
 
 _SIGNATURES = (
     (b"<!doctype", "is a web page, not a picture"),
@@ -23,7 +30,13 @@ _SIGNATURES = (
     (b"%pdf", "is a PDF, not a picture; export it as PNG"),
     (b"{", "is a text file, not a picture"),
 )
+_RAW_SIGNATURES = (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")
+_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"hevc", b"msf1")
+_GZIP = b"\x1f\x8b"
+# Bytes that Pillow takes for a pixel of each mode; four for all others.
+_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
+_ORIENTATION = 0x0112
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,16 +44,18 @@ class Vetted:
     """A picture that can be used.
 
     Attributes:
-        image: Upright, 8-bit sRGB.
+        image: Upright, 8-bit sRGB; smaller than the file's picture if that is larger than `LARGE`.
         decoded: What the file was: format, size as stored, colour mode.
         notes: What was done to it.
         warnings: What the artist should know.
+        size: Of the file's picture, upright.
     """
 
     image: Image.Image
     decoded: str = ""
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    size: tuple[int, int] = (0, 0)
 
 
 def vet(content: bytes, *, max_pixels: int) -> Vetted:
@@ -55,16 +70,26 @@ def vet(content: bytes, *, max_pixels: int) -> Vetted:
     """
     if not content:
         raise UnusablePicture("is an empty file")
+    png = png_metadata.Png(content)
+    if content.startswith(png_metadata.SIGNATURE):
+        png = png_metadata.tidied(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters raises
-        image = _open(content)
+        image = _open(png.content)
+        size = image.size
         _refuse_by_header(image, max_pixels)
-        several, deep = _first_of_several(image), _deep_colour(image)
-        _decode(image)
-        upright, notes = _upright(image)
-        rgb, more, see_through = _converted(upright)
-    decoded = f"{image.format}, {image.width} x {image.height} pixels, {image.mode}"
-    return Vetted(rgb, decoded, notes + deep + more, several + see_through)
+        refuse_previews(image, content)
+        several = _first_of_several(image)
+        decoded = f"{image.format}, {size[0]} x {size[1]} pixels, {image.mode}"
+        stored, notes = _stored(image, png)
+        reduced_by = _shrunk(image)
+        _decode(image, size)
+        orientation, exif_notes = _orientation(image)
+        rgb, more, see_through = _converted(image, stored, reduced_by, size)
+        upright = _upright(rgb, orientation)
+    if orientation > 4:
+        size = size[::-1]
+    return Vetted(upright, decoded, exif_notes + notes + more, several + see_through, size)
 
 
 def _open(content: bytes) -> Image.Image:
@@ -83,6 +108,15 @@ def _what_else(content: bytes) -> str:
     for signature, reason in _SIGNATURES:
         if start.startswith(signature):
             return reason
+    if content.startswith(_RAW_SIGNATURES) or content[4:12] == b"ftypcrx ":
+        return RAW
+    if content.startswith(_TIFF_SIGNATURES):
+        return (
+            "is a damaged TIFF, or stores its pixels in a way that cannot be read; export it as an "
+            "8-bit PNG"
+        )
+    if content.startswith(_GZIP):
+        return "is compressed as a whole (gzip); upload the picture itself"
     if content[4:8] == b"ftyp" and content[8:12] in _HEIC_BRANDS:
         return "is in Apple's HEIC format; export it as JPEG or PNG"
     return "is not a picture in a known format (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF)"
@@ -95,6 +129,13 @@ def _refuse_by_header(image: Image.Image, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise UnusablePicture(
             f"has {width} x {height} pixels, more than the {max_pixels:,} that are allowed",
+            image.size,
+        )
+    needed = width * height * _BYTES.get(image.mode, 4)
+    if needed > MOST_DECODED_BYTES:
+        raise UnusablePicture(
+            f"would take {needed / 1024**2:,.0f} MiB of memory to decode, more than the "
+            f"{MOST_DECODED_BYTES / 1024**2:,.0f} MiB that are allowed; export it smaller",
             image.size,
         )
 
@@ -111,47 +152,71 @@ def _first_of_several(image: Image.Image) -> tuple[str, ...]:
     return ("is animated or has several pages; only the first was used",) if several else ()
 
 
-def _deep_colour(image: Image.Image) -> tuple[str, ...]:
-    """A note where the decoder is about to keep 8 of 16 bits of each colour, unasked."""
-    packed = [part for tile in getattr(image, "tile", ()) for part in tile[-1:]]
-    raw = str(packed[0][0] if packed and isinstance(packed[0], tuple) else packed[:1])
-    deep = ";16" in raw and not image.mode.startswith("I")
-    return ("had 16 bits a colour, converted to 8",) if deep else ()
+def _stored(image: Image.Image, png: png_metadata.Png) -> tuple[Stored, tuple[str, ...]]:
+    """How its colours are stored, with notes on what was ignored."""
+    try:
+        stored, notes = stored_in(image, png.coding, png.content)
+    except UnusablePicture:
+        raise
+    except Exception as error:  # tags may hold anything
+        raise UnusablePicture("is damaged: its header cannot be read", image.size) from error
+    if png.damaged:
+        notes += (f"has damaged metadata ({', '.join(png.damaged)}), which was ignored",)
+    if stored.is_deep and not stored.levels:
+        notes += ("had 16 bits a colour, converted to 8",)
+    return stored, notes
+
+
+def _shrunk(image: Image.Image) -> int:
+    """How many pixels on each side of a large picture become one; a JPEG decodes them so."""
+    factor = math.ceil(math.sqrt(image.width * image.height / LARGE))
+    if factor > 1 and image.format in ("JPEG", "MPO"):
+        image.draft(image.mode, (image.width // 2, image.height // 2))
+        return 1 if image.width * image.height <= LARGE else 2
+    return factor
 
 
 def _converted(
-    image: Image.Image,
+    image: Image.Image, stored: Stored, reduced_by: int, size: tuple[int, int]
 ) -> tuple[Image.Image, tuple[str, ...], tuple[str, ...]]:
     """`to_srgb`, where whatever a rare way of storing colours raises is this picture's alone."""
     try:
-        return to_srgb(image)
+        return to_srgb(image, stored, reduced_by=reduced_by)
     except UnusablePicture:
         raise
     except MemoryError as error:
-        raise UnusablePicture("is too large to be converted", image.size) from error
+        raise UnusablePicture("is too large to be converted", size) from error
     except Exception as error:
         raise UnusablePicture(
             f"stores its colours in a way that cannot be read ({image.mode}); export it as PNG",
-            image.size,
+            size,
         ) from error
 
 
-def _decode(image: Image.Image) -> None:
+def _decode(image: Image.Image, size: tuple[int, int]) -> None:
     try:
         image.load()
     except MemoryError as error:
-        raise UnusablePicture("is too large to be decoded", image.size) from error
+        raise UnusablePicture("is too large to be decoded", size) from error
     except Exception as error:  # decoders raise nearly anything on damaged data
-        raise UnusablePicture("is damaged or cut off: it cannot be decoded", image.size) from error
+        if "memory" in str(error):  # as Pillow's own decoders say it
+            raise UnusablePicture("is too large to be decoded", size) from error
+        raise UnusablePicture("is damaged or cut off: it cannot be decoded", size) from error
 
 
-def _upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    """Turn the picture as its EXIF data says; unreadable EXIF data does no harm."""
+def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:
+    """How the picture lies, as its EXIF data says; unreadable EXIF data does no harm."""
     try:
-        orientation = image.getexif().get(0x0112, 1)
-        turned = ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # pylint: disable=broad-exception-caught  # damaged metadata, in any way
-        return image, ("has damaged EXIF data, which was ignored",)
-    if orientation in range(2, 9):
-        return turned, ("was turned upright as its EXIF data says",)
-    return image, ()
+        return 1, ("has damaged EXIF data, which was ignored",)
+    if isinstance(orientation, int) and 2 <= orientation <= 8:
+        return orientation, ("was turned upright as its EXIF data says",)
+    return 1, ()
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    if orientation == 1:
+        return image
+    image.getexif()[_ORIENTATION] = orientation
+    return ImageOps.exif_transpose(image)

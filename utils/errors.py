@@ -317,6 +317,7 @@ REPORTABLE: dict[str, type[TrainingServerError]] = {
         CheckpointUnusable,
         TimeLimit,
         ExportFailed,
+        WorkerCrashed,
         GpuBroken,
         DiskFull,
     )

@@ -87,7 +87,7 @@ def place(
     if (state_s3 or s3).exists(record_at(settings.state_bucket_name, task_id)):
         raise ConfigurationError(f"there is a job {task_id} already: choose another id")
     post.check(settings)
-    _upload(s3, folder, pictures, places, on_upload)
+    _upload(s3, pictures, places, on_upload)
     post.publish_one(settings, Publication(Queue.TRAINING, body, task_id))
     return Order(
         task_id, style_id, tuple(each.uri() for each in places), job.hyper_parameters.epochs
@@ -96,13 +96,12 @@ def place(
 
 def _upload(
     s3: S3Service,
-    folder: Path,
     pictures: Sequence[Picture],
     places: Sequence[S3Location],
     on_upload: Callable[[int, int], None],
 ) -> None:
     for index, picture in enumerate(pictures):
-        s3.upload_file(folder / picture.source, places[index])
+        s3.upload_file(Path(picture.path or ""), places[index])
         on_upload(index + 1, len(pictures))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sandbox.s3_server import S3Server
 from services import picture_download, s3_body
 from services.s3_service import FetchedPicture, PictureRequest, S3Location, S3Service
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, once, refusal
@@ -117,7 +119,10 @@ def test_a_picture_of_exactly_the_limit_is_taken(
     [
         ("a harbour\n at dawn \n".encode(), "a harbour at dawn"),
         (b"\xef\xbb\xbfwith a mark", "with a mark"),
-        (b"caf\xe9", "caf\N{REPLACEMENT CHARACTER}"),
+        (b"caf\xe9", None),
+        ("빨간 집".encode("cp949"), None),
+        ("빨간 집, ink".encode("utf-16"), "빨간 집, ink"),
+        ("a harbour".encode("utf-16-le"), "a harbour"),
         (b"", None),
         (b" \n", None),
         (b"x" * (16 * 1024 + 1), None),
@@ -133,6 +138,60 @@ def test_the_text_beside_a_picture_is_its_caption(
         s3.write(S3Location(bucket, "a.b/one.two.txt"), text)
     (fetched,) = fetch(s3, tmp_path, bucket, "a.b/one.two.jpg")
     assert (fetched.caption, fetched.problem) == (caption, None)
+    # What is there and is not used has a reason; what is not there, or says nothing, needs none.
+    assert bool(fetched.caption_problem) == (caption is None and bool(text and text.strip()))
+
+
+@pytest.mark.parametrize(
+    ("picture", "caption"),
+    [
+        ("a/b.png", "a/b.TXT"),
+        ("a/b.png", "a/b.caption"),
+        ("a/b.png", "a/b.png.txt"),
+        ("a/\u00e9.png", "a/e\u0301.txt"),
+        ("a/e\u0301.png", "a/\u00e9.png.txt"),
+    ],
+)
+def test_a_caption_is_found_under_the_other_names_that_people_give_it(
+    s3: S3Service, bucket: str, tmp_path: Path, picture: str, caption: str
+) -> None:
+    s3.write(S3Location(bucket, picture), b"picture")
+    s3.write(S3Location(bucket, caption), b"a harbour")
+    assert fetch(s3, tmp_path, bucket, picture)[0].caption == "a harbour"
+
+
+def put_as_gzip(server: S3Server, bucket: str, key: str, body: bytes) -> None:
+    """Store an object with `Content-Encoding: gzip`."""
+    server.client().put_object(Bucket=bucket, Key=key, Body=body, ContentEncoding="gzip")
+
+
+@pytest.mark.parametrize(
+    ("body", "content"),
+    [
+        (gzip.compress(b"picture" * 20_000), b"picture" * 20_000),
+        (b"not compressed at all", b"not compressed at all"),
+        (b"x", b"x"),
+        (b"", b""),
+        (gzip.compress(bytes(4 * MEBIBYTE)), None),
+    ],
+    ids=["gzip", "only said", "one byte", "empty", "bomb"],
+)
+def test_an_object_that_is_stored_as_gzip_is_unpacked_within_the_limit(
+    s3_server: S3Server,
+    bucket: str,
+    tmp_path: Path,
+    s3: S3Service,
+    body: bytes,
+    content: bytes | None,
+) -> None:
+    put_as_gzip(s3_server, bucket, "a.jpg", body)
+    put_as_gzip(s3_server, bucket, "a.txt", gzip.compress("항구".encode()))
+    (fetched,) = fetch(s3, tmp_path, bucket, "a.jpg")
+    if content is None:
+        assert fetched.problem and "too large" in fetched.problem
+    else:
+        assert fetched.path and fetched.path.read_bytes() == content
+        assert fetched.caption == "항구"
 
 
 def test_a_caption_in_the_message_wins_and_nothing_is_looked_for(

@@ -51,6 +51,25 @@ def test_a_trigger_word_that_would_be_several_tags_is_refused(tmp_path: Path) ->
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("word", ["half \udcb0", "esc \x1b", "lost \N{REPLACEMENT CHARACTER}"])
+def test_a_trigger_word_that_is_no_text_is_refused(tmp_path: Path, word: str) -> None:
+    with pytest.raises(ConfigurationError, match="the trigger word must be valid Unicode text"):
+        train(fill(tmp_path / "pictures", "one.jpg"), tmp_path / "model", trigger_word=word)
+
+
+@pytest.mark.parametrize("setting", ["--output", "BASE_MODEL"])
+def test_a_path_that_the_end_of_a_training_could_not_write_is_refused_at_its_start(
+    tmp_path: Path, setting: str
+) -> None:
+    folder, bad = fill(tmp_path / "pictures", "one.jpg"), tmp_path / "\udcb0\udca1"
+    with pytest.raises(ConfigurationError, match=rf"{setting}: .*\\xb0\\xa1 is not UTF-8"):
+        if setting == "--output":
+            train(folder, bad)
+        else:
+            train(folder, tmp_path / "model", base_model=str(bad))
+    assert not bad.exists()
+
+
 def test_without_a_report_beside_it_a_file_of_such_a_name_is_a_picture(tmp_path: Path) -> None:
     folder = fill(tmp_path / "pictures", "one.jpg", "samples.png")
     assert [picture.source for picture in pictures_in(folder)] == ["one.jpg", "samples.png"]

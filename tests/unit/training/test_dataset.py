@@ -211,7 +211,7 @@ def test_a_picture_with_16_bits_a_colour_keeps_its_colours_and_says_what_was_don
 def test_colours_that_cannot_be_converted_cost_one_picture_and_not_the_job(
     monkeypatch: pytest.MonkeyPatch, raised: Exception, reason: str
 ) -> None:
-    def fail(_: Image.Image) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise raised
 
     monkeypatch.setattr("training.vetting.to_srgb", fail)
@@ -236,11 +236,20 @@ def wide_gamut() -> bytes:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
 
 
-@pytest.mark.parametrize("damaged", [b"no profile", wide_gamut()[:200], wide_gamut()])
-def test_a_colour_profile_that_does_not_fit_does_no_harm_and_is_said(damaged: bytes) -> None:
-    result = vetted(encoded(noise(), "PNG", icc_profile=damaged))
+@pytest.mark.parametrize(
+    ("profile", "note"),
+    [
+        (b"no profile", "has a damaged colour profile, which was ignored"),
+        (wide_gamut()[:200], "has a damaged colour profile, which was ignored"),
+        (wide_gamut(), "has a colour profile for another kind of colours, which was ignored"),
+    ],
+)
+def test_a_colour_profile_that_does_not_fit_does_no_harm_and_is_said(
+    profile: bytes, note: str
+) -> None:
+    result = vetted(encoded(noise(), "PNG", icc_profile=profile))
     assert np.array_equal(np.asarray(result.image), np.asarray(noise()))
-    assert result.notes == ("has a damaged colour profile, which was ignored",)
+    assert result.notes == (note,)
 
 
 def test_a_picture_with_srgbs_own_profile_stays_as_it_is() -> None:

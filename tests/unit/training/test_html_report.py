@@ -18,7 +18,9 @@ from PIL import Image
 
 from tests.unit.training.browser import chromium, look
 from training import grids
+from training.decoder import Decoder
 from training.html_report import write_html
+from training.intake import Request
 from training.lora_config import HyperParameters, Picture, TrainingRun
 from training.preview import write_loss_curve
 from training.probe import Probed
@@ -119,6 +121,27 @@ def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, Tra
     return report | changed, run, result
 
 
+def thumbnails(run: TrainingRun) -> dict[str, bytes]:
+    """What the decoder makes of the run's pictures."""
+    pictures = (*run.pictures, *run.validation_pictures)
+    paths = [each.path for each in pictures if each.path]
+    requests = [Request(path, run.max_image_pixels, 64) for path in paths]
+    with Decoder() as decoder:
+        answers = decoder.answers(requests)
+        return {p: a.thumbnail for p, a in zip(paths, answers, strict=True) if a.thumbnail}
+
+
+def written(
+    report: dict[str, Any],
+    run: TrainingRun,
+    result: TrainingResult,
+    prompts: list[str],
+    folder: Path,
+) -> Path:
+    """The report's file."""
+    return write_html(report, run, result, prompts, folder, thumbnails=thumbnails(run))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a run with everything in it, its report written."""
@@ -126,7 +149,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     report, run, result = make(path)
     write_loss_curve([0.2, math.nan, 0.1], path, probes=PROBES, delivered=20)
     picture(1).resize((1200, 900)).save(path / "samples.png")
-    write_html(report, run, result, PROMPTS, path)
+    written(report, run, result, PROMPTS, path)
     yield path
 
 
@@ -201,7 +224,7 @@ def test_thumbnails_carry_nothing_but_the_picture(tmp_path: Path) -> None:
         buffer = io.BytesIO()
         plain.convert("RGB").save(buffer, "JPEG", exif=secret, comment=b"the artist's address")
     Path(run.pictures[0].path or "").write_bytes(buffer.getvalue())
-    text = write_html(report, run, result, PROMPTS, tmp_path).read_text(encoding="utf-8")
+    text = written(report, run, result, PROMPTS, tmp_path).read_text(encoding="utf-8")
     inside = [base64.b64decode(each) for each in re.findall(r'base64,([^"]+)"', text)]
     assert inside and not any(b"address" in each for each in inside)
 
@@ -218,7 +241,7 @@ def test_a_run_without_samples_probe_or_pictures_to_show_has_a_report_too(tmp_pa
         max_image_pixels=1,
         pictures=tuple(dataclasses.replace(each, caption="") for each in run.pictures),
     )
-    found = look(write_html(report, run, result, [], tmp_path), width=360)
+    found = look(written(report, run, result, [], tmp_path), width=360)
     assert found["images"] == 0 and not found["wide"]
     assert "could not compare" in found["text"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from training import export
@@ -22,6 +23,7 @@ from training.lora_formats import (
     lora_layers,
 )
 
+KNOWN = ("diffusers", "PEFT", "kohya")
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 
 
@@ -112,8 +114,8 @@ def test_layers_without_effect_broken_ones_and_other_kinds_are_noted(tmp_path: P
     save_file(tensors, path)
     found = inspect(path)
     said = " ".join(found.notes)
-    assert "1 layers have weights that are not finite" in said
-    assert "1 of 3 layers have no effect" in said and "1 tensors are of another kind" in said
+    assert "1 layer with weights that are not finite" in said
+    assert "1 of 3 layers have no effect" in said and "1 tensor of another kind (LoHa)" in said
     assert found.norms == (0.0, 4.0, 8.0)
 
 
@@ -127,8 +129,171 @@ def test_a_dora_is_told_in_every_spelling(tmp_path: Path, name: str) -> None:
         f"{LAYER}.lora_up.weight": torch.ones(3, 2),
     }
     save_file(factors | {f"{LAYER}.{name}": torch.ones(3)}, path)
-    (note,) = inspect(path).notes
+    _, note = inspect(path).notes
     assert note.startswith("1 layers are DoRA's") and "low-rank part" in note
+
+
+# ---- files of other programs ---------------------------------------------------------------------
+
+
+def factors(down: str, up: str, rank: int = 4) -> dict[str, torch.Tensor]:
+    """A layer of 8 inputs and 8 outputs whose factors, unscaled, have the norm 8 · rank."""
+    return {down: torch.ones(rank, 8), up: torch.ones(8, rank)}
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "kind"),
+    [
+        ("unet.a.to_q.lora_A.weight", "unet.a.to_q.lora_B.weight", "diffusers"),
+        ("transformer.a.to_q.lora_A.weight", "transformer.a.to_q.lora_B.weight", "diffusers"),
+        ("unet.a.to_q.lora.down.weight", "unet.a.to_q.lora.up.weight", "diffusers"),
+        (
+            "mid_block.a.processor.to_q_lora.down.weight",
+            "mid_block.a.processor.to_q_lora.up.weight",
+            "diffusers",
+        ),
+        (
+            "text_encoder.a.to_q.lora_linear_layer.down.weight",
+            "text_encoder.a.to_q.lora_linear_layer.up.weight",
+            "diffusers",
+        ),
+        (
+            "base_model.model.a.to_q.lora_A.default.weight",
+            "base_model.model.a.to_q.lora_B.default.weight",
+            "PEFT",
+        ),
+        (
+            "base_model.model.a.to_q.lora_embedding_A",
+            "base_model.model.a.to_q.lora_embedding_B",
+            "PEFT",
+        ),
+        ("lora_te1_a_to_q.lora_down.weight", "lora_te1_a_to_q.lora_up.weight", "kohya"),
+        (
+            "diffusion_model.a.to_q.lora_A.weight",
+            "diffusion_model.a.to_q.lora_B.weight",
+            "another program's",
+        ),
+    ],
+)
+def test_the_factors_are_found_in_every_spelling(
+    tmp_path: Path, down: str, up: str, kind: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(factors(down, up), path)
+    found = inspect(path)
+    assert (found.format, found.ranks, len(found.layers)) == (kind, (4,), 1)
+    assert list(found.targets)[0].endswith("to_q") and found.layers[0].norm == pytest.approx(32)
+    assert ("as another program names them" in " ".join(found.notes)) == (kind not in KNOWN)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["base_model.model.", "unet."], ids=["PEFT's file", "a diffusers header"]
+)
+def test_each_layer_has_the_alpha_of_its_own_pattern_and_network(
+    tmp_path: Path, prefix: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    config = {"lora_alpha": 8, "alpha_pattern": {"b.to_k": 2, "^c.to_v$": 1}}
+    layers = ("a.to_q", "b.to_k", "c.to_v", "deep.b.to_k")
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        name = prefix + layer
+        tensors |= factors(f"{name}.lora_A.weight", f"{name}.lora_B.weight")
+    header = {}
+    if prefix == "unet.":
+        tensors |= factors("text_encoder.a.lora_A.weight", "text_encoder.a.lora_B.weight")
+        packed = {f"unet.{key}": value for key, value in config.items()}
+        header["lora_adapter_metadata"] = json.dumps(packed | {"text_encoder.lora_alpha": 16})
+    else:
+        (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config))
+    save_file(tensors, path, metadata=header)
+    found = inspect(path)
+    alphas = {layer.name.removeprefix(prefix): layer.alpha for layer in found.layers}
+    assert [alphas[layer] for layer in layers] == [8, 2, 1, 2]
+    assert alphas.get("text_encoder.a", 16) == 16
+    for each in found.layers:
+        assert each.alpha and each.norm == pytest.approx(32 * each.alpha / 4)
+    assert not found.notes
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "unet."])
+def test_an_rslora_is_scaled_by_the_root_of_its_rank_and_named(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "a.safetensors"
+    config = {"lora_alpha": 8, "use_rslora": True}
+    packed = json.dumps({f"unet.{key}": value for key, value in config.items()})
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config))
+    save_file(
+        factors(f"{prefix}a.lora_A.weight", f"{prefix}a.lora_B.weight"),
+        path,
+        metadata={"lora_adapter_metadata": packed},
+    )
+    found = inspect(path)
+    assert found.layers[0].norm == pytest.approx(32 * 8 / 2)
+    assert any("rsLoRA" in note for note in found.notes)
+
+
+class Small(torch.nn.Module):
+    """A network with layers of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Linear(8, 8)
+        self.b = torch.nn.ModuleDict({"to_k": torch.nn.Linear(8, 8)})
+        self.c = torch.nn.Conv2d(8, 8, 3)
+        self.words = torch.nn.Embedding(16, 8)
+
+
+@pytest.mark.parametrize("rs_lora", [False, True])
+def test_the_norms_are_those_that_peft_itself_computes(tmp_path: Path, rs_lora: bool) -> None:
+    patterns = {} if rs_lora else {"alpha_pattern": {"to_k": 2}, "rank_pattern": {"c": 2}}
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        use_rslora=rs_lora,
+        init_lora_weights=False,
+        target_modules=["a", "b.to_k", "c", "words"],
+        **patterns,
+    )
+    model = get_peft_model(Small(), config)
+    model.save_pretrained(tmp_path)
+    norms = {
+        name: float(module.get_delta_weight("default").detach().norm())
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    found = {layer.name: layer.norm for layer in inspect(tmp_path / ADAPTER_WEIGHTS).layers}
+    assert len(norms) == 4 and found == {k: pytest.approx(v, rel=1e-4) for k, v in norms.items()}
+
+
+def test_an_alpha_beside_the_factors_wins_over_any_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = factors("diffusion_model.a.lora_A.weight", "diffusion_model.a.lora_B.weight")
+    save_file(tensors | {"diffusion_model.a.alpha": torch.tensor(2.0)}, path)
+    found = inspect(path)
+    assert found.alphas == (2.0,) and found.layers[0].norm == pytest.approx(16)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "a.*", "[", "a{9}"])
+def test_a_pattern_that_could_match_for_hours_is_not_matched(tmp_path: Path, pattern: str) -> None:
+    path = tmp_path / "a.safetensors"
+    config = {"lora_alpha": 8, "alpha_pattern": {pattern: 2}}
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config))
+    name = f"base_model.model.{'a' * 60}"
+    save_file(factors(f"{name}.lora_A.weight", f"{name}.lora_B.weight"), path)
+    found = inspect(path)
+    assert not found.alphas and "alpha that can be read" in found.notes[0]
+
+
+def test_norms_that_are_not_computed_are_not_claimed(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = factors(f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight")
+    third = {f"{LAYER}.lora_mid.weight": torch.ones(4, 4, 3, 3)}
+    alpha = {f"{LAYER}.alpha": torch.tensor(4.0)}
+    save_file(tensors | third | alpha, path)
+    found = inspect(path)
+    assert found.norms is None
+    (note,) = found.notes
+    assert note.startswith("1 layer with a third factor")
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -169,7 +334,33 @@ def test_other_things_are_no_lora(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"conv_in.weight": torch.ones(2)}, path)
     assert refusal(path) == (
-        "model.safetensors is not a LoRA: none of its 1 tensors is a LoRA's factor."
+        "model.safetensors holds no LoRA factors that inspect knows; the first of its 1 tensors is "
+        "named 'conv_in.weight'."
     )
     assert "is a folder" in refusal(tmp_path)
     assert "cannot be read" in refusal(tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["lora_unet_a.hada_w1_a", "lora_unet_a.hada_w1_b"], "adapter of another kind (LoHa)"),
+        (["lora_unet_a.lokr_w1", "lora_unet_a.lokr_w2"], "adapter of another kind (LoKr)"),
+        (["lora_unet_a.oft_blocks"], "adapter of another kind (OFT)"),
+        (["base_model.model.a.ia3_l"], "adapter of another kind (IA3)"),
+        (["base_model.model.a.vera_lambda_b"], "adapter of another kind (VeRA)"),
+        (["lora_unet_a.diff", "lora_unet_a.diff_b"], "another kind (weight difference)"),
+        (["emb_params"], "is an embedding (textual inversion)"),
+        (["clip_l", "clip_g"], "is an embedding (textual inversion)"),
+        (["model.diffusion_model.out.weight"], "is a whole model (checkpoint)"),
+        (["controlnet_cond_embedding.a"], "is a ControlNet"),
+        (["down_blocks.0.a.weight"], "holds the weights of a whole network"),
+        (["anything.weight"], "holds no LoRA factors that inspect knows"),
+    ],
+)
+def test_a_file_without_lora_factors_is_named_for_what_it_is(
+    tmp_path: Path, names: list[str], reason: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({name: torch.ones(2) for name in names}, path)
+    assert reason in refusal(path)

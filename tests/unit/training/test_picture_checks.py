@@ -14,7 +14,7 @@ from tests.unit.training.conftest import MakeRun
 from training.base_model import BaseModel
 from training.dataset import prepare
 from training.lora_config import Picture
-from training.picture_checks import Looks, look_at
+from training.picture_checks import Looks, look_at, motif_copy, motif_of
 from training.vetting import UnusablePicture
 from utils.errors import LowQualityData
 
@@ -25,7 +25,8 @@ PHOTOGRAPHS = {
 
 def looks(image: Image.Image) -> Looks:
     """How a picture looks to a training of the usual size."""
-    return look_at(image, resolution=512)
+    found = look_at(image, resolution=512)
+    return dataclasses.replace(found, motif=motif_of(motif_copy(image)))
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)

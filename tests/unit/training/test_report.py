@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from training.base_model import BaseModel
-from training.dataset import Dataset, PictureReport
+from training.dataset import CAPTION_IGNORED, Dataset, PictureReport
 from training.lora_config import HyperParameters, Picture, TrainingRun
 from training.lora_formats import MODEL_FILES
-from training.report import FILES, build_report, summary, write_report
+from training.report import FILES, MOST_REASONS, build_report, summary, write_report
 from training.result import TrainingResult
 
 ENTRIES = (
@@ -125,7 +125,9 @@ def test_the_file_is_strict_json_with_the_artists_own_letters_and_no_local_path(
     assert [file.name for file in tmp_path.iterdir()] == ["training_report.json"]
 
 
-def test_the_summary_is_a_few_scalars(report: dict[str, Any], base: BaseModel) -> None:
+def test_the_summary_is_brief_and_says_why_pictures_were_left_out(
+    report: dict[str, Any], base: BaseModel
+) -> None:
     assert summary(report) == {
         "pictures_used": 2,
         "pictures_left_out": 1,
@@ -137,7 +139,26 @@ def test_the_summary_is_a_few_scalars(report: dict[str, Any], base: BaseModel) -
         "delivered_epoch": None,
         "base_model": base.name,
         "warnings": 3 + len(base.warnings),
+        "left_out": [{"reason": "It is damaged.", "pictures": 1}],
+        "captions_ignored": [],
     }
+
+
+def test_the_summary_says_why_captions_were_ignored_the_most_frequent_reason_first(
+    report: dict[str, Any],
+) -> None:
+    entry = report["pictures"][0]
+    reasons = ["it is binary"] + 12 * ["it is not UTF-8"] + [f"reason {n}" for n in range(12)]
+    pictures = [
+        entry | {"status": "warned", "reasons": ["looks dark", CAPTION_IGNORED + reason]}
+        for reason in reasons
+    ]
+    found = summary(report | {"pictures": pictures})
+    assert found["captions_ignored"][:2] == [
+        {"reason": "it is not UTF-8", "pictures": 12},
+        {"reason": "it is binary", "pictures": 1},
+    ]
+    assert len(found["captions_ignored"]) == MOST_REASONS and found["left_out"] == []
 
 
 def test_the_model_itself_is_published_last_and_nothing_twice() -> None:

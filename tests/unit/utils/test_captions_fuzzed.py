@@ -1,0 +1,63 @@
+"""Captions of any bytes: no character is trained that nobody wrote, and none that is no text."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from consumer.picture_folder import read_folder
+from utils.captions import MAX_CAPTION_BYTES, clean_caption, read_caption
+
+TEXTS = st.text(st.characters(exclude_categories=("Cc", "Cs", "Cn", "Co")), max_size=200)
+ENCODINGS = st.sampled_from(
+    ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp949", "cp1252", "gbk"]
+)
+
+
+def is_clean(text: str) -> bool:
+    """Whether a text may be trained."""
+    bad = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text)
+    return not bad and "\ufffd" not in text and text == " ".join(text.split())
+
+
+@given(st.binary(max_size=MAX_CAPTION_BYTES + 8))
+def test_of_any_bytes_only_clean_text_is_trained(content: bytes) -> None:
+    found = read_caption(content)
+    assert is_clean(found.text)
+    assert not (found.text and found.problem)
+
+
+@given(st.text(max_size=200))
+def test_of_any_text_only_clean_text_is_trained_and_cleaning_twice_changes_nothing(
+    text: str,
+) -> None:
+    found = clean_caption(text)
+    assert is_clean(found.text)
+    assert clean_caption(found.text) == found or found.problem
+
+
+@given(TEXTS, ENCODINGS)
+def test_a_text_is_read_as_it_was_written_or_not_at_all(text: str, encoding: str) -> None:
+    content = text.encode(encoding, errors="ignore")
+    written = content.decode(encoding)
+    found = read_caption(content)
+    if encoding in ("cp949", "cp1252", "gbk") and not content.isascii():
+        return  # which of them it is cannot be known; only valid UTF-8 is read as what it is
+    expected = clean_caption(written)
+    assert found.text in ("", expected.text)
+    if encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        assert found == expected
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@given(st.lists(st.one_of(st.binary(max_size=40), TEXTS.map(str.encode)), max_size=6))
+def test_a_metadata_file_of_any_lines_breaks_nothing(tmp_path: Path, lines: list[bytes]) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    good = json.dumps({"file_name": "a.png", "text": "a harbour"}).encode()
+    (tmp_path / "metadata.jsonl").write_bytes(b"\n".join([*lines, good]))
+    (picture,) = read_folder(tmp_path).pictures
+    assert is_clean(picture.caption)
