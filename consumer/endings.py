@@ -8,6 +8,7 @@ acknowledged without a successor only when its record is settled.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -317,10 +318,9 @@ class Endings:
             if self._stop.is_set():
                 deadline = min(deadline, time.monotonic() + _CONFIRM_SECONDS_AT_A_STOP)
             try:
-                confirmed.result(timeout=0.1)
-                return True
-            except TimeoutError:
-                continue
+                with contextlib.suppress(TimeoutError):
+                    confirmed.result(timeout=0.1)
+                    return True
             except CancelledError:
                 return False
         return False

@@ -122,7 +122,7 @@ class _Finder:
                 other = "or" if isinstance(node.op, ast.And) else "and"
                 for before, after in zip(node.values, node.values[1:]):
                     yield self._between(before, after, "boolean", other)
-            case ast.BinOp(op=ast.BitOr()):
+            case ast.BinOp(op=ast.BitOr()) if not _is_type(node):
                 yield self._replaced(node, "operand removed", self._text(node.left))
             case ast.BinOp() if type(node.op) in _ARITHMETIC:
                 other = _ARITHMETIC[type(node.op)]
@@ -237,3 +237,17 @@ def _other_number(value: float) -> str:
         return str(not value)
     # A second more of a minute is no mistake that a test must notice.
     return repr(value * 10 if abs(value) >= 10 else value + 1)
+
+
+def _is_type(node: ast.expr) -> bool:
+    """Whether an expression is a type or a union of types: only the type checker reads it."""
+    match node:
+        case ast.BinOp(op=ast.BitOr(), left=left, right=right):
+            return _is_type(left) and _is_type(right)
+        case ast.Subscript(value=value):
+            return _is_type(value)
+        case ast.Attribute(attr=name) | ast.Name(id=name):
+            return name[0].isupper() or name in ("str", "int", "float", "bool", "bytes", "dict")
+        case ast.Constant(value=value):
+            return value is None
+    return False

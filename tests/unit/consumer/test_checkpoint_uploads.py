@@ -368,3 +368,29 @@ def test_each_upload_prunes_the_older_checkpoints(s3: MemoryS3, world: World) ->
             uploads.submit(saved(world.scratch, epoch))
             assert uploads.settle()
     assert there(s3) == full("epoch-0020", "epoch-0030") | lora("epoch-0010")
+
+
+# --- the thread
+
+
+def threads() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "checkpoint-uploads"]
+
+
+def test_the_thread_ends_with_its_block_also_while_an_upload_fails(
+    s3: MemoryS3, world: World
+) -> None:
+    before = len(threads())
+    with world.claim("job") as lease:
+
+        def away(method: str, bucket: str, key: str) -> None:
+            if method == "PUT" and key.startswith("checkpoints/"):
+                raise StorageError("S3 is away")
+
+        s3.before = away
+        with uploads_of(world, s3, lease, patience=0.2) as running:
+            assert len(threads()) == before + 1
+            running.submit(saved(world.scratch, 10))
+        for thread in threads()[before:]:
+            thread.join(5)
+    assert len(threads()) == before

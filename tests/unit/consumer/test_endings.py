@@ -371,6 +371,11 @@ def test_the_log_lines_of_a_parked_ending_carry_the_style(world: World) -> None:
 # ---- messages that can never become a job -------------------------------------------------------
 
 
+def test_a_refused_message_is_counted_by_its_code(world: World) -> None:
+    world.pipeline.handle(delivery(order(parameters={"epochs": 0})))
+    assert world.counted("messages_refused_total", code="INVALID_MESSAGE") == 1
+
+
 def test_a_refused_message_is_told_once_and_kept_in_the_dead_queue(world: World) -> None:
     body = order(parameters={"epochs": 0})
     dead = only(world.pipeline.handle(delivery(body)))

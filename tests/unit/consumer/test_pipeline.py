@@ -379,11 +379,31 @@ def test_a_lease_that_is_lost_leaves_the_job_alone_and_its_message_watched(world
     assert world.counted("leases_lost_total") == 1
 
 
+def test_a_lease_that_is_found_lost_at_the_ending_leaves_everything_to_its_new_holder(
+    world: World,
+) -> None:
+    def taken_over() -> None:
+        world.s3.pass_seconds(1000)
+        other = world.worker("two")
+        other.trainer.does = raising(KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            other.pipeline.handle(delivery(redelivered=True))
+
+    world.publisher.does = taken_over
+    with capture_logs() as lines:
+        watched = only(world.pipeline.handle(delivery()))
+    assert watched.queue is Queue.ENDINGS
+    assert not world.backend.endings
+    assert (world.record().claim, world.record().state) == (2, State.LIVE)
+    assert "job_left_to_another_worker" in [line["event"] for line in lines]
+
+
 def test_a_shutdown_gives_the_job_back_uncounted(world: World) -> None:
     world.trainer.does = lambda run, tell, stop: world.shutdown.request()
     assert world.pipeline.handle(delivery()) == Settlement.requeue()
     record = world.record()
     assert (record.attempts, record.hold.released, record.state) == (0, True, State.LIVE)
+    assert record.hold.quiet_seconds == 0, "the broker hands the message out again at once"
 
 
 def test_a_cancel_file_ends_the_job_before_it_is_trained(world: World) -> None:
@@ -522,9 +542,12 @@ def test_a_job_that_no_machine_has_room_for_fails_after_three(world: World) -> N
 
 def test_one_small_worker_does_not_fail_a_job_that_others_have_room_for(world: World) -> None:
     world.trainer.does = raising(NoRoomForJob("needs 900 GB, 40 GB are free"))
-    message = delivery()
+    message, delays = delivery(), []
     for _ in range(5):
-        message = redelivery_of(only(world.pipeline.handle(message)))
+        copy = only(world.pipeline.handle(message))
+        delays.append(copy.delay_seconds)
+        message = redelivery_of(copy)
+    assert delays == [10.0, 60.0, 600.0, 600.0, 600.0]
     assert world.record().rejected_by == "one"
     roomy = world.worker("roomy")
     assert roomy.pipeline.handle(message) == Settlement.ack()

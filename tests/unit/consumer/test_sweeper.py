@@ -17,7 +17,15 @@ from services.job_record import PROTOCOL_LEVEL
 from services.record_index import INVENTORY_SECONDS, live_mark_at
 from services.record_sweep import RecordSweep
 from services.s3_service import S3Location
-from tests.unit.consumer.job_world import AWAY, STATE, World, delivery, order, redelivery_of
+from tests.unit.consumer.job_world import (
+    AWAY,
+    STATE,
+    World,
+    delivery,
+    order,
+    parked_body,
+    redelivery_of,
+)
 from tests.memory_s3 import away, works
 from utils.errors import LowQualityData, WorkerCrashed
 
@@ -71,6 +79,7 @@ def test_an_ending_that_no_message_points_to_is_parked_again(world: World) -> No
     world.sweeper().sweep_once()
     (copy,) = world.broker.published
     assert copy.queue is Queue.ENDINGS
+    assert parked_body(copy)["tries"] == 0
     assert world.endings.handle(redelivery_of(copy)) == Settlement.ack()
     assert world.record().is_settled
 
@@ -93,6 +102,16 @@ def test_a_copy_that_a_dead_worker_owed_is_made_up_for(world: World) -> None:
         "WORKER_CRASHED"
     ]
     assert world.record().is_settled
+
+
+def test_a_job_that_was_given_back_and_whose_message_is_lost_is_published_again(
+    world: World,
+) -> None:
+    world.trainer.does = lambda *_: world.shutdown.request()
+    assert world.pipeline.handle(delivery()) == Settlement.requeue()
+    world.s3.pass_seconds(400.0)
+    world.sweeper().sweep_once()
+    assert [one.message_id for one in world.broker.published] == ["task-1"]
 
 
 def test_of_two_sweeps_one_publishes(world: World) -> None:

@@ -265,6 +265,18 @@ def test_rejections_are_counted_until_a_worker_gets_on_with_the_job() -> None:
     assert twice.claimed("three", 60.0).with_checkpoint(checkpoint(10)).rejections == 0
 
 
+def test_only_a_failed_job_of_which_the_backend_has_heard_can_be_sent_back() -> None:
+    with pytest.raises(ValueError, match="live .* cannot be reopened"):
+        new().reopened()
+    with pytest.raises(ValueError, match="pending.* cannot be reopened"):
+        new().ended(FAILED).reopened()
+    complete = new().ended(Ending(EndingKind.COMPLETE, {})).settled(Delivery.DELIVERED)
+    with pytest.raises(ValueError, match="cannot be reopened"):
+        complete.reopened()
+    with pytest.raises(ValueError, match="delivered cannot be told again"):
+        complete.to_be_told_again()
+
+
 def test_a_job_that_is_sent_back_has_its_whole_time_again() -> None:
     record = dataclasses.replace(new(), seconds_run=5000.0, rejections=3)
     again = record.ended(FAILED).settled(Delivery.DELIVERED).reopened()

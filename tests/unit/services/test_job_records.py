@@ -258,6 +258,12 @@ def test_a_record_that_changes_at_every_try_is_given_up_for_now(s3: MemoryS3) ->
     s3.before = changed
     with pytest.raises(StorageError, match="changes too fast"):
         worker(s3, "two").claim(REQUEST)
+    s3.before = works
+    claimed(worker(s3, "two").claim(REQUEST)).end(FAILED)
+    s3.pass_seconds(1000)
+    s3.before = changed
+    with pytest.raises(StorageError, match="changes too fast"):
+        worker(s3, "three").adopt_ending("task-1")
 
 
 def test_the_refusal_of_a_message_is_kept_under_its_hash_and_told_by_one_worker(
