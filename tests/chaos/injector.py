@@ -209,6 +209,8 @@ class Injector(ProcessFaults):
             self._world.allow_sweep(lost)
             self._world.hits.struck(fault.kind, len(lost) if name == QUEUE else len(held))
             again = self._jobs.publish_unclaimed({body for _, body in held} if is_all else None)
+            if name == DEAD_QUEUE:
+                self._jobs.publish(destiny=Destiny.INVALID)  # whoever takes it misses the queue
         self._line.note(f"{fault.number:3}  … {name}; published again: {again or 'none'}")
 
     def _queue_to_delete(self, fault: Fault) -> str:
