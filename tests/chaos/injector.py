@@ -178,6 +178,10 @@ class Injector(ProcessFaults):
         with self._world.broker_turn:
             links = sum(way.broker.links for way in self._world.ways)
             self._world.hits.struck(fault.kind, links)
+            if self._world.queue_type == "quorum":
+                # RabbitMQ 3.10 leaves a quorum queue without a leader for good, if it is declared
+                # in the moment in which its only node ends: a person has to delete it.
+                self._world.declare_own_queues("quorum")
             if fault.kind is Kind.BROKER_RESTARTED:
                 self._world.broker.restart()
             else:
