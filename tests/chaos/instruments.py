@@ -71,7 +71,8 @@ def shorten_waits() -> None:
     _shorten(3.0, (endings, "DELIVER_AT_ONCE_SECONDS"))
     _shorten(0.3, (checkpoint_uploads, "_RETRY_SECONDS"))
     _shorten(3.0, (outbox, "LONGEST_DELAY"))
-    # Longer than a trainer process is ever stopped, and shorter than the suite waits for a worker's next claim.
+    # Longer than a trainer process is ever stopped, and shorter than the suite waits for a worker's
+    # next claim.
     stops = importlib.import_module(TrainerProcess.__module__)
     if importlib.util.find_spec("consumer.run_watch"):
         stops = importlib.import_module("consumer.run_watch")
