@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import uuid
 from collections.abc import Callable
 
@@ -12,6 +13,9 @@ from utils.errors import PreconditionFailed, StorageError
 from utils.logger import get_logger
 
 log = get_logger(__name__)
+
+PAUSE_SECONDS = 1.0
+_TRIES = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,11 +87,21 @@ def _creates(s3: S3Service, location: S3Location) -> tuple[bool, str]:
 
 
 def _replaces(s3: S3Service, location: S3Location, present: str, first: str) -> bool:
-    """Whether `replace` writes over the present version, and over no other."""
-    try:
-        s3.replace(location, b"a third", present)
-    except (NotSupported, PreconditionFailed):
-        return False
+    """Whether `replace` writes over the present version, and over no other.
+
+    One refusal of the present version proves nothing: a busy store may refuse without a reason.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            s3.replace(location, b"a third", present)
+            break
+        except NotSupported:
+            return False
+        except PreconditionFailed:
+            if not tries_left:
+                return False
+            time.sleep(PAUSE_SECONDS)
+            present = s3.read(location).etag
     return _is_refused(lambda: s3.replace(location, b"fourth", first))
 
 
