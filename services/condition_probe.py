@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import uuid
 from collections.abc import Callable
 
@@ -13,7 +14,8 @@ from utils.logger import get_logger
 
 log = get_logger(__name__)
 
-_THIRD = b"a third"
+PAUSE_SECONDS = 1.0
+_TRIES = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,21 +89,19 @@ def _creates(s3: S3Service, location: S3Location) -> tuple[bool, str]:
 def _replaces(s3: S3Service, location: S3Location, present: str, first: str) -> bool:
     """Whether `replace` writes over the present version, and over no other.
 
-    Raises:
-        StorageError: S3 refuses to replace a version that nobody has changed, as it may do in
-            passing: nothing is known of the store then.
+    One refusal of the present version proves nothing: a busy store may refuse without a reason.
     """
-    try:
-        s3.replace(location, _THIRD, present)
-    except NotSupported:
-        return False
-    except PreconditionFailed as error:
-        # The client repeats a request whose answer was lost, and meets its own write.
-        if s3.read(location).body != _THIRD:
-            raise StorageError(
-                f"S3 refused to replace {location.uri()} though nobody has changed it; it can be "
-                "tried again."
-            ) from error
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            s3.replace(location, b"a third", present)
+            break
+        except NotSupported:
+            return False
+        except PreconditionFailed:
+            if not tries_left:
+                return False
+            time.sleep(PAUSE_SECONDS)
+            present = s3.read(location).etag
     return _is_refused(lambda: s3.replace(location, b"fourth", first))
 
 

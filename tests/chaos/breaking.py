@@ -9,6 +9,7 @@ from tests.chaos.conductor import Conductor
 from tests.chaos.injector import Injector
 from tests.chaos.jobs import Jobs
 from tests.chaos.noted import noted
+from tests.chaos.process_faults import in_time
 from tests.chaos.schedule import Fault, Kind, schedule
 from tests.chaos.settling import Patience, empty_queues, settle
 
@@ -44,9 +45,12 @@ def break_things(plan: Plan, injector: Injector, jobs: Jobs) -> list[Fault]:
         for destiny in jobs.undrawn():
             jobs.publish(destiny=destiny)
         injector.join()
-        inside = noted(plan.folder)
-        kinds = [kind for kind in possible if not injector.hits.of(kind) and not inside[kind]]
+        # What is still in the air may strike yet.
+        in_time(lambda: not _missing(plan, injector, possible))
+        kinds = _missing(plan, injector, possible)
         inject(_drawn(plan, _seed(plan, encore + 1), len(kinds), kinds), 10**6)
+    if plan.demand:
+        in_time(lambda: not _missing(plan, injector, possible))
     while len(jobs.published) < plan.jobs:
         jobs.publish()
     injector.cease()
@@ -72,6 +76,12 @@ def upgrade(plan: Plan, injector: Injector, jobs: Jobs, conductor: Conductor) ->
         raise RuntimeError("the jobs did not end while the last release was there")
     world.delete_own_queues()
     return faults
+
+
+def _missing(plan: Plan, injector: Injector, possible: list[Kind]) -> list[Kind]:
+    """The kinds that have struck nothing yet."""
+    inside = noted(plan.folder)
+    return [kind for kind in possible if not injector.hits.of(kind) and not inside[kind]]
 
 
 def _seed(plan: Plan, encore: int) -> int:

@@ -1,4 +1,4 @@
-"""What the destinies of some jobs have S3 do: a cancel between two files, a record not made."""
+"""What S3 does for single jobs: a cancel between two files, a record not made, one read late."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from tests.integration.services.s3_proxy import Fault, refusal
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+_LATE_SECONDS = 0.25
+"""Shorter than a worker waits for a record."""
+
 
 class DestinedS3:
     """Chooses faults of single requests.
@@ -24,11 +27,14 @@ class DestinedS3:
         cancel_while_publishing: Task to style: the first writes into the style's folder have the
             job cancelled.
         creation_refused: Task to how often S3 answers 503 when its record is to be made.
+        read_late: Task to how often the answer to a read of its record comes late: two workers
+            that claim it at once see the same.
     """
 
     def __init__(self, s3: S3Client, lease: float) -> None:
         self.cancel_while_publishing: dict[str, int] = {}
         self.creation_refused: dict[str, int] = {}
+        self.read_late: dict[str, int] = {}
         self._s3 = s3
         self._lease = lease
 
@@ -39,19 +45,15 @@ class DestinedS3:
     def fault(self, method: str, path: str) -> Fault | None:
         """What happens to a request that nothing else hits."""
         path = path.partition("?")[0]
+        if method == "GET" and (task_id := _next(self.read_late, path)):
+            self.read_late[task_id] -= 1
+            return Fault(delay=_LATE_SECONDS)
         if method != "PUT":
             return None
-        if task_id := self._refused_creation(path):
+        if task_id := _next(self.creation_refused, path):
             self.creation_refused[task_id] -= 1
             return refusal(503, "SlowDown")
         return self._cancel_in_mid_publication(path)
-
-    def _refused_creation(self, path: str) -> str | None:
-        """The task whose record is about to be made, and must not be yet."""
-        for task_id, times in tuple(self.creation_refused.items()):
-            if times > 0 and path == f"/{STATE}/jobs/{task_id}.json":
-                return task_id
-        return None
 
     def _cancel_in_mid_publication(self, path: str) -> Fault | None:
         """Have a job cancelled once the third file of its model is written.
@@ -74,3 +76,11 @@ class DestinedS3:
             answer = self._s3.get_object(Bucket=STATE, Key=f"jobs/style_{style_id}.turn")
             return str(json.loads(answer["Body"].read()).get("task_id"))
         return None
+
+
+def _next(times: dict[str, int], path: str) -> str | None:
+    """The task that something is still to happen to when its record is asked for."""
+    for task_id, left in tuple(times.items()):
+        if left > 0 and path == f"/{STATE}/jobs/{task_id}.json":
+            return task_id
+    return None

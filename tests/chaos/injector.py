@@ -178,6 +178,10 @@ class Injector(ProcessFaults):
         with self._world.broker_turn:
             links = sum(way.broker.links for way in self._world.ways)
             self._world.hits.struck(fault.kind, links)
+            if self._world.queue_type == "quorum":
+                # RabbitMQ 3.10 leaves a quorum queue without a leader for good, if it is declared
+                # in the moment in which its only node ends: a person has to delete it.
+                self._world.declare_own_queues("quorum")
             if fault.kind is Kind.BROKER_RESTARTED:
                 self._world.broker.restart()
             else:
@@ -209,6 +213,8 @@ class Injector(ProcessFaults):
             self._world.allow_sweep(lost)
             self._world.hits.struck(fault.kind, len(lost) if name == QUEUE else len(held))
             again = self._jobs.publish_unclaimed({body for _, body in held} if is_all else None)
+            if name == DEAD_QUEUE:
+                self._jobs.publish(destiny=Destiny.INVALID)  # whoever takes it misses the queue
         self._line.note(f"{fault.number:3}  … {name}; published again: {again or 'none'}")
 
     def _queue_to_delete(self, fault: Fault) -> str:

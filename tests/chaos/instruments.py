@@ -9,6 +9,8 @@ The product is not touched: its methods are wrapped in this process, from outsid
 from __future__ import annotations
 
 import errno
+import importlib
+import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -69,6 +71,12 @@ def shorten_waits() -> None:
     _shorten(3.0, (endings, "DELIVER_AT_ONCE_SECONDS"))
     _shorten(0.3, (checkpoint_uploads, "_RETRY_SECONDS"))
     _shorten(3.0, (outbox, "LONGEST_DELAY"))
+    # Longer than a trainer process is ever stopped, and shorter than the suite waits for a worker's
+    # next claim.
+    stops = importlib.import_module(TrainerProcess.__module__)
+    if importlib.util.find_spec("consumer.run_watch"):
+        stops = importlib.import_module("consumer.run_watch")
+    _shorten(17.0, (stops, "STOP_PATIENCE_SECONDS"), (stops, "_STOP_PATIENCE_SECONDS"))
     if hasattr(lane, "CRASH_DELAY_SECONDS"):  # the last release's
         _shorten(CRASH_DELAY, (lane, "CRASH_DELAY_SECONDS"))
     else:

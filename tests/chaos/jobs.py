@@ -115,6 +115,8 @@ class Jobs:
         self._world.mood.destinies[job.task_id] = job.destiny
         if job.destiny is Destiny.CANCEL_PUBLISHING:
             self._world.destined.cancel_while_publishing[job.task_id] = job.style_id
+        if times > 1:
+            self._world.destined.read_late[job.task_id] = times
         headers = _LARGE_HEADERS if job.destiny in _WITH_LARGE_HEADERS else None
         self._world.publish(job.body, times, headers)
         self.journal.note("published", task=job.task_id, destiny=job.destiny, times=times)

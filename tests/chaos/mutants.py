@@ -140,8 +140,8 @@ MUTANTS = (
         ),
         "lost; .*dead_letters",
         only="dead queue deleted",
-        faults=8,
-        destinies="refused,answered 400",
+        faults=4,
+        destinies="message refused,answered 404",
     ),
     Mutant(
         "record-before-ack",

@@ -1,12 +1,13 @@
 """`scripts/chaos --mutants`: a short run for each mutant, which must fail for the right reason.
 
 Each plan is first run without its mutant and must pass, or a finding would prove nothing. Results
-are kept in a file, so that a run that was cut off goes on where it stopped; a change of the product
-or of the suite makes them void.
+as they should be are kept in a file, so that a run that was cut off, or missed one, goes on where
+it stopped; a change of the product or of the suite makes them void.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -15,8 +16,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +32,8 @@ LONGEST_SECONDS = 180.0
 _GRACE_SECONDS = 40.0
 _TRIES = 2
 """Of a run that says nothing, because its broker did not start, say."""
+_AT_ONCE = 2
+"""Runs at a time: each of them mostly waits."""
 _SOURCES = ("main.py", "config.py", "consumer", "services", "training", "utils", "tests/chaos")
 
 
@@ -49,16 +54,21 @@ class Result:
 
 
 class Results:
-    """The results so far, by plan and mutant, in a file.
+    """The results so far, by plan and mutant, in a file; any thread may ask and add.
 
     Args:
         path: The file.
         version: Of the code; results of another are void.
+
+    Attributes:
+        turns: A lock for each name: a plan that several mutants share runs once.
     """
 
     def __init__(self, path: Path, version: str) -> None:
         self._path, self._version = path, version
         self._known: dict[str, Result] = {}
+        self._lock = threading.Lock()
+        self.turns: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["version"] == version:
@@ -70,13 +80,14 @@ class Results:
 
     def put(self, name: str, result: Result) -> None:
         """Keep it."""
-        self._known[name] = result
-        kept = {
-            "version": self._version,
-            "results": {name: dataclasses.asdict(one) for name, one in self._known.items()},
-        }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        with self._lock:
+            self._known[name] = result
+            kept = {
+                "version": self._version,
+                "results": {name: dataclasses.asdict(one) for name, one in self._known.items()},
+            }
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
 def run(folder: Path, chosen: Iterable[str] = ()) -> int:
@@ -90,16 +101,18 @@ def run(folder: Path, chosen: Iterable[str] = ()) -> int:
     wanted = [mutants.BY_NAME[name] for name in chosen] or list(mutants.MUTANTS)
     results = Results(folder / "mutants.json", _version())
     missed = []
-    for mutant in wanted:
-        verdict, is_found = _judge(mutant, results, folder)
-        console.print(
-            f"{mutant.name:28} {verdict}",
-            style="green" if is_found else "red",
-            markup=False,
-            soft_wrap=True,
-        )
-        if not is_found:
-            missed.append(mutant.name)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        judging = {pool.submit(_judge, mutant, results, folder): mutant for mutant in wanted}
+        for judged in as_completed(judging):
+            mutant, (verdict, is_found) = judging[judged], judged.result()
+            console.print(
+                f"{mutant.name:28} {verdict}",
+                style="green" if is_found else "red",
+                markup=False,
+                soft_wrap=True,
+            )
+            if not is_found:
+                missed.append(mutant.name)
     console.print(f"{len(wanted) - len(missed)} of {len(wanted)} mutants found; logs: {folder}")
     return 1 if missed else 0
 
@@ -111,33 +124,35 @@ def _judge(mutant: Mutant, results: Results, folder: Path) -> tuple[str, bool]:
             mutants.find(symbol)
     except SymbolGone as error:
         return f"not tried: {error}", False
-    control = _result(" ".join(mutant.control), mutant.control, results, folder / "control")
-    if control.problem or not control.passed:
-        why = control.problem or control.findings[0]
-        return f"not tried: its plan fails without it ({why})", False
+    plan = " ".join(mutant.control)
+    with results.turns[plan]:
+        control = results.get(plan) or _run(mutant.control, folder / f"{mutant.name}-control")
+        if control.problem or not control.passed:
+            why = control.problem or control.findings[0]
+            return f"not tried: its plan fails without it ({why})", False
+        results.put(plan, control)
     mutated = (*mutant.plan, "--mutant", mutant.name)
-    result = _result(mutant.name, mutated, results, folder / mutant.name)
+    result = results.get(mutant.name) or _run(mutated, folder / mutant.name)
     seconds = f"{result.seconds:.0f} s"
     for finding in result.findings:
         if re.search(mutant.finding, finding):
+            results.put(mutant.name, result)
             return f"found in {seconds}: {finding[:150]}", True
     if result.findings:
         return f"MISSED in {seconds}; other findings: {result.findings[0][:150]}", False
     return f"MISSED in {seconds}: {result.problem or mutant.promise}", False
 
 
-def _result(name: str, plan: tuple[str, ...], results: Results, folder: Path) -> Result:
-    if known := results.get(name):
-        return known
+def _run(plan: tuple[str, ...], folder: Path) -> Result:
+    """Run a plan, once more if that says nothing."""
     for _ in range(_TRIES):
-        result = _run(plan, folder)
+        result = _try(plan, folder)
         if not result.problem:
-            results.put(name, result)
             break
     return result
 
 
-def _run(plan: tuple[str, ...], folder: Path) -> Result:
+def _try(plan: tuple[str, ...], folder: Path) -> Result:
     began = time.monotonic()
     command = [sys.executable, "-m", "tests.chaos", *plan, "--folder", str(folder)]
     with subprocess.Popen(

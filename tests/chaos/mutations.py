@@ -140,7 +140,10 @@ def begun_with_the_last_try(write: Any) -> Any:
 
 
 def every_header(_carried: Any) -> Any:
-    return property(lambda self: dict(self.headers))
+    def carried(self: Any) -> dict[str, Any]:
+        return {name: value for name, value in self.headers.items() if isinstance(value, str | int)}
+
+    return property(carried)
 
 
 @contextlib.contextmanager

@@ -112,6 +112,29 @@ class WorkLook:
                     f"{after['resumed_epoch']} and repeated {len(exposed)} epochs of claim "
                     f"{before['claim']} that no upload stood in the way of"
                 )
+            self._overlooked(job, notes, after)
+
+    def _overlooked(self, job: Job, notes: Notes, run: dict[str, Any]) -> None:
+        """A checkpoint that the suite has spoilt costs no older one, unless S3's answers were."""
+        spoilt = {note["name"] for note in notes if note["kind"] == "spoilt"}
+        epochs = {note["name"]: note["epoch"] for note in notes if note["kind"] == "checkpoint"}
+        registered = {
+            note["name"] for note in notes if note["kind"] == "registered" and note["t"] < run["t"]
+        }
+        sound = max((epochs.get(name, 0) for name in registered - spoilt), default=0)
+        if spoilt and run["resumed_epoch"] < sound and not self._answers_spoilt(run["t"]):
+            self.broken.append(
+                f"{job.task_id}: claim {run['claim']} began at epoch {run['resumed_epoch']} and "
+                f"repeated what a whole checkpoint of epoch {sound} held"
+            )
+
+    def _answers_spoilt(self, until: float) -> bool:
+        return any(
+            note["kind"] == "fault"
+            and note["name"] in ("S3_CUT", "S3_FLIPPED")
+            and until - LONGEST_DISTURBANCE <= note["t"] <= until
+            for note in self._notes
+        )
 
     def _awake(self, who: str, since: float) -> float:
         """When the worker could first have noticed something that happened then."""

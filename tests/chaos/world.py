@@ -78,6 +78,7 @@ class World:
         hits: Counts what faults struck.
         destined: What jobs' destinies have S3 do.
         sweep_allowed: Records that the sweep may publish; the others must need no sweep.
+        queue_type: Type of the training queue.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class World:
         self.s3 = s3_server.client()  # somebody else at the storage
         self.destined = DestinedS3(self.s3, lease)
         self._records: dict[str, tuple[str, dict[str, Any]]] = {}  # by key, with the ETag
+        self.queue_type = queue_type
         self._arguments = {"x-queue-type": "quorum"} if queue_type == "quorum" else {}
 
     @classmethod
@@ -193,15 +195,18 @@ class World:
             with contextlib.suppress(ChannelClosedByBroker):
                 channel.queue_declare(QUEUE, durable=True, arguments=self._arguments)
 
-    def declare_own_queues(self) -> None:
-        """The worker's own queues, as the last release declares them: classic ones."""
-        with self._channel() as channel:
-            for queue, delays in ((Queue.TRAINING, RETRY_DELAYS), (Queue.ENDINGS, ENDING_DELAYS)):
-                for delay in (*delays, self.lease):
-                    own = declaration(QUEUE, queue, delay)
-                    channel.queue_declare(own.name, durable=True, arguments=own.arguments)
-            for queue in (Queue.ENDINGS, Queue.DEAD):
-                channel.queue_declare(declaration(QUEUE, queue).name, durable=True)
+    def declare_own_queues(self, queue_type: str | None = None) -> None:
+        """Have the worker's own queues there, as classic ones unless a type is given.
+
+        Those that are there stay as they are.
+        """
+        own = [declaration(QUEUE, queue) for queue in (Queue.ENDINGS, Queue.DEAD)]
+        for queue, delays in ((Queue.TRAINING, RETRY_DELAYS), (Queue.ENDINGS, ENDING_DELAYS)):
+            own += [declaration(QUEUE, queue, delay) for delay in (*delays, self.lease)]
+        for one in own:
+            with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
+                arguments = one.variants(queue_type)[0]
+                channel.queue_declare(one.name, durable=True, arguments=arguments)
 
     def delete_own_queues(self) -> None:
         """Delete those of the worker's own queues that hold nothing; workers make them anew."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sandbox.s3_server import S3Server
+from services import condition_probe
 from services.condition_probe import probe
 from services.s3_service import S3Location, S3Service
 from tests.integration.services.record_world import BUCKET, access
@@ -58,10 +59,18 @@ def test_a_write_that_meets_itself_is_no_sign_of_a_store_without_conditions(
     assert probe(Repeating(**access(endpoint)), BUCKET).complete
 
 
-def test_a_refusal_without_a_reason_says_nothing_of_the_store(endpoint: str) -> None:
+@pytest.mark.parametrize(("refusals", "complete"), [(1, True), (2, True), (99, False)])
+def test_a_refusal_without_a_reason_says_nothing_unless_it_comes_again_and_again(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, refusals: int, complete: bool
+) -> None:
     class Refusing(S3Service):
-        def replace(self, location: S3Location, body: bytes, etag: str, **how: Any) -> str:
-            raise PreconditionFailed
+        left = refusals
 
-    with pytest.raises(StorageError, match="nobody has changed it"):
-        probe(Refusing(**access(endpoint)), BUCKET)
+        def replace(self, location: S3Location, body: bytes, etag: str, **how: Any) -> str:
+            self.left -= 1
+            if self.left >= 0:
+                raise PreconditionFailed
+            return super().replace(location, body, etag, **how)
+
+    monkeypatch.setattr(condition_probe, "PAUSE_SECONDS", 0.0)
+    assert probe(Refusing(**access(endpoint)), BUCKET).complete is complete
