@@ -83,16 +83,19 @@ def to_srgb(
     rows = max(1, STRIP_PIXELS // max(1, image.width * reduced_by)) * reduced_by
     see_through = False
     for top in range(0, image.height, rows):
-        part = image.crop((0, top, image.width, min(image.height, top + rows)))
-        rgb, alpha = convert(part)
+        rgb, alpha = convert(image.crop((0, top, image.width, min(image.height, top + rows))))
         if alpha is not None and alpha.getextrema() != (255, 255):
             see_through = True
-            canvas = Image.new("RGB", rgb.size, BACKGROUND)
-            canvas.paste(rgb, mask=alpha)
-            rgb = canvas
+            rgb = _on_background(rgb, alpha)
         result.paste(rgb.reduce(reduced_by) if reduced_by > 1 else rgb, (0, top // reduced_by))
     warning = ("has transparent parts, which were laid on white",) if see_through else ()
     return result, notes, warning
+
+
+def _on_background(rgb: Image.Image, alpha: Image.Image) -> Image.Image:
+    canvas = Image.new("RGB", rgb.size, BACKGROUND)
+    canvas.paste(rgb, mask=alpha)
+    return canvas
 
 
 def _fitting(image: Image.Image, stored: Stored) -> tuple[Profile | None, tuple[str, ...]]:

@@ -76,17 +76,21 @@ def vet(content: bytes, *, max_pixels: int) -> Vetted:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters raises
         image = _open(png.content)
-        size = image.size
         _refuse_by_header(image, max_pixels)
         refuse_previews(image, content)
-        several = _first_of_several(image)
-        decoded = f"{image.format}, {size[0]} x {size[1]} pixels, {image.mode}"
-        stored, notes = _stored(image, png)
-        reduced_by = _shrunk(image)
-        _decode(image, size)
-        orientation, exif_notes = _orientation(image)
-        rgb, more, see_through = _converted(image, stored, reduced_by, size)
-        upright = _upright(rgb, orientation)
+        return _brought_to_rgb(image, png)
+
+
+def _brought_to_rgb(image: Image.Image, png: png_metadata.Png) -> Vetted:
+    size = image.size
+    several = _first_of_several(image)
+    decoded = f"{image.format}, {size[0]} x {size[1]} pixels, {image.mode}"
+    stored, notes = _stored(image, png)
+    reduced_by = _shrunk(image)
+    _decode(image, size)
+    orientation, exif_notes = _orientation(image)
+    rgb, more, see_through = _converted(image, stored, reduced_by, size)
+    upright = _upright(rgb, orientation)
     if orientation > 4:
         size = size[::-1]
     return Vetted(upright, decoded, exif_notes + notes + more, several + see_through, size)
