@@ -188,7 +188,7 @@ def _error(code: str, status: int) -> ClientError:
     return ClientError(response, "request")
 
 
-def works(method: str, bucket: str, key: str) -> None:
+def works(_method: str, _bucket: str, _key: str) -> None:
     """For `MemoryS3.before`: nothing is wrong."""
 
 

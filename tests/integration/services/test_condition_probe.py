@@ -23,10 +23,10 @@ def _endpoint(s3_server: S3Server) -> str:
 class Careless(S3Service):
     """A store that ignores the conditions."""
 
-    def create(self, location: S3Location, body: bytes, **how: Any) -> str:
+    def create(self, location: S3Location, body: bytes, **_how: Any) -> str:
         return self.write(location, body)
 
-    def replace(self, location: S3Location, body: bytes, etag: str, **how: Any) -> str:
+    def replace(self, location: S3Location, body: bytes, etag: str, **_how: Any) -> str:
         return self.write(location, body)
 
 
@@ -52,6 +52,8 @@ def test_a_write_that_meets_itself_is_no_sign_of_a_store_without_conditions(
     """The client repeats a request whose answer was lost, and S3 answers 412 to the repetition."""
 
     class Repeating(S3Service):
+        """A client that sends each write twice."""
+
         def replace(self, location: S3Location, body: bytes, etag: str, **how: Any) -> str:
             super().replace(location, body, etag, **how)
             return super().replace(location, body, etag, **how)
@@ -64,6 +66,8 @@ def test_a_refusal_without_a_reason_says_nothing_unless_it_comes_again_and_again
     endpoint: str, monkeypatch: pytest.MonkeyPatch, refusals: int, complete: bool
 ) -> None:
     class Refusing(S3Service):
+        """A store that refuses the first writes."""
+
         left = refusals
 
         def replace(self, location: S3Location, body: bytes, etag: str, **how: Any) -> str:

@@ -383,7 +383,7 @@ def test_the_thread_ends_with_its_block_also_while_an_upload_fails(
     before = len(threads())
     with world.claim("job") as lease:
 
-        def away(method: str, bucket: str, key: str) -> None:
+        def away(method: str, _bucket: str, key: str) -> None:
             if method == "PUT" and key.startswith("checkpoints/"):
                 raise StorageError("S3 is away")
 

@@ -200,7 +200,8 @@ def test_a_refusal_that_another_worker_is_telling_is_looked_at_again(world: Worl
 
     world.backend.on_ending = meanwhile
     world.pipeline.handle(delivery(body))
-    dead, waiting = kept
+    assert len(kept) == 2
+    dead, waiting = kept[0], kept[1]
     assert (dead.queue, waiting.queue, waiting.delay_seconds) == (Queue.DEAD, Queue.ENDINGS, 60.0)
     assert parked_body(waiting)["tries"] == 0
     assert world.endings.handle(redelivery_of(waiting)) == Settlement.ack()

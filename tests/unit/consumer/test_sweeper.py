@@ -316,7 +316,7 @@ def test_a_record_that_is_sent_back_while_it_leaves_the_index_stays_on_it(world:
     )
     index.add("task-1")
 
-    def sent_back(method: str, bucket: str, key: str) -> None:
+    def sent_back(method: str, _bucket: str, key: str) -> None:
         if method == "DELETE" and key == "jobs/live/task-1":
             world.s3.change(STATE, "jobs/task-1.json", body=live)
 
