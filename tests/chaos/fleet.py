@@ -150,6 +150,11 @@ class Slot:
         """Whether its present process has a message in hand."""
         return self.diary.is_busy()
 
+    def is_up(self) -> bool:
+        """Whether its present process has begun to consume."""
+        log = self.log
+        return log.exists() and '"consuming"' in log.read_text(encoding="utf-8", errors="replace")
+
     def is_training(self) -> bool:
         """Whether its present process has a trainer in the middle of a run."""
         return self.diary.is_training()
