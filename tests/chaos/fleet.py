@@ -54,6 +54,10 @@ class Diary:
         """Whether its trainer process is in the middle of a run."""
         return self._last("run", "epoch", "run_over", "ended") == "epoch"
 
+    def is_idle(self) -> bool:
+        """Whether it has begun its work and has no message in hand."""
+        return self.child() is not None and not self.is_busy()
+
     def is_busy(self) -> bool:
         """Whether it has a message in hand."""
         return self._last("handling", "handled") == "handling"
@@ -149,11 +153,6 @@ class Slot:
     def is_busy(self) -> bool:
         """Whether its present process has a message in hand."""
         return self.diary.is_busy()
-
-    def is_up(self) -> bool:
-        """Whether its present process has begun to consume."""
-        log = self.log
-        return log.exists() and '"consuming"' in log.read_text(encoding="utf-8", errors="replace")
 
     def is_training(self) -> bool:
         """Whether its present process has a trainer in the middle of a run."""

@@ -172,7 +172,7 @@ class Injector(ProcessFaults):
         return all(one["attempts"] <= MAX_ATTEMPTS - ATTEMPTS_TO_SPARE for one in live)
 
     def _two_workers_are_idle(self) -> bool:
-        return sum(slot.is_up() and not slot.is_busy() for slot in self._fleet.slots) >= 2
+        return sum(slot.diary.is_idle() for slot in self._fleet.slots) >= 2
 
     def _restart_broker(self, fault: Fault) -> None:
         with self._world.broker_turn:
