@@ -54,6 +54,10 @@ class Diary:
         """Whether its trainer process is in the middle of a run."""
         return self._last("run", "epoch", "run_over", "ended") == "epoch"
 
+    def is_idle(self) -> bool:
+        """Whether it has begun its work and has no message in hand."""
+        return self.child() is not None and not self.is_busy()
+
     def is_busy(self) -> bool:
         """Whether it has a message in hand."""
         return self._last("handling", "handled") == "handling"

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from tests.chaos.conductor import REDRIVEN
-from tests.chaos.fleet import Fleet, Slot
+from tests.chaos.fleet import Fleet, Slot, wait_for
 from tests.chaos.jobs import Jobs
-from tests.chaos.process_faults import ProcessFaults, in_time
+from tests.chaos.process_faults import PATIENCE_SECONDS, ProcessFaults, in_time
 from tests.chaos.reference import MAX_ATTEMPTS, Destiny
 from tests.chaos.schedule import Fault, Kind
 from tests.chaos.service_faults import ServiceFaults
@@ -106,7 +106,7 @@ class Injector(ProcessFaults):
         elif fault.kind in _DELETIONS:
             self._aside(lambda: self._delete_queue(fault))
         elif fault.kind is Kind.PUBLISHED_TWICE:
-            in_time(self._two_workers_are_idle)
+            wait_for(self._two_workers_are_idle, 2 * PATIENCE_SECONDS, every=0.3)
             self._aside(lambda: self._publish_twice(fault))
         elif fault.kind in OF_PROCESSES:
             self._process(fault, self._fleet.slots[fault.slot])
@@ -172,7 +172,7 @@ class Injector(ProcessFaults):
         return all(one["attempts"] <= MAX_ATTEMPTS - ATTEMPTS_TO_SPARE for one in live)
 
     def _two_workers_are_idle(self) -> bool:
-        return self._jobs.unended() <= len(self._fleet.slots) - 2
+        return sum(slot.diary.is_idle() for slot in self._fleet.slots) >= 2
 
     def _restart_broker(self, fault: Fault) -> None:
         with self._world.broker_turn:

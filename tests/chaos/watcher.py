@@ -1,4 +1,4 @@
-"""Looks at the live jobs all the time: the checkpoint that a record points to lies whole."""
+"""Looks at the live jobs all the time: each checkpoint that a job can go on from lies whole."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tests.chaos.timing import STATE
 from tests.chaos.world import World
 
 _LOOK_SECONDS = 0.7
+_KEPT_IN_FULL = 2
 _FILES = ("manifest.json", "state.json", "optimizer.safetensors", "random.safetensors")
 
 
@@ -47,19 +48,26 @@ class Watcher:
                     self._look(record)
 
     def _look(self, record: dict[str, Any]) -> None:
-        newest = record["checkpoints"][-1]
-        task_id, prefix = record["task_id"], newest["prefix"]
-        lying = {key.removeprefix(prefix) for key in self._world.keys(STATE, prefix)}
-        missing = sorted(set(_FILES) - lying)
-        if not missing or task_id in self._found:
-            return
-        now = self._world.records().get(task_id)
-        if now is None or now["state"] != "live" or now["checkpoints"][-1:] != [newest]:
-            return  # it has moved on meanwhile
-        notes = journal.read(journal_of(self._world.folder))
-        if any(note["kind"] == "spoilt" and note["task"] == task_id for note in notes):
-            return
-        self._found[task_id] = (
-            f"{task_id}: its record points to checkpoint {newest['name']}, which lacks "
-            f"{', '.join(missing)}"
-        )
+        task_id = record["task_id"]
+        for checkpoint in _in_full(record):
+            prefix = checkpoint["prefix"]
+            lying = {key.removeprefix(prefix) for key in self._world.keys(STATE, prefix)}
+            missing = sorted(set(_FILES) - lying)
+            if not missing or task_id in self._found:
+                continue
+            now = self._world.records().get(task_id)
+            if now is None or now["state"] != "live" or checkpoint not in _in_full(now):
+                continue  # it has moved on meanwhile
+            notes = journal.read(journal_of(self._world.folder))
+            if any(note["kind"] == "spoilt" and note["task"] == task_id for note in notes):
+                continue
+            self._found[task_id] = (
+                f"{task_id}: its record points to checkpoint {checkpoint['name']}, which lacks "
+                f"{', '.join(missing)}"
+            )
+
+
+def _in_full(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checkpoints that a job can go on from; of older ones only the weights stay."""
+    newest: list[dict[str, Any]] = record["checkpoints"][-_KEPT_IN_FULL:]
+    return newest
