@@ -70,7 +70,7 @@ ARG MODEL=stable-diffusion-v1-5/stable-diffusion-v1-5
 ARG MODEL_REVISION=451f4fe16113bff5a5d2269ed5ad43b0592e9a14
 USER 0:0
 RUN --mount=type=secret,id=hf_token,env=HF_TOKEN \
-    HF_HOME=/tmp/hub python -m training.fetch_base_model "${MODEL}" "${MODEL_REVISION}" /opt/base-model \
+    HF_HOME=/tmp/hub python -m training.style.families.fetch_base_model "${MODEL}" "${MODEL_REVISION}" /opt/base-model \
     && rm -rf /tmp/hub
 USER 1000:1000
 ENV BASE_MODEL=/opt/base-model

@@ -31,13 +31,14 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from training.lora_config import HyperParameters, TrainerOptions
-from utils import setting_names as names_of_settings
-from utils import setting_values, settings_file
+from jobs.lora_config import HyperParameters, TrainerOptions
 from utils.confined import Confinement
 from utils.errors import ConfigurationError
-from utils.trainer_surroundings import ROOT, confinement, trainer_environment
-from utils.storage_settings import Bucket, StorageSettings
+from utils.settings import file as settings_file
+from utils.settings import names as names_of_settings
+from utils.settings import values as setting_values
+from utils.settings.storage import Bucket, StorageSettings
+from utils.settings.surroundings import ROOT, confinement, trainer_environment
 from utils.urls import base_of, origin_of
 
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -23,8 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from structlog.stdlib import BoundLogger
 
 import config
-from consumer.ops.command_line import add_commands
-from consumer.stop_signal import Shutdown, StopSignal
+from cli.commands import add_commands
+from consumer.life.stop_signal import Shutdown, StopSignal
 from utils import logger
 from utils.errors import (
     BrokerRefused,
@@ -99,7 +99,7 @@ def doctor(
 
     Exit code 0: a worker can be started; 1: a test failed; 2: the settings are wrong.
     """
-    from consumer.doctor import command  # pylint: disable=import-outside-toplevel
+    from cli.doctor import command  # pylint: disable=import-outside-toplevel
 
     if policy:
         sys.exit(command.print_policy(config_file=config_file))
@@ -118,7 +118,7 @@ def inspect(
 
     Exit code 1: the file is damaged, a pickle, or not a LoRA.
     """
-    from consumer.inspect_command import run  # pylint: disable=import-outside-toplevel
+    from cli.inspect import run  # pylint: disable=import-outside-toplevel
 
     sys.exit(run(file, as_json=as_json, show_all=show_all))
 
@@ -245,7 +245,7 @@ def _run_training(
     config_file: Path | None,
     how: dict[str, Any],
 ) -> int:
-    from consumer.local_training import train_folder  # pylint: disable=import-outside-toplevel
+    from cli.train import train_folder  # pylint: disable=import-outside-toplevel
 
     settings: config.TrainerSettings = config.load(config.TrainerSettings, file=config_file)
     try:
@@ -356,8 +356,8 @@ def _run_worker(
     _on_stop_signals(shutdown.request)
     # Imported late, so that `train` and `--help` need neither pika nor boto3.
     # pylint: disable=import-outside-toplevel
-    from consumer.desk import LAST_WORDS_SECONDS, run_worker
-    from services.error_reports import reported
+    from consumer.worker import LAST_WORDS_SECONDS, run_worker
+    from services.telemetry.error_reports import reported
 
     dsn = settings.sentry_dsn
     lasting.enter_context(

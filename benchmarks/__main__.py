@@ -27,9 +27,9 @@ from rich.table import Table
 from benchmarks import loops, machine, pictures, sd15
 from benchmarks.case import Case
 from benchmarks.peers import Peer, PeerFailed
-from training.base_model import BaseModel
-from training.dataset import Dataset, prepare
-from training.lora_config import TrainerOptions
+from jobs.lora_config import TrainerOptions
+from training.style.dataset import Dataset, prepare
+from training.style.families.sd15 import BaseModel
 
 console = Console()
 FULL_SIDE, NARROW_SIDE = 512, 64

@@ -23,14 +23,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from benchmarks.case import Case
-from training.base_model import BaseModel
+from jobs.lora_config import HyperParameters, Picture, TrainingRun
 from training.compilation import Compilation
-from training.course import Course
-from training.dataset import Dataset, prepare
-from training.device import free_memory, one_run_accelerator, peak_memory_bytes
-from training.lora_config import HyperParameters, Picture, TrainingRun
-from training.result import TrainingResult
-from training.trainer import LoRATrainer
+from training.runtime.device import free_memory, one_run_accelerator, peak_memory_bytes
+from training.style.course import Course
+from training.style.dataset import Dataset, prepare
+from training.style.families.sd15 import BaseModel
+from training.style.results.result import TrainingResult
+from training.style.trainer import LoRATrainer
 from utils.events import Event, Progress
 
 READING = "reading the picture"
@@ -103,7 +103,7 @@ def _train(
 ) -> tuple[list[float], TrainingResult]:
     """Train, and take down when each epoch ended."""
     ends = _Ends(clock(base.device))
-    trainer_log = logging.getLogger("training.trainer")
+    trainer_log = logging.getLogger("training.style.trainer")
     level = trainer_log.level
     trainer_log.addHandler(ends)
     trainer_log.setLevel(logging.INFO)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from consumer.observer import Observer
-from consumer.settlement import CRASHES, OWN_COPY, PUT_OFFS, Delivery, Queue, Settlement
+from consumer.pages.observer import Observer
+from services.broker.settlement import CRASHES, OWN_COPY, PUT_OFFS, Delivery, Queue, Settlement
 from utils.errors import ErrorCode
 from utils.logger import get_logger
 

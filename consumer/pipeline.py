@@ -13,25 +13,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from config import Settings
-from consumer import endings, messages, run_events
-from consumer.checkpoint_uploads import CheckpointUploads, clear_up, newest_usable_checkpoint
-from consumer.endings import Endings
-from consumer.job_size import require_room
-from consumer.lease_relay import relayed
-from consumer.machine import require_fit
-from consumer.model_publisher import ModelPublisher
-from consumer.observer import Observer
-from consumer.pictures import fetch_pictures, fetch_validation_pictures
-from consumer.progress_reporter import ProgressReporter, queued
-from consumer.put_offs import PutOffs, Why, why_of
-from consumer.queue_watch import age_of
-from consumer.settlement import CRASHES, OWN_COPY, PUT_OFF_REASON, PUT_OFFS, Delivery, Settlement
-from consumer.stop_signal import Shutdown, StopSignal
-from consumer.trainer_process import TrainerProcess
-from consumer.training_job import TrainingJob, from_understood
-from consumer.work_folder import WorkFolder
-from services.job_lease import JobLease
-from services.job_record import (
+from consumer.life import endings, run_events
+from consumer.life.checkpoint_uploads import CheckpointUploads, clear_up, newest_usable_checkpoint
+from consumer.life.endings import Endings
+from consumer.life.inputs import fetch_pictures, fetch_validation_pictures
+from consumer.life.job_size import require_room
+from consumer.life.lease_relay import relayed
+from consumer.life.progress_reporter import ProgressReporter, queued
+from consumer.life.put_offs import PutOffs, Why, why_of
+from consumer.life.stop_signal import Shutdown, StopSignal
+from consumer.life.work_folder import WorkFolder
+from consumer.pages.observer import Observer
+from consumer.pages.queue_watch import age_of
+from consumer.publishing.model_publisher import ModelPublisher
+from consumer.trainer.machine import require_fit
+from consumer.trainer.trainer_process import TrainerProcess
+from jobs import message as messages
+from jobs.lora_config import CURVES, TrainingRun
+from jobs.record import (
     PROTOCOL_LEVEL,
     Ending,
     EndingKind,
@@ -39,10 +38,19 @@ from services.job_record import (
     JobRequest,
     OwedCopy,
 )
-from services.job_records import Claimed, Ended, HeldElsewhere, JobRecords, OtherBody
-from services.s3_service import S3Service
-from services.webhook_service import WebhookService
-from training.lora_config import CURVES, TrainingRun
+from jobs.style_job import TrainingJob, from_understood
+from services.broker.settlement import (
+    CRASHES,
+    OWN_COPY,
+    PUT_OFF_REASON,
+    PUT_OFFS,
+    Delivery,
+    Settlement,
+)
+from services.records.job_lease import JobLease
+from services.records.job_records import Claimed, Ended, HeldElsewhere, JobRecords, OtherBody
+from services.s3.s3_service import S3Service
+from services.webhooks.webhook_service import WebhookService
 from utils import logger
 from utils.errors import (
     DiskFull,

@@ -12,7 +12,7 @@ import pytest
 from sandbox.backend import Backend
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
-from services.s3_service import S3Service
+from services.s3.s3_service import S3Service
 
 
 def pytest_collection_finish() -> None:

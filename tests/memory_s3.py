@@ -17,8 +17,8 @@ from typing import Any, cast
 from botocore.exceptions import ClientError
 from botocore.response import StreamingBody
 
-from services.s3_access import S3Access
-from services.s3_service import S3Service, translated
+from services.s3.access import S3Access
+from services.s3.s3_service import S3Service, translated
 from utils.errors import StorageError
 
 Before = Callable[[str, str, str], None]

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from consumer.model_publisher import WEIGHTS, ModelPublisher, Published
-from consumer.stop_signal import StopSignal
-from consumer.training_job import TrainingJob
-from services.hold import decode, encode, stamped
-from services.job_lease import JobLease
-from services.job_record import JobRecord, JobRequest
-from services.job_records import Claimed, JobRecords, record_at
-from services.s3_service import S3Location, S3Service
-from services.style_turn import StyleTurns, Turn
-from training.lora_config import HyperParameters
+from consumer.life.stop_signal import StopSignal
+from consumer.publishing.model_publisher import WEIGHTS, ModelPublisher, Published
+from jobs.addresses import S3Location
+from jobs.hold import decode, encode, stamped
+from jobs.lora_config import HyperParameters
+from jobs.record import JobRecord, JobRequest
+from jobs.style_job import TrainingJob
+from services.records.job_lease import JobLease
+from services.records.job_records import Claimed, JobRecords, record_at
+from services.records.style_turn import StyleTurns, Turn
+from services.s3.s3_service import S3Service
 
 STYLE = 7
 CONFIG = "adapter_config.json"  # the same bytes in every run

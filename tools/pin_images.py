@@ -16,12 +16,12 @@ from pathlib import Path
 
 import requests
 
-from utils.setting_values import BASE_MODEL, BASE_MODEL_REVISION
+from utils.settings.values import BASE_MODEL, BASE_MODEL_REVISION
 
 ROOT = Path(__file__).resolve().parent.parent
 WITH_IMAGES = ("Dockerfile", "deploy/compose.yaml")
 WITH_REVISION = (
-    "utils/setting_values.py",
+    "utils/settings/values.py",
     "Dockerfile",
     ".env.example",
     "docs/protocol.md",

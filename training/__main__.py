@@ -15,8 +15,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from training.inbox import Inbox
-from training.lora_config import TrainerOptions
+from jobs.lora_config import TrainerOptions
+from training.runtime.inbox import Inbox
 from utils.events import from_dict
 
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What the libraries bring, half a million objects, lives as long as the process: to look at
     # all of it for garbage takes a fifth of the start, and a third of a second at each freeing.
     gc.disable()
-    from training.child import Child  # pylint: disable=import-outside-toplevel
+    from training.runtime.child import Child  # pylint: disable=import-outside-toplevel
     from utils import logger  # pylint: disable=import-outside-toplevel
 
     gc.freeze()

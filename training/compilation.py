@@ -49,7 +49,7 @@ class Compilation:
         # Each width of the UNet, and each shape of picture, is a version of its own.
         torch._dynamo.config.recompile_limit = 64  # pylint: disable=protected-access
         if unet.is_gradient_checkpointing:
-            # By torch's own: the passes of `training.recomputation`, without a gradient and with
+            # By torch: the passes of `training.style.recomputation`, without a gradient and with
             # one, would each be compiled.
             unet.enable_gradient_checkpointing()
         unet.compile_repeated_blocks(backend=self._backend, dynamic=False)

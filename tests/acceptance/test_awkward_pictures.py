@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from cli.train import train_folder
 from config import TrainerSettings
-from consumer.local_training import train_folder
-from consumer.stop_signal import StopSignal
+from consumer.life.stop_signal import StopSignal
 
 
 def pixels(seed: int, width: int = 160, height: int = 160) -> NDArray[np.uint8]:

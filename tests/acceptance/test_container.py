@@ -19,9 +19,9 @@ import pytest
 
 from sandbox.backend import SIGNING_SECRET, TOKEN
 from sandbox.worker_process import ROOT
-from services.webhook_service import Ending, EndingOutcome, WebhookService
+from services.webhooks.webhook_service import Ending, EndingOutcome, WebhookService
 from tests.acceptance.world import World, until
-from training.fetch_base_model import fetch
+from training.style.families.fetch_base_model import fetch
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

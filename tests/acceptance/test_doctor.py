@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import config
+from cli.doctor.examination import CHECKS, examine
+from cli.doctor.findings import Finding, Verdict
 from config import Settings
-from consumer.doctor.examination import CHECKS, examine
-from consumer.doctor.findings import Finding, Verdict
 from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from sandbox.s3_server import SECRET_ACCESS_KEY
 from sandbox.worker_process import ROOT

@@ -14,12 +14,12 @@ import pytest
 
 import config
 from config import Settings
-from consumer import messages
-from consumer.desk import open_s3
+from consumer.worker import open_s3
+from jobs import message as messages
+from jobs.record import JobRequest
 from sandbox.photographs import photographs
 from sandbox.worker_process import ROOT, WorkerProcess
-from services.job_record import JobRequest
-from services.job_records import Claimed, JobRecords
+from services.records.job_records import Claimed, JobRecords
 from tests.acceptance.world import World, log_lines, until
 
 

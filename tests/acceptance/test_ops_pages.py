@@ -19,8 +19,8 @@ from sandbox.s3_server import S3Server
 from sandbox.worker_process import WorkerProcess
 from tests.acceptance.pages import Pages
 from tests.acceptance.world import World, log_lines, until
-from tests.collectors import Collector, SentryDoor, attributes
 from tests.chaos.tcp_proxy import TcpProxy
+from tests.collectors import Collector, SentryDoor, attributes
 from utils.metrics import READINESS, exported_names
 
 TRUTH_SECONDS = 10.0

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from consumer.settlement import MIN_LEVEL
-from services.job_record import PROTOCOL_LEVEL
+from jobs.record import PROTOCOL_LEVEL
+from services.broker.settlement import MIN_LEVEL
 from tests.acceptance.world import World, log_lines, until
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_ROOMS = ("config", "consumer", "services", "utils", "main")
+_ROOMS = ("cli", "config", "consumer", "jobs", "services", "utils", "main")
 _LOOK_SECONDS = 0.2
 LONGEST_STEP = 200.0
 """Seconds: less than the five minutes that a backend allows a webhook's timestamp to differ."""

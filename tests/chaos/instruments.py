@@ -17,30 +17,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from consumer import (
-    checkpoint_uploads,
-    desk,
-    endings,
-    lane,
-    outbox,
-    pipeline,
-    run_events,
-)
-from consumer.checkpoint_uploads import CheckpointUploads
-from consumer.machine import Machine
+from consumer import lane, pipeline
+from consumer import worker as desk
+from consumer.life import checkpoint_uploads, endings, run_events
+from consumer.life.checkpoint_uploads import CheckpointUploads
+from consumer.life.sweeper import Sweeper
+from consumer.life.work_folder import WorkFolder
 from consumer.pipeline import Pipeline
-from consumer.settlement import Action
-from consumer.sweeper import Sweeper
-from consumer.trainer_process import TrainerProcess
+from consumer.trainer.machine import Machine
+from consumer.trainer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
-from consumer.work_folder import WorkFolder
-from services import hold, record_sweep
-from services.job_lease import JobLease
-from services.job_records import Claimed, JobRecords
-from services.lease import Lease
-from services.record_object import RecordObject
-from services.s3_service import S3Service
-from services.webhook_service import RetrySchedule, WebhookService
+from jobs import hold
+from services.broker import outbox
+from services.broker.settlement import Action
+from services.records import sweep as record_sweep
+from services.records.job_lease import JobLease
+from services.records.job_records import Claimed, JobRecords
+from services.records.lease import Lease
+from services.records.record_object import RecordObject
+from services.s3.s3_service import S3Service
+from services.webhooks.webhook_service import RetrySchedule, WebhookService
 from tests.chaos.crash_points import CrashPoints
 from tests.chaos.journal import Journal
 from tests.chaos.timing import CRASH_DELAY
@@ -74,8 +70,8 @@ def shorten_waits() -> None:
     # Longer than a trainer process is ever stopped, and shorter than the suite waits for a worker's
     # next claim.
     stops = importlib.import_module(TrainerProcess.__module__)
-    if importlib.util.find_spec("consumer.run_watch"):
-        stops = importlib.import_module("consumer.run_watch")
+    if importlib.util.find_spec("consumer.trainer.run_watch"):
+        stops = importlib.import_module("consumer.trainer.run_watch")
     _shorten(17.0, (stops, "STOP_PATIENCE_SECONDS"), (stops, "_STOP_PATIENCE_SECONDS"))
     if hasattr(lane, "CRASH_DELAY_SECONDS"):  # the last release's
         _shorten(CRASH_DELAY, (lane, "CRASH_DELAY_SECONDS"))

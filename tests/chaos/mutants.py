@@ -109,8 +109,8 @@ MUTANTS = (
         "conditional-writes",
         "of two workers that claim a job at once, one gets it",
         (
-            ("services.s3_service:S3Service._put", change.without_conditions),
-            ("consumer.state_guard:StateGuard.test", change.instead(lambda _self: True)),
+            ("services.s3.s3_service:S3Service._put", change.without_conditions),
+            ("consumer.life.state_guard:StateGuard.test", change.instead(lambda _self: True)),
         ),
         "duplicated|trained after|was taken from it|sequence",
         only="published twice",
@@ -123,9 +123,9 @@ MUTANTS = (
         "fence",
         "a worker that slept through its lease stops, and changes nothing more",
         (
-            ("services.lease:Lease.check", change.instead(change.nothing)),
-            ("services.lease:Lease._lose", change.instead(change.nothing)),
-            ("services.s3_service:S3Service.upload_file", change.over_any_version),
+            ("services.records.lease:Lease.check", change.instead(change.nothing)),
+            ("services.records.lease:Lease._lose", change.instead(change.nothing)),
+            ("services.s3.s3_service:S3Service.upload_file", change.over_any_version),
         ),
         "was taken from it|several runs|claims|duplicated",
         only="worker frozen",
@@ -148,7 +148,7 @@ MUTANTS = (
     Mutant(
         "record-before-ack",
         "an ending is in the record before anybody is told of it",
-        (("services.job_lease:JobLease.end", change.in_memory),),
+        (("services.records.job_lease:JobLease.end", change.in_memory),),
         "duplicated|trained after|lost|misplaced",
         only="killed at after webhook complete",
         faults=5,
@@ -156,7 +156,7 @@ MUTANTS = (
     Mutant(
         "stop-acknowledges",
         "a worker that stops returns its message",
-        (("consumer.settlement:Settlement.requeue", change.acknowledged),),
+        (("services.broker.settlement:Settlement.requeue", change.acknowledged),),
         "only the sweep",
         only="SIGTERM",
         faults=4,
@@ -180,21 +180,21 @@ MUTANTS = (
     Mutant(
         "attempts-without-limit",
         "a job that fails again and again is given up",
-        (("services.job_record:JobRecord.released", change.attempts_uncounted),),
+        (("jobs.record:JobRecord.released", change.attempts_uncounted),),
         "given up.*lost",
         destinies="given up",
     ),
     Mutant(
         "cancel-file-ignored",
         "a cancel file cancels its job",
-        (("services.job_lease:JobLease.look_for_cancel", change.instead(change.nothing)),),
+        (("services.records.job_lease:JobLease.look_for_cancel", change.instead(change.nothing)),),
         "expected failed CANCELLED, found complete",
         destinies="cancelled by file",
     ),
     Mutant(
         "checkpoint-not-verified",
         "a job resumes from the newest checkpoint that is whole",
-        (("consumer.checkpoint_uploads:verify", change.instead(change.nothing)),),
+        (("consumer.life.checkpoint_uploads:verify", change.instead(change.nothing)),),
         "repeated",
         only="checkpoint damaged",
         faults=3,
@@ -205,7 +205,7 @@ MUTANTS = (
         "an ended job leaves what the protocol says, and no more",
         (
             ("consumer.pipeline:clear_up", change.instead(lambda *_: True)),
-            ("consumer.desk:clear_up", change.instead(lambda *_: True)),
+            ("consumer.worker:clear_up", change.instead(lambda *_: True)),
         ),
         "checkpoints: expected",
         destinies="cancelled by an answer",
@@ -213,27 +213,27 @@ MUTANTS = (
     Mutant(
         "any-answer-delivers",
         "an ending is told until the backend has taken it",
-        (("services.webhook_service:judge_ending", change.always_delivered),),
+        (("services.webhooks.webhook_service:judge_ending", change.always_delivered),),
         "delivery: expected set_aside, found delivered",
         destinies="answered 400",
     ),
     Mutant(
         "sequence-without-claim",
         "news of a later claim have a later sequence",
-        (("services.job_lease:JobLease.next_sequence", change.from_zero),),
+        (("services.records.job_lease:JobLease.next_sequence", change.from_zero),),
         "is of claims",
     ),
     Mutant(
         "put-off-without-limit",
         "a message that nobody can ever handle becomes a dead letter",
-        (("consumer.put_offs:_RULES", change.no_limits),),
+        (("consumer.life.put_offs:_RULES", change.no_limits),),
         "record damaged.*lost",
         destinies="record damaged",
     ),
     Mutant(
         "copy-not-owed",
         "the dead queue gets its copy though the worker dies before it is published",
-        (("consumer.endings:Endings._pay", change.paid_before_it_is_published),),
+        (("consumer.life.endings:Endings._pay", change.paid_before_it_is_published),),
         "lost; .*dead_letters",
         only="killed at before publish",
         faults=5,
@@ -243,14 +243,14 @@ MUTANTS = (
     Mutant(
         "unclaimed-order-is-a-copy",
         "an order that was never claimed is never taken for a duplicate",
-        (("consumer.put_offs:PutOffs.put_off", change.as_own_copy),),
+        (("consumer.life.put_offs:PutOffs.put_off", change.as_own_copy),),
         "second order.*lost",
         destinies="ordered again",
     ),
     Mutant(
         "held-ending-acknowledged",
         "a message stays until its job's ending is delivered",
-        (("consumer.endings:Endings._look_at", change.acknowledged_where_held),),
+        (("consumer.life.endings:Endings._look_at", change.acknowledged_where_held),),
         "only the sweep",
         only="killed at before webhook complete",
         faults=4,
@@ -258,7 +258,7 @@ MUTANTS = (
     Mutant(
         "retry-after-ignored",
         "a backend that asks for time gets it",
-        (("consumer.endings:parking_delay", change.instead(lambda delays, *_: delays[0])),),
+        (("consumer.life.endings:parking_delay", change.instead(lambda delays, *_: delays[0])),),
         "though the backend asked for",
         only="long Retry-After",
         faults=6,
@@ -268,7 +268,7 @@ MUTANTS = (
     Mutant(
         "lease-from-the-last-try",
         "a lease begins with the first try of its write",
-        (("services.lease:Lease._write", change.begun_with_the_last_try),),
+        (("services.records.lease:Lease._write", change.begun_with_the_last_try),),
         "believed to last longer",
         only="answers lost after the write",
         faults=4,
@@ -276,7 +276,12 @@ MUTANTS = (
     Mutant(
         "confirm-without-limit",
         "a confirm that never comes stops no worker",
-        (("consumer.answer_limit:AnswerLimit.__call__", change.instead(change.without_limit)),),
+        (
+            (
+                "services.broker.answer_limit:AnswerLimit.__call__",
+                change.instead(change.without_limit),
+            ),
+        ),
         "takes no job any more|lost|only the sweep",
         only="confirms lost",
         faults=5,
@@ -285,7 +290,7 @@ MUTANTS = (
     Mutant(
         "every-header-carried",
         "a copy fits into a frame, and one that does not never blocks others",
-        (("consumer.settlement:Delivery.carried_headers", change.every_header),),
+        (("services.broker.settlement:Delivery.carried_headers", change.every_header),),
         "given up.*(lost|misplaced)|in the dead queue|messages wait",
         destinies="given up",
     ),
@@ -294,7 +299,7 @@ MUTANTS = (
         "a style's folder is always of one run",
         (
             (
-                "consumer.model_publisher:ModelPublisher._put_in_place",
+                "consumer.publishing.model_publisher:ModelPublisher._put_in_place",
                 change.stopped_between_two_files,
             ),
         ),
@@ -311,7 +316,7 @@ MUTANTS = (
     Mutant(
         "pruned-without-lease",
         "a worker that slept deletes no checkpoint of its successor",
-        (("consumer.checkpoint_uploads:prune", change.pruned_without_lease),),
+        (("consumer.life.checkpoint_uploads:prune", change.pruned_without_lease),),
         "its record points to checkpoint|repeated",
         only="stopped at before list checkpoints",
         faults=4,
@@ -322,8 +327,8 @@ MUTANTS = (
         "any-version-archived",
         "a publisher that slept does not overwrite the archive of an older model",
         (
-            ("services.s3_service:S3Service.copy", change.any_version_copied),
-            ("consumer.model_folder:Fence.renew", change.instead(change.nothing)),
+            ("services.s3.s3_service:S3Service.copy", change.any_version_copied),
+            ("consumer.publishing.model_folder:Fence.renew", change.instead(change.nothing)),
         ),
         "is not what was trained|is of claims|has only|model: expected",
         only="stopped at before copy",

@@ -34,7 +34,10 @@ _TRIES = 2
 """Of a run that says nothing, because its broker did not start, say."""
 _AT_ONCE = 2
 """Runs at a time: each of them mostly waits."""
-_SOURCES = ("main.py", "config.py", "consumer", "services", "training", "utils", "tests/chaos")
+_SOURCES = (
+    *("main.py", "config.py", "cli", "consumer", "images", "jobs", "reports"),
+    *("services", "training", "utils", "tests/chaos"),
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ def attempts_uncounted(released: Any) -> Any:
 
 def always_delivered(judge: Any) -> Any:
     def wrapped(reply: Any, detail: str) -> Any:
-        from services.webhook_answers import EndingOutcome
+        from services.webhooks.answers import EndingOutcome
 
         return dataclasses.replace(judge(reply, detail), outcome=EndingOutcome.DELIVERED)
 
@@ -86,7 +86,7 @@ def from_zero(_next: Any) -> Any:
 
 def paid_before_it_is_published(_pay: Any) -> Any:
     def wrapped(self: Any, lease: Any, original: bytes) -> None:
-        from consumer.settlement import Publication
+        from services.broker.settlement import Publication
 
         if (owed := lease.record.owed) is None:
             return
@@ -119,8 +119,8 @@ def as_own_copy(put_off: Any) -> Any:
 
 def acknowledged_where_held(look_at: Any) -> Any:
     def wrapped(self: Any, one: Any) -> Any:
-        from consumer.settlement import Settlement
-        from services.job_records import HeldElsewhere
+        from services.broker.settlement import Settlement
+        from services.records.job_records import HeldElsewhere
 
         if isinstance(self._records.adopt_ending(one.task_id), HeldElsewhere):
             return Settlement.ack()
@@ -161,8 +161,8 @@ def stopped_between_two_files(_put_in_place: Any) -> Any:
     def wrapped(
         self: Any, style: Any, run: Any, turn: Any, fence: Any, check: Callable[[], None]
     ) -> Any:
-        from consumer.model_folder import Fence, persistently
-        from consumer.model_publisher import Published
+        from consumer.publishing.model_folder import Fence, persistently
+        from consumer.publishing.model_publisher import Published
 
         class Obedient(Fence):
             """Asks for a stop before each write."""

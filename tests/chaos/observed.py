@@ -10,8 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from jobs.record import SEQUENCES_PER_CLAIM
 from sandbox.backend import ReceivedRequest
-from services.job_record import SEQUENCES_PER_CLAIM
 from tests.chaos.jobs import Job
 from tests.chaos.reference import Facts, Kept, Places
 from tests.chaos.stand_in_trainer import FILES, digest_of

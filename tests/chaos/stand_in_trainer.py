@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from jobs.lora_config import TrainingRun
 from tests.chaos import full_disk
 from tests.chaos.fates import SEEDS
 from tests.chaos.journal import Journal
 from tests.chaos.reference import Destiny
-from training import manifest
-from training.inbox import Inbox
-from training.lora_config import TrainingRun
+from training.runtime.inbox import Inbox
+from utils import manifest
 from utils.errors import (
     BaseModelUnavailable,
     CheckpointUnusable,
@@ -56,7 +56,7 @@ FILES = (
     "lora_weights_kohya.safetensors",
     "lora_weights.safetensors",
 )
-"""Those of `training.report.FILES`, whose module imports torch."""
+"""Those of `training.style.results.report.FILES`, whose module imports torch."""
 
 _PROGRESS_SECONDS = 0.25
 _DIVERGES_AT = 5

@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from jobs.record import SEQUENCES_PER_CLAIM
 from sandbox.backend import PROGRESS, ReceivedRequest
-from services.job_record import SEQUENCES_PER_CLAIM
 from tests.chaos.jobs import Job
 from tests.chaos.noted import log_lines
 from tests.chaos.observed import Notes, Observed

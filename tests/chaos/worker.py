@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import main as program
-from consumer import desk
+from consumer import worker as desk
 from tests.chaos import clock, full_disk, instruments, mutants
 from tests.chaos.crash_points import CrashPoints
 from tests.chaos.journal import Journal

@@ -14,12 +14,12 @@ from typing import Any
 import pika
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
-from consumer.messages import derive_task_id
-from consumer.settlement import Queue
-from consumer.topology import declaration
+from jobs.message import derive_task_id
 from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
+from services.broker.settlement import Queue
+from services.broker.topology import declaration
 from tests.chaos.destined_s3 import DestinedS3
 from tests.chaos.hits import Hits
 from tests.chaos.tcp_proxy import TcpProxy

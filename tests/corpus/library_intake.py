@@ -24,10 +24,10 @@ import numpy as np
 import PIL
 from PIL import Image, ImageCms, ImageOps
 
+from images.decoder import CRASHED, SECONDS, TOO_SLOW, Decoder
+from images.intake import Refused, Request
+from images.vetting import FORMATS, UnusablePicture, vet
 from tests.corpus.storages import srgb_of
-from training.decoder import CRASHED, SECONDS, TOO_SLOW, Decoder
-from training.intake import Refused, Request
-from training.vetting import FORMATS, UnusablePicture, vet
 
 MOST_SECONDS, MOST_MIB, MOST_LEVELS = 2.0, 300, 1
 _WHITE = (255, 255, 255)

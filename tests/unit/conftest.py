@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.environment import NAMES
-from utils.setting_names import OLD_NAMES
+from utils.settings.names import OLD_NAMES
 
 
 @pytest.fixture(name="own_settings")

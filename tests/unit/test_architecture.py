@@ -13,32 +13,40 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("main", "config", "consumer", "services", "training", "utils")
+ROOMS = (
+    *("main", "config", "cli", "consumer", "images", "jobs", "reports", "services", "training"),
+    "utils",
+)
 BESIDE_IT = {"tests", "sandbox", "benchmarks", "tools"}
+MOST_SIBLINGS = 15
 
 # room -> the rooms that it may import. `main` is where everything is put together.
 ARROWS: dict[str, set[str]] = {
-    "main": {"config", "consumer", "services", "training", "utils"},
-    "consumer": {"config", "services", "training", "utils"},
-    "services": {"config", "utils"},
-    "config": {"training", "utils"},
-    "training": {"utils"},
+    "main": {"config", "cli", "consumer", "services", "utils"},
+    "cli": {"config", "consumer", "images", "jobs", "services", "training", "utils"},
+    "consumer": {"config", "jobs", "services", "utils"},
+    "services": {"jobs", "utils"},
+    "config": {"jobs", "utils"},
+    "training": {"images", "reports", "jobs", "utils"},
+    "reports": {"jobs", "utils"},
+    "images": {"utils"},
+    "jobs": {"utils"},
     "utils": set(),
 }
 
 # What reaches outside -> the one file that may import it, and that wraps its errors.
 ONE_IMPORTER = {
     "pika": "consumer/training_consumer.py",
-    "boto3": "services/s3_service.py",
-    "botocore": "services/s3_service.py",
-    "requests": "services/webhook_service.py",
-    "standardwebhooks": "services/webhook_service.py",
+    "boto3": "services/s3/s3_service.py",
+    "botocore": "services/s3/s3_service.py",
+    "requests": "services/webhooks/webhook_service.py",
+    "standardwebhooks": "services/webhooks/webhook_service.py",
     "pynvml": "utils/gpu_monitor.py",
     "prometheus_client": "utils/metrics.py",
-    "opentelemetry": "services/otel_tracing.py",
-    "sentry_sdk": "services/error_reports.py",
-    "starlette": "consumer/http_pages.py",
-    "uvicorn": "consumer/http_pages.py",
+    "opentelemetry": "services/telemetry/otel_tracing.py",
+    "sentry_sdk": "services/telemetry/error_reports.py",
+    "starlette": "consumer/pages/http_pages.py",
+    "uvicorn": "consumer/pages/http_pages.py",
     "dotenv": "config.py",
     "pydantic_settings": "config.py",
 }
@@ -159,10 +167,10 @@ def test_the_product_imports_no_test_no_sandbox_and_no_tool() -> None:
     assert not wrong
 
 
-def test_config_knows_of_training_only_what_a_run_is() -> None:
+def test_config_knows_of_jobs_only_what_a_run_is() -> None:
     tree = tree_of(Path("config.py"))
     named = {name for node in ast.walk(tree) for name in modules_of(node, Path("config.py"))}
-    assert {name for name in named if name.startswith("training")} == {"training.lora_config"}
+    assert {name for name in named if name.startswith("jobs")} == {"jobs.lora_config"}
 
 
 @pytest.mark.parametrize("client", ONE_IMPORTER)
@@ -186,7 +194,7 @@ def test_training_imports_what_a_training_machine_has_and_no_more() -> None:
         f"{path} imports {name}"
         for path in product_files()
         if room_of(path) == "training"
-        for name in imports(path) - TRAINING_MAY_IMPORT - {"training", "utils"}
+        for name in imports(path) - TRAINING_MAY_IMPORT - {"training"} - ARROWS["training"]
     }
     assert not wrong
 
@@ -230,7 +238,7 @@ print("imported", len({modules!r}))
 def test_what_is_optional_is_read_only_where_it_is_wanted() -> None:
     ran = python("""
 import sys
-import main, consumer.desk
+import main, consumer.worker
 print(sorted({"opentelemetry", "sentry_sdk", "tensorboard", "torch"} & set(sys.modules)))
 """)
     assert ran.returncode == 0, ran.stderr
@@ -240,7 +248,7 @@ print(sorted({"opentelemetry", "sentry_sdk", "tensorboard", "torch"} & set(sys.m
 def test_the_front_desk_does_not_import_torch() -> None:
     ran = python(f"""
 import sys
-import main, consumer.pipeline, consumer.training_consumer, consumer.trainer_process
+import main, consumer.pipeline, consumer.training_consumer, consumer.trainer.trainer_process
 print(sorted({TORCH!r} & set(sys.modules)))
 """)
     assert ran.returncode == 0, ran.stderr
@@ -287,6 +295,15 @@ def test_no_error_is_caught_without_saying_which() -> None:
         if isinstance(node, ast.ExceptHandler) and node.type is None
     }
     assert not wrong
+
+
+def test_no_folder_has_more_siblings_than_a_reader_can_keep_in_mind() -> None:
+    folders = {path.parent for path in product_files() if len(path.parts) > 1}
+    sizes = {
+        str(folder): len([one for one in (ROOT / folder).iterdir() if one.name != "__pycache__"])
+        for folder in folders
+    }
+    assert not {folder: size for folder, size in sizes.items() if size > MOST_SIBLINGS}
 
 
 def test_no_file_is_a_drawer_for_everything() -> None:

@@ -16,11 +16,11 @@ from pydantic import SecretStr, ValidationError
 
 import config
 from config import Settings, TrainerSettings, load, setting_names
-from services.s3_service import S3Service
+from jobs.lora_config import HyperParameters
+from services.s3.s3_service import S3Service
 from tests.unit.environment import NAMES, REQUIRED, TOKEN, problems, settings
-from training.lora_config import HyperParameters
 from utils.errors import ConfigurationError
-from utils.setting_values import not_pinned
+from utils.settings.values import not_pinned
 from utils.urls import origin_of
 
 EXAMPLE = Path(__file__).parents[2] / ".env.example"

@@ -12,15 +12,15 @@ import pytest
 
 import config
 import main
+from cli.doctor.broker_limits import advice
+from cli.doctor.storage_rights import Right, uses
 from config import Settings
-from consumer.doctor.broker_limits import advice
-from consumer.doctor.storage_rights import Right, uses
 from utils.errors import ErrorCode
-from utils.setting_names import OLD_NAMES
+from utils.settings.names import OLD_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-ROOMS = ("consumer", "services", "training", "utils")
+ROOMS = ("cli", "consumer", "images", "jobs", "reports", "services", "training", "utils")
 
 QUIET = {"debug", "info"}
 # `level(...)`: where a line's level depends on what happened.

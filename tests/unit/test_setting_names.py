@@ -10,7 +10,7 @@ import config
 from config import load
 from tests.unit.environment import NAMES, REQUIRED, problems, settings
 from utils.errors import ConfigurationError
-from utils.setting_names import OLD_NAMES, misspelled
+from utils.settings.names import OLD_NAMES, misspelled
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 pytestmark = pytest.mark.usefixtures("own_settings")

@@ -13,7 +13,7 @@ import config
 import main
 from config import Settings, TrainerSettings, setting_names
 from utils.errors import ConfigurationError
-from utils.setting_names import OLD_NAMES
+from utils.settings.names import OLD_NAMES
 
 TOKEN = "a-token-that-is-long-enough-for-the-rule"
 TOML = f"""

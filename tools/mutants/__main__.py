@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tools.mutants.mutation import Mutant, mutants_of
 from tools.mutants.running import (
+    BaselineFails,
     Outcome,
     Results,
-    BaselineFails,
     Trees,
     baseline,
     in_parallel,
@@ -28,41 +28,41 @@ ROOT = Path(__file__).resolve().parents[2]
 
 MODULES = (
     "consumer/pipeline.py",
-    "consumer/put_offs.py",
-    "consumer/endings.py",
-    "consumer/sweeper.py",
-    "consumer/model_publisher.py",
-    "consumer/model_folder.py",
-    "consumer/checkpoint_uploads.py",
-    "consumer/broker_loop.py",
+    "consumer/life/put_offs.py",
+    "consumer/life/endings.py",
+    "consumer/life/sweeper.py",
+    "consumer/publishing/model_publisher.py",
+    "consumer/publishing/model_folder.py",
+    "consumer/life/checkpoint_uploads.py",
+    "services/broker/connection.py",
     "consumer/lane.py",
-    "consumer/outbox.py",
-    "consumer/settlement.py",
-    "consumer/queue_watch.py",
-    "services/job_record.py",
-    "services/job_records.py",
-    "services/job_lease.py",
-    "services/lease.py",
-    "services/record_index.py",
-    "services/record_sweep.py",
-    "services/style_turn.py",
-    "training/inbox.py",
+    "services/broker/outbox.py",
+    "services/broker/settlement.py",
+    "consumer/pages/queue_watch.py",
+    "jobs/record.py",
+    "services/records/job_records.py",
+    "services/records/job_lease.py",
+    "services/records/lease.py",
+    "services/records/index.py",
+    "services/records/sweep.py",
+    "services/records/style_turn.py",
+    "training/runtime/inbox.py",
 )
 """The code that runs a job's life and the broker connection."""
 
 EXTRA_TESTS: dict[str, tuple[str, ...]] = {
-    "consumer/put_offs.py": (
+    "consumer/life/put_offs.py": (
         "tests/unit/consumer/test_endings.py",
         "tests/unit/consumer/test_pipeline.py",
     ),
-    "consumer/endings.py": ("tests/unit/consumer/test_pipeline.py",),
-    "consumer/queue_watch.py": ("tests/unit/consumer/test_observer.py",),
-    "services/job_lease.py": ("tests/unit/services/test_job_records.py",),
-    "services/record_index.py": ("tests/unit/services/test_job_records.py",),
-    "services/record_sweep.py": ("tests/unit/consumer/test_sweeper.py",),
-    "services/style_turn.py": ("tests/unit/consumer/test_publishing.py",),
-    "consumer/model_folder.py": ("tests/unit/consumer/test_publishing.py",),
-    "consumer/model_publisher.py": ("tests/unit/consumer/test_publishing.py",),
+    "consumer/life/endings.py": ("tests/unit/consumer/test_pipeline.py",),
+    "consumer/pages/queue_watch.py": ("tests/unit/consumer/test_observer.py",),
+    "services/records/job_lease.py": ("tests/unit/services/test_job_records.py",),
+    "services/records/index.py": ("tests/unit/services/test_job_records.py",),
+    "services/records/sweep.py": ("tests/unit/consumer/test_sweeper.py",),
+    "services/records/style_turn.py": ("tests/unit/consumer/test_publishing.py",),
+    "consumer/publishing/model_folder.py": ("tests/unit/consumer/test_publishing.py",),
+    "consumer/publishing/model_publisher.py": ("tests/unit/consumer/test_publishing.py",),
 }
 """Tests of a module that neither import it nor are named after it."""
 

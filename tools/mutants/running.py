@@ -23,7 +23,14 @@ from pathlib import Path
 
 from tools.mutants.mutation import Mutant
 
-TEST_FOLDERS = ("tests/unit/consumer", "tests/unit/services", "tests/unit/training")
+TEST_FOLDERS = (
+    "tests/unit/cli",
+    "tests/unit/consumer",
+    "tests/unit/images",
+    "tests/unit/jobs",
+    "tests/unit/services",
+    "tests/unit/training",
+)
 _SHORTEST_LIMIT = 30.0  # seconds; a busy machine starts Python slowly
 _LIMIT_FACTOR = 6.0
 _PASSED, _NO_TESTS = 0, 5

@@ -15,9 +15,9 @@ from typing import Any
 import pika
 
 from config import Settings
-from consumer.settlement import Delivery, Settlement
 from consumer.training_consumer import TrainingConsumer
 from sandbox.rabbitmq_node import RabbitMqNode
+from services.broker.settlement import Delivery, Settlement
 
 SOON = 15.0
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from consumer.settlement import Delivery, Settlement
 from consumer.training_consumer import TrainingConsumer
 from sandbox.rabbitmq_node import RabbitMqNode
+from services.broker.settlement import Delivery, Settlement
 from tests.integration.consumer.broker import Client, Start, Worker, make_settings, until
 
 

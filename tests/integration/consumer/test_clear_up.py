@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 
-from consumer.checkpoint_uploads import clear_up
+from consumer.life.checkpoint_uploads import clear_up
+from jobs.addresses import S3Location
 from sandbox.s3_server import S3Server
-from services.record_sweep import RecordSweep
-from services.s3_service import S3Location, S3Service
+from services.records.sweep import RecordSweep
+from services.s3.s3_service import S3Service
 from tests.integration.services.record_world import (
     BUCKET,
     access,

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from consumer.checkpoint_uploads import clear_up, prune
-from consumer.curve_uploads import CurveUploads
+from consumer.life.checkpoint_uploads import clear_up, prune
+from consumer.life.curve_uploads import CurveUploads
+from jobs.addresses import S3Location
+from jobs.record import Ending, EndingKind
 from sandbox.s3_server import S3Server
-from services.job_record import Ending, EndingKind
-from services.s3_service import S3Location, S3Service
+from services.s3.s3_service import S3Service
 from tests.integration.services.record_world import (
     BUCKET,
     access,

@@ -6,8 +6,8 @@ import time
 
 from structlog.testing import capture_logs
 
-from consumer.settlement import Delivery, Publication, Queue, Settlement
 from sandbox.rabbitmq_node import RabbitMqNode
+from services.broker.settlement import Delivery, Publication, Queue, Settlement
 from tests.integration.consumer.broker import SOON, Client, Handler, Start, until
 
 

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from consumer.model_publisher import WEIGHTS, ModelPublisher
-from consumer.stop_signal import StopSignal
-from consumer.training_job import TrainingJob
-from services.job_lease import JobLease
-from services.job_record import JobRequest
-from services.job_records import Claimed, JobRecords
-from services.s3_service import S3Location, S3Service
-from services.style_turn import StyleTurns
-from training.lora_config import HyperParameters
+from consumer.life.stop_signal import StopSignal
+from consumer.publishing.model_publisher import WEIGHTS, ModelPublisher
+from jobs.addresses import S3Location
+from jobs.lora_config import HyperParameters
+from jobs.record import JobRequest
+from jobs.style_job import TrainingJob
+from services.records.job_lease import JobLease
+from services.records.job_records import Claimed, JobRecords
+from services.records.style_turn import StyleTurns
+from services.s3.s3_service import S3Service
 from utils.errors import LeaseLost, PreconditionFailed, Stopped, StopReason
 
 FILES = ("samples.png", "adapter_model.safetensors", WEIGHTS)

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from consumer.messages import parse
-from consumer.progress_reporter import ProgressReporter
-from consumer.stop_signal import StopSignal
+from consumer.life.progress_reporter import ProgressReporter
+from consumer.life.stop_signal import StopSignal
+from jobs.message import parse
 from sandbox.backend import Answer, Backend
 from tests.integration.consumer.broker import until
 from tests.integration.services.webhook_setup import service
-from tests.unit.consumer.message_samples import SETTINGS, flat
+from tests.unit.jobs.message_samples import SETTINGS, flat
 from utils.errors import LeaseLost, Stopped, StopReason, TrainingFailed
 from utils.events import Progress, Stage
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from consumer import model_folder
-from consumer.model_publisher import WEIGHTS
-from consumer.stop_signal import StopSignal
+from consumer.life.stop_signal import StopSignal
+from consumer.publishing import model_folder
+from consumer.publishing.model_publisher import WEIGHTS
+from jobs.addresses import S3Location
 from sandbox.s3_server import S3Server
-from services.s3_service import S3Location, S3Service
+from services.s3.s3_service import S3Service
 from tests.integration.services.record_world import access
 from tests.integration.services.s3_proxy import S3Proxy, refusal
 from tests.publishing import (

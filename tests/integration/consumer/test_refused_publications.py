@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.settlement import (
+from sandbox.rabbitmq_node import RabbitMqNode
+from services.broker.settlement import (
     BODY_BYTES,
     BODY_SHA256,
     Delivery,
@@ -16,7 +17,6 @@ from consumer.settlement import (
     Queue,
     Settlement,
 )
-from sandbox.rabbitmq_node import RabbitMqNode
 from tests.integration.consumer.answer_proxy import (
     CONFIRM,
     CONSUMING,

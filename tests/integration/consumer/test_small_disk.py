@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from jobs.addresses import S3Location
 from sandbox.photographs import photographs
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from sandbox.stand_in_model import build_stand_in
-from services.picture_download import object_sizes
-from services.s3_service import PictureRequest, S3Location, S3Service
+from services.s3.image_download import object_sizes
+from services.s3.s3_service import PictureRequest, S3Service
 
 ROOT = Path(__file__).resolve().parents[3]
 OWN_MOUNTS = (
@@ -28,10 +29,10 @@ OWN_MOUNTS = (
 MEASURE = """
 import json, subprocess, sys
 from pathlib import Path
-from consumer.job_size import require_room
-from consumer.stop_signal import StopSignal
-from services.s3_service import S3Service
-from tests.unit.consumer.message_samples import envelope, make_settings, read
+from consumer.life.job_size import require_room
+from consumer.life.stop_signal import StopSignal
+from services.s3.s3_service import S3Service
+from tests.unit.jobs.message_samples import envelope, make_settings, read
 from utils.errors import TrainingServerError
 endpoint, bucket, folder, keys = sys.argv[1:3] + [Path(sys.argv[3])] + [sys.argv[4:]]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512M", "small", folder], check=True)
@@ -99,9 +100,9 @@ TRAIN = """
 import json, subprocess, sys
 from pathlib import Path
 from config import TrainerSettings
-from consumer.stop_signal import StopSignal
-from consumer.trainer_process import TrainerProcess
-from training.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
+from consumer.life.stop_signal import StopSignal
+from consumer.trainer.trainer_process import TrainerProcess
+from jobs.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
 from utils.errors import TrainingServerError
 model, pictures, place = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 settings = TrainerSettings(_env_file=None)

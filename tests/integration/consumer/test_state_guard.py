@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from consumer import state_guard
-from consumer.condition import Condition
-from consumer.observer import Observer
-from consumer.state_guard import StateGuard
+from consumer.life import state_guard
+from consumer.life.state_guard import StateGuard
+from consumer.pages.condition import Condition
+from consumer.pages.observer import Observer
 from sandbox.s3_server import S3Server
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient
-from tests.unit.consumer.message_samples import make_settings
+from tests.unit.jobs.message_samples import make_settings
 from utils.errors import ConfigurationError
 
 CARELESS = Fault(careless=True)

@@ -11,16 +11,16 @@ from typer.testing import CliRunner
 
 import config
 import main
+from cli.doctor import stores
+from cli.doctor.findings import Finding, Verdict
+from cli.jobs import order, post
 from config import Settings
-from consumer.desk import open_s3, open_state_s3
-from consumer.doctor import stores
-from consumer.doctor.findings import Finding, Verdict
-from consumer.ops import order, post
-from consumer.settlement import Publication
-from consumer.surroundings import Surroundings
+from consumer.pages.surroundings import Surroundings
+from consumer.worker import open_s3, open_state_s3
+from jobs.addresses import S3Location
 from sandbox.photographs import photographs
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
-from services.s3_service import S3Location
+from services.broker.settlement import Publication
 from tests.integration.services.s3_proxy import S3Proxy
 
 GOOGLE = "https://storage.googleapis.com"

@@ -123,9 +123,9 @@ DESK = r"""
 import json, os, socket, sys, time
 from pathlib import Path
 import config
-from consumer.stop_signal import StopSignal
-from consumer.trainer_process import TrainerProcess
-from training.lora_config import HyperParameters, Picture, TrainingRun
+from consumer.life.stop_signal import StopSignal
+from consumer.trainer.trainer_process import TrainerProcess
+from jobs.lora_config import HyperParameters, Picture, TrainingRun
 from utils import logger
 
 IDLE = "import os, sys; os.read(int(sys.argv[3]), 1)"  # until its pipe ends

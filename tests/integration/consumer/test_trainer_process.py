@@ -19,11 +19,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from config import TrainerSettings
-from consumer.stop_signal import StopSignal
-from consumer.trainer_process import TrainerProcess
+from consumer.life.stop_signal import StopSignal
+from consumer.trainer.trainer_process import TrainerProcess
+from jobs.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
 from sandbox.photographs import photographs as real_photographs
 from sandbox.stand_in_model import build_stand_in
-from training.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
 from utils.errors import LowQualityData, Stopped, StopReason, TrainingServerError, WorkerCrashed
 from utils.events import CheckpointSaved, Event, Finished, Progress, Stage, Started
 from utils.metrics import Metrics
@@ -166,8 +166,8 @@ def test_the_trainer_ends_when_its_desk_is_killed(tmp_path: Path, options: Train
     script = tmp_path / "desk.py"
     script.write_text(
         "import json, sys, time\n"
-        "from consumer.trainer_process import TrainerProcess\n"
-        "from training.lora_config import TrainerOptions\n"
+        "from consumer.trainer.trainer_process import TrainerProcess\n"
+        "from jobs.lora_config import TrainerOptions\n"
         "import os\n"
         "trainer = TrainerProcess(TrainerOptions(**json.loads(sys.argv[1])), dict(os.environ), "
         "stall_seconds=60)\n"
@@ -264,8 +264,8 @@ os.kill(os.getpid(), signal.SIGSEGV)
 """
 DESK = """
 import sys
-from consumer.trainer_process import TrainerProcess
-from training.lora_config import TrainerOptions
+from consumer.trainer.trainer_process import TrainerProcess
+from jobs.lora_config import TrainerOptions
 from utils import logger
 logger.configure()
 trainer = TrainerProcess(

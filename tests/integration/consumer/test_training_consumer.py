@@ -14,9 +14,9 @@ import pika.data
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.settlement import Delivery, Publication, Queue, Settlement
 from consumer.training_consumer import TrainingConsumer
 from sandbox.rabbitmq_node import RabbitMqNode
+from services.broker.settlement import Delivery, Publication, Queue, Settlement
 from tests.integration.consumer.broker import SOON, Client, Handler, Start, make_settings, until
 
 # --- the straight way

@@ -8,8 +8,8 @@ import pytest
 
 from sandbox.backend import Backend
 from sandbox.s3_server import S3Server
-from services.s3_service import S3Service
-from services.webhook_service import WebhookService
+from services.s3.s3_service import S3Service
+from services.webhooks.webhook_service import WebhookService
 from tests.integration.services.s3_proxy import S3Proxy, impatient
 from tests.integration.services.webhook_setup import service
 

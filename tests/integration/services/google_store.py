@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from sandbox.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY
-from services.s3_service import S3Service
+from services.s3.s3_service import S3Service
 from tests.integration.services.s3_proxy import Fault, Request, S3Proxy, refusal
 
 

@@ -8,12 +8,13 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from jobs.addresses import S3Location
+from jobs.hold import decode, encode, stamped
+from jobs.record import Ending, EndingKind, JobRecord, JobRequest, OwedCopy
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY
-from services.hold import decode, encode, stamped
-from services.job_lease import JobLease
-from services.job_record import Ending, EndingKind, JobRecord, JobRequest, OwedCopy
-from services.job_records import Claimed, JobRecords
-from services.s3_service import S3Location, S3Service, StoredObject
+from services.records.job_lease import JobLease
+from services.records.job_records import Claimed, JobRecords
+from services.s3.s3_service import S3Service, StoredObject
 from utils.errors import StorageError
 
 BUCKET = "state"

@@ -13,7 +13,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY
-from services.s3_service import S3Service
+from services.s3.s3_service import S3Service
 
 _CONDITIONS = ("if-match", "if-none-match")
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from jobs.addresses import S3Location
 from sandbox.s3_server import S3Server
-from services import condition_probe
-from services.condition_probe import probe
-from services.s3_service import S3Location, S3Service
+from services.records import condition_probe
+from services.records.condition_probe import probe
+from services.s3.s3_service import S3Service
 from tests.integration.services.record_world import BUCKET, access
 from utils.errors import PreconditionFailed, StorageError
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.error_reports import reported
+from services.telemetry.error_reports import reported
 from tests.collectors import SentryDoor
 from utils import logger
 from utils.errors import ConfigurationError

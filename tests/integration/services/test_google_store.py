@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from jobs.addresses import S3Location
 from sandbox.s3_server import S3Server
-from services.condition_probe import probe
-from services.picture_download import NO_VERSIONS, object_sizes
-from services.s3_errors import NotSupported
-from services.s3_service import PictureRequest, S3Location, S3Service
+from services.records.condition_probe import probe
+from services.s3.errors import NotSupported
+from services.s3.image_download import NO_VERSIONS, object_sizes
+from services.s3.s3_service import PictureRequest, S3Service
 from tests.integration.services.google_store import client, google
 from tests.integration.services.s3_proxy import Fault, Request, S3Proxy, impatient, refusal
 from utils.errors import ObjectNotFound, StorageError

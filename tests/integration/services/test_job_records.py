@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import dataclasses
+import itertools
 import threading
 import time
 import uuid
@@ -11,10 +11,10 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
 
+from jobs.record import Checkpoint, Delivery, EndingKind, JobRequest, derived_task_id
 from sandbox.s3_server import S3Server
-from services.job_lease import JobLease
-from services.job_record import Checkpoint, Delivery, EndingKind, JobRequest, derived_task_id
-from services.job_records import (
+from services.records.job_lease import JobLease
+from services.records.job_records import (
     Claim,
     Claimed,
     Ended,
@@ -23,7 +23,7 @@ from services.job_records import (
     OtherBody,
     Unclaimed,
 )
-from services.s3_service import S3Service
+from services.s3.s3_service import S3Service
 from tests.integration.services.record_world import (
     BUCKET,
     LEASE,

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from jobs.record import Checkpoint, Delivery, EndingKind, JobRequest, State
 from sandbox.s3_server import S3Server
-from services.job_record import Checkpoint, Delivery, EndingKind, JobRequest, State
-from services.job_records import Ended, cancel_file_at
-from services.job_reopening import CannotReopen, reopen, tell_again
-from services.record_index import settled_mark_at
-from services.record_sweep import RecordSweep
-from services.s3_service import S3Service
+from services.records.index import settled_mark_at
+from services.records.job_records import Ended, cancel_file_at
+from services.records.reopening import CannotReopen, reopen, tell_again
+from services.records.sweep import RecordSweep
+from services.s3.s3_service import S3Service
 from tests.integration.services.record_world import (
     BUCKET,
     Faulty,

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from jobs.addresses import S3Location
+from jobs.record import Checkpoint, Delivery, JobRecord, JobRequest
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
-from services.job_record import Checkpoint, Delivery, JobRecord, JobRequest
-from services.job_records import Claimed, HeldElsewhere
-from services.lease import SAFE_PART
-from services.s3_errors import ConditionalConflict
-from services.s3_service import S3Location, S3Service
+from services.records.job_records import Claimed, HeldElsewhere
+from services.records.lease import SAFE_PART
+from services.s3.errors import ConditionalConflict
+from services.s3.s3_service import S3Service
 from tests.integration.services.record_world import (
     BUCKET,
     LEASE,
@@ -109,9 +110,9 @@ def test_a_renewing_holder_notices_within_a_renewal_that_it_was_replaced_or_its_
 
 SLEEPER = """
 import sys, time
-from services.job_record import JobRequest, Checkpoint
-from services.job_records import JobRecords
-from services.s3_service import S3Service
+from jobs.record import JobRequest, Checkpoint
+from services.records.job_records import JobRecords
+from services.s3.s3_service import S3Service
 from utils import logger
 from utils.errors import LeaseLost
 logger.configure()  # to standard error

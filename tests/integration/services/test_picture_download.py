@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from jobs.addresses import S3Location
 from sandbox.s3_server import S3Server
-from services import picture_download, s3_body
-from services.s3_service import FetchedPicture, PictureRequest, S3Location, S3Service
+from services.s3 import body as s3_body
+from services.s3 import image_download as picture_download
+from services.s3.s3_service import FetchedPicture, PictureRequest, S3Service
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, once, refusal
 from utils.errors import (
     AccessDenied,

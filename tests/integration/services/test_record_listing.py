@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from jobs.addresses import S3Location
+from jobs.record import Ending, EndingKind, JobRequest
 from sandbox.s3_server import S3Server
-from services.job_record import Ending, EndingKind, JobRequest
-from services.job_records import Claimed
-from services.record_index import RecordIndex
-from services.record_listing import RecordListing, beginning_with, look_up, refusals_of
-from services.s3_service import S3Location
+from services.records.index import RecordIndex
+from services.records.job_records import Claimed
+from services.records.listing import RecordListing, beginning_with, look_up, refusals_of
 from tests.integration.services.record_world import (
     BUCKET,
     Faulty,

@@ -13,10 +13,12 @@ import botocore.exceptions
 import pytest
 import urllib3.exceptions
 
+from jobs.addresses import S3Location
 from sandbox.s3_server import REGION, S3Server
-from services import s3_errors, s3_service
-from services.s3_errors import BucketMissing
-from services.s3_service import PictureRequest, S3Location, S3Service
+from services.s3 import errors as s3_errors
+from services.s3 import s3_service
+from services.s3.errors import BucketMissing
+from services.s3.s3_service import PictureRequest, S3Service
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, refusal
 from utils.errors import (
     AccessDenied,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.addresses import S3Location
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
-from services.s3_service import S3Location, S3Service
+from services.s3.s3_service import S3Service
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, once, refusal
 from utils.errors import (
     AccessDenied,

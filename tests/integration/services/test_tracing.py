@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.tracing import Tracing, open_tracing
+from services.telemetry.tracing import Tracing, open_tracing
 from tests.collectors import Collector, attributes
 from utils.errors import ConfigurationError, LeaseLost, WorkerCrashed
 

@@ -12,7 +12,7 @@ import urllib3.exceptions
 from structlog.testing import capture_logs
 
 from sandbox.backend import SIGNING_SECRET, TOKEN, Answer, Backend
-from services.webhook_service import (
+from services.webhooks.webhook_service import (
     Ending,
     EndingOutcome,
     ProgressAnswer,

@@ -14,8 +14,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from sandbox.backend import COMPLETE, FAILED, PROGRESS, SIGNING_SECRET, Answer, Backend
-from services import webhook_service
-from services.webhook_service import (
+from services.webhooks import webhook_service
+from services.webhooks.webhook_service import (
     Ending,
     EndingAnswer,
     EndingOutcome,

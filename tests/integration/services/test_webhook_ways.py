@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from sandbox.backend import PROGRESS, Backend
-from services.webhook_service import EndingOutcome, ProgressAnswer
+from services.webhooks.webhook_service import EndingOutcome, ProgressAnswer
 from tests.integration.services.webhook_setup import ENDING, REPORT, service
 from utils.errors import ConfigurationError
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sandbox.backend import SIGNING_SECRET, TOKEN, Answer
-from services.webhook_service import Ending, RetrySchedule, WebhookService
+from services.webhooks.webhook_service import Ending, RetrySchedule, WebhookService
 
 REPORT = {"style_id": 1, "progress": {"current_epoch": 3, "total_epochs": 100}, "task_id": "t"}
 ENDING = Ending(

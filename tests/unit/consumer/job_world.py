@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any, cast
 
 from config import Settings
-from consumer.checkpoint_uploads import clear_up
-from consumer.endings import Endings
-from consumer.model_publisher import Published
-from consumer.observer import Observer
+from consumer.life.checkpoint_uploads import clear_up
+from consumer.life.endings import Endings
+from consumer.life.put_offs import PutOffs
+from consumer.life.stop_signal import Shutdown, StopSignal
+from consumer.life.sweeper import Sweeper
+from consumer.pages.observer import Observer
 from consumer.pipeline import Desk, Pipeline
-from consumer.put_offs import PutOffs
-from consumer.settlement import Delivery, Publication, Queue
-from consumer.stop_signal import Shutdown, StopSignal
-from consumer.sweeper import Sweeper
-from services.hold import decode
-from services.job_record import JobRecord
-from services.job_records import JobRecords
-from services.record_sweep import RecordSweep
-from services.s3_service import S3Location
-from services.webhook_service import Ending, EndingAnswer, EndingOutcome, ProgressAnswer
-from tests.unit.consumer.message_samples import BUCKET, flat, make_settings
+from consumer.publishing.model_publisher import Published
+from jobs.addresses import S3Location
+from jobs.hold import decode
+from jobs.record import JobRecord
+from services.broker.settlement import Delivery, Publication, Queue
+from services.records.job_records import JobRecords
+from services.records.sweep import RecordSweep
+from services.webhooks.webhook_service import Ending, EndingAnswer, EndingOutcome, ProgressAnswer
 from tests.memory_s3 import MemoryS3
+from tests.unit.jobs.message_samples import BUCKET, flat, make_settings
 from utils.errors import MachineError
 from utils.events import CheckpointSaved, Event, Finished
 

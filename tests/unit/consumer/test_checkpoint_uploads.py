@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from consumer import checkpoint_uploads
-from consumer.checkpoint_uploads import CheckpointUploads, clear_up, delete_all_of, prune
-from services.hold import decode, encode, stamped
-from services.job_lease import JobLease
-from services.job_record import Checkpoint, Ending, EndingKind, JobRecord
-from services.job_records import record_at
-from services.s3_service import S3Location
+from consumer.life import checkpoint_uploads
+from consumer.life.checkpoint_uploads import CheckpointUploads, clear_up, delete_all_of, prune
+from jobs.addresses import S3Location
+from jobs.hold import decode, encode, stamped
+from jobs.record import Checkpoint, Ending, EndingKind, JobRecord
+from services.records.job_lease import JobLease
+from services.records.job_records import record_at
 from tests.memory_s3 import MemoryS3, StoredObject
 from tests.publishing import STYLE, World, job_of
-from training.manifest import MANIFEST, write_folder
 from utils.errors import ErrorCode, StorageError
 from utils.events import CheckpointSaved
+from utils.manifest import MANIFEST, write_folder
 
 STATE = "state"
 PREFIX = f"checkpoints/style_{STYLE}/job/"

@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from consumer import desk
-from consumer.observer import Observer
-from consumer.outbox import Outbox
+from consumer import worker as desk
+from consumer.life.stop_signal import Shutdown
+from consumer.pages.observer import Observer
 from consumer.pipeline import Desk
-from consumer.stop_signal import Shutdown
+from services.broker.outbox import Outbox
 from tests.unit.environment import settings
 
 pytestmark = pytest.mark.usefixtures("own_settings")

@@ -11,8 +11,10 @@ import pytest
 import structlog.contextvars
 from structlog.testing import capture_logs
 
-from consumer.endings import parked, parking_delay
-from consumer.settlement import (
+from consumer.life.endings import parked, parking_delay
+from jobs.addresses import S3Location
+from jobs.record import Delivery, State
+from services.broker.settlement import (
     MIN_LEVEL,
     OWN_COPY,
     PUT_OFF_REASON,
@@ -22,9 +24,8 @@ from consumer.settlement import (
     Queue,
     Settlement,
 )
-from services.job_record import Delivery, State
-from services.s3_service import S3Location
-from services.webhook_service import EndingAnswer, EndingOutcome
+from services.webhooks.webhook_service import EndingAnswer, EndingOutcome
+from tests.memory_s3 import away, works
 from tests.unit.consumer.job_world import (
     AWAY,
     FORBIDDEN,
@@ -38,7 +39,6 @@ from tests.unit.consumer.job_world import (
     parked_body,
     redelivery_of,
 )
-from tests.memory_s3 import away, works
 
 DELAYS = (60.0, 300.0, 1800.0, 7200.0)
 

@@ -15,13 +15,13 @@ import pytest
 
 import config
 from config import Settings
-from consumer import condition as condition_module
-from consumer import http_pages
-from consumer.condition import Condition
-from consumer.http_pages import HttpPages
-from consumer.machine import Machine
-from consumer.observer import Observer
-from consumer.trainer_process import TrainerProcess
+from consumer.pages import condition as condition_module
+from consumer.pages import http_pages
+from consumer.pages.condition import Condition
+from consumer.pages.http_pages import HttpPages
+from consumer.pages.observer import Observer
+from consumer.trainer.machine import Machine
+from consumer.trainer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
 from utils.errors import ConfigurationError
 from utils.gpu_monitor import GpuReading

@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import pytest
 
-from consumer.job_size import JobSize, output_bytes, require_room
-from consumer.stop_signal import StopSignal
-from services.job_record import Checkpoint
-from services.s3_service import S3Location, S3Service
-from tests.unit.consumer.message_samples import BUCKET, envelope, make_settings, read
+from consumer.life.job_size import JobSize, output_bytes, require_room
+from consumer.life.stop_signal import StopSignal
+from jobs.addresses import S3Location
+from jobs.lora_config import HyperParameters
+from jobs.record import Checkpoint
+from services.s3.s3_service import S3Service
 from tests.memory_s3 import MemoryS3
-from training.lora_config import HyperParameters
+from tests.unit.jobs.message_samples import BUCKET, envelope, make_settings, read
 from utils.errors import (
     AccessDenied,
     Cancelled,

@@ -13,8 +13,8 @@ from structlog.testing import capture_logs
 
 from consumer import lane as lane_module
 from consumer.lane import CRASH_DELAYS, MAX_CRASHES, InHand, Lane
-from consumer.observer import Observer
-from consumer.settlement import (
+from consumer.pages.observer import Observer
+from services.broker.settlement import (
     CRASHES,
     MIN_LEVEL,
     OWN_COPY,
@@ -25,7 +25,7 @@ from consumer.settlement import (
     Queue,
     Settlement,
 )
-from tests.unit.consumer.fake_broker import Channel, soon
+from tests.unit.services.fake_broker import Channel, soon
 
 
 def settled(

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from consumer import job_watch
-from consumer.observer import Observer
-from consumer.put_offs import Why
-from consumer.settlement import Delivery, Queue
-from services.job_lease import JobLease
-from services.job_record import Ending, EndingKind, JobRecord, JobRequest
-from tests.unit.consumer.message_samples import envelope, read
+from consumer.life.put_offs import Why
+from consumer.pages import job_watch
+from consumer.pages.observer import Observer
+from jobs.record import Ending, EndingKind, JobRecord, JobRequest
+from services.broker.settlement import Delivery, Queue
+from services.records.job_lease import JobLease
+from tests.unit.jobs.message_samples import envelope, read
 from utils.errors import ErrorCode, StopReason
 from utils.events import CheckpointSaved, Progress, Stage, Started
 from utils.gpu_monitor import GpuReading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from consumer.order_time import instant, order_time
+from consumer.publishing.order_time import instant, order_time
 
 EARLY, LATE = "2026-01-20T08:00:00Z", "2026-01-20T12:00:00+00:00"
 

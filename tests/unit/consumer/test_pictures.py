@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from consumer import pictures
-from consumer.stop_signal import StopSignal
-from services.s3_service import FetchedPicture, PictureRequest, S3Service
-from tests.unit.consumer.message_samples import BUCKET, SETTINGS, flat, read
+from consumer.life import inputs as pictures
+from consumer.life.stop_signal import StopSignal
+from services.s3.s3_service import FetchedPicture, PictureRequest, S3Service
+from tests.unit.jobs.message_samples import BUCKET, SETTINGS, flat, read
 from utils.errors import ImageDownloadFailed
 
 

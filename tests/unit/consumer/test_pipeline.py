@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.settlement import (
+from jobs.addresses import S3Location
+from jobs.hold import encode, values_beside
+from jobs.record import PROTOCOL_LEVEL, Delivery, State
+from services.broker.settlement import (
     MIN_LEVEL,
     OWN_COPY,
     PUT_OFF_REASON,
@@ -21,9 +24,7 @@ from consumer.settlement import (
     Queue,
     Settlement,
 )
-from services.hold import encode, values_beside
-from services.job_record import PROTOCOL_LEVEL, Delivery, State
-from services.s3_service import S3Location
+from tests.memory_s3 import away, works
 from tests.unit.consumer.job_world import (
     AWAY,
     REFUSED,
@@ -35,8 +36,7 @@ from tests.unit.consumer.job_world import (
     parked_body,
     redelivery_of,
 )
-from tests.unit.consumer.message_samples import BUCKET
-from tests.memory_s3 import away, works
+from tests.unit.jobs.message_samples import BUCKET
 from utils.errors import (
     REPORTABLE,
     DiskFull,

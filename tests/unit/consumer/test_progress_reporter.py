@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import pytest
 
-from consumer.progress_reporter import ProgressReporter, queued
-from consumer.stop_signal import StopSignal
-from services.webhook_service import ProgressAnswer, WebhookService
-from tests.unit.consumer.message_samples import envelope, read
+from consumer.life.progress_reporter import ProgressReporter, queued
+from consumer.life.stop_signal import StopSignal
+from services.webhooks.webhook_service import ProgressAnswer, WebhookService
+from tests.unit.jobs.message_samples import envelope, read
 from utils.errors import LeaseLost, Stopped, StopReason, TrainingFailed
 from utils.events import Progress, Stage
 

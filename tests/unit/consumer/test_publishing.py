@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from consumer import model_folder
-from consumer.model_publisher import WEIGHTS
-from consumer.stop_signal import StopSignal
-from services.s3_service import S3Location
+from consumer.life.stop_signal import StopSignal
+from consumer.publishing import model_folder
+from consumer.publishing.model_publisher import WEIGHTS
+from jobs.addresses import S3Location
 from tests.memory_s3 import MemoryS3
 from tests.publishing import (
     EARLY,

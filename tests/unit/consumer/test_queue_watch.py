@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from consumer.queue_watch import QueueWatch, age_of
-from consumer.settlement import Queue
+from consumer.pages.queue_watch import QueueWatch, age_of
+from services.broker.settlement import Queue
 from utils.metrics import PREFIX, Metrics
 
 

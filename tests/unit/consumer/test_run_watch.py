@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from consumer import run_watch
-from consumer.run_watch import STOP_PATIENCE_SECONDS, RunWatch
-from consumer.stop_signal import StopSignal
+from consumer.life.stop_signal import StopSignal
+from consumer.trainer import run_watch
+from consumer.trainer.run_watch import STOP_PATIENCE_SECONDS, RunWatch
 from utils.errors import StopReason
 from utils.events import CheckpointSaved, Progress, Stage
 

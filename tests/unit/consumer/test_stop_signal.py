@@ -2,7 +2,7 @@
 
 import pytest
 
-from consumer.stop_signal import Shutdown, StopSignal
+from consumer.life.stop_signal import Shutdown, StopSignal
 from utils.errors import Cancelled, LeaseLost, Stopped, StopReason, TimeLimit
 
 

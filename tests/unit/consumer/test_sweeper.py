@@ -10,13 +10,14 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.endings import parked
-from consumer.observer import Observer
-from consumer.settlement import MIN_LEVEL, OWN_COPY, Queue, Settlement
-from services.job_record import PROTOCOL_LEVEL
-from services.record_index import INVENTORY_SECONDS, live_mark_at
-from services.record_sweep import RecordSweep
-from services.s3_service import S3Location
+from consumer.life.endings import parked
+from consumer.pages.observer import Observer
+from jobs.addresses import S3Location
+from jobs.record import PROTOCOL_LEVEL
+from services.broker.settlement import MIN_LEVEL, OWN_COPY, Queue, Settlement
+from services.records.index import INVENTORY_SECONDS, live_mark_at
+from services.records.sweep import RecordSweep
+from tests.memory_s3 import away, works
 from tests.unit.consumer.job_world import (
     AWAY,
     STATE,
@@ -26,7 +27,6 @@ from tests.unit.consumer.job_world import (
     parked_body,
     redelivery_of,
 )
-from tests.memory_s3 import away, works
 from utils.errors import LowQualityData, WorkerCrashed
 
 DAY = 86_400.0

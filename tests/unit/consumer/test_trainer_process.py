@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from consumer import trainer_process
-from consumer.stop_signal import StopSignal
-from consumer.trainer_process import TrainerProcess
-from training.lora_config import HyperParameters, TrainerOptions, TrainingRun
+from consumer.life.stop_signal import StopSignal
+from consumer.trainer import trainer_process
+from consumer.trainer.trainer_process import TrainerProcess
+from jobs.lora_config import HyperParameters, TrainerOptions, TrainingRun
 from utils.confined import Confinement
 from utils.errors import (
     Cancelled,

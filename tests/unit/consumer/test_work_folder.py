@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from consumer.work_folder import WorkFolder
+from consumer.life.work_folder import WorkFolder
 from utils.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLDER = """
 import sys, pathlib, time
-from consumer.work_folder import WorkFolder
+from consumer.life.work_folder import WorkFolder
 folder = WorkFolder(pathlib.Path(sys.argv[1]))
 print(folder.path, flush=True)
 time.sleep(60)

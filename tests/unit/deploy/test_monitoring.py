@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from config import Settings
-from consumer.settlement import Queue
+from services.broker.settlement import Queue
 from utils.errors import ErrorCode, Refusal
 from utils.gpu_monitor import THROTTLE_REASONS
 from utils.metrics import NO_CODE, PREFIX, PUT_OFFS, WASTE, Metrics, exported_names

@@ -7,9 +7,10 @@ from typing import cast
 
 import pytest
 
-from services import condition_probe
-from services.condition_probe import ConditionalSupport, probe
-from services.s3_service import S3Location, S3Service
+from jobs.addresses import S3Location
+from services.records import condition_probe
+from services.records.condition_probe import ConditionalSupport, probe
+from services.s3.s3_service import S3Service
 from utils.errors import PreconditionFailed
 
 

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from services.hold import HeldRecord, Hold
-from services.record_object import DATE_SLACK_SECONDS, Expiry, Version
+from jobs.hold import HeldRecord, Hold
+from services.records.record_object import DATE_SLACK_SECONDS, Expiry, Version
 
 HELD = HeldRecord(hold=Hold(owner="one", claim=1, lease_seconds=10.0))
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from services.job_record import PROTOCOL_LEVEL, Ending, EndingKind, JobRequest, OwedCopy, State
-from services.job_records import (
+from jobs.addresses import S3Location
+from jobs.record import PROTOCOL_LEVEL, Ending, EndingKind, JobRequest, OwedCopy, State
+from services.records.job_records import (
     Claimed,
     Ended,
     HeldElsewhere,
@@ -17,7 +18,6 @@ from services.job_records import (
     OtherBody,
     Unclaimed,
 )
-from services.s3_service import S3Location
 from tests.memory_s3 import MemoryS3, works
 from utils.errors import NewerRecord, StorageError
 

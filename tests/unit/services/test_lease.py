@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import pytest
 
-from services import lease as lease_module
-from services.hold import HeldRecord, Hold
-from services.lease import RENEWALS_PER_LEASE, SAFE_PART, Lease
-from services.s3_service import S3Location
+from jobs.addresses import S3Location
+from jobs.hold import HeldRecord, Hold
+from services.records import lease as lease_module
+from services.records.lease import RENEWALS_PER_LEASE, SAFE_PART, Lease
 from utils.errors import LeaseLost, MachineError, PreconditionFailed, StorageError
 
 LEASE = 100.0

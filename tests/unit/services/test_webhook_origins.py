@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from structlog.testing import capture_logs
 
-from services.webhook_service import WebhookService
+from services.webhooks.webhook_service import WebhookService
 from utils import logger
 
 BACKEND = "https://backend.example"

@@ -17,7 +17,7 @@ import pytest
 
 from tools import pin_images
 from tools.pin_images import CannotAsk, Image, digest_of, images, main, newest_commit, pinned
-from utils.setting_values import BASE_MODEL, BASE_MODEL_REVISION
+from utils.settings.values import BASE_MODEL, BASE_MODEL_REVISION
 
 ROOT = Path(__file__).parents[3]
 COMMIT = "f" * 40

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
 from sandbox.stand_in_model import build_stand_in
-from training import probe
-from training.base_model import BaseModel
-from training.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
+from training.style.families.sd15 import BaseModel
+from training.style.results import probe
 
 MakeRun = Callable[..., TrainingRun]
 

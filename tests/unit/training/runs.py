@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from training import recovery, trainer
-from training.base_model import BaseModel
-from training.dataset import Dataset, prepare
-from training.device import one_run_accelerator
-from training.lora_config import TrainingRun
-from training.objective import denoising_losses
-from training.result import TrainingResult
-from training.trainer import LoRATrainer
+from jobs.lora_config import TrainingRun
+from training.runtime.device import one_run_accelerator
+from training.style import recovery, trainer
+from training.style.dataset import Dataset, prepare
+from training.style.families.sd15 import BaseModel
+from training.style.objective import denoising_losses
+from training.style.results.result import TrainingResult
+from training.style.trainer import LoRATrainer
 from utils.errors import StopReason
 from utils.events import CheckpointSaved, Event
 

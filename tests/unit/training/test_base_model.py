@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jobs.lora_config import HyperParameters, TrainerOptions
 from sandbox.stand_in_model import build_stand_in
-from training.base_model import ADAPTER, BaseModel
-from training.device import gpu_error
-from training.lora_config import HyperParameters, TrainerOptions
+from training.runtime.device import gpu_error
+from training.style.families.sd15 import ADAPTER, BaseModel
 from utils.errors import (
     BaseModelUnavailable,
     GpuBroken,

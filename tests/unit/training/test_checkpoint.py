@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from training import checkpoint, manifest
-from training.checkpoint import Checkpoint, RunState, load, refuse_another_run, save
-from training.checkpoint_name import folder_name, order
-from training.course import Course
-from training.lora_config import HyperParameters
+from jobs.checkpoint_name import folder_name, order
+from jobs.lora_config import HyperParameters
+from training.runtime import checkpoint
+from training.runtime.checkpoint import Checkpoint, RunState, load, refuse_another_run, save
+from training.style.course import Course
+from utils import manifest
 from utils.errors import CheckpointUnusable
 
 ASKED = HyperParameters(learning_rate=1.1e-4, batch_size=4)

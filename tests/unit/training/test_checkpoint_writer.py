@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from jobs.lora_config import TrainingRun
 from tests.unit.training.conftest import MakeRun
-from training import checkpoint
-from training.base_model import BaseModel
-from training.checkpoint import Checkpoint
-from training.dataset import prepare
-from training.lora_config import TrainingRun
-from training.trainer import LoRATrainer
+from training.runtime import checkpoint
+from training.runtime.checkpoint import Checkpoint
+from training.style.dataset import prepare
+from training.style.families.sd15 import BaseModel
+from training.style.trainer import LoRATrainer
 from utils.events import CheckpointSaved, Event, Progress
 
 

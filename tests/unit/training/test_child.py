@@ -21,11 +21,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from jobs.lora_config import Picture, TrainerOptions, TrainingRun
 from tests.unit.training.conftest import MakeRun
-from training.base_model import BaseModel
-from training.child import Child, failed
-from training.inbox import Inbox
-from training.lora_config import Picture, TrainerOptions, TrainingRun
+from training.runtime.child import Child, failed
+from training.runtime.inbox import Inbox
+from training.style.families.sd15 import BaseModel
 from utils.errors import (
     REPORTABLE,
     CheckpointUnusable,

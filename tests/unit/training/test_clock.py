@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from training import clock as clock_module
-from training.clock import COLD_STEPS, MEASURED_STEPS, Clock
+from training.runtime import clock as clock_module
+from training.runtime.clock import COLD_STEPS, MEASURED_STEPS, Clock
 
 
 class Time:

@@ -15,8 +15,8 @@ from torch.fx import GraphModule
 
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import same, trained
-from training.base_model import BaseModel
 from training.compilation import Compilation
+from training.style.families.sd15 import BaseModel
 
 COMPILED: list[GraphModule] = []
 """What the backends below were given."""

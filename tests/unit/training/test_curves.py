@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from jobs.lora_config import CURVES
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import checkpoints, same, stop_after, trained
-from training.base_model import BaseModel
-from training.lora_config import CURVES
+from training.style.families.sd15 import BaseModel
 
 Points = dict[str, list[tuple[int, float]]]
 

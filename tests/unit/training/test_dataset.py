@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from images.vetting import UnusablePicture, Vetted, vet
+from jobs.lora_config import Picture, TrainingRun
 from tests.unit.training.conftest import MakeRun
-from training.base_model import BaseModel
-from training.dataset import Dataset, prepare
-from training.lora_config import Picture, TrainingRun
-from training.vetting import UnusablePicture, Vetted, vet
+from training.style.dataset import Dataset, prepare
+from training.style.families.sd15 import BaseModel
 from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
 
 
@@ -214,7 +214,7 @@ def test_colours_that_cannot_be_converted_cost_one_picture_and_not_the_job(
     def fail(*_: Any, **__: Any) -> None:
         raise raised
 
-    monkeypatch.setattr("training.vetting.to_srgb", fail)
+    monkeypatch.setattr("images.vetting.to_srgb", fail)
     with pytest.raises(UnusablePicture, match=reason):
         vetted(encoded(noise()))
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.lora_config import TrainerOptions
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import checkpoints, same, stop_after, trained
-from training import examiner, grids
-from training.base_model import BaseModel
-from training.checkpoint import load
-from training.examiner import Examiner
-from training.lora_config import TrainerOptions
-from training.probe import Interrupted, Probe, Probed
+from training.runtime.checkpoint import load
+from training.style.families.sd15 import BaseModel
+from training.style.results import examiner, grids
+from training.style.results.examiner import Examiner
+from training.style.results.probe import Interrupted, Probe, Probed
 
 OFTEN = {"count": 3, "epochs": 3, "checkpoint_interval": 1, "dropout": 0.1}
 PLENTY = 1e6  # of time for samples

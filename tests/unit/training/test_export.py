@@ -17,10 +17,11 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from training import export
-from training.base_model import ADAPTER, BaseModel
-from training.lora_config import ATTENTION, HyperParameters, TrainerOptions
-from training.lora_formats import (
+from jobs.lora_config import ATTENTION, HyperParameters, TrainerOptions
+from training.style.families.sd15 import ADAPTER, BaseModel
+from training.style.lora_config import peft_config
+from training.style.results import export
+from training.style.results.lora_formats import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     DIFFUSERS_WEIGHTS,
@@ -391,7 +392,7 @@ def test_sd15_itself_is_exported_with_the_names_that_kohya_uses(
         shape = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
     unet: Any = export._skeleton(shape)  # pylint: disable=protected-access  # no 3.4 GB for a name
     parameters = HyperParameters(rank=4, alpha=8.0)
-    unet.add_adapter(parameters.peft_config(), adapter_name=ADAPTER)
+    unet.add_adapter(peft_config(parameters), adapter_name=ADAPTER)
     stir(unet)
     full: Any = SimpleNamespace(unet=unet, name="sd15", scheduler=base.scheduler)
     export.export(full, parameters, tmp_path, metadata={})

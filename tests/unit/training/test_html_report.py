@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from images.decoder import Decoder
+from images.intake import Request
+from jobs.lora_config import HyperParameters, Picture, TrainingRun
+from reports.html_report import write_html
 from tests.unit.training.browser import chromium, look
-from training import grids
-from training.decoder import Decoder
-from training.html_report import write_html
-from training.intake import Request
-from training.lora_config import HyperParameters, Picture, TrainingRun
-from training.preview import write_loss_curve
-from training.probe import Probed
-from training.result import TrainingResult
+from training.style.results import grids
+from training.style.results.preview import write_loss_curve
+from training.style.results.probe import Probed
+from training.style.results.result import TrainingResult
 
 EVIL = "<script>document.title='taken'</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
 LONG = "averyveryverylongwordwithoutanyplacetobreak" * 8

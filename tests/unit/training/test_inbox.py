@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
+from jobs.lora_config import TrainingRun
 from tests.unit.training.conftest import MakeRun
-from training.inbox import Inbox
-from training.lora_config import TrainingRun
+from training.runtime.inbox import Inbox
 from utils.errors import StopReason
 from utils.events import Stop
 

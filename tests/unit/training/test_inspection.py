@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from training import export
-from training.base_model import BaseModel
-from training.inspection import NotALora, inspect
-from training.lora_config import HyperParameters
-from training.lora_formats import (
+from jobs.lora_config import HyperParameters
+from training.style.families.sd15 import BaseModel
+from training.style.results import export
+from training.style.results.inspection import NotALora, inspect
+from training.style.results.lora_formats import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     DIFFUSERS_WEIGHTS,

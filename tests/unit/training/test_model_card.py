@@ -9,12 +9,12 @@ from pathlib import Path
 from safetensors import safe_open
 
 from tests.unit.training.conftest import MakeRun
-from training import export
-from training.base_model import BaseModel
-from training.dataset import prepare
-from training.lora_formats import KOHYA_WEIGHTS
-from training.model_card import MOST_TAGS, model_card, tag_counts
-from training.trainer import LoRATrainer
+from training.style.dataset import prepare
+from training.style.families.sd15 import BaseModel
+from training.style.results import export
+from training.style.results.lora_formats import KOHYA_WEIGHTS
+from training.style.results.model_card import MOST_TAGS, model_card, tag_counts
+from training.style.trainer import LoRATrainer
 
 
 def test_the_file_says_what_it_was_made_of_and_how_to_call_it(

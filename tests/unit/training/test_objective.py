@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.unit.training.conftest import MakeRun
-from training.base_model import BaseModel
-from training.dataset import prepare
-from training.objective import Chance, denoising_losses, min_snr_weights
-from training.trainer import LoRATrainer
+from training.style.dataset import prepare
+from training.style.families.sd15 import BaseModel
+from training.style.objective import Chance, denoising_losses, min_snr_weights
+from training.style.trainer import LoRATrainer
 from utils.errors import TrainingFailed
 
 

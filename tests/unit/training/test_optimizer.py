@@ -12,15 +12,16 @@ import torch
 from accelerate import Accelerator
 
 from config import TrainerSettings
+from jobs.lora_config import HyperParameters
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import checkpoints, same, spoil, stop_after, trained
-from training import loop_state, optimizer
-from training.base_model import BaseModel
-from training.course import Course
-from training.device import one_run_accelerator
-from training.loop_state import LoopState
-from training.lora_config import HyperParameters
-from training.plan import Plan
+from training.runtime import optimizer
+from training.runtime.device import one_run_accelerator
+from training.style import loop_state
+from training.style.course import Course
+from training.style.families.sd15 import BaseModel
+from training.style.loop_state import LoopState
+from training.style.plan import Plan
 from utils.errors import TrainingFailed
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from jobs.lora_config import TrainerOptions, TrainingRun
 from tests.unit.training.conftest import MakeRun
-from training import loop_state
-from training.base_model import BaseModel
-from training.dataset import prepare
-from training.lora_config import TrainerOptions, TrainingRun
-from training.trainer import LoRATrainer
+from training.style import loop_state
+from training.style.dataset import prepare
+from training.style.families.sd15 import BaseModel
+from training.style.trainer import LoRATrainer
 
 READING = ("tolist", "cpu", "numpy")
 """Tensors' methods that hand values to the host, and that torch does not dispatch on a CPU."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from training.lora_config import HyperParameters
-from training.plan import Plan
+from jobs.lora_config import HyperParameters
+from training.style.plan import Plan
 
 SQUARE = ("square",)
 

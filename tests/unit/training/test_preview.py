@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from training import preview
-from training.base_model import BaseModel
-from training.lora_config import HyperParameters
-from training.preview import smoothed, write_loss_curve, write_samples
+from jobs.lora_config import HyperParameters
+from training.style.families.sd15 import BaseModel
+from training.style.results import preview
+from training.style.results.preview import smoothed, write_loss_curve, write_samples
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -160,7 +160,7 @@ def test_a_picture_that_is_not_finite_is_said_and_drawn_black(
         trained.unet.get_parameter(
             "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.default.weight"
         ).fill_(math.nan)
-    with caplog.at_level(logging.WARNING, logger="training.preview"):
+    with caplog.at_level(logging.WARNING, logger="training.style.results.preview"):
         [(without, with_lora)] = cells(sample(trained, tmp_path, "a harbour"), 1)
     assert without.any() and not with_lora.any()
     assert "sample_not_finite" in caplog.text

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import MakeRun
-from training import held_out, probe
-from training.base_model import BaseModel
-from training.dataset import prepare
-from training.probe import Interrupted, Probe, Probed, best_of, passes, verdict
-from training.trainer import LoRATrainer
+from training.style import held_out
+from training.style.dataset import prepare
+from training.style.families.sd15 import BaseModel
+from training.style.results import probe
+from training.style.results.probe import Interrupted, Probe, Probed, best_of, passes, verdict
+from training.style.trainer import LoRATrainer
 
 
 def test_the_same_weights_have_the_same_loss_whatever_else_was_drawn(

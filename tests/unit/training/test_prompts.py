@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 import torch
 
+from jobs.lora_config import TrainingRun
+from jobs.style_order import checked_trigger_word
 from tests.unit.training.conftest import MakeRun
-from training.base_model import BaseModel
-from training.dataset import prepare
-from training.examiner import prompts_of
-from training.lora_config import TrainingRun
-from training.prompts import ORDERS, checked_trigger_word, orders, with_trigger
+from training.style.dataset import prepare
+from training.style.families.sd15 import BaseModel
+from training.style.prompts import ORDERS, orders, with_trigger
+from training.style.results.examiner import prompts_of
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.base_model import BaseModel
-from training.lora_config import HyperParameters
-from training.recomputation import Recomputation
+from jobs.lora_config import HyperParameters
+from training.style.families.sd15 import BaseModel
+from training.style.recomputation import Recomputation
 
 ROUNDING = 1e-5
 """Relative. The same numbers are added, in another order where a block's input has other uses."""

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from jobs.lora_config import HyperParameters, Picture, TrainerOptions
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
-    close,
     checkpoints,
+    close,
     in_one_go,
     lora_of,
     same,
@@ -28,13 +29,14 @@ from tests.unit.training.runs import (
     stop_after,
     trained,
 )
-from training import checkpoint, recovery, report, trainer
-from training.base_model import BaseModel
-from training.course import Course
-from training.dataset import prepare
-from training.lora_config import HyperParameters, Picture, TrainerOptions
-from training.objective import denoising_losses
-from training.plan import Plan
+from training.runtime import checkpoint
+from training.style import recovery, trainer
+from training.style.course import Course
+from training.style.dataset import prepare
+from training.style.families.sd15 import BaseModel
+from training.style.objective import denoising_losses
+from training.style.plan import Plan
+from training.style.results import report
 from utils.errors import CheckpointUnusable, GpuOutOfMemory, TrainingDiverged
 from utils.events import Event, Started
 

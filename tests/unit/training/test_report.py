@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from training.base_model import BaseModel
-from training.dataset import CAPTION_IGNORED, Dataset, PictureReport
-from training.lora_config import HyperParameters, Picture, TrainingRun
-from training.lora_formats import MODEL_FILES
-from training.report import FILES, MOST_REASONS, build_report, summary, write_report
-from training.result import TrainingResult
+from jobs.lora_config import HyperParameters, Picture, TrainingRun
+from training.style.dataset import CAPTION_IGNORED, Dataset, PictureReport
+from training.style.families.sd15 import BaseModel
+from training.style.results.lora_formats import MODEL_FILES
+from training.style.results.report import FILES, MOST_REASONS, build_report, summary, write_report
+from training.style.results.result import TrainingResult
 
 ENTRIES = (
     PictureReport("s3://media/1/image_0.jpg", "used", (), 640, 480, "바다의 새벽"),

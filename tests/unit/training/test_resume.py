@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.lora_config import Picture, TrainerOptions
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     HalfPrecision,
@@ -19,11 +20,10 @@ from tests.unit.training.runs import (
     stop_after,
     trained,
 )
-from training import trainer
-from training.base_model import BaseModel
-from training.checkpoint import load
-from training.course import Course
-from training.lora_config import Picture, TrainerOptions
+from training.runtime.checkpoint import load
+from training.style import trainer
+from training.style.course import Course
+from training.style.families.sd15 import BaseModel
 from utils.errors import CheckpointUnusable, StopReason
 from utils.events import Started
 

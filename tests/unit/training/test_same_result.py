@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from jobs.lora_config import Picture, TrainingRun
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import Weights, in_one_go, lora_of, trained
-from training.base_model import BaseModel
-from training.dataset import Dataset, prepare
-from training.lora_config import Picture, TrainingRun
-from training.objective import Chance
-from training.plan import Plan
+from training.style.dataset import Dataset, prepare
+from training.style.families.sd15 import BaseModel
+from training.style.objective import Chance
+from training.style.plan import Plan
 
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
 """Relative; the weights' is of the length of all that was learnt. In float32 only the order of

@@ -6,16 +6,17 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from consumer.job_size import NUMBERS_PER_WEIGHT, WEIGHTS_PER_RANK
-from training import optimizer
-from training.lora_config import OPTIMIZERS, TARGETS, HyperParameters
+from consumer.life.job_size import NUMBERS_PER_WEIGHT, WEIGHTS_PER_RANK
+from jobs.lora_config import OPTIMIZERS, TARGETS, HyperParameters
+from training.runtime import optimizer
+from training.style.lora_config import peft_config
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_lora_has_as_many_weights_for_each_rank_as_the_estimate_says(target: str) -> None:
     with torch.device("meta"):  # SD1.5's shapes without their memory
         unet = UNet2DConditionModel(cross_attention_dim=768)
-        unet.add_adapter(HyperParameters(rank=4, target=target).peft_config())
+        unet.add_adapter(peft_config(HyperParameters(rank=4, target=target)))
     weights = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad)
     assert weights == 4 * WEIGHTS_PER_RANK[target]
 

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import preview
-from training.base_model import BaseModel
-from training.dataset import prepare
-from training.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
-from training.trainer import LoRATrainer
+from jobs.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
+from training.style.dataset import prepare
+from training.style.families.sd15 import BaseModel
+from training.style.results import preview
+from training.style.trainer import LoRATrainer
 
 WARM, COLD = "ember", "lagoon"
 LESSONS = 40

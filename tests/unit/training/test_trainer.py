@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from jobs.lora_config import HyperParameters, TrainerOptions
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     HalfPrecision,
@@ -23,12 +24,11 @@ from tests.unit.training.runs import (
     stop_after,
     trained,
 )
-from training import loop_state, trainer
-from training.base_model import BaseModel
-from training.dataset import Dataset, prepare
-from training.lora_config import HyperParameters, TrainerOptions
-from training.plan import Plan
-from training.trainer import LoRATrainer
+from training.style import loop_state, trainer
+from training.style.dataset import Dataset, prepare
+from training.style.families.sd15 import BaseModel
+from training.style.plan import Plan
+from training.style.trainer import LoRATrainer
 from utils.errors import TrainingDiverged, TrainingFailed
 from utils.events import Progress, Stage, Started
 

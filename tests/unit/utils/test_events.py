@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from training.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
+from jobs.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
 from utils.errors import REPORTABLE, StopReason
 from utils.events import (
     EVENTS,

@@ -46,13 +46,13 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     configure()
-    get_logger("services.s3_service").info("picture_downloaded", picture="ä.jpg", seconds=0.5)
+    get_logger("services.s3.s3_service").info("picture_downloaded", picture="ä.jpg", seconds=0.5)
     (line,) = lines(capsys)
     assert line["event"] == "picture_downloaded"
     assert line["picture"] == "ä.jpg"
     assert line["seconds"] == 0.5
     assert line["level"] == "info"
-    assert line["logger"] == "services.s3_service"
+    assert line["logger"] == "services.s3.s3_service"
     assert line["timestamp"].endswith("Z")
 
 
@@ -88,7 +88,7 @@ def test_the_standard_library_s_loggers_write_the_same_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     configure()
-    logging.getLogger("training.dataset").info("picture_vetted", extra={"picture": 3})
+    logging.getLogger("training.style.dataset").info("picture_vetted", extra={"picture": 3})
     logging.getLogger("third.party").warning("%s of %d", "one", 2)
     vetted, foreign = lines(capsys)
     assert (vetted["event"], vetted["picture"]) == ("picture_vetted", 3)
@@ -101,7 +101,7 @@ def test_the_job_is_bound_to_every_line_until_the_block_ends(
     configure()
     with bound(task_id="job", style_id=7):
         get_logger("x").info("one")
-        logging.getLogger("training.trainer").info("two")
+        logging.getLogger("training.style.trainer").info("two")
     get_logger("x").info("three")
     one, two, three = lines(capsys)
     assert (one["task_id"], one["style_id"]) == (two["task_id"], two["style_id"]) == ("job", 7)

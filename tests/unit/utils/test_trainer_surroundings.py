@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from utils.confined import Confinement
-from utils.trainer_surroundings import ROOT, confinement, trainer_environment
+from utils.settings.surroundings import ROOT, confinement, trainer_environment
 
 SECRET = "a-long-secret"
 
@@ -72,7 +72,7 @@ def test_a_variable_that_training_needs_is_handed_on(name: str, value: str) -> N
 def test_the_number_of_threads_is_the_setting_s_or_that_of_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("utils.trainer_surroundings.training_threads", lambda: 7)
+    monkeypatch.setattr("utils.settings.surroundings.training_threads", lambda: 7)
     assert made({})["OMP_NUM_THREADS"] == "7"
     assert made({}, threads="2")["OMP_NUM_THREADS"] == "2"
     assert made({})["OMP_WAIT_POLICY"] == "PASSIVE"

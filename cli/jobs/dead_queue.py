@@ -1,0 +1,142 @@
+"""The dead queue, looked at without taking, and what is sent back from it.
+
+AMQP can only hand messages out. So they are fetched without an acknowledgement on one channel, and
+what is not acknowledged goes back where it was when the channel closes. A quorum queue counts that,
+and drops a message after so many returns; one that has been looked at often is put back as a fresh
+copy, so that looking never costs a message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from cli.doctor.broker_visit import BrokerVisit, Refusal
+from cli.jobs import post
+from config import Settings
+from services.broker.settlement import BODY_BYTES, BODY_SHA256, Delivery, Publication, Queue
+from services.broker.topology import name_of
+from utils.errors import BrokerError
+
+MOST_RETURNS = 10  # RabbitMQ 4 drops a message of a quorum queue after 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One message of the dead queue.
+
+    Attributes:
+        number: Its place in the queue, from 1.
+        code: Why it is there, an `utils.errors.ErrorCode`; empty for one that the broker itself has
+            moved there.
+        reason: The same, in words.
+        task_id: The task's id; empty where nobody could read one.
+        attempts: Attempts made, as far as anybody counted.
+        body: The message as it was published.
+        headers: Those that a copy of the original takes along.
+    """
+
+    number: int
+    code: str
+    reason: str
+    task_id: str
+    attempts: int
+    body: bytes
+    headers: Mapping[str, str | int | bool]
+
+    @property
+    def is_cut(self) -> bool:
+        """The body is only the beginning of the message, which the broker would not hold."""
+        return BODY_SHA256 in self.headers
+
+
+Judge = Callable[[DeadLetter], Publication | None]
+"""What is published in a letter's place; None leaves it where it is."""
+
+
+def go_through(
+    settings: Settings, judge: Judge, *, limit: int, into: Collection[Queue] = ()
+) -> int:
+    """Show every message of the dead queue to `judge`, and do as it says.
+
+    A message leaves the dead queue only after the broker has confirmed what takes its place.
+
+    Args:
+        settings: The broker and the queue.
+        judge: Sees each message, oldest first.
+        limit: No more than so many.
+        into: Queues that are made first where they are missing; for looking, none.
+
+    Returns:
+        How many messages were not looked at.
+
+    Raises:
+        BrokerError: The broker failed. What was not confirmed is still in the dead queue.
+    """
+    dead = name_of(settings.training_queue, Queue.DEAD)
+
+    def act(channel: Any) -> int:
+        channel.confirm_delivery()
+        left: int = channel.queue_declare(dead, passive=True).method.message_count
+        # Counted before: the copies that are put back come last, and are not looked at again.
+        for tag, returns, letter in _fetched(channel, dead, min(left, limit)):
+            publication = judge(letter)
+            if publication is None and returns >= MOST_RETURNS:
+                publication = _copy(letter)
+            if publication is not None:
+                post.publish(channel, settings, publication)
+                channel.basic_ack(tag)
+        return max(0, left - limit)
+
+    with BrokerVisit(settings) as visit:
+        for queue in into:
+            post.ensure(visit, settings, queue)
+        answer = visit.attempt(f"going through {dead}", act)
+    if isinstance(answer, Refusal):
+        if answer.code == post.NOT_FOUND:
+            return 0  # no worker has ever been here
+        raise BrokerError(f"RabbitMQ refused while going through {dead}: {answer.text}")
+    return answer
+
+
+def _fetched(channel: Any, queue: str, count: int) -> Iterator[tuple[int, int, DeadLetter]]:
+    """Each message with its tag, and how often it was returned before."""
+    for number in range(1, count + 1):
+        method, properties, body = channel.basic_get(queue)
+        if method is None:
+            return
+        headers = properties.headers or {}
+        returns = headers.get("x-delivery-count")
+        yield method.delivery_tag, returns if isinstance(returns, int) else 0, _letter(
+            number, properties, body
+        )
+
+
+def _letter(number: int, properties: Any, body: bytes) -> DeadLetter:
+    message_id = properties.message_id if isinstance(properties.message_id, str) else None
+    delivery = Delivery(body=body, message_id=message_id, headers=properties.headers or {})
+    headers = delivery.headers
+    attempts = headers.get("x-attempts")
+    return DeadLetter(
+        number=number,
+        code=str(headers.get("x-error-code", "")),
+        reason=str(headers.get("x-error-message", "")),
+        task_id=str(headers.get("x-task-id", "")) or message_id or "",
+        attempts=attempts if isinstance(attempts, int) else 0,
+        body=body,
+        headers=delivery.carried_headers
+        | {name: headers[name] for name in (BODY_BYTES, BODY_SHA256) if name in headers},
+    )
+
+
+def _copy(letter: DeadLetter) -> Publication:
+    reasons: dict[str, str | int | bool] = {
+        "x-error-code": letter.code,
+        "x-error-message": letter.reason,
+        "x-task-id": letter.task_id,
+        "x-attempts": letter.attempts,
+    }
+    return Publication(
+        Queue.DEAD, letter.body, letter.task_id or None, {**letter.headers, **reasons}
+    )

@@ -1,0 +1,170 @@
+"""Jobs on a terminal: one line for each at 80 columns, or every detail of a few."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Collection, Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cli.jobs.job_view import JobView
+from cli.jobs.task_ids import short_ids
+from jobs.record import INVALID_PREFIX, Delivery
+from utils.wording import counted
+
+WIDE = 110
+"""Columns from which a line also shows the start of the job's error."""
+
+_STATES = {"held": "green", "silent": "bold red", "waiting": "yellow", "unknown": "bold red"}
+_STATES_IN_WORDS = {
+    "held": "held: a worker has the job",
+    "silent": "silent: the lease of its worker has run out; another worker takes it over",
+    "waiting": "waiting for its message to be taken again",
+    "ended": "ended",
+    "dead": "in the dead queue, without a record",
+}
+# delivery -> whether the backend was told, in a word; and in a sentence.
+_TOLD = {
+    "": "",
+    str(Delivery.NONE): "",
+    str(Delivery.PENDING): "not yet",
+    str(Delivery.DELIVERED): "yes",
+    str(Delivery.SET_ASIDE): "refused",
+}
+_TOLD_IN_WORDS = {
+    str(Delivery.PENDING): "not told yet; workers keep trying",
+    str(Delivery.DELIVERED): "was told (delivered)",
+    str(Delivery.SET_ASIDE): "refused the ending (set_aside); `redrive` sends it again",
+}
+
+
+def print_jobs(jobs: Sequence[JobView], known: Iterable[str], console: Console) -> None:
+    """One line for each job, under short ids that the commands accept.
+
+    Args:
+        jobs: The jobs, in the order in which they are shown.
+        known: All ids that there are: a short id names one job only.
+        console: Where to print.
+    """
+    names = {job.task_id: _name(job) for job in jobs}
+    short = short_ids(names.values(), {each.removeprefix(INVALID_PREFIX) for each in known})
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("TASK", no_wrap=True, min_width=8)
+    table.add_column("STYLE", no_wrap=True, justify="right")
+    table.add_column("STATE")
+    table.add_column("EPOCHS", no_wrap=True, justify="right")
+    table.add_column("TOLD", no_wrap=True)
+    table.add_column("AGE", no_wrap=True, justify="right")
+    wide = console.width >= WIDE
+    if wide:
+        table.add_column("ERROR")
+    for job in jobs:
+        cells: list[Text | str] = [
+            printable(short[names[job.task_id]]),
+            "" if job.style_id is None else str(job.style_id),
+            _one_line(_state(job)),
+            _epochs(job),
+            Text(_TOLD.get(job.delivery, job.delivery), "red" if _refused(job) else ""),
+            age(job.seconds_since_written),
+        ]
+        table.add_row(*cells, *([_one_line(printable(job.detail))] if wide else []))
+    console.print(table)
+
+
+def print_details(jobs: Sequence[JobView], console: Console) -> None:
+    """Every detail of each job."""
+    for number, job in enumerate(jobs):
+        if number:
+            console.print()
+        console.print(printable(job.task_id).copy(), style="bold", soft_wrap=True)
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in _details(job):
+            if str(value):
+                grid.add_row(f"  {name}", value)
+        console.print(grid)
+
+
+def age(seconds: float | None) -> str:
+    """A time in a few characters: `59 min`."""
+    if seconds is None:
+        return ""
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def progress(job: JobView) -> str:
+    """How far a job is, in a few words: `epoch 24/200, loss 0.1234, 0:12:05 left`."""
+    parts = []
+    if job.epochs:
+        parts.append(f"epoch {job.epoch}/{job.epochs}")
+    if job.loss is not None:
+        parts.append(f"loss {job.loss:.4f}")
+    if job.seconds_left is not None:
+        parts.append(f"{datetime.timedelta(seconds=round(job.seconds_left))} left")
+    return ", ".join(parts)
+
+
+def printable(text: str) -> Text:
+    """A stranger's text, fit for a terminal: no escape sequences."""
+    return Text("".join(letter if letter.isprintable() else "�" for letter in text))
+
+
+def _details(job: JobView) -> Collection[tuple[str, Text]]:
+    if job.state == "unknown":
+        return (("state", Text("unknown", "bold red")), ("reason", printable(job.detail)))
+    state = Text(_STATES_IN_WORDS[job.state], _STATES.get(job.state, ""))
+    if job.ending:
+        state.append_text(Text(": ")).append_text(_state(job))
+    worker = f"{job.owner}, claim {job.claim}" if job.claim else job.owner
+    tries = counted(job.attempts, "attempt") + " in a row without a new checkpoint"
+    written = f"{age(job.seconds_since_written)} ago, by the clock of S3"
+    return (
+        ("style", Text("" if job.style_id is None else str(job.style_id))),
+        ("task id in the message", printable(job.message_task_id)),
+        ("state", state),
+        ("progress", Text(progress(job))),
+        ("backend", Text(_TOLD_IN_WORDS.get(job.delivery, ""), "red" if _refused(job) else "")),
+        ("error" if job.ending != "complete" else "detail", printable(job.detail)),
+        ("model", printable(job.model_url)),
+        ("worker", printable(worker)),
+        ("attempts", Text(tries if job.attempts else "")),
+        ("ordered", printable(job.ordered_at)),
+        ("first claimed", printable(job.created_at)),
+        ("ended", printable(job.ended_at or "")),
+        ("last written", Text(written if job.seconds_since_written is not None else "")),
+    )
+
+
+def _name(job: JobView) -> str:
+    return job.message_task_id or job.task_id.removeprefix(INVALID_PREFIX)
+
+
+def _state(job: JobView) -> Text:
+    if not job.ending:
+        return Text(job.state, _STATES.get(job.state, ""))
+    return printable(job.ending).copy() if job.ending == "complete" else _red(job.ending)
+
+
+def _red(text: str) -> Text:
+    words = printable(text)
+    words.stylize("red")
+    return words
+
+
+def _refused(job: JobView) -> bool:
+    return job.delivery == Delivery.SET_ASIDE
+
+
+def _epochs(job: JobView) -> str:
+    return "" if job.epochs is None else f"{job.epoch}/{job.epochs}"
+
+
+def _one_line(text: Text) -> Text:
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text

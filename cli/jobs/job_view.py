@@ -1,0 +1,131 @@
+"""A job record as ops want to see it: flat, and with its state in one word."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jobs.record import INVALID_PREFIX, Delivery, JobRecord, State
+from services.records.listing import Found
+from services.records.record_object import Version
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobView:
+    """One job.
+
+    Attributes:
+        task_id: Its id.
+        style_id: Its style; None where the record cannot be read.
+        state: `waiting` (for its message to be taken again), `held`, `silent` (its holder's lease
+            has run out), `ended`, `dead` (a message in the dead queue, without a record), or
+            `unknown`.
+        owner: Who has it, or had it last.
+        claim: The number of that hold.
+        attempts: Attempts in a row without a new checkpoint.
+        epoch: Completed epochs: those of the newest checkpoint, or of the worker's last sign of
+            life if that is further. Of a job that has completed: those that were trained.
+        epochs: Those asked for.
+        loss, seconds_left: By the worker's last sign of life; None where it is not known, and once
+            nobody holds the job.
+        ending: `complete`, `failed` with its code, or empty.
+        delivery: Whether the backend has heard: `none`, `pending`, `delivered` or `set_aside`.
+        model_url: Where the model is, of a job that has completed.
+        message_task_id: The id that a refused message gave: its record has another name.
+        detail: The error, or what the backend answered, or why the record cannot be read.
+        seconds_since_written: By the store's own clock.
+        created_at, ended_at: By the workers' clocks.
+        ordered_at: When the job was ordered, as its message says; else as `created_at`.
+    """
+
+    task_id: str
+    style_id: int | None = None
+    state: str = "unknown"
+    owner: str = ""
+    claim: int = 0
+    attempts: int = 0
+    epoch: int = 0
+    epochs: int | None = None
+    loss: float | None = None
+    seconds_left: float | None = None
+    ending: str = ""
+    delivery: str = ""
+    model_url: str = ""
+    detail: str = ""
+    seconds_since_written: float | None = None
+    created_at: str = ""
+    ended_at: str | None = None
+    message_task_id: str = ""
+    ordered_at: str = ""
+
+
+def view(found: Found) -> JobView:
+    """What ops want to see of the record under a job's id."""
+    if found.version is None:
+        return JobView(found.task_id, detail=found.problem)
+    record = found.version.record
+    ending = record.ending
+    state = _state(found.version)
+    return JobView(
+        task_id=record.task_id,
+        style_id=record.style_id,
+        state=state,
+        owner=record.hold.owner,
+        claim=record.claim,
+        attempts=record.attempts,
+        epoch=_epoch(record),
+        epochs=_epochs(record.message),
+        loss=_loss(record, state),
+        seconds_left=(record.seconds_left or None) if state == "held" else None,
+        ending=f"{ending.kind} {ending.code or ''}".strip() if ending else "",
+        delivery=str(record.delivery),
+        model_url=str(ending.body.get("model_url", "")) if ending else "",
+        detail=_detail(record),
+        seconds_since_written=found.version.age_seconds,
+        created_at=record.created_at,
+        ended_at=record.ended_at,
+        message_task_id=_message_task_id(record),
+        ordered_at=record.ordered_at,
+    )
+
+
+def _message_task_id(record: JobRecord) -> str:
+    if record.ending is None or not record.task_id.startswith(INVALID_PREFIX):
+        return ""
+    return str(record.ending.body.get("task_id", ""))
+
+
+def _state(version: Version[JobRecord]) -> str:
+    record = version.record
+    if record.state is State.ENDED:
+        return "ended"
+    if record.hold.released:
+        return "waiting"
+    return "held" if version.age_seconds <= record.hold.lease_seconds else "silent"
+
+
+def _epoch(record: JobRecord) -> int:
+    if record.ending and (trained := record.ending.body.get("training_metric")):
+        return int(trained.get("epochs", 0))
+    saved = record.checkpoint.epoch if record.checkpoint else 0
+    return saved if record.hold.released else max(saved, record.epoch_seen)
+
+
+def _loss(record: JobRecord, state: str) -> float | None:
+    if record.ending and (trained := record.ending.body.get("training_metric")):
+        loss = trained.get("loss")
+        return float(loss) if isinstance(loss, (int, float)) else None
+    return (record.loss_seen or None) if state == "held" else None
+
+
+def _epochs(message: dict[str, Any]) -> int | None:
+    epochs = (message.get("hyper_parameters") or {}).get("epochs")
+    return epochs if isinstance(epochs, int) else None
+
+
+def _detail(record: JobRecord) -> str:
+    if record.delivery is Delivery.SET_ASIDE:
+        return record.delivery_detail or ""
+    if record.ending:
+        return str(record.ending.body.get("error_message", ""))
+    return record.last_error.message if record.last_error else ""

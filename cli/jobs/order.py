@@ -1,0 +1,139 @@
+"""`python main.py publish`: a folder of pictures becomes a job, as the backend would order it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cli.jobs import post
+from cli.train import pictures_in
+from config import Settings
+from jobs import message as messages
+from jobs.addresses import S3Location
+from jobs.lora_config import Picture
+from jobs.style_job import MESSAGE_TYPE
+from services.broker.settlement import Publication, Queue
+from services.records.index import record_at
+from services.s3.s3_service import S3Service
+from utils.errors import ConfigurationError, InvalidMessage
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_LONGEST_NAME = 80
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Order:
+    """What was ordered.
+
+    Attributes:
+        task_id: The job's id.
+        style_id: The style.
+        images: The pictures' addresses on S3.
+        epochs: As the job will be trained with these settings.
+    """
+
+    task_id: str
+    style_id: int
+    images: tuple[str, ...]
+    epochs: int
+
+
+def place(
+    settings: Settings,
+    s3: S3Service,
+    folder: Path,
+    *,
+    state_s3: S3Service | None = None,
+    style_id: int,
+    task_id: str | None = None,
+    tags: Sequence[str] = (),
+    parameters: dict[str, Any] | None = None,
+    on_upload: Callable[[int, int], None] = lambda done, total: None,
+) -> Order:
+    """Upload the pictures of a folder, and publish the message that asks for a training on them.
+
+    Nothing is uploaded before the order is found sound and the broker is there. `NAME.txt` captions
+    the picture beside it.
+
+    Args:
+        settings: Buckets, broker, queue, and the limits of the parameters.
+        s3: The storage of images.
+        folder: The pictures.
+        state_s3: The storage of the state bucket; None: the same.
+        style_id: The style that is trained.
+        task_id: The job's id; None makes one.
+        tags: As in a message.
+        parameters: As in a message.
+        on_upload: Told how many pictures are up, and of how many.
+
+    Raises:
+        ConfigurationError: The folder or the order is not sound; the text says which part.
+        StorageError: The pictures cannot be uploaded.
+        BrokerError: The broker did not take the message.
+    """
+    pictures = pictures_in(folder)
+    task_id = task_id or str(uuid.uuid4())
+    places = _places(settings.aws_storage_bucket_name, f"training/{style_id}/{task_id}", pictures)
+    body = _message(task_id, style_id, pictures, places, tags, parameters or {})
+    try:
+        job = messages.parse(body, message_id=None, settings=settings)
+    except InvalidMessage as error:
+        raise ConfigurationError(f"no worker would take this order: {error}") from error
+    if (state_s3 or s3).exists(record_at(settings.state_bucket_name, task_id)):
+        raise ConfigurationError(f"there is a job {task_id} already: choose another id")
+    post.check(settings)
+    _upload(s3, pictures, places, on_upload)
+    post.publish_one(settings, Publication(Queue.TRAINING, body, task_id))
+    return Order(
+        task_id, style_id, tuple(each.uri() for each in places), job.hyper_parameters.epochs
+    )
+
+
+def _upload(
+    s3: S3Service,
+    pictures: Sequence[Picture],
+    places: Sequence[S3Location],
+    on_upload: Callable[[int, int], None],
+) -> None:
+    for index, picture in enumerate(pictures):
+        s3.upload_file(Path(picture.path or ""), places[index])
+        on_upload(index + 1, len(pictures))
+
+
+def _places(bucket: str, prefix: str, pictures: Sequence[Picture]) -> list[S3Location]:
+    """Where the pictures go, under names that every tool can spell, in the folder's order."""
+    return [
+        S3Location(bucket, f"{prefix}/{index:04d}-{_UNSAFE.sub('_', each.source)[-_LONGEST_NAME:]}")
+        for index, each in enumerate(pictures)
+    ]
+
+
+def _message(
+    task_id: str,
+    style_id: int,
+    pictures: Sequence[Picture],
+    places: Sequence[S3Location],
+    tags: Sequence[str],
+    parameters: dict[str, Any],
+) -> bytes:
+    captions = [picture.caption or None for picture in pictures]
+    data = {
+        "style_id": style_id,
+        "images": [place.uri() for place in places],
+        "captions": captions if any(captions) else None,
+        "tags": list(tags) or None,
+        "parameters": parameters or None,
+    }
+    message = {
+        "task_id": task_id,
+        "type": MESSAGE_TYPE,
+        "data": {name: value for name, value in data.items() if value is not None},
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+    }
+    return json.dumps(message).encode()

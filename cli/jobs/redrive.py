@@ -1,0 +1,320 @@
+"""`python main.py redrive`: jobs that were given up and endings that were refused, sent back.
+
+They are found in the dead queue, or by their record where the dead queue has no copy of the
+message: a person has removed it, or a worker died before the broker had confirmed it. What is done
+depends on why the job is there:
+
+- a job that failed though another attempt might have helped gets that attempt: its record is
+  reopened, and the message goes to the training queue;
+- an ending that the backend refused is sent again, the same under the same id; nothing is trained;
+- a message that could not become a job, or that the broker itself has moved, goes to the training
+  queue as it was published, and is judged again. It has no record to send it back from.
+
+A job of which the style has a later order is superseded: its model would go into the archive only.
+`--all` leaves such jobs where they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterable
+
+from cli.jobs import post
+from cli.jobs.dead_queue import DeadLetter, go_through
+from cli.jobs.given_up import (
+    Redriven,
+    Waiting,
+    is_of_a_job,
+    of_the_endings,
+    reason_of,
+    trains_again,
+    why_not,
+)
+from cli.jobs.styles import Later, LaterOrders, at_stake
+from config import Settings
+from consumer.life.endings import parked, training_copy
+from jobs import message as messages
+from jobs.record import Delivery, JobRecord
+from jobs.style_job import from_understood, to_message
+from services.broker.settlement import Publication, Queue
+from services.records.listing import RecordListing, look_up
+from services.records.reopening import CannotReopen, reopen, tell_again
+from services.s3.s3_service import S3Service
+from utils.errors import ErrorCode, InvalidMessage, StorageError
+
+_RECORD_NAME = re.compile(r"(invalid/)?[A-Za-z0-9_-]{1,128}")
+MOST = 1000
+"""Messages that one call looks at: all of them are in its hands meanwhile."""
+_CUT = (
+    "the dead queue has only the beginning of its message, which was too large for the broker, and "
+    "no record has it: have it published again"
+)
+_LOOKED_AT = "what is left of its ending is done; nothing is trained"
+_TOLD = "its ending is sent again; nothing is trained"
+
+
+class Redrive:
+    """Sends back what was given up.
+
+    Args:
+        settings: The broker, the queue and the buckets.
+        s3: The storage of the state bucket.
+        models: The storage of the models; the same by default.
+    """
+
+    def __init__(
+        self, settings: Settings, s3: S3Service, *, models: S3Service | None = None
+    ) -> None:
+        self._settings = settings
+        self._s3 = s3
+        self._models = models or s3
+        self._bucket = settings.state_bucket_name
+        self._listing = RecordListing(s3, self._bucket)
+        self._later = LaterOrders(settings, self._models, s3, self._listing)
+        self._stakes: dict[tuple[int, str], str] = {}
+
+    @property
+    def known_ids(self) -> tuple[str, ...]:
+        """The ids of all records."""
+        return self._listing.ids
+
+    def look(self, *, records: bool = True) -> tuple[list[Waiting], int]:
+        """Everything that can be sent back; it stays where it is.
+
+        Args:
+            records: Look also for jobs of which the dead queue has no copy, among the unsettled
+                records and the newest of the settled ones.
+
+        Returns:
+            The messages of the dead queue, then the jobs without a copy there; and how many
+            messages of the dead queue were not looked at.
+
+        Raises:
+            BrokerError: The broker failed.
+            StorageError: The records cannot be listed.
+        """
+        letters: list[DeadLetter] = []
+        more = go_through(self._settings, letters.append, limit=MOST)
+        ids = dict.fromkeys(each.task_id for each in letters if _names_a_record(each.task_id))
+        of_letters = {each.task_id: each.record for each in look_up(self._s3, self._bucket, ids)}
+        found = [self._of_letter(each, of_letters.get(each.task_id)) for each in letters]
+        if records:
+            found += self._of_records(
+                each.record
+                for each in (*self._listing.unsettled, *self._listing.settled())
+                if each.task_id not in of_letters
+            )
+        return found, more
+
+    def by_record(self, task_ids: Iterable[str]) -> list[Waiting]:
+        """Those of these jobs that can be sent back by their records."""
+        return self._of_records(each.record for each in look_up(self._s3, self._bucket, task_ids))
+
+    def send_back(
+        self, chosen: Collection[str] | None, *, include_superseded: bool = False
+    ) -> tuple[list[Redriven], int]:
+        """Send back the messages of these tasks, or all messages of the dead queue.
+
+        A task of which the dead queue has no message is sent back by its record.
+
+        Args:
+            chosen: Ids of tasks; None for everything in the dead queue.
+            include_superseded: Send back also jobs of which the style has a later order; those in
+                `chosen` always are.
+
+        Returns:
+            What became of each, and how many messages of the dead queue were not looked at.
+
+        Raises:
+            BrokerError: The broker failed. What had not left the dead queue is still there, and
+                can be sent back again; so can a job without a message there.
+        """
+        done: list[Redriven] = []
+
+        def judge(letter: DeadLetter) -> Publication | None:
+            if chosen is not None and letter.task_id not in chosen:
+                return None
+            if chosen is None and not include_superseded and (later := self._winner(letter)):
+                done.append(_left_out(letter, later))
+                return None
+            publication, outcome = self._tried(lambda: self._successor(letter))
+            done.append(
+                Redriven(
+                    task_id=letter.task_id,
+                    code=letter.code,
+                    reason=letter.reason,
+                    attempts=letter.attempts,
+                    outcome=outcome,
+                    sent_back=publication is not None,
+                )
+            )
+            return publication
+
+        more = go_through(self._settings, judge, limit=MOST, into=(Queue.TRAINING, Queue.ENDINGS))
+        seen = {each.task_id for each in done}
+        if not more:  # else the message may be among those that were not looked at
+            for found in look_up(self._s3, self._bucket, dict.fromkeys(chosen or ())):
+                if found.record and found.task_id not in seen:
+                    done.append(self._send_back_by_record(found.record))
+        return done, more
+
+    def _send_back_by_record(self, record: JobRecord) -> Redriven:
+        publication, outcome = self._tried(lambda: self._successor_of(record))
+        if publication:
+            # The record is live or pending by now: if this fails, a worker's sweep publishes it.
+            post.publish_one(self._settings, publication)
+        ending = record.ending
+        return Redriven(
+            task_id=record.task_id,
+            code=(ending.code or "") if ending else "",
+            reason=reason_of(record),
+            attempts=record.attempts,
+            outcome=outcome,
+            sent_back=publication is not None,
+        )
+
+    def _tried(self, act: Callable[[], tuple[Publication, str]]) -> tuple[Publication | None, str]:
+        """What is published and a sentence about it; or nothing, and why."""
+        try:
+            return act()
+        except CannotReopen as refusal:
+            return None, str(refusal)
+        except InvalidMessage as error:
+            return None, f"it cannot become a job with these settings ({error})"
+        except StorageError as error:
+            return None, f"its record could not be read or written ({error})"
+
+    def _successor(self, letter: DeadLetter) -> tuple[Publication, str]:
+        """What is published in a letter's place, and a sentence about it."""
+        if parked_body := of_the_endings(letter):
+            task_id, message = parked_body
+            return parked(task_id, message, tries=0, delay=None), _LOOKED_AT
+        if letter.code == ErrorCode.WEBHOOK_REJECTED:
+            if not _names_a_record(letter.task_id):
+                raise CannotReopen("it names no record")
+            record = tell_again(self._s3, self._bucket, letter.task_id)
+            again = parked(record.task_id, letter.body, tries=0, delay=None)
+            return again, _TOLD
+        if letter.is_cut:
+            (found,) = look_up(self._s3, self._bucket, [letter.task_id])
+            if found.record is None:
+                raise CannotReopen(_CUT)
+            return self._successor_of(found.record)
+        whole = Publication(
+            Queue.TRAINING, letter.body, letter.task_id or None, headers=dict(letter.headers)
+        )
+        if not is_of_a_job(letter):
+            return whole, "published as it was, to be judged again"
+        job = messages.parse(
+            letter.body, message_id=letter.task_id or None, settings=self._settings
+        )
+        reopened = reopen(self._s3, self._bucket, job.task_id, identity=job.identity)
+        if reopened is None:
+            return whole, "published as it was; it has no record any more"
+        return whole, _fresh_attempt(reopened)
+
+    def _successor_of(self, record: JobRecord) -> tuple[Publication, str]:
+        """What is published for a job of which the dead queue has no message."""
+        if reason := why_not(record):
+            raise CannotReopen(reason)
+        if record.delivery is Delivery.SET_ASIDE:
+            body = self._message_of(record) if record.message else b""  # it never became a job
+            tell_again(self._s3, self._bucket, record.task_id)
+            return parked(record.task_id, body, tries=0, delay=None), _TOLD
+        body = self._message_of(record)
+        reopened = reopen(self._s3, self._bucket, record.task_id, identity=record.identity)
+        if reopened is None:
+            raise CannotReopen("its record has been removed meanwhile")
+        return training_copy(reopened, body), _fresh_attempt(reopened)
+
+    def _message_of(self, record: JobRecord) -> bytes:
+        try:
+            return to_message(from_understood(record.message, self._settings))
+        except ValueError as error:
+            raise CannotReopen(
+                f"this version cannot read its record's message ({error})"
+            ) from error
+
+    def _winner(self, letter: DeadLetter) -> Later | None:
+        """The later order that would win over the letter's job."""
+        if not is_of_a_job(letter) or not _names_a_record(letter.task_id):
+            return None
+        (found,) = look_up(self._s3, self._bucket, [letter.task_id])
+        return self._later.after(found.record) if found.record else None
+
+    def _of_letter(self, letter: DeadLetter, record: JobRecord | None) -> Waiting:
+        waiting = Waiting(
+            task_id=letter.task_id,
+            style_id=record.style_id if record else _style_id(letter, self._settings),
+            code=letter.code,
+            reason=letter.reason,
+            attempts=letter.attempts,
+            in_dead_queue=True,
+            body=letter.body.decode(errors="replace"),
+            trains=trains_again(letter),
+        )
+        return self._with_style(waiting, record if is_of_a_job(letter) else None)
+
+    def _of_records(self, records: Iterable[JobRecord | None]) -> list[Waiting]:
+        return [
+            self._with_style(
+                Waiting(
+                    task_id=record.task_id,
+                    style_id=record.style_id,
+                    code=(record.ending.code or "") if record.ending else "",
+                    reason=reason_of(record),
+                    attempts=record.attempts,
+                    in_dead_queue=False,
+                    trains=record.delivery is not Delivery.SET_ASIDE,
+                ),
+                record if record.delivery is not Delivery.SET_ASIDE else None,
+            )
+            for record in records
+            if record and not why_not(record)
+        ]
+
+    def _with_style(self, waiting: Waiting, to_train: JobRecord | None) -> Waiting:
+        """The same with what is to be known of its style."""
+        later = self._later.after(to_train) if to_train else None
+        stake = ""
+        if waiting.style_id is not None:
+            what = "If the new attempt fails" if waiting.trains else "If its ending is `failed`"
+            stake = self._at_stake(waiting.style_id, what)
+        return dataclasses.replace(waiting, superseded=str(later) if later else "", at_stake=stake)
+
+    def _at_stake(self, style_id: int, what: str) -> str:
+        key = (style_id, what)
+        if key not in self._stakes:
+            self._stakes[key] = at_stake(self._settings, self._models, style_id, what)
+        return self._stakes[key]
+
+
+def _left_out(letter: DeadLetter, later: Later) -> Redriven:
+    return Redriven(
+        task_id=letter.task_id,
+        code=letter.code,
+        reason=letter.reason,
+        attempts=letter.attempts,
+        outcome=str(later),
+        sent_back=False,
+        left_out=True,
+    )
+
+
+def _names_a_record(task_id: str) -> bool:
+    return _RECORD_NAME.fullmatch(task_id) is not None
+
+
+def _style_id(letter: DeadLetter, settings: Settings) -> int | None:
+    try:
+        return messages.parse(
+            letter.body, message_id=letter.task_id or None, settings=settings
+        ).style_id
+    except InvalidMessage as error:
+        return error.style_id
+
+
+def _fresh_attempt(reopened: JobRecord) -> str:
+    newest = reopened.checkpoint
+    return f"a fresh attempt, from {f'checkpoint {newest.name}' if newest else 'the beginning'}"

@@ -1,0 +1,142 @@
+"""A style as ops must see it before they act: its published model, and later orders of it.
+
+The platform's backend knows a style, not its jobs. If a job of a style fails or is cancelled, it
+marks the style as failed, even if an earlier job has published a model that is sold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+from collections.abc import Iterable
+
+from config import Settings
+from consumer.publishing.model_folder import ORDERED_AT, TASK_ID, WEIGHTS
+from consumer.publishing.order_time import instant, order_time
+from jobs.addresses import S3Location
+from jobs.record import EndingKind, JobRecord, State
+from services.records.listing import RecordListing, look_up
+from services.s3.s3_service import S3Service
+from utils.errors import StorageError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Published:
+    """The model that a style has.
+
+    Attributes:
+        style_id: The style.
+        task_id: The job that made it; empty where the files do not say.
+        ordered_at: When that job was ordered; None where the files do not say.
+    """
+
+    style_id: int
+    task_id: str
+    ordered_at: datetime.datetime | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Later:
+    """A later order of a style.
+
+    Attributes:
+        task_id: The job.
+        ordered_at: When it was ordered.
+        is_live: It has not ended; else it has published its model.
+    """
+
+    task_id: str
+    ordered_at: datetime.datetime
+    is_live: bool
+
+    def __str__(self) -> str:
+        has = "is still live" if self.is_live else "has published its model"
+        return f"{self.task_id} was ordered later ({self.ordered_at:%Y-%m-%d %H:%M} UTC) and {has}"
+
+
+def published(settings: Settings, s3: S3Service, style_id: int) -> Published | None:
+    """The model that a style has; None where it has none, or where S3 does not say."""
+    weights = S3Location(settings.model_bucket_name, f"models/style_{style_id}/{WEIGHTS}")
+    try:
+        metadata = s3.head(weights).metadata
+    except StorageError:
+        return None  # this is only a warning; what is done next fails by itself if S3 is away
+    return Published(style_id, metadata.get(TASK_ID, ""), instant(metadata.get(ORDERED_AT)))
+
+
+def at_stake(settings: Settings, s3: S3Service, style_id: int, what: str) -> str:
+    """A warning where a style has a published model; empty where it has none.
+
+    Args:
+        settings: The buckets.
+        s3: The storage of the models.
+        style_id: The style.
+        what: What would make the backend mark the style as failed: "If this job fails".
+    """
+    model = published(settings, s3, style_id)
+    if model is None:
+        return ""
+    of_job = f" (of job {model.task_id})" if model.task_id else ""
+    return (
+        f"Style {style_id} has a published model{of_job}. {what}, the platform's backend marks the "
+        "whole style as failed, although that model stays in place."
+    )
+
+
+class LaterOrders:
+    """Finds the orders of a style that are later than a job.
+
+    The publisher lets the later order win: the model of an older one goes into the archive only.
+
+    Args:
+        settings: The buckets.
+        models: The storage of the models.
+        state: The storage of the state bucket.
+        listing: The records.
+    """
+
+    def __init__(
+        self, settings: Settings, models: S3Service, state: S3Service, listing: RecordListing
+    ) -> None:
+        self._settings = settings
+        self._models = models
+        self._state = state
+        self._of_style = functools.cache(self._read)
+        self._listing = listing
+
+    def after(self, record: JobRecord) -> Later | None:
+        """The latest order of the record's style that is later than its own and will win over it.
+
+        Raises:
+            StorageError: The records cannot be listed.
+        """
+        own = order_time(record.ordered_at, record.created_at)
+        later = [
+            each
+            for each in self._of_style(record.style_id)
+            if each.task_id != record.task_id and each.ordered_at > own
+        ]
+        return max(later, key=lambda each: each.ordered_at, default=None)
+
+    def _read(self, style_id: int) -> tuple[Later, ...]:
+        found, _ = self._listing.of_style(style_id)
+        known = {each.task_id: each.record for each in found if each.record}
+        model = published(self._settings, self._models, style_id)
+        if model and model.task_id and model.task_id not in known and not model.ordered_at:
+            (maker,) = look_up(self._state, self._settings.state_bucket_name, [model.task_id])
+            if maker.record:
+                known[model.task_id] = maker.record
+        later = list(_winners(known.values()))
+        if model and model.ordered_at:
+            later.append(Later(model.task_id or "another job", model.ordered_at, False))
+        return tuple(later)
+
+
+def _winners(records: Iterable[JobRecord]) -> Iterable[Later]:
+    for record in records:
+        ordered_at = order_time(record.ordered_at, record.created_at)
+        live = record.state is State.LIVE
+        completed = record.ending is not None and record.ending.kind is EndingKind.COMPLETE
+        if live or completed:
+            yield Later(record.task_id, ordered_at, live)

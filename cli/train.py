@@ -1,0 +1,196 @@
+"""`python main.py train`: the same training on a folder of pictures, with no broker, no S3 and no
+backend."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from cli.image_folder import PictureFolder, read_folder
+from config import TrainerSettings
+from consumer.life.stop_signal import StopSignal
+from consumer.trainer.machine import require_fit
+from consumer.trainer.trainer_process import TrainerProcess
+from jobs.checkpoint_name import order
+from jobs.lora_config import CURVES, HyperParameters, Picture, TrainingRun
+from jobs.style_order import checked_trigger_word
+from utils.errors import ConfigurationError, TrainingServerError
+from utils.events import Event, Finished
+from utils.names import is_unicode, printable
+
+REPORT = "training_report.json"
+MADE = frozenset(
+    {
+        REPORT,
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lora_weights.safetensors",
+        "lora_weights_kohya.safetensors",
+        "loss_curve.png",
+        "samples.png",
+        "training_report.html",
+    }
+)
+"""What a training writes into its output folder."""
+
+_WORK = ".training"
+_TEMPORARY = "tmp"
+_MANIFEST = "manifest.json"
+
+
+def pictures_in(folder: Path) -> tuple[Picture, ...]:
+    """The pictures of a folder, with their captions; see `read_folder`.
+
+    Raises:
+        ConfigurationError: The folder is missing, empty, or holds too many files.
+    """
+    return _contents(folder).pictures
+
+
+def _contents(folder: Path) -> PictureFolder:
+    """A folder's pictures, less what an earlier training has written beside its report."""
+    return read_folder(folder, ignored=MADE if (folder / REPORT).is_file() else frozenset())
+
+
+def train_folder(
+    folder: Path,
+    output: Path,
+    *,
+    settings: TrainerSettings,
+    parameters: HyperParameters,
+    validation: Path | None = None,
+    trigger_word: str = "",
+    resume: bool,
+    on_event: Callable[[Event], None],
+    stop: StopSignal,
+) -> Finished:
+    """Train on a folder of pictures.
+
+    Args:
+        folder: The pictures.
+        output: Receives the model's files, and may be the pictures' folder; while training also
+            its checkpoints, in `.training`.
+        settings: What does not depend on the job.
+        parameters: Hyper-parameters.
+        validation: Folder of pictures that are looked at and not trained on.
+        trigger_word: In front of every prompt, or the empty string.
+        resume: Continue from the newest checkpoint in `output`, if there is one.
+        on_event: Sees every event of the trainer.
+        stop: Ends training at the next step, with a checkpoint.
+
+    Raises:
+        ConfigurationError: Something is wrong with a folder, or with the trigger word.
+        JobError: Training failed.
+        MachineError: This machine cannot train.
+    """
+    trigger_word = _checked(trigger_word)
+    _refuse_unprintable(output, settings.base_model)
+    found = _contents(folder)
+    _refuse_to_overwrite(found.pictures, folder, output)
+    _look_for_base_model(settings.base_model)
+    require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
+    held_out = _contents(validation) if validation else PictureFolder((), ())
+    work = output.resolve() / _WORK
+    _make_folder(work, output, emptied=not resume)
+    run = TrainingRun(
+        task_id="local",
+        style_id=0,
+        claim=1,
+        pictures=found.pictures,
+        parameters=parameters,
+        work_folder=str(work),
+        resume_from=_newest_checkpoint(work) if resume else None,
+        min_images=settings.min_images,
+        max_image_pixels=settings.max_image_pixels,
+        checkpoint_interval=settings.checkpoint_interval,
+        validation_pictures=held_out.pictures,
+        trigger_word=trigger_word,
+        sample_steps=settings.sample_steps,
+        preview_share=settings.preview_share,
+        tensorboard=settings.tensorboard,
+        notes=found.notes + held_out.notes,
+    )
+    trainer = TrainerProcess(
+        settings.trainer_options(),
+        settings.trainer_environment() | {"TMPDIR": str(work / _TEMPORARY)},
+        stall_seconds=settings.stall_seconds,
+        secrets=settings.secrets(),
+        confinement=settings.trainer_confinement(work),
+    )
+    try:
+        finished = trainer.run(run, on_event, stop, max_seconds=float("inf"))
+    except TrainingServerError:
+        if _newest_checkpoint(work) is None:  # there is nothing to go on from
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        trainer.close()
+    if not finished.stopped:
+        _hand_over(finished, output)
+        _hand_over_curves(work / CURVES, output / CURVES)
+        shutil.rmtree(work, ignore_errors=True)
+    return finished
+
+
+def _hand_over(finished: Finished, output: Path) -> None:
+    for name in finished.files:
+        os.replace(Path(finished.folder) / name, output / name)
+
+
+def _hand_over_curves(made: Path, target: Path) -> None:
+    """Beside those of earlier trainings, which TensorBoard shows no more: steps count from 0
+    again."""
+    if made.is_dir():
+        target.mkdir(exist_ok=True)
+        for file in made.iterdir():
+            os.replace(file, target / file.name)
+
+
+def _make_folder(work: Path, output: Path, *, emptied: bool) -> None:
+    try:
+        if emptied:
+            shutil.rmtree(work, ignore_errors=True)
+        (work / _TEMPORARY).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{output} cannot be written ({error.strerror})") from error
+
+
+def _checked(trigger_word: str) -> str:
+    try:
+        return checked_trigger_word(trigger_word)
+    except ValueError as error:
+        raise ConfigurationError(f"the trigger word {error}") from error
+
+
+def _refuse_to_overwrite(pictures: tuple[Picture, ...], folder: Path, output: Path) -> None:
+    """A picture that happens to be named as something that a training writes would be lost."""
+    lost = sorted(MADE.intersection(picture.source for picture in pictures))
+    if lost and output.resolve() == folder.resolve():
+        raise ConfigurationError(
+            f"{output} holds {', '.join(lost)}, which the training would overwrite: choose "
+            "another output folder, or rename it"
+        )
+
+
+def _refuse_unprintable(output: Path, base_model: str) -> None:
+    """The libraries that write the model's files take no path that is not UTF-8, and would say so
+    only after the training."""
+    for name, path in (("--output", str(output.absolute())), ("BASE_MODEL", base_model)):
+        if not is_unicode(path):
+            raise ConfigurationError(
+                f"{name}: {printable(path)} is not UTF-8. Rename it, or choose another folder."
+            )
+
+
+def _look_for_base_model(name: str) -> None:
+    """A folder of the settings that is not there is told with its path, before anything starts."""
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ConfigurationError(f"BASE_MODEL: there is no folder {name}")
+
+
+def _newest_checkpoint(work: Path) -> str | None:
+    complete = [manifest.parent for manifest in work.glob(f"checkpoints/*/{_MANIFEST}")]
+    newest = max(complete, key=lambda folder: order(folder.name), default=None)
+    return str(newest) if newest else None

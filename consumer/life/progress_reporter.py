@@ -1,0 +1,161 @@
+"""Progress webhooks by the clock: at once when training starts, then every
+`PROGRESS_INTERVAL_SECONDS`."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from consumer.life.stop_signal import StopSignal
+from jobs.style_job import TrainingJob
+from services.webhooks.webhook_service import ProgressAnswer, WebhookService
+from utils.errors import Stopped, StopReason
+from utils.events import Progress, Stage
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+_NO_ENDING_FOLLOWS = (StopReason.SHUTDOWN, StopReason.LEASE_LOST)
+
+
+class ProgressReporter:
+    """Sends the newest state of one job, in a thread of its own; never queues an older one, never
+    outlives `close`.
+
+    Args:
+        job: The job.
+        webhooks: Who sends.
+        next_sequence: Gives each report its number.
+        stop: Is asked to cancel when the backend says so.
+        interval_seconds: Time between two reports.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        webhooks: WebhookService,
+        *,
+        next_sequence: Callable[[], int],
+        stop: StopSignal,
+        interval_seconds: float,
+    ) -> None:
+        self._job = job
+        self._webhooks = webhooks
+        self._origin = webhooks.origin_for(job.webhook_url)
+        self._next_sequence = next_sequence
+        self._stop = stop
+        self._interval = interval_seconds
+        self._latest = _at_the_beginning(job)
+        self._wake = threading.Event()
+        self._closed = False
+        context = contextvars.copy_context()  # the thread's log lines carry the job, too
+        self._thread = threading.Thread(
+            target=context.run, args=(self._loop,), name="progress", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Where no ending follows, nothing has to wait for a backend that hangs: a shutdown has
+        # seconds to give the job back.
+        self.close(wait=not (isinstance(error, Stopped) and error.reason in _NO_ENDING_FOLLOWS))
+
+    def close(self, *, wait: bool = True) -> None:
+        """No report is begun after this.
+
+        Args:
+            wait: For the report in hand, so that it cannot arrive after an ending.
+        """
+        self._closed = True
+        self._wake.set()
+        if wait and self._thread.is_alive():
+            self._thread.join()
+
+    def saw(self, progress: Progress) -> None:
+        """Take the newest state. The start of training is reported at once, everything else by the
+        clock."""
+        starts = progress.stage is Stage.TRAINING and self._latest.stage is not Stage.TRAINING
+        # Training that starts over is not measured yet; the rate before that is the best there is.
+        rate = progress.steps_per_second or self._latest.steps_per_second
+        self._latest = dataclasses.replace(progress, steps_per_second=rate)
+        if starts:
+            self._wake.set()
+
+    def _loop(self) -> None:
+        self._wake.wait(self._interval)
+        while not self._closed:
+            self._wake.clear()
+            self._report()
+            self._wake.wait(self._interval)
+
+    def _report(self) -> None:
+        answer = self._webhooks.send_progress(self._origin, self._body())
+        # Only on the backend's own word: a router answers 404 while the backend is deployed.
+        if answer is ProgressAnswer.CANCEL:
+            log.info("job_cancelled_by_backend", answer=answer.name)
+            self._stop.request(StopReason.CANCELLED)
+
+    def _body(self) -> dict[str, Any]:
+        return _report(self._job, _progress(self._latest), self._next_sequence())
+
+
+def queued(
+    job: TrainingJob, latest: Progress | None, place: int, seconds: float, *, sequence: int
+) -> dict[str, Any]:
+    """The report of a job that waits for another attempt.
+
+    Args:
+        job: The job.
+        latest: How far it was; None where nothing was trained.
+        place: In the queue, counted from 1.
+        seconds: Until it is expected to be taken.
+        sequence: Its number among the job's news.
+    """
+    latest = latest or _at_the_beginning(job)
+    waiting = {
+        "stage": str(Stage.QUEUED),
+        "estimated_seconds": round(seconds),
+        "queue_position": place,
+    }
+    return _report(job, _progress(latest) | waiting, sequence)
+
+
+def _at_the_beginning(job: TrainingJob) -> Progress:
+    epochs = job.hyper_parameters.epochs
+    return Progress(job.task_id, Stage.PREPARING, 0, epochs, 0, 0)
+
+
+def _progress(latest: Progress) -> dict[str, Any]:
+    done = latest.step / latest.total_steps if latest.total_steps else 0.0
+    rate = latest.steps_per_second
+    progress: dict[str, Any] = {
+        "current_epoch": latest.epoch,
+        "total_epochs": latest.total_epochs,
+        "progress_percent": int(100 * done),
+        # The field is required and an integer, so 0 stands for "not measured yet" as well.
+        "estimated_seconds": round((latest.total_steps - latest.step) / rate) if rate else 0,
+        "stage": str(latest.stage),
+    }
+    if latest.loss is not None:
+        progress["loss"] = latest.loss
+    return progress
+
+
+def _report(job: TrainingJob, progress: dict[str, Any], sequence: int) -> dict[str, Any]:
+    return {
+        "style_id": job.style_id,
+        "progress": progress,
+        "task_id": job.task_id,
+        "sequence": sequence,
+    }

@@ -1,0 +1,114 @@
+"""Putting a message off, and giving it up: every reason to put one off has a limit.
+
+The delays between two looks are those of `RETRY_DELAYS_SECONDS`, the last one again and again. A
+copy carries how often the message was put off (`x-put-offs`); at its reason's limit the message
+goes to the dead queue with that reason, where a person finds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+from consumer.pages.observer import Observer
+from services.broker.settlement import OWN_COPY, PUT_OFF_REASON, PUT_OFFS, Delivery, Settlement
+from utils.errors import DamagedRecord, ErrorCode, NewerRecord, StorageError
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+
+class Why(enum.StrEnum):
+    """Why a message was put off."""
+
+    STORAGE = "storage"
+    DAMAGED_RECORD = "damaged_record"
+    NEWER_RECORD = "newer_record"
+    NEWER_MESSAGE = "newer_message"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Rule:
+    """How often a message may be put off for one reason, and its code in the dead queue."""
+
+    limit: int | None
+    code: ErrorCode
+
+
+_LIMIT = 200  # whatever the reasons, unless one has none
+
+# With the default delays 200 are a day and a half of an S3 that is away. A damaged record does not
+# mend itself. A record of a newer worker is sound: its message waits for an update, with an alert.
+_RULES = {
+    Why.STORAGE: _Rule(_LIMIT, ErrorCode.STORAGE_FAILED),
+    Why.DAMAGED_RECORD: _Rule(5, ErrorCode.STORAGE_FAILED),
+    Why.NEWER_RECORD: _Rule(None, ErrorCode.STORAGE_FAILED),
+    Why.NEWER_MESSAGE: _Rule(_LIMIT, ErrorCode.UNKNOWN_TYPE),
+}
+
+
+def why_of(error: StorageError) -> Why:
+    """Why a message is put off whose record met this error."""
+    if isinstance(error, DamagedRecord):
+        return Why.DAMAGED_RECORD
+    return Why.NEWER_RECORD if isinstance(error, NewerRecord) else Why.STORAGE
+
+
+class PutOffs:
+    """Puts messages off.
+
+    Args:
+        delays: Seconds before the first further look, the second, …; the last one repeats.
+        observer: Counts them.
+    """
+
+    def __init__(self, delays: Sequence[float], observer: Observer) -> None:
+        self._delays = tuple(delays)
+        self._observer = observer
+
+    def put_off(
+        self, delivery: Delivery, why: Why, detail: str, *, task_id: str | None = None
+    ) -> Settlement:
+        """The same message again in a while, or in the dead queue once that has been often enough.
+
+        The copy means what the delivery meant: it keeps its `message_id`, and counts as a worker's
+        own copy only if the delivery may have been claimed before. An order that was never claimed
+        stays a new order.
+
+        Args:
+            delivery: The message.
+            why: The reason.
+            detail: The same in words, for the log and the dead queue.
+            task_id: The task's id, for the dead queue.
+        """
+        rule, count = _RULES[why], delivery.put_offs
+        in_a_row = delivery.put_offs_for(why)
+        task_id = task_id or delivery.message_id
+        if rule.limit is not None and (in_a_row >= rule.limit or count >= _LIMIT):
+            log.error("message_given_up", reason=detail, why=str(why), put_offs=count)
+            self._observer.dead_lettered(rule.code)
+            return Settlement.dead(
+                delivery.body,
+                code=rule.code,
+                message=f"given up after it was put off {count} times: {detail}",
+                task_id=task_id,
+                min_level=delivery.min_level,
+            )
+        delay = self._delays[min(count, len(self._delays) - 1)]
+        level = log.error if why is Why.DAMAGED_RECORD else log.warning
+        level("message_put_off", reason=detail, why=str(why), put_offs=count + 1, seconds=delay)
+        self._observer.put_off(why)
+        headers = delivery.carried_headers | {
+            PUT_OFFS: count + 1,
+            PUT_OFF_REASON: f"{why}:{in_a_row + 1}",
+        }
+        if delivery.redelivered:
+            headers[OWN_COPY] = True
+        return Settlement.delayed(
+            delivery.body,
+            seconds=delay,
+            message_id=delivery.message_id,
+            headers=headers,
+            queue=delivery.queue,
+        )

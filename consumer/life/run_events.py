@@ -1,0 +1,81 @@
+"""A run and its events: the newest state is reported, checkpoints are uploaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from consumer.life.checkpoint_uploads import CheckpointUploads
+from consumer.life.progress_reporter import ProgressReporter
+from consumer.life.stop_signal import StopSignal
+from consumer.pages.observer import Observer
+from consumer.trainer.trainer_process import TrainerProcess
+from jobs.lora_config import TrainingRun
+from jobs.style_job import TrainingJob
+from utils.errors import CheckpointUnusable
+from utils.events import CheckpointSaved, Event, Finished, Progress, Stage, Started
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+
+def dispatch(
+    event: Event, observer: Observer, reporter: ProgressReporter, uploads: CheckpointUploads
+) -> None:
+    """Hand one event of the trainer to whom it concerns."""
+    observer.saw(event)
+    match event:
+        case Started():
+            log.info(
+                "training_started",
+                epoch=event.epoch,
+                total_epochs=event.total_epochs,
+                total_steps=event.total_steps,
+                pictures=event.pictures_used,
+            )
+        case Progress():
+            reporter.saw(event)
+        case CheckpointSaved():
+            uploads.submit(event)
+        case _:
+            pass  # how the run ended is the caller's to see
+
+
+def continued_or_from_the_beginning(
+    trainer: TrainerProcess,
+    run: TrainingRun,
+    on_event: Callable[[Event], None],
+    stop: StopSignal,
+    *,
+    max_seconds: float,
+    patience: Callable[[], float],
+) -> Finished:
+    """Train, from the run's checkpoint if it has one.
+
+    A sound checkpoint may be of no use all the same: pictures or base model are others by now, or
+    another version wrote it. That costs the epochs so far, and not the job.
+
+    Raises:
+        As `TrainerProcess.run`.
+    """
+    try:
+        return trainer.run(run, on_event, stop, max_seconds=max_seconds, patience=patience)
+    except CheckpointUnusable as error:
+        if run.resume_from is None:
+            raise
+        log.warning("checkpoint_not_continued", reason=str(error))
+    afresh = dataclasses.replace(run, resume_from=None)
+    return trainer.run(afresh, on_event, stop, max_seconds=max_seconds, patience=patience)
+
+
+def uploading(finished: Finished, job: TrainingJob) -> Progress:
+    """The state of a job whose model is on its way to S3."""
+    return Progress(
+        task_id=job.task_id,
+        stage=Stage.UPLOADING,
+        epoch=finished.epoch,
+        total_epochs=finished.epoch,
+        step=finished.step,
+        total_steps=finished.step,
+        loss=finished.loss,
+    )

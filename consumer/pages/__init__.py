@@ -1,0 +1,1 @@
+"""Worker state for the status pages and the metrics."""

@@ -1,0 +1,87 @@
+"""Looks every few seconds at what the worker stands on: S3, the disks, a trainer that is idle."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from config import Settings
+from consumer.pages.condition import Condition
+from services.s3.s3_service import S3Service
+from utils.errors import TrainingServerError
+from utils.metrics import Metrics
+
+LOOK_SECONDS = 3.0
+PATIENCE_SECONDS = 3.0
+"""With the time between two looks this keeps `/ready` within ten seconds of the truth."""
+
+
+class Surroundings:
+    """A thread that looks; a context manager.
+
+    Args:
+        settings: Which buckets.
+        s3: A service of its own, whose requests fail fast; of the model bucket's store.
+        state_s3: The same of the state bucket's.
+        folders: Folders whose disks are watched, by the metric's label.
+        condition: Is told about S3, and knows the trainer.
+        metrics: Are told about the disks.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        s3: S3Service,
+        state_s3: S3Service,
+        folders: Mapping[str, Path],
+        condition: Condition,
+        metrics: Metrics,
+    ) -> None:
+        # Where both are one, the bucket is looked at once.
+        self._buckets = sorted(
+            {(settings.state_bucket_name, state_s3), (settings.model_bucket_name, s3)},
+            key=lambda each: each[0],
+        )
+        self._folders = dict(folders)
+        self._condition = condition
+        self._metrics = metrics
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="surroundings", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()  # a look that hangs in the network is not waited for
+
+    def _loop(self) -> None:
+        while not self._stopping.is_set():
+            self._look_at_disks()
+            self._condition.saw_storage(self._storage_problem())
+            self._look_at_trainer()
+            self._stopping.wait(LOOK_SECONDS)
+
+    def _storage_problem(self) -> str | None:
+        for bucket, s3 in self._buckets:
+            try:
+                s3.reach(bucket)
+            except TrainingServerError as error:
+                return str(error)
+        return None
+
+    def _look_at_trainer(self) -> None:
+        trainer = self._condition.trainer
+        if trainer and not self._condition.is_training:  # else its run sees to it
+            trainer.revive()
+
+    def _look_at_disks(self) -> None:
+        for label, folder in self._folders.items():
+            with contextlib.suppress(OSError):  # not made yet, or its disk is gone: nothing to show
+                usage = shutil.disk_usage(folder)
+                self._metrics.disk_free_bytes.labels(label).set(usage.free)
+                self._metrics.disk_size_bytes.labels(label).set(usage.total)

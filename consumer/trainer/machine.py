@@ -1,0 +1,83 @@
+"""Is this machine fit for training? Asked at start, and again when a run says that the GPU is
+broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from utils.errors import GpuBroken
+
+_ROOT = Path(__file__).resolve().parents[2]
+_TIMEOUT_SECONDS = 120.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Machine:
+    """What trains.
+
+    Attributes:
+        cuda: There is a GPU and it computes.
+        device: Its name, or `cpu`.
+        count: How many GPUs the trainer may see; it uses the first.
+        memory_bytes: The GPU's memory.
+        problem: What is wrong with the GPU; None if it is well or absent.
+    """
+
+    cuda: bool
+    device: str
+    count: int = 0
+    memory_bytes: int | None = None
+    problem: str | None = None
+
+
+def check_machine(environment: Mapping[str, str]) -> Machine:
+    """Test the GPU in a process of its own.
+
+    Args:
+        environment: The trainer process's environment, so that the same GPU is tested.
+
+    Raises:
+        GpuBroken: The test itself died or hung.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "training.runtime.machine_check"],
+            cwd=_ROOT,
+            env=dict(environment),
+            capture_output=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=True,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise GpuBroken(
+            f"the GPU test did not end within {_TIMEOUT_SECONDS:.0f} s: the driver hangs; "
+            "restart the machine"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        raise GpuBroken(f"the GPU test failed: {lines[-1] if lines else error}") from error
+    return Machine(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def require_fit(environment: Mapping[str, str], *, allow_cpu: bool) -> Machine:
+    """The machine, if it may train.
+
+    Raises:
+        GpuBroken: There is no GPU that computes, and the CPU is not allowed; the message says what
+            to do.
+    """
+    machine = check_machine(environment)
+    if machine.problem:
+        raise GpuBroken(f"the GPU ({machine.device}) does not compute: {machine.problem}")
+    if not machine.cuda and not allow_cpu:
+        raise GpuBroken(
+            "no CUDA GPU was found: start the container with a GPU (`--gpus all`, or a GPU pod) "
+            "and a driver that fits, or set ALLOW_CPU=true to train slowly on the CPU"
+        )
+    return machine

@@ -1,0 +1,84 @@
+"""Judges whether a run of the trainer process is still alive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from consumer.life.stop_signal import StopSignal
+from utils.errors import StopReason
+from utils.events import Event, Progress, Stage
+
+# A child that was told to stop and does not (a hung driver) is replaced after this long.
+STOP_PATIENCE_SECONDS = 60.0
+# Loading a base model may mean to download it first, and compiling takes minutes; a child that says
+# nothing for so many times the stall's seconds hangs all the same.
+_LONGEST_SILENCE_IN_STALLS = 12
+
+
+class RunWatch:
+    """No verdict, or a sentence why the child has to go.
+
+    Args:
+        stop: The run's stop; asked for at the time limit.
+        stall_seconds: A run that trains and makes no step for this long has a verdict.
+        max_seconds: Longer than this, and the run is asked to stop for `TIME_LIMIT`.
+        patience: Seconds that a stop may take from now on.
+
+    Attributes:
+        verdict: Why the child has to go; None while it may live.
+    """
+
+    def __init__(
+        self,
+        stop: StopSignal,
+        *,
+        stall_seconds: float,
+        max_seconds: float,
+        patience: Callable[[], float],
+    ) -> None:
+        self._stop = stop
+        self._patience = patience
+        self._stall_seconds = stall_seconds
+        self._deadline = time.monotonic() + max_seconds
+        self._stop_seen_at: float | None = None
+        self._step: int | None = None
+        self._step_at: float | None = None
+        self._heard_at = time.monotonic()
+        self.verdict: str | None = None
+
+    def saw(self, event: Event) -> None:
+        """Take note of an event. The stall clock runs only while steps are being made."""
+        self._heard_at = time.monotonic()
+        if not isinstance(event, Progress):
+            return
+        if event.stage is not Stage.TRAINING:
+            self._step = self._step_at = None
+        elif event.step != self._step:
+            # The first report only says where training starts: compiling may take minutes from
+            # there.
+            self._step_at = time.monotonic() if self._step is not None else None
+            self._step = event.step
+
+    def judge(self) -> str | None:
+        """Called now and then; asks for a stop at the deadline, and returns the verdict, if there
+        is one."""
+        now = time.monotonic()
+        if now > self._deadline:
+            self._stop.request(StopReason.TIME_LIMIT)
+        if self._step_at is not None and now - self._step_at > self._stall_seconds:
+            self.verdict = (
+                f"the trainer made no step for {self._stall_seconds:.0f} seconds and was replaced "
+                "(STALL_SECONDS); the GPU or its driver may hang"
+            )
+        if now - self._heard_at > (silence := self._stall_seconds * _LONGEST_SILENCE_IN_STALLS):
+            self.verdict = (
+                f"the trainer said nothing for {silence:.0f} seconds and was replaced "
+                f"({_LONGEST_SILENCE_IN_STALLS} times STALL_SECONDS)"
+            )
+        if self._stop.reason:
+            self._stop_seen_at = self._stop_seen_at or now
+            waited = now - self._stop_seen_at
+            if waited > STOP_PATIENCE_SECONDS or self._patience() <= 0:
+                self.verdict = f"the trainer had not obeyed a stop after {waited:.0f} s"
+        return self.verdict

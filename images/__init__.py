@@ -1,0 +1,1 @@
+"""Images and captions without torch: decoding, colour, checks, crops."""

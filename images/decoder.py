@@ -1,0 +1,250 @@
+"""The decoder process as the trainer sees it: pictures go in by path and come out as pixels, or
+with the reason why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from images.intake import MOTIF, Ready, Refused, Request, Taken
+from utils.errors import Stopped, StopReason, WorkerCrashed
+from utils.events import decode, encode
+
+log = logging.getLogger(__name__)
+
+SECONDS = 8
+"""Of computing time that one picture may take: the largest that are allowed take two or three."""
+MEMORY_BYTES = 1024**3
+"""By which the decoder may grow."""
+PATIENCE_SECONDS = 60.0
+"""On the clock for one picture, on a machine that is busy, or a disk that hangs."""
+TOO_SLOW = (
+    "takes longer than {seconds} seconds to decode, as files do that were made to; export it as an "
+    "ordinary JPEG or PNG"
+)
+CRASHED = "makes the decoder crash, so it is damaged or harmful; export it as PNG"
+
+_ROOT = Path(__file__).resolve().parent.parent
+_POLL_SECONDS = 0.2
+_LONGEST_LINE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of one picture.
+
+    Attributes:
+        fact: Whether it can be used, and what it is.
+        pixels: RGB, of `fact.frame`; empty where it cannot be used.
+        motif: Grey, `MOTIF` pixels square; empty where it cannot be used.
+        thumbnail: A JPEG; None where nothing could be decoded.
+    """
+
+    fact: Taken | Refused
+    pixels: bytes = b""
+    motif: bytes = b""
+    thumbnail: bytes | None = None
+
+
+class Decoder:
+    """Decodes pictures in a process of its own, which starts at once and is replaced if it dies.
+
+    Args:
+        seconds: Of computing time for each picture.
+        memory: Bytes by which the process may grow.
+        patience: Seconds on the clock for each picture.
+    """
+
+    def __init__(
+        self,
+        *,
+        seconds: int = SECONDS,
+        memory: int = MEMORY_BYTES,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
+        self._seconds, self._memory, self._patience = seconds, memory, patience
+        self._process: _Process | None = self._started()
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process:
+            self._process.kill()
+            self._process = None
+
+    def answers(
+        self,
+        requests: Sequence[Request],
+        *,
+        should_stop: Callable[[], StopReason | None] = lambda: None,
+    ) -> Iterator[Answer]:
+        """Decode pictures in order, each one while the caller works on the one before it.
+
+        Args:
+            requests: The pictures.
+            should_stop: Asked while a picture is decoded.
+
+        Raises:
+            Stopped: `should_stop` gave a reason.
+            WorkerCrashed: The process cannot be started.
+        """
+        for index in range(len(requests)):
+            if index == 0:
+                self._ask(requests[0])
+            answer = self._answer(should_stop)
+            if index + 1 < len(requests):
+                self._ask(requests[index + 1])
+            yield answer
+
+    def _ask(self, request: Request) -> None:
+        self._process = self._process or self._started()
+        self._process.ask(request)
+
+    def _answer(self, should_stop: Callable[[], StopReason | None]) -> Answer:
+        process = self._process
+        assert process is not None
+        try:
+            return process.answer(should_stop, self._patience)
+        except _Died as death:
+            self.close()
+            if not death.was_ready:
+                raise WorkerCrashed(
+                    f"The picture decoder could not be started ({death}); its last log lines say "
+                    "why."
+                ) from death
+            log.warning("decoder_died", extra={"reason": str(death)})
+            reason = TOO_SLOW.format(seconds=self._seconds) if death.too_slow else CRASHED
+            return Answer(Refused(reason))
+        except Stopped:
+            self.close()
+            raise
+
+    def _started(self) -> _Process:
+        return _Process([str(self._seconds), str(self._memory)])
+
+
+class _Died(Exception):
+    """The process is gone, or has to go."""
+
+    def __init__(self, reason: str, *, too_slow: bool, was_ready: bool) -> None:
+        super().__init__(reason)
+        self.too_slow, self.was_ready = too_slow, was_ready
+
+
+class _Process:
+    """One decoder process and its two pipes."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._process = subprocess.Popen(  # pylint: disable=consider-using-with
+            [sys.executable, "-m", "images.decoding", *arguments],
+            cwd=_ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+        self._ready = False
+        self._read = bytearray()
+
+    def ask(self, request: Request) -> None:
+        """Write a request. A process that is gone is noticed when its answer is read."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(encode(request))
+        except BrokenPipeError:
+            log.info("decoder_gone")
+
+    def answer(self, should_stop: Callable[[], StopReason | None], patience: float) -> Answer:
+        """Read the answer to the request before.
+
+        Raises:
+            Stopped: `should_stop` gave a reason.
+            _Died: The process died, or did not answer in time.
+        """
+        deadline = time.monotonic() + patience
+
+        def more() -> None:
+            """Wait for some bytes."""
+            self._wait(deadline, should_stop)
+
+        if not self._ready:
+            decode(self._line(more), (Ready,))
+            self._ready = True
+        fact: Taken | Refused = decode(self._line(more), (Taken, Refused))
+        pixels = motif = b""
+        if isinstance(fact, Taken):
+            width, height = fact.frame
+            pixels = self._exactly(3 * width * height, more)
+            motif = self._exactly(MOTIF * MOTIF, more)
+        thumbnail = self._exactly(fact.thumbnail, more) if fact.thumbnail else None
+        return Answer(fact, pixels, motif, thumbnail)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe:
+                pipe.close()
+
+    def _line(self, more: Callable[[], None]) -> bytes:
+        while (end := self._read.find(b"\n")) < 0:
+            if len(self._read) > _LONGEST_LINE:
+                raise self._died("it answered nonsense")
+            more()
+        return self._taken(end + 1)
+
+    def _exactly(self, size: int, more: Callable[[], None]) -> bytes:
+        while len(self._read) < size:
+            more()
+        return self._taken(size)
+
+    def _taken(self, size: int) -> bytes:
+        taken = bytes(self._read[:size])
+        del self._read[:size]
+        return taken
+
+    def _wait(self, deadline: float, should_stop: Callable[[], StopReason | None]) -> None:
+        """Read what comes next.
+
+        Raises:
+            Stopped, _Died: See `answer`.
+        """
+        assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        while not select.select([pipe], [], [], _POLL_SECONDS)[0]:
+            if reason := should_stop():
+                raise Stopped(reason)
+            if time.monotonic() > deadline:
+                raise self._died("it did not answer in time", too_slow=True)
+        if not (content := os.read(pipe, 1 << 20)):
+            raise self._died("")
+        self._read += content
+
+    def _died(self, reason: str, *, too_slow: bool = False) -> _Died:
+        """Why the process is of no use any more; it has died, or has to."""
+        if reason:
+            self._process.kill()
+        code = self._process.wait()
+        if code == -signal.SIGXCPU:
+            too_slow = True
+        named = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        return _Died(reason or named, too_slow=too_slow, was_ready=self._ready)

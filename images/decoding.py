@@ -1,0 +1,136 @@
+"""The decoder process: `python -m images.decoding SECONDS BYTES`.
+
+Pictures come from strangers, and decoders are C libraries: one file may crash them, or keep them
+busy for minutes. So they run here, with limits of time and memory for each picture, and the trainer
+goes on if this process dies. Requests come in as lines of JSON; out goes a line of JSON for each,
+and then the bytes that it announces. It ends with its pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import AvifImagePlugin, Image, ImageOps, PngImagePlugin
+
+from images.buckets import frame_for
+from images.checks import look_at, motif_copy
+from images.intake import THUMBNAIL, Ready, Refused, Request, Taken
+from images.profiles import MOST_PROFILE_BYTES
+from images.vetting import UnusablePicture, Vetted, vet
+from utils.events import decode, encode
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Answer requests until the pipe ends.
+
+    Args:
+        arguments: Seconds of computing time, and bytes of memory, that one picture may take.
+    """
+    seconds, memory = (int(each) for each in arguments)
+    # C libraries print what they please; the pipe is for answers alone.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, sys.stdout.fileno())
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # threads reserve memory that they do not use
+    PngImagePlugin.MAX_TEXT_CHUNK = MOST_PROFILE_BYTES  # the limit of profiles, too
+    _limit(memory)
+    answers.write(encode(Ready()))
+    answers.flush()
+    os.dup2(silence, sys.stderr.fileno())  # until here it says why it could not start
+    for line in sys.stdin.buffer:
+        _allow(seconds)
+        _answer(decode(line, (Request,)), answers)
+        answers.flush()
+
+
+def _limit(memory: int) -> None:
+    """Let the process grow by so many bytes, write no file and leave no core."""
+    with contextlib.suppress(OSError):  # Linux says how large it is; elsewhere the trainer watches
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        most = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def _allow(seconds: int) -> None:
+    """Let the kernel end this process once the next picture has taken so long."""
+    until = math.ceil(time.process_time() + seconds)
+    with contextlib.suppress(ValueError, OSError):  # an operator's own limit may be lower
+        resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
+
+
+def _answer(request: Request, answers: BinaryIO) -> None:
+    thumbnail = b""
+    try:
+        content = Path(request.path).read_bytes()
+        vetted = vet(content, max_pixels=request.max_pixels)
+        identity = hashlib.sha256(content).hexdigest()
+        del content
+        thumbnail = _thumbnail(vetted.image)
+        fact, *pictures = _taken(vetted, request.resolution, identity, len(thumbnail))
+    except UnusablePicture as unusable:
+        width, height = unusable.size or (None, None)
+        answers.write(encode(Refused(str(unusable), width, height, len(thumbnail))))
+    except OSError:
+        answers.write(encode(Refused("its file could not be read", thumbnail=len(thumbnail))))
+    except MemoryError:
+        answers.write(encode(Refused("is too large to be decoded", thumbnail=len(thumbnail))))
+    except Exception as error:  # pylint: disable=broad-exception-caught  # it is the reason
+        reason = f"cannot be decoded ({type(error).__name__}); export it as PNG"
+        answers.write(encode(Refused(reason, thumbnail=len(thumbnail))))
+    else:
+        answers.write(encode(fact))
+        for picture in pictures:
+            answers.write(picture)
+    answers.write(thumbnail)
+
+
+def _taken(
+    vetted: Vetted, resolution: int, identity: str, thumbnail: int
+) -> tuple[Taken, bytes, bytes]:
+    """The facts, the pixels of the frame, and the grey copy that shows the motif.
+
+    Raises:
+        UnusablePicture: There is nothing to learn from the picture.
+    """
+    looks = look_at(vetted.image, resolution=resolution, size=vetted.size)
+    frame = frame_for(*vetted.size, resolution)
+    fitted = ImageOps.fit(vetted.image, (frame.width, frame.height), Image.Resampling.LANCZOS)
+    fact = Taken(
+        identity=identity,
+        width=vetted.size[0],
+        height=vetted.size[1],
+        decoded=vetted.decoded,
+        notes=vetted.notes,
+        warnings=vetted.warnings,
+        looks=looks.warnings,
+        is_grey=looks.is_grey,
+        pixels=looks.pixels,
+        frame=(frame.width, frame.height),
+        thumbnail=thumbnail,
+    )
+    return fact, fitted.tobytes(), motif_copy(vetted.image).tobytes()
+
+
+def _thumbnail(image: Image.Image) -> bytes:
+    """A small copy without any metadata."""
+    small = image.copy() if max(image.size) <= THUMBNAIL else image
+    small = ImageOps.contain(small, (THUMBNAIL, THUMBNAIL)) if small is image else small
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", small.size, small.tobytes()).save(buffer, format="JPEG", quality=80)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

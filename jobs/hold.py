@@ -1,0 +1,208 @@
+"""Who holds a record on S3, under which claim; and how a record becomes JSON.
+
+A record is one JSON object on S3 that at most one worker may change at a time. Everything here is
+pure: reading and writing is `services.records.record_object`, keeping a hold alive is
+`services.records.lease`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import enum
+import json
+import uuid
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from utils.errors import DamagedRecord, NewerRecord
+from utils.events import UNKNOWN, from_dict
+
+VERSION = 1
+"""The version of the records' form that this worker writes, and the highest that it reads."""
+
+
+def later(default: Any) -> Any:
+    """A field that the first release of the records does not have and refuses to read.
+
+    It is written only where it differs from its default, so that an older worker can take over
+    every record that does not need it.
+    """
+    # pylint: disable-next=invalid-field-call  # called where a field is declared
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
+def beside(default: float | str) -> Any:
+    """A number or a short text that is kept in the object's own metadata, beside the record.
+
+    Older workers read the record without it, and drop it when they write.
+    """
+    # pylint: disable-next=invalid-field-call
+    return dataclasses.field(default=default, metadata={"beside": True})
+
+
+def unknown_fields() -> Any:
+    """The field that keeps what a newer version wrote and this one does not know."""
+    # pylint: disable-next=invalid-field-call
+    return dataclasses.field(default_factory=dict, metadata={"later": True}, repr=False)
+
+
+def utc_now() -> str:
+    """The time, for people to read. No decision rests on it: clocks differ between workers."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """One worker's numbered hold on a record.
+
+    Attributes:
+        owner: Name of the worker that holds the record, or held it last.
+        claim: Raised each time the record is taken; everything that is written under a claim
+            carries it.
+        lease_seconds: What the holder promises: it writes the record at least this often, and stops
+            when it cannot.
+        released: Nobody holds the record; it may be taken at once.
+        quiet_seconds: After a release: how long it is normal that nobody takes the record (a
+            retry's delay).
+        revision: Raised by each write.
+        nonce: Fresh for each write. It changes the ETag, and it tells a worker its own write when
+            the answer was lost and the retry is refused.
+        written_at: The writer's clock, for people.
+    """
+
+    owner: str
+    claim: int
+    lease_seconds: float
+    released: bool = False
+    quiet_seconds: float = 0.0
+    revision: int = 0
+    nonce: str = ""
+    written_at: str = ""
+    unknown: dict[str, Any] = unknown_fields()
+
+    @property
+    def silence(self) -> float:
+        """Seconds after the last write during which no further write is expected."""
+        return self.quiet_seconds if self.released else self.lease_seconds
+
+    def taken(self, owner: str, lease_seconds: float) -> Hold:
+        """The next claim."""
+        return dataclasses.replace(
+            self,
+            owner=owner,
+            claim=self.claim + 1,
+            lease_seconds=lease_seconds,
+            released=False,
+            quiet_seconds=0.0,
+        )
+
+    def dropped(self, quiet_seconds: float = 0.0) -> Hold:
+        """The same claim, given up."""
+        return dataclasses.replace(self, released=True, quiet_seconds=quiet_seconds)
+
+    def stamped(self) -> Hold:
+        """As it is about to be written: with a nonce of its own."""
+        return dataclasses.replace(
+            self, revision=self.revision + 1, nonce=uuid.uuid4().hex, written_at=utc_now()
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HeldRecord:
+    """What every record has: its hold, and the version of its form.
+
+    A later version may add fields with defaults (`later`). A reader keeps the fields that it does
+    not know and writes them back. A change that an older worker must not touch raises `version`.
+    """
+
+    hold: Hold
+    version: int = VERSION
+    unknown: dict[str, Any] = unknown_fields()
+
+
+R = TypeVar("R", bound=HeldRecord)
+
+
+def stamped(record: R) -> R:
+    """The record as it is about to be written, with a nonce of its own."""
+    return dataclasses.replace(record, hold=record.hold.stamped())
+
+
+def encode(record: HeldRecord) -> bytes:
+    """The record as JSON that a person can read too, less what is kept beside it."""
+    return json.dumps(_plain(record), indent=1, ensure_ascii=False).encode()
+
+
+def values_beside(record: HeldRecord) -> dict[str, str]:
+    """What is kept of the record in the object's metadata, by its names there."""
+    return {
+        _metadata_name(field): value if isinstance(value, str) else repr(value)
+        for field in dataclasses.fields(record)
+        if field.metadata.get("beside") and (value := getattr(record, field.name)) != field.default
+    }
+
+
+def decode(kind: type[R], body: bytes, key: str, metadata: Mapping[str, str] | None = None) -> R:
+    """The record that `encode` wrote.
+
+    Args:
+        kind: The record's class.
+        body: The object's bytes.
+        key: Its key, for the message.
+        metadata: The object's own metadata, with what is kept beside the record.
+
+    Raises:
+        NewerRecord: A newer worker wrote it in a form that this one must not touch.
+        DamagedRecord: The object is not such a record.
+    """
+    try:
+        values = json.loads(body)
+        version = values.get("version", VERSION)
+        if isinstance(version, int) and version > VERSION:
+            raise NewerRecord(
+                f"The record {key} has version {version} and this worker reads up to {VERSION}. "
+                "Update the worker."
+            )
+        return from_dict(kind, values | _values_beside(kind, metadata or {}))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise DamagedRecord(f"The record {key} cannot be read: it is damaged ({error}).") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of a record: without what an older version need not know, with the unknown."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        plain = {}
+        for field in dataclasses.fields(value):
+            part = getattr(value, field.name)
+            if field.name == UNKNOWN or field.metadata.get("beside"):
+                continue
+            if field.metadata.get("later") and part == field.default:
+                continue
+            plain[field.name] = _plain(part)
+        return plain | getattr(value, UNKNOWN, {})
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, enum.Enum) else value
+
+
+def _values_beside(kind: type[HeldRecord], metadata: Mapping[str, str]) -> dict[str, float | str]:
+    found: dict[str, float | str] = {}
+    for field in dataclasses.fields(kind):
+        text = metadata.get(_metadata_name(field)) if field.metadata.get("beside") else None
+        if text is not None:
+            try:
+                found[field.name] = _read(field.default, text)
+            except ValueError:
+                continue  # it only counts; the record itself is whole
+    return found
+
+
+def _read(default: Any, text: str) -> float | str:
+    """A text as a value of the same type as the default."""
+    value: float | str = type(default)(text)
+    return value
+
+
+def _metadata_name(field: dataclasses.Field[Any]) -> str:
+    return field.name.replace("_", "-")

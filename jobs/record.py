@@ -1,0 +1,466 @@
+"""What is known of a job: facts and their transitions, nothing else.
+
+The record is the truth and a queue message only a hint to look at it (docs/protocol.md, section 4).
+A record lives like this, each arrow one conditional write:
+
+    new ──▶ held ──▶ checkpoint … ──▶ ended, delivery pending ──▶ delivered or set aside
+             │ ▲                              │ ▲
+             ▼ │ claim                        ▼ │ claim (the ending stays as it is)
+           released                         released
+
+A person may send a job back: one that failed, and of which the backend has heard, is released as it
+was before its ending; an ending that was set aside has its delivery pending again.
+
+A copy of the message that belongs in the dead queue is owed (`owed`) from the write that decides on
+it until the broker has confirmed it. A record that owes one is not settled, so that any worker
+makes up for a worker that died in between.
+
+**How attempts are counted.** `attempts` is the number of attempts in a row that are over and made
+no new checkpoint. An attempt is judged when it is over, not when it begins:
+
+- a release after an error counts it, a release for a shutdown does not: being preempted is not a
+  failure;
+- a holder that went silent (killed, or it took its machine down) is counted by whoever takes the
+  record from it, unless that is itself: then it was S3 that was silent;
+- a checkpoint beyond the furthest step that any attempt reached sets the count to 0, and its
+  attempt is not counted, however it ends. A repeated checkpoint (the last one was damaged, so
+  training went one back) is no progress.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import uuid
+from typing import Any
+
+from jobs.hold import HeldRecord, Hold, beside, later, unknown_fields, utc_now
+
+CHECKPOINTS_KEPT = 3
+SEQUENCES_PER_CLAIM = 1_000_000
+INVALID_PREFIX = "invalid/"
+PROTOCOL_LEVEL = 1
+"""The newest features of messages and records that this worker understands. A message that needs
+newer ones says so in the header `x-min-level`, and its record in `min_level`."""
+_RUNS = uuid.UUID("6f1d3a52-3a0e-5a6c-9d27-5b0f6b6f3f4e")
+_SWEEP_GROWTH = 8
+_LONGEST_SILENCE_SECONDS = 86_400.0
+
+
+class State(enum.StrEnum):
+    """Whether the job still has work to do."""
+
+    LIVE = "live"
+    ENDED = "ended"
+
+
+class Delivery(enum.StrEnum):
+    """Whether the backend has heard of the ending."""
+
+    NONE = "none"
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    SET_ASIDE = "set_aside"
+
+
+_FINAL = (Delivery.DELIVERED, Delivery.SET_ASIDE)
+
+
+class EndingKind(enum.StrEnum):
+    """The job's last word; also the last part of its webhook's address."""
+
+    COMPLETE = "complete"
+    FAILED = "failed"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that lies complete on S3.
+
+    Attributes:
+        name: `epoch-0010`, `epoch-0012-step-0123` inside an epoch, with
+            `-retake-1` after training had to start over.
+        epoch: Completed epochs.
+        step: Completed optimizer steps of the job.
+        prefix: Key prefix of its files in the state bucket.
+        claim: The claim that wrote it.
+    """
+
+    name: str
+    epoch: int
+    step: int
+    prefix: str
+    claim: int
+    unknown: dict[str, Any] = unknown_fields()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ending:
+    """The job's last word, exactly as the backend is to hear it.
+
+    Attributes:
+        webhook_id: The same on every attempt to deliver it, by whichever worker.
+        body: The webhook's body (JSON values only).
+        code: The error code of a `failed` one.
+        at: When, by the worker's clock; for people.
+    """
+
+    kind: EndingKind
+    body: dict[str, Any]
+    code: str | None = None
+    webhook_id: str = dataclasses.field(default_factory=lambda: f"msg_{uuid.uuid4().hex}")
+    at: str = dataclasses.field(default_factory=utc_now)
+    unknown: dict[str, Any] = unknown_fields()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LastError:
+    """Why the last attempt ended without an ending."""
+
+    code: str
+    message: str
+    claim: int
+    at: str = dataclasses.field(default_factory=utc_now)
+    unknown: dict[str, Any] = unknown_fields()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OwedCopy:
+    """A copy of the message that the dead queue is to get, and does not have for certain.
+
+    Attributes:
+        code: One of `utils.errors.ErrorCode`.
+        message: Why, for a person.
+        attempts: Attempts made.
+    """
+
+    code: str
+    message: str
+    attempts: int
+    unknown: dict[str, Any] = unknown_fields()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What one message asks for.
+
+    Attributes:
+        task_id: The job's id, and its record's name.
+        style_id: The style that is trained.
+        identity: Hash of the understood message: the same id with another identity is another body.
+        message: The understood message itself (JSON values only), enough to publish it again.
+        webhook_url: Where the backend wants to hear of it, as allowed.
+        id_is_derived: The id was derived from the body, so the same body later may be a new job.
+        ending: For a message that can never become a job: its ending, known from the start.
+        min_level: The lowest protocol level of a worker that understands the message.
+    """
+
+    task_id: str
+    style_id: int
+    identity: str
+    message: dict[str, Any]
+    webhook_url: str | None = None
+    id_is_derived: bool = False
+    ending: Ending | None = None
+    min_level: int = 0
+
+    def run(self, count: int) -> JobRequest:
+        """The same request as the `count`-th repetition of its body; 0 is the first."""
+        return dataclasses.replace(self, task_id=derived_task_id(self.task_id, count))
+
+
+def derived_task_id(first_id: str, count: int) -> str:
+    """The id of the `count`-th further job of one body whose id was derived from it.
+
+    Args:
+        first_id: The first job's id: the UUIDv5 of the body, or an invalid message's
+            `invalid/{sha256}`.
+        count: 0 for the first job itself.
+    """
+    if count == 0:
+        return first_id
+    if first_id.startswith(INVALID_PREFIX):
+        return f"{first_id}-{count}"
+    return str(uuid.uuid5(_RUNS, f"{first_id} {count}"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord(HeldRecord):
+    """Everything that any worker needs to take a job over.
+
+    Attributes:
+        attempts: Attempts in a row that are over and made no new checkpoint; the one in hand is not
+            among them.
+        fruitful: The attempt in hand made a new checkpoint.
+        furthest_step: The furthest step of any registered checkpoint.
+        checkpoints: The last few to resume from, newest last.
+        sweeps: How often the record was found abandoned since somebody last claimed it.
+        ended_at: For people. How long ago it ended is judged by S3's dates.
+        owed: The copy that the dead queue is still to get.
+        min_level: The lowest protocol level of a worker that may claim the job.
+        seconds_run: How long workers have held the live job in all, up to the last write.
+        rejections: How often in a row a machine could not do the job and left it to another.
+        rejected_by: The workers that did, separated by commas, each once.
+        epoch_seen, loss_seen, seconds_left: How far the live job was at the last write, for people:
+            completed epochs, the loss, and the time that was left. 0 where it is not known.
+    """
+
+    task_id: str
+    style_id: int
+    identity: str
+    message: dict[str, Any]
+    webhook_url: str | None = None
+    id_is_derived: bool = False
+    state: State = State.LIVE
+    attempts: int = 0
+    fruitful: bool = False
+    furthest_step: int = 0
+    checkpoints: tuple[Checkpoint, ...] = ()
+    ending: Ending | None = None
+    delivery: Delivery = Delivery.NONE
+    delivery_detail: str | None = None
+    last_error: LastError | None = None
+    sweeps: int = 0
+    created_at: str = ""
+    ended_at: str | None = None
+    owed: OwedCopy | None = later(None)
+    min_level: int = later(0)
+    seconds_run: float = beside(0.0)
+    rejections: int = beside(0)
+    rejected_by: str = beside("")
+    epoch_seen: int = beside(0)
+    loss_seen: float = beside(0.0)
+    seconds_left: float = beside(0.0)
+
+    @classmethod
+    def new(cls, request: JobRequest, owner: str, lease_seconds: float) -> JobRecord:
+        """The record of a job that nobody has seen before, held under claim 1."""
+        record = cls(
+            hold=Hold(owner=owner, claim=1, lease_seconds=lease_seconds),
+            task_id=request.task_id,
+            style_id=request.style_id,
+            identity=request.identity,
+            message=request.message,
+            webhook_url=request.webhook_url,
+            id_is_derived=request.id_is_derived,
+            min_level=request.min_level,
+            created_at=utc_now(),
+        )
+        return record.ended(request.ending) if request.ending else record
+
+    @property
+    def claim(self) -> int:
+        """Number of the present or last claim."""
+        return self.hold.claim
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @property
+    def attempts_with_this(self) -> int:
+        """What `attempts` becomes if the attempt in hand fails now."""
+        return self.attempts + (0 if self.fruitful else 1)
+
+    @property
+    def ordered_at(self) -> str:
+        """When the job was ordered: as its message says, else when it was claimed first."""
+        said = self.message.get("created_at")
+        return said if isinstance(said, str) and said else self.created_at
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is written to this record again, unless a person sends the job back."""
+        return self.delivery in _FINAL and self.owed is None
+
+    @property
+    def rejecters_with_this(self) -> tuple[str, ...]:
+        """The workers that have rejected the job once its present holder does, each once."""
+        before = tuple(filter(None, self.rejected_by.split(",")))
+        return tuple(dict.fromkeys((*before, self.hold.owner)))
+
+    def claimed(self, owner: str, lease_seconds: float) -> JobRecord:
+        """Taken by `owner`: when it was released, or when its holder has gone silent.
+
+        A holder that takes it again was not dead: it could not reach S3, and the job is innocent.
+        """
+        free = self
+        if not self.hold.released:
+            free = self.released(count_attempt=self.hold.owner != owner)
+        hold = free.hold.taken(owner, lease_seconds)
+        return dataclasses.replace(
+            free,
+            hold=hold,
+            fruitful=False,
+            sweeps=0,
+            epoch_seen=0,
+            loss_seen=0.0,
+            seconds_left=0.0,
+        )
+
+    def with_checkpoint(self, checkpoint: Checkpoint) -> JobRecord:
+        """A checkpoint is complete on S3.
+
+        Those at or beyond its step belong to a line that training has left (the newest was
+        damaged): they go.
+        """
+        older = tuple(known for known in self.checkpoints if known.step < checkpoint.step)
+        further = checkpoint.step > self.furthest_step
+        return dataclasses.replace(
+            self,
+            checkpoints=(*older, checkpoint)[-CHECKPOINTS_KEPT:],
+            furthest_step=max(self.furthest_step, checkpoint.step),
+            fruitful=self.fruitful or further,
+            attempts=0 if further else self.attempts,
+            rejections=0,
+            rejected_by="",
+        )
+
+    def ended(self, ending: Ending, owed: OwedCopy | None = None) -> JobRecord:
+        """The job's last word; a job has one, so that of an ended job stays.
+
+        Args:
+            ending: The last word.
+            owed: The copy of the message that the dead queue is to get.
+        """
+        if self.state is State.ENDED:
+            return self
+        return dataclasses.replace(
+            self,
+            state=State.ENDED,
+            ending=ending,
+            delivery=Delivery.PENDING,
+            ended_at=ending.at,
+            owed=owed,
+        )
+
+    def settled(
+        self, delivery: Delivery, detail: str | None = None, owed: OwedCopy | None = None
+    ) -> JobRecord:
+        """The ending was delivered, or set aside where nobody takes it.
+
+        The record is finished and free, unless it owes the dead queue a copy.
+
+        Args:
+            delivery: How it ended up.
+            detail: What the backend answered.
+            owed: The copy that the dead queue is to get of an ending that is set aside.
+
+        Raises:
+            ValueError: The job has not ended, or `delivery` settles nothing.
+        """
+        if self.state is not State.ENDED or delivery not in _FINAL:
+            raise ValueError(f"a job that is {self.state} cannot be settled as {delivery}")
+        if self.delivery in _FINAL:
+            return self
+        return _free_if_settled(
+            dataclasses.replace(
+                self, delivery=delivery, delivery_detail=detail, owed=owed or self.owed
+            )
+        )
+
+    def paid(self) -> JobRecord:
+        """The dead queue has the copy that it was owed."""
+        if self.owed is None:
+            return self
+        return _free_if_settled(dataclasses.replace(self, owed=None))
+
+    def reopened(self) -> JobRecord:
+        """A failed job, sent back for a fresh attempt, from the newest checkpoint that is left.
+
+        What the backend was told stays told: the attempt has an ending of its own, under an id of
+        its own, and the next claim's number makes its `sequence` a later one.
+
+        A copy that the dead queue was still owed is owed no more.
+
+        Raises:
+            ValueError: The job has not failed, or the backend has yet to hear that it did.
+        """
+        ending = self.ending
+        told = self.delivery in _FINAL
+        if ending is None or ending.kind is not EndingKind.FAILED or not told:
+            raise ValueError(f"a job that is {self.state} ({self.delivery}) cannot be reopened")
+        reason = str(ending.body.get("error_message", ""))
+        return dataclasses.replace(
+            self,
+            hold=self.hold.dropped(),
+            state=State.LIVE,
+            attempts=0,
+            fruitful=False,
+            ending=None,
+            delivery=Delivery.NONE,
+            delivery_detail=None,
+            last_error=LastError(ending.code or "", reason, claim=self.claim, at=ending.at),
+            sweeps=0,
+            ended_at=None,
+            owed=None,
+            seconds_run=0.0,
+            rejections=0,
+            rejected_by="",
+            epoch_seen=0,
+            loss_seen=0.0,
+            seconds_left=0.0,
+        )
+
+    def to_be_told_again(self) -> JobRecord:
+        """The same ending, which the backend had refused for good, on its way once more.
+
+        Raises:
+            ValueError: It was not set aside.
+        """
+        if self.delivery is not Delivery.SET_ASIDE:
+            raise ValueError(f"an ending that is {self.delivery} cannot be told again")
+        return dataclasses.replace(
+            self,
+            hold=self.hold.dropped(),
+            delivery=Delivery.PENDING,
+            delivery_detail=None,
+            owed=None,
+            sweeps=0,
+        )
+
+    def released(
+        self,
+        *,
+        count_attempt: bool,
+        error: LastError | None = None,
+        quiet_seconds: float = 0.0,
+        rejected: bool = False,
+    ) -> JobRecord:
+        """Given back by its holder; see the module's text for what counts.
+
+        Args:
+            count_attempt: The attempt failed.
+            error: Why.
+            quiet_seconds: How long it is normal that nobody takes the record.
+            rejected: The machine could not do the job and leaves it to another.
+        """
+        if self.hold.released:
+            return self
+        counts = count_attempt and self.state is State.LIVE
+        return dataclasses.replace(
+            self,
+            hold=self.hold.dropped(quiet_seconds),
+            attempts=self.attempts_with_this if counts else self.attempts,
+            last_error=error or self.last_error,
+            rejections=self.rejections + 1 if rejected else self.rejections,
+            rejected_by=",".join(self.rejecters_with_this) if rejected else self.rejected_by,
+        )
+
+    def swept(self) -> JobRecord:
+        """Found abandoned, and about to be published again.
+
+        The silence that is normal afterwards grows eightfold each time, up to a day: the message
+        may be waiting behind hours of other jobs, and each copy of it may start a worker.
+        """
+        free = self.released(count_attempt=True)
+        quiet = free.hold.lease_seconds * _SWEEP_GROWTH ** min(free.sweeps, 10)
+        hold = free.hold.dropped(min(quiet, _LONGEST_SILENCE_SECONDS))
+        return dataclasses.replace(free, hold=hold, sweeps=free.sweeps + 1)
+
+
+def _free_if_settled(record: JobRecord) -> JobRecord:
+    if not record.is_settled:
+        return record
+    return dataclasses.replace(record, hold=record.hold.dropped())

@@ -1,0 +1,173 @@
+"""`training_report.html`: the report for the artist, in one file with its pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from PIL import Image
+
+from training.style.results import grids
+from training.style.results.preview import LOSS_CURVE, SAMPLES
+from utils.names import shown_name
+
+if TYPE_CHECKING:
+    from jobs.lora_config import Picture, TrainingRun
+    from training.style.results.result import TrainingResult
+
+HTML_REPORT = "training_report.html"
+TEMPLATE = "training_report.html.j2"
+SHEET = 1100
+"""Side in pixels."""
+
+
+def write_html(
+    report: Mapping[str, Any],
+    run: TrainingRun,
+    result: TrainingResult,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    thumbnails: Mapping[str, bytes],
+) -> Path:
+    """Write `training_report.html`.
+
+    Args:
+        report: From `report.build_report`.
+        run: Its pictures.
+        result: With the samples of checkpoints.
+        prompts: Of the samples.
+        folder: Where `samples.png` and `loss_curve.png` lie, as far as they could be made; the file
+            goes there, too.
+        thumbnails: JPEG files of the pictures, by the path of their files.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        OSError: The disk is full or read-only.
+    """
+    content = {
+        **report,
+        "pictures": _shown(report["pictures"], run.pictures, thumbnails),
+        "validation_pictures": _shown(
+            report["validation_pictures"], run.validation_pictures, thumbnails
+        ),
+        "loss_curve": _data_uri(_read(folder / LOSS_CURVE), "png"),
+        "curve_text": _curve_text(report),
+        "samples": _small_sheet(folder / SAMPLES),
+        "prompts": prompts,
+        "rows": _rows(result, prompts),
+        "choice": _choice(report),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"duration": _duration, "loss": _loss}
+    text = environment.get_template(TEMPLATE).render(content)
+    path = folder / HTML_REPORT
+    partial = path.with_name(f".{path.name}.partial")
+    # Halves of characters, which JSON can spell, are none.
+    partial.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(partial, path)
+    return path
+
+
+def _shown(
+    entries: Sequence[Mapping[str, Any]],
+    pictures: Sequence[Picture],
+    thumbnails: Mapping[str, bytes],
+) -> list[dict[str, Any]]:
+    """What is said of each picture, with its name and its thumbnail."""
+    return [
+        {
+            **entry,
+            "name": shown_name(entry["source"]),
+            "thumbnail": _data_uri(thumbnails.get(picture.path or ""), "jpeg"),
+        }
+        for entry, picture in zip(entries, pictures, strict=True)
+    ]
+
+
+def _rows(result: TrainingResult, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """The samples of checkpoints, the base model's first."""
+    titles = {grids.WITHOUT_LORA: "Without the LoRA"} | {
+        str(epoch): f"After epoch {epoch}" for epoch in grids.epochs(result.samples)
+    }
+    rows = [
+        {
+            "title": title,
+            "chosen": row == str(result.delivered_epoch),
+            "pictures": [
+                {"address": _data_uri(content, "jpeg"), "prompt": prompt}
+                for content, prompt in zip(grids.row_of(result.samples, row), prompts, strict=False)
+            ],
+        }
+        for row, title in titles.items()
+    ]
+    return [row for row in rows if row["pictures"]]
+
+
+def _choice(report: Mapping[str, Any]) -> str:
+    """Which checkpoint became the model, and why."""
+    best, delivered = report["best_epoch"], report["delivered_epoch"]
+    if best is None:
+        return "The model is the state at the end of training; the probe could not compare it."
+    others = any(each["held_out"] is not None for each in report["probes"])
+    pictures = "held-out pictures" if others else "training pictures"
+    if report["hyperparameters"]["deliver"] == "best":
+        return f"Epoch {delivered} is the model: its loss on the {pictures} was the lowest."
+    if best == delivered:
+        return f"The last epoch, {delivered}, is the model, and was the best on the {pictures}."
+    return (
+        f"The last epoch, {delivered}, is the model. Epoch {best} was better on the {pictures}; "
+        "train with `deliver: best` to get that one."
+    )
+
+
+def _curve_text(report: Mapping[str, Any]) -> str:
+    """The loss curve for those who do not see it."""
+    known = [loss for loss in report["losses"] if loss is not None]
+    if not known:
+        return "Loss curve"
+    return f"Loss curve: from {known[0]:.4f} in the first epoch to {known[-1]:.4f} in the last"
+
+
+def _small_sheet(path: Path) -> str | None:
+    """A small copy of the sheet of samples; None where there is none."""
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            small = picture.convert("RGB")
+    except OSError:  # the samples could not be painted, which the report says
+        return None
+    small.thumbnail((SHEET, SHEET))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=80)
+    return _data_uri(buffer.getvalue(), "jpeg")
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _data_uri(content: bytes | None, kind: str) -> str | None:
+    if content is None:
+        return None
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,1 @@
+"""Job records on S3: leases, claims, the index and the sweep."""

@@ -1,0 +1,170 @@
+"""What a worker may do with a job that it holds: durable changes under one claim."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+
+from jobs.hold import stamped, utc_now
+from jobs.record import (
+    SEQUENCES_PER_CLAIM,
+    Checkpoint,
+    Delivery,
+    Ending,
+    JobRecord,
+    LastError,
+    OwedCopy,
+    State,
+)
+from services.records.lease import Lease
+from services.records.record_object import RecordObject
+from utils.errors import StorageError
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+
+class JobLease(Lease[JobRecord]):
+    """A hold on a job, renewed while the block runs, after its ending too until that is settled.
+
+    Every method that changes the record raises `LeaseLost` once the job is another worker's, and
+    tries again through S3's troubles until then.
+
+    Attributes:
+        cancelled: Set once `jobs/{task_id}.cancel` was seen; looked for when claiming and at each
+            renewal.
+    """
+
+    def __init__(
+        self,
+        target: RecordObject[JobRecord],
+        record: JobRecord,
+        etag: str,
+        began_at: float,
+        cancel_requested: Callable[[str], bool],
+    ) -> None:
+        super().__init__(target, record, etag, began_at)
+        self.cancelled = threading.Event()
+        self._cancel_requested = cancel_requested
+        self._sequence = 0
+        self._counting = threading.Lock()
+        self._claimed_at = began_at
+        self._run_before = record.seconds_run
+        self._seen = (0, 0.0, 0.0)
+
+    @property
+    def seconds_run(self) -> float:
+        """How long the job has been held in all, by this claim and those before it."""
+        return self._run_before + time.monotonic() - self._claimed_at
+
+    def saw(self, *, epoch: int, loss: float | None, seconds_left: float | None) -> None:
+        """Take note of how far the job is, for people; the next write of the record carries it.
+
+        Args:
+            epoch: Completed epochs.
+            loss: The training loss; None before there is one.
+            seconds_left: The time that is left; None before it can be measured.
+        """
+        self._seen = (epoch, round(loss or 0.0, 6), round(seconds_left or 0.0, 1))
+
+    def next_sequence(self) -> int:
+        """The next number of this job's news: it rises within a claim and from claim to claim."""
+        with self._counting:
+            self._sequence += 1
+            return self.claim_number * SEQUENCES_PER_CLAIM + self._sequence
+
+    def register_checkpoint(self, checkpoint: Checkpoint) -> JobRecord:
+        """From here on the job resumes from this checkpoint. Its files must lie complete on S3."""
+        return self.update(lambda record: record.with_checkpoint(checkpoint))
+
+    def end(self, ending: Ending, owed: OwedCopy | None = None) -> Ending:
+        """Make the ending durable and its delivery pending, in one write, before anybody is told.
+
+        Args:
+            ending: The job's last word.
+            owed: The copy of the message that the dead queue is to get.
+
+        Returns:
+            The job's ending: this one, or the one that it already had.
+        """
+        kept = self.update(lambda record: record.ended(ending, owed)).ending
+        assert kept is not None  # an ended record has one
+        return kept
+
+    def mark_delivered(self, detail: str | None = None) -> None:
+        """The backend has the ending, or wants to hear no more of it; the job is over."""
+        self.update(lambda record: record.settled(Delivery.DELIVERED, detail))
+
+    def set_aside(self, detail: str, owed: OwedCopy) -> None:
+        """The backend refuses the ending for good; the dead queue is to keep the message.
+
+        Args:
+            detail: What the backend answered.
+            owed: The copy that the dead queue is to get.
+        """
+        self.update(lambda record: record.settled(Delivery.SET_ASIDE, detail, owed))
+
+    def paid(self) -> None:
+        """The broker has confirmed the copy that was owed."""
+        self.update(lambda record: record.paid())
+
+    def release(
+        self,
+        *,
+        count_attempt: bool,
+        error: tuple[str, str] | None = None,
+        quiet_seconds: float = 0.0,
+        rejected: bool = False,
+        within: float | None = None,
+    ) -> None:
+        """Give the job back: it may be claimed at once, and this claim writes nothing more.
+
+        Args:
+            count_attempt: The attempt failed. False for a shutdown and for errors that are the
+                machine's own.
+            error: Why, as (code, message).
+            quiet_seconds: How long the message will wait before it comes back, so that the sweep
+                leaves it alone.
+            rejected: The machine could not do the job and leaves it to another.
+            within: Give up after so many seconds (a shutdown's grace); then the lease runs out by
+                itself.
+        """
+        last = LastError(*error, claim=self.claim_number, at=utc_now()) if error else None
+        self.update(
+            lambda record: record.released(
+                count_attempt=count_attempt,
+                error=last,
+                quiet_seconds=quiet_seconds,
+                rejected=rejected,
+            ),
+            within=within,
+        )
+
+    def _stamped(self, record: JobRecord) -> JobRecord:
+        if self.record.state is State.LIVE:
+            epoch, loss, left = self._seen
+            record = dataclasses.replace(
+                record,
+                seconds_run=round(self.seconds_run, 3),
+                epoch_seen=epoch,
+                loss_seen=loss,
+                seconds_left=left,
+            )
+        return stamped(record)
+
+    def after_renewal(self) -> None:
+        """Look whether somebody wants the job cancelled."""
+        self.look_for_cancel()
+
+    def look_for_cancel(self) -> None:
+        """Set `cancelled` if the cancel file is there; S3's troubles put it off to a renewal."""
+        if self.cancelled.is_set():
+            return
+        try:
+            if self._cancel_requested(self.record.task_id):
+                log.info("cancel_file_seen", task_id=self.record.task_id)
+                self.cancelled.set()
+        except StorageError as error:
+            log.warning("cancel_not_looked_for", task_id=self.record.task_id, error=str(error))

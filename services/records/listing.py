@@ -1,0 +1,202 @@
+"""Job records for people to look at: found by id, by the beginning of an id or by style, and never
+written.
+
+S3 finds objects by the beginning of their key only, so a style's records are found by reading
+those that can be its own: the unsettled ones, those that its checkpoints and archived models name,
+and the newest of all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from jobs.record import INVALID_PREFIX, JobRecord
+from services.records.index import FOLDER, RECORD_SUFFIX, SETTLED_SUFFIX, record_at
+from services.records.record_object import RecordObject, Version
+from services.s3.s3_service import S3Service
+from utils.errors import StorageError
+
+MOST_MATCHES = 20
+"""Ids that `beginning_with` returns at most."""
+SETTLED_LOOKED_AT = 500
+"""Settled records that are read in search of a style's, or of those to send back; the newest."""
+
+_SIDE_BY_SIDE = 8
+_REFUSALS_LOOKED_AT = 500
+_KEYS_LOOKED_AT = 5000
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """What lies under a job's id.
+
+    Attributes:
+        version: The record and its age; None where there is none that can be read.
+        problem: Why there is none.
+    """
+
+    task_id: str
+    version: Version[JobRecord] | None
+    problem: str = ""
+
+    @property
+    def record(self) -> JobRecord | None:
+        """The record; None where there is none that can be read."""
+        return self.version.record if self.version else None
+
+
+def look_up(s3: S3Service, bucket: str, task_ids: Iterable[str]) -> list[Found]:
+    """The records of these tasks, in their order.
+
+    A record that cannot be read is reported as such, and costs the others nothing.
+    """
+
+    def read(task_id: str) -> Found:
+        try:
+            version = RecordObject(s3, record_at(bucket, task_id), JobRecord).read()
+        except StorageError as error:
+            return Found(task_id, None, str(error))
+        return Found(task_id, version, "" if version else "there is no such record")
+
+    with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
+        return list(pool.map(read, task_ids))
+
+
+def beginning_with(s3: S3Service, bucket: str, beginning: str) -> list[str]:
+    """The ids of jobs and of refused messages that begin like this, at most `MOST_MATCHES`.
+
+    A refused message's id is `invalid/` and a hash; its beginning may be given with or without the
+    `invalid/`.
+
+    Raises:
+        StorageError: The records cannot be listed.
+    """
+    prefixes = [beginning]
+    if not beginning.startswith(INVALID_PREFIX):
+        prefixes.append(INVALID_PREFIX + beginning)
+    found = []
+    for prefix in prefixes:
+        keys = itertools.islice(s3.list_objects(bucket, FOLDER + prefix), _KEYS_LOOKED_AT)
+        ids = (_task_id(info.key) for info in keys if info.key.endswith(RECORD_SUFFIX))
+        # `in` lists all of `invalid/`, which is not meant.
+        found += [each for each in ids if each.count("/") == prefix.count("/")]
+    return found[:MOST_MATCHES]
+
+
+def refusals_of(s3: S3Service, bucket: str, task_id: str) -> list[Found]:
+    """The records of refused messages that gave a task id that begins like this, newest first.
+
+    Such a record is named after the message's hash, since the id may belong to a sound job. The
+    newest 500 of them are read.
+
+    Raises:
+        StorageError: The records cannot be listed.
+    """
+    listed = [
+        info
+        for info in s3.list_objects(bucket, FOLDER + INVALID_PREFIX)
+        if info.key.endswith(RECORD_SUFFIX)
+    ]
+    listed.sort(key=lambda info: info.last_modified, reverse=True)
+    names = [_task_id(info.key) for info in listed[:_REFUSALS_LOOKED_AT]]
+    return [
+        each
+        for each in look_up(s3, bucket, names)
+        if each.record
+        and each.record.ending
+        and str(each.record.ending.body.get("task_id", "")).startswith(task_id)
+    ]
+
+
+class RecordListing:
+    """All records of a state bucket, as one listing shows them, newest first.
+
+    Args:
+        s3: The storage.
+        bucket: The state bucket.
+
+    Raises:
+        StorageError: From every method: the records cannot be listed.
+    """
+
+    def __init__(self, s3: S3Service, bucket: str) -> None:
+        self._s3 = s3
+        self._bucket = bucket
+
+    @functools.cached_property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of all records, the one that was written last first."""
+        return tuple(self._settled_by_id)
+
+    @functools.cached_property
+    def unsettled(self) -> tuple[Found, ...]:
+        """The records with something left to do, as far as the sweep has found: all of them."""
+        names = [name for name, settled in self._settled_by_id.items() if not settled]
+        return tuple(look_up(self._s3, self._bucket, names))
+
+    def newest(self, limit: int, *, unsettled_only: bool = False) -> tuple[list[Found], int]:
+        """The records that were written last, and how many more there are.
+
+        Args:
+            limit: The most that are read.
+            unsettled_only: Leave out those that the sweep has found settled.
+        """
+        names = [
+            name
+            for name, settled in self._settled_by_id.items()
+            if not (unsettled_only and settled)
+        ]
+        return look_up(self._s3, self._bucket, names[:limit]), max(0, len(names) - limit)
+
+    def settled(self, limit: int = SETTLED_LOOKED_AT) -> list[Found]:
+        """The newest of the settled records."""
+        names = (name for name, settled in self._settled_by_id.items() if settled)
+        return look_up(self._s3, self._bucket, itertools.islice(names, limit))
+
+    def of_style(self, style_id: int, *, limit: int = SETTLED_LOOKED_AT) -> tuple[list[Found], int]:
+        """A style's records, and how many records were not read and may be the style's, too.
+
+        Args:
+            style_id: The style.
+            limit: Settled records that are read at most, beside those that the style's checkpoints
+                and archived models name.
+        """
+        named = self._named_by(style_id)
+        settled = [name for name, is_settled in self._settled_by_id.items() if is_settled]
+        others = [name for name in settled if name not in named]
+        wanted = named.intersection(settled).union(others[:limit])
+        read = look_up(self._s3, self._bucket, (name for name in settled if name in wanted))
+        found = {
+            each.task_id: each
+            for each in (*self.unsettled, *read)
+            if each.record and each.record.style_id == style_id
+        }
+        in_order = [found[name] for name in self._settled_by_id if name in found]
+        return in_order, max(0, len(others) - limit)
+
+    @functools.cached_property
+    def _settled_by_id(self) -> dict[str, bool]:
+        listing = {info.key: info for info in self._s3.list_objects(self._bucket, FOLDER)}
+        records = [info for key, info in listing.items() if key.endswith(RECORD_SUFFIX)]
+        records.sort(key=lambda info: info.last_modified, reverse=True)
+        return {
+            _task_id(info.key): info.key.removesuffix(RECORD_SUFFIX) + SETTLED_SUFFIX in listing
+            for info in records
+        }
+
+    def _named_by(self, style_id: int) -> set[str]:
+        """The ids of jobs of which checkpoints or archived models of a style are there."""
+        names = set()
+        for folder in ("checkpoints", "archive"):
+            prefix = f"{folder}/style_{style_id}/"
+            for info in self._s3.list_objects(self._bucket, prefix):
+                names.add(info.key.removeprefix(prefix).partition("/")[0])
+        return names
+
+
+def _task_id(key: str) -> str:
+    return key.removeprefix(FOLDER).removesuffix(RECORD_SUFFIX)

@@ -1,0 +1,200 @@
+"""Finding jobs that no message points to any more.
+
+Their queue was deleted or purged, or the broker gave up on them.
+
+A record that has been silent for much longer than its holder promised, and is not settled, is
+handed to the caller, who publishes it again: a live one to the training queue, one that has ended
+to the endings' queue. A message too many does no harm, since it is only a hint to look at the
+record.
+
+Only the index of records that are not settled is read (`services.records.index`). The sweep also
+finishes what the worker that settled a record could not: it clears up, and takes the record off the
+index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable, Iterator
+
+from jobs.hold import stamped
+from jobs.record import PROTOCOL_LEVEL, Delivery, JobRecord, State
+from services.records.index import RecordIndex
+from services.records.record_object import RecordObject, Version
+from services.s3.s3_service import ObjectInfo, S3Service
+from utils.errors import PreconditionFailed, StorageError
+from utils.logger import get_logger
+
+log = get_logger(__name__)
+
+_PATIENCE_LEASES = 2
+"""Beyond the promised silence: a redelivered message gets to another worker first, as it should."""
+_MARK_LEASES = 10
+"""A name on the index without a record is a claim that never came about, after so long."""
+_LONGEST_WAIT_SECONDS = 86_400.0
+"""A message that has not come back by then is lost, however long the queue is."""
+_LONGEST_SKIP_LEASES = 10
+"""A record that cannot be abandoned yet is read again after so long at most."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Census:
+    """What one sweep saw.
+
+    Attributes:
+        live: Jobs that have been claimed and have not ended.
+        endings_pending: Endings that the backend has not taken yet.
+        oldest_ending_seconds: The oldest of them was decided so long ago; 0 with none.
+    """
+
+    live: int = 0
+    endings_pending: int = 0
+    oldest_ending_seconds: float = 0.0
+
+
+class RecordSweep:
+    """Looks through the records of a state bucket that are not settled.
+
+    Args:
+        s3: As for `JobRecords`.
+        bucket: The state bucket.
+        lease_seconds: This worker's lease.
+        clear_up: Removes what a settled job needs no more; False where it must be tried again.
+        may_wait: Whether messages wait in the training queue: the message of a live record that
+            nobody holds may be one of them.
+
+    Attributes:
+        census: What the last sweep saw.
+    """
+
+    def __init__(
+        self,
+        s3: S3Service,
+        bucket: str,
+        *,
+        lease_seconds: float,
+        clear_up: Callable[[JobRecord], bool] = lambda record: True,
+        may_wait: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.index = RecordIndex(s3, bucket)
+        self.census = Census()
+        self._lease_seconds = lease_seconds
+        self._clear_up = clear_up
+        self._may_wait = may_wait
+        self._known: dict[str, tuple[JobRecord, float]] = {}
+        self._unreadable: set[str] = set()  # said once each, until it can be read
+
+    def abandoned(self) -> Iterator[JobRecord]:
+        """The records that this worker is to publish again.
+
+        Each is given back on its dead holder's behalf before it is handed out, by a conditional
+        write: of several workers that sweep at once one gets it, and a holder that only slept finds
+        that it has lost. If its message is lost once more, it turns up again, after a silence that
+        grows each time.
+
+        Raises:
+            StorageError: The index cannot be listed. A record that cannot be read or written is
+                left for the next sweep.
+        """
+        seen: dict[str, tuple[JobRecord, float]] = {}
+        unreadable: set[str] = set()
+        for task_id, mark in self.index.entries():
+            known = self._known.get(task_id)
+            if known and time.monotonic() < known[1]:
+                seen[task_id] = known
+                continue
+            target = self.index.record(task_id)
+            try:
+                version = target.read()
+                if version is None:
+                    self._forget_if_old(task_id, mark)
+                    continue
+                if version.record.is_settled:
+                    if self._clear_up(version.record):
+                        self.index.remove(task_id)
+                    continue
+                seen[task_id] = version.record, self._look_again_at(version)
+                record = self._taken_over(target, version)
+            except PreconditionFailed:
+                continue  # it lives after all, or another worker's sweep has it
+            except StorageError as error:
+                if task_id not in self._unreadable:
+                    log.warning("record_not_swept", task_id=task_id, error=str(error))
+                unreadable.add(task_id)
+                continue
+            if record is not None:
+                yield record
+        self._known, self._unreadable = seen, unreadable
+        self.census = _census(record for record, _ in seen.values())
+
+    def _taken_over(
+        self, target: RecordObject[JobRecord], version: Version[JobRecord]
+    ) -> JobRecord | None:
+        if not is_abandoned(version) or self._may_still_come(version):
+            return None
+        if version.record.min_level > PROTOCOL_LEVEL:
+            # Only a newer worker can write this job's message; its sweep will.
+            log.warning("record_left_to_newer_worker", task_id=version.record.task_id)
+            return None
+        record = stamped(version.record.swept())
+        target.write(record, version.etag)
+        log.warning(
+            "record_abandoned",
+            task_id=record.task_id,
+            state=record.state,
+            holder=record.hold.owner,
+            claim=record.claim,
+            age_seconds=version.age_seconds,
+        )
+        return record
+
+    def _may_still_come(self, version: Version[JobRecord]) -> bool:
+        """A job that was given back in good order waits in the queue for as long as that takes."""
+        record = version.record
+        return (
+            record.state is State.LIVE
+            and record.hold.released
+            and version.age_seconds < _LONGEST_WAIT_SECONDS
+            and self._may_wait()
+        )
+
+    def _look_again_at(self, version: Version[JobRecord]) -> float:
+        wait = min(_due_at(version), _LONGEST_SKIP_LEASES * self._lease_seconds)
+        return time.monotonic() + max(0.0, wait - version.age_seconds)
+
+    def _forget_if_old(self, task_id: str, mark: ObjectInfo) -> None:
+        # By this machine's clock: a mark that goes too early only leaves a record to the inventory.
+        now = datetime.datetime.now(datetime.UTC)
+        if (now - mark.last_modified).total_seconds() > _MARK_LEASES * self._lease_seconds:
+            self.index.forget(task_id)
+
+
+def is_abandoned(version: Version[JobRecord]) -> bool:
+    """Whether an unsettled record has been silent for so long that its message must be lost."""
+    return version.age_seconds > _due_at(version)
+
+
+def _due_at(version: Version[JobRecord]) -> float:
+    hold = version.record.hold
+    return hold.silence + _PATIENCE_LEASES * hold.lease_seconds
+
+
+def _census(records: Iterator[JobRecord]) -> Census:
+    live = pending = 0
+    oldest = 0.0
+    now = datetime.datetime.now(datetime.UTC)
+    for record in records:
+        live += record.state is State.LIVE
+        if record.delivery is Delivery.PENDING:
+            pending += 1
+            oldest = max(oldest, _seconds_since(record.ended_at, now))
+    return Census(live, pending, oldest)
+
+
+def _seconds_since(moment: str | None, now: datetime.datetime) -> float:
+    try:
+        return (now - datetime.datetime.fromisoformat(moment or "")).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0

@@ -1,0 +1,1 @@
+"""S3: inputs, checkpoints, models and job records."""

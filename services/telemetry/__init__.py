@@ -1,0 +1,1 @@
+"""Traces and error reports, sent if they are configured."""

@@ -1,0 +1,1 @@
+"""Signed webhooks to the backend, and the meaning of its answers."""

@@ -1,0 +1,450 @@
+"""The backend's ear: progress and endings, signed and sent as docs/protocol.md, section 3, says.
+
+The only module that imports requests and standardwebhooks. Nothing here raises for what a network
+or a backend does: every attempt ends in an answer of `services.webhooks.answers`, and in time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import socket
+import ssl
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+import standardwebhooks
+import urllib3.exceptions
+from requests.adapters import HTTPAdapter
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
+
+from services.webhooks.answers import (
+    Ending,
+    EndingAnswer,
+    EndingOutcome,
+    ProgressAnswer,
+    Reply,
+    RetrySchedule,
+    judge_ending,
+    judge_progress,
+)
+from utils.errors import ConfigurationError
+from utils.logger import bound_value, get_logger
+from utils.metrics import Metrics
+from utils.urls import base_of, origin_of, shown
+
+__all__ = [
+    "Ending",
+    "EndingAnswer",
+    "EndingOutcome",
+    "ProgressAnswer",
+    "RetrySchedule",
+    "WebhookService",
+]
+
+log = get_logger(__name__)
+
+PATHS = {
+    "progress": "/api/webhooks/training/progress",
+    "complete": "/api/webhooks/training/complete",
+    "failed": "/api/webhooks/training/failed",
+}
+_MAX_ANSWER_BYTES = 64 * 1024
+_DETAIL_CHARACTERS = 200
+_REMEMBERED_JOBS = 100
+_FINAL = (EndingOutcome.DELIVERED, EndingOutcome.REJECTED)
+
+# Requests that cannot be made at all, whatever the network does.
+_HOPELESS = (
+    requests.exceptions.InvalidURL,
+    requests.exceptions.InvalidSchema,
+    requests.exceptions.MissingSchema,
+    requests.exceptions.InvalidHeader,
+    requests.exceptions.URLRequired,
+    requests.exceptions.InvalidJSONError,
+)
+# What requests, what lies below it and a socket raise.
+_FOREIGN = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
+
+
+class WebhookService:
+    """Tells the backend. Safe to share between threads: every attempt has a connection of its own.
+
+    The environment's proxies, `.netrc` and CA bundle are not looked at: a `.netrc` would replace
+    the bearer token, and a proxy would see it. `ca_file` and `proxy` are the explicit ways.
+
+    Args:
+        backend_url: The backend's origin, and the path that its routes are under, if any.
+        allowed_origins: Further such addresses, whose origins a message may name.
+        token: The bearer token.
+        signing_secrets: `whsec_…`; each of them signs.
+        timeout: Seconds that one attempt may take in all.
+        schedule: The waits between attempts to deliver an ending.
+        metrics: Where attempts are counted.
+        trace_headers: Headers by which the backend can go on with a trace.
+        ca_file: Certificates (PEM) of further authorities that a backend's certificate may be from.
+        proxy: Address of an HTTP proxy that requests go through; not those to this machine.
+
+    Raises:
+        ConfigurationError: An address, a secret or the file of certificates is malformed.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend_url: str,
+        allowed_origins: Collection[str],
+        token: str,
+        signing_secrets: Sequence[str],
+        timeout: float = 10.0,
+        schedule: RetrySchedule = RetrySchedule(),
+        metrics: Metrics | None = None,
+        trace_headers: Callable[[], Mapping[str, str]] = dict,
+        ca_file: Path | None = None,
+        proxy: str | None = None,
+    ) -> None:
+        self._trace_headers = trace_headers
+        self._metrics = metrics or Metrics()
+        try:
+            self._backend = base_of(backend_url)
+            bases = [self._backend, *map(base_of, allowed_origins)]
+        except ValueError as error:
+            raise ConfigurationError(f"the backend's address {error}") from error
+        self._bases = {origin_of(base): base for base in reversed(bases)}
+        if len(self._bases) < len(set(bases)):
+            raise ConfigurationError("two addresses of backends differ only in their path")
+        self._way = _Way(_context(ca_file), proxy)
+        try:
+            self._signers = [standardwebhooks.Webhook(secret) for secret in signing_secrets]
+        except (standardwebhooks.webhooks.EmptyWebhookSecretError, ValueError):
+            raise ConfigurationError("a webhook signing secret is not whsec_ and base64") from None
+        if not self._signers:
+            raise ConfigurationError("there is no webhook signing secret")
+        self._warned: dict[tuple[str, str], None] = {}
+        self._token = token
+        self._secrets = (token, *signing_secrets)
+        self._timeout = timeout
+        self._schedule = schedule
+
+    def origin_for(self, requested: str | None) -> str:
+        """Where to send what concerns a message: to the origin that it names, if that is allowed.
+
+        Args:
+            requested: The message's webhook address, as it stands there; may be anything.
+
+        Returns:
+            One of the configured addresses, with its path.
+        """
+        if not requested:
+            return self._backend
+        with contextlib.suppress(ValueError):
+            if base := self._bases.get(origin_of(requested)):
+                return base
+        self._warn_once_a_job(requested)
+        return self._backend
+
+    def _warn_once_a_job(self, requested: str) -> None:
+        """Progress and ending of one job name the same address; one line about it is enough."""
+        about = (bound_value("task_id"), requested)
+        # One operation each, so that threads need no lock; at worst a line is repeated.
+        if about in self._warned:
+            return
+        self._warned[about] = None
+        for oldest in list(self._warned)[:-_REMEMBERED_JOBS]:
+            self._warned.pop(oldest, None)
+        log.warning("webhook_origin_not_allowed", named=shown(requested), used=self._backend)
+
+    def send_progress(self, origin: str, body: Mapping[str, Any]) -> ProgressAnswer:
+        """Report progress: one attempt, which never raises for network or backend.
+
+        Args:
+            origin: From `origin_for`.
+            body: JSON values.
+        """
+        reply = self._exchange("PATCH", origin, "progress", f"msg_{uuid.uuid4().hex}", body)
+        answer = judge_progress(reply)
+        if answer is not ProgressAnswer.DONE:
+            level = log.error if answer is ProgressAnswer.UNAUTHORIZED else log.warning
+            level(
+                "progress_not_taken",
+                answer=answer.value,
+                status=reply.status,
+                detail=self._detail(reply),
+            )
+        return answer
+
+    def knock(self, origin: str, *, with_path: bool = True) -> tuple[Reply, str]:
+        """Send an empty progress report, which a backend refuses: it learns nothing by it.
+
+        Args:
+            origin: From `origin_for`.
+            with_path: False leaves out the configured path.
+
+        Returns:
+            What came back; and the same in words, without secrets.
+        """
+        reply = self._exchange(
+            "PATCH", origin, "progress", f"msg_{uuid.uuid4().hex}", {}, with_path=with_path
+        )
+        return reply, self._detail(reply)
+
+    def send_ending(self, origin: str, ending: Ending) -> EndingAnswer:
+        """Deliver an ending: one attempt, which never raises for network or backend."""
+        reply = self._exchange("POST", origin, ending.kind, ending.webhook_id, ending.body)
+        answer = judge_ending(reply, self._detail(reply))
+        if answer.outcome is not EndingOutcome.DELIVERED:
+            log.warning(
+                "ending_not_taken",
+                outcome=answer.outcome.value,
+                status=answer.status,
+                detail=answer.detail,
+                retry_after=answer.retry_after,
+            )
+        return answer
+
+    def deliver(
+        self, origin: str, ending: Ending, *, for_seconds: float, stop: threading.Event
+    ) -> EndingAnswer:
+        """Deliver an ending, trying again by the schedule. There is always one attempt.
+
+        Args:
+            origin: From `origin_for`.
+            ending: What to say.
+            for_seconds: No attempt begins later than this. When the next one would, this returns
+                at once instead of waiting for nothing.
+            stop: Set when the worker shuts down; ends the waiting.
+
+        Returns:
+            The last attempt's answer: final, or one that asks for another attempt later.
+        """
+        end = time.monotonic() + for_seconds
+        attempts = 0
+        while True:
+            answer = self.send_ending(origin, ending)
+            attempts += 1
+            if answer.outcome in _FINAL:
+                return answer
+            delay = self._schedule.seconds(attempts, answer)
+            if time.monotonic() + delay > end or stop.wait(delay):
+                return answer
+
+    def _exchange(
+        self,
+        method: str,
+        origin: str,
+        kind: str,
+        webhook_id: str,
+        body: Mapping[str, Any],
+        *,
+        with_path: bool = True,
+    ) -> Reply:
+        # Once more, so that no caller's mistake and no old record sends the token elsewhere.
+        base = self.origin_for(origin)
+        url = (base if with_path else origin_of(base)) + PATHS[kind]
+        text = json.dumps(_finite(body), separators=(",", ":"))  # ASCII, so these are the bytes
+        headers = self._headers(webhook_id, text)
+        began = time.monotonic()
+        reply = _Exchange(
+            method, url, headers, text.encode("ascii"), self._timeout, self._way
+        ).reply()
+        outcome = f"{reply.status // 100}xx" if reply.status else "no_answer"
+        self._metrics.webhook_attempts.labels(kind, outcome).inc()
+        self._metrics.webhook_duration_seconds.labels(kind).observe(time.monotonic() - began)
+        return reply
+
+    def _headers(self, webhook_id: str, text: str) -> dict[str, str]:
+        now = datetime.now(UTC)
+        return dict(self._trace_headers()) | {
+            "Authorization": f"Bearer {self._token}",
+            "X-Request-Source": "training-server",
+            "Content-Type": "application/json",
+            "User-Agent": "training-server",
+            # Nothing is decompressed, so what is read is no larger than what was sent.
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+            "webhook-id": webhook_id,
+            "webhook-timestamp": str(math.floor(now.timestamp())),
+            "webhook-signature": " ".join(
+                signer.sign(webhook_id, now, text) for signer in self._signers
+            ),
+        }
+
+    def _detail(self, reply: Reply) -> str:
+        """What went wrong, in a line. A backend may echo what it was sent, secrets and all."""
+        text = reply.problem or reply.body.decode(errors="replace")
+        for secret in self._secrets:
+            text = text.replace(secret, "[redacted]")
+        text = "".join(letter if letter.isprintable() else " " for letter in text)
+        return " ".join(text.split())[:_DETAIL_CHARACTERS]
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for what JSON has no word for (infinity, not a number)."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Way:
+    """How a backend is reached."""
+
+    context: ssl.SSLContext
+    proxy: str | None
+
+    def proxies_for(self, url: str) -> dict[str, str]:
+        """The proxy of a request, as requests wants it; none to this machine."""
+        if self.proxy is None or urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1"):
+            return {}
+        return {"http": self.proxy, "https": self.proxy}
+
+
+def _context(ca_file: Path | None) -> ssl.SSLContext:
+    """The usual authorities, and those of a file."""
+    context = ssl.create_default_context(cafile=DEFAULT_CA_BUNDLE_PATH)
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(cafile=ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigurationError(
+                f"WEBHOOK_CA_FILE: {ca_file} has no certificates in PEM that can be read ({error})"
+            ) from None
+    return context
+
+
+class _Exchange:
+    """One request in a thread of its own, over by its deadline whatever the other side does.
+
+    requests' time-outs are for the next byte, so a backend that sends one now and then would hold
+    its caller for ever. Here the caller waits until the deadline, makes do with what has arrived,
+    and shuts the socket down, which ends the thread as well.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        timeout: float,
+        way: _Way,
+    ) -> None:
+        self._way = way
+        self._method = method
+        self._url = url
+        self._headers = dict(headers)
+        self._body = body
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._reply = Reply(problem=f"no answer within {timeout:g} seconds")
+        self._socket: socket.socket | None = None
+        self._over = False
+
+    def reply(self) -> Reply:
+        """Make the request; what came back of it."""
+        thread = threading.Thread(target=self._run, name="webhook", daemon=True)
+        thread.start()
+        thread.join(self._timeout)
+        with self._lock:
+            self._over = True
+            if self._socket and thread.is_alive():
+                _shut_down(self._socket)
+            return self._reply
+
+    def connected(self, opened: socket.socket) -> None:
+        """Called in the thread when its connection is open."""
+        with self._lock:
+            self._socket = opened
+            if self._over:
+                _shut_down(opened)
+
+    def _run(self) -> None:
+        adapter = _Adapter(self, self._way.context)
+        try:
+            # An adapter without a session: a session follows redirects or at least prepares to,
+            # keeps cookies, and looks for proxies and .netrc in the environment.
+            request = requests.Request(
+                self._method, self._url, headers=self._headers, data=self._body
+            ).prepare()
+            response = adapter.send(
+                request,
+                stream=True,
+                timeout=self._timeout,
+                proxies=self._way.proxies_for(self._url),
+            )
+            head = {name.lower(): value for name, value in response.headers.items()}
+            self._set(Reply(response.status_code, head))
+            body = response.raw.read(_MAX_ANSWER_BYTES, decode_content=False)
+            self._set(Reply(response.status_code, head, body))
+        except _FOREIGN as error:
+            problem = _innermost(error)
+            hopeless = isinstance(error, _HOPELESS)
+            self._set(dataclasses.replace(self._reply, problem=problem, hopeless=hopeless))
+        finally:
+            adapter.close()
+
+    def _set(self, reply: Reply) -> None:
+        with self._lock:
+            if not self._over:
+                self._reply = reply
+
+
+def _innermost(error: BaseException) -> str:
+    """What happened first: "connection refused" and not the three errors wrapped around it."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return f"{type(error).__name__}: {error}"
+
+
+class _Adapter(HTTPAdapter):
+    """requests' own, but it tells of its connection's socket once that is open."""
+
+    def __init__(self, exchange: _Exchange, context: ssl.SSLContext) -> None:
+        self._exchange = exchange
+        self._context = context
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """requests' own, with our authorities."""
+        super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        """requests' own, with our authorities also behind a proxy."""
+        return super().proxy_manager_for(proxy, **kwargs, ssl_context=self._context)
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        """The pool for a request; each of its connections reports."""
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        make = pool.ConnectionCls
+
+        def reporting(*args: Any, **kwargs: Any) -> Any:
+            connection = make(*args, **kwargs)
+            connect = connection.connect
+
+            def connect_and_report() -> None:
+                connect()
+                self._exchange.connected(connection.sock)
+
+            connection.connect = connect_and_report
+            return connection
+
+        pool.ConnectionCls = reporting
+        return pool
+
+
+def _shut_down(opened: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the other side may have been quicker
+        opened.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,83 @@
+"""A job goes into its record and comes back, and is written as a message again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from jobs.message import from_understood, to_message
+from tests.unit.jobs.message_samples import (
+    BUCKET,
+    CONTRACT,
+    SETTINGS,
+    envelope,
+    flat,
+    make_settings,
+    read,
+)
+
+
+def test_a_job_comes_back_from_its_record_whatever_the_defaults_are_by_then() -> None:
+    job = read(envelope(captions=["c"], tags=["t"], parameters={"rank": 4, "alpha": 8}))
+    stored = json.loads(json.dumps(job.understood()))
+    back = from_understood(stored, make_settings(epochs=3))
+    assert back == job
+    assert back.identity == job.identity
+    del stored["hyper_parameters"]
+    assert from_understood(stored, make_settings(epochs=3)).hyper_parameters.epochs == 3
+
+
+@pytest.mark.parametrize("broken", [{}, {"task_id": 5}, {"images": [1]}])
+def test_a_damaged_record_is_a_value_error(broken: dict[str, Any]) -> None:
+    stored = read(flat()).understood()
+    with pytest.raises(ValueError):
+        from_understood((stored | broken) if broken else {}, SETTINGS)
+
+
+def test_a_job_written_as_a_message_parses_to_the_same_job() -> None:
+    for path in CONTRACT.glob("valid/*"):
+        job = read(path.read_bytes())
+        again = read(to_message(job))
+        assert again == dataclasses.replace(job, id_is_derived=False, ignored_fields=())
+        assert from_understood(job.understood(), SETTINGS).body == to_message(job)
+
+
+def test_identity_is_what_was_understood_and_not_how_it_was_written() -> None:
+    job = read(envelope(parameters={"epochs": 5}, tags=["a"]))
+    https = f"https://{BUCKET}.s3.amazonaws.com/a.jpg?X-Amz-Date=1"
+    same = flat(image_urls=[https], parameters={"epochs": 5.0}, tags=["a "], task_id="t-1")
+    same |= {"created_at": "2025-01-01", "webhook_url": "https://b", "x": 1, "captions": [None]}
+    assert read(same).identity == job.identity
+    assert read(same, settings=make_settings(rank=4, lora_rank=4)).identity == job.identity
+    for other in (
+        envelope(parameters={"epochs": 6}, tags=["a"]),
+        envelope(parameters={"epochs": 5}, tags=["b"]),
+        envelope(parameters={"epochs": 5}, tags=["a"], style_id=11),
+        envelope(parameters={"epochs": 5}, tags=["a"], captions=["x"]),
+        envelope(parameters={"epochs": 5}, tags=["a"], images=["b.jpg"]),
+    ):
+        assert read(other).identity != job.identity
+
+
+def test_pictures_to_judge_by_and_prompts_are_part_of_the_job_and_of_its_identity() -> None:
+    job = read(envelope(validation_images=["v.jpg"], sample_prompts=["a boat"], trigger_word="ink"))
+    assert from_understood(json.loads(json.dumps(job.understood())), SETTINGS) == job
+    assert read(to_message(job)).validation_images == job.validation_images
+    assert read(to_message(job)).sample_prompts == job.sample_prompts
+    assert read(to_message(job)).trigger_word == "ink"
+    others = [
+        envelope(trigger_word="ink"),
+        envelope(sample_prompts=["a boat"]),
+        envelope(validation_images=["v.jpg"]),
+        envelope(),
+    ]
+    assert len({job.identity, *(read(each).identity for each in others)}) == 5
+
+
+def test_the_identity_of_a_message_without_them_is_the_one_in_older_records() -> None:
+    stored = read(envelope()).understood()
+    del stored["validation_images"], stored["sample_prompts"], stored["trigger_word"]
+    assert from_understood(stored, SETTINGS).identity == read(envelope()).identity

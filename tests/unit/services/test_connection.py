@@ -1,0 +1,768 @@
+"""The life of a connection's owner, turn by turn, on a broker that is a list."""
+
+# pylint: disable=protected-access
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+from structlog.testing import capture_logs
+
+from consumer.lane import Lane
+from services.broker import connection as broker_loop
+from services.broker.outbox import LONGEST_DELAY, MAX_STRIKES, Outbox
+from services.broker.settlement import BODY_BYTES, Delivery, Publication, Queue, Settlement
+from tests.unit.services.fake_broker import (  # noqa: F401  # pylint: disable=unused-import
+    Channel,
+    Clock,
+    FakeLoop,
+    clock_fixture,
+    dead,
+    hold,
+    lane,
+    lost,
+    soon,
+)
+from utils.errors import BrokerError, BrokerRefused, PublicationRefused, Refusal
+
+pytestmark = pytest.mark.usefixtures("clock")
+
+
+def refused(refusal: Refusal = Refusal.FORM) -> PublicationRefused:
+    """The broker does not take it."""
+    return PublicationRefused("it is too large", refusal)
+
+
+# --- settling a delivery
+
+
+def test_a_delivery_is_acknowledged_only_after_its_publications_are_confirmed() -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    hold(training, Settlement.ack(dead(b"1"), dead(b"2")))
+    assert loop.turn() == ["publish 1", "publish 2", "ack 7"]
+    assert training.in_hand is None
+
+
+def test_a_delivery_whose_publication_is_refused_is_not_acknowledged(clock: Clock) -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    loop.refuses = lambda publication: refused() if publication.body == b"1" else None
+    hold(training, Settlement.ack(dead(b"1"), dead(b"2")))
+    assert loop.turn() == ["publish 1", "publish 2"]
+    assert training.in_hand is not None
+    loop.refuses = lambda publication: None
+    clock.now += 1
+    assert loop.turn() == ["publish 1", "ack 7"]
+
+
+def test_a_settlement_is_published_once_however_often_the_loop_turns() -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    loop.refuses = lambda publication: refused(Refusal.FULL)
+    hold(training, Settlement.ack(dead()))
+    loop.turn()
+    loop.turn()
+    assert len(loop._outbox._waiting) == 1
+
+
+def test_a_delivery_is_returned_where_the_handler_says_so() -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    hold(training, Settlement.requeue())
+    assert loop.turn() == ["requeue 7"]
+
+
+def test_a_delivery_whose_handler_works_is_left_alone() -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    hold(training)
+    assert loop.turn() == []
+    assert loop.busy
+
+
+@pytest.mark.parametrize("gone", ["closed", "another"])
+def test_a_tag_of_a_channel_that_is_gone_is_never_acknowledged(gone: str) -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    hand = hold(training, Settlement.ack(dead()))
+    if gone == "closed":
+        hand.channel.is_open = False
+    else:
+        training.channel = Channel()
+    with capture_logs() as lines:
+        assert loop.turn() == ["publish letter"]
+    assert training.in_hand is None
+    assert [line["event"] for line in lines] == ["acknowledgement_dropped"]
+
+
+def test_a_settlement_is_published_without_a_channel_too() -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    hold(training, Settlement.ack(dead()))
+    training.channel = None
+    assert loop.turn() == ["publish letter"]
+    assert training.in_hand is None
+
+
+def test_each_lane_settles_while_another_has_a_job_in_hand() -> None:
+    training, endings = lane(), lane(Queue.ENDINGS)
+    loop = FakeLoop(training, endings)
+    hold(training)
+    hold(endings, Settlement.ack(), tag=9)
+    assert loop.turn() == ["ack 9"]
+    assert loop.busy and endings.in_hand is None
+
+
+# --- subscribing
+
+
+def test_a_lane_without_a_consumer_subscribes_again_after_a_moment(clock: Clock) -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    training.channel = None
+    assert loop.turn() == ["subscribe training"]
+    assert loop.consuming is True
+    training.channel.consumer_tags.clear()
+    clock.now += broker_loop.RESUBSCRIBE_SECONDS - 0.01
+    assert loop.turn() == []
+    assert loop.consuming == bool(training.channel.consumer_tags)
+    clock.now += 0.01
+    assert loop.turn() == ["subscribe training"]
+
+
+def test_a_lane_with_a_job_in_hand_does_not_subscribe_again() -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    hand = hold(training)
+    training.channel = None
+    assert loop.turn() == []
+    hand.settlement = Settlement.ack()
+    assert loop.turn() == []
+    assert loop.turn() == ["subscribe training"]
+
+
+def test_a_lane_that_consumes_is_left_alone() -> None:
+    loop = FakeLoop(lane())
+    assert loop.turn() == []
+    assert loop.consuming
+
+
+def test_consuming_means_the_first_lane() -> None:
+    training, endings = lane(), lane(Queue.ENDINGS)
+    loop = FakeLoop(training, endings)
+    hold(training)
+    training.channel = None
+    loop.turn()
+    assert not loop.consuming
+
+
+def test_a_stop_cancels_every_consumer_and_subscribes_to_nothing() -> None:
+    training, endings = lane(), lane(Queue.ENDINGS)
+    loop = FakeLoop(training, endings)
+    loop.stop.set()
+    assert loop.turn() == ["unsubscribe training", "unsubscribe endings"]
+    training.channel = None
+    assert loop.turn() == []
+
+
+def test_a_spent_lane_is_cancelled_before_its_last_message_is_acknowledged() -> None:
+    training = lane(limit=1)
+    loop = FakeLoop(training)
+    training._left = 0
+    hold(training, Settlement.ack())
+    assert loop.turn() == ["unsubscribe training", "ack 7"]
+    assert loop.turn() == []
+
+
+def test_the_queues_are_looked_at_every_few_seconds(clock: Clock) -> None:
+    loop = FakeLoop(lane())
+    looks = []
+    for _ in range(int(4 * broker_loop.LOOK_SECONDS)):
+        loop.turn()
+        looks += [act for act in loop.acts if act == "look"]
+        clock.now += 0.5
+    assert len(looks) == 2
+
+
+# --- publications that the broker does not take
+
+
+def test_a_refused_publication_lets_the_others_pass_and_is_tried_again_later(
+    clock: Clock,
+) -> None:
+    loop = FakeLoop(lane())
+    loop.refuses = lambda publication: refused() if publication.body == b"bad" else None
+    bad, good = loop.publish(dead(b"bad")), loop.publish(dead(b"good"))
+    assert loop.turn() == ["publish bad", "publish good"]
+    assert good.done() and not bad.done()
+    assert loop.turn() == []
+    clock.now += 0.5
+    later = loop.publish(dead(b"later"))
+    assert loop.turn() == ["publish later", "publish bad"]
+    assert later.done()
+
+
+def test_a_publication_that_costs_the_connection_lets_the_others_pass_on_the_next_one(
+    clock: Clock,
+) -> None:
+    loop = FakeLoop(lane())
+    loop.survives = False
+    loop.refuses = lambda publication: refused() if publication.body == b"bad" else None
+    loop.publish(dead(b"bad"))
+    good = loop.publish(dead(b"good"))
+    with pytest.raises(PublicationRefused):
+        loop.turn()
+    assert loop.acts == ["publish bad"]
+    clock.now += 60
+    with pytest.raises(PublicationRefused):
+        loop.turn()
+    assert loop.acts == ["publish good", "publish bad"]
+    assert good.done()
+
+
+def test_a_publication_that_is_refused_again_and_again_is_given_up_whole_then_cut(
+    clock: Clock,
+) -> None:
+    loop = FakeLoop(lane())
+    tried: list[Publication] = []
+
+    def refuses(publication: Publication) -> PublicationRefused | None:
+        tried.append(publication)
+        return None if BODY_BYTES in publication.headers else refused()
+
+    loop.refuses = refuses
+    large = Publication(Queue.TRAINING, b"x" * 9000, "task", {"x-put-offs": 1}, 5.0)
+    promise = loop.publish(large)
+    with capture_logs() as lines:
+        while not promise.done():
+            loop.turn()
+            clock.now += LONGEST_DELAY
+    assert tried[:MAX_STRIKES] == [large] * MAX_STRIKES
+    letters = tried[MAX_STRIKES : 2 * MAX_STRIKES]
+    assert {(each.queue, each.body, each.delay_seconds) for each in letters} == {
+        (Queue.DEAD, b"x" * 9000, None)
+    }
+    assert letters[0].headers["x-error-code"] == "PUBLICATION_REFUSED"
+    assert "it is too large" in str(letters[0].headers["x-error-message"])
+    assert len(tried) == 2 * MAX_STRIKES + 1
+    assert tried[-1].headers[BODY_BYTES] == 9000 and len(tried[-1].body) < 9000
+    shortened = [line for line in lines if line["event"] == "publication_shortened"]
+    assert [(line["task_id"], line["cut"]) for line in shortened] == [
+        ("task", False),
+        ("task", True),
+    ]
+    assert {line["log_level"] for line in shortened} == {"error"}
+
+
+def test_a_publication_that_is_refused_in_its_shortest_form_is_reported_and_tried_on(
+    clock: Clock,
+) -> None:
+    loop = FakeLoop(lane())
+    loop.refuses = lambda publication: refused() if publication.message_id == "task" else None
+    promise = loop.publish(dead(b"x" * 9000))
+    with capture_logs() as lines:
+        for _ in range(2 * MAX_STRIKES + 2):
+            loop.turn()
+            clock.now += LONGEST_DELAY
+    other = loop.publish(Publication(Queue.DEAD, b"other", "other"))
+    assert loop.turn()[0] == "publish other"
+    assert other.done() and not promise.done()
+    stuck = [line for line in lines if line["event"] == "publication_stuck"]
+    assert {(line["log_level"], line["task_id"]) for line in stuck} == {("error", "task")}
+    assert len(stuck) == 3
+    assert loop.observer.metrics.publications_stuck._value.get() == 4
+    waits = [line["retry_in"] for line in lines if line["event"] == "publication_refused"]
+    assert waits[-1] == LONGEST_DELAY
+
+
+def test_a_message_that_no_queue_takes_becomes_a_whole_dead_letter(clock: Clock) -> None:
+    loop = FakeLoop(lane())
+    loop.refuses = lambda publication: (
+        refused(Refusal.ROUTE) if publication.queue is Queue.TRAINING else None
+    )
+    promise = loop.publish(Publication(Queue.TRAINING, b"order", "task"))
+    while not promise.done():
+        loop.turn()
+        clock.now += LONGEST_DELAY
+    assert loop.published[0].queue is Queue.DEAD
+    assert loop.published[0].body == b"order"
+
+
+@pytest.mark.parametrize("refusal", [Refusal.FULL, Refusal.UNANSWERED])
+def test_a_publication_waits_as_it_is_while_the_fault_is_the_brokers(
+    clock: Clock, refusal: Refusal
+) -> None:
+    loop = FakeLoop(lane())
+    loop.refuses = lambda publication: refused(refusal)
+    order = Publication(Queue.TRAINING, b"order", "task")
+    loop.publish(order)
+    for _ in range(20):
+        loop.turn()
+        assert "probe" not in loop.acts
+        clock.now += LONGEST_DELAY
+    loop.refuses = lambda publication: None
+    loop.turn()
+    assert loop.published == [order]
+    assert loop.observer.metrics.publications_refused.labels(refusal)._value.get() == 20
+
+
+def test_connections_that_are_lost_over_one_publication_only_are_its_fault(clock: Clock) -> None:
+    """The broker takes a probe before it, each time."""
+    loop = FakeLoop(lane())
+    loop.survives = False
+    order = Publication(Queue.TRAINING, b"order", "task")
+    loop.refuses = lambda publication: refused(Refusal.LOST) if publication == order else None
+    promise = loop.publish(order)
+    acts = []
+    for _ in range(1 + MAX_STRIKES):
+        with pytest.raises(PublicationRefused):
+            loop.turn()
+        acts += loop.acts
+        clock.now += LONGEST_DELAY
+    assert acts == ["publish order"] + ["probe", "publish order"] * MAX_STRIKES
+    loop.turn()
+    assert promise.done()
+    assert loop.published[0].queue is Queue.DEAD and loop.published[0].body == b"order"
+
+
+def test_an_outage_is_no_publications_fault(clock: Clock) -> None:
+    """A connection that is lost without it in between clears it."""
+    loop = FakeLoop(lane())
+    loop.survives = False
+    order = Publication(Queue.TRAINING, b"order", "task")
+    loop.refuses = lambda publication: refused(Refusal.LOST)
+    loop.publish(order)
+    for round_ in range(30):
+        with pytest.raises(BrokerError) as caught:
+            loop.turn()
+        if not isinstance(caught.value, PublicationRefused):
+            loop._outbox.acquit()
+        clock.now += LONGEST_DELAY
+        loop.fails = lambda act, is_down=round_ % 3 == 0: (  # type: ignore[misc]
+            lost() if act == "probe" and is_down else None
+        )
+    loop.refuses, loop.fails = lambda publication: None, lambda act: None
+    loop.turn()
+    assert loop.published == [order]
+
+
+def test_the_loop_itself_clears_publications_when_the_connection_fails_without_them(
+    clock: Clock,
+) -> None:
+    loop = FakeLoop(lane())
+    loop.publish(dead(b"1"))
+    (parcel,) = loop._outbox.due()
+    parcel.is_suspect, parcel.strikes, parcel.due = True, 2, float("inf")
+    seen: list[int] = []
+
+    def fails(act: str) -> BaseException | None:
+        if act != "connect":
+            return None
+        seen.append(parcel.strikes)
+        loop._abandoned.set()
+        return lost()
+
+    loop.fails = fails
+    loop._serve()
+    assert seen == [2] and parcel.strikes == 0
+    loop._abandoned.clear()
+    parcel.strikes, parcel.due = 1, 0.0
+
+    def refuses(_: Publication) -> BaseException:
+        loop._abandoned.set()
+        return refused(Refusal.LOST)
+
+    loop.survives, loop.fails, loop.refuses = False, lambda act: None, refuses
+    loop._serve()
+    assert parcel.strikes == 2
+    assert clock.slept == 0
+
+
+def test_a_refused_publication_is_logged_with_its_task_and_its_delay() -> None:
+    loop = FakeLoop(lane())
+    loop.refuses = lambda publication: refused(Refusal.FORM)
+    loop.publish(dead())
+    with capture_logs() as lines:
+        loop.turn()
+    assert lines == [
+        {
+            "event": "publication_refused",
+            "log_level": "warning",
+            "queue": "dead",
+            "task_id": "task",
+            "refusal": "form",
+            "error": "it is too large",
+            "retry_in": 0.5,
+        }
+    ]
+
+
+def test_a_refusal_of_the_worker_itself_ends_the_turn_and_lets_the_others_pass() -> None:
+    loop = FakeLoop(lane())
+    loop.refuses = lambda publication: (
+        BrokerRefused("no permission") if publication.body == b"bad" else None
+    )
+    loop.publish(dead(b"bad"))
+    with pytest.raises(BrokerRefused):
+        loop.turn()
+    good = loop.publish(dead(b"good"))
+    loop.turn()
+    assert good.done()
+
+
+# --- coming back
+
+
+def serve(loop: FakeLoop, clock: Clock, connections: int) -> list[float]:
+    """Serve until so many connections were tried; answers the pauses before each."""
+    pauses: list[float] = []
+    last = [clock.monotonic()]
+
+    def tried() -> None:
+        pauses.append(round(clock.monotonic() - last[0], 3))
+        last[0] = clock.monotonic()
+        if len(pauses) == connections:
+            loop._abandoned.set()
+
+    former = loop.fails
+
+    def fails(act: str) -> BaseException | None:
+        if act == "connect":
+            tried()
+        return former(act)
+
+    loop.fails = fails
+    loop._serve()
+    return pauses
+
+
+def test_the_pause_between_two_attempts_doubles(clock: Clock) -> None:
+    loop = FakeLoop(lane())
+    loop.fails = lambda act: lost() if act == "connect" else None
+    with capture_logs() as lines:
+        pauses = serve(loop, clock, 8)
+    assert pauses == pytest.approx([0, 0.5, 1, 2, 4, 8, 16, 30], abs=0.06)
+    assert [line["retry_in"] for line in lines][:4] == [0.5, 1.0, 2.0, 4.0]
+    assert loop.acts.count("disconnect") == 8
+    assert clock.slept > 60
+
+
+@pytest.mark.parametrize(("lived", "pause"), [(0.0, 4.0), (5.1, 0.5)])
+def test_a_connection_that_lived_for_a_while_makes_the_pause_short_again(
+    clock: Clock, lived: float, pause: float
+) -> None:
+    loop = FakeLoop(lane())
+    loop.fails = lambda act: lost() if act in ("connect", "events") else None
+    if not lived:
+        assert serve(loop, clock, 5)[-1] == pytest.approx(pause, abs=0.06)
+        return
+
+    def fails(act: str) -> BaseException | None:
+        if act == "connect":
+            return lost() if loop.acts.count("connect") < 4 else None
+        if act == "events":
+            clock.now += lived
+            return lost()
+        return None
+
+    loop.fails = fails
+    assert serve(loop, clock, 5)[-1] == pytest.approx(lived + pause, abs=0.06)
+
+
+def test_connections_after_the_first_are_counted_as_such(clock: Clock) -> None:
+    loop = FakeLoop(lane())
+    metrics = loop.observer.metrics
+    shown: list[tuple[str, float]] = []
+
+    def fails(act: str) -> BaseException | None:
+        if act in ("connect", "events"):
+            shown.append((act, metrics.broker_connected._value.get()))
+        return lost() if act == "events" else None
+
+    loop.fails = fails
+    serve(loop, clock, 4)
+    assert metrics.broker_reconnects._value.get() == 3
+    assert set(shown) == {("connect", 0.0), ("events", 1.0)}
+    assert clock.slept > 0
+
+
+def test_a_refusal_of_the_worker_ends_it_at_once_unless_a_job_is_in_hand(clock: Clock) -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    loop.fails = lambda act: BrokerRefused("login refused") if act == "connect" else None
+    hand = hold(training)
+    assert len(serve(loop, clock, 3)) == 3
+    loop._abandoned.clear()
+    hand.settlement = Settlement.ack()
+    with pytest.raises(BrokerRefused):
+        loop._serve()
+    assert clock.slept > 0
+
+
+def test_a_settlement_that_needs_no_broker_is_carried_out_while_there_is_none(
+    clock: Clock,
+) -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    training.channel = Channel()
+    hand = hold(training, Settlement.ack())
+    training.channel = None
+    loop._pause(1.0)
+    assert training.in_hand is None and hand.is_collected
+    assert clock.slept == pytest.approx(1.0, abs=0.051)
+
+
+def test_a_pause_ends_when_there_is_nothing_left_to_stop_for(clock: Clock) -> None:
+    loop = FakeLoop(lane())
+    loop.stop.set()
+    loop._pause(30.0)
+    assert clock.slept == 0
+
+
+# --- the end
+
+
+def test_the_owner_stays_until_what_is_in_hand_is_settled() -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    assert not loop.is_over()
+    loop.stop.set()
+    assert loop.is_over()
+    hold(training)
+    assert not loop.is_over()
+    training.in_hand = None
+    loop.publish(dead())
+    assert not loop.is_over()
+    loop._abandoned.set()
+    assert loop.is_over()
+
+
+def test_turned_within_says_how_long_ago_the_owner_came_round(clock: Clock) -> None:
+    loop = FakeLoop(lane())
+    loop.turn()
+    clock.now += 5
+    assert not loop.turned_within(5.0)
+    assert loop.turned_within(5.1)
+    loop.turn()
+    assert loop.turned_within(0.1)
+
+
+def test_the_owner_counts_as_turning_while_it_tries_to_connect(clock: Clock) -> None:
+    loop = FakeLoop(lane())
+    clock.now += 100
+    loop.fails = lambda act: lost() if act == "connect" else None
+    serve(loop, clock, 2)
+    assert loop.turned_within(1.0)
+
+
+def test_an_outbox_that_others_put_into_is_published_from() -> None:
+    outbox = Outbox()
+    loop = FakeLoop(lane(), outbox=outbox)
+    promise = outbox.put(dead())
+    loop.turn()
+    assert promise.done()
+
+
+def test_a_loop_needs_no_observer() -> None:
+    loop = FakeLoop(lane(), observer=None)
+    loop.refuses = lambda publication: refused()
+    loop.publish(dead())
+    loop.turn()
+
+
+def test_a_publication_wakes_the_owner() -> None:
+    loop = FakeLoop(lane())
+    loop.publish(dead())
+    assert loop.woken.is_set()
+
+
+# --- one message, then the end
+
+
+def test_once_ends_when_its_message_is_settled_and_no_lane_has_anything_in_hand() -> None:
+    training, endings = lane(limit=1), lane(Queue.ENDINGS)
+    loop = FakeLoop(training, endings)
+    training._left = 0
+    assert loop.has_done_its_part(60)
+    hold(training)
+    assert not loop.has_done_its_part(60)
+    training.in_hand = None
+    hold(endings)
+    assert not loop.has_done_its_part(60), "an ending is being delivered"
+    endings.in_hand = None
+    promise = loop.publish(dead())
+    assert not loop.has_done_its_part(60)
+    loop.turn()
+    assert promise.done() and loop.has_done_its_part(60)
+
+
+def test_once_ends_after_a_time_in_which_it_could_have_had_a_message(clock: Clock) -> None:
+    training, endings = lane(limit=1), lane(Queue.ENDINGS)
+    loop = FakeLoop(training, endings)
+    loop.turn()
+    clock.now += 59
+    assert not loop.has_done_its_part(60)
+    clock.now += 1
+    assert loop.has_done_its_part(60)
+
+
+@pytest.mark.parametrize("holds_up", ["away", "ending", "outbox"])
+def test_once_counts_no_time_in_which_it_could_not_have_had_a_message(
+    clock: Clock, holds_up: str
+) -> None:
+    training, endings = lane(limit=1), lane(Queue.ENDINGS)
+    loop = FakeLoop(training, endings)
+    loop.turn()
+    match holds_up:
+        case "away":
+            loop.consuming = False
+        case "ending":
+            hold(endings)
+        case _:
+            loop.publish(dead())
+    clock.now += 100
+    assert not loop.has_done_its_part(60)
+    endings.in_hand = None
+    loop.turn()
+    clock.now += 59
+    assert not loop.has_done_its_part(60)
+    clock.now += 1
+    assert loop.has_done_its_part(60)
+
+
+# --- running, by the real clock
+
+
+class Running:
+    """A loop that runs in a thread."""
+
+    def __init__(self, loop: FakeLoop) -> None:
+        self.loop = loop
+        self.errors: list[BaseException] = []
+        loop.events = lambda: time.sleep(0.002)
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.loop.run()
+        except BaseException as error:  # pylint: disable=broad-exception-caught
+            self.errors.append(error)
+
+    def end(self, seconds: float = 5.0) -> None:
+        """Stop it, and wait for its end."""
+        self.loop.stop.set()
+        self.thread.join(seconds)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(name="real_time")
+def _real_time(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    assert clock
+    monkeypatch.setattr(broker_loop, "time", time)
+    monkeypatch.setattr("services.broker.outbox.time", time)
+    monkeypatch.setattr(broker_loop, "STOP_CHECK_SECONDS", 0.005)
+
+
+@pytest.mark.usefixtures("real_time")
+def test_a_stop_waits_for_the_handler_publishes_answers_and_then_disconnects() -> None:
+    go = threading.Event()
+
+    def handle(_: Delivery) -> Settlement:
+        assert go.wait(5)
+        return Settlement.ack(dead())
+
+    training = Lane(Queue.TRAINING, handle, lambda: None)
+    loop = FakeLoop(training, stop_seconds=60.0)
+    running = Running(loop)
+    soon(lambda: loop.consuming)
+    training.take(Delivery(b"order"), 7)
+    loop.stop.set()
+    soon(lambda: "unsubscribe training" in loop.acts)
+    running.thread.join(0.1)
+    assert running.thread.is_alive()
+    go.set()
+    running.end()
+    acts = [act for act in loop.acts if act != "look"]
+    assert acts == [
+        "connect",
+        "subscribe training",
+        "unsubscribe training",
+        "publish letter",
+        "ack 7",
+        "disconnect",
+    ]
+    assert not running.errors
+    with pytest.raises(CancelledError):
+        loop.publish(dead()).result(0)
+
+
+@pytest.mark.usefixtures("real_time")
+def test_a_handler_that_does_not_return_holds_the_stop_up_no_longer_than_its_bound() -> None:
+    training = lane()
+    loop = FakeLoop(training, stop_seconds=0.3)
+    hold(training)
+    promise = loop.publish(dead())
+    loop.refuses = lambda publication: refused(Refusal.FULL)
+    running = Running(loop)
+    soon(lambda: loop.connected)
+    began = time.monotonic()
+    with capture_logs() as lines:
+        running.end()
+    assert 0.25 < time.monotonic() - began < 2
+    assert "stopped_with_unsettled_work" in [line["event"] for line in lines]
+    soon(promise.cancelled)
+    soon(lambda: loop.acts[-1] == "disconnect")
+
+
+@pytest.mark.usefixtures("real_time")
+def test_a_stop_is_quick_and_silent_with_nothing_to_settle_and_no_connection() -> None:
+    loop = FakeLoop(lane(), stop_seconds=30.0)
+    hangs = threading.Event()
+
+    def fails(act: str) -> BaseException | None:
+        if act != "connect":
+            return None
+        hangs.wait(5)
+        return lost()
+
+    loop.fails = fails
+    running = Running(loop)
+    soon(lambda: "connect" in loop.acts)
+    with capture_logs() as lines:
+        running.end(1.0)
+    hangs.set()
+    assert lines == []
+
+
+@pytest.mark.usefixtures("real_time")
+def test_the_owners_error_is_raised_to_the_caller_after_it_has_disconnected() -> None:
+    loop = FakeLoop(lane())
+    promise = loop.publish(Publication(Queue.DEAD, b"x", "t", {}, 5.0))
+    loop.fails = lambda act: BrokerRefused("login refused") if act == "connect" else None
+    running = Running(loop)
+    running.thread.join(5)
+    assert [type(error) for error in running.errors] == [BrokerRefused]
+    assert loop.acts[-1] == "disconnect"
+    assert promise.cancelled()
+
+
+@pytest.mark.usefixtures("real_time")
+def test_once_stops_the_worker_by_itself() -> None:
+    loop = FakeLoop(lane(limit=1), idle_seconds=0.05)
+    running = Running(loop)
+    running.thread.join(5)
+    assert loop.stop.is_set() and not running.errors
+
+
+@pytest.mark.usefixtures("real_time")
+@pytest.mark.parametrize("idle_seconds", [None, 60.0])
+def test_a_worker_that_may_still_have_a_message_stays(idle_seconds: float | None) -> None:
+    running = Running(FakeLoop(lane(limit=1), idle_seconds=idle_seconds))
+    running.thread.join(0.15)
+    assert running.thread.is_alive()
+    running.end()

@@ -1,0 +1,95 @@
+"""What the desk sends to the trainer process: runs, and stops for the run that they mean."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import threading
+from typing import IO
+
+from jobs.lora_config import TrainingRun
+from utils.errors import StopReason
+from utils.events import Stop, decode
+
+log = logging.getLogger(__name__)
+
+DESK_GONE = 0
+DESK_SENT_NONSENSE = 3
+
+
+class Inbox:
+    """Reads the pipe in a thread of its own: a stop, and the end, are seen in mid-training.
+
+    A stop names its run. If that run is neither in hand nor waiting, the stop came too late and is
+    dropped: it never ends another run.
+    """
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe = pipe
+        self._changed = threading.Condition()
+        self._waiting: collections.deque[_Pending] = collections.deque()
+        self._in_hand: _Pending | None = None
+
+    def start(self) -> None:
+        """Begin to read. When the pipe ends, so does the whole process, whatever it is doing."""
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+
+    def take(self) -> TrainingRun:
+        """Wait for the next run and take it in hand."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            self._in_hand = self._waiting.popleft()
+            return self._in_hand.run
+
+    def has_run(self) -> bool:
+        """Whether a run waits to be taken."""
+        with self._changed:
+            return bool(self._waiting)
+
+    def stop_reason(self) -> StopReason | None:
+        """Why the run in hand is to stop, or None."""
+        in_hand = self._in_hand
+        return in_hand.stop if in_hand else None
+
+    def lay_down(self) -> None:
+        """The run in hand is over, and a stop too late; to be called before its end is told."""
+        with self._changed:
+            self._in_hand = None
+
+    def deliver(self, fact: TrainingRun | Stop) -> None:
+        """Put in what the pipe brought."""
+        with self._changed:
+            if isinstance(fact, TrainingRun):
+                self._waiting.append(_Pending(fact))
+                self._changed.notify()
+            elif meant := self._meant_by(fact):
+                meant.stop = fact.reason
+            else:
+                log.info("stop_without_run", extra={"reason": fact.reason})
+
+    def _meant_by(self, stop: Stop) -> _Pending | None:
+        known = (*([self._in_hand] if self._in_hand else ()), *self._waiting)
+        named = (stop.task_id, stop.claim)
+        return next((each for each in known if (each.run.task_id, each.run.claim) == named), None)
+
+    def _read(self) -> None:
+        # No clean-up at the end: a training thread cannot be interrupted, and whoever would read
+        # the result is gone.
+        try:
+            for line in self._pipe:
+                self.deliver(decode(line, (TrainingRun, Stop)))
+        except ValueError as error:
+            log.critical("pipe_broken", extra={"reason": str(error)})
+            os._exit(DESK_SENT_NONSENSE)
+        except OSError as error:
+            log.critical("pipe_broken", extra={"reason": str(error)})
+        os._exit(DESK_GONE)
+
+
+class _Pending:
+    """A run and the stop that came for it."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+        self.stop: StopReason | None = None

@@ -1,0 +1,1 @@
+"""Training a style: a LoRA on an image model."""

@@ -1,0 +1,395 @@
+"""Picture files to vetted, captioned latents: everything is encoded once, and cached."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from images.buckets import Frame
+from images.checks import Looks, motif_of
+from images.colour import UnusablePicture
+from images.decoder import Answer, Decoder
+from images.intake import MOTIF, Refused, Request
+from jobs.lora_config import Picture, TrainingRun
+from training.style.families.sd15 import BaseModel
+from training.style.prompts import orders, with_trigger
+from utils.captions import clean_caption
+from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
+from utils.names import printable, shown_name
+from utils.wording import counted, grouped
+
+log = logging.getLogger(__name__)
+
+CAPTION_IGNORED = "its caption was ignored: "
+"""How a reason begins that is about a caption and not about a picture."""
+FEW_PICTURES = 10
+"""With fewer usable pictures than this, a style comes out weakly."""
+MUCH_LOST = 0.1
+"""A part of the picture; a crop of more is said in the report."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PictureReport:
+    """What became of one picture that was asked for.
+
+    Attributes:
+        source: Its address as the message spelt it, printable.
+        status: `used`, `warned` (used, but the artist should know something), or `left_out`.
+        reasons: Why, and what was done to it, in words an artist understands.
+        width, height: In pixels after rotation; None where they are not known.
+        caption: The caption it is trained with.
+        decoded: What the file was: format, size as stored, colour mode; None where it was none.
+        trained_as: What it is scaled and cropped to, such as "640 x 384"; None where it is not.
+    """
+
+    source: str
+    status: str
+    reasons: tuple[str, ...]
+    width: int | None
+    height: int | None
+    caption: str
+    decoded: str | None = None
+    trained_as: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """One usable picture.
+
+    Attributes:
+        source: Its address.
+        identity: SHA-256 of its bytes, the key of its latents.
+        caption: Its caption, the key of its embedding.
+        orders: The caption, and the same tags in other orders where they are to be shuffled.
+    """
+
+    source: str
+    identity: str
+    caption: str
+    orders: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Latents:
+    """A latent distribution: mean and standard deviation, [4, h/8, w/8] float32, scaled."""
+
+    mean: Tensor
+    std: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Everything that the loop reads, on the device: thirty pictures take about 8 MB.
+
+    Attributes:
+        entries: One a picture asked for, in order.
+        usable: What is trained on, in order.
+        latents: By the picture's identity, never by position: a shuffle cannot pair a picture with
+            another's caption.
+        embeddings: [77, d] by caption, in each of its orders; the empty prompt's is always there.
+        warnings: Sentences for the report.
+        held_out: Pictures that the probe looks at and the loop never sees, if there are any.
+        thumbnails: JPEG files of the pictures that could be decoded, by the path of their files.
+    """
+
+    entries: tuple[PictureReport, ...]
+    usable: tuple[Example, ...]
+    latents: dict[str, Latents]
+    embeddings: dict[str, Tensor]
+    warnings: tuple[str, ...] = ()
+    held_out: Dataset | None = None
+    thumbnails: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """One a usable picture: its bytes and its caption, hashed. Resuming compares them."""
+        return tuple(
+            f"{example.identity}-{hashlib.sha256(example.caption.encode()).hexdigest()[:16]}"
+            for example in self.usable
+        )
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What a person calls each of `identities`."""
+        return {
+            identity: shown_name(example.source)
+            for identity, example in zip(self.identities, self.usable, strict=True)
+        }
+
+    def in_order_of(self, identities: Sequence[str]) -> Dataset:
+        """The same pictures in another order, if they are the same; else unchanged.
+
+        Files that were renamed come in another order, and a resumed run keeps the one it began
+        with.
+        """
+        ours = self.identities
+        if ours == tuple(identities) or sorted(ours) != sorted(identities):
+            return self
+        examples = dict(zip(ours, self.usable, strict=True))
+        return dataclasses.replace(self, usable=tuple(examples[each] for each in identities))
+
+    @functools.cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of each usable picture's latent: 4, h/8, w/8. Those of one shape can share a batch."""
+        return tuple(tuple(self.latents[each.identity].mean.shape) for each in self.usable)
+
+    def batch(self, chosen: Sequence[int], epoch: int = 0) -> tuple[Latents, Tensor]:
+        """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of n pictures of one
+        shape; the order of their tags depends on the epoch alone."""
+        examples = [self.usable[index] for index in chosen]
+        latents = [self.latents[example.identity] for example in examples]
+        return (
+            Latents(torch.stack([x.mean for x in latents]), torch.stack([x.std for x in latents])),
+            torch.stack(
+                [self.embeddings[each.orders[epoch % len(each.orders)]] for each in examples]
+            ),
+        )
+
+
+def prepare(
+    run: TrainingRun,
+    base: BaseModel,
+    *,
+    should_stop: Callable[[], StopReason | None] = lambda: None,
+    on_picture: Callable[[], None] = lambda: None,
+    decoder: Decoder | None = None,
+) -> Dataset:
+    """Vet and encode a run's pictures.
+
+    Args:
+        run: What is asked for.
+        base: The base model; VAE and text encoder are used.
+        should_stop: Asked before each picture and while it is decoded.
+        on_picture: Called after each picture, so that nobody takes a slow one for the end.
+        decoder: Decodes the pictures; without one, one is started.
+
+    Raises:
+        ImageDownloadFailed: Too few pictures are usable because too few could be fetched.
+        LowQualityData: Too few pictures are usable; the message names each that was left out, and
+            why.
+        Stopped: `should_stop` gave a reason.
+        WorkerCrashed: The decoder cannot be started.
+    """
+    entries: list[PictureReport] = []
+    usable: list[Example] = []
+    found = _Found()
+    with contextlib.ExitStack() as mine:
+        decoder = decoder or mine.enter_context(Decoder())
+        for picture, answer in _decoded(run, decoder, should_stop):
+            if reason := should_stop():
+                raise Stopped(reason)
+            entry, example = _take_in(picture, answer, run, base, found)
+            entries.append(entry := _with_caption_problem(entry, picture))
+            if example:
+                usable.append(example)
+            else:
+                log.warning(
+                    "picture_left_out", extra={"picture": _name(entry), "reasons": entry.reasons}
+                )
+            on_picture()
+    _refuse_too_few(run, entries, len(usable))
+    captions = dict.fromkeys(["", *(caption for each in usable for caption in each.orders)])
+    return Dataset(
+        tuple(entries),
+        tuple(usable),
+        found.latents,
+        {caption: base.encode_prompts([caption])[0] for caption in captions},
+        _warnings(run, len(usable), found),
+        thumbnails=found.thumbnails,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Found:
+    """What the pictures so far have brought.
+
+    Attributes:
+        latents: By the picture's identity.
+        seen: Name and looks of each usable picture.
+        thumbnails: By the file's path.
+    """
+
+    latents: dict[str, Latents] = dataclasses.field(default_factory=dict)
+    seen: list[tuple[str, Looks]] = dataclasses.field(default_factory=list)
+    thumbnails: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+
+def _warnings(run: TrainingRun, usable: int, found: _Found) -> tuple[str, ...]:
+    """Sentences about the pictures as a whole."""
+    warnings = list(run.notes)
+    if usable < FEW_PICTURES:
+        warnings.append(
+            f"Only {counted(usable, 'picture')} can be trained on; a style holds better with "
+            f"{FEW_PICTURES} to 30."
+        )
+    if all(looks.is_grey for _, looks in found.seen):
+        warnings.append(
+            "All pictures are without colour; such a style comes out tinted unless the captions "
+            "say so (black and white, pencil drawing)."
+        )
+    return tuple(warnings)
+
+
+def _decoded(
+    run: TrainingRun, decoder: Decoder, should_stop: Callable[[], StopReason | None]
+) -> Iterator[tuple[Picture, Answer | None]]:
+    """Each picture with what the decoder says of it; None where there is no file."""
+    requests = [
+        Request(picture.path, run.max_image_pixels, run.parameters.resolution)
+        for picture in run.pictures
+        if picture.path is not None
+    ]
+    answers = decoder.answers(requests, should_stop=should_stop)
+    for picture in run.pictures:
+        yield picture, next(answers, None) if picture.path is not None else None
+
+
+def _take_in(
+    picture: Picture, answer: Answer | None, run: TrainingRun, base: BaseModel, found: _Found
+) -> tuple[PictureReport, Example | None]:
+    """Judge and encode one decoded picture; what it brings goes into `found`."""
+    if picture.path is None or answer is None:
+        return _left_out(picture, picture.problem or "could not be fetched"), None
+    if answer.thumbnail:
+        found.thumbnails[picture.path] = answer.thumbnail
+    fact = answer.fact
+    if isinstance(fact, Refused):
+        size = (fact.width, fact.height) if fact.width and fact.height else None
+        return _left_out(picture, fact.reason, size), None
+    copy = Image.frombytes("L", (MOTIF, MOTIF), answer.motif)
+    looks = Looks(fact.looks, fact.is_grey, fact.pixels, motif_of(copy))
+    frame, size = Frame(*fact.frame), (fact.width, fact.height)
+    try:
+        cautions = looks.warnings + _compare(size, looks, found.seen)
+        caption, cut = _caption(picture, run, base)
+        found.latents[fact.identity] = _encode(answer.pixels, frame, size, base)
+    except UnusablePicture as unusable:
+        return _left_out(picture, str(unusable), unusable.size), None
+    found.seen.append((shown_name(picture.source), looks))
+    cautions = fact.warnings + _enlarged(size, frame) + cautions + cut
+    entry = PictureReport(
+        printable(picture.source),
+        "warned" if cautions else "used",
+        cautions + fact.notes + _cropped(size, frame),
+        *size,
+        caption,
+        fact.decoded,
+        str(frame),
+    )
+    return entry, Example(
+        picture.source, fact.identity, caption, _orders(caption, fact.identity, run)
+    )
+
+
+def _with_caption_problem(entry: PictureReport, picture: Picture) -> PictureReport:
+    """The entry with the reason for which the picture's caption is not trained, if there is one."""
+    problem = picture.caption_problem
+    if not problem:  # else the code that found the problem has logged it
+        problem = clean_caption(picture.caption).problem
+        if not problem:
+            return entry
+        log.warning("caption_ignored", extra={"picture": _name(entry), "reason": problem})
+    status = "warned" if entry.status == "used" else entry.status
+    reasons = (*entry.reasons, f"{CAPTION_IGNORED}{problem}")
+    return dataclasses.replace(entry, status=status, reasons=reasons)
+
+
+def _caption(picture: Picture, run: TrainingRun, base: BaseModel) -> tuple[str, tuple[str, ...]]:
+    """What a picture is trained with, and a warning where that is not the whole of its caption."""
+    prompt = with_trigger(run.trigger_word, clean_caption(picture.caption).text)
+    caption = base.fit_prompt(prompt)
+    if caption == prompt:
+        return caption, ()
+    end = " ".join(caption.rpartition(",")[2].split()[-5:])
+    return caption, (f"has a longer caption than can be read; it was cut after “{end[-60:]}”",)
+
+
+def _orders(caption: str, identity: str, run: TrainingRun) -> tuple[str, ...]:
+    if not run.parameters.shuffle_tags:
+        return (caption,)
+    # By the picture: those of one caption do not all have the same order at a time.
+    return orders(caption, first=run.trigger_word, seed=f"{run.parameters.seed}/{identity}")
+
+
+def _left_out(picture: Picture, reason: str, size: tuple[int, int] | None = None) -> PictureReport:
+    width, height = size or (None, None)
+    caption = clean_caption(picture.caption).text
+    source = printable(picture.source)
+    return PictureReport(source, "left_out", (reason,), width, height, caption)
+
+
+def _compare(size: tuple[int, int], looks: Looks, seen: list[tuple[str, Looks]]) -> tuple[str, ...]:
+    """Compare a picture with those before it.
+
+    Returns:
+        A warning where it looks like one of them.
+
+    Raises:
+        UnusablePicture: It is one of them: trained on twice, it would count twice.
+    """
+    for name, other in seen:
+        if other.pixels == looks.pixels:
+            raise UnusablePicture(f"is the same picture as {name}", size)
+    near = [name for name, other in seen if looks.shows_the_same(other)]
+    return (f"looks like another version of {near[0]}, which then counts twice",) if near else ()
+
+
+def _enlarged(size: tuple[int, int], frame: Frame) -> tuple[str, ...]:
+    small = frame.enlarges(*size)
+    return (f"is smaller than {frame} pixels; enlarging it made it soft",) if small else ()
+
+
+def _cropped(size: tuple[int, int], frame: Frame) -> tuple[str, ...]:
+    lost = 1 - frame.keeps(*size)
+    return (f"lost {lost:.0%} at its edges, to fit {frame} pixels",) if lost > MUCH_LOST else ()
+
+
+def _encode(content: bytes, frame: Frame, size: tuple[int, int], base: BaseModel) -> Latents:
+    """Encode the RGB pixels of a frame.
+
+    Raises:
+        UnusablePicture: The VAE makes no finite numbers of it.
+    """
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    pixels = values.view(frame.height, frame.width, 3).permute(2, 0, 1).float() / 127.5 - 1.0
+    mean, std = base.encode_images(pixels[None])
+    if not bool((torch.isfinite(mean) & torch.isfinite(std)).all()):
+        raise UnusablePicture(
+            "the image encoder cannot represent it (it gave values that are no numbers)",
+            size,
+        )
+    return Latents(mean[0], std[0])
+
+
+def _refuse_too_few(run: TrainingRun, entries: list[PictureReport], usable: int) -> None:
+    if usable >= run.min_images:
+        return
+    fetched = sum(picture.path is not None for picture in run.pictures)
+    left_out = grouped(
+        [
+            (_name(entry), ", ".join(entry.reasons))
+            for entry in entries
+            if entry.status == "left_out"
+        ],
+        "picture",
+    )
+    message = (
+        f"{usable} of {counted(len(entries), 'picture')} can be used, and at least "
+        f"{run.min_images} {'is' if run.min_images == 1 else 'are'} needed."
+        + (f" Left out: {left_out}." if left_out else " Add more pictures.")
+    )
+    if fetched < run.min_images <= len(run.pictures):
+        raise ImageDownloadFailed(message)
+    raise LowQualityData(message)
+
+
+def _name(entry: PictureReport) -> str:
+    return shown_name(entry.source)

@@ -1,0 +1,89 @@
+"""The base model's files: found or downloaded, loaded whole, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers import CLIPTextModel
+
+from jobs.lora_config import TrainerOptions
+from utils.errors import BaseModelUnavailable
+
+PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+
+
+def locate(options: TrainerOptions) -> tuple[Path, str]:
+    """The model's local folder, downloaded where it must be, and its name in messages.
+
+    Raises:
+        BaseModelUnavailable: There is no such model on this machine or on the hub.
+    """
+    wanted = options.base_model
+    path = Path(wanted).expanduser()
+    if path.is_dir():
+        name = path.resolve().name
+        if missing := [part for part in PARTS if not (path / part).is_dir()]:
+            raise BaseModelUnavailable(
+                f"The folder of the base model {name} lacks {', '.join(missing)}; BASE_MODEL "
+                "must name a whole diffusers folder of Stable Diffusion 1.5, or a model on the "
+                "Hugging Face hub."
+            )
+        return path.resolve(), name
+    if path.is_absolute() or wanted.startswith((".", "~")) or wanted.count("/") != 1:
+        raise BaseModelUnavailable(
+            f"The base model {path.name} does not exist, there is no folder {path.absolute()}: "
+            "BASE_MODEL must name a diffusers folder, or a model on the Hugging Face hub, as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5."
+        )
+    try:
+        folder = DiffusionPipeline.download(
+            wanted,
+            revision=options.base_model_revision,
+            use_safetensors=True,
+            safety_checker=None,  # what is passed is not downloaded: a gigabyte never read
+            feature_extractor=None,
+        )
+    except Exception as error:
+        raise BaseModelUnavailable(
+            f"The base model {wanted} is not on this machine and could not be downloaded "
+            f"({type(error).__name__}). Check the network, BASE_MODEL and HF_TOKEN, or put a "
+            "diffusers folder on the disk and name it in BASE_MODEL."
+        ) from error
+    return Path(folder), wanted
+
+
+def load_part(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:
+    """One frozen part of the model.
+
+    Raises:
+        ValueError: A weight is missing. (Both libraries would fill it with random numbers.)
+    """
+    word = "dtype" if kind is CLIPTextModel else "torch_dtype"
+    model, loaded = kind.from_pretrained(
+        folder / part, use_safetensors=True, output_loading_info=True, **{word: dtype}
+    )
+    if missing := list(loaded["missing_keys"]) + list(loaded["mismatched_keys"]):
+        raise ValueError(f"the {part} lacks {len(missing)} weights, {missing[0]} among them")
+    return model.requires_grad_(False).eval()
+
+
+def hash_of_weights(folder: Path) -> str:
+    """SHA-256 over a part's weight files, in the order of their names, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        if ".non_ema" in path.name or ".fp16" in path.name:
+            continue  # variants lie beside the weights that were loaded
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def first_line(error: Exception, folder: Path) -> str:
+    """What a foreign error says, without this machine's paths."""
+    text = (str(error).splitlines() or [""])[0].replace(str(folder), folder.name)
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

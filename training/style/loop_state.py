@@ -1,0 +1,241 @@
+"""What changes while the loop runs: how it begins, goes into a checkpoint, and comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from jobs.lora_config import HyperParameters
+from training.runtime import optimizer as optimizers
+from training.runtime.checkpoint import Checkpoint, RunState
+from training.style.course import Course
+from training.style.families.sd15 import BaseModel
+from training.style.results.probe import Probed
+from training.style.tally import Tally
+from utils.errors import TrainingFailed
+
+
+@dataclasses.dataclass(slots=True)
+class LoopState:
+    """The loop's variables.
+
+    Attributes:
+        lora: Trainable float32 weights by their name in the UNet.
+        optimizer: Over them, as Accelerate wraps it.
+        noise: Source of noise, timesteps, posterior samples and caption dropout. (The LoRA's own
+            dropout draws from torch's global generators, which are part of a checkpoint too.
+            Nothing draws from Python's or NumPy's.)
+        tally: Counts on the device; read once an epoch.
+        step: Completed optimizer steps of the job.
+        updates: Those that changed the weights, when the tally was last read.
+        skipped: Those that did not, up to then.
+        skipped_in_a_row: The last of them without an update in between.
+        losses: Mean loss of each completed epoch.
+        saved_step: Step of the newest checkpoint.
+        probes: What the probe has found.
+        best: The best LoRA so far, on the CPU, where it is to be delivered.
+        samples: Sample pictures of checkpoints (see `training.style.results.grids`).
+    """
+
+    lora: dict[str, torch.nn.Parameter]
+    optimizer: Any
+    noise: torch.Generator
+    tally: Tally
+    step: int = 0
+    updates: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    losses: list[float] = dataclasses.field(default_factory=list)
+    saved_step: int = 0
+    probes: list[Probed] = dataclasses.field(default_factory=list)
+    best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    samples: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        """Completed epochs."""
+        return len(self.losses)
+
+    def keep_as_best(self) -> None:
+        """Remember the LoRA as it is now."""
+        self.best = _copied(self.lora, wait=True)
+
+    def take_the_best(self) -> None:
+        """Set the LoRA to what was kept."""
+        with torch.no_grad():
+            for name, weight in self.lora.items():
+                weight.copy_(self.best[name])
+
+
+def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopState:
+    """Attach a fresh LoRA and seed everything from the run's seed.
+
+    Raises:
+        TrainingFailed: A trainable weight is not float32: its gradients could not be unscaled.
+    """
+    parameters = course.parameters
+    weights = base.attach(parameters, checkpointing=course.checkpointing)
+    if wrong := {weight.dtype for weight in weights} - {torch.float32}:
+        raise TrainingFailed(f"The LoRA's weights are {wrong}, not float32.")
+    optimizer = accelerator.prepare_optimizer(optimizers.create(weights, parameters))
+    # Two streams: with one seed for both, the dropout masks would follow the noise.
+    noise_seed, dropout_seed = np.random.SeedSequence(parameters.seed).generate_state(2)
+    torch.manual_seed(int(dropout_seed))
+    return LoopState(
+        lora={name: w for name, w in base.unet.named_parameters() if w.requires_grad},
+        optimizer=optimizer,
+        noise=torch.Generator(base.device).manual_seed(int(noise_seed)),
+        tally=Tally(base.device),
+    )
+
+
+def update(state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
+    """Apply the gradients, unless they are not finite.
+
+    Args:
+        state: The loop; the step goes into its tally.
+        norm: Of the gradients before they were clipped, [].
+        accelerator: Whose scaler looks at the gradients itself.
+    """
+    skipped = ~torch.isfinite(norm)
+    if accelerator.scaler is None and optimizers.heeds_found_inf(state.optimizer):
+        # What the scaler does, too: the step looks at it where the gradients are.
+        state.optimizer.optimizer.found_inf = skipped.to(torch.float32)
+    if accelerator.scaler or optimizers.heeds_found_inf(state.optimizer) or not bool(skipped):
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.tally.add_step(skipped)
+
+
+def capture(
+    state: LoopState, about: RunState, accelerator: Accelerator
+) -> tuple[Checkpoint, Callable[[], None]]:
+    """The loop as a checkpoint of its own memory, on the CPU, which later steps do not change.
+
+    Args:
+        state: The loop, its tally read.
+        about: Whose it is; the counters are filled in here.
+        accelerator: Whose scaler it is.
+
+    Returns:
+        The checkpoint, and a function that returns once the tensors have arrived from the GPU.
+    """
+    random = {
+        "noise": state.noise.get_state(),
+        "cpu": torch.get_rng_state(),
+        "loss_sum": state.tally.loss_sum,
+        "loss_count": state.tally.loss_count,
+    }
+    if state.noise.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(state.noise.device)
+    captured = Checkpoint(
+        state=dataclasses.replace(
+            about,
+            step=state.step,
+            epoch=len(state.losses),
+            updates=state.updates,
+            skipped_in_a_row=state.skipped_in_a_row,
+            losses=tuple(state.losses),
+            scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
+            probes=tuple(state.probes),
+        ),
+        lora=_copied(state.lora),
+        optimizer=_copied(optimizers.state_tensors(state.optimizer, list(state.lora))),
+        random=_copied(random),
+        # Nothing changes these in place.
+        best=dict(state.best),
+        samples=dict(state.samples),
+    )
+    if state.noise.device.type != "cuda":
+        return captured, lambda: None
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(state.noise.device))
+    return captured, arrived.synchronize
+
+
+def restore(state: LoopState, saved: Checkpoint, accelerator: Accelerator) -> None:
+    """Set a begun loop to what `capture` took, on the same kind of device; `saved` is only read."""
+    with torch.no_grad():
+        for name, weight in state.lora.items():
+            weight.copy_(saved.lora[name])
+    optimizers.restore(state.optimizer, saved.optimizer, list(state.lora))
+    if accelerator.scaler and saved.state.scaler:
+        accelerator.scaler.load_state_dict(saved.state.scaler)
+    state.tally.restore(
+        loss_sum=saved.random["loss_sum"],
+        loss_count=saved.random["loss_count"],
+        updates=saved.state.updates,
+        skipped_in_a_row=saved.state.skipped_in_a_row,
+    )
+    state.noise.set_state(saved.random["noise"])
+    torch.set_rng_state(saved.random["cpu"])
+    if state.noise.device.type == "cuda":
+        torch.cuda.set_rng_state(saved.random["cuda"], state.noise.device)
+    state.step = state.saved_step = saved.state.step
+    state.updates = saved.state.updates
+    state.skipped = state.step - state.updates
+    state.skipped_in_a_row = saved.state.skipped_in_a_row
+    state.losses = list(saved.state.losses)
+    state.probes = list(saved.state.probes)
+    state.best, state.samples = dict(saved.best), dict(saved.samples)
+
+
+def assert_moved(state: LoopState, base: BaseModel, parameters: HyperParameters) -> None:
+    """Wrong gradient checkpointing, or a cut graph, leaves `lora_B` at its initial zero.
+
+    Raises:
+        TrainingFailed: A part of the LoRA that can learn has not moved.
+    """
+    side = parameters.resolution // 8 // 2 ** (len(base.unet.config.block_out_channels) - 1)
+    names = [name for name in state.lora if ".lora_B." in name and not _idle(name, side)]
+    moved = torch.stack([state.lora[name].detach().any() for name in names]).tolist()
+    still = [name for name, has_moved in zip(names, moved, strict=True) if not has_moved]
+    if still:
+        raise TrainingFailed(
+            f"{len(still)} of {len(names)} parts of the LoRA have learnt nothing in "
+            f"{state.updates} updates, {still[0]} among them."
+        )
+
+
+def weights_are_finite(state: LoopState) -> bool:
+    """Whether every trained weight is a finite number."""
+    finite = [weight.detach().isfinite().all() for weight in state.lora.values()]
+    return bool(torch.stack(finite).all())
+
+
+def _copied(tensors: Mapping[str, Tensor], *, wait: bool = False) -> dict[str, Tensor]:
+    """Copies on the CPU. From a GPU they come in one piece for each dtype, into pinned memory, so
+    that the steps after this need not wait; unless `wait`, they may still be on their way."""
+    copies = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type == "cpu":
+            copies[name] = tensor.detach().clone()
+        else:
+            groups.setdefault((tensor.device, tensor.dtype), []).append(name)
+    for (_, dtype), names in groups.items():
+        together = torch.cat([tensors[name].detach().reshape(-1) for name in names])
+        arriving = torch.empty(together.shape, dtype=dtype, pin_memory=True)
+        arriving.copy_(together, non_blocking=not wait)
+        sizes = [tensors[name].numel() for name in names]
+        for name, part in zip(names, torch.split(arriving, sizes), strict=True):
+            copies[name] = part.view(tensors[name].shape)
+    return {name: copies[name] for name in tensors}
+
+
+def _idle(name: str, side: int) -> bool:
+    """Whether a part cannot learn: self-attention over one position has nothing to choose.
+
+    Args:
+        name: A weight of the LoRA.
+        side: Side of the innermost feature map of a square picture; 1 in SD1.5 at 64 pixels, where
+            there is no other frame: in larger ones there is more to choose from.
+    """
+    middle = name.startswith("mid_block.") and ".attn1." in name
+    return side <= 1 and middle and (".to_q." in name or ".to_k." in name)

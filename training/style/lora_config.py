@@ -1,0 +1,20 @@
+"""The LoRA of a style run as PEFT configures it."""
+
+from __future__ import annotations
+
+from peft import LoraConfig
+
+from jobs.lora_config import TARGETS, HyperParameters
+
+
+def peft_config(parameters: HyperParameters) -> LoraConfig:
+    """The PEFT configuration of the LoRA on the UNet."""
+    return LoraConfig(
+        r=parameters.rank,
+        lora_alpha=parameters.alpha,
+        lora_dropout=parameters.dropout,
+        target_modules=list(TARGETS[parameters.target]),
+        use_rslora=parameters.rslora,
+        init_lora_weights=True,
+        bias="none",
+    )

@@ -1,0 +1,135 @@
+"""Training that does not give up at once: with less memory, or once at half the learning rate.
+
+Each start is a `LoRATrainer` of its own, from the job's newest checkpoint; what failed is taken
+down to its last tensor before that. Its first act is a checkpoint of the changed course, under a
+name of its own: once that is registered, whatever lies beyond it is void, and a job that is resumed
+elsewhere has not forgotten what happened here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from jobs.lora_config import TrainingRun
+from training.runtime import checkpoint
+from training.runtime.checkpoint import Checkpoint
+from training.runtime.device import free_memory, out_of_memory
+from training.style.course import Course
+from training.style.dataset import Dataset
+from training.style.families.sd15 import BaseModel
+from training.style.results.result import TrainingResult
+from training.style.trainer import LoRATrainer
+from utils.errors import GpuOutOfMemory, StopReason, TrainingDiverged
+from utils.events import Event
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    run: TrainingRun,
+    base: BaseModel,
+    dataset: Dataset,
+    *,
+    emit: Callable[[Event], None] = lambda event: None,
+    should_stop: Callable[[], StopReason | None] = lambda: None,
+) -> TrainingResult:
+    """Train to the last epoch, or to a stop, starting over where that helps.
+
+    Where memory runs out, training goes on from the newest checkpoint with gradient checkpointing,
+    and then with smaller and smaller batches, as many pictures a step as before. Where it diverges,
+    it goes back to the newest checkpoint that is sound, or to the beginning, and on at half the
+    rate; once in a job.
+
+    Args:
+        run: What is asked for; begins from its `resume_from`.
+        base: The base model. The LoRA stays on it, for the export: whoever calls detaches it.
+        dataset: The run's pictures, prepared.
+        emit: Takes `Started`, again at each new start, `Progress` and `CheckpointSaved`.
+        should_stop: Asked before every optimizer step.
+
+    Raises:
+        GpuOutOfMemory: There is no smaller way to train.
+        TrainingDiverged: At half the rate, too.
+        TrainingFailed: See `LoRATrainer.train`.
+        CheckpointUnusable: `run.resume_from` is damaged, or of another run.
+    """
+    began = time.monotonic()
+    start = resumed = checkpoint.load(Path(run.resume_from)) if run.resume_from else None
+    course = Course.of(run.parameters)
+    if resumed:
+        course = dataclasses.replace(resumed.state.course, asked=run.parameters)
+        dataset = dataset.in_order_of(resumed.state.pictures)
+    while True:
+        trainer = LoRATrainer(
+            run, base, dataset, course=course, start=start, emit=emit, should_stop=should_stop
+        )
+        try:
+            result = trainer.train()
+            break
+        except Exception as error:  # pylint: disable=broad-exception-caught
+            # Not swallowed: what there is no way round is raised again.
+            course, start = _way_round(error, course, trainer.newest, base)
+            # The frames hold the optimizer and the graph, on the GPU; a log handler may hold them.
+            traceback.clear_frames(error.__traceback__)
+        base.take_off()
+        free_memory(base.device)
+    return dataclasses.replace(
+        result,
+        seconds=time.monotonic() - began,
+        resumed_from=resumed.state.epoch if resumed else None,
+    )
+
+
+def _way_round(
+    error: Exception, course: Course, newest: Checkpoint | None, base: BaseModel
+) -> tuple[Course, Checkpoint | None]:
+    """How to go on after `error`, and from where (None: from the beginning).
+
+    Where it is the compiler that failed: the same way, without it.
+
+    Raises:
+        GpuOutOfMemory, TrainingDiverged: There is no way left.
+        Exception: `error` itself, which is none of these.
+    """
+    if sentence := base.compilation.failed_by(error):
+        base.warnings += (sentence,)
+        return course, newest
+    changed: Course | None
+    if isinstance(error, TrainingDiverged):
+        start = newest if newest and newest.is_sound else None
+        changed = course.at_half_the_rate(_next_epoch(start))
+        if not changed:
+            tried = " Half of the rate asked for has been tried." if course.rate_halved else ""
+            raise TrainingDiverged(f"{error}{tried}") from error
+    elif out_of_memory(error):
+        start = newest
+        changed = course.with_less_memory(
+            _next_epoch(start), checkpointing_is_on=base.checkpointing
+        )
+        if not changed:
+            raise GpuOutOfMemory(
+                "There is not enough memory to train even a single picture at a time, with "
+                "gradient checkpointing; lower resolution or rank, or use a larger GPU."
+            ) from error
+    else:
+        raise error
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    log.warning(
+        "training_starts_over",
+        extra={
+            "reason": reason,
+            "change": changed.changes[-1],
+            "epoch": start.state.epoch if start else 0,
+            "step": start.state.step if start else 0,
+        },
+    )
+    return changed, start
+
+
+def _next_epoch(start: Checkpoint | None) -> int:
+    return start.state.epoch + 1 if start else 1

@@ -1,0 +1,240 @@
+"""The three file formats of a LoRA: diffusers, PEFT and kohya.
+
+They differ in who knows the scaling of a layer's update, ΔW = scaling · up · down:
+
+- **diffusers** files have no alpha key. A loader that reads the metadata of newer diffusers takes
+  alpha from there; all others take alpha = rank, which is a scaling of 1. So the real scaling is
+  folded into `up`, and the metadata says alpha = rank: both kinds of loader arrive at the same ΔW.
+- **PEFT** folders keep the true alpha in `adapter_config.json`.
+- **kohya** files carry one alpha a layer, and readers scale by alpha / rank. It is written as
+  scaling · rank: the true alpha of a plain LoRA, the equivalent one of a rank-stabilised LoRA
+  (arXiv:2312.03732).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+
+from training.style.families.sd15 import ADAPTER
+
+if TYPE_CHECKING:
+    from jobs.lora_config import HyperParameters
+    from training.style.families.sd15 import BaseModel
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+KOHYA_WEIGHTS = "lora_weights_kohya.safetensors"
+DIFFUSERS_WEIGHTS = "lora_weights.safetensors"
+_OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "prodigy": "prodigyopt.Prodigy",
+}
+_OF_ANY_FORMAT = (
+    *("modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation"),
+    *("modelspec.title", "modelspec.description", "modelspec.resolution", "modelspec.tags"),
+    *("modelspec.prediction_type", "modelspec.trigger_phrase"),
+    *("ss_base_model_version", "ss_new_sd_model_hash", "ss_tag_frequency"),
+)
+"""Header entries for every file; not the date: the same weights would change their hash daily."""
+MODEL_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, DIFFUSERS_WEIGHTS)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's update of the frozen weight, ΔW = scaling · up · down.
+
+    Attributes:
+        down: PEFT's `lora_A`, [rank, inputs].
+        up: PEFT's `lora_B`, [outputs, rank].
+        scaling: What the product is multiplied with: alpha / rank, or alpha / √rank with rsLoRA.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of `down`."""
+        return self.down.shape[0]
+
+    def folded(self) -> Layer:
+        """The same ΔW with a scaling of 1."""
+        return Layer(self.down, self.up * self.scaling, 1.0)
+
+    def halved(self) -> Layer:
+        """The same ΔW in half precision.
+
+        Early in training `up` is a thousand times smaller than `down`, and half precision grows
+        coarse below 6e-5. So both are first brought to one magnitude by a power of two, which
+        changes no digit of the product.
+        """
+        peaks = [float(factor.abs().max()) for factor in (self.down, self.up)]
+        balance = 1.0
+        if min(peaks) > 0:
+            balance = 2.0 ** round(math.log2(peaks[1] / peaks[0]) / 2)
+        return Layer((self.down * balance).half(), (self.up / balance).half(), self.scaling)
+
+
+def lora_layers(model: torch.nn.Module) -> dict[str, Layer]:
+    """Copies of the adapter's layers by module path, in single precision on the CPU."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            down, up = (
+                factor[ADAPTER].weight.detach().to("cpu", torch.float32, copy=True)
+                for factor in (module.lora_A, module.lora_B)
+            )
+            layers[name] = Layer(down, up, float(module.scaling[ADAPTER]))
+    return layers
+
+
+def write_diffusers(
+    layers: dict[str, Layer], config: LoraConfig, metadata: dict[str, str], folder: Path
+) -> None:
+    """Write `lora_weights.safetensors`. The layers' scaling must be folded; no place in the file
+    could hold it. Of the kohya file's `metadata` it has what is true of any format."""
+    # Only what every PEFT knows: diffusers hands these to `LoraConfig`, and an older one refuses a
+    # newer one's names.
+    header = {
+        "r": config.r,
+        "lora_alpha": config.r,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.rank_pattern,
+        "target_modules": sorted(config.target_modules),
+        "bias": "none",
+    }
+    packed = json.dumps({f"unet.{key}": value for key, value in header.items()}, sort_keys=True)
+    _write(
+        folder / DIFFUSERS_WEIGHTS,
+        _peft_keys(layers, "unet."),
+        {"format": "pt", "lora_adapter_metadata": packed}
+        | {key: metadata[key] for key in _OF_ANY_FORMAT if key in metadata},
+    )
+
+
+def write_peft(layers: dict[str, Layer], config: LoraConfig, base_name: str, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` for
+    `PeftModel.from_pretrained(unet, folder)`."""
+    # What equals PEFT's defaults is left out: an older PEFT refuses a configuration with names that
+    # it does not know.
+    default = LoraConfig().to_dict()
+    entries = {key: value for key, value in config.to_dict().items() if value != default[key]}
+    entries |= {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules),
+        "bias": "none",
+    }
+    text = json.dumps(entries, indent=2, sort_keys=True)
+    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+    _write(folder / ADAPTER_WEIGHTS, _peft_keys(layers, "base_model.model."), {"format": "pt"})
+
+
+def write_kohya(layers: dict[str, Layer], metadata: dict[str, str], folder: Path) -> None:
+    """Write `lora_weights_kohya.safetensors`: the weights with each layer's alpha, their hash, and
+    `metadata`."""
+    tensors = {}
+    for name, layer in layers.items():
+        key = kohya_name(name)
+        tensors[f"{key}.lora_down.weight"] = layer.down
+        tensors[f"{key}.lora_up.weight"] = layer.up
+        tensors[f"{key}.alpha"] = torch.tensor(layer.scaling * layer.rank)
+    plain = safetensors.torch.save(tensors)
+    # Readers tell models apart by the hash of what follows the header (8 bytes of length, then
+    # JSON).
+    digest = hashlib.sha256(plain[8 + int.from_bytes(plain[:8], "little") :]).hexdigest()
+    hashes = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+    _write(folder / KOHYA_WEIGHTS, tensors, {"format": "pt"} | metadata | hashes)
+
+
+def kohya_name(path: str) -> str:
+    """A UNet module's name in kohya's files: `lora_unet_` and its path with underscores."""
+    return "lora_unet_" + path.replace(".", "_")
+
+
+def kohya_metadata(base: BaseModel, parameters: HyperParameters, layer: Layer) -> dict[str, str]:
+    """The kohya file's header: what A1111 and ComfyUI show and sort by.
+
+    Without `ss_base_model_version` and `modelspec.architecture` they may hide the file from users
+    of SD1.5.
+
+    Args:
+        base: The base model that was trained on.
+        parameters: The hyper-parameters in force at the end.
+        layer: Any of the layers; all have the same rank and alpha.
+    """
+    size = parameters.resolution
+    prediction = base.scheduler.config.prediction_type
+    entries = {
+        "ss_base_model_version": "sd_v1",
+        "ss_sd_model_name": base.name,
+        "ss_v2": False,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": layer.rank,
+        "ss_network_alpha": layer.scaling * layer.rank,
+        "ss_network_dropout": parameters.dropout,
+        "ss_resolution": f"({size}, {size})",
+        "ss_num_epochs": parameters.epochs,
+        "ss_learning_rate": parameters.learning_rate,
+        "ss_unet_lr": parameters.learning_rate,
+        "ss_lr_scheduler": parameters.lr_schedule,
+        "ss_optimizer": _OPTIMIZERS[parameters.optimizer],
+        "ss_batch_size_per_device": parameters.batch_size,
+        "ss_gradient_accumulation_steps": parameters.gradient_accumulation_steps,
+        "ss_max_grad_norm": parameters.max_grad_norm,
+        "ss_noise_offset": parameters.noise_offset,
+        "ss_min_snr_gamma": parameters.snr_gamma,
+        "ss_caption_dropout_rate": parameters.caption_dropout,
+        "ss_seed": parameters.seed,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": "Style LoRA",
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
+        "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    return {key: str(value) for key, value in entries.items()}
+
+
+def _peft_keys(layers: dict[str, Layer], prefix: str) -> dict[str, torch.Tensor]:
+    factors = {f"{prefix}{name}.lora_A.weight": layer.down for name, layer in layers.items()}
+    return factors | {f"{prefix}{name}.lora_B.weight": layer.up for name, layer in layers.items()}
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    # Not `save_file`: its errors hide the operating system's, which tell a full disk from a broken
+    # file.
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    path.write_bytes(_with_sorted_metadata(safetensors.torch.save(contiguous, metadata)))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """The same file with its metadata in the order of their names.
+
+    safetensors writes them in a random order, and the same weights would have another hash each
+    time. A file is the header's length (8 bytes, little-endian), the header (JSON, filled up with
+    spaces so that the tensors begin at a multiple of 8), and the tensors.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + memoryview(content)[start:]

@@ -1,0 +1,196 @@
+"""The probe: the same pictures, noise and timesteps each time, so that two losses can be compared.
+
+The loss of training jumps about, because each step draws other noise and other timesteps: it says
+little of one checkpoint against another. Here nothing is random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from training.style.results.evaluation import evaluating, mixed_precision
+
+if TYPE_CHECKING:
+    from training.style.dataset import Dataset, Example
+    from training.style.families.sd15 import BaseModel
+
+PASSES = 48
+"""Forward passes a data set: about as long as sixteen training steps of one picture."""
+CPU_PASSES = 16
+LEVELS = (0.125, 0.375, 0.625, 0.875)
+"""Timesteps as parts of the schedule: the middles of its quarters."""
+ASK_SECONDS = 1.0
+"""So often it is asked whether to stop."""
+LEAST_FALL = 0.001
+"""A part of the base's own loss; what falls less has hardly been learnt."""
+LEAST_RISE = 0.005
+"""A part of the lowest loss; a probe that rises less stands still."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Probed:
+    """What the probe found.
+
+    Attributes:
+        epoch, step: After how much training; 0 is the base model itself.
+        training: Mean unweighted loss over the training pictures; None where it could not be
+            measured.
+        held_out: The same over pictures that are not trained on; None where there are none.
+    """
+
+    epoch: int
+    step: int
+    training: float | None
+    held_out: float | None = None
+
+
+class Interrupted(Exception):
+    """A stop was asked for in the middle of a measurement."""
+
+
+class Probe:
+    """Measures how well the attached LoRA denoises given pictures.
+
+    It draws from no generator but its own, and leaves modes and gradients' flags alone: training
+    goes on to the same bits as if it had not been there.
+
+    Attributes:
+        pass_seconds: Of one forward pass, as measured last.
+
+    Args:
+        base: The base model.
+        dataset: The training pictures and, in `held_out`, those that are not trained on.
+        should_stop: Asked about once a second.
+    """
+
+    def __init__(
+        self, base: BaseModel, dataset: Dataset, should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._base, self._dataset, self._should_stop = base, dataset, should_stop
+        self._asked_at = time.monotonic()
+        self.pass_seconds = 0.0
+
+    def measure(self, epoch: int, step: int) -> Probed:
+        """Measure the LoRA as it is.
+
+        Raises:
+            Interrupted: A stop was asked for.
+        """
+        self._asked_at = time.monotonic()
+        with evaluating(self._base):
+            training = self._mean_loss(self._dataset)
+            others = self._dataset.held_out
+            held_out = self._mean_loss(others) if others and others.usable else None
+        return Probed(epoch, step, training, held_out)
+
+    def _mean_loss(self, data: Dataset) -> float | None:
+        began = time.monotonic()
+        most = PASSES if self._base.device.type == "cuda" else CPU_PASSES
+        chosen = passes(len(data.usable), most)
+        losses = []
+        for index, level in chosen:
+            if time.monotonic() - self._asked_at > ASK_SECONDS:
+                self._asked_at = time.monotonic()
+                if self._should_stop():
+                    raise Interrupted
+            losses.append(self._loss(data, data.usable[index], level))
+        mean = float(torch.stack(losses).mean())
+        self.pass_seconds = (time.monotonic() - began) / len(chosen)
+        return mean if math.isfinite(mean) else None
+
+    def _loss(self, data: Dataset, example: Example, level: int) -> torch.Tensor:
+        """The loss of one picture at one level, on the device."""
+        base = self._base
+        schedule = base.scheduler.config.num_train_timesteps
+        timestep = torch.tensor([int(LEVELS[level] * schedule)], device=base.device)
+        clean = data.latents[example.identity].mean[None]
+        # By the picture and not by its place: one picture less leaves the others' noise alone.
+        seed = hashlib.sha256(f"{example.identity}/{level}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
+        noise = torch.randn(clean.shape, generator=generator).to(base.device)
+        noisy = base.scheduler.add_noise(clean, noise, timestep)
+        text = data.embeddings[example.caption][None]
+        with mixed_precision(base):
+            predicted = base.unet(noisy.to(base.dtype), timestep, encoder_hidden_states=text).sample
+        target = noise
+        if base.scheduler.config.prediction_type == "v_prediction":
+            target = base.scheduler.get_velocity(clean, noise, timestep)
+        return F.mse_loss(predicted.float(), target)
+
+
+def passes(pictures: int, most: int) -> list[tuple[int, int]]:
+    """Which picture is looked at on which level: every picture once before any of them twice.
+
+    Args:
+        pictures: How many there are.
+        most: Passes that there may be; with more pictures, evenly spaced ones are taken.
+
+    Returns:
+        Pairs of a picture's index and a level's.
+    """
+    if pictures > most:
+        return [(n * pictures // most, n % len(LEVELS)) for n in range(most)]
+    rounds = range(len(LEVELS))
+    return [(n, (n + turn) % len(LEVELS)) for turn in rounds for n in range(pictures)][:most]
+
+
+def best_of(probes: Sequence[Probed]) -> Probed | None:
+    """The checkpoint with the lowest loss, by held-out pictures where there are any; of equals the
+    earliest. None where nothing was measured after the beginning."""
+    found = [each for each in probes if each.epoch > 0]
+    by_held_out = [each for each in found if each.held_out is not None]
+    if by_held_out:
+        return min(by_held_out, key=lambda each: each.held_out or 0.0)
+    measured = [each for each in found if each.training is not None]
+    return min(measured, key=lambda each: each.training or 0.0, default=None)
+
+
+def verdict(probes: Sequence[Probed]) -> tuple[str, ...]:
+    """What the artist should know of how training went, as sentences for the report."""
+    measured = [each for each in probes if each.training is not None]
+    sentences = []
+    if missed := len(probes) - len(measured):
+        sentences.append(f"The probe could not be measured at {missed} checkpoints.")
+    if len(measured) < 2 or measured[0].epoch != 0:
+        return tuple(sentences)
+    first, last, best = measured[0].training, measured[-1].training, best_of(measured)
+    assert first is not None and last is not None and best is not None
+    if min(each.training or 0.0 for each in measured[1:]) > first * (1 - LEAST_FALL):
+        sentences.append(
+            "The LoRA has learnt next to nothing: its loss on the training pictures, measured with "
+            f"the same noise each time, was {first:.4f} before and is {last:.4f} after training. "
+            "More epochs or a higher learning_rate are needed, or other captions."
+        )
+    elif worse := _copying(measured, best):
+        sentences.append(worse)
+    elif last > (best.training or 0.0) * (1 + LEAST_RISE) and best.held_out is None:
+        sentences.append(
+            f"Training got worse after epoch {best.epoch}: the loss on the training pictures rose "
+            f"from {best.training:.4f} to {last:.4f}. A lower learning_rate is advisable; "
+            "`deliver: best` would take that checkpoint."
+        )
+    return tuple(sentences)
+
+
+def _copying(measured: Sequence[Probed], best: Probed) -> str | None:
+    """Over-fitting: what is trained on goes on falling while what is held out rises."""
+    last = measured[-1]
+    if best.held_out is None or last.held_out is None or last.training is None:
+        return None
+    falls = best.training is not None and last.training < best.training
+    if not falls or last.held_out <= best.held_out * (1 + LEAST_RISE):
+        return None
+    return (
+        f"After epoch {best.epoch} the LoRA began to copy its pictures: the loss on them went on "
+        f"falling, and on the held-out pictures it rose from {best.held_out:.4f} to "
+        f"{last.held_out:.4f}. Fewer epochs are advisable; `deliver: best` takes epoch "
+        f"{best.epoch}."
+    )

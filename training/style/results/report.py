@@ -1,0 +1,192 @@
+"""`training_report.json`: what was asked, used and left out and why, and how the training went."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reports.html_report import HTML_REPORT
+from training.style.dataset import CAPTION_IGNORED
+from training.style.results.lora_formats import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DIFFUSERS_WEIGHTS,
+    KOHYA_WEIGHTS,
+)
+from training.style.results.preview import LOSS_CURVE, SAMPLES
+from utils.names import is_unicode, printable
+
+if TYPE_CHECKING:
+    from jobs.lora_config import TrainingRun
+    from training.style.dataset import Dataset
+    from training.style.families.sd15 import BaseModel
+    from training.style.results.result import TrainingResult
+
+REPORT = "training_report.json"
+FILES = (
+    REPORT,
+    HTML_REPORT,
+    LOSS_CURVE,
+    SAMPLES,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    KOHYA_WEIGHTS,
+    DIFFUSERS_WEIGHTS,
+)
+"""Everything that a finished run publishes, in that order: where the last one is, all are."""
+
+LONGEST_REASON, MOST_REASONS = 200, 10
+"""Characters and number of the reasons in the `complete` webhook."""
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+def build_report(
+    run: TrainingRun, base: BaseModel, dataset: Dataset, result: TrainingResult
+) -> dict[str, Any]:
+    """Gather what docs/protocol.md, section 4, wants in the report, and a little more.
+
+    Args:
+        run: What was asked for.
+        base: The base model that was trained on.
+        dataset: What became of the pictures.
+        result: How the training went.
+
+    Returns:
+        JSON values only; a number that is not finite is None. Nothing in it names a place on this
+        machine's disk.
+    """
+    statuses = [entry.status for entry in dataset.entries]
+    # The machine's, the pictures' and the run's sentences, each once.
+    sentences = dict.fromkeys((*base.warnings, *dataset.warnings, *result.warnings))
+    report = {
+        "task_id": run.task_id,
+        "style_id": run.style_id,
+        "trigger_word": run.trigger_word,
+        "pictures_asked": len(statuses),
+        "pictures_used": len(statuses) - statuses.count("left_out"),
+        "pictures_left_out": statuses.count("left_out"),
+        "pictures": [dataclasses.asdict(entry) for entry in dataset.entries],
+        "validation_pictures": [
+            dataclasses.asdict(entry)
+            for entry in (dataset.held_out.entries if dataset.held_out else ())
+        ],
+        "hyperparameters": dataclasses.asdict(result.parameters),
+        "hyperparameters_asked": dataclasses.asdict(run.parameters),
+        "epochs": result.epochs,
+        "steps": result.steps,
+        "skipped_steps": result.skipped_steps,
+        "loss": result.loss,
+        "losses": result.losses,
+        "seconds": round(result.seconds, 3),
+        "steps_per_second": result.steps_per_second,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "resumed_from": result.resumed_from,
+        "probes": [dataclasses.asdict(each) for each in result.probes],
+        "best_epoch": result.best_epoch,
+        "delivered_epoch": result.delivered_epoch,
+        "probe_seconds": round(result.probe_seconds, 3),
+        "sample_seconds": round(result.sample_seconds, 3),
+        "stopped": result.stopped,
+        "base_model": {"name": base.name, "hash": base.hash, "dtype": _name_of(base.dtype)},
+        "versions": versions(base.device),
+        "warnings": list(sentences),
+    }
+    plain: dict[str, Any] = _json_value(report)
+    return plain
+
+
+def write_report(report: dict[str, Any], folder: Path) -> Path:
+    """Write `training_report.json`.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        OSError: The disk is full or read-only.
+        ValueError: The report has a number that JSON cannot hold.
+    """
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    path = folder / REPORT
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """The part of the report that the `complete` webhook sends: a few numbers, and the reasons for
+    which pictures were left out and captions ignored; no captions and no addresses.
+
+    Args:
+        report: From `build_report`.
+    """
+    names = ("pictures_used", "pictures_left_out", "steps", "seconds", "steps_per_second")
+    return {
+        **{name: report[name] for name in names},
+        "resumed_from": report["resumed_from"],
+        "best_epoch": report["best_epoch"],
+        "delivered_epoch": report["delivered_epoch"],
+        "base_model": report["base_model"]["name"],
+        "warnings": len(report["warnings"]),
+        "left_out": _counted_reasons(
+            reason
+            for entry in report["pictures"]
+            if entry["status"] == "left_out"
+            for reason in entry["reasons"]
+            if not reason.startswith(CAPTION_IGNORED)
+        ),
+        "captions_ignored": _counted_reasons(
+            reason.removeprefix(CAPTION_IGNORED)
+            for entry in report["pictures"]
+            for reason in entry["reasons"]
+            if reason.startswith(CAPTION_IGNORED)
+        ),
+    }
+
+
+def _counted_reasons(reasons: Iterable[str]) -> list[dict[str, Any]]:
+    """Reasons with the number of pictures that each applies to, the most frequent first."""
+    counts = Counter(reason[:LONGEST_REASON] for reason in reasons)
+    return [
+        {"reason": reason, "pictures": count} for reason, count in counts.most_common(MOST_REASONS)
+    ]
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What computed: the libraries' versions, Python's, and the device's name."""
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        **{library: importlib.metadata.version(library) for library in LIBRARIES},
+        "python": platform.python_version(),
+        "device": f"{device.type} ({name})",
+    }
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _json_value(value: Any) -> Any:
+    """Tuples become lists, numbers that are not finite None, and halves of characters escape
+    sequences: JSON, or its file, can hold none of them."""
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str) and not is_unicode(value):
+        return printable(value)
+    return value

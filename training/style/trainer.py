@@ -1,0 +1,365 @@
+"""The training loop: a LoRA on SD1.5's frozen UNet, resumable at any step to the same bits."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from jobs.checkpoint_name import folder_name
+from jobs.lora_config import TrainingRun
+from training.runtime import checkpoint
+from training.runtime.checkpoint import Checkpoint, RunState
+from training.runtime.checkpoint_writer import CheckpointWriter
+from training.runtime.clock import Clock
+from training.runtime.curves import Curves
+from training.runtime.device import Pace, allocated_bytes, one_run_accelerator, peak_memory_bytes
+from training.style import loop_state
+from training.style.course import Course
+from training.style.dataset import Dataset
+from training.style.families.sd15 import BaseModel
+from training.style.loop_state import LoopState
+from training.style.objective import Chance, denoising_losses, min_snr_weights
+from training.style.plan import Plan
+from training.style.results.examiner import Examiner
+from training.style.results.probe import Probed, best_of, verdict
+from training.style.results.result import TrainingResult
+from training.style.tally import Counted
+from utils.errors import StopReason, TrainingDiverged
+from utils.events import Event, Progress, Stage, Started
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""fp16's loss scale starts at 65,536 and needs a few halvings; more of them are a fault."""
+UPDATES_BEFORE_CHECK = 3
+"""After this many updates every `lora_B` must have left zero."""
+USUAL_STEPS = 4000
+SMALL_SCALE = 256.0
+"""Of a loss whose gradient is looked at once: fp16 neither vanishes nor overflows."""
+
+
+class LoRATrainer:
+    """Trains one LoRA, in one go: `training.style.recovery` starts over where that fails.
+
+    Attributes:
+        newest: The newest checkpoint of the job, in memory: on the disk it is its reader's.
+
+    Args:
+        run: What is asked for.
+        base: The base model. The LoRA stays on it after `train`, for the export: whoever calls
+            detaches it.
+        dataset: The run's pictures, prepared.
+        course: How it is trained; without one as it is asked for.
+        start: The checkpoint to go on from; without one training begins at the beginning.
+        emit: Takes `Started`, `Progress` and `CheckpointSaved`.
+        should_stop: Asked before every optimizer step.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        base: BaseModel,
+        dataset: Dataset,
+        *,
+        course: Course | None = None,
+        start: Checkpoint | None = None,
+        emit: Callable[[Event], None] = lambda event: None,
+        should_stop: Callable[[], StopReason | None] = lambda: None,
+    ) -> None:
+        self._run, self._base, self._dataset = run, base, dataset
+        self._emit, self._should_stop = emit, should_stop
+        self._course = course or Course.of(run.parameters)
+        self._parameters = self._course.parameters
+        self._plan = Plan(dataset.shapes, self._course.planned, self._course.rate_unit)
+        self._start = self.newest = start
+        weights = min_snr_weights(base.scheduler, self._parameters.snr_gamma)
+        self._loss_weights = weights.to(base.device)
+        self._clock, self._pace = Clock(), Pace(base.device)
+        self._writer = CheckpointWriter(emit)
+        self._curves = Curves(run, start.state.step if start else 0)
+        self._examiner = Examiner(run, base, dataset, should_stop, self._clock)
+
+    def train(self) -> TrainingResult:
+        """Train to the last epoch, or to a stop; then the run is saved where it stands.
+
+        Raises:
+            TrainingDiverged: The loss or the gradients stopped being finite.
+            TrainingFailed: The base predicts what this loop does not train, or a part of the LoRA
+                does not learn.
+            CheckpointUnusable: `start` is of another run.
+        """
+        if self._base.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._base.device)
+        with self._writer, one_run_accelerator(self._base.device, self._base.dtype) as accelerator:
+            with self._curves:
+                state = self._begin(accelerator)
+                self._base.offload_encoders()
+                stopped = self._loop(state, accelerator)
+            self._writer.settle()
+        best = best_of(state.probes)
+        delivered = None if stopped else self._choose(state, best)
+        return TrainingResult(
+            epochs=len(state.losses),
+            steps=state.step,
+            loss=state.losses[-1] if state.losses else None,
+            losses=tuple(state.losses),
+            seconds=self._clock.seconds,
+            steps_per_second=self._clock.steps_per_second,
+            peak_memory_bytes=peak_memory_bytes(self._base.device),
+            skipped_steps=state.skipped,
+            resumed_from=self._start.state.epoch if self._start else None,
+            stopped=stopped,
+            parameters=self._parameters,
+            warnings=self._warnings(state) + verdict(state.probes),
+            probes=tuple(state.probes),
+            best_epoch=best.epoch if best else None,
+            delivered_epoch=delivered,
+            samples=dict(state.samples),
+            probe_seconds=self._examiner.probe_seconds,
+            sample_seconds=self._examiner.sample_seconds,
+        )
+
+    def _choose(self, state: LoopState, best: Probed | None) -> int:
+        """Leave the weights that are asked for on the base, and say of which epoch they are."""
+        if self._parameters.deliver != "best" or not best or not state.best:
+            return state.epoch
+        state.take_the_best()
+        log.info("best_checkpoint_chosen", extra={"epoch": best.epoch, "of": state.epoch})
+        return best.epoch
+
+    def _loop(self, state: LoopState, accelerator: Accelerator) -> StopReason | None:
+        """Step to the plan's end, or to a stop, whose reason is returned."""
+        plan = self._plan
+        while True:
+            if not plan.inside_epoch(state.step):
+                with self._base.compilation.aside():
+                    seen = self._examiner.examine(state)
+                self._curves.draw(state, plan, self._clock)
+                self._save_if_due(state, accelerator)
+                if seen and state.step == plan.total_steps:
+                    break
+            if reason := self._should_stop():
+                if state.step != state.saved_step:
+                    self._count(state)
+                    self._save(state, accelerator)
+                return reason
+            if state.step < plan.total_steps:  # else the last examination is to be made again
+                self._step(state, accelerator)
+        if state.updates < UPDATES_BEFORE_CHECK:
+            loop_state.assert_moved(state, self._base, self._parameters)
+        return None
+
+    def _step(self, state: LoopState, accelerator: Accelerator) -> None:
+        """One optimizer step. Nothing in it waits for the device."""
+        norm = self._backward(state, accelerator)
+        state.optimizer.param_groups[0]["lr"] = self._plan.learning_rate(state.step)
+        loop_state.update(state, norm, accelerator)
+        state.step += 1
+        self._pace.keep()
+        self._clock.tick()
+        if not self._plan.inside_epoch(state.step):
+            self._end_epoch(state)
+        self._report_progress(state)
+
+    def _backward(self, state: LoopState, accelerator: Accelerator) -> Tensor:
+        """Gradients of one optimizer step, clipped; returns their norm before that."""
+        batches = self._plan.batches(state.step)
+        pictures = sum(map(len, batches))
+        for batch, chance in self._parts(batches, state.noise):
+            losses, weighted = denoising_losses(
+                self._base,
+                self._dataset.batch(batch, state.epoch),
+                chance,
+                empty_text=self._dataset.embeddings[""],
+                weights=self._loss_weights,
+                autocast=accelerator.autocast(),
+            )
+            # Every picture of a step counts alike, also where the last batch is smaller.
+            accelerator.backward(weighted.sum() / pictures)
+            state.tally.add_losses(losses)
+        weights = list(state.lora.values())  # an iterator would be empty where it is needed
+        norm: Tensor = accelerator.clip_grad_norm_(weights, self._parameters.max_grad_norm)
+        return norm
+
+    def _a_gradient(self, state: LoopState, accelerator: Accelerator) -> Tensor:
+        """Of the first pictures of the run, the same each time, all in one; nothing is changed."""
+        weights = list(state.lora.values())
+        devices = [self._base.device] if self._base.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            noise = torch.Generator(self._base.device).manual_seed(0)
+            batch, chance = next(self._parts(self._plan.batches(0), noise))
+            _, weighted = denoising_losses(
+                self._base,
+                self._dataset.batch(batch, 0),
+                chance,
+                empty_text=self._dataset.embeddings[""],
+                weights=self._loss_weights,
+                autocast=accelerator.autocast(),
+            )
+            gradients = torch.autograd.grad(weighted.sum() * SMALL_SCALE, weights)
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def _parts(
+        self, batches: list[list[int]], noise: torch.Generator
+    ) -> Iterator[tuple[list[int], Chance]]:
+        """As many pictures at a time as memory allows, and what is random about them."""
+        size = self._parameters.batch_size
+        for shape, alike in itertools.groupby(
+            batches, lambda batch: self._dataset.shapes[batch[0]]
+        ):
+            pictures = list(itertools.chain.from_iterable(alike))
+            # Drawn for all of them, so that smaller batches change nothing but rounding.
+            chance = Chance.draw(
+                (len(pictures), *shape),
+                timesteps=self._base.scheduler.config.num_train_timesteps,
+                caption_dropout=self._parameters.caption_dropout,
+                noise_offset=self._parameters.noise_offset,
+                generator=noise,
+            )
+            parts = [pictures[i : i + size] for i in range(0, len(pictures), size)]
+            yield from zip(parts, chance.split(size), strict=True)
+
+    def _end_epoch(self, state: LoopState) -> None:
+        counted = self._count(state)
+        if not counted.loss_count:
+            raise TrainingDiverged(
+                f"Training diverged: epoch {len(state.losses) + 1} had no finite loss. Lower "
+                "learning_rate."
+            )
+        state.losses.append(counted.loss_sum / counted.loss_count)
+        state.tally.start_epoch()
+        epoch = len(state.losses)
+        log.info("epoch_done", extra={"epoch": epoch, "step": state.step, "loss": state.losses[-1]})
+
+    def _count(self, state: LoopState) -> Counted:
+        """Read the tally: whether steps were skipped, too many perhaps, and whether all learns."""
+        before, counted = state.updates, state.tally.read()
+        skipped = state.step - counted.updates
+        if skipped > state.skipped:
+            log.warning(
+                "steps_skipped", extra={"step": state.step, "steps": skipped - state.skipped}
+            )
+        state.updates, state.skipped = counted.updates, skipped
+        state.skipped_in_a_row = counted.skipped_in_a_row
+        if counted.longest_row > MAX_SKIPPED_IN_A_ROW:
+            raise TrainingDiverged(
+                f"Training diverged before step {state.step + 1}: {counted.longest_row} steps in a "
+                "row had no finite gradient. Lower learning_rate."
+            )
+        if before < UPDATES_BEFORE_CHECK <= state.updates:
+            loop_state.assert_moved(state, self._base, self._parameters)
+        return counted
+
+    def _save_if_due(self, state: LoopState, accelerator: Accelerator) -> None:
+        """Save at the run's interval and at its end; in mid-trouble wait for the next epoch."""
+        interval, epoch = self._run.checkpoint_interval, len(state.losses)
+        ends = epoch == self._parameters.epochs
+        since = self._plan.epochs_done(state.saved_step)
+        if state.step == state.saved_step or (epoch // interval == since // interval and not ends):
+            return
+        if not loop_state.weights_are_finite(state):
+            raise TrainingDiverged(
+                f"Training diverged: after epoch {epoch} the weights are not finite. Lower "
+                "learning_rate."
+            )
+        # What comes between two skipped steps may be the way into a divergence, not a way back.
+        if not state.skipped_in_a_row or ends:
+            self._save(state, accelerator)
+
+    def _begin(self, accelerator: Accelerator) -> LoopState:
+        """A fresh state, or the one of the checkpoint to start from."""
+        state = loop_state.begin(self._base, self._course, accelerator)
+        changed = bool(self._course.changes)
+        if self._start:
+            checkpoint.refuse_another_run(
+                self._start.state, self._about(), names=self._dataset.names
+            )
+            loop_state.restore(state, self._start, accelerator)
+            changed = self._course != self._start.state.course
+            log.info("resumed", extra={"epoch": len(state.losses), "step": state.step})
+        self._emit(
+            Started(
+                task_id=self._run.task_id,
+                total_epochs=self._parameters.epochs,
+                total_steps=self._plan.total_steps,
+                epoch=len(state.losses),
+                step=state.step,
+                pictures_used=len(self._dataset.usable),
+                warnings=self._warnings(state),
+            )
+        )
+        if self._base.compilation.begin(self._base.unet, self._plan.total_steps):
+            self._base.compilation.prove(lambda: self._a_gradient(state, accelerator))
+        if changed:  # whoever resumes from here on must find it so
+            self._save(state, accelerator)
+        return state
+
+    def _save(self, state: LoopState, accelerator: Accelerator) -> None:
+        began = time.monotonic()
+        epoch, inside = len(state.losses), self._plan.inside_epoch(state.step)
+        name = folder_name(
+            epoch, state.step, inside_epoch=inside, changes=len(self._course.changes)
+        )
+        folder = Path(self._run.work_folder) / "checkpoints" / name
+        captured, ready = loop_state.capture(state, self._about(), accelerator)
+        self._writer.write(folder, captured, ready)
+        self.newest = captured
+        state.saved_step = state.step
+        self._clock.leave_out(time.monotonic() - began)
+
+    def _about(self) -> RunState:
+        """Whose checkpoint it is, its counters still at zero."""
+        return RunState(
+            task_id=self._run.task_id,
+            style_id=self._run.style_id,
+            claim=self._run.claim,
+            base_model=self._base.hash,
+            course=self._course,
+            pictures=self._dataset.identities,
+            total_steps=self._plan.total_steps,
+            epoch=0,
+            step=0,
+            updates=0,
+            skipped_in_a_row=0,
+            losses=(),
+            scaler=None,
+        )
+
+    def _report_progress(self, state: LoopState) -> None:
+        if not self._clock.due() and state.step < self._plan.total_steps:
+            return
+        self._emit(
+            Progress(
+                task_id=self._run.task_id,
+                stage=Stage.TRAINING,
+                epoch=len(state.losses),
+                total_epochs=self._parameters.epochs,
+                step=state.step,
+                total_steps=self._plan.total_steps,
+                loss=state.losses[-1] if state.losses else None,
+                steps_per_second=self._clock.warm_steps_per_second,
+                gpu_memory_allocated=allocated_bytes(self._base.device),
+            )
+        )
+
+    def _warnings(self, state: LoopState) -> tuple[str, ...]:
+        warnings = [*self._base.warnings, *self._dataset.warnings, *self._course.changes]
+        if self._plan.total_steps > USUAL_STEPS:
+            warnings.append(
+                f"{self._plan.total_steps} steps are many: styles usually take 1,000 to "
+                f"{USUAL_STEPS:,}. More may copy the pictures instead of learning the style; fewer "
+                "epochs are recommended."
+            )
+        if state.skipped:
+            warnings.append(
+                f"{state.skipped} steps were skipped because their gradient was not finite."
+            )
+        return tuple(warnings)

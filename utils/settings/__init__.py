@@ -1,0 +1,1 @@
+"""Reading and checking settings; `config` puts them together."""

@@ -1,0 +1,146 @@
+"""Settings of the object storage: a store for images and models, perhaps another one for state."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationInfo, field_validator
+
+from utils.settings import values as setting_values
+
+GOOGLE_HOST = "storage.googleapis.com"
+
+Bucket = Annotated[str, AfterValidator(setting_values.bucket_name)]
+Endpoint = Annotated[str, AfterValidator(setting_values.endpoint)]
+Region = Annotated[str, AfterValidator(setting_values.region)]
+Checksums = Literal["sha256", "md5"]
+
+
+def is_google(endpoint: str | None) -> bool:
+    """Whether an endpoint is Google Cloud Storage's S3-compatible one."""
+    host = (urlsplit(endpoint).hostname or "") if endpoint else ""
+    return host == GOOGLE_HOST or host.endswith(f".{GOOGLE_HOST}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Store:
+    """How a store is reached.
+
+    Attributes:
+        endpoint: Its address; None for AWS, or for what boto3 finds in its own configuration files.
+        ignore_configured_endpoints: Whether addresses in boto3's own configuration are ignored.
+        region: Region of its buckets.
+        access_key_id, secret_access_key, session_token: None for boto3's own chain.
+        checksums: Which checksum uploads carry.
+        conditional_writes: False where the store is documented to ignore `If-Match` and
+            `If-None-Match` of a PUT.
+    """
+
+    endpoint: str | None
+    ignore_configured_endpoints: bool
+    region: str
+    access_key_id: str | None
+    secret_access_key: str | None = dataclasses.field(repr=False)
+    session_token: str | None = dataclasses.field(repr=False)
+    checksums: Checksums
+    conditional_writes: bool
+
+
+class StorageSettings(BaseModel):
+    """The part of the worker's settings that names stores and buckets."""
+
+    aws_access_key_id: str | None = None
+    aws_secret_access_key: SecretStr | None = None
+    aws_session_token: SecretStr | None = None
+    aws_s3_region_name: Region = "ap-northeast-2"
+    aws_endpoint_url_s3: Endpoint | None = None
+    aws_endpoint_url: Endpoint | None = None
+    aws_ignore_configured_endpoint_urls: bool = False
+    s3_checksums: Literal["auto", "sha256", "md5"] = "auto"
+
+    aws_storage_bucket_name: Bucket
+    model_bucket_name: Bucket = Field(default_factory=lambda data: data["aws_storage_bucket_name"])
+    state_bucket_name: Bucket = Field(default_factory=lambda data: data["model_bucket_name"])
+    model_url_scheme: Literal["s3", "gs"] = "s3"
+
+    state_aws_access_key_id: str | None = None
+    state_aws_secret_access_key: SecretStr | None = None
+    state_aws_session_token: SecretStr | None = None
+    state_aws_s3_region_name: Region | None = None
+    state_aws_endpoint_url_s3: Endpoint | None = None
+    allow_unguarded_state: bool = False
+
+    @field_validator("aws_secret_access_key", "state_aws_secret_access_key")
+    @classmethod
+    def _keys_come_in_pairs(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        key = str(info.field_name).replace("secret_access_key", "access_key_id")
+        if (value is None) != (info.data.get(key) is None):
+            raise ValueError(f"belongs to {key.upper()}: set both or neither")
+        return value
+
+    @field_validator("aws_session_token", "state_aws_session_token")
+    @classmethod
+    def _a_token_needs_its_key(
+        cls, value: SecretStr | None, info: ValidationInfo
+    ) -> SecretStr | None:
+        name = str(info.field_name)
+        key = name.replace("session_token", "access_key_id")
+        secret = name.replace("session_token", "secret_access_key")
+        if value is not None and info.data.get(key) is None:
+            raise ValueError(
+                f"is part of temporary credentials: set {key.upper()} and {secret.upper()} with "
+                "it, or none of the three"
+            )
+        return value
+
+    @property
+    def s3_endpoint(self) -> str | None:
+        """The endpoint of images and models, by botocore's order of the names; None for AWS."""
+        if self.aws_ignore_configured_endpoint_urls:
+            return None
+        return self.aws_endpoint_url_s3 or self.aws_endpoint_url
+
+    def main_store(self) -> Store:
+        """The store of images and models."""
+        return self._store(
+            self.s3_endpoint,
+            self.aws_s3_region_name,
+            self.aws_access_key_id,
+            self.aws_secret_access_key,
+            self.aws_session_token,
+        )
+
+    def state_store(self) -> Store:
+        """The store of the state bucket; what is not set for it is as for `main_store`."""
+        # Key, secret and token are one credential: never one part from here and one from there.
+        own_key = self.state_aws_access_key_id is not None
+        return self._store(
+            self.state_aws_endpoint_url_s3 or self.s3_endpoint,
+            self.state_aws_s3_region_name or self.aws_s3_region_name,
+            self.state_aws_access_key_id if own_key else self.aws_access_key_id,
+            self.state_aws_secret_access_key if own_key else self.aws_secret_access_key,
+            self.state_aws_session_token if own_key else self.aws_session_token,
+        )
+
+    def _store(
+        self,
+        endpoint: str | None,
+        region: str,
+        access_key_id: str | None,
+        secret: SecretStr | None,
+        token: SecretStr | None,
+    ) -> Store:
+        google = is_google(endpoint)
+        chosen: Checksums = "md5" if google else "sha256"
+        return Store(
+            endpoint=endpoint,
+            ignore_configured_endpoints=self.aws_ignore_configured_endpoint_urls,
+            region=region,
+            access_key_id=access_key_id,
+            secret_access_key=secret.get_secret_value() if secret else None,
+            session_token=token.get_secret_value() if token else None,
+            checksums=chosen if self.s3_checksums == "auto" else self.s3_checksums,
+            conditional_writes=not google,
+        )

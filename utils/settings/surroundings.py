@@ -1,0 +1,155 @@
+"""The trainer process's share of this process's surroundings: its environment and confinement.
+
+Pictures come from anywhere and are decoded in the trainer. It therefore gets no secret that it has
+no use for, and cannot fetch one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from utils.confined import Confinement
+from utils.cpus import training_threads
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASS|KEY|CREDENTIAL|AUTH|DSN", re.IGNORECASE)
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+_SHORT = 8  # a secret of fewer characters ("guest") is part of many values
+
+HIDDEN_AT_HOME = (
+    *(".aws", ".azure", ".boto", ".config/gcloud", ".config/gh", ".config/rclone"),
+    *(".docker", ".git-credentials", ".gnupg", ".kube", ".local/share/keyrings"),
+    *(".netrc", ".pgpass", ".pypirc", ".runpod", ".s3cfg", ".ssh"),
+)
+"""Where the programs that people use beside the worker keep their keys, below the home folder."""
+
+HIDDEN_ON_MACHINE = ("/run/secrets", "/var/run/secrets", "/etc/rp_environment")
+"""Secrets of Docker, of Kubernetes (the service account's token), and of RunPod's start script."""
+
+_HIDDEN_BY_NAME = (
+    "AWS_CONFIG_FILE",
+    "KUBECONFIG",
+    "DOCKER_CONFIG",
+    "CLOUDSDK_CONFIG",
+    "BOTO_CONFIG",
+)
+_CACHES = (
+    *("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCH_HOME", "CUDA_CACHE_PATH"),
+    *("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR"),
+)
+_HUB_PORTS = (53, 443)  # names over TCP, and the hub
+
+
+def trainer_environment(
+    environment: Mapping[str, str],
+    *,
+    own: Iterable[str],
+    secrets: Iterable[str],
+    hf_token: str | None,
+    hf_home: Path | None,
+    cuda_visible_devices: str | None,
+    threads: str | None,
+) -> dict[str, str]:
+    """The trainer's whole environment.
+
+    Args:
+        environment: Ours.
+        own: Names of settings, which the trainer is told in another way.
+        secrets: Values that no variable may hold.
+        hf_token, hf_home, cuda_visible_devices: The settings that libraries read from there.
+        threads: `OMP_NUM_THREADS`; None for as many as there are cores to use.
+    """
+    names, values = set(own), [secret for secret in secrets if len(secret) >= _SHORT]
+    made = {
+        name: value
+        for name, value in environment.items()
+        if name.upper() not in names
+        and not _SECRET_NAMES.search(name)
+        and not any(secret in value for secret in values)
+        and not (_has_password(value) and name.upper() not in _PROXIES)
+    }
+    if hf_token:
+        made["HF_TOKEN"] = hf_token
+    if hf_home:
+        made["HF_HOME"] = str(hf_home)
+        # Beside the base model, on its volume: what was compiled outlives a restart.
+        made.setdefault("TORCHINDUCTOR_CACHE_DIR", str(hf_home / "torchinductor"))
+    if cuda_visible_devices is not None:
+        made["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
+    made["OMP_NUM_THREADS"] = threads or str(training_threads())
+    # A thread that waits gives its core away. Spinning keeps it from the thread that is waited for
+    # as soon as another program computes on this machine.
+    made.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return made
+
+
+def confinement(
+    environment: Mapping[str, str],
+    *,
+    own: Iterable[str],
+    files: Iterable[Path],
+    writable: Iterable[Path],
+    caches: Mapping[str, str],
+) -> Confinement:
+    """What the trainer cannot reach.
+
+    Args:
+        environment: Ours; its variables name some of the files with secrets.
+        own: Names of settings, whose values are no such files.
+        files: Settings files.
+        writable: Folders that the trainer works in.
+        caches: The trainer's environment, whose variables name the folders of its caches.
+    """
+    home = Path(os.path.expanduser("~"))
+    hidden = [*files, *map(Path, HIDDEN_ON_MACHINE), *(home / name for name in HIDDEN_AT_HOME)]
+    hidden += _named_files(environment, set(own))
+    # A changed program, or a file that Python or a shell reads at its start, would run in the next
+    # worker, with all of its secrets.
+    read_only = {ROOT, Path(sys.prefix), Path(sys.base_prefix), home} - {Path("/")}
+    places = [*writable, Path(tempfile.gettempdir()), home / ".cache"]
+    places += [Path(caches[name]) for name in _CACHES if os.path.isabs(caches.get(name, ""))]
+    for place in places:  # later the trainer could not make them
+        with contextlib.suppress(OSError):  # a read-only disk; the program that needs it says so
+            place.mkdir(parents=True, exist_ok=True)
+    places += [home / name for name in (".nv", ".triton")]
+    return Confinement(
+        hidden=_paths(hidden),
+        read_only=_paths(read_only),
+        writable=_paths(places),
+        ports=tuple(sorted({*_HUB_PORTS, *_ports(caches)})),
+    )
+
+
+def _named_files(environment: Mapping[str, str], own: set[str]) -> Iterator[Path]:
+    """Files that hold a secret by their variable's name, `AWS_WEB_IDENTITY_TOKEN_FILE` for one."""
+    for name, value in environment.items():
+        path = Path(value) if os.path.isabs(value) else None
+        if path is None or name.upper() in own:
+            continue
+        if name.upper() in _HIDDEN_BY_NAME or (_SECRET_NAMES.search(name) and path.is_file()):
+            yield path
+
+
+def _ports(environment: Mapping[str, str]) -> Iterator[int]:
+    """Of the hub's address, and of the proxies on the way there."""
+    for name, value in environment.items():
+        if name.upper() in ("HF_ENDPOINT", *_PROXIES):
+            with contextlib.suppress(ValueError):
+                parts = urlsplit(value if "://" in value else f"http://{value}")
+                yield parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _has_password(value: str) -> bool:
+    return bool(re.search(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@", value, re.IGNORECASE))
+
+
+def _paths(paths: Iterable[Path]) -> tuple[str, ...]:
+    return tuple(sorted({os.path.abspath(path) for path in paths}))
