@@ -39,7 +39,7 @@ COPY --from=build /opt/python /opt/python
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /etc/ssl/certs /etc/ssl/certs
 # All that is written goes to these three, so the root file system may be read-only: the base model, fetched once, to
-# /models; pictures and checkpoints of the job in hand to /work; the rest to /tmp.
+# /models; images and checkpoints of the job in hand to /work; the rest to /tmp.
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/models WORK_DIR=/work MPLCONFIGDIR=/tmp/matplotlib XDG_CACHE_HOME=/tmp/cache
 WORKDIR /app

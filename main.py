@@ -126,15 +126,15 @@ def inspect(
 @app.command()
 def train(
     folder: Annotated[
-        Path, typer.Argument(help="Folder of pictures; `name.txt` captions `name.jpg`.")
+        Path, typer.Argument(help="Folder of images; `name.txt` captions `name.jpg`.")
     ],
     output: Annotated[
         Path, typer.Option(help="Folder that receives the model, report and samples.")
     ],
-    epochs: Annotated[int | None, typer.Option(help="Passes over the pictures.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures a forward pass.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Side of the training pictures.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a forward pass.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the training images.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
@@ -142,7 +142,7 @@ def train(
         str | None, typer.Option(help="Which checkpoint becomes the model: last or best.")
     ] = None,
     validation: Annotated[
-        Path | None, typer.Option(help="Folder of pictures to judge by, not trained on.")
+        Path | None, typer.Option(help="Folder of images to judge by, not trained on.")
     ] = None,
     trigger_word: Annotated[
         str, typer.Option(help="A word in front of every prompt, to call the style by.")
@@ -152,7 +152,7 @@ def train(
     ] = False,
     config_file: ConfigFile = None,
 ) -> None:
-    """Train on a folder of pictures: no broker, no S3, no backend.
+    """Train on a folder of images: no broker, no S3, no backend.
 
     All other settings come from the environment and `.env`, as for the worker.
     """

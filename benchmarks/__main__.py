@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import loops, machine, pictures, sd15
+from benchmarks import images, loops, machine, sd15
 from benchmarks.case import Case
 from benchmarks.peers import Peer, PeerFailed
 from jobs.lora_config import TrainerOptions
@@ -64,7 +64,7 @@ def main(
         torch.set_num_threads(1)  # two would wait for each other, and the waiting would count
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as place:
         cases = _cases(on_gpu, batch_sizes, quick)
-        bench = _Bench(Path(place), on_gpu, max(case.pictures for case in cases), steps, repeats)
+        bench = _Bench(Path(place), on_gpu, max(case.images for case in cases), steps, repeats)
         gc.freeze()  # as in the trainer's process, for both loops
         results = _with_lost_seconds(
             [bench.measure(case, compile_blocks=compile_blocks) for case in cases]
@@ -107,20 +107,20 @@ def _cases(on_gpu: bool, batch_sizes: str, quick: bool) -> list[Case]:
 
 
 class _Bench:
-    """The model, the pictures, and what is measured with them."""
+    """The model, the images, and what is measured with them."""
 
     def __init__(self, place: Path, on_gpu: bool, most: int, steps: int, repeats: int) -> None:
         self._place, self._steps, self._repeats = place, steps, repeats
         self.model = sd15.build(place / "model", 1 if on_gpu else sd15.NARROW)
         side = FULL_SIDE if on_gpu else NARROW_SIDE
-        self._pictures = pictures.paint(place / "pictures", most)
+        self._images = images.paint(place / "pictures", most)
         began = time.monotonic()
         self._base = BaseModel.load(
             TrainerOptions(str(self.model), gradient_checkpointing="false", allow_cpu=True)
         )
         loaded = time.monotonic() - began
         first = Case(1, True, min(10, most), side)
-        cold, warm = (loops.first_step_seconds(self._base, first, self._pictures) for _ in range(2))
+        cold, warm = (loops.first_step_seconds(self._base, first, self._images) for _ in range(2))
         self.facts: dict[str, Any] = {
             "machine": machine.describe(self._base.device),
             "model": "SD1.5 in full size" if on_gpu else "SD1.5's layout, an eighth as wide",
@@ -136,7 +136,7 @@ class _Bench:
     def measure(self, case: Case, *, compile_blocks: bool) -> dict[str, Any]:
         """One row: pairs of legs, and what a checkpoint costs."""
         base, folder = self._base, self._place / "work"
-        run = loops.run_of(case, self._pictures, folder, steps=self._steps, every=1000)
+        run = loops.run_of(case, self._images, folder, steps=self._steps, every=1000)
         base.restore_encoders()
         data = prepare(run, base)
         pairs = []
@@ -145,7 +145,7 @@ class _Bench:
             pairs.append((loops.ours(base, case, run, data), loops.plain(base, case, run)))
         row = dataclasses.asdict(case) | _compared(case, pairs[1:])
         if base.device.type == "cuda":
-            done = row["ours"]["pictures_per_second"] * machine.TERAFLOP[case.checkpointing]
+            done = row["ours"]["images_per_second"] * machine.TERAFLOP[case.checkpointing]
             row["share_of_matrix_rate"] = done / self.facts["matrix_teraflops"]
         row["checkpoint"] = self._checkpoint_cost(case, data)
         if compile_blocks:
@@ -155,7 +155,7 @@ class _Bench:
 
     def _checkpoint_cost(self, case: Case, data: Dataset) -> dict[str, Any]:
         folder = self._place / "work"
-        run = loops.run_of(case, self._pictures, folder, steps=self._steps, every=2)
+        run = loops.run_of(case, self._images, folder, steps=self._steps, every=2)
         parameters = dataclasses.replace(run.parameters, epochs=max(6, run.parameters.epochs))
         run = dataclasses.replace(run, parameters=parameters)
         return loops.checkpoint_cost(self._base, case, run, data)
@@ -174,7 +174,7 @@ class _Bench:
                     step = peer.step_seconds(
                         case,
                         self.model,
-                        self._pictures,
+                        self._images,
                         self._place / "peer",
                         few=self._steps,
                         many=4 * self._steps,
@@ -196,7 +196,7 @@ def _compared(case: Case, pairs: list[tuple[loops.Leg, loops.Leg]]) -> dict[str,
         found[side] = {
             "step_seconds": step,
             "steps_per_second": 1 / step,
-            "pictures_per_second": case.batch_size / step,
+            "images_per_second": case.batch_size / step,
             "legs": [leg.step_seconds for leg in legs],
             "peak_bytes": max(leg.peak_bytes for leg in legs),
         }
@@ -215,7 +215,7 @@ def _compared(case: Case, pairs: list[tuple[loops.Leg, loops.Leg]]) -> dict[str,
 
 
 def _with_lost_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What an epoch takes besides its steps: by two rows that differ in their pictures alone."""
+    """What an epoch takes besides its steps: by two rows that differ in their images alone."""
     alike: dict[tuple[int, bool], list[dict[str, Any]]] = {}
     for row in rows:
         alike.setdefault((row["batch_size"], row["checkpointing"]), []).append(row)
@@ -233,7 +233,7 @@ def _show(document: dict[str, Any]) -> None:
     table.add_column("case")
     headings = ["steps/s", "plain", "ratio"]
     if on_gpu:
-        headings += ["ckpt epoch", "lost ms/epoch", "pictures/s", "of matrix rate"]
+        headings += ["ckpt epoch", "lost ms/epoch", "images/s", "of matrix rate"]
         headings += ["peak GiB", "plain GiB"]
     else:
         headings.append("without reading")
@@ -253,7 +253,7 @@ def _show(document: dict[str, Any]) -> None:
             cells += [
                 f"{row['checkpoint']['share']:+.1%}",
                 f"{1000 * row['epoch_seconds_lost']:.0f}" if "epoch_seconds_lost" in row else "",
-                f"{row['ours']['pictures_per_second']:.2f}",
+                f"{row['ours']['images_per_second']:.2f}",
                 f"{row['share_of_matrix_rate']:.0%}",
                 f"{row['ours']['peak_bytes'] / 2**30:.2f}",
                 f"{row['plain']['peak_bytes'] / 2**30:.2f}",
@@ -267,7 +267,7 @@ def _show(document: dict[str, Any]) -> None:
         console.print(f"{peer['peer']}, {peer['case']}: we are {peer['ratio']:.2f} x as fast.")
     console.print(
         f"First step of a cold job {document['first_step_cold_seconds']:.2f} s after the start of "
-        f"loading, of a warm one {document['first_step_warm_seconds']:.2f} s after its pictures "
+        f"loading, of a warm one {document['first_step_warm_seconds']:.2f} s after its images "
         "were there."
     )
     if not on_gpu:

@@ -1,4 +1,4 @@
-"""What is measured: one combination of batch, checkpointing and number of pictures."""
+"""What is measured: one combination of batch, checkpointing and number of images."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ class Case:
     """One row of the table.
 
     Attributes:
-        batch_size: Pictures a step.
+        batch_size: Images a step.
         checkpointing: Gradient checkpointing, on both sides.
-        pictures: In the data set: an epoch's steps, times the batch.
-        resolution: Side of the training pictures, in pixels.
+        images: In the data set: an epoch's steps, times the batch.
+        resolution: Side of the training images, in pixels.
     """
 
     batch_size: int
     checkpointing: bool
-    pictures: int
+    images: int
     resolution: int
 
     def __str__(self) -> str:
         how = "on" if self.checkpointing else "off"
-        return f"batch {self.batch_size}, checkpointing {how}, {self.pictures} pictures"
+        return f"batch {self.batch_size}, checkpointing {how}, {self.images} images"

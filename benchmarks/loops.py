@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from benchmarks.case import Case
-from jobs.lora_config import HyperParameters, Picture, TrainingRun
+from jobs.lora_config import HyperParameters, TrainingImage, TrainingRun
 from training.compilation import Compilation
 from training.runtime.device import free_memory, one_run_accelerator, peak_memory_bytes
 from training.style.course import Course
@@ -33,7 +33,7 @@ from training.style.results.result import TrainingResult
 from training.style.trainer import LoRATrainer
 from utils.events import Event, Progress
 
-READING = "reading the picture"
+READING = "reading the image"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,19 +59,17 @@ def clock(device: torch.device) -> Callable[[], float]:
     return time.monotonic if device.type == "cuda" else time.process_time
 
 
-def run_of(
-    case: Case, pictures: list[Path], folder: Path, *, steps: int, every: int
-) -> TrainingRun:
+def run_of(case: Case, images: list[Path], folder: Path, *, steps: int, every: int) -> TrainingRun:
     """A run of an epoch and at least so many steps.
 
     Args:
         case: Size and number of its batches.
-        pictures: As many as the case wants, or more.
+        images: As many as the case wants, or more.
         folder: Where it writes.
         steps: Optimizer steps after the first epoch, rounded up to whole epochs, at least two.
         every: Epochs between checkpoints.
     """
-    an_epoch = -(-case.pictures // case.batch_size)
+    an_epoch = -(-case.images // case.batch_size)
     parameters = HyperParameters(
         epochs=min(1000, 1 + max(2, -(-steps // an_epoch))),  # the first warms up
         batch_size=case.batch_size,
@@ -81,9 +79,9 @@ def run_of(
         task_id="benchmark",
         style_id=1,
         claim=1,
-        pictures=tuple(
-            Picture(path.name, str(path), f"a painting, number {index}")
-            for index, path in enumerate(pictures[: case.pictures])
+        images=tuple(
+            TrainingImage(path.name, str(path), f"a painting, number {index}")
+            for index, path in enumerate(images[: case.images])
         ),
         parameters=parameters,
         work_folder=str(folder),
@@ -181,8 +179,8 @@ class _Ends(logging.Handler):
             self.times.append(self._now())
 
 
-def first_step_seconds(base: BaseModel, case: Case, pictures: list[Path]) -> float:
-    """From pictures on the disk to the end of the first step: vetting, encoding, training."""
+def first_step_seconds(base: BaseModel, case: Case, images: list[Path]) -> float:
+    """From images on the disk to the end of the first step: vetting, encoding, training."""
     began, ended = time.monotonic(), 0.0
 
     def end_with_the_first(event: Event) -> None:
@@ -194,7 +192,7 @@ def first_step_seconds(base: BaseModel, case: Case, pictures: list[Path]) -> flo
             raise _Enough
 
     with tempfile.TemporaryDirectory() as folder:
-        run = run_of(case, pictures, Path(folder), steps=1, every=1000)
+        run = run_of(case, images, Path(folder), steps=1, every=1000)
         course = dataclasses.replace(Course.of(run.parameters), checkpointing=case.checkpointing)
         data = prepare(run, base)
         try:
@@ -210,21 +208,21 @@ class _Enough(Exception):
     """The first step is done."""
 
 
-class _Pictures(TorchDataset[tuple[Tensor, str]]):
-    """Decodes and scales a picture whenever it is asked for."""
+class _Images(TorchDataset[tuple[Tensor, str]]):
+    """Decodes and scales an image whenever it is asked for."""
 
     def __init__(self, run: TrainingRun) -> None:
-        self._pictures, self._side = run.pictures, run.parameters.resolution
+        self._images, self._side = run.images, run.parameters.resolution
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        picture = self._pictures[index]
-        with Image.open(str(picture.path)) as opened:
+        image = self._images[index]
+        with Image.open(str(image.path)) as opened:
             square = ImageOps.fit(opened.convert("RGB"), (self._side, self._side))
         pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1) / 127.5 - 1.0
-        return pixels, picture.caption
+        return pixels, image.caption
 
 
 def _endless(loader: DataLoader[tuple[Tensor, str]]) -> Iterator[tuple[Tensor, list[str]]]:
@@ -256,7 +254,7 @@ class _Watch:
 
 
 def plain(base: BaseModel, case: Case, run: TrainingRun) -> Leg:
-    """The popular way: each step decodes, encodes picture and prompt, and reads the loss.
+    """The popular way: each step decodes, encodes image and prompt, and reads the loss.
 
     With the same LoRA, precision and checkpointing as ours; the UNet, the VAE and the text encoder
     are the same objects.
@@ -265,7 +263,7 @@ def plain(base: BaseModel, case: Case, run: TrainingRun) -> Leg:
     free_memory(base.device)
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
-    an_epoch = -(-case.pictures // case.batch_size)
+    an_epoch = -(-case.images // case.batch_size)
     counted, now = (run.parameters.epochs - 1) * an_epoch, clock(base.device)
     try:
         with one_run_accelerator(base.device, base.dtype) as accelerator:
@@ -298,7 +296,7 @@ class _PlainLoop:
         self._optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(self._weights, lr=run.parameters.learning_rate, weight_decay=0.01)
         )
-        loader = DataLoader(_Pictures(run), batch_size=case.batch_size, shuffle=True)
+        loader = DataLoader(_Images(run), batch_size=case.batch_size, shuffle=True)
         self._batches = _endless(loader)
 
     def step(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 TERAFLOP = {False: 1.72, True: 2.34}
-"""Of a LoRA's forward and backward pass on SD1.5, for a picture of 512 x 512 pixels, without and
+"""Of a LoRA's forward and backward pass on SD1.5, for an image of 512 x 512 pixels, without and
 with gradient checkpointing; counted once with `torch.utils.flop_counter`."""
 
 

@@ -1,4 +1,4 @@
-"""Other trainers, from checkouts of the user's, on the same pictures and the same model.
+"""Other trainers, from checkouts of the user's, on the same images and the same model.
 
 Each is run twice, with few steps and with many: the difference is what a step takes, without the
 start and the caches. Their arguments were held against diffusers' main branch of August 2026 and
@@ -49,14 +49,14 @@ class Peer:
         return "diffusers" if self.script.name == DIFFUSERS else "kohya"
 
     def step_seconds(
-        self, case: Case, model: Path, pictures: list[Path], folder: Path, *, few: int, many: int
+        self, case: Case, model: Path, images: list[Path], folder: Path, *, few: int, many: int
     ) -> float:
         """What a step of it takes, on average.
 
         Raises:
             PeerFailed: It could not be run, or took no longer for more steps.
         """
-        data = self._lay_out(case, pictures, folder / "data")
+        data = self._lay_out(case, images, folder / "data")
         seconds = {
             steps: self._timed(case, model, data, folder / f"out-{steps}", steps)
             for steps in (few, many)
@@ -65,13 +65,13 @@ class Peer:
             raise PeerFailed(f"{many} steps took no longer than {few}: {seconds}")
         return (seconds[many] - seconds[few]) / (many - few)
 
-    def _lay_out(self, case: Case, pictures: list[Path], folder: Path) -> Path:
-        """The pictures with their captions, as the script wants them."""
+    def _lay_out(self, case: Case, images: list[Path], folder: Path) -> Path:
+        """The images with their captions, as the script wants them."""
         shutil.rmtree(folder, ignore_errors=True)
         place = folder / "1_style" if self.name == "kohya" else folder
         place.mkdir(parents=True)
         lines = []
-        for index, path in enumerate(pictures[: case.pictures]):
+        for index, path in enumerate(images[: case.images]):
             caption = f"a painting, number {index}"
             shutil.copy(path, place / path.name)
             if self.name == "kohya":

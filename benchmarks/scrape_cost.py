@@ -107,8 +107,8 @@ def main() -> int:
 
 def _measure(world: World, worker: WorkerProcess, core: int, parsed: argparse.Namespace) -> int:
     port = until(lambda: log_lines(worker, "http_listening"))[0]["port"]
-    pictures = list(world.photographs[:6])
-    message = world.envelope(images=pictures, captions=None, parameters={"epochs": 1000})
+    images = list(world.photographs[:6])
+    message = world.envelope(images=images, captions=None, parameters={"epochs": 1000})
     world.publish(message)
     until(lambda: len(log_lines(worker, "epoch_done")) > 3)
     _pin_trainer(worker, core, realtime=parsed.realtime)

@@ -66,11 +66,11 @@ def publish(
         )
     if wait:
         return _wait(server, placed, as_json)
-    pictures = counted(len(placed.images), "picture")
+    images = counted(len(placed.images), "image")
     if as_json:
         screen.print_json(dataclasses.asdict(placed) | {"warning": stake})
     else:
-        screen.say(f"published {placed.task_id}: style {style_id}, {pictures}")
+        screen.say(f"published {placed.task_id}: style {style_id}, {images}")
     return DONE
 
 

@@ -37,7 +37,7 @@ def add_commands(app: typer.Typer, end: Callable[[Callable[[], int]], None]) -> 
     @app.command()
     def publish(
         folder: Annotated[
-            Path, typer.Argument(help="Folder of pictures; `name.txt` captions `name.jpg`.")
+            Path, typer.Argument(help="Folder of images; `name.txt` captions `name.jpg`.")
         ],
         style_id: Annotated[int, typer.Option(help="The style to train.")],
         task_id: Annotated[
@@ -53,7 +53,7 @@ def add_commands(app: typer.Typer, end: Callable[[Callable[[], int]], None]) -> 
         as_json: Json = False,
         config_file: ConfigFile = None,
     ) -> None:
-        """Order a training: pictures to S3, and a message to the queue.
+        """Order a training: images to S3, and a message to the queue.
 
         If the style already has a published model and this job fails or is cancelled, the
         platform's backend marks the whole style as failed.

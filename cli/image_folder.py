@@ -1,4 +1,4 @@
-"""A local folder of pictures: which of its files are pictures, which caption belongs to which, and
+"""A local folder of images: which of its files are images, which caption belongs to which, and
 which files are of no use."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from jobs.lora_config import Picture
+from jobs.lora_config import TrainingImage
 from utils.captions import (
     MAX_CAPTION_BYTES,
     SUFFIXES,
@@ -27,13 +27,13 @@ from utils.names import printable
 
 log = get_logger(__name__)
 
-MAX_PICTURES = 200
+MAX_IMAGES = 200
 METADATA = "metadata.jsonl"
 """Captions of a whole folder, one JSON object a line with `file_name` and `text`."""
 MAX_METADATA_BYTES = 4 * 1024**2
 
-# Files that lie beside pictures and are none, whatever their content.
-_NO_PICTURES = frozenset(
+# Files that lie beside images and are none, whatever their content.
+_NO_IMAGES = frozenset(
     (*SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".toml", ".xml", ".xmp")
     + (".ini", ".db", ".log", ".npz", ".pt", ".safetensors", ".html")
 )
@@ -43,71 +43,68 @@ _NAMED_AT_MOST = 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PictureFolder:
+class ImageFolder:
     """What a folder holds.
 
     Attributes:
-        pictures: By name, each with its caption.
+        images: By name, each with its caption.
         notes: Sentences about files that are not used.
     """
 
-    pictures: tuple[Picture, ...]
+    images: tuple[TrainingImage, ...]
     notes: tuple[str, ...]
 
 
-def read_folder(folder: Path, *, ignored: Collection[str] = ()) -> PictureFolder:
-    """Find the pictures of a folder and their captions.
+def read_folder(folder: Path, *, ignored: Collection[str] = ()) -> ImageFolder:
+    """Find the images of a folder and their captions.
 
-    Whether a file is a picture is judged by its content, later. Hidden files are not looked at,
+    Whether a file is an image is judged by its content, later. Hidden files are not looked at,
     nor are subfolders. `NAME.txt`, `NAME.caption` and `NAME.png.txt` caption `NAME.png`, the suffix
     in any case; letters with accents match however they are composed. `metadata.jsonl` captions
-    pictures that have no such file.
+    images that have no such file.
 
     Args:
         folder: The folder.
         ignored: Names of files that are not looked at.
 
     Raises:
-        ConfigurationError: The folder is missing, holds no pictures, or too many files.
+        ConfigurationError: The folder is missing, holds no images, or too many files.
     """
     if not folder.is_dir():
         raise ConfigurationError(f"{printable(str(folder))} is not a folder")
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     files = [path for path in entries if path.is_file() and path.name not in ignored]
-    pictures = [path for path in files if path.suffix.lower() not in _NO_PICTURES]
+    images = [path for path in files if path.suffix.lower() not in _NO_IMAGES]
     layout = _layout_note(path.name for path in entries if path.is_dir())
     shown = printable(str(folder))
-    if not pictures:
-        raise ConfigurationError(" ".join(filter(None, (f"{shown} holds no pictures.", layout))))
-    if len(pictures) > MAX_PICTURES:
+    if not images:
+        raise ConfigurationError(" ".join(filter(None, (f"{shown} holds no images.", layout))))
+    if len(images) > MAX_IMAGES:
         raise ConfigurationError(
-            f"{shown} holds {len(pictures)} files; at most {MAX_PICTURES} pictures can be trained "
-            "on"
+            f"{shown} holds {len(images)} files; at most {MAX_IMAGES} images can be trained " "on"
         )
     captions = _Captions(path for path in files if path.suffix.lower() in SUFFIXES)
     listed, problems = _listed(folder / METADATA)
-    found = tuple(_picture(path, captions, listed) for path in pictures)
+    found = tuple(_image(path, captions, listed) for path in images)
     unused = [
         path.name
         for path in files
-        if path.suffix.lower() in _NO_PICTURES
-        and path.name != METADATA
-        and path not in captions.used
+        if path.suffix.lower() in _NO_IMAGES and path.name != METADATA and path not in captions.used
     ]
-    strangers = [name for name in listed if name not in {_key(path.name) for path in pictures}]
+    strangers = [name for name in listed if name not in {_key(path.name) for path in images}]
     notes = (
         *problems,
-        *_named("belong to no picture and are not used", unused),
+        *_named("belong to no image and are not used", unused),
         *_named(f"are captioned in {METADATA} and are not in the folder", strangers),
         *([layout] if layout else ()),
     )
     for note in notes:
         log.warning("folder_note", reason=note)
-    return PictureFolder(found, notes)
+    return ImageFolder(found, notes)
 
 
 class _Captions:
-    """The caption files of a folder, by the names of the pictures that they may belong to."""
+    """The caption files of a folder, by the names of the images that they may belong to."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._by_stem: dict[str, list[Path]] = {}
@@ -115,17 +112,17 @@ class _Captions:
             self._by_stem.setdefault(_key(path.stem), []).append(path)
         self.used: set[Path] = set()
 
-    def of(self, picture: Path) -> CaptionText | None:
-        """The caption of a picture, or why it is ignored; None where there is none."""
-        stems = (_key(picture.stem), _key(picture.name))
+    def of(self, image: Path) -> CaptionText | None:
+        """The caption of an image, or why it is ignored; None where there is none."""
+        stems = (_key(image.stem), _key(image.name))
         files = [path for stem in stems for path in self._by_stem.get(stem, ())]
-        # The most exact name first: other spellings are for pictures that have no such file.
+        # The most exact name first: other spellings are for images that have no such file.
         files.sort(
             key=lambda path: (
-                path.stem not in (picture.stem, picture.name),
+                path.stem not in (image.stem, image.name),
                 SUFFIXES.index(path.suffix.lower()),
                 path.suffix != path.suffix.lower(),
-                path.stem != picture.stem,
+                path.stem != image.stem,
             )
         )
         if not files:
@@ -137,9 +134,9 @@ class _Captions:
         return found
 
 
-def _picture(path: Path, captions: _Captions, listed: dict[str, CaptionText]) -> Picture:
+def _image(path: Path, captions: _Captions, listed: dict[str, CaptionText]) -> TrainingImage:
     caption = captions.of(path) or listed.get(_key(path.name)) or CaptionText("")
-    return Picture(
+    return TrainingImage(
         source=printable(path.name),
         path=str(path.resolve()),
         caption=caption.text,
@@ -203,7 +200,7 @@ def _layout_note(folders: Iterable[str]) -> str:
             f"Subfolders such as {shown} are not read: kohya's scripts take the number in front "
             f"for repeats, which are set by the epochs here. Train on {shown} itself."
         )
-    return f"Subfolders are not read ({_list(names)}). Move their pictures up to use them."
+    return f"Subfolders are not read ({_list(names)}). Move their images up to use them."
 
 
 def _named(what: str, names: list[str]) -> tuple[str, ...]:

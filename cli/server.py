@@ -19,7 +19,7 @@ class Server:
 
     Attributes:
         settings: The settings.
-        s3: The storage of pictures and models.
+        s3: The storage of images and models.
         state_s3: The storage of the state bucket, which may be another one.
     """
 

@@ -1,4 +1,4 @@
-"""`python main.py train`: the same training on a folder of pictures, with no broker, no S3 and no
+"""`python main.py train`: the same training on a folder of images, with no broker, no S3 and no
 backend."""
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from cli.image_folder import PictureFolder, read_folder
+from cli.image_folder import ImageFolder, read_folder
 from config import TrainerSettings
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.machine import require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.checkpoint_name import order
-from jobs.lora_config import CURVES, HyperParameters, Picture, TrainingRun
+from jobs.lora_config import CURVES, HyperParameters, TrainingImage, TrainingRun
 from jobs.style_order import checked_trigger_word
 from utils.errors import ConfigurationError, TrainingServerError
 from utils.events import Event, Finished
@@ -40,17 +40,17 @@ _TEMPORARY = "tmp"
 _MANIFEST = "manifest.json"
 
 
-def pictures_in(folder: Path) -> tuple[Picture, ...]:
-    """The pictures of a folder, with their captions; see `read_folder`.
+def images_in(folder: Path) -> tuple[TrainingImage, ...]:
+    """The images of a folder, with their captions; see `read_folder`.
 
     Raises:
         ConfigurationError: The folder is missing, empty, or holds too many files.
     """
-    return _contents(folder).pictures
+    return _contents(folder).images
 
 
-def _contents(folder: Path) -> PictureFolder:
-    """A folder's pictures, less what an earlier training has written beside its report."""
+def _contents(folder: Path) -> ImageFolder:
+    """A folder's images, less what an earlier training has written beside its report."""
     return read_folder(folder, ignored=MADE if (folder / REPORT).is_file() else frozenset())
 
 
@@ -66,15 +66,15 @@ def train_folder(
     on_event: Callable[[Event], None],
     stop: StopSignal,
 ) -> Finished:
-    """Train on a folder of pictures.
+    """Train on a folder of images.
 
     Args:
-        folder: The pictures.
-        output: Receives the model's files, and may be the pictures' folder; while training also
+        folder: The images.
+        output: Receives the model's files, and may be the images' folder; while training also
             its checkpoints, in `.training`.
         settings: What does not depend on the job.
         parameters: Hyper-parameters.
-        validation: Folder of pictures that are looked at and not trained on.
+        validation: Folder of images that are looked at and not trained on.
         trigger_word: In front of every prompt, or the empty string.
         resume: Continue from the newest checkpoint in `output`, if there is one.
         on_event: Sees every event of the trainer.
@@ -88,24 +88,24 @@ def train_folder(
     trigger_word = _checked(trigger_word)
     _refuse_unprintable(output, settings.base_model)
     found = _contents(folder)
-    _refuse_to_overwrite(found.pictures, folder, output)
+    _refuse_to_overwrite(found.images, folder, output)
     _look_for_base_model(settings.base_model)
     require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
-    held_out = _contents(validation) if validation else PictureFolder((), ())
+    held_out = _contents(validation) if validation else ImageFolder((), ())
     work = output.resolve() / _WORK
     _make_folder(work, output, emptied=not resume)
     run = TrainingRun(
         task_id="local",
         style_id=0,
         claim=1,
-        pictures=found.pictures,
+        images=found.images,
         parameters=parameters,
         work_folder=str(work),
         resume_from=_newest_checkpoint(work) if resume else None,
         min_images=settings.min_images,
         max_image_pixels=settings.max_image_pixels,
         checkpoint_interval=settings.checkpoint_interval,
-        validation_pictures=held_out.pictures,
+        validation_images=held_out.images,
         trigger_word=trigger_word,
         sample_steps=settings.sample_steps,
         preview_share=settings.preview_share,
@@ -164,9 +164,9 @@ def _checked(trigger_word: str) -> str:
         raise ConfigurationError(f"the trigger word {error}") from error
 
 
-def _refuse_to_overwrite(pictures: tuple[Picture, ...], folder: Path, output: Path) -> None:
-    """A picture that happens to be named as something that a training writes would be lost."""
-    lost = sorted(MADE.intersection(picture.source for picture in pictures))
+def _refuse_to_overwrite(images: tuple[TrainingImage, ...], folder: Path, output: Path) -> None:
+    """An image that happens to be named as something that a training writes would be lost."""
+    lost = sorted(MADE.intersection(image.source for image in images))
     if lost and output.resolve() == folder.resolve():
         raise ConfigurationError(
             f"{output} holds {', '.join(lost)}, which the training would overwrite: choose "

@@ -16,7 +16,7 @@ from config import Settings
 from consumer.life import endings, run_events
 from consumer.life.checkpoint_uploads import CheckpointUploads, clear_up, newest_usable_checkpoint
 from consumer.life.endings import Endings
-from consumer.life.inputs import fetch_pictures, fetch_validation_pictures
+from consumer.life.inputs import fetch_images, fetch_validation_images
 from consumer.life.job_size import require_room
 from consumer.life.lease_relay import relayed
 from consumer.life.progress_reporter import ProgressReporter, queued
@@ -325,7 +325,7 @@ class Pipeline:
             task_id=job.task_id,
             style_id=job.style_id,
             claim=lease.claim_number,
-            pictures=fetch_pictures(s3, settings, job, folder / "pictures", stop),
+            images=fetch_images(s3, settings, job, folder / "pictures", stop),
             parameters=job.hyper_parameters,
             work_folder=str(folder),
             resume_from=newest_usable_checkpoint(
@@ -334,7 +334,7 @@ class Pipeline:
             min_images=settings.min_images,
             max_image_pixels=settings.max_image_pixels,
             checkpoint_interval=settings.checkpoint_interval,
-            validation_pictures=fetch_validation_pictures(
+            validation_images=fetch_validation_images(
                 s3, settings, job, folder / "validation", stop
             ),
             sample_prompts=job.sample_prompts,

@@ -1,7 +1,7 @@
-"""Aspect buckets: every picture keeps its shape, as near as a frame of whole blocks comes to it.
+"""Aspect buckets: every image keeps its shape, as near as a frame of whole blocks comes to it.
 
 A frame has no more pixels than the square of the training size, so it takes no more memory; its
-sides are multiples of 64, which the UNet can halve as often as it does. Pictures of one frame can
+sides are multiples of 64, which the UNet can halve as often as it does. Images of one frame can
 share a batch.
 """
 
@@ -13,12 +13,12 @@ import functools
 BLOCK = 64
 """Pixels: eight of the VAE's, times the three halvings of SD1.5's UNet."""
 MOST_STRETCHED = 4
-"""Times its other side that a frame is long or high at most; a picture, too."""
+"""Times its other side that a frame is long or high at most; an image, too."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Frame:
-    """What a picture is scaled and cropped to.
+    """What an image is scaled and cropped to.
 
     Attributes:
         width, height: In pixels.
@@ -31,20 +31,20 @@ class Frame:
         return f"{self.width} x {self.height}"
 
     def keeps(self, width: int, height: int) -> float:
-        """The part of a picture of this size that is left when it is cropped to the frame."""
+        """The part of an image of this size that is left when it is cropped to the frame."""
         shape, frame = width * self.height, height * self.width
         return min(shape, frame) / max(shape, frame)
 
     def enlarges(self, width: int, height: int) -> bool:
-        """Whether a picture of this size has fewer pixels than the frame shows."""
+        """Whether an image of this size has fewer pixels than the frame shows."""
         return width < self.width or height < self.height
 
 
 def frame_for(width: int, height: int, resolution: int) -> Frame:
-    """The frame that cuts least off a picture.
+    """The frame that cuts least off an image.
 
     Args:
-        width, height: Of the picture, upright.
+        width, height: Of the image, upright.
         resolution: The training size, a multiple of `BLOCK`.
     """
     return max(_frames(resolution), key=lambda frame: frame.keeps(width, height))

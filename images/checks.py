@@ -1,4 +1,4 @@
-"""What a decoded picture shows: enough, once, sharply? Measured on small copies of it.
+"""What a decoded image shows: enough, once, sharply? Measured on small copies of it.
 
 The limits were set on photographs, sound ones and the same ones blurred step by step;
 `tests/unit/images/test_checks.py` holds them to that.
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from images.buckets import MOST_STRETCHED
-from images.colour import UnusablePicture
+from images.colour import UnusableImage
 from images.intake import MOTIF
 
 log = logging.getLogger(__name__)
 
 LEAST_PART = 4
-"""A picture whose shorter side is less than this part of the training size shows blocks."""
+"""An image whose shorter side is less than this part of the training size shows blocks."""
 ONE_COLOUR = 8
 """Values of 255 within which everything looks like one colour."""
 NEARLY_ALL = 0.98
@@ -29,19 +29,19 @@ LEAST_SHARPNESS = 8.0
 """Variance of the Laplacian in the sharpest parts of a copy 512 pixels wide: photographs have 180
 and more; blurred by 1 % of their width, less than 6."""
 GREY = 2.0
-"""Mean difference of the colour channels, of 255, below which a picture has no colour."""
+"""Mean difference of the colour channels, of 255, below which an image has no colour."""
 SAME_MOTIF = 4
-"""Bits of 64 in which the perceptual hashes of two copies of one picture differ at most."""
+"""Bits of 64 in which the perceptual hashes of two copies of one image differ at most."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Looks:
-    """What one picture looks like.
+    """What one image looks like.
 
     Attributes:
-        warnings: What the artist should know, to follow the picture's name in a sentence.
+        warnings: What the artist should know, to follow the image's name in a sentence.
         is_grey: It has no colour.
-        pixels: SHA-256 of its pixels: the same picture in another file has the same.
+        pixels: SHA-256 of its pixels: the same image in another file has the same.
         motif: Its perceptual hash; None where the library is not installed, or none was made.
     """
 
@@ -51,38 +51,38 @@ class Looks:
     motif: NDArray[np.bool_] | None
 
     def shows_the_same(self, other: Looks) -> bool:
-        """Whether both look like copies of one picture: resized, recompressed, touched up."""
+        """Whether both look like copies of one image: resized, recompressed, touched up."""
         if self.motif is None or other.motif is None:
             return False
         return int((self.motif != other.motif).sum()) <= SAME_MOTIF
 
 
 def look_at(image: Image.Image, *, resolution: int, size: tuple[int, int] | None = None) -> Looks:
-    """Judge a picture by what it shows; its motif is for `motif_of`.
+    """Judge an image by what it shows; its motif is for `motif_of`.
 
     Args:
         image: Upright, RGB.
-        resolution: Side of the training pictures in pixels.
-        size: Of the picture that `image` is a smaller copy of.
+        resolution: Side of the training images in pixels.
+        size: Of the image that `image` is a smaller copy of.
 
     Raises:
-        UnusablePicture: There is nothing to learn from it; says why.
+        UnusableImage: There is nothing to learn from it; says why.
     """
     width, height = size or image.size
     least = max(8, resolution // LEAST_PART)
     if min(width, height) < least:
-        raise UnusablePicture(
+        raise UnusableImage(
             f"is too small ({width} x {height} pixels; at least {least} are needed on each side)",
             (width, height),
         )
     if max(width, height) > MOST_STRETCHED * min(width, height):
-        raise UnusablePicture(
+        raise UnusableImage(
             f"is too long and narrow ({width} x {height} pixels); cut a part out of it",
             (width, height),
         )
     small = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).astype(np.int16)
     if int((small.max(axis=(0, 1)) - small.min(axis=(0, 1))).max()) <= ONE_COLOUR:
-        raise UnusablePicture("shows nothing: it is a single colour", (width, height))
+        raise UnusableImage("shows nothing: it is a single colour", (width, height))
     warnings = []
     away = np.abs(small - np.median(small, axis=(0, 1))).max(axis=2)
     if float((away <= ONE_COLOUR).mean()) >= NEARLY_ALL:
@@ -99,13 +99,13 @@ def look_at(image: Image.Image, *, resolution: int, size: tuple[int, int] | None
 
 
 def motif_copy(image: Image.Image) -> Image.Image:
-    """The small grey copy that shows a picture's motif."""
+    """The small grey copy that shows an image's motif."""
     return image.convert("L").resize((MOTIF, MOTIF), Image.Resampling.LANCZOS)
 
 
 def _sharpness(image: Image.Image) -> float:
-    """Variance of the Laplacian in the sharpest twentieth of the picture's parts: a sharp subject
-    before a soft background is a sharp picture."""
+    """Variance of the Laplacian in the sharpest twentieth of the image's parts: a sharp subject
+    before a soft background is a sharp image."""
     grey = image.convert("L")
     grey.thumbnail((512, 512), Image.Resampling.LANCZOS)
     values = np.asarray(grey).astype(np.float32)
@@ -126,7 +126,7 @@ def _sharpness(image: Image.Image) -> float:
 
 
 def motif_of(copy: Image.Image) -> NDArray[np.bool_] | None:
-    """The perceptual hash of a picture.
+    """The perceptual hash of an image.
 
     Args:
         copy: From `motif_copy`.

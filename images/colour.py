@@ -1,7 +1,7 @@
 """Every way of storing colours, brought to 8-bit sRGB by a stated rule.
 
-How a picture is converted is decided once, from its mode and its profile; the pixels then go
-through in strips, so that a large picture is never in memory twice.
+How an image is converted is decided once, from its mode and its profile; the pixels then go
+through in strips, so that a large image is never in memory twice.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _NOTES = {
 _GREY = ("1", "L", "LA", "La")
 
 
-class UnusablePicture(Exception):
-    """The picture cannot be used; the message says why, to follow the picture's name in a sentence.
+class UnusableImage(Exception):
+    """The image cannot be used; the message says why, to follow the image's name in a sentence.
 
     Attributes:
         size: Width and height where they could be read.
@@ -63,18 +63,18 @@ class Stored:
 def to_srgb(
     image: Image.Image, stored: Stored = Stored(), *, reduced_by: int = 1
 ) -> tuple[Image.Image, tuple[str, ...], tuple[str, ...]]:
-    """Bring a decoded picture to 8-bit sRGB without transparency.
+    """Bring a decoded image to 8-bit sRGB without transparency.
 
     Args:
         image: As decoded.
         stored: How the file stores its colours.
-        reduced_by: Pixels of the picture on each side of one of the result's.
+        reduced_by: Pixels of the image on each side of one of the result's.
 
     Returns:
-        The picture; what was done to it; what the artist should know.
+        The image; what was done to it; what the artist should know.
 
     Raises:
-        UnusablePicture: It stores colours that cannot be read as they were meant.
+        UnusableImage: It stores colours that cannot be read as they were meant.
     """
     profile, notes = _fitting(image, stored)
     convert = _converter(image, stored, profile)
@@ -102,7 +102,7 @@ def _fitting(image: Image.Image, stored: Stored) -> tuple[Profile | None, tuple[
     """The profile, if it changes these pixels, and notes about what is done.
 
     Raises:
-        UnusablePicture: The profile needs bits that the decoder drops.
+        UnusableImage: The profile needs bits that the decoder drops.
     """
     deep_grey = ("was 16-bit grey, converted to 8-bit colour",)
     notes = deep_grey if stored.levels else _NOTES.get(image.mode, ())
@@ -114,7 +114,7 @@ def _fitting(image: Image.Image, stored: Stored) -> tuple[Profile | None, tuple[
             "has a colour profile for another kind of colours, which was ignored",
         )
     if stored.is_deep and profile.is_steep:
-        raise UnusablePicture(
+        raise UnusableImage(
             f"has 16 bits a colour in the colour space {profile.name!r}, which cannot be converted "
             "without loss; export it as an 8-bit sRGB PNG",
             image.size,
@@ -124,7 +124,7 @@ def _fitting(image: Image.Image, stored: Stored) -> tuple[Profile | None, tuple[
 
 
 def _fits(image: Image.Image, mode: str, *, is_grey: bool) -> bool:
-    """Whether pixels of this picture can be brought to the mode without changing their meaning."""
+    """Whether pixels of this image can be brought to the mode without changing their meaning."""
     if mode == "L":
         return is_grey or image.mode in _GREY or _has_grey_palette(image)
     if mode == "RGB":
@@ -143,7 +143,7 @@ def _has_grey_palette(image: Image.Image) -> bool:
 def _converter(
     image: Image.Image, stored: Stored, profile: Profile | None
 ) -> Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]:
-    """What makes RGB pixels, and their opacity where there is one, of a part of the picture."""
+    """What makes RGB pixels, and their opacity where there is one, of a part of the image."""
     mode = profile.mode if profile else "RGB"
 
     def colours_of(part: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Whether the first picture in a file is the picture, and how the file stores its colours."""
+"""Whether the first image in a file is the image, and how the file stores its colours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 
 from PIL import Image, TiffImagePlugin
 
-from images.colour import Stored, UnusablePicture
+from images.colour import Stored, UnusableImage
 from images.profiles import (
     ADOBE_GAMMA,
     ADOBE_RGB,
@@ -18,8 +18,8 @@ from images.profiles import (
 )
 
 _EXPORT = "export it as an 8-bit PNG"
-RAW = f"is a camera's raw file, which holds only a preview as a picture; {_EXPORT}"
-PREVIEW = f"begins with a small preview instead of the picture; {_EXPORT}"
+RAW = f"is a camera's raw file, which holds only a preview as an image; {_EXPORT}"
+PREVIEW = f"begins with a small preview instead of the image; {_EXPORT}"
 
 _SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
 _SUB_IFDS, _DNG_VERSION, _TIFF_EP = 330, 50706, 37398
@@ -37,10 +37,10 @@ _EXIF_IFD, _INTEROP_IFD, _COLOUR_SPACE, _INTEROP_INDEX = 0x8769, 0xA005, 0xA001,
 
 
 def refuse_previews(image: Image.Image, content: bytes) -> None:
-    """Refuse a file whose first picture is a thumbnail of what it holds.
+    """Refuse a file whose first image is a thumbnail of what it holds.
 
     Raises:
-        UnusablePicture: Says which kind of file it is.
+        UnusableImage: Says which kind of file it is.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
@@ -48,9 +48,9 @@ def refuse_previews(image: Image.Image, content: bytes) -> None:
     reduced = _first(tags.get(_SUBFILE_TYPE, 0)) & _REDUCED
     is_raw = _DNG_VERSION in tags or _TIFF_EP in tags or content[8:10] == b"CR"
     if is_raw or (reduced and _SUB_IFDS in tags):
-        raise UnusablePicture(RAW, image.size)
+        raise UnusableImage(RAW, image.size)
     if reduced:
-        raise UnusablePicture(PREVIEW, image.size)
+        raise UnusableImage(PREVIEW, image.size)
 
 
 def stored_in(
@@ -67,7 +67,7 @@ def stored_in(
         The rule for its colours, and notes about what is ignored.
 
     Raises:
-        UnusablePicture: It stores numbers whose meaning is not known for certain.
+        UnusableImage: It stores numbers whose meaning is not known for certain.
     """
     levels = _levels(image)
     profile, notes = _profile(image, coding or _coding_of_avif(image, content))
@@ -80,7 +80,7 @@ def _levels(image: Image.Image) -> tuple[int, ...] | None:
     """The table from a deep grey to 8 bits, by the range that the file states.
 
     Raises:
-        UnusablePicture: It states none, or one that is not whole numbers from 0.
+        UnusableImage: It states none, or one that is not whole numbers from 0.
     """
     bits, inverted = 16, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -89,15 +89,15 @@ def _levels(image: Image.Image) -> tuple[int, ...] | None:
         inverted = _first(tags.get(_PHOTOMETRIC, 1)) == _WHITE_IS_ZERO
         kind = _first(tags.get(_SAMPLE_FORMAT, _UNSIGNED))
         if kind == _FLOAT:
-            raise UnusablePicture(f"stores floating-point values; {_EXPORT}", image.size)
+            raise UnusableImage(f"stores floating-point values; {_EXPORT}", image.size)
         if kind not in (_UNSIGNED, _UNDEFINED):
-            raise UnusablePicture(f"stores signed numbers; {_EXPORT}", image.size)
+            raise UnusableImage(f"stores signed numbers; {_EXPORT}", image.size)
     if image.mode == "F":
-        raise UnusablePicture(f"stores floating-point values; {_EXPORT}", image.size)
+        raise UnusableImage(f"stores floating-point values; {_EXPORT}", image.size)
     if not image.mode.startswith("I"):
         return None
     if not 8 < bits <= 16 or (image.mode == "I" and image.format != "PNG"):
-        raise UnusablePicture(f"stores greys of {bits} bits; {_EXPORT}", image.size)
+        raise UnusableImage(f"stores greys of {bits} bits; {_EXPORT}", image.size)
     top = 2**bits - 1
     table = [min(255, round(255 * value / top)) for value in range(65536)]
     return tuple(255 - level for level in table) if inverted else tuple(table)
@@ -116,7 +116,7 @@ def _profile(
     """The colour space that the file names, the most exact way first; None where it is sRGB.
 
     Raises:
-        UnusablePicture: It names one that is not known here.
+        UnusableImage: It names one that is not known here.
     """
     notes: tuple[str, ...] = ()
     if content := image.info.get("icc_profile"):
@@ -138,7 +138,7 @@ def _coded(image: Image.Image, coding: tuple[int, ...]) -> Profile | None:
             return None
         if primaries == _P3_PRIMARIES:
             return known_profile("Display P3", colorants=DISPLAY_P3)
-    raise UnusablePicture(
+    raise UnusableImage(
         f"is coded for other screens (primaries {primaries}, transfer {transfer}, such as HDR); "
         "export it in sRGB",
         image.size,
@@ -160,7 +160,7 @@ def _from_gamma(image: Image.Image) -> Profile | None:
         abs(stated - usual) > _CHROMATICITY_TOLERANCE
         for stated, usual in zip(chromaticity, _CHROMATICITY, strict=True)
     ):
-        raise UnusablePicture(
+        raise UnusableImage(
             "states primary colours that are not sRGB's and has no colour profile; export it in "
             "sRGB",
             image.size,
@@ -170,7 +170,7 @@ def _from_gamma(image: Image.Image) -> Profile | None:
     if abs(gamma - _GAMMA) <= _GAMMA_TOLERANCE:
         return None
     if not 0.1 <= gamma <= 10:
-        raise UnusablePicture(f"states a gamma of {gamma:g}; export it in sRGB", image.size)
+        raise UnusableImage(f"states a gamma of {gamma:g}; export it in sRGB", image.size)
     return known_profile(f"sRGB with a gamma of {1 / gamma:.3g}", gamma=1 / gamma)
 
 

@@ -1,4 +1,4 @@
-"""The decoder process as the trainer sees it: pictures go in by path and come out as pixels, or
+"""The decoder process as the trainer sees it: images go in by path and come out as pixels, or
 with the reason why not."""
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from utils.events import decode, encode
 log = logging.getLogger(__name__)
 
 SECONDS = 8
-"""Of computing time that one picture may take: the largest that are allowed take two or three."""
+"""Of computing time that one image may take: the largest that are allowed take two or three."""
 MEMORY_BYTES = 1024**3
 """By which the decoder may grow."""
 PATIENCE_SECONDS = 60.0
-"""On the clock for one picture, on a machine that is busy, or a disk that hangs."""
+"""On the clock for one image, on a machine that is busy, or a disk that hangs."""
 TOO_SLOW = (
     "takes longer than {seconds} seconds to decode, as files do that were made to; export it as an "
     "ordinary JPEG or PNG"
@@ -40,7 +40,7 @@ _LONGEST_LINE = 1 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one picture.
+    """What became of one image.
 
     Attributes:
         fact: Whether it can be used, and what it is.
@@ -56,12 +56,12 @@ class Answer:
 
 
 class Decoder:
-    """Decodes pictures in a process of its own, which starts at once and is replaced if it dies.
+    """Decodes images in a process of its own, which starts at once and is replaced if it dies.
 
     Args:
-        seconds: Of computing time for each picture.
+        seconds: Of computing time for each image.
         memory: Bytes by which the process may grow.
-        patience: Seconds on the clock for each picture.
+        patience: Seconds on the clock for each image.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class Decoder:
         *,
         should_stop: Callable[[], StopReason | None] = lambda: None,
     ) -> Iterator[Answer]:
-        """Decode pictures in order, each one while the caller works on the one before it.
+        """Decode images in order, each one while the caller works on the one before it.
 
         Args:
-            requests: The pictures.
-            should_stop: Asked while a picture is decoded.
+            requests: The images.
+            should_stop: Asked while an image is decoded.
 
         Raises:
             Stopped: `should_stop` gave a reason.
@@ -128,7 +128,7 @@ class Decoder:
             self.close()
             if not death.was_ready:
                 raise WorkerCrashed(
-                    f"The picture decoder could not be started ({death}); its last log lines say "
+                    f"The image decoder could not be started ({death}); its last log lines say "
                     "why."
                 ) from death
             log.warning("decoder_died", extra={"reason": str(death)})

@@ -1,7 +1,7 @@
 """The decoder process: `python -m images.decoding SECONDS BYTES`.
 
-Pictures come from strangers, and decoders are C libraries: one file may crash them, or keep them
-busy for minutes. So they run here, with limits of time and memory for each picture, and the trainer
+Images come from strangers, and decoders are C libraries: one file may crash them, or keep them
+busy for minutes. So they run here, with limits of time and memory for each image, and the trainer
 goes on if this process dies. Requests come in as lines of JSON; out goes a line of JSON for each,
 and then the bytes that it announces. It ends with its pipe.
 """
@@ -26,7 +26,7 @@ from images.buckets import frame_for
 from images.checks import look_at, motif_copy
 from images.intake import THUMBNAIL, Ready, Refused, Request, Taken
 from images.profiles import MOST_PROFILE_BYTES
-from images.vetting import UnusablePicture, Vetted, vet
+from images.vetting import UnusableImage, Vetted, vet
 from utils.events import decode, encode
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     """Answer requests until the pipe ends.
 
     Args:
-        arguments: Seconds of computing time, and bytes of memory, that one picture may take.
+        arguments: Seconds of computing time, and bytes of memory, that one image may take.
     """
     seconds, memory = (int(each) for each in arguments)
     # C libraries print what they please; the pipe is for answers alone.
@@ -64,7 +64,7 @@ def _limit(memory: int) -> None:
 
 
 def _allow(seconds: int) -> None:
-    """Let the kernel end this process once the next picture has taken so long."""
+    """Let the kernel end this process once the next image has taken so long."""
     until = math.ceil(time.process_time() + seconds)
     with contextlib.suppress(ValueError, OSError):  # an operator's own limit may be lower
         resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
@@ -78,8 +78,8 @@ def _answer(request: Request, answers: BinaryIO) -> None:
         identity = hashlib.sha256(content).hexdigest()
         del content
         thumbnail = _thumbnail(vetted.image)
-        fact, *pictures = _taken(vetted, request.resolution, identity, len(thumbnail))
-    except UnusablePicture as unusable:
+        fact, *images = _taken(vetted, request.resolution, identity, len(thumbnail))
+    except UnusableImage as unusable:
         width, height = unusable.size or (None, None)
         answers.write(encode(Refused(str(unusable), width, height, len(thumbnail))))
     except OSError:
@@ -91,8 +91,8 @@ def _answer(request: Request, answers: BinaryIO) -> None:
         answers.write(encode(Refused(reason, thumbnail=len(thumbnail))))
     else:
         answers.write(encode(fact))
-        for picture in pictures:
-            answers.write(picture)
+        for image in images:
+            answers.write(image)
     answers.write(thumbnail)
 
 
@@ -102,7 +102,7 @@ def _taken(
     """The facts, the pixels of the frame, and the grey copy that shows the motif.
 
     Raises:
-        UnusablePicture: There is nothing to learn from the picture.
+        UnusableImage: There is nothing to learn from the image.
     """
     looks = look_at(vetted.image, resolution=resolution, size=vetted.size)
     frame = frame_for(*vetted.size, resolution)

@@ -1,4 +1,4 @@
-"""What the decoder says of one picture: facts and small pictures, never the file itself."""
+"""What the decoder says of one image: facts and small images, never the file itself."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import dataclasses
 THUMBNAIL = 320
 """Side of a thumbnail in pixels."""
 MOTIF = 32
-"""Side in pixels of the grey copy that a picture's motif is recognised by."""
+"""Side in pixels of the grey copy that an image's motif is recognised by."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
-    """Ask the decoder for a picture.
+    """Ask the decoder for an image.
 
     Attributes:
         path: Its file.
-        max_pixels: Larger pictures are refused.
-        resolution: Side of the training pictures in pixels.
+        max_pixels: Larger images are refused.
+        resolution: Side of the training images in pixels.
     """
 
     path: str
@@ -32,10 +32,10 @@ class Ready:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Refused:
-    """The picture cannot be used.
+    """The image cannot be used.
 
     Attributes:
-        reason: To follow the picture's name in a sentence.
+        reason: To follow the image's name in a sentence.
         width, height: In pixels, where they are known.
         thumbnail: Bytes of a JPEG that follow.
     """
@@ -48,11 +48,11 @@ class Refused:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Taken:
-    """The picture can be used.
+    """The image can be used.
 
     Attributes:
         identity: SHA-256 of the file.
-        width, height: Of the picture, upright, in pixels.
+        width, height: Of the image, upright, in pixels.
         decoded: What the file was.
         notes: What was done to it.
         warnings: What the artist should know of the file.

@@ -1,4 +1,4 @@
-"""PNG files without the metadata that nothing here reads, so that it cannot spoil the picture.
+"""PNG files without the metadata that nothing here reads, so that it cannot spoil the image.
 
 A text of more than a megabyte or a checksum that is wrong in a comment makes Pillow refuse the
 whole file; neither has anything to do with the pixels.
@@ -80,7 +80,7 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _says_how_it_lies(name: bytes, chunk: memoryview) -> bool:
-    """Whether it is a text in which other programs keep the picture's orientation, and of a
+    """Whether it is a text in which other programs keep the image's orientation, and of a
     bounded length."""
     if name not in (b"tEXt", b"zTXt", b"iTXt") or not _is_sound(chunk):
         return False

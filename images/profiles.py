@@ -41,13 +41,13 @@ class UnusableProfile(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Profile:
-    """A colour space that a picture's numbers are in.
+    """A colour space that an image's numbers are in.
 
     Attributes:
         name: For people.
         mode: The mode that pixels must have for `to_srgb`.
         is_srgb: The numbers mean what sRGB's mean.
-        is_steep: Some levels are so far apart in sRGB that a picture of 16 bits, read in 8, shows
+        is_steep: Some levels are so far apart in sRGB that an image of 16 bits, read in 8, shows
             wrong colours.
         transform: To sRGB.
         levels: For greys, the red, green and blue of each of 256 levels.
@@ -76,7 +76,7 @@ def read_profile(content: bytes) -> Profile:
     Whether it is sRGB is judged by what it does to colours, never by its name.
 
     Raises:
-        UnusableProfile: It is damaged, or of a kind that pictures do not have.
+        UnusableProfile: It is damaged, or of a kind that images do not have.
     """
     if len(content) > MOST_PROFILE_BYTES:
         raise UnusableProfile("a colour profile that is too large")

@@ -1,4 +1,4 @@
-"""Whether a file is a picture that can be trained on, judged by its content alone."""
+"""Whether a file is an image that can be trained on, judged by its content alone."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import warnings
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from images import png_metadata
-from images.colour import Stored, UnusablePicture, to_srgb
+from images.colour import Stored, UnusableImage, to_srgb
 from images.containers import RAW, refuse_previews, stored_in
 
-__all__ = ["FORMATS", "UnusablePicture", "Vetted", "vet"]
+__all__ = ["FORMATS", "UnusableImage", "Vetted", "vet"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 """What may be opened. Pillow knows more, and starts other programs for some of them."""
 MOST_DECODED_BYTES = 512 * 1024**2
-"""Memory that the pixels of one picture may take in the decoder."""
+"""Memory that the pixels of one image may take in the decoder."""
 LARGE = 32_000_000
-"""Pixels. A larger picture is made smaller while it is read: no more than that is trained on."""
+"""Pixels. A larger image is made smaller while it is read: no more than that is trained on."""
 
 _SIGNATURES = (
-    (b"<!doctype", "is a web page, not a picture"),
-    (b"<html", "is a web page, not a picture"),
-    (b"<?xml", "is a text file (XML or SVG), not a picture; export it as PNG"),
-    (b"<svg", "is a drawing (SVG), not a picture; export it as PNG"),
-    (b"%pdf", "is a PDF, not a picture; export it as PNG"),
-    (b"{", "is a text file, not a picture"),
+    (b"<!doctype", "is a web page, not an image"),
+    (b"<html", "is a web page, not an image"),
+    (b"<?xml", "is a text file (XML or SVG), not an image; export it as PNG"),
+    (b"<svg", "is a drawing (SVG), not an image; export it as PNG"),
+    (b"%pdf", "is a PDF, not an image; export it as PNG"),
+    (b"{", "is a text file, not an image"),
 )
 _RAW_SIGNATURES = (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -41,14 +41,14 @@ _ORIENTATION = 0x0112
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Vetted:
-    """A picture that can be used.
+    """An image that can be used.
 
     Attributes:
-        image: Upright, 8-bit sRGB; smaller than the file's picture if that is larger than `LARGE`.
+        image: Upright, 8-bit sRGB; smaller than the file's image if that is larger than `LARGE`.
         decoded: What the file was: format, size as stored, colour mode.
         notes: What was done to it.
         warnings: What the artist should know.
-        size: Of the file's picture, upright.
+        size: Of the file's image, upright.
     """
 
     image: Image.Image
@@ -59,17 +59,17 @@ class Vetted:
 
 
 def vet(content: bytes, *, max_pixels: int) -> Vetted:
-    """Decode a picture and bring it to upright 8-bit RGB.
+    """Decode an image and bring it to upright 8-bit RGB.
 
     Args:
         content: The file's bytes.
         max_pixels: A header that announces more is refused before anything is decoded.
 
     Raises:
-        UnusablePicture: Says why.
+        UnusableImage: Says why.
     """
     if not content:
-        raise UnusablePicture("is an empty file")
+        raise UnusableImage("is an empty file")
     png = png_metadata.Png(content)
     if content.startswith(png_metadata.SIGNATURE):
         png = png_metadata.tidied(content)
@@ -100,11 +100,11 @@ def _open(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise UnusablePicture("announces far too many pixels to be decoded safely") from error
+        raise UnusableImage("announces far too many pixels to be decoded safely") from error
     except UnidentifiedImageError as error:
-        raise UnusablePicture(_what_else(content)) from error
+        raise UnusableImage(_what_else(content)) from error
     except Exception as error:  # a damaged header surfaces as nearly any exception
-        raise UnusablePicture("is damaged: its header cannot be read") from error
+        raise UnusableImage("is damaged: its header cannot be read") from error
 
 
 def _what_else(content: bytes) -> str:
@@ -120,24 +120,24 @@ def _what_else(content: bytes) -> str:
             "8-bit PNG"
         )
     if content.startswith(_GZIP):
-        return "is compressed as a whole (gzip); upload the picture itself"
+        return "is compressed as a whole (gzip); upload the image itself"
     if content[4:8] == b"ftyp" and content[8:12] in _HEIC_BRANDS:
         return "is in Apple's HEIC format; export it as JPEG or PNG"
-    return "is not a picture in a known format (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF)"
+    return "is not an image in a known format (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF)"
 
 
 def _refuse_by_header(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width < 1 or height < 1:
-        raise UnusablePicture("has no pixels")
+        raise UnusableImage("has no pixels")
     if width * height > max_pixels:
-        raise UnusablePicture(
+        raise UnusableImage(
             f"has {width} x {height} pixels, more than the {max_pixels:,} that are allowed",
             image.size,
         )
     needed = width * height * _BYTES.get(image.mode, 4)
     if needed > MOST_DECODED_BYTES:
-        raise UnusablePicture(
+        raise UnusableImage(
             f"would take {needed / 1024**2:,.0f} MiB of memory to decode, more than the "
             f"{MOST_DECODED_BYTES / 1024**2:,.0f} MiB that are allowed; export it smaller",
             image.size,
@@ -145,14 +145,14 @@ def _refuse_by_header(image: Image.Image, max_pixels: int) -> None:
 
 
 def _first_of_several(image: Image.Image) -> tuple[str, ...]:
-    """A warning where only the first picture of the file is used.
+    """A warning where only the first image of the file is used.
 
     A phone's MPO holds a second view of the photograph; all else with frames moves or has pages.
     """
     try:
         several = image.format != "MPO" and bool(getattr(image, "is_animated", False))
     except Exception as error:  # looking for a second one walks through the file
-        raise UnusablePicture("is damaged or cut off: it cannot be decoded", image.size) from error
+        raise UnusableImage("is damaged or cut off: it cannot be decoded", image.size) from error
     return ("is animated or has several pages; only the first was used",) if several else ()
 
 
@@ -160,10 +160,10 @@ def _stored(image: Image.Image, png: png_metadata.Png) -> tuple[Stored, tuple[st
     """How its colours are stored, with notes on what was ignored."""
     try:
         stored, notes = stored_in(image, png.coding, png.content)
-    except UnusablePicture:
+    except UnusableImage:
         raise
     except Exception as error:  # tags may hold anything
-        raise UnusablePicture("is damaged: its header cannot be read", image.size) from error
+        raise UnusableImage("is damaged: its header cannot be read", image.size) from error
     if png.damaged:
         notes += (f"has damaged metadata ({', '.join(png.damaged)}), which was ignored",)
     if stored.is_deep and not stored.levels:
@@ -172,7 +172,7 @@ def _stored(image: Image.Image, png: png_metadata.Png) -> tuple[Stored, tuple[st
 
 
 def _shrunk(image: Image.Image) -> int:
-    """How many pixels on each side of a large picture become one; a JPEG decodes them so."""
+    """How many pixels on each side of a large image become one; a JPEG decodes them so."""
     factor = math.ceil(math.sqrt(image.width * image.height / LARGE))
     if factor > 1 and image.format in ("JPEG", "MPO"):
         image.draft(image.mode, (image.width // 2, image.height // 2))
@@ -183,15 +183,15 @@ def _shrunk(image: Image.Image) -> int:
 def _converted(
     image: Image.Image, stored: Stored, reduced_by: int, size: tuple[int, int]
 ) -> tuple[Image.Image, tuple[str, ...], tuple[str, ...]]:
-    """`to_srgb`, where whatever a rare way of storing colours raises is this picture's alone."""
+    """`to_srgb`, where whatever a rare way of storing colours raises is this image's alone."""
     try:
         return to_srgb(image, stored, reduced_by=reduced_by)
-    except UnusablePicture:
+    except UnusableImage:
         raise
     except MemoryError as error:
-        raise UnusablePicture("is too large to be converted", size) from error
+        raise UnusableImage("is too large to be converted", size) from error
     except Exception as error:
-        raise UnusablePicture(
+        raise UnusableImage(
             f"stores its colours in a way that cannot be read ({image.mode}); export it as PNG",
             size,
         ) from error
@@ -201,15 +201,15 @@ def _decode(image: Image.Image, size: tuple[int, int]) -> None:
     try:
         image.load()
     except MemoryError as error:
-        raise UnusablePicture("is too large to be decoded", size) from error
+        raise UnusableImage("is too large to be decoded", size) from error
     except Exception as error:  # decoders raise nearly anything on damaged data
         if "memory" in str(error):  # as Pillow's own decoders say it
-            raise UnusablePicture("is too large to be decoded", size) from error
-        raise UnusablePicture("is damaged or cut off: it cannot be decoded", size) from error
+            raise UnusableImage("is too large to be decoded", size) from error
+        raise UnusableImage("is damaged or cut off: it cannot be decoded", size) from error
 
 
 def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:
-    """How the picture lies, as its EXIF data says; unreadable EXIF data does no harm."""
+    """How the image lies, as its EXIF data says; unreadable EXIF data does no harm."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # pylint: disable=broad-exception-caught  # damaged metadata, in any way

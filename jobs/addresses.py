@@ -1,4 +1,4 @@
-"""Where a picture lies, read from the many ways of writing it down.
+"""Where an image lies, read from the many ways of writing it down.
 
 An address only names a bucket and a key; the object is always fetched through the configured S3
 endpoint, never from a host that a message names.
@@ -68,13 +68,13 @@ class S3Location:
 
 
 class BrokenAddress(ValueError):
-    """It asks for nothing that is forbidden, only nothing can lie there: one picture less."""
+    """It asks for nothing that is forbidden, only nothing can lie there: one image less."""
 
 
 def read_address(
     address: str, *, default_bucket: str, endpoint: str | None, allowed: Collection[str]
 ) -> tuple[str, S3Location]:
-    """Bucket and key of a picture's address.
+    """Bucket and key of an image's address.
 
     Args:
         address: `s3://bucket/key`, `gs://bucket/key`, an https address of S3 or of the endpoint
@@ -82,7 +82,7 @@ def read_address(
             rest may be a signature, and `unused_parts` names what is neither), or a bare key.
         default_bucket: Bucket of a bare key.
         endpoint: The store's own address, if it is not AWS's.
-        allowed: Buckets that pictures may be read from.
+        allowed: Buckets that images may be read from.
 
     Returns:
         The address as it may be shown (of its query the version alone), and the location.

@@ -1,4 +1,4 @@
-"""What a run is told: pictures, hyper-parameters with their limits and defaults, and the options of
+"""What a run is told: images, hyper-parameters with their limits and defaults, and the options of
 the trainer process.
 
 The dataclasses here cross the pipe as JSON. `HyperParameters` is the only place that knows a
@@ -46,7 +46,7 @@ class HyperParameters:
         ValueError: A value is outside its limits; the message names the parameter.
     """
 
-    epochs: int = _parameter(100, "passes over the pictures", low=1, high=1000)
+    epochs: int = _parameter(100, "passes over the images", low=1, high=1000)
     learning_rate: float = _parameter(
         1e-4, "peak learning rate; Prodigy finds its own and does not read it", low=1e-7, high=1e-2
     )
@@ -56,11 +56,11 @@ class HyperParameters:
         "Prodigy, which finds the rate itself (arXiv:2306.06101)",
         choices=OPTIMIZERS,
     )
-    batch_size: int = _parameter(1, "pictures a forward pass", low=1, high=16)
-    # As many as a step of 64 batches of 16 pictures has where memory allows one picture at a time.
+    batch_size: int = _parameter(1, "images a forward pass", low=1, high=16)
+    # As many as a step of 64 batches of 16 images has where memory allows one image at a time.
     gradient_accumulation_steps: int = _parameter(1, "batches an optimizer step", low=1, high=1024)
     resolution: int = _parameter(
-        512, "side of the training pictures in pixels, a multiple of 64", low=64, high=1024
+        512, "side of the training images in pixels, a multiple of 64", low=64, high=1024
     )
     rank: int = _parameter(16, "rank of the LoRA (arXiv:2106.09685)", low=1, high=256)
     alpha: float = _parameter(
@@ -142,8 +142,8 @@ class HyperParameters:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture that the message asked for.
+class TrainingImage:
+    """One image that the message asked for.
 
     Attributes:
         source: Its address as the message spelt it: what a person will recognise in the report.
@@ -168,12 +168,12 @@ class TrainingRun:
         task_id: The job.
         style_id: The style that the job trains.
         claim: Number of the claim under which the run is done; it is written into every checkpoint.
-        pictures: In the order of the message.
+        images: In the order of the message.
         parameters: Hyper-parameters in force.
         work_folder: Absolute folder of the run; the trainer writes only below it.
         resume_from: Absolute folder of a complete checkpoint of this job, or None.
-        min_images: Fewer usable pictures than this fail the run.
-        max_image_pixels: Larger pictures are left out.
+        min_images: Fewer usable images than this fail the run.
+        max_image_pixels: Larger images are left out.
         checkpoint_interval: Epochs between checkpoints.
         validation_pictures: Never trained on: the probe looks at them.
         sample_prompts: What samples are painted of; none: the captions.
@@ -187,14 +187,14 @@ class TrainingRun:
     task_id: str
     style_id: int
     claim: int
-    pictures: tuple[Picture, ...]
+    images: tuple[TrainingImage, ...]
     parameters: HyperParameters
     work_folder: str
     resume_from: str | None = None
     min_images: int = 3
     max_image_pixels: int = 100_000_000
     checkpoint_interval: int = 10
-    validation_pictures: tuple[Picture, ...] = ()
+    validation_images: tuple[TrainingImage, ...] = ()
     sample_prompts: tuple[str, ...] = ()
     trigger_word: str = ""
     sample_steps: int = 25

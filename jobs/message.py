@@ -66,7 +66,7 @@ def parse(body: bytes, *, message_id: str | None, settings: Settings) -> Trainin
     Args:
         body: The message: any bytes at all.
         message_id: AMQP's `message_id`; one that could not be a task id counts as absent.
-        settings: Default parameters, default bucket, endpoint, and the buckets that pictures may
+        settings: Default parameters, default bucket, endpoint, and the buckets that images may
             come from.
 
     Raises:
@@ -198,8 +198,8 @@ def _job(
     )
 
 
-def _mismatch(captions: int, pictures: int) -> str:
-    return f"has {counted(captions, 'entry', 'entries')} for {counted(pictures, 'picture')}"
+def _mismatch(captions: int, images: int) -> str:
+    return f"has {counted(captions, 'entry', 'entries')} for {counted(images, 'image')}"
 
 
 def _checked(order: dict[str, Any], images_field: str, prefix: str) -> Order:
@@ -228,7 +228,7 @@ def _images_to_train_on(
 
 
 def _images(addresses: list[str | None], field: str, settings: Settings) -> tuple[ImageRef, ...]:
-    """One a picture asked for. A broken address is one picture less; one that points where nobody
+    """One an image asked for. A broken address is one image less; one that points where nobody
     may read makes the message invalid."""
     images = []
     for index, address in enumerate(addresses):

@@ -17,7 +17,7 @@ MESSAGE_TYPE = "model_training"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One picture that the message asks for.
+    """One image that the message asks for.
 
     Attributes:
         source: Its address as the message spelt it, less a query (which may be a signature) but for
@@ -54,7 +54,7 @@ class TrainingJob:
         webhook_url: As given; whether its origin may be used is for the webhook service to judge.
         created_at: As given.
         id_is_derived: The id was made from the body: the publisher gave none.
-        validation_images: Pictures that are looked at and not trained on.
+        validation_images: Images that are looked at and not trained on.
         sample_prompts: What samples are painted of; none: the captions.
         trigger_word: In front of every prompt, or the empty string.
         ignored_fields: Fields that mean nothing to this worker, by name (the first few).
@@ -152,7 +152,7 @@ def to_message(job: TrainingJob) -> bytes:
 
 
 def _places(images: tuple[ImageRef, ...]) -> list[Any]:
-    """Where pictures lie, however their addresses are spelt."""
+    """Where images lie, however their addresses are spelt."""
     return [
         (
             [image.location.bucket, image.location.key, *filter(None, [image.version_id])]

@@ -1,4 +1,4 @@
-"""`training_report.html`: the report for the artist, in one file with its pictures inside."""
+"""`training_report.html`: the report for the artist, in one file with its images inside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.style.results.preview import LOSS_CURVE, SAMPLES
 from utils.names import shown_name
 
 if TYPE_CHECKING:
-    from jobs.lora_config import Picture, TrainingRun
+    from jobs.lora_config import TrainingImage, TrainingRun
     from training.style.results.result import TrainingResult
 
 HTML_REPORT = "training_report.html"
@@ -39,12 +39,12 @@ def write_html(
 
     Args:
         report: From `report.build_report`.
-        run: Its pictures.
+        run: Its images.
         result: With the samples of checkpoints.
         prompts: Of the samples.
         folder: Where `samples.png` and `loss_curve.png` lie, as far as they could be made; the file
             goes there, too.
-        thumbnails: JPEG files of the pictures, by the path of their files.
+        thumbnails: JPEG files of the images, by the path of their files.
 
     Returns:
         The file's path.
@@ -54,9 +54,9 @@ def write_html(
     """
     content = {
         **report,
-        "pictures": _shown(report["pictures"], run.pictures, thumbnails),
+        "pictures": _shown(report["pictures"], run.images, thumbnails),
         "validation_pictures": _shown(
-            report["validation_pictures"], run.validation_pictures, thumbnails
+            report["validation_pictures"], run.validation_images, thumbnails
         ),
         "loss_curve": _data_uri(_read(folder / LOSS_CURVE), "png"),
         "curve_text": _curve_text(report),
@@ -82,17 +82,17 @@ def write_html(
 
 def _shown(
     entries: Sequence[Mapping[str, Any]],
-    pictures: Sequence[Picture],
+    images: Sequence[TrainingImage],
     thumbnails: Mapping[str, bytes],
 ) -> list[dict[str, Any]]:
-    """What is said of each picture, with its name and its thumbnail."""
+    """What is said of each image, with its name and its thumbnail."""
     return [
         {
             **entry,
             "name": shown_name(entry["source"]),
-            "thumbnail": _data_uri(thumbnails.get(picture.path or ""), "jpeg"),
+            "thumbnail": _data_uri(thumbnails.get(image.path or ""), "jpeg"),
         }
-        for entry, picture in zip(entries, pictures, strict=True)
+        for entry, image in zip(entries, images, strict=True)
     ]
 
 
@@ -121,13 +121,13 @@ def _choice(report: Mapping[str, Any]) -> str:
     if best is None:
         return "The model is the state at the end of training; the probe could not compare it."
     others = any(each["held_out"] is not None for each in report["probes"])
-    pictures = "held-out pictures" if others else "training pictures"
+    images = "held-out images" if others else "training images"
     if report["hyperparameters"]["deliver"] == "best":
-        return f"Epoch {delivered} is the model: its loss on the {pictures} was the lowest."
+        return f"Epoch {delivered} is the model: its loss on the {images} was the lowest."
     if best == delivered:
-        return f"The last epoch, {delivered}, is the model, and was the best on the {pictures}."
+        return f"The last epoch, {delivered}, is the model, and was the best on the {images}."
     return (
-        f"The last epoch, {delivered}, is the model. Epoch {best} was better on the {pictures}; "
+        f"The last epoch, {delivered}, is the model. Epoch {best} was better on the {images}; "
         "train with `deliver: best` to get that one."
     )
 
@@ -143,8 +143,8 @@ def _curve_text(report: Mapping[str, Any]) -> str:
 def _small_sheet(path: Path) -> str | None:
     """A small copy of the sheet of samples; None where there is none."""
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
-            small = picture.convert("RGB")
+        with Image.open(path, formats=("PNG",)) as image:
+            small = image.convert("RGB")
     except OSError:  # the samples could not be painted, which the report says
         return None
     small.thumbnail((SHEET, SHEET))

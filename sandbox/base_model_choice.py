@@ -46,7 +46,7 @@ def choose_base_model(folder: Path) -> BaseModelChoice:
     missing = f"the base model {name} is not to be had here" if cuda else "this machine has no CUDA"
     words = (
         f"base model: a tiny stand-in of Stable Diffusion 1.5's shape, because {missing}:",
-        "its pictures will be noise; everything else is real",
+        "its images will be noise; everything else is real",
     )
     transformers.utils.logging.disable_progress_bar()  # the demo has a bar of its own
     settings = {

@@ -241,7 +241,7 @@ class DemoJob:
         self._screen.say(f"{count} webhooks, one ending, every signature right", good=True)
 
     def _last_lines(self, report: dict[str, Any], seconds: float) -> dict[str, str]:
-        used = sum(picture["status"] != "left_out" for picture in report["pictures"])
+        used = sum(image["status"] != "left_out" for image in report["pictures"])
         return {
             "Trained": f"{report['epochs']} epochs on {used} photographs, {report['steps']} steps, "
             f"{report['steps_per_second']:.1f} a second, loss {report['loss']:.4f}",
@@ -249,7 +249,7 @@ class DemoJob:
             "  for ComfyUI": str(self._output / "lora_weights_kohya.safetensors"),
             "  for PEFT": str(self._output / "adapter_model.safetensors"),
             "Report": str(self._output / "training_report.html"),
-            "Pictures": str(self._output / "samples.png"),
+            "Images": str(self._output / "samples.png"),
             "Loss curve": str(self._output / "loss_curve.png"),
             "Time": f"{seconds:.0f} s from the first upload to the worker's end",
         }

@@ -53,6 +53,6 @@ def _encode(name: str, source: str) -> bytes:
     if isinstance(pixels, tuple):  # the motorcycle: left eye, right eye, depth
         pixels = pixels[0]
     file = io.BytesIO()
-    picture = Image.fromarray(np.asarray(pixels))
-    picture.save(file, "JPEG" if name.endswith(".jpg") else "PNG", quality=92)
+    image = Image.fromarray(np.asarray(pixels))
+    image.save(file, "JPEG" if name.endswith(".jpg") else "PNG", quality=92)
     return file.getvalue()

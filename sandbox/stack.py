@@ -2,7 +2,7 @@
 
 A private RabbitMQ node, an S3 server, and a backend that checks every signature; the base model as
 the demo chooses it. All that the worker and the commands are told is in `FOLDER/env`, to be sourced
-by a shell; photographs to train on are in `FOLDER/pictures`. Everything ends with this program.
+by a shell; photographs to train on are in `FOLDER/images`. Everything ends with this program.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def main(folder: Path) -> None:
     stopped = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, stopped)
     token = secrets.token_hex(24)
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = folder / "pictures"
+    images.mkdir(parents=True, exist_ok=True)
     for photograph in photographs():
-        (pictures / photograph.name).write_bytes(photograph.content)
+        (images / photograph.name).write_bytes(photograph.content)
     choice = choose_base_model(folder / "stand-in-for-sd15")
     with contextlib.ExitStack() as parts:
         s3 = parts.enter_context(S3Server())

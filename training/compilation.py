@@ -46,7 +46,7 @@ class Compilation:
             return False
         # LoRA's dropout must draw the same masks, or nothing could be held against eager training.
         torch._inductor.config.fallback_random = True  # pylint: disable=protected-access
-        # Each width of the UNet, and each shape of picture, is a version of its own.
+        # Each width of the UNet, and each shape of image, is a version of its own.
         torch._dynamo.config.recompile_limit = 64  # pylint: disable=protected-access
         if unet.is_gradient_checkpointing:
             # By torch: the passes of `training.style.recomputation`, without a gradient and with
@@ -69,7 +69,7 @@ class Compilation:
         """Hold what is compiled against what is written, before a job relies on it.
 
         Args:
-            gradient: Computes the gradient of some pictures, the same at each call.
+            gradient: Computes the gradient of some images, the same at each call.
 
         Raises:
             Miscompiled: It is another one when it is compiled.
@@ -83,7 +83,7 @@ class Compilation:
 
     @staticmethod
     def aside() -> contextlib.AbstractContextManager[None]:
-        """What is computed inside is computed as it is written: a look at pictures of other shapes.
+        """What is computed inside is computed as it is written: a look at images of other shapes.
 
         It would cost a compilation for each of them.
         """

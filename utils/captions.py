@@ -1,6 +1,6 @@
 """The text of a caption, read from a file only where its encoding is certain.
 
-Used for the object beside a picture on S3, for the file beside it in a folder, and for what a
+Used for the object beside an image on S3, for the file beside it in a folder, and for what a
 message says: the same rules everywhere, so that nothing is trained that nobody wrote.
 """
 
@@ -14,7 +14,7 @@ MAX_CAPTION_BYTES = 16 * 1024
 """A larger file is no caption, and is not read."""
 TOO_LARGE = f"it is larger than {MAX_CAPTION_BYTES // 1024} KiB"
 SUFFIXES = (".txt", ".caption")
-"""Of caption files, in lower case; the first one wins where a picture has both."""
+"""Of caption files, in lower case; the first one wins where an image has both."""
 
 _UNKNOWN = (
     "its encoding is not known (it is neither UTF-8 nor UTF-16; older programs write cp949 or "

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 MOST_THREADS = 16
-"""With more threads the tensors of a few pictures are too small to be shared out."""
+"""With more threads the tensors of a few images are too small to be shared out."""
 
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUPS = Path("/sys/fs/cgroup")

@@ -5,8 +5,8 @@
     ├── InvalidMessage                a message that can never become a job
     │   └── UnknownType               a message that is meant for another worker
     ├── JobError                      a job that ends in `failed`
-    │   ├── ImageDownloadFailed       too few pictures could be fetched
-    │   ├── LowQualityData            too few of the fetched pictures are usable
+    │   ├── ImageDownloadFailed       too few images could be fetched
+    │   ├── LowQualityData            too few of the fetched images are usable
     │   ├── BaseModelUnavailable      Stable Diffusion could not be loaded
     │   ├── GpuOutOfMemory
     │   ├── TrainingDiverged
@@ -121,11 +121,11 @@ class JobError(TrainingServerError):
 
 
 class ImageDownloadFailed(JobError):
-    """Too few pictures could be downloaded."""
+    """Too few images could be downloaded."""
 
 
 class LowQualityData(JobError):
-    """Too few of the pictures can be used for training."""
+    """Too few of the images can be used for training."""
 
 
 class BaseModelUnavailable(JobError):

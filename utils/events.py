@@ -47,14 +47,14 @@ class Stop:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Started:
-    """The pictures are vetted and encoded; the first step follows.
+    """The images are vetted and encoded; the first step follows.
 
     Attributes:
         total_epochs: Epochs of the whole job.
         total_steps: Optimizer steps of the whole job.
         epoch: Epochs completed before this run (resumed from a checkpoint), else 0.
         step: Optimizer steps done before this run.
-        pictures_used: Pictures that are trained on.
+        pictures_used: Images that are trained on.
         warnings: Sentences for the report.
     """
 
@@ -63,7 +63,7 @@ class Started:
     total_steps: int
     epoch: int
     step: int
-    pictures_used: int
+    images_used: int
     warnings: tuple[str, ...] = ()
 
 

@@ -160,7 +160,7 @@ def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    """A logger of the desk: `log.info("event_slug", picture=3)`."""
+    """A logger of the desk: `log.info("event_slug", image=3)`."""
     logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
     return logger
 

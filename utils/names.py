@@ -1,4 +1,4 @@
-"""Names of files and pictures as people may read them: always valid Unicode, on one line."""
+"""Names of files and images as people may read them: always valid Unicode, on one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def printable(text: str) -> str:
 
 
 def shown_name(source: str) -> str:
-    """The last part of a picture's address, printable and without a query that may be signed."""
+    """The last part of an image's address, printable and without a query that may be signed."""
     is_url = source.lower().startswith(("http://", "https://"))
     bare = source.partition("?")[0] if is_url else _SIGNED.split(source, maxsplit=1)[0]
     return printable(bare.rstrip("/").rpartition("/")[2])

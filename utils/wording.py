@@ -9,7 +9,7 @@ MOST_NAMES = 10
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: `1 picture`, `3 pictures`.
+    """A number with its noun: `1 image`, `3 images`.
 
     Args:
         number: How many.
@@ -22,7 +22,7 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 def grouped(problems: Iterable[tuple[str, str]], noun: str, *, plural: str | None = None) -> str:
     """Things and what is wrong with each, with each reason named once.
 
-    `3 pictures: could not be found in storage (a.jpg, b.jpg, c.jpg); d.jpg: is an empty file`.
+    `3 images: could not be found in storage (a.jpg, b.jpg, c.jpg); d.jpg: is an empty file`.
     Reasons come in the order in which they appear first.
 
     Args:

@@ -73,7 +73,7 @@ def examine(
 def _settings(settings: Settings, unknown: str | None) -> Finding:
     parts = (
         f"RabbitMQ {', '.join(settings.rabbitmq_host)}, queue {settings.training_queue}",
-        f"pictures from {', '.join(settings.image_buckets)}",
+        f"images from {', '.join(settings.image_buckets)}",
         f"models to {settings.model_bucket_name}",
         f"state in {settings.state_bucket_name}",
         f"S3 at {_place(settings.main_store())}",

@@ -155,7 +155,7 @@ class _BucketVisit:
             )
         return warn(
             check,
-            f"{forbidden}: reading could not be tried, and a picture that is missing will look "
+            f"{forbidden}: reading could not be tried, and an image that is missing will look "
             "like one that is forbidden",
             remedy,
         )

@@ -45,10 +45,10 @@ _STATE: dict[str, frozenset[Right]] = {
 
 def uses(settings: Settings) -> tuple[Use, ...]:
     """Everything that the worker does on S3."""
-    pictures = [Use(bucket, "", frozenset({Right.READ})) for bucket in settings.image_buckets]
+    images = [Use(bucket, "", frozenset({Right.READ})) for bucket in settings.image_buckets]
     apart = settings.state_store() != settings.main_store()
     state = [Use(settings.state_bucket_name, *item, of_state=apart) for item in _STATE.items()]
-    return (*pictures, Use(settings.model_bucket_name, "models/", _ALL), *state)
+    return (*images, Use(settings.model_bucket_name, "models/", _ALL), *state)
 
 
 def least_policy(settings: Settings) -> dict[str, Any]:

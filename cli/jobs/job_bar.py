@@ -1,4 +1,4 @@
-"""A bar on standard error that follows one job: its pictures going up, then its epochs."""
+"""A bar on standard error that follows one job: its images going up, then its epochs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class JobBar:
         self._progress.stop()
 
     def uploaded(self, done: int, total: int) -> None:
-        """So many pictures are up."""
+        """So many images are up."""
         self._progress.update(self._task, completed=done, total=total, count=f"{done}/{total}")
 
     def saw(self, job: JobView) -> None:

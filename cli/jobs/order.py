@@ -1,4 +1,4 @@
-"""`python main.py publish`: a folder of pictures becomes a job, as the backend would order it."""
+"""`python main.py publish`: a folder of images becomes a job, as the backend would order it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from cli.jobs import post
-from cli.train import pictures_in
+from cli.train import images_in
 from config import Settings
 from jobs import message as messages
 from jobs.addresses import S3Location
-from jobs.lora_config import Picture
+from jobs.lora_config import TrainingImage
 from jobs.style_job import MESSAGE_TYPE
 from services.broker.settlement import Publication, Queue
 from services.records.index import record_at
@@ -34,7 +34,7 @@ class Order:
     Attributes:
         task_id: The job's id.
         style_id: The style.
-        images: The pictures' addresses on S3.
+        images: The images' addresses on S3.
         epochs: As the job will be trained with these settings.
     """
 
@@ -56,31 +56,31 @@ def place(
     parameters: dict[str, Any] | None = None,
     on_upload: Callable[[int, int], None] = lambda done, total: None,
 ) -> Order:
-    """Upload the pictures of a folder, and publish the message that asks for a training on them.
+    """Upload the images of a folder, and publish the message that asks for a training on them.
 
     Nothing is uploaded before the order is found sound and the broker is there. `NAME.txt` captions
-    the picture beside it.
+    the image beside it.
 
     Args:
         settings: Buckets, broker, queue, and the limits of the parameters.
         s3: The storage of images.
-        folder: The pictures.
+        folder: The images.
         state_s3: The storage of the state bucket; None: the same.
         style_id: The style that is trained.
         task_id: The job's id; None makes one.
         tags: As in a message.
         parameters: As in a message.
-        on_upload: Told how many pictures are up, and of how many.
+        on_upload: Told how many images are up, and of how many.
 
     Raises:
         ConfigurationError: The folder or the order is not sound; the text says which part.
-        StorageError: The pictures cannot be uploaded.
+        StorageError: The images cannot be uploaded.
         BrokerError: The broker did not take the message.
     """
-    pictures = pictures_in(folder)
+    images = images_in(folder)
     task_id = task_id or str(uuid.uuid4())
-    places = _places(settings.aws_storage_bucket_name, f"training/{style_id}/{task_id}", pictures)
-    body = _message(task_id, style_id, pictures, places, tags, parameters or {})
+    places = _places(settings.aws_storage_bucket_name, f"training/{style_id}/{task_id}", images)
+    body = _message(task_id, style_id, images, places, tags, parameters or {})
     try:
         job = messages.parse(body, message_id=None, settings=settings)
     except InvalidMessage as error:
@@ -88,7 +88,7 @@ def place(
     if (state_s3 or s3).exists(record_at(settings.state_bucket_name, task_id)):
         raise ConfigurationError(f"there is a job {task_id} already: choose another id")
     post.check(settings)
-    _upload(s3, pictures, places, on_upload)
+    _upload(s3, images, places, on_upload)
     post.publish_one(settings, Publication(Queue.TRAINING, body, task_id))
     return Order(
         task_id, style_id, tuple(each.uri() for each in places), job.hyper_parameters.epochs
@@ -97,32 +97,32 @@ def place(
 
 def _upload(
     s3: S3Service,
-    pictures: Sequence[Picture],
+    images: Sequence[TrainingImage],
     places: Sequence[S3Location],
     on_upload: Callable[[int, int], None],
 ) -> None:
-    for index, picture in enumerate(pictures):
-        s3.upload_file(Path(picture.path or ""), places[index])
-        on_upload(index + 1, len(pictures))
+    for index, image in enumerate(images):
+        s3.upload_file(Path(image.path or ""), places[index])
+        on_upload(index + 1, len(images))
 
 
-def _places(bucket: str, prefix: str, pictures: Sequence[Picture]) -> list[S3Location]:
-    """Where the pictures go, under names that every tool can spell, in the folder's order."""
+def _places(bucket: str, prefix: str, images: Sequence[TrainingImage]) -> list[S3Location]:
+    """Where the images go, under names that every tool can spell, in the folder's order."""
     return [
         S3Location(bucket, f"{prefix}/{index:04d}-{_UNSAFE.sub('_', each.source)[-_LONGEST_NAME:]}")
-        for index, each in enumerate(pictures)
+        for index, each in enumerate(images)
     ]
 
 
 def _message(
     task_id: str,
     style_id: int,
-    pictures: Sequence[Picture],
+    images: Sequence[TrainingImage],
     places: Sequence[S3Location],
     tags: Sequence[str],
     parameters: dict[str, Any],
 ) -> bytes:
-    captions = [picture.caption or None for picture in pictures]
+    captions = [image.caption or None for image in images]
     data = {
         "style_id": style_id,
         "images": [place.uri() for place in places],

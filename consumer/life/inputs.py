@@ -1,4 +1,4 @@
-"""The pictures of a job: fetched side by side, each with its caption or the reason why not."""
+"""The images of a job: fetched side by side, each with its caption or the reason why not."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from config import Settings
 from consumer.life.stop_signal import StopSignal
-from jobs.lora_config import Picture
+from jobs.lora_config import TrainingImage
 from jobs.style_job import ImageRef, TrainingJob
-from services.s3.s3_service import FetchedPicture, PictureRequest, S3Service
+from services.s3.s3_service import FetchedImage, ImageRequest, S3Service
 from utils.errors import ImageDownloadFailed
 from utils.logger import get_logger
 from utils.wording import grouped
@@ -17,45 +17,45 @@ from utils.wording import grouped
 log = get_logger(__name__)
 
 
-def fetch_pictures(
+def fetch_images(
     s3: S3Service, settings: Settings, job: TrainingJob, folder: Path, stop: StopSignal
-) -> tuple[Picture, ...]:
-    """Download a job's pictures; a caption is the message's, the `.txt` beside it, or the tags.
+) -> tuple[TrainingImage, ...]:
+    """Download a job's images; a caption is the message's, the `.txt` beside it, or the tags.
 
     Args:
         s3: The storage.
         settings: Limits.
-        job: Whose pictures.
+        job: Whose images.
         folder: A new folder for them.
         stop: Ends the download.
 
     Returns:
-        One entry a picture asked for, in order; one that could not be fetched says why.
+        One entry an image asked for, in order; one that could not be fetched says why.
 
     Raises:
         ImageDownloadFailed: Too few could be fetched.
         StorageError: S3 as a whole is in trouble.
         Stopped, Cancelled: A stop was asked for.
     """
-    pictures = _fetch(s3, settings, job, (job.images, job.captions), folder, stop)
-    missing = [picture for picture in pictures if picture.path is None]
-    there = len(pictures) - len(missing)
-    if there < settings.min_images <= len(pictures):
+    images = _fetch(s3, settings, job, (job.images, job.captions), folder, stop)
+    missing = [image for image in images if image.path is None]
+    there = len(images) - len(missing)
+    if there < settings.min_images <= len(images):
         raise ImageDownloadFailed(
-            f"only {there} of {len(pictures)} pictures could be fetched, and "
+            f"only {there} of {len(images)} images could be fetched, and "
             f"{settings.min_images} are needed: "
-            + grouped(((picture.source, picture.problem or "") for picture in missing), "picture")
+            + grouped(((image.source, image.problem or "") for image in missing), "image")
         )
-    return pictures
+    return images
 
 
-def fetch_validation_pictures(
+def fetch_validation_images(
     s3: S3Service, settings: Settings, job: TrainingJob, folder: Path, stop: StopSignal
-) -> tuple[Picture, ...]:
-    """Download the pictures that are held out; none of them has to be there.
+) -> tuple[TrainingImage, ...]:
+    """Download the images that are held out; none of them has to be there.
 
     Args:
-        s3, settings, job, folder, stop: As for `fetch_pictures`.
+        s3, settings, job, folder, stop: As for `fetch_images`.
 
     Raises:
         StorageError: S3 as a whole is in trouble.
@@ -74,14 +74,14 @@ def _fetch(
     wanted: tuple[tuple[ImageRef, ...], tuple[str | None, ...]],
     folder: Path,
     stop: StopSignal,
-) -> tuple[Picture, ...]:
-    """Download pictures with their captions, side by side."""
+) -> tuple[TrainingImage, ...]:
+    """Download images with their captions, side by side."""
     began = time.monotonic()
     folder.mkdir()
     fetched = iter(
-        s3.fetch_pictures(
+        s3.fetch_images(
             [
-                PictureRequest(image.source, image.location, caption, image.version_id)
+                ImageRequest(image.source, image.location, caption, image.version_id)
                 for image, caption in zip(*wanted, strict=True)
                 if image.location
             ],
@@ -91,20 +91,20 @@ def _fetch(
         )
     )
     stop.check()
-    pictures = tuple(
-        _picture(next(fetched), job) if image.location else _broken(image) for image in wanted[0]
+    images = tuple(
+        _image(next(fetched), job) if image.location else _broken(image) for image in wanted[0]
     )
     log.info(
         "pictures_fetched",
-        pictures=sum(picture.path is not None for picture in pictures),
-        missing=sum(picture.path is None for picture in pictures),
+        images=sum(image.path is not None for image in images),
+        missing=sum(image.path is None for image in images),
         seconds=round(time.monotonic() - began, 3),
     )
-    return pictures
+    return images
 
 
-def _picture(fetched: FetchedPicture, job: TrainingJob) -> Picture:
-    return Picture(
+def _image(fetched: FetchedImage, job: TrainingJob) -> TrainingImage:
+    return TrainingImage(
         source=fetched.source,
         path=str(fetched.path) if fetched.path else None,
         caption=fetched.caption if fetched.caption is not None else ", ".join(job.tags),
@@ -113,5 +113,5 @@ def _picture(fetched: FetchedPicture, job: TrainingJob) -> Picture:
     )
 
 
-def _broken(image: ImageRef) -> Picture:
-    return Picture(source=image.source, path=None, problem=image.problem)
+def _broken(image: ImageRef) -> TrainingImage:
+    return TrainingImage(source=image.source, path=None, problem=image.problem)

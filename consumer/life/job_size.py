@@ -28,7 +28,7 @@ CHECKPOINTS_AT_ONCE = 3
 """One is being uploaded, one waits for it, and one is being written."""
 MODEL_FORMATS = 3
 OTHER_FILES_BYTES = 256 * 1024**2
-"""Report, sample pictures, curves, temporary files: generously, since other programs write, too."""
+"""Report, sample images, curves, temporary files: generously, since other programs write, too."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,19 +36,19 @@ class JobSize:
     """What a job takes on the worker's disk, in bytes.
 
     Attributes:
-        pictures: Those that will be downloaded, validation pictures included.
+        images: Those that will be downloaded, validation images included.
         checkpoint: The one to resume from; 0 without.
         output: What training writes, as estimated: checkpoints, the model in its formats, report.
     """
 
-    pictures: int
+    images: int
     checkpoint: int
     output: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.pictures + self.checkpoint + self.output
+        return self.images + self.checkpoint + self.output
 
 
 def require_room(
@@ -63,7 +63,7 @@ def require_room(
 ) -> JobSize:
     """Refuse a job that is too large, before anything is downloaded.
 
-    A picture that is missing, forbidden or larger than `MAX_IMAGE_BYTES` counts nothing: it is not
+    An image that is missing, forbidden or larger than `MAX_IMAGE_BYTES` counts nothing: it is not
     going to be downloaded. The checkpoint counts for the disk only: a job that was allowed to begin
     is allowed to go on.
 
@@ -77,7 +77,7 @@ def require_room(
         checkpoints: Those that are registered, newest last.
 
     Raises:
-        JobTooLarge: The pictures have more than `MAX_JOB_BYTES`.
+        JobTooLarge: The images have more than `MAX_JOB_BYTES`.
         NoRoomForJob: The disk of this machine has too little room.
         StorageError: S3 as a whole is in trouble.
         Stopped, Cancelled: A stop was asked for.
@@ -90,22 +90,22 @@ def require_room(
     )
     stop.check()
     size = JobSize(
-        pictures=sum(each for each in sizes if each <= settings.max_image_bytes),
+        images=sum(each for each in sizes if each <= settings.max_image_bytes),
         checkpoint=_size_of(state_s3, settings.state_bucket_name, checkpoints),
         output=output_bytes(job.hyper_parameters),
     )
-    if size.pictures > settings.max_job_bytes:
+    if size.images > settings.max_job_bytes:
         raise JobTooLarge(
-            f"The pictures of this job have {spoken(size.pictures)} in all, and "
+            f"The images of this job have {spoken(size.images)} in all, and "
             f"{spoken(settings.max_job_bytes)} are allowed: order the training with fewer or "
-            "smaller pictures."
+            "smaller images."
         )
     free = _free_bytes(folder)
-    log.info("job_measured", bytes=size.total, pictures_bytes=size.pictures, free_bytes=free)
+    log.info("job_measured", bytes=size.total, images_bytes=size.images, free_bytes=free)
     if size.total > free:
         raise NoRoomForJob(
-            f"This job needs {spoken(size.total)} of disk space ({spoken(size.pictures)} for its "
-            f"pictures), and {spoken(free)} are free on the worker: use fewer or smaller pictures, "
+            f"This job needs {spoken(size.total)} of disk space ({spoken(size.images)} for its "
+            f"images), and {spoken(free)} are free on the worker: use fewer or smaller images, "
             "or give the workers a larger disk."
         )
     return size

@@ -31,7 +31,7 @@ def dispatch(
                 epoch=event.epoch,
                 total_epochs=event.total_epochs,
                 total_steps=event.total_steps,
-                pictures=event.pictures_used,
+                images=event.images_used,
             )
         case Progress():
             reporter.saw(event)
@@ -52,7 +52,7 @@ def continued_or_from_the_beginning(
 ) -> Finished:
     """Train, from the run's checkpoint if it has one.
 
-    A sound checkpoint may be of no use all the same: pictures or base model are others by now, or
+    A sound checkpoint may be of no use all the same: images or base model are others by now, or
     another version wrote it. That costs the epochs so far, and not the job.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A job's pictures and their captions, fetched side by side into the job's own folder."""
+"""A job's images and their captions, fetched side by side into the job's own folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from jobs.addresses import S3Location
 from services.s3.errors import VersionNotServed
-from services.s3.types import FetchedPicture, ObjectInfo, PictureRequest, StoredObject
+from services.s3.types import FetchedImage, ImageRequest, ObjectInfo, StoredObject
 from utils.captions import MAX_CAPTION_BYTES, TOO_LARGE, CaptionText, read_caption
 from utils.errors import AccessDenied, ObjectNotFound, ObjectTooLarge
 from utils.logger import get_logger
@@ -53,31 +53,31 @@ class _GivenUp(Exception):
     """Raised inside a download that nobody waits for any more."""
 
 
-def fetch_pictures(
+def fetch_images(
     store: Store,
-    requests: Sequence[PictureRequest],
+    requests: Sequence[ImageRequest],
     folder: Path,
     *,
     max_bytes: int,
     stop: Callable[[], bool],
-) -> tuple[FetchedPicture, ...]:
-    """Fetch pictures; see `S3Service.fetch_pictures`."""
+) -> tuple[FetchedImage, ...]:
+    """Fetch images; see `S3Service.fetch_images`."""
     nobody_waits = threading.Event()
 
     def watch() -> None:
         if nobody_waits.is_set() or stop():
             raise _GivenUp
 
-    def fetch(index: int, request: PictureRequest) -> FetchedPicture:
+    def fetch(index: int, request: ImageRequest) -> FetchedImage:
         # The name is the worker's own: nothing that a message or a bucket says becomes a path.
         path = folder / f"{index:04d}.img"
         try:
             watch()
             return _fetch(store, request, path, max_bytes, watch)
         except _GivenUp:
-            return FetchedPicture(request.source, None, problem=STOPPED)
+            return FetchedImage(request.source, None, problem=STOPPED)
 
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="picture") as pool:
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="image") as pool:
         futures = [
             # Each with a copy of this thread's context, so that its log lines carry the job, too.
             pool.submit(contextvars.copy_context().run, fetch, index, request)
@@ -120,7 +120,7 @@ def object_sizes(
         except (ObjectNotFound, AccessDenied):
             return 0
 
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="picture-size") as pool:
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="image-size") as pool:
         futures = [pool.submit(contextvars.copy_context().run, size, each) for each in objects]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -129,64 +129,64 @@ def object_sizes(
     return tuple(future.result() for future in futures)
 
 
-def _report(requests: Sequence[PictureRequest], fetched: Sequence[FetchedPicture]) -> None:
-    for index, (request, picture) in enumerate(zip(requests, fetched, strict=True)):
-        if picture.problem:
+def _report(requests: Sequence[ImageRequest], fetched: Sequence[FetchedImage]) -> None:
+    for index, (request, image) in enumerate(zip(requests, fetched, strict=True)):
+        if image.problem:
             # Not the message's own spelling: it may be a signed address.
             address = request.location.uri()
-            log.warning("picture_left_out", index=index, picture=address, problem=picture.problem)
-    if fetched and all(picture.problem == REFUSED for picture in fetched):
-        # One refused picture is the artist's affair. All of them are a policy's, which ops can
+            log.warning("picture_left_out", index=index, image=address, problem=image.problem)
+    if fetched and all(image.problem == REFUSED for image in fetched):
+        # One refused image is the artist's affair. All of them are a policy's, which ops can
         # mend while the job waits.
         buckets = ", ".join(sorted({request.location.bucket for request in requests}))
-        raise AccessDenied(f"S3 refuses access to every picture of the job (bucket {buckets})")
+        raise AccessDenied(f"S3 refuses access to every image of the job (bucket {buckets})")
 
 
 def _fetch(
     store: Store,
-    request: PictureRequest,
+    request: ImageRequest,
     path: Path,
     max_bytes: int,
     watch: Callable[[], None],
-) -> FetchedPicture:
+) -> FetchedImage:
     try:
         store.download(
             request.location, path, max_bytes=max_bytes, watch=watch, version_id=request.version_id
         )
     except VersionNotServed:
-        return FetchedPicture(request.source, None, problem=NO_VERSIONS)
+        return FetchedImage(request.source, None, problem=NO_VERSIONS)
     except ObjectNotFound:
-        return FetchedPicture(request.source, None, problem=NOT_FOUND)
+        return FetchedImage(request.source, None, problem=NOT_FOUND)
     except AccessDenied:
-        return FetchedPicture(request.source, None, problem=REFUSED)
+        return FetchedImage(request.source, None, problem=REFUSED)
     except ObjectTooLarge:
-        problem = f"is too large: a picture may have at most {spoken(max_bytes)}"
-        return FetchedPicture(request.source, None, problem=problem)
+        problem = f"is too large: an image may have at most {spoken(max_bytes)}"
+        return FetchedImage(request.source, None, problem=problem)
     if request.caption is not None:
-        return FetchedPicture(request.source, path, request.caption)
+        return FetchedImage(request.source, path, request.caption)
     beside = _caption_beside(store, request.location, watch)
-    return FetchedPicture(request.source, path, beside.text or None, caption_problem=beside.problem)
+    return FetchedImage(request.source, path, beside.text or None, caption_problem=beside.problem)
 
 
-def _caption_beside(store: Store, picture: S3Location, watch: Callable[[], None]) -> CaptionText:
+def _caption_beside(store: Store, image: S3Location, watch: Callable[[], None]) -> CaptionText:
     """The first caption that is there, or why it is ignored; an empty one if there is none."""
-    for location in _captions_of(picture):
+    for location in _captions_of(image):
         watch()
         if found := _caption_at(store, location):
             return found
     return CaptionText("")
 
 
-def _captions_of(picture: S3Location) -> Iterator[S3Location]:
-    """Where a picture's caption may be, the usual place first."""
-    folder, slash, name = picture.key.rpartition("/")
+def _captions_of(image: S3Location) -> Iterator[S3Location]:
+    """Where an image's caption may be, the usual place first."""
+    folder, slash, name = image.key.rpartition("/")
     stem = name.rpartition(".")[0] or name
     names = dict.fromkeys((f"{stem}.txt", f"{name}.txt", f"{stem}.TXT", f"{stem}.caption"))
     for form in ("NFC", "NFD"):  # a Mac decomposes the letters of names, other systems do not
         names |= dict.fromkeys(unicodedata.normalize(form, each) for each in list(names)[:2])
     for each in names:
         if each != name:
-            yield S3Location(picture.bucket, f"{folder}{slash}{each}")
+            yield S3Location(image.bucket, f"{folder}{slash}{each}")
 
 
 def _caption_at(store: Store, location: S3Location) -> CaptionText | None:

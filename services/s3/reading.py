@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from jobs.addresses import S3Location
 from services.s3 import folders as s3_folders
-from services.s3 import image_download as picture_download
+from services.s3 import image_download as image_download
 from services.s3.access import (
     S3Access,
     check_page,
@@ -21,7 +21,7 @@ from services.s3.access import (
 from services.s3.body import copy_body
 from services.s3.errors import Transient, VersionNotServed
 from services.s3.gzip import Gunzip, is_gzipped
-from services.s3.types import FetchedPicture, ObjectInfo, PictureRequest, StoredObject
+from services.s3.types import FetchedImage, ImageRequest, ObjectInfo, StoredObject
 from utils.errors import ObjectNotFound
 from utils.logger import get_logger
 
@@ -37,23 +37,23 @@ def _nothing() -> None:
 class S3Reading(S3Access):
     """Everything that leaves S3 as it is."""
 
-    def fetch_pictures(
+    def fetch_images(
         self,
-        sources: Sequence[PictureRequest],
+        sources: Sequence[ImageRequest],
         folder: Path,
         *,
         max_bytes: int,
         stop: Callable[[], bool],
-    ) -> tuple[FetchedPicture, ...]:
-        """Fetch pictures side by side into `folder`, under our own names (`0000.img`, …).
+    ) -> tuple[FetchedImage, ...]:
+        """Fetch images side by side into `folder`, under our own names (`0000.img`, …).
 
-        A picture that is missing, forbidden or too large is reported, not raised: the job may go
+        An image that is missing, forbidden or too large is reported, not raised: the job may go
         on without it.
 
         Args:
             sources: What to fetch.
             folder: Where to.
-            max_bytes: The most that one picture may have.
+            max_bytes: The most that one image may have.
             stop: Asked often, from several threads; once true, what is not there yet is reported
                 as stopped. Whoever gave it asks it again before judging the result.
 
@@ -61,13 +61,11 @@ class S3Reading(S3Access):
             One entry for each of `sources`, in their order.
 
         Raises:
-            AccessDenied: Every picture was refused: a policy's fault, not the pictures'.
+            AccessDenied: Every image was refused: a policy's fault, not the images'.
             StorageError: S3 as a whole cannot be used.
             DiskFull: The worker's disk is full.
         """
-        return picture_download.fetch_pictures(
-            self, sources, folder, max_bytes=max_bytes, stop=stop
-        )
+        return image_download.fetch_images(self, sources, folder, max_bytes=max_bytes, stop=stop)
 
     def download(
         self,

@@ -1,4 +1,4 @@
-"""S3: pictures in, checkpoints and models in and out, and conditional writes for job records.
+"""S3: images in, checkpoints and models in and out, and conditional writes for job records.
 
 The only module that imports boto3. Every public method raises errors of `utils.errors` and nothing
 else: `StorageError` and its kin for S3, `MachineError` and `DiskFull` for the local disk. The
@@ -24,15 +24,15 @@ from services.s3 import errors as s3_errors
 from services.s3 import metrics as s3_metrics
 from services.s3.errors import Transient
 from services.s3.reading import S3Reading
-from services.s3.types import FetchedPicture, ObjectInfo, PictureRequest, StoredObject
+from services.s3.types import FetchedImage, ImageRequest, ObjectInfo, StoredObject
 from services.s3.writing import S3Writing
 from utils.errors import ConfigurationError, ObjectNotFound, StorageError, TrainingServerError
 from utils.metrics import Metrics
 
 __all__ = [
-    "FetchedPicture",
+    "FetchedImage",
     "ObjectInfo",
-    "PictureRequest",
+    "ImageRequest",
     "S3Service",
     "StoredObject",
 ]

@@ -47,13 +47,13 @@ class StoredObject:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PictureRequest:
-    """A picture that a job asks for.
+class ImageRequest:
+    """An image that a job asks for.
 
     Attributes:
         source: Its address in the message's own spelling, for the report.
         location: Where that is.
-        caption: Its caption; None to look for a caption file beside the picture.
+        caption: Its caption; None to look for a caption file beside the image.
         version_id: The version of the object that is meant; None for the present one.
     """
 
@@ -64,13 +64,13 @@ class PictureRequest:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class FetchedPicture:
-    """What became of a `PictureRequest`.
+class FetchedImage:
+    """What became of a `ImageRequest`.
 
     Attributes:
         source: As in the request.
-        path: The local file; None where the picture could not be fetched.
-        caption: The request's caption, or the text found beside the picture, or None.
+        path: The local file; None where the image could not be fetched.
+        caption: The request's caption, or the text found beside the image, or None.
         problem: Why it could not be fetched, for an artist to read ("could not be found in
             storage"); else None.
         caption_problem: Why the caption found beside it is ignored; None where it is not.

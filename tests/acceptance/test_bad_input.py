@@ -1,4 +1,4 @@
-"""Nothing that comes in stops the worker or is lost: bad messages, bad pictures, bad answers."""
+"""Nothing that comes in stops the worker or is lost: bad messages, bad images, bad answers."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def test_a_task_id_that_comes_again_with_another_body_is_refused_and_the_first_j
     assert worker.exit_code is None
 
 
-def test_pictures_that_are_none_are_left_out_by_name_and_the_job_goes_on(
+def test_images_that_are_none_are_left_out_by_name_and_the_job_goes_on(
     world: World, worker: WorkerProcess
 ) -> None:
-    bad = _bad_pictures(world)
+    bad = _bad_images(world)
     message = world.envelope(
         style_id=14, images=[*world.photographs[:3], *bad], captions=None, tags=["ink"]
     )
@@ -87,13 +87,11 @@ def test_pictures_that_are_none_are_left_out_by_name_and_the_job_goes_on(
     assert kind == "complete", ending
     report = json.loads(world.read(world.media, "models/style_14/training_report.json"))
     assert [each["status"] for each in report["pictures"][3:]] == ["left_out"] * len(bad)
-    assert all(
-        picture["reasons"] for picture in report["pictures"] if picture["status"] == "left_out"
-    )
+    assert all(image["reasons"] for image in report["pictures"] if image["status"] == "left_out")
     assert worker.exit_code is None
 
 
-def test_what_a_library_in_c_says_of_a_picture_is_a_line_of_the_log_like_any_other(
+def test_what_a_library_in_c_says_of_an_image_is_a_line_of_the_log_like_any_other(
     world: World, worker: WorkerProcess
 ) -> None:
     whole = io.BytesIO()
@@ -110,10 +108,10 @@ def test_what_a_library_in_c_says_of_a_picture_is_a_line_of_the_log_like_any_oth
         assert isinstance(json.loads(line), dict)
 
 
-def test_too_few_good_pictures_end_in_low_quality_data_that_names_them(
+def test_too_few_good_images_end_in_low_quality_data_that_names_them(
     world: World, worker: WorkerProcess
 ) -> None:
-    bad = _bad_pictures(world)[:-2]  # all but those that are not there
+    bad = _bad_images(world)[:-2]  # all but those that are not there
     message = world.envelope(style_id=15, images=[*world.photographs[:2], *bad], captions=None)
     world.publish(message)
     kind, ending = world.ending(message["task_id"])
@@ -125,7 +123,7 @@ def test_too_few_good_pictures_end_in_low_quality_data_that_names_them(
     assert worker.exit_code is None
 
 
-def test_too_few_fetched_pictures_end_in_image_download_failed(
+def test_too_few_fetched_images_end_in_image_download_failed(
     world: World, worker: WorkerProcess
 ) -> None:
     missing = [f"s3://{world.media}/nowhere/{number}.jpg" for number in range(3)]
@@ -137,7 +135,7 @@ def test_too_few_fetched_pictures_end_in_image_download_failed(
     assert worker.exit_code is None
 
 
-def test_two_pictures_of_the_same_name_do_not_collide(world: World, worker: WorkerProcess) -> None:
+def test_two_images_of_the_same_name_do_not_collide(world: World, worker: WorkerProcess) -> None:
     photographs = [world.read(world.media, url.split("/", 3)[3]) for url in world.photographs[:3]]
     sources = [
         world.upload(f"folder-{number}/same.jpg", content)
@@ -190,8 +188,8 @@ def test_an_ending_that_the_backend_refuses_is_kept_with_the_message_as_it_was_s
     assert worker.exit_code is None
 
 
-def _bad_pictures(world: World) -> list[str]:
-    """Everything that calls itself a picture and is none; the last two are not even there."""
+def _bad_images(world: World) -> list[str]:
+    """Everything that calls itself an image and is none; the last two are not even there."""
     whole = io.BytesIO()
     Image.new("RGB", (300, 300), "teal").save(whole, "JPEG")
     return [

@@ -6,7 +6,7 @@ from sandbox.photographs import photographs
 from tests.acceptance.world import World, log_lines, until
 
 
-def test_a_job_whose_pictures_changed_meanwhile_is_trained_from_the_beginning(apart: World) -> None:
+def test_a_job_whose_images_changed_meanwhile_is_trained_from_the_beginning(apart: World) -> None:
     """So it goes as well after a change of the base model, or of the checkpoints' format."""
     message = apart.envelope(style_id=81, parameters={"epochs": 12})
     task_id = message["task_id"]
@@ -22,7 +22,7 @@ def test_a_job_whose_pictures_changed_meanwhile_is_trained_from_the_beginning(ap
         assert (kind, ending.get("error_message")) == ("complete", None)
         assert ending["training_metric"]["epochs"] == 12
         reasons = [each["reason"] for each in log_lines(second, "checkpoint_not_continued")]
-        assert len(reasons) == 1 and "pictures" in reasons[0]
+        assert len(reasons) == 1 and "images" in reasons[0]
         assert [each["epoch"] for each in log_lines(second, "training_started")] == [0]
         assert second.stop() == 0
     models = apart.download_model(81)

@@ -33,8 +33,8 @@ def _environment(base_model: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(name="pictures")
-def _pictures(tmp_path: Path) -> Path:
+@pytest.fixture(name="images")
+def _images(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for each in photographs()[:4]:
@@ -58,12 +58,12 @@ def _main(
     )
 
 
-def test_a_folder_of_pictures_becomes_a_model_without_any_server(
-    base_model: Path, pictures: Path, tmp_path: Path
+def test_a_folder_of_images_becomes_a_model_without_any_server(
+    base_model: Path, images: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "output"
     done = _main(
-        *("train", str(pictures), "--output", str(output), "--epochs", "2"),
+        *("train", str(images), "--output", str(output), "--epochs", "2"),
         environment=_environment(Path(os.path.relpath(base_model, tmp_path)))
         | {"TENSORBOARD": "true"},
         folder=tmp_path,
@@ -87,10 +87,10 @@ def test_a_folder_of_pictures_becomes_a_model_without_any_server(
 
 
 def test_an_interrupted_training_goes_on_with_resume(
-    base_model: Path, pictures: Path, tmp_path: Path
+    base_model: Path, images: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "output"
-    arguments = ("train", str(pictures), "--output", str(output), "--epochs", "30")
+    arguments = ("train", str(images), "--output", str(output), "--epochs", "30")
     environment = _environment(base_model)
     with subprocess.Popen(
         [*MAIN, *arguments],
@@ -142,11 +142,11 @@ def test_a_refused_login_ends_the_worker_with_the_settings_names(
 
 
 def test_a_machine_without_a_gpu_is_refused_unless_the_cpu_is_allowed(
-    base_model: Path, pictures: Path, tmp_path: Path
+    base_model: Path, images: Path, tmp_path: Path
 ) -> None:
     environment = _environment(base_model) | {"ALLOW_CPU": "false", "CUDA_VISIBLE_DEVICES": "-1"}
     done = _main(
-        *("train", str(pictures), "--output", str(tmp_path / "output")),
+        *("train", str(images), "--output", str(tmp_path / "output")),
         environment=environment,
         folder=tmp_path,
     )
@@ -163,9 +163,9 @@ def test_a_machine_without_a_gpu_is_refused_unless_the_cpu_is_allowed(
     ],
 )
 def test_wrong_arguments_are_a_sentence(
-    base_model: Path, pictures: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+    base_model: Path, images: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
-    assert pictures.is_dir()
+    assert images.is_dir()
     done = _main(
         *("train", *arguments, "--output", str(tmp_path / "output")),
         # The folder and the arguments are looked at first: no GPU is needed to see what is wrong.
@@ -185,11 +185,11 @@ def test_wrong_arguments_are_a_sentence(
     ],
 )
 def test_a_training_that_cannot_be_is_a_sentence_and_leaves_nothing_behind(
-    base_model: Path, pictures: Path, tmp_path: Path, changed: dict[str, str], words: str
+    base_model: Path, images: Path, tmp_path: Path, changed: dict[str, str], words: str
 ) -> None:
     output = tmp_path / "output"
     done = _main(
-        *("train", str(pictures), "--output", str(output)),
+        *("train", str(images), "--output", str(output)),
         environment=_environment(base_model) | changed,
         folder=tmp_path,
     )

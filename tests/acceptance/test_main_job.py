@@ -43,7 +43,7 @@ def test_the_backends_envelope_ends_in_complete_and_an_empty_queue(
     assert worker.exit_code is None
 
 
-def test_the_flat_dialect_ends_in_complete_too_and_the_tags_caption_its_pictures(
+def test_the_flat_dialect_ends_in_complete_too_and_the_tags_caption_its_images(
     world: World, worker: WorkerProcess
 ) -> None:
     assert worker.exit_code is None
@@ -58,7 +58,7 @@ def test_the_flat_dialect_ends_in_complete_too_and_the_tags_caption_its_pictures
     world.publish(flat, message_id=task_id)
     assert world.ending(task_id)[0] == "complete"
     report = json.loads(world.read(world.media, "models/style_2/training_report.json"))
-    assert [picture["caption"] for picture in report["pictures"]] == ["watercolor, portrait"] * 4
+    assert [image["caption"] for image in report["pictures"]] == ["watercolor, portrait"] * 4
 
 
 def test_progress_begins_with_training_rises_and_never_follows_the_ending(
@@ -151,8 +151,8 @@ def test_the_report_says_what_was_done(world: World, worker: WorkerProcess) -> N
     world.ending(message["task_id"])
     report = json.loads(world.read(world.media, "models/style_7/training_report.json"))
     assert report["task_id"] == message["task_id"]
-    assert [picture["source"] for picture in report["pictures"]] == message["data"]["images"]
-    assert {picture["status"] for picture in report["pictures"]} == {"used"}
+    assert [image["source"] for image in report["pictures"]] == message["data"]["images"]
+    assert {image["status"] for image in report["pictures"]} == {"used"}
     assert report["hyperparameters"]["rank"] == 4
     assert report["epochs"] == 2 and report["steps"] == 6
     assert report["versions"]["torch"] == torch.__version__
@@ -189,7 +189,7 @@ def _same_weights(one: Path, other: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_held_out_pictures_are_fetched_and_the_best_checkpoint_is_delivered(
+def test_held_out_images_are_fetched_and_the_best_checkpoint_is_delivered(
     world: World, worker: WorkerProcess
 ) -> None:
     assert worker.exit_code is None

@@ -46,8 +46,8 @@ def _json(done: subprocess.CompletedProcess[str]) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(name="pictures")
-def _pictures(tmp_path: Path) -> Path:
+@pytest.fixture(name="images")
+def _images(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for each in photographs()[:3]:
@@ -58,11 +58,11 @@ def _pictures(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_ordered_trained_and_waited_for(
-    world: World, worker: WorkerProcess, pictures: Path
+    world: World, worker: WorkerProcess, images: Path
 ) -> None:
     assert worker.exit_code is None
     order = ("--style-id", "61", "--parameter", "epochs=2", "--tag", "harbour", "--wait", "--json")
-    done = _main(world, "publish", str(pictures), *order)
+    done = _main(world, "publish", str(images), *order)
     assert done.returncode == 0, done.stderr
     told = _json(done)
     assert told["epochs"] == 2 and told["job"]["ending"] == "complete"
@@ -93,9 +93,9 @@ def test_a_folder_is_ordered_trained_and_waited_for(
     ],
 )
 def test_an_order_that_no_worker_would_take_is_told_before_anything_is_uploaded(
-    apart: World, pictures: Path, arguments: tuple[str, ...], named: str
+    apart: World, images: Path, arguments: tuple[str, ...], named: str
 ) -> None:
-    done = _main(apart, "publish", str(pictures), "--style-id", "62", *arguments)
+    done = _main(apart, "publish", str(images), "--style-id", "62", *arguments)
     assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
     assert not apart.keys(apart.media, "training/62/")
     assert apart.waiting(apart.queue) == 0
@@ -234,8 +234,8 @@ def test_a_job_that_nobody_knows_is_said_to_be_unknown(apart: World) -> None:
     assert missing.returncode == 1 and "nobody-knows-it" in missing.stderr
 
 
-def test_a_broker_that_is_away_is_told_in_a_sentence(apart: World, pictures: Path) -> None:
-    done = _main(apart, "publish", str(pictures), "--style-id", "65", RABBITMQ_PORT="1")
+def test_a_broker_that_is_away_is_told_in_a_sentence(apart: World, images: Path) -> None:
+    done = _main(apart, "publish", str(images), "--style-id", "65", RABBITMQ_PORT="1")
     assert done.returncode == 1
     assert "RabbitMQ" in done.stderr and "Traceback" not in done.stderr
     assert not apart.keys(apart.media, "training/65/")

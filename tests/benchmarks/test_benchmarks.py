@@ -14,8 +14,8 @@ import torch
 
 from benchmarks import loops, sd15
 from benchmarks.case import Case
+from benchmarks.images import paint
 from benchmarks.peers import DIFFUSERS, KOHYA, Peer, PeerFailed
-from benchmarks.pictures import paint
 
 ROOT = Path(__file__).parents[2]
 CASE = Case(1, True, 4, 64)
@@ -116,8 +116,8 @@ def peer(folder: Path, name: str, *, start: float = 0.3, step: float = 0.05) -> 
 @pytest.mark.parametrize("name", [DIFFUSERS, KOHYA])
 def test_another_trainer_s_step_is_timed_without_its_start(tmp_path: Path, name: str) -> None:
     other = peer(tmp_path, name, start=3.0, step=0.2)
-    pictures = paint(tmp_path / "pictures", 5)
-    seconds = other.step_seconds(CASE, tmp_path / "model", pictures, tmp_path / "w", few=2, many=12)
+    images = paint(tmp_path / "pictures", 5)
+    seconds = other.step_seconds(CASE, tmp_path / "model", images, tmp_path / "w", few=2, many=12)
     assert 0.12 < seconds < 0.3
     asked = json.loads((tmp_path / "w" / "asked.json").read_text("utf-8"))
     arguments = asked["arguments"]
@@ -126,7 +126,7 @@ def test_another_trainer_s_step_is_timed_without_its_start(tmp_path: Path, name:
     assert arguments["mixed_precision"] == "fp16" and "gradient_checkpointing" in arguments
     if name == KOHYA:
         assert "cache_latents" in arguments
-        assert len(asked["files"]) == 8, "four pictures, each with its caption beside it"
+        assert len(asked["files"]) == 8, "four images, each with its caption beside it"
         assert all(file.startswith("1_style/") for file in asked["files"])
     else:
         assert len(asked["files"]) == 5 and "metadata.jsonl" in asked["files"]

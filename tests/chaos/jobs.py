@@ -21,7 +21,7 @@ from tests.chaos.timing import MAX_JOB_BYTES, MEDIA
 from tests.chaos.world import World
 
 _FIRST_ORDER = datetime.datetime(2026, 1, 20, 10, tzinfo=datetime.UTC)
-_PICTURE = b"not looked at by the stand-in"
+_IMAGE = b"not looked at by the stand-in"
 _WITHOUT_ID = {Destiny.NO_ID, Destiny.ORDERED_TWICE}
 _ONE_IN = 3
 _REFUSED_CREATIONS = 4
@@ -73,7 +73,7 @@ class Jobs:
         dice: Shuffles the destinies.
         destinies: Those to choose from.
         plain_first: So many are ordered to complete before the first that is not.
-        pictures: Addresses; None for two that nobody can see anything on.
+        images: Addresses; None for two that nobody can see anything on.
         one_style: All are of one style.
     """
 
@@ -86,7 +86,7 @@ class Jobs:
         dice: random.Random,
         destinies: Collection[Destiny],
         plain_first: int,
-        pictures: list[str] | None = None,
+        images: list[str] | None = None,
         one_style: bool = False,
     ) -> None:
         self._one_style = one_style
@@ -98,7 +98,7 @@ class Jobs:
         self._destinies = tuple(one for one in destinies if one is not Destiny.PLAIN)
         self._deck: list[Destiny] = []
         self._plain_first = plain_first
-        self._pictures = pictures or self._upload_blanks()
+        self._images = images or self._upload_blanks()
         self._lock = threading.Lock()
 
     def publish(self, times: int = 1, destiny: Destiny | None = None) -> Job:
@@ -197,7 +197,7 @@ class Jobs:
         # Every fourth is of the style before it: two runs of one style must not mix.
         style_id = 101 if self._one_style else 100 + number - (number % 4 == 0)
         parameters: dict[str, Any] = {}
-        pictures = self._pictures
+        images = self._images
         match destiny:
             case Destiny.INVALID:
                 style_id, epochs = 50_000 + number, 0
@@ -212,11 +212,11 @@ class Jobs:
                 # Of a style that has a model, so that a mixture would be seen.
                 style_id, epochs = self.published[0].style_id if self.published else 101, 2
             case Destiny.TOO_LARGE:
-                pictures = [f"s3://{MEDIA}/{HUGE}"] * (MAX_JOB_BYTES // HUGE_BYTES + 2)
+                images = [f"s3://{MEDIA}/{HUGE}"] * (MAX_JOB_BYTES // HUGE_BYTES + 2)
         if destiny in SEEDS:
             parameters["seed"] = SEEDS[destiny]
         name = None if destiny in _WITHOUT_ID else f"job-{number:04d}"
-        body = self._message(number, name, style_id, parameters | {"epochs": epochs}, pictures)
+        body = self._message(number, name, style_id, parameters | {"epochs": epochs}, images)
         return Job(name or derive_task_id(body), style_id, epochs, body, destiny)
 
     def _message(
@@ -225,12 +225,12 @@ class Jobs:
         task_id: str | None,
         style_id: int,
         parameters: dict[str, Any],
-        pictures: list[str],
+        images: list[str],
     ) -> bytes:
         data = {
             "style_id": style_id,
-            "images": pictures,
-            "captions": ["a harbour"] * len(pictures),
+            "images": images,
+            "captions": ["a harbour"] * len(images),
             "parameters": parameters,
         }
         message = {
@@ -244,7 +244,7 @@ class Jobs:
     def _upload_blanks(self) -> list[str]:
         keys = [f"training/{number}.jpg" for number in range(2)]
         for key in keys:
-            self._world.s3.put_object(Bucket=MEDIA, Key=key, Body=_PICTURE)
+            self._world.s3.put_object(Bucket=MEDIA, Key=key, Body=_IMAGE)
         self._world.s3.put_object(Bucket=MEDIA, Key=HUGE, Body=b"x" * HUGE_BYTES)
         return [f"s3://{MEDIA}/{key}" for key in keys]
 

@@ -112,9 +112,9 @@ class StandIn:
         total = epochs * STEPS_PER_EPOCH
         self._tell(Progress(run.task_id, Stage.PREPARING, 0, epochs, 0, 0))
         step = first = _resumed_step(run)
-        pictures = sum(picture.path is not None for picture in run.pictures)
+        images = sum(image.path is not None for image in run.images)
         self._note(run, "run", resumed_epoch=first // STEPS_PER_EPOCH)
-        self._tell(Started(run.task_id, epochs, total, step // STEPS_PER_EPOCH, step, pictures))
+        self._tell(Started(run.task_id, epochs, total, step // STEPS_PER_EPOCH, step, images))
         told = 0.0
         stopped: StopReason | None = None
         while step < total:
@@ -146,7 +146,7 @@ class StandIn:
         if fate is None or (self._mended / run.task_id).exists():
             return None
         if fate is Destiny.LOW_QUALITY:
-            raise LowQualityData("0 of 2 pictures can be used")
+            raise LowQualityData("0 of 2 images can be used")
         if fate in (Destiny.GIVEN_UP, Destiny.GIVEN_UP_REDRIVEN):
             raise BaseModelUnavailable("the base model could not be loaded")
         return fate

@@ -303,7 +303,7 @@ def _jobs(plan: Plan, world: World) -> Jobs:
         dice=dice,
         destinies=(Destiny.INVALID,),
         plain_first=plan.workers,
-        pictures=addresses,
+        images=addresses,
     )
 
 

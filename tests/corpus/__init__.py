@@ -1,1 +1,1 @@
-"""Small made files of every kind that people send; nothing here is anybody's picture."""
+"""Small made files of every kind that people send; nothing here is anybody's image."""

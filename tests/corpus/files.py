@@ -18,7 +18,7 @@ SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
-    """A picture as a file's bytes."""
+    """An image as a file's bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **how)
     return buffer.getvalue()
@@ -63,7 +63,7 @@ def png(
 
 
 def flat_png(side: int) -> bytes:
-    """A square RGBA picture of one colour, however large, without its pixels in memory."""
+    """A square RGBA image of one colour, however large, without its pixels in memory."""
     compressor = zlib.compressobj(6)
     row = b"\0" + b"\x20\x80\xa0\xff" * side
     pixels = b"".join(compressor.compress(row) for _ in range(side)) + compressor.flush()

@@ -1,7 +1,7 @@
-"""Every picture of Pillow's own test suite, taken in: `python -m tests.corpus.library_intake`.
+"""Every image of Pillow's own test suite, taken in: `python -m tests.corpus.library_intake`.
 
 pip fetches Pillow's source package unless `--source` names it; nothing of it is kept. The decoder
-must answer for each file within two seconds and 300 MiB, and the pixels of each used picture must
+must answer for each file within two seconds and 300 MiB, and the pixels of each used image must
 be within one level of Pillow's own result. The exit code is 1 if a file fails.
 """
 
@@ -26,7 +26,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from images.decoder import CRASHED, SECONDS, TOO_SLOW, Decoder
 from images.intake import Refused, Request
-from images.vetting import FORMATS, UnusablePicture, vet
+from images.vetting import FORMATS, UnusableImage, vet
 from tests.corpus.storages import srgb_of
 
 MOST_SECONDS, MOST_MIB, MOST_LEVELS = 2.0, 300, 1
@@ -95,7 +95,7 @@ def _verdicts(files: list[Path]) -> Iterator[Verdict]:
             reason = answer.fact.reason if isinstance(answer.fact, Refused) else ""
             if reason in REASONS:
                 yield Verdict(path.name, seconds, reason)
-            else:  # pixels of pictures that are too small to train on are compared, too
+            else:  # pixels of images that are too small to train on are compared, too
                 yield _compared(path, seconds)
 
 
@@ -103,7 +103,7 @@ def _compared(path: Path, seconds: float) -> Verdict:
     """The largest difference to Pillow's own route, colour profiles included."""
     try:
         vetted = vet(path.read_bytes(), max_pixels=MAX_PIXELS)
-    except UnusablePicture as unusable:
+    except UnusableImage as unusable:
         return Verdict(path.name, seconds, str(unusable))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

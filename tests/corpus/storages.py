@@ -1,4 +1,4 @@
-"""One picture, a ramp, in two hundred combinations of storage, depth and colour profile, each with
+"""One image, a ramp, in two hundred combinations of storage, depth and colour profile, each with
 the sRGB values that it means."""
 
 from __future__ import annotations

@@ -64,11 +64,11 @@ SHARED = {
     }
 }
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
-PICTURES = {"numpy", "PIL", "matplotlib", "imagehash", "jinja2"}
+IMAGES = {"numpy", "PIL", "matplotlib", "imagehash", "jinja2"}
 OPTIMIZERS = {"prodigyopt", "bitsandbytes"}
 # Used where somebody has installed it.
 OPTIONAL = {"bitsandbytes"}
-TRAINING_MAY_IMPORT = TORCH | PICTURES | OPTIMIZERS | set(sys.stdlib_module_names)
+TRAINING_MAY_IMPORT = TORCH | IMAGES | OPTIMIZERS | set(sys.stdlib_module_names)
 # What a machine that only trains does not have.
 CLIENTS = (
     *("pika", "boto3", "botocore", "standardwebhooks", "pydantic", "pydantic_settings"),

@@ -36,7 +36,7 @@ class RunState:
         task_id, style_id, claim: Whose checkpoint it is, and under which claim it was written.
         base_model: SHA-256 of the base's UNet weights.
         course: Hyper-parameters asked for and in force, and what has been changed on the way.
-        pictures: Identity of each picture and its caption, in order.
+        pictures: Identity of each image and its caption, in order.
         total_steps: Length of the learning-rate schedule, in optimizer steps.
         epoch: Completed epochs.
         step: Completed optimizer steps; the position in the data follows from it.
@@ -173,7 +173,7 @@ def refuse_another_run(
     if saved.base_model != now.base_model:
         unlike.append("the base model's weights are others")
     if saved.pictures != now.pictures:
-        unlike.append(_other_pictures(saved.pictures, now.pictures, names or {}))
+        unlike.append(_other_images(saved.pictures, now.pictures, names or {}))
     if saved.total_steps != now.total_steps:
         unlike.append(f"the schedule had {saved.total_steps} steps, has {now.total_steps}")
     if unlike:
@@ -182,8 +182,8 @@ def refuse_another_run(
         )
 
 
-def _other_pictures(saved: tuple[str, ...], now: tuple[str, ...], names: Mapping[str, str]) -> str:
-    """Which pictures differ; of those that are gone only their number is known."""
+def _other_images(saved: tuple[str, ...], now: tuple[str, ...], names: Mapping[str, str]) -> str:
+    """Which images differ; of those that are gone only their number is known."""
     contents = {identity.partition("-")[0] for identity in saved}
     fresh = [identity for identity in now if identity not in saved]
     recaptioned = [each for each in fresh if each.partition("-")[0] in contents]
@@ -199,7 +199,7 @@ def _other_pictures(saved: tuple[str, ...], now: tuple[str, ...], names: Mapping
     if gone > 0:
         parts.append(f"{gone} missing")
     return (
-        f"the usable pictures or their captions are others ({len(saved)} then, {len(now)} now"
+        f"the usable images or their captions are others ({len(saved)} then, {len(now)} now"
         + "".join(f"; {part}" for part in parts)
         + ")"
     )

@@ -144,7 +144,7 @@ class Child:
         self._tell(BaseModelReady(False))
 
     def _train(self, run: TrainingRun, base: BaseModel, began: float) -> Finished:
-        """The run from its pictures to its files."""
+        """The run from its images to its files."""
         epochs = run.parameters.epochs
         preparing = Progress(run.task_id, Stage.PREPARING, 0, epochs, 0, 0)
         self._tell(preparing)
@@ -152,7 +152,7 @@ class Child:
             run,
             base,
             should_stop=self._inbox.stop_reason,
-            on_picture=lambda: self._tell(preparing),
+            on_image=lambda: self._tell(preparing),
         )
         result = recovery.train(
             run, base, data, emit=self._tell, should_stop=self._inbox.stop_reason
@@ -275,7 +275,7 @@ def _without_paths(message: str) -> str:
 def _with_previews(
     run: TrainingRun, base: BaseModel, data: Dataset, result: TrainingResult, folder: Path
 ) -> TrainingResult:
-    """Paint samples and plot the loss; training does not fail for want of a picture of it."""
+    """Paint samples and plot the loss; training does not fail for want of an image of it."""
 
     def paint_samples() -> None:
         preview.write_samples(
@@ -293,7 +293,7 @@ def _with_previews(
         )
 
     missing = []
-    for name, make in (("sample pictures", paint_samples), ("loss curve", plot_losses)):
+    for name, make in (("sample images", paint_samples), ("loss curve", plot_losses)):
         try:
             make()
         except Exception as error:  # pylint: disable=broad-exception-caught  # said in the report

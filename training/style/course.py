@@ -13,7 +13,7 @@ class Course:
     """What was asked for, what is in force, and what had to be changed on the way.
 
     It is part of every checkpoint, so that whoever resumes the job goes on in the same way. No
-    change touches the pictures of a step, nor the number of steps: positions stay what they were.
+    change touches the images of a step, nor the number of steps: positions stay what they were.
 
     Attributes:
         asked: The job's hyper-parameters.
@@ -62,11 +62,11 @@ class Course:
         size = self.parameters.batch_size
         if size == 1:
             return None
-        # Half, or the next smaller part that goes into it evenly: 3 pictures become 1 + 1 + 1.
+        # Half, or the next smaller part that goes into it evenly: 3 images become 1 + 1 + 1.
         part = max(each for each in range(1, size // 2 + 1) if size % each == 0)
         batches = self.parameters.gradient_accumulation_steps * (size // part)
         sentence = (
-            f"{since}, a batch had {part} instead of {size} pictures, and a step {batches} batches."
+            f"{since}, a batch had {part} instead of {size} images, and a step {batches} batches."
         )
         return dataclasses.replace(
             self,

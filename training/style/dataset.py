@@ -1,4 +1,4 @@
-"""Picture files to vetted, captioned latents: everything is encoded once, and cached."""
+"""Image files to vetted, captioned latents: everything is encoded once, and cached."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from images.buckets import Frame
 from images.checks import Looks, motif_of
-from images.colour import UnusablePicture
+from images.colour import UnusableImage
 from images.decoder import Answer, Decoder
 from images.intake import MOTIF, Refused, Request
-from jobs.lora_config import Picture, TrainingRun
+from jobs.lora_config import TrainingImage, TrainingRun
 from training.style.families.sd15 import BaseModel
 from training.style.prompts import orders, with_trigger
 from utils.captions import clean_caption
@@ -29,16 +29,16 @@ from utils.wording import counted, grouped
 log = logging.getLogger(__name__)
 
 CAPTION_IGNORED = "its caption was ignored: "
-"""How a reason begins that is about a caption and not about a picture."""
-FEW_PICTURES = 10
-"""With fewer usable pictures than this, a style comes out weakly."""
+"""How a reason begins that is about a caption and not about an image."""
+FEW_IMAGES = 10
+"""With fewer usable images than this, a style comes out weakly."""
 MUCH_LOST = 0.1
-"""A part of the picture; a crop of more is said in the report."""
+"""A part of the image; a crop of more is said in the report."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PictureReport:
-    """What became of one picture that was asked for.
+class ImageReport:
+    """What became of one image that was asked for.
 
     Attributes:
         source: Its address as the message spelt it, printable.
@@ -62,7 +62,7 @@ class PictureReport:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """One usable picture.
+    """One usable image.
 
     Attributes:
         source: Its address.
@@ -87,20 +87,20 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Everything that the loop reads, on the device: thirty pictures take about 8 MB.
+    """Everything that the loop reads, on the device: thirty images take about 8 MB.
 
     Attributes:
-        entries: One a picture asked for, in order.
+        entries: One an image asked for, in order.
         usable: What is trained on, in order.
-        latents: By the picture's identity, never by position: a shuffle cannot pair a picture with
+        latents: By the image's identity, never by position: a shuffle cannot pair an image with
             another's caption.
         embeddings: [77, d] by caption, in each of its orders; the empty prompt's is always there.
         warnings: Sentences for the report.
-        held_out: Pictures that the probe looks at and the loop never sees, if there are any.
-        thumbnails: JPEG files of the pictures that could be decoded, by the path of their files.
+        held_out: Images that the probe looks at and the loop never sees, if there are any.
+        thumbnails: JPEG files of the images that could be decoded, by the path of their files.
     """
 
-    entries: tuple[PictureReport, ...]
+    entries: tuple[ImageReport, ...]
     usable: tuple[Example, ...]
     latents: dict[str, Latents]
     embeddings: dict[str, Tensor]
@@ -110,7 +110,7 @@ class Dataset:
 
     @property
     def identities(self) -> tuple[str, ...]:
-        """One a usable picture: its bytes and its caption, hashed. Resuming compares them."""
+        """One a usable image: its bytes and its caption, hashed. Resuming compares them."""
         return tuple(
             f"{example.identity}-{hashlib.sha256(example.caption.encode()).hexdigest()[:16]}"
             for example in self.usable
@@ -125,7 +125,7 @@ class Dataset:
         }
 
     def in_order_of(self, identities: Sequence[str]) -> Dataset:
-        """The same pictures in another order, if they are the same; else unchanged.
+        """The same images in another order, if they are the same; else unchanged.
 
         Files that were renamed come in another order, and a resumed run keeps the one it began
         with.
@@ -138,11 +138,11 @@ class Dataset:
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of each usable picture's latent: 4, h/8, w/8. Those of one shape can share a batch."""
+        """Of each usable image's latent: 4, h/8, w/8. Those of one shape can share a batch."""
         return tuple(tuple(self.latents[each.identity].mean.shape) for each in self.usable)
 
     def batch(self, chosen: Sequence[int], epoch: int = 0) -> tuple[Latents, Tensor]:
-        """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of n pictures of one
+        """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of n images of one
         shape; the order of their tags depends on the epoch alone."""
         examples = [self.usable[index] for index in chosen]
         latents = [self.latents[example.identity] for example in examples]
@@ -159,42 +159,42 @@ def prepare(
     base: BaseModel,
     *,
     should_stop: Callable[[], StopReason | None] = lambda: None,
-    on_picture: Callable[[], None] = lambda: None,
+    on_image: Callable[[], None] = lambda: None,
     decoder: Decoder | None = None,
 ) -> Dataset:
-    """Vet and encode a run's pictures.
+    """Vet and encode a run's images.
 
     Args:
         run: What is asked for.
         base: The base model; VAE and text encoder are used.
-        should_stop: Asked before each picture and while it is decoded.
-        on_picture: Called after each picture, so that nobody takes a slow one for the end.
-        decoder: Decodes the pictures; without one, one is started.
+        should_stop: Asked before each image and while it is decoded.
+        on_image: Called after each image, so that nobody takes a slow one for the end.
+        decoder: Decodes the images; without one, one is started.
 
     Raises:
-        ImageDownloadFailed: Too few pictures are usable because too few could be fetched.
-        LowQualityData: Too few pictures are usable; the message names each that was left out, and
+        ImageDownloadFailed: Too few images are usable because too few could be fetched.
+        LowQualityData: Too few images are usable; the message names each that was left out, and
             why.
         Stopped: `should_stop` gave a reason.
         WorkerCrashed: The decoder cannot be started.
     """
-    entries: list[PictureReport] = []
+    entries: list[ImageReport] = []
     usable: list[Example] = []
     found = _Found()
     with contextlib.ExitStack() as mine:
         decoder = decoder or mine.enter_context(Decoder())
-        for picture, answer in _decoded(run, decoder, should_stop):
+        for image, answer in _decoded(run, decoder, should_stop):
             if reason := should_stop():
                 raise Stopped(reason)
-            entry, example = _take_in(picture, answer, run, base, found)
-            entries.append(entry := _with_caption_problem(entry, picture))
+            entry, example = _take_in(image, answer, run, base, found)
+            entries.append(entry := _with_caption_problem(entry, image))
             if example:
                 usable.append(example)
             else:
                 log.warning(
-                    "picture_left_out", extra={"picture": _name(entry), "reasons": entry.reasons}
+                    "picture_left_out", extra={"image": _name(entry), "reasons": entry.reasons}
                 )
-            on_picture()
+            on_image()
     _refuse_too_few(run, entries, len(usable))
     captions = dict.fromkeys(["", *(caption for each in usable for caption in each.orders)])
     return Dataset(
@@ -209,11 +209,11 @@ def prepare(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Found:
-    """What the pictures so far have brought.
+    """What the images so far have brought.
 
     Attributes:
-        latents: By the picture's identity.
-        seen: Name and looks of each usable picture.
+        latents: By the image's identity.
+        seen: Name and looks of each usable image.
         thumbnails: By the file's path.
     """
 
@@ -223,16 +223,16 @@ class _Found:
 
 
 def _warnings(run: TrainingRun, usable: int, found: _Found) -> tuple[str, ...]:
-    """Sentences about the pictures as a whole."""
+    """Sentences about the images as a whole."""
     warnings = list(run.notes)
-    if usable < FEW_PICTURES:
+    if usable < FEW_IMAGES:
         warnings.append(
-            f"Only {counted(usable, 'picture')} can be trained on; a style holds better with "
-            f"{FEW_PICTURES} to 30."
+            f"Only {counted(usable, 'image')} can be trained on; a style holds better with "
+            f"{FEW_IMAGES} to 30."
         )
     if all(looks.is_grey for _, looks in found.seen):
         warnings.append(
-            "All pictures are without colour; such a style comes out tinted unless the captions "
+            "All images are without colour; such a style comes out tinted unless the captions "
             "say so (black and white, pencil drawing)."
         )
     return tuple(warnings)
@@ -240,43 +240,43 @@ def _warnings(run: TrainingRun, usable: int, found: _Found) -> tuple[str, ...]:
 
 def _decoded(
     run: TrainingRun, decoder: Decoder, should_stop: Callable[[], StopReason | None]
-) -> Iterator[tuple[Picture, Answer | None]]:
-    """Each picture with what the decoder says of it; None where there is no file."""
+) -> Iterator[tuple[TrainingImage, Answer | None]]:
+    """Each image with what the decoder says of it; None where there is no file."""
     requests = [
-        Request(picture.path, run.max_image_pixels, run.parameters.resolution)
-        for picture in run.pictures
-        if picture.path is not None
+        Request(image.path, run.max_image_pixels, run.parameters.resolution)
+        for image in run.images
+        if image.path is not None
     ]
     answers = decoder.answers(requests, should_stop=should_stop)
-    for picture in run.pictures:
-        yield picture, next(answers, None) if picture.path is not None else None
+    for image in run.images:
+        yield image, next(answers, None) if image.path is not None else None
 
 
 def _take_in(
-    picture: Picture, answer: Answer | None, run: TrainingRun, base: BaseModel, found: _Found
-) -> tuple[PictureReport, Example | None]:
-    """Judge and encode one decoded picture; what it brings goes into `found`."""
-    if picture.path is None or answer is None:
-        return _left_out(picture, picture.problem or "could not be fetched"), None
+    image: TrainingImage, answer: Answer | None, run: TrainingRun, base: BaseModel, found: _Found
+) -> tuple[ImageReport, Example | None]:
+    """Judge and encode one decoded image; what it brings goes into `found`."""
+    if image.path is None or answer is None:
+        return _left_out(image, image.problem or "could not be fetched"), None
     if answer.thumbnail:
-        found.thumbnails[picture.path] = answer.thumbnail
+        found.thumbnails[image.path] = answer.thumbnail
     fact = answer.fact
     if isinstance(fact, Refused):
         size = (fact.width, fact.height) if fact.width and fact.height else None
-        return _left_out(picture, fact.reason, size), None
+        return _left_out(image, fact.reason, size), None
     copy = Image.frombytes("L", (MOTIF, MOTIF), answer.motif)
     looks = Looks(fact.looks, fact.is_grey, fact.pixels, motif_of(copy))
     frame, size = Frame(*fact.frame), (fact.width, fact.height)
     try:
         cautions = looks.warnings + _compare(size, looks, found.seen)
-        caption, cut = _caption(picture, run, base)
+        caption, cut = _caption(image, run, base)
         found.latents[fact.identity] = _encode(answer.pixels, frame, size, base)
-    except UnusablePicture as unusable:
-        return _left_out(picture, str(unusable), unusable.size), None
-    found.seen.append((shown_name(picture.source), looks))
+    except UnusableImage as unusable:
+        return _left_out(image, str(unusable), unusable.size), None
+    found.seen.append((shown_name(image.source), looks))
     cautions = fact.warnings + _enlarged(size, frame) + cautions + cut
-    entry = PictureReport(
-        printable(picture.source),
+    entry = ImageReport(
+        printable(image.source),
         "warned" if cautions else "used",
         cautions + fact.notes + _cropped(size, frame),
         *size,
@@ -285,26 +285,28 @@ def _take_in(
         str(frame),
     )
     return entry, Example(
-        picture.source, fact.identity, caption, _orders(caption, fact.identity, run)
+        image.source, fact.identity, caption, _orders(caption, fact.identity, run)
     )
 
 
-def _with_caption_problem(entry: PictureReport, picture: Picture) -> PictureReport:
-    """The entry with the reason for which the picture's caption is not trained, if there is one."""
-    problem = picture.caption_problem
+def _with_caption_problem(entry: ImageReport, image: TrainingImage) -> ImageReport:
+    """The entry with the reason for which the image's caption is not trained, if there is one."""
+    problem = image.caption_problem
     if not problem:  # else the code that found the problem has logged it
-        problem = clean_caption(picture.caption).problem
+        problem = clean_caption(image.caption).problem
         if not problem:
             return entry
-        log.warning("caption_ignored", extra={"picture": _name(entry), "reason": problem})
+        log.warning("caption_ignored", extra={"image": _name(entry), "reason": problem})
     status = "warned" if entry.status == "used" else entry.status
     reasons = (*entry.reasons, f"{CAPTION_IGNORED}{problem}")
     return dataclasses.replace(entry, status=status, reasons=reasons)
 
 
-def _caption(picture: Picture, run: TrainingRun, base: BaseModel) -> tuple[str, tuple[str, ...]]:
-    """What a picture is trained with, and a warning where that is not the whole of its caption."""
-    prompt = with_trigger(run.trigger_word, clean_caption(picture.caption).text)
+def _caption(
+    image: TrainingImage, run: TrainingRun, base: BaseModel
+) -> tuple[str, tuple[str, ...]]:
+    """What an image is trained with, and a warning where that is not the whole of its caption."""
+    prompt = with_trigger(run.trigger_word, clean_caption(image.caption).text)
     caption = base.fit_prompt(prompt)
     if caption == prompt:
         return caption, ()
@@ -315,29 +317,31 @@ def _caption(picture: Picture, run: TrainingRun, base: BaseModel) -> tuple[str, 
 def _orders(caption: str, identity: str, run: TrainingRun) -> tuple[str, ...]:
     if not run.parameters.shuffle_tags:
         return (caption,)
-    # By the picture: those of one caption do not all have the same order at a time.
+    # By the image: those of one caption do not all have the same order at a time.
     return orders(caption, first=run.trigger_word, seed=f"{run.parameters.seed}/{identity}")
 
 
-def _left_out(picture: Picture, reason: str, size: tuple[int, int] | None = None) -> PictureReport:
+def _left_out(
+    image: TrainingImage, reason: str, size: tuple[int, int] | None = None
+) -> ImageReport:
     width, height = size or (None, None)
-    caption = clean_caption(picture.caption).text
-    source = printable(picture.source)
-    return PictureReport(source, "left_out", (reason,), width, height, caption)
+    caption = clean_caption(image.caption).text
+    source = printable(image.source)
+    return ImageReport(source, "left_out", (reason,), width, height, caption)
 
 
 def _compare(size: tuple[int, int], looks: Looks, seen: list[tuple[str, Looks]]) -> tuple[str, ...]:
-    """Compare a picture with those before it.
+    """Compare an image with those before it.
 
     Returns:
         A warning where it looks like one of them.
 
     Raises:
-        UnusablePicture: It is one of them: trained on twice, it would count twice.
+        UnusableImage: It is one of them: trained on twice, it would count twice.
     """
     for name, other in seen:
         if other.pixels == looks.pixels:
-            raise UnusablePicture(f"is the same picture as {name}", size)
+            raise UnusableImage(f"is the same image as {name}", size)
     near = [name for name, other in seen if looks.shows_the_same(other)]
     return (f"looks like another version of {near[0]}, which then counts twice",) if near else ()
 
@@ -356,40 +360,40 @@ def _encode(content: bytes, frame: Frame, size: tuple[int, int], base: BaseModel
     """Encode the RGB pixels of a frame.
 
     Raises:
-        UnusablePicture: The VAE makes no finite numbers of it.
+        UnusableImage: The VAE makes no finite numbers of it.
     """
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     pixels = values.view(frame.height, frame.width, 3).permute(2, 0, 1).float() / 127.5 - 1.0
     mean, std = base.encode_images(pixels[None])
     if not bool((torch.isfinite(mean) & torch.isfinite(std)).all()):
-        raise UnusablePicture(
+        raise UnusableImage(
             "the image encoder cannot represent it (it gave values that are no numbers)",
             size,
         )
     return Latents(mean[0], std[0])
 
 
-def _refuse_too_few(run: TrainingRun, entries: list[PictureReport], usable: int) -> None:
+def _refuse_too_few(run: TrainingRun, entries: list[ImageReport], usable: int) -> None:
     if usable >= run.min_images:
         return
-    fetched = sum(picture.path is not None for picture in run.pictures)
+    fetched = sum(image.path is not None for image in run.images)
     left_out = grouped(
         [
             (_name(entry), ", ".join(entry.reasons))
             for entry in entries
             if entry.status == "left_out"
         ],
-        "picture",
+        "image",
     )
     message = (
-        f"{usable} of {counted(len(entries), 'picture')} can be used, and at least "
+        f"{usable} of {counted(len(entries), 'image')} can be used, and at least "
         f"{run.min_images} {'is' if run.min_images == 1 else 'are'} needed."
-        + (f" Left out: {left_out}." if left_out else " Add more pictures.")
+        + (f" Left out: {left_out}." if left_out else " Add more images.")
     )
-    if fetched < run.min_images <= len(run.pictures):
+    if fetched < run.min_images <= len(run.images):
         raise ImageDownloadFailed(message)
     raise LowQualityData(message)
 
 
-def _name(entry: PictureReport) -> str:
+def _name(entry: ImageReport) -> str:
     return shown_name(entry.source)

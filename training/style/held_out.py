@@ -1,4 +1,4 @@
-"""Held-out pictures: never trained on, they tell a learnt style from copied pictures."""
+"""Held-out images: never trained on, they tell a learnt style from copied images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jobs.lora_config import TrainingRun
     from training.style.families.sd15 import BaseModel
 
-TRAINED_ON = "is one of the training pictures, too, so it cannot show what was learnt beyond them"
+TRAINED_ON = "is one of the training images, too, so it cannot show what was learnt beyond them"
 
 
 def prepare(
@@ -24,16 +24,16 @@ def prepare(
     base: BaseModel,
     *,
     should_stop: Callable[[], StopReason | None] = lambda: None,
-    on_picture: Callable[[], None] = lambda: None,
+    on_image: Callable[[], None] = lambda: None,
 ) -> Dataset:
-    """Vet and encode a run's pictures, and those that are held out as its `held_out`.
+    """Vet and encode a run's images, and those that are held out as its `held_out`.
 
-    Held-out pictures are a help and no condition: none of them fails the run.
+    Held-out images are a help and no condition: none of them fails the run.
 
     Args:
         run: What is asked for.
         base: The base model; VAE and text encoder are used.
-        should_stop, on_picture: See `dataset.prepare`.
+        should_stop, on_image: See `dataset.prepare`.
 
     Raises:
         ImageDownloadFailed, LowQualityData, Stopped, WorkerCrashed: See `dataset.prepare`.
@@ -43,19 +43,19 @@ def prepare(
             dataset.prepare,
             base=base,
             should_stop=should_stop,
-            on_picture=on_picture,
+            on_image=on_image,
             decoder=decoder,
         )
         data = prepare_one(run)
-        if not run.validation_pictures:
+        if not run.validation_images:
             return data
-        apart = dataclasses.replace(run, pictures=run.validation_pictures, min_images=0, notes=())
+        apart = dataclasses.replace(run, images=run.validation_images, min_images=0, notes=())
         others = prepare_one(apart)
     return dataclasses.replace(data, held_out=_without(others, data))
 
 
 def _without(others: Dataset, data: Dataset) -> Dataset:
-    """`others` less the pictures that are trained on: they would prove nothing."""
+    """`others` less the images that are trained on: they would prove nothing."""
     trained = {example.identity for example in data.usable}
     twice = {example.source for example in others.usable if example.identity in trained}
     entries = tuple(

@@ -40,7 +40,7 @@ class LoopState:
         saved_step: Step of the newest checkpoint.
         probes: What the probe has found.
         best: The best LoRA so far, on the CPU, where it is to be delivered.
-        samples: Sample pictures of checkpoints (see `training.style.results.grids`).
+        samples: Sample images of checkpoints (see `training.style.results.grids`).
     """
 
     lora: dict[str, torch.nn.Parameter]
@@ -234,7 +234,7 @@ def _idle(name: str, side: int) -> bool:
 
     Args:
         name: A weight of the LoRA.
-        side: Side of the innermost feature map of a square picture; 1 in SD1.5 at 64 pixels, where
+        side: Side of the innermost feature map of a square image; 1 in SD1.5 at 64 pixels, where
             there is no other frame: in larger ones there is more to choose from.
     """
     middle = name.startswith("mid_block.") and ".attn1." in name

@@ -46,13 +46,13 @@ def min_snr_weights(scheduler: Any, gamma: float) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chance:
-    """Everything that is random about n pictures.
+    """Everything that is random about n images.
 
     Attributes:
         sample: Standard normal, [n, 4, h, w]: the latent's place in its distribution.
         noise: Standard normal, [n, 4, h, w]: what is mixed into it.
         timesteps: How much of it, [n].
-        uncaptioned: Which pictures get the empty prompt (arXiv:2207.12598), [n].
+        uncaptioned: Which images get the empty prompt (arXiv:2207.12598), [n].
     """
 
     sample: Tensor
@@ -75,8 +75,8 @@ class Chance:
         Args:
             shape: n, 4, h, w.
             timesteps: How many the noise schedule has.
-            caption_dropout: Part of the pictures that get the empty prompt.
-            noise_offset: Size of a part of the noise that is one value a channel: a picture's mean
+            caption_dropout: Part of the images that get the empty prompt.
+            noise_offset: Size of a part of the noise that is one value a channel: an image's mean
                 can be learnt, too.
             generator: Source of every number, on the device where they are needed.
         """
@@ -92,7 +92,7 @@ class Chance:
         )
 
     def split(self, size: int) -> list[Chance]:
-        """The same, `size` pictures at a time; the last has the rest."""
+        """The same, `size` images at a time; the last has the rest."""
         parts = (getattr(self, field.name).split(size) for field in dataclasses.fields(self))
         return [Chance(*part) for part in zip(*parts, strict=True)]
 
@@ -106,23 +106,23 @@ def denoising_losses(
     weights: Tensor,
     autocast: AbstractContextManager[Any],
 ) -> tuple[Tensor, Tensor]:
-    """Noise each picture of a batch and compare what the UNet makes of it with what is true.
+    """Noise each image of a batch and compare what the UNet makes of it with what is true.
 
     Args:
         base: The base model with the LoRA on.
         batch: Latent distributions, [n, 4, h, w], and embeddings, [n, 77, d].
-        chance: Everything random about these pictures.
+        chance: Everything random about these images.
         empty_text: Embedding of the empty prompt, [77, d].
         weights: Loss weight of every timestep.
         autocast: Mixed precision for the forward pass.
 
     Returns:
-        Each picture's mean squared error, [n] float32: bare and without gradient; and weighted,
+        Each image's mean squared error, [n] float32: bare and without gradient; and weighted,
         with its gradient.
     """
     latents, text = batch
     text = torch.where(chance.uncaptioned[:, None, None], empty_text, text)
-    # A fresh sample of the posterior each time, as if the VAE had encoded the picture again.
+    # A fresh sample of the posterior each time, as if the VAE had encoded the image again.
     clean = latents.mean + latents.std * chance.sample
     noisy = base.scheduler.add_noise(clean, chance.noise, chance.timesteps)
     with autocast:

@@ -1,4 +1,4 @@
-"""What a run does at each step, which pictures at which rate: a function of step and seed."""
+"""What a run does at each step, which images at which rate: a function of step and seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Plan:
     """A run's steps, numbered from 0 over the whole job: a resumed run follows the same plan.
 
     Attributes:
-        shapes: What each usable picture can share a batch by, n of them.
+        shapes: What each usable image can share a batch by, n of them.
         parameters: Hyper-parameters (see `Course.planned`).
         rate_unit: What the optimizer's rates are multiples of (see `Course.rate_unit`).
     """
@@ -28,7 +28,7 @@ class Plan:
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which each picture is seen once; the last may have fewer pictures."""
+        """Optimizer steps in which each image is seen once; the last may have fewer images."""
         return math.ceil(len(self._epoch(0)) / self.parameters.gradient_accumulation_steps)
 
     @property
@@ -37,7 +37,7 @@ class Plan:
         return self.steps_per_epoch * self.parameters.epochs
 
     def batches(self, step: int) -> list[list[int]]:
-        """The pictures of one optimizer step, as batches of indices below n; the pictures of a
+        """The images of one optimizer step, as batches of indices below n; the images of a
         batch are of one shape."""
         epoch, position = divmod(step, self.steps_per_epoch)
         batches = self.parameters.gradient_accumulation_steps

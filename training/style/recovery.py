@@ -41,14 +41,14 @@ def train(
     """Train to the last epoch, or to a stop, starting over where that helps.
 
     Where memory runs out, training goes on from the newest checkpoint with gradient checkpointing,
-    and then with smaller and smaller batches, as many pictures a step as before. Where it diverges,
+    and then with smaller and smaller batches, as many images a step as before. Where it diverges,
     it goes back to the newest checkpoint that is sound, or to the beginning, and on at half the
     rate; once in a job.
 
     Args:
         run: What is asked for; begins from its `resume_from`.
         base: The base model. The LoRA stays on it, for the export: whoever calls detaches it.
-        dataset: The run's pictures, prepared.
+        dataset: The run's images, prepared.
         emit: Takes `Started`, again at each new start, `Progress` and `CheckpointSaved`.
         should_stop: Asked before every optimizer step.
 
@@ -63,7 +63,7 @@ def train(
     course = Course.of(run.parameters)
     if resumed:
         course = dataclasses.replace(resumed.state.course, asked=run.parameters)
-        dataset = dataset.in_order_of(resumed.state.pictures)
+        dataset = dataset.in_order_of(resumed.state.images)
     while True:
         trainer = LoRATrainer(
             run, base, dataset, course=course, start=start, emit=emit, should_stop=should_stop
@@ -113,7 +113,7 @@ def _way_round(
         )
         if not changed:
             raise GpuOutOfMemory(
-                "There is not enough memory to train even a single picture at a time, with "
+                "There is not enough memory to train even a single image at a time, with "
                 "gradient checkpointing; lower resolution or rank, or use a larger GPU."
             ) from error
     else:

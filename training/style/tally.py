@@ -45,7 +45,7 @@ class Tally:
         )
 
     def add_losses(self, losses: Tensor) -> None:
-        """Count each picture's loss, [n]; those that are not finite are left out."""
+        """Count each image's loss, [n]; those that are not finite are left out."""
         finite = torch.isfinite(losses)
         self.loss_sum += torch.where(finite, losses, 0.0).sum()
         self.loss_count += finite.sum()

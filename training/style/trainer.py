@@ -55,7 +55,7 @@ class LoRATrainer:
         run: What is asked for.
         base: The base model. The LoRA stays on it after `train`, for the export: whoever calls
             detaches it.
-        dataset: The run's pictures, prepared.
+        dataset: The run's images, prepared.
         course: How it is trained; without one as it is asked for.
         start: The checkpoint to go on from; without one training begins at the beginning.
         emit: Takes `Started`, `Progress` and `CheckpointSaved`.
@@ -171,7 +171,7 @@ class LoRATrainer:
     def _backward(self, state: LoopState, accelerator: Accelerator) -> Tensor:
         """Gradients of one optimizer step, clipped; returns their norm before that."""
         batches = self._plan.batches(state.step)
-        pictures = sum(map(len, batches))
+        images = sum(map(len, batches))
         for batch, chance in self._parts(batches, state.noise):
             losses, weighted = denoising_losses(
                 self._base,
@@ -181,15 +181,15 @@ class LoRATrainer:
                 weights=self._loss_weights,
                 autocast=accelerator.autocast(),
             )
-            # Every picture of a step counts alike, also where the last batch is smaller.
-            accelerator.backward(weighted.sum() / pictures)
+            # Every image of a step counts alike, also where the last batch is smaller.
+            accelerator.backward(weighted.sum() / images)
             state.tally.add_losses(losses)
         weights = list(state.lora.values())  # an iterator would be empty where it is needed
         norm: Tensor = accelerator.clip_grad_norm_(weights, self._parameters.max_grad_norm)
         return norm
 
     def _a_gradient(self, state: LoopState, accelerator: Accelerator) -> Tensor:
-        """Of the first pictures of the run, the same each time, all in one; nothing is changed."""
+        """Of the first images of the run, the same each time, all in one; nothing is changed."""
         weights = list(state.lora.values())
         devices = [self._base.device] if self._base.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -210,21 +210,21 @@ class LoRATrainer:
     def _parts(
         self, batches: list[list[int]], noise: torch.Generator
     ) -> Iterator[tuple[list[int], Chance]]:
-        """As many pictures at a time as memory allows, and what is random about them."""
+        """As many images at a time as memory allows, and what is random about them."""
         size = self._parameters.batch_size
         for shape, alike in itertools.groupby(
             batches, lambda batch: self._dataset.shapes[batch[0]]
         ):
-            pictures = list(itertools.chain.from_iterable(alike))
+            images = list(itertools.chain.from_iterable(alike))
             # Drawn for all of them, so that smaller batches change nothing but rounding.
             chance = Chance.draw(
-                (len(pictures), *shape),
+                (len(images), *shape),
                 timesteps=self._base.scheduler.config.num_train_timesteps,
                 caption_dropout=self._parameters.caption_dropout,
                 noise_offset=self._parameters.noise_offset,
                 generator=noise,
             )
-            parts = [pictures[i : i + size] for i in range(0, len(pictures), size)]
+            parts = [images[i : i + size] for i in range(0, len(images), size)]
             yield from zip(parts, chance.split(size), strict=True)
 
     def _end_epoch(self, state: LoopState) -> None:
@@ -292,7 +292,7 @@ class LoRATrainer:
                 total_steps=self._plan.total_steps,
                 epoch=len(state.losses),
                 step=state.step,
-                pictures_used=len(self._dataset.usable),
+                images_used=len(self._dataset.usable),
                 warnings=self._warnings(state),
             )
         )
@@ -355,7 +355,7 @@ class LoRATrainer:
         if self._plan.total_steps > USUAL_STEPS:
             warnings.append(
                 f"{self._plan.total_steps} steps are many: styles usually take 1,000 to "
-                f"{USUAL_STEPS:,}. More may copy the pictures instead of learning the style; fewer "
+                f"{USUAL_STEPS:,}. More may copy the images instead of learning the style; fewer "
                 "epochs are recommended."
             )
         if state.skipped:

@@ -1,6 +1,6 @@
 """The trainer process's share of this process's surroundings: its environment and confinement.
 
-Pictures come from anywhere and are decoded in the trainer. It therefore gets no secret that it has
+Images come from anywhere and are decoded in the trainer. It therefore gets no secret that it has
 no use for, and cannot fetch one.
 """
 

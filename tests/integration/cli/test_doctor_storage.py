@@ -188,15 +188,15 @@ def test_a_refused_deletion_is_named(buckets: _Buckets) -> None:
     assert "delete under jobs/" in buckets.examine()[f"bucket {buckets.state}"].detail
 
 
-def test_pictures_that_may_not_be_read_are_found_in_an_empty_bucket_too(buckets: _Buckets) -> None:
+def test_images_that_may_not_be_read_are_found_in_an_empty_bucket_too(buckets: _Buckets) -> None:
     buckets.proxy.fault = lambda how, path: (
         DENIED if how == "HEAD" and f"/{buckets.media}/" in path else None
     )
     assert "read under any prefix" in buckets.examine()[f"bucket {buckets.media}"].detail
 
 
-def test_a_picture_bucket_that_may_not_be_listed_is_a_warning(buckets: _Buckets) -> None:
-    """The worker can do without: it reads pictures by their names."""
+def test_an_image_bucket_that_may_not_be_listed_is_a_warning(buckets: _Buckets) -> None:
+    """The worker can do without: it reads images by their names."""
 
     def only_by_name(how: str, path: str) -> Fault | None:
         unknown = "list-type=2" in path or "/.probe-" in path

@@ -18,7 +18,7 @@ from sandbox.photographs import photographs
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from sandbox.stand_in_model import build_stand_in
 from services.s3.image_download import object_sizes
-from services.s3.s3_service import PictureRequest, S3Service
+from services.s3.s3_service import ImageRequest, S3Service
 
 ROOT = Path(__file__).resolve().parents[3]
 OWN_MOUNTS = (
@@ -43,7 +43,7 @@ for filler in (0, 300):
     (folder / "filler").write_bytes(bytes(filler * 1024**2))
     try:
         size = require_room(s3, s3, settings, job, folder, StopSignal())
-        print(json.dumps(["fits", size.pictures]))
+        print(json.dumps(["fits", size.images]))
     except TrainingServerError as error:
         print(json.dumps([type(error).__name__, str(error)]))
 print(json.dumps(["files", [path.name for path in folder.iterdir()]]))
@@ -65,7 +65,7 @@ def test_a_job_without_room_is_refused_by_the_disk_s_real_size_before_anything_i
     assert lines[0] == ["fits", 3000]
     kind, sentence = lines[1]
     assert kind == "NoRoomForJob"
-    assert "needs 402 MiB of disk space (2.93 KiB for its pictures)" in sentence
+    assert "needs 402 MiB of disk space (2.93 KiB for its images)" in sentence
     assert "212 MiB are free" in sentence
     assert lines[2] == ["files", ["filler"]]
 
@@ -84,15 +84,15 @@ def test_sizes_come_in_the_order_asked_for_and_what_cannot_be_had_has_none(
     assert sizes == (*range(20), 0, 0, 0, 0, 0, 0)
 
 
-def test_a_picture_that_grew_after_it_was_measured_is_still_left_out(
+def test_an_image_that_grew_after_it_was_measured_is_still_left_out(
     s3: S3Service, bucket: str, tmp_path: Path
 ) -> None:
     place = S3Location(bucket, "a.jpg")
     s3.write(place, b"x" * 10)
     assert object_sizes(s3, [(place, None)], stop=lambda: False) == (10,)
     s3.write(place, b"x" * 5000)
-    request = PictureRequest(place.uri(), place)
-    (fetched,) = s3.fetch_pictures([request], tmp_path, max_bytes=4096, stop=lambda: False)
+    request = ImageRequest(place.uri(), place)
+    (fetched,) = s3.fetch_images([request], tmp_path, max_bytes=4096, stop=lambda: False)
     assert fetched.path is None and "too large" in (fetched.problem or "")
 
 
@@ -102,9 +102,9 @@ from pathlib import Path
 from config import TrainerSettings
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
+from jobs.lora_config import HyperParameters, TrainingImage, TrainerOptions, TrainingRun
 from utils.errors import TrainingServerError
-model, pictures, place = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+model, images, place = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 settings = TrainerSettings(_env_file=None)
 trainer = TrainerProcess(
     TrainerOptions(model, allow_cpu=True, log_level="WARNING"),
@@ -120,7 +120,7 @@ def train(name, size=None):
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "small", folder], check=True)
     run = TrainingRun(
         task_id=name, style_id=1, claim=1,
-        pictures=tuple(Picture(path.name, str(path), "") for path in sorted(pictures.iterdir())),
+        images=tuple(TrainingImage(path.name, str(path), "") for path in sorted(images.iterdir())),
         parameters=HyperParameters(epochs=1, resolution=64, rank=64, batch_size=4),
         work_folder=str(folder), checkpoint_interval=1,
     )

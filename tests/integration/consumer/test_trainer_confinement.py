@@ -1,7 +1,7 @@
 """Code that runs inside the trainer reaches no secret of the worker, whoever the worker runs as.
 
 The code under test is the real trainer command, started by the front desk's `TrainerProcess`. A
-`sitecustomize` on its path stands in for a picture that took the process over: it tries everything
+`sitecustomize` on its path stands in for an image that took the process over: it tries everything
 and writes down what it got.
 """
 
@@ -125,7 +125,7 @@ from pathlib import Path
 import config
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import HyperParameters, Picture, TrainingRun
+from jobs.lora_config import HyperParameters, TrainingImage, TrainingRun
 from utils import logger
 
 IDLE = "import os, sys; os.read(int(sys.argv[3]), 1)"  # until its pipe ends
@@ -152,8 +152,8 @@ if not plan["trains"]:
     sys.exit()
 run = TrainingRun(
     task_id="task-1", style_id=1, claim=1,
-    pictures=tuple(
-        Picture(path.name, str(path), "") for path in sorted(Path(plan["pictures"]).iterdir())
+    images=tuple(
+        TrainingImage(path.name, str(path), "") for path in sorted(Path(plan["pictures"]).iterdir())
     ),
     parameters=HyperParameters(epochs=1, resolution=64, rank=2),
     work_folder=str(work / "job"), checkpoint_interval=1,

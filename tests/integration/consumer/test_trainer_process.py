@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from config import TrainerSettings
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
+from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
 from sandbox.photographs import photographs as real_photographs
 from sandbox.stand_in_model import build_stand_in
 from utils.errors import LowQualityData, Stopped, StopReason, TrainingServerError, WorkerCrashed
@@ -55,13 +55,13 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def make_run(tmp_path: Path, photographs: list[Path]) -> MakeRun:
-    def make(task_id: str = "task-1", epochs: int = 2, pictures: int = 3) -> TrainingRun:
+    def make(task_id: str = "task-1", epochs: int = 2, images: int = 3) -> TrainingRun:
         return TrainingRun(
             task_id=task_id,
             style_id=1,
             claim=1,
-            pictures=tuple(
-                Picture(path.name, str(path), "a picture") for path in photographs[:pictures]
+            images=tuple(
+                TrainingImage(path.name, str(path), "an image") for path in photographs[:images]
             ),
             parameters=HyperParameters(epochs=epochs, resolution=64, rank=2),
             work_folder=str(tmp_path / task_id),
@@ -93,7 +93,7 @@ def test_a_run_tells_its_story_in_order_and_the_next_one_meets_the_same_process(
     first_process = trainer.pid
     stages = [event.stage for event in events if isinstance(event, Progress)]
     assert stages[0] is Stage.PREPARING and stages[-1] is Stage.EXPORTING
-    assert any(isinstance(event, Started) and event.pictures_used == 3 for event in events)
+    assert any(isinstance(event, Started) and event.images_used == 3 for event in events)
     assert [e.name for e in events if isinstance(e, CheckpointSaved)] == [
         "epoch-0001",
         "epoch-0002",
@@ -141,7 +141,7 @@ def test_what_the_trainer_reports_is_raised_as_the_error_it_names(
     trainer: TrainerProcess, make_run: MakeRun
 ) -> None:
     with pytest.raises(LowQualityData):
-        _run(trainer, make_run(pictures=2))
+        _run(trainer, make_run(images=2))
 
 
 def test_a_killed_trainer_is_one_clear_error_and_the_next_run_gets_a_fresh_one(

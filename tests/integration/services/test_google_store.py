@@ -12,7 +12,7 @@ from sandbox.s3_server import S3Server
 from services.records.condition_probe import probe
 from services.s3.errors import NotSupported
 from services.s3.image_download import NO_VERSIONS, object_sizes
-from services.s3.s3_service import PictureRequest, S3Service
+from services.s3.s3_service import ImageRequest, S3Service
 from tests.integration.services.google_store import client, google
 from tests.integration.services.s3_proxy import Fault, Request, S3Proxy, impatient, refusal
 from utils.errors import ObjectNotFound, StorageError
@@ -104,13 +104,13 @@ def test_an_upload_over_a_version_goes_without_the_condition(
     assert s3.read(place).body == b"new"
 
 
-def test_a_version_that_it_does_not_give_leaves_the_picture_out(
+def test_a_version_that_it_does_not_give_leaves_the_image_out(
     store: S3Proxy, bucket: str, tmp_path: Path
 ) -> None:
     s3, place = client(store), S3Location(bucket, "a.jpg")
     s3.write(place, b"the present one")
-    wanted = PictureRequest("a", place, "caption", version_id="3")
-    (fetched,) = s3.fetch_pictures([wanted], tmp_path, max_bytes=100, stop=lambda: False)
+    wanted = ImageRequest("a", place, "caption", version_id="3")
+    (fetched,) = s3.fetch_images([wanted], tmp_path, max_bytes=100, stop=lambda: False)
     assert (fetched.path, fetched.problem) == (None, NO_VERSIONS)
 
 
@@ -173,11 +173,11 @@ def test_the_version_that_is_asked_for_is_the_one_that_comes(
     amazon.put_object(Bucket=bucket, Key="a.jpg", Body=b"new")
     place = S3Location(bucket, "a.jpg")
     requests = [
-        PictureRequest("old", place, "", version_id=old),
-        PictureRequest("present", place, ""),
-        PictureRequest("none", place, "", version_id="5f2a7a1e-0000-4000-8000-000000000000"),
+        ImageRequest("old", place, "", version_id=old),
+        ImageRequest("present", place, ""),
+        ImageRequest("none", place, "", version_id="5f2a7a1e-0000-4000-8000-000000000000"),
     ]
-    fetched = s3.fetch_pictures(requests, tmp_path, max_bytes=100, stop=lambda: False)
+    fetched = s3.fetch_images(requests, tmp_path, max_bytes=100, stop=lambda: False)
     assert [each.path.read_bytes() for each in fetched if each.path] == [b"the old one", b"new"]
     assert fetched[2].problem
     sizes = object_sizes(s3, [(place, old), (place, None)], stop=lambda: False)

@@ -18,7 +18,7 @@ from sandbox.s3_server import REGION, S3Server
 from services.s3 import errors as s3_errors
 from services.s3 import s3_service
 from services.s3.errors import BucketMissing
-from services.s3.s3_service import PictureRequest, S3Service
+from services.s3.s3_service import ImageRequest, S3Service
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, refusal
 from utils.errors import (
     AccessDenied,
@@ -98,13 +98,13 @@ def test_the_codes_that_callers_decide_by(
 
 
 def fetch_two(s3: S3Service, folder: Path) -> object:
-    """Two pictures with captions to look for."""
-    wanted = [PictureRequest(key, S3Location("bucket", key)) for key in ("a.jpg", "b.jpg")]
-    return s3.fetch_pictures(wanted, folder, max_bytes=100, stop=lambda: False)
+    """Two images with captions to look for."""
+    wanted = [ImageRequest(key, S3Location("bucket", key)) for key in ("a.jpg", "b.jpg")]
+    return s3.fetch_images(wanted, folder, max_bytes=100, stop=lambda: False)
 
 
 CALLS: dict[str, Callable[[S3Service, Path], object]] = {
-    "fetch_pictures": fetch_two,
+    "fetch_images": fetch_two,
     "download": lambda s3, folder: s3.download(S3Location("bucket", "a"), folder / "a"),
     "download_folder": lambda s3, folder: s3.download_folder("bucket", "a", folder / "a"),
     "read": lambda s3, folder: s3.read(S3Location("bucket", "a")),
@@ -147,7 +147,7 @@ FAULTS = {
 HARMLESS = {
     ("delete", 200),  # asked to be quiet, S3 names only what it could not delete
     ("delete_version", 200),  # the answer has no body; publishers look at the folder again
-    ("fetch_pictures", 200),  # whether it is a picture is judged later
+    ("fetch_images", 200),  # whether it is an image is judged later
     ("reach", 200),  # the answer to a HEAD has no body to judge by
     ("download", 200),  # an object without a checksum may be anything
 }

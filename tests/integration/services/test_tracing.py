@@ -34,7 +34,7 @@ def opened(collector: Collector, headers: str = "") -> Tracing:
 def test_a_job_is_a_trace_and_its_parts_are_spans_of_it(collector: Collector) -> None:
     tracing = opened(collector, headers="X-Api-Key=abc%20def")
     with tracing.job("t-1", carrier={}, style_id=7, nothing=None):
-        with tracing.span("fetch", pictures=3):
+        with tracing.span("fetch", images=3):
             pass
         tracing.note(ending="complete")
     tracing.close(5)

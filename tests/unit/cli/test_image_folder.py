@@ -1,4 +1,4 @@
-"""A folder of pictures as people bring it: every caption finds its picture, or is named."""
+"""A folder of images as people bring it: every caption finds its image, or is named."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from utils.errors import ConfigurationError
 
 
 def fill(folder: Path, **files: bytes) -> Path:
-    """A folder with these files; a picture needs no content here."""
+    """A folder with these files; an image needs no content here."""
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder
 
 
 def captions(folder: Path) -> dict[str, str]:
-    """The captions by the names of pictures."""
-    return {picture.source: picture.caption for picture in read_folder(folder).pictures}
+    """The captions by the names of images."""
+    return {image.source: image.caption for image in read_folder(folder).images}
 
 
 NFC, NFD = unicodedata.normalize("NFC", "é가"), unicodedata.normalize("NFD", "é가")
 
 
 @pytest.mark.parametrize(
-    ("picture", "caption"),
+    ("image", "caption"),
     [
         ("a.png", "a.txt"),
         ("a.png", "a.TXT"),
@@ -45,22 +45,22 @@ NFC, NFD = unicodedata.normalize("NFC", "é가"), unicodedata.normalize("NFD", "
         (f"{NFD}.png", f"{NFC}.txt"),
     ],
 )
-def test_a_caption_finds_its_picture_however_it_is_spelt(
-    tmp_path: Path, picture: str, caption: str
+def test_a_caption_finds_its_image_however_it_is_spelt(
+    tmp_path: Path, image: str, caption: str
 ) -> None:
-    found = read_folder(fill(tmp_path, **{picture: b"picture", caption: b"a harbour"}))
-    assert [each.caption for each in found.pictures] == ["a harbour"]
+    found = read_folder(fill(tmp_path, **{image: b"image", caption: b"a harbour"}))
+    assert [each.caption for each in found.images] == ["a harbour"]
     assert not found.notes
 
 
 def test_the_most_exact_name_wins_and_the_other_file_is_named(tmp_path: Path) -> None:
     fill(tmp_path, **{"a.png": b"", "a.caption": b"second", "a.txt": b"first"})
     found = read_folder(tmp_path)
-    assert [each.caption for each in found.pictures] == ["first"]
-    assert found.notes == ("These belong to no picture and are not used: a.caption.",)
+    assert [each.caption for each in found.images] == ["first"]
+    assert found.notes == ("These belong to no image and are not used: a.caption.",)
 
 
-def test_a_metadata_file_captions_the_pictures_that_have_no_file_of_their_own(
+def test_a_metadata_file_captions_the_images_that_have_no_file_of_their_own(
     tmp_path: Path,
 ) -> None:
     lines = [
@@ -85,12 +85,12 @@ def test_a_metadata_file_captions_the_pictures_that_have_no_file_of_their_own(
 @pytest.mark.parametrize(
     "name", ["a.json", "b.csv", "notes.md", "other.txt", "desktop.ini", "Thumbs.db", "a.npz"]
 )
-def test_a_file_that_is_neither_picture_nor_caption_is_named_and_is_no_broken_picture(
+def test_a_file_that_is_neither_image_nor_caption_is_named_and_is_no_broken_image(
     tmp_path: Path, name: str
 ) -> None:
     found = read_folder(fill(tmp_path, **{"a.png": b"", name: b"{}"}))
-    assert [each.source for each in found.pictures] == ["a.png"]
-    assert found.notes == (f"These belong to no picture and are not used: {name}.",)
+    assert [each.source for each in found.images] == ["a.png"]
+    assert found.notes == (f"These belong to no image and are not used: {name}.",)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ def test_a_file_that_is_neither_picture_nor_caption_is_named_and_is_no_broken_pi
         (b"red \x00house", "save it as UTF-8"),
     ],
 )
-def test_a_caption_that_cannot_be_used_leaves_its_reason_on_the_picture(
+def test_a_caption_that_cannot_be_used_leaves_its_reason_on_the_image(
     tmp_path: Path, content: bytes, problem: str
 ) -> None:
-    (picture,) = read_folder(fill(tmp_path, **{"a.png": b"", "a.txt": content})).pictures
-    assert picture.caption == "" and problem in (picture.caption_problem or "")
+    (image,) = read_folder(fill(tmp_path, **{"a.png": b"", "a.txt": content})).images
+    assert image.caption == "" and problem in (image.caption_problem or "")
 
 
 def test_kohyas_folders_of_repeats_get_a_sentence_that_explains(tmp_path: Path) -> None:
@@ -120,15 +120,15 @@ def test_kohyas_folders_of_repeats_get_a_sentence_that_explains(tmp_path: Path) 
 def test_other_subfolders_are_named(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     notes = read_folder(fill(tmp_path, **{"a.png": b""})).notes
-    assert notes == ("Subfolders are not read (more). Move their pictures up to use them.",)
+    assert notes == ("Subfolders are not read (more). Move their images up to use them.",)
 
 
 def test_a_name_that_is_not_utf_8_is_shown_by_its_bytes_and_its_file_is_found(
     tmp_path: Path,
 ) -> None:
     raw = os.fsencode(tmp_path) + b"/" + "가나".encode("cp949")
-    Path(os.fsdecode(raw + b".png")).write_bytes(b"picture")
+    Path(os.fsdecode(raw + b".png")).write_bytes(b"image")
     Path(os.fsdecode(raw + b".txt")).write_bytes(b"a harbour")
-    (picture,) = read_folder(tmp_path).pictures
-    assert picture.source == r"\xb0\xa1\xb3\xaa.png" and picture.caption == "a harbour"
-    assert Path(picture.path or "").read_bytes() == b"picture"
+    (image,) = read_folder(tmp_path).images
+    assert image.source == r"\xb0\xa1\xb3\xaa.png" and image.caption == "a harbour"
+    assert Path(image.path or "").read_bytes() == b"image"

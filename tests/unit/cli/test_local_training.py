@@ -1,4 +1,4 @@
-"""Local training: which files of a folder are its pictures, and what is refused at once."""
+"""Local training: which files of a folder are its images, and what is refused at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.train import MADE, pictures_in, train_folder
+from cli.train import MADE, images_in, train_folder
 from config import TrainerSettings
 from consumer.life.stop_signal import StopSignal
 from jobs.lora_config import HyperParameters
@@ -40,9 +40,9 @@ def test_what_a_training_writes_is_known_by_name() -> None:
     assert MADE == set(report.FILES)
 
 
-def test_what_an_earlier_training_left_in_the_folder_is_no_picture(tmp_path: Path) -> None:
+def test_what_an_earlier_training_left_in_the_folder_is_no_image(tmp_path: Path) -> None:
     folder = fill(tmp_path / "pictures", "one.jpg", "two.png", *MADE)
-    assert [picture.source for picture in pictures_in(folder)] == ["one.jpg", "two.png"]
+    assert [image.source for image in images_in(folder)] == ["one.jpg", "two.png"]
 
 
 def test_a_trigger_word_that_would_be_several_tags_is_refused(tmp_path: Path) -> None:
@@ -70,12 +70,12 @@ def test_a_path_that_the_end_of_a_training_could_not_write_is_refused_at_its_sta
     assert not bad.exists()
 
 
-def test_without_a_report_beside_it_a_file_of_such_a_name_is_a_picture(tmp_path: Path) -> None:
+def test_without_a_report_beside_it_a_file_of_such_a_name_is_an_image(tmp_path: Path) -> None:
     folder = fill(tmp_path / "pictures", "one.jpg", "samples.png")
-    assert [picture.source for picture in pictures_in(folder)] == ["one.jpg", "samples.png"]
+    assert [image.source for image in images_in(folder)] == ["one.jpg", "samples.png"]
 
 
-def test_a_picture_that_the_training_would_overwrite_is_told_before_it_starts(
+def test_an_image_that_the_training_would_overwrite_is_told_before_it_starts(
     tmp_path: Path,
 ) -> None:
     folder = fill(tmp_path / "pictures", "one.jpg", "samples.png")
@@ -97,7 +97,7 @@ def test_a_caption_is_the_text_that_it_would_be_on_s3(
 ) -> None:
     folder = fill(tmp_path / "pictures", "one.jpg")
     (folder / "one.txt").write_bytes(content)
-    assert [picture.caption for picture in pictures_in(folder)] == [caption]
+    assert [image.caption for image in images_in(folder)] == [caption]
 
 
 def test_a_base_model_that_is_not_there_is_named_with_its_place(tmp_path: Path) -> None:

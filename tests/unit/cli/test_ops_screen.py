@@ -13,7 +13,7 @@ from cli.jobs.job_table import WIDE, print_details, print_jobs, progress
 from cli.jobs.job_view import JobView
 from cli.jobs.task_ids import SHOWN, short_ids
 
-LONG_ERROR = "the pictures could not be used because " * 8
+LONG_ERROR = "the images could not be used because " * 8
 HELD = JobView(
     "550e8400-e29b-41d4-a716-446655440000",
     style_id=1_000_000_123,
@@ -78,7 +78,7 @@ def test_a_short_line_is_shown_whole() -> None:
 
 def test_a_wide_terminal_shows_the_start_of_the_error() -> None:
     lines = _lines(FAILED, width=WIDE)
-    assert len(lines) == 2 and "the pictures" in lines[1] and len(lines[1]) <= WIDE
+    assert len(lines) == 2 and "the images" in lines[1] and len(lines[1]) <= WIDE
 
 
 def test_details_have_everything_and_fold_what_is_long() -> None:

@@ -51,16 +51,16 @@ def _free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture(name="measure")
 def _measure(s3: MemoryS3, free: Any, tmp_path: Path) -> Measure:
-    """Measures a job of pictures `0`, `1`, … and validation pictures `v0`, `v1`, …."""
+    """Measures a job of images `0`, `1`, … and validation images `v0`, `v1`, …."""
     del free
 
     def measure(
-        *, pictures: int = 3, validation: int = 0, stop: StopSignal | None = None, **how: Any
+        *, images: int = 3, validation: int = 0, stop: StopSignal | None = None, **how: Any
     ) -> JobSize:
         checkpoints = how.pop("checkpoints", ())
         settings = make_settings(state_bucket_name="state", **how)
         message = envelope(
-            images=[f"s3://{BUCKET}/{number}" for number in range(pictures)],
+            images=[f"s3://{BUCKET}/{number}" for number in range(images)],
             validation_images=[f"s3://{BUCKET}/v{number}" for number in range(validation)],
         )
         job = read(message, settings=settings)
@@ -83,15 +83,15 @@ def put(s3: MemoryS3, sizes: dict[str, int], bucket: str = BUCKET) -> None:
         s3.write(S3Location(bucket, key), b"x" * size)
 
 
-def test_pictures_and_validation_pictures_count_and_nothing_is_downloaded(
+def test_images_and_validation_images_count_and_nothing_is_downloaded(
     s3: MemoryS3, measure: Measure
 ) -> None:
     put(s3, {"0": 1000, "1": 200, "2": 30, "v0": 4})
-    assert measure(validation=1).pictures == 1234
+    assert measure(validation=1).images == 1234
     assert s3.count("HEAD") == 4 and s3.count("GET") == 0
 
 
-def test_a_picture_that_will_not_be_downloaded_counts_nothing(
+def test_an_image_that_will_not_be_downloaded_counts_nothing(
     s3: MemoryS3, measure: Measure
 ) -> None:
     put(s3, {"0": 1000, "1": 5000})  # 2 is missing
@@ -101,19 +101,19 @@ def test_a_picture_that_will_not_be_downloaded_counts_nothing(
             raise AccessDenied()
 
     s3.before = forbid
-    assert measure(pictures=4, max_image_bytes=4096).pictures == 1000
+    assert measure(images=4, max_image_bytes=4096).images == 1000
 
 
 def test_a_job_with_more_bytes_than_the_limit_fails_and_both_sizes_are_named(
     s3: MemoryS3, measure: Measure
 ) -> None:
     put(s3, {"0": MIB, "1": MIB, "2": MIB, "v0": MIB // 2})
-    assert measure(validation=1, max_job_bytes=3 * MIB + MIB // 2).pictures
+    assert measure(validation=1, max_job_bytes=3 * MIB + MIB // 2).images
     with pytest.raises(JobTooLarge) as caught:
         measure(validation=1, max_job_bytes=3 * MIB)
     sentence = str(caught.value)
     assert "3.5 MiB in all" in sentence and "3 MiB are allowed" in sentence
-    assert "fewer or smaller pictures" in sentence
+    assert "fewer or smaller images" in sentence
 
 
 def test_the_default_limit_takes_the_largest_job_that_the_other_limits_allow() -> None:
@@ -147,7 +147,7 @@ def test_the_checkpoint_to_resume_from_needs_room_too_but_never_fails_the_job(
         for name in ("old", "new")
     )
     size = measure(checkpoints=checkpoints, max_job_bytes=1024)
-    assert (size.pictures, size.checkpoint) == (30, 7000)
+    assert (size.images, size.checkpoint) == (30, 7000)
     free(30 + 7000 + output_bytes(HyperParameters()) - 1)
     with pytest.raises(NoRoomForJob):
         measure(checkpoints=checkpoints)
@@ -157,7 +157,7 @@ def test_a_stop_ends_the_look_up_at_once(s3: MemoryS3, measure: Measure) -> None
     stop = StopSignal()
     stop.request(StopReason.CANCELLED)
     with pytest.raises(Cancelled):
-        measure(pictures=50, stop=stop)
+        measure(images=50, stop=stop)
     assert s3.count("HEAD") == 0
 
 
@@ -169,7 +169,7 @@ def test_trouble_with_s3_is_raised_and_the_rest_is_not_asked_for(
 
     s3.before = fail
     with pytest.raises(StorageError):
-        measure(pictures=200)
+        measure(images=200)
     assert s3.count("HEAD") < 200
 
 

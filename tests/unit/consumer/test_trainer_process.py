@@ -33,7 +33,7 @@ RUN = TrainingRun(
     task_id="task-1",
     style_id=1,
     claim=3,
-    pictures=(),
+    images=(),
     parameters=HyperParameters(),
     work_folder="/work",
 )

@@ -1,4 +1,4 @@
-"""Aspect buckets: a picture keeps its shape, and a batch has pictures of one shape."""
+"""Aspect buckets: an image keeps its shape, and a batch has images of one shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from images.buckets import MOST_STRETCHED, Frame, frame_for
-from jobs.lora_config import HyperParameters, Picture
+from jobs.lora_config import HyperParameters, TrainingImage
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import trained
 from training.style import objective, trainer
@@ -37,7 +37,7 @@ from training.style.results.model_card import model_card
         ((300, 100), 64, Frame(64, 64)),
     ],
 )
-def test_a_picture_gets_the_frame_that_is_most_like_it(
+def test_an_image_gets_the_frame_that_is_most_like_it(
     size: tuple[int, int], resolution: int, frame: Frame
 ) -> None:
     assert frame_for(*size, resolution) == frame
@@ -55,7 +55,7 @@ def test_frames_are_of_whole_blocks_take_no_more_than_the_square_and_cut_little(
         assert frame.keeps(width, height) >= kept
 
 
-def test_a_wide_picture_is_encoded_wide_and_what_is_round_in_it_stays_round(
+def test_a_wide_image_is_encoded_wide_and_what_is_round_in_it_stays_round(
     base: BaseModel, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = Image.new("RGB", (700, 200), "black")
@@ -71,7 +71,7 @@ def test_a_wide_picture_is_encoded_wide_and_what_is_round_in_it_stays_round(
         return encode(pixels)
 
     monkeypatch.setattr(base, "encode_images", noted)
-    run = make_run(resolution=128, min_images=1, pictures=(Picture("wide.png", str(path)),))
+    run = make_run(resolution=128, min_images=1, images=(TrainingImage("wide.png", str(path)),))
     data = prepare(run, base)
     assert [tuple(pixels.shape) for pixels in seen] == [(1, 3, 64, 256)]
     assert data.shapes == ((4, 8, 32),)
@@ -80,15 +80,17 @@ def test_a_wide_picture_is_encoded_wide_and_what_is_round_in_it_stays_round(
     assert seen[0][0, 0, 32, 5] > 0.9 and seen[0][0, 0, 32, -5] < -0.9
 
 
-def test_the_report_says_as_what_each_picture_is_trained(
-    base: BaseModel, make_run: MakeRun, mixed: tuple[Picture, ...], tmp_path: Path
+def test_the_report_says_as_what_each_image_is_trained(
+    base: BaseModel, make_run: MakeRun, mixed: tuple[TrainingImage, ...], tmp_path: Path
 ) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (100, 250, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "cut.png")
     Image.fromarray(noise[:50, :120]).save(tmp_path / "small.png")
     (tmp_path / "page.png").write_bytes(b"<html>")
-    more = [Picture(name, str(tmp_path / name)) for name in ("cut.png", "small.png", "page.png")]
-    data = prepare(make_run(resolution=128, pictures=(*mixed, *more)), base)
+    more = [
+        TrainingImage(name, str(tmp_path / name)) for name in ("cut.png", "small.png", "page.png")
+    ]
+    data = prepare(make_run(resolution=128, images=(*mixed, *more)), base)
     assert [entry.trained_as for entry in data.entries] == [
         *("192 x 64", "128 x 128", "192 x 64", "64 x 192", "192 x 64"),
         *("192 x 64", "192 x 64", None),
@@ -104,7 +106,7 @@ def test_the_report_says_as_what_each_picture_is_trained(
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(1, 1), (4, 1), (3, 2), (2, 64), (16, 1)])
-def test_every_batch_is_of_one_shape_and_every_picture_comes_once_an_epoch(
+def test_every_batch_is_of_one_shape_and_every_image_comes_once_an_epoch(
     batch: int, accumulation: int
 ) -> None:
     shapes = tuple("wwwwwwwwwwhhhhhs")
@@ -122,14 +124,17 @@ def test_every_batch_is_of_one_shape_and_every_picture_comes_once_an_epoch(
         assert all(1 <= len(step) <= accumulation for step in steps)
         seen = [index for each in batches for index in each]
         assert sorted(seen) == list(range(16))
-        # No more batches than the pictures of each shape need.
+        # No more batches than the images of each shape need.
         assert len(batches) == sum(-(-count // batch) for count in (10, 5, 1))
         orders.append(seen)
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_pictures_of_several_shapes_teach_every_part_of_the_lora(
-    base: BaseModel, make_run: MakeRun, mixed: tuple[Picture, ...], monkeypatch: pytest.MonkeyPatch
+def test_images_of_several_shapes_teach_every_part_of_the_lora(
+    base: BaseModel,
+    make_run: MakeRun,
+    mixed: tuple[TrainingImage, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And each forward pass sees one shape: three wide ones two at a time, two others alone."""
     drawn: list[tuple[int, ...]] = []
@@ -140,7 +145,7 @@ def test_pictures_of_several_shapes_teach_every_part_of_the_lora(
         return losses(owner, batch, chance, **how)
 
     monkeypatch.setattr(trainer, "denoising_losses", noted)
-    run = make_run(resolution=128, pictures=mixed, batch_size=2, epochs=2)
+    run = make_run(resolution=128, images=mixed, batch_size=2, epochs=2)
     result, weights, _ = trained(base, run)
     assert result.steps == 8 and all(weight.any() for weight in weights.values())
     card = model_card(run, base, prepare(run, base), result)

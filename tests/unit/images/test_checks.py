@@ -1,4 +1,4 @@
-"""Pictures judged by what they show, on real photographs and on ruined copies of them."""
+"""Images judged by what they show, on real photographs and on ruined copies of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from images.checks import Looks, look_at, motif_copy, motif_of
-from images.vetting import UnusablePicture
-from jobs.lora_config import Picture
+from images.vetting import UnusableImage
+from jobs.lora_config import TrainingImage
 from sandbox.photographs import photographs as real_photographs
 from tests.unit.training.conftest import MakeRun
 from training.style.dataset import prepare
@@ -24,7 +24,7 @@ PHOTOGRAPHS = {
 
 
 def looks(image: Image.Image) -> Looks:
-    """How a picture looks to a training of the usual size."""
+    """How an image looks to a training of the usual size."""
     found = look_at(image, resolution=512)
     return dataclasses.replace(found, motif=motif_of(motif_copy(image)))
 
@@ -37,11 +37,11 @@ def test_a_sound_photograph_gets_no_warning_and_a_blurred_one_does(name: str) ->
     assert looks(blurred).warnings == ("is blurred all over; the style will come out soft",)
 
 
-def test_a_sharp_subject_before_a_soft_background_is_a_sharp_picture() -> None:
+def test_a_sharp_subject_before_a_soft_background_is_a_sharp_image() -> None:
     sharp = PHOTOGRAPHS["astronaut.jpg"]
-    picture = sharp.filter(ImageFilter.GaussianBlur(12))
-    picture.paste(sharp.crop((150, 50, 300, 200)), (150, 50))
-    assert not looks(picture).warnings
+    image = sharp.filter(ImageFilter.GaussianBlur(12))
+    image.paste(sharp.crop((150, 50, 300, 200)), (150, 50))
+    assert not looks(image).warnings
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,14 @@ def test_a_sharp_subject_before_a_soft_background_is_a_sharp_picture() -> None:
         (Image.new("RGB", (600, 600), "white"), "a single colour"),
     ],
 )
-def test_a_picture_of_which_nothing_can_be_learnt_is_left_out(
+def test_an_image_of_which_nothing_can_be_learnt_is_left_out(
     image: Image.Image, reason: str
 ) -> None:
-    with pytest.raises(UnusablePicture, match=reason):
+    with pytest.raises(UnusableImage, match=reason):
         looks(image)
 
 
-def test_a_nearly_empty_picture_is_used_with_a_warning() -> None:
+def test_a_nearly_empty_image_is_used_with_a_warning() -> None:
     """A small drawing on a large sheet may be the style."""
     sheet = Image.new("RGB", (600, 600), "white")
     ImageDraw.Draw(sheet).line((290, 290, 330, 330), fill="black", width=3)
@@ -83,7 +83,7 @@ def test_no_two_photographs_are_taken_for_one() -> None:
     assert alike == [(i, i) for i in range(len(seen))]
 
 
-def test_only_pictures_without_colour_are_grey() -> None:
+def test_only_images_without_colour_are_grey() -> None:
     grey = {name for name, image in PHOTOGRAPHS.items() if looks(image).is_grey}
     assert grey == {"photographer.png", "moon.png", "coins.png", "grass.jpg"}
 
@@ -91,40 +91,40 @@ def test_only_pictures_without_colour_are_grey() -> None:
 # ---- in a run ------------------------------------------------------------------------------------
 
 
-def pictures(tmp_path: Path, *images: Image.Image) -> tuple[Picture, ...]:
-    """Files of these pictures, as a run names them."""
+def images(tmp_path: Path, *images: Image.Image) -> tuple[TrainingImage, ...]:
+    """Files of these images, as a run names them."""
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
     return tuple(
-        Picture(f"s3://media/{n}.png", str(tmp_path / f"{n}.png")) for n in range(len(images))
+        TrainingImage(f"s3://media/{n}.png", str(tmp_path / f"{n}.png")) for n in range(len(images))
     )
 
 
-def test_a_picture_that_comes_twice_counts_once_towards_the_least_number(
+def test_an_image_that_comes_twice_counts_once_towards_the_least_number(
     base: BaseModel, make_run: MakeRun, tmp_path: Path
 ) -> None:
     cat, coffee = PHOTOGRAPHS["cat.jpg"], PHOTOGRAPHS["coffee.png"]
-    run = dataclasses.replace(make_run(), pictures=pictures(tmp_path, cat, cat, coffee))
-    with pytest.raises(LowQualityData, match=r"1\.png: is the same picture as 0\.png"):
+    run = dataclasses.replace(make_run(), images=images(tmp_path, cat, cat, coffee))
+    with pytest.raises(LowQualityData, match=r"1\.png: is the same image as 0\.png"):
         prepare(run, base)
 
 
-def test_another_version_of_a_picture_is_used_with_a_warning(
+def test_another_version_of_an_image_is_used_with_a_warning(
     base: BaseModel, make_run: MakeRun, tmp_path: Path
 ) -> None:
     cat, coffee = PHOTOGRAPHS["cat.jpg"], PHOTOGRAPHS["coffee.png"]
     run = dataclasses.replace(
-        make_run(), pictures=pictures(tmp_path, cat, coffee, cat.resize((400, 266)))
+        make_run(), images=images(tmp_path, cat, coffee, cat.resize((400, 266)))
     )
     entry = prepare(run, base).entries[2]
     assert entry.status == "warned" and "another version of 0.png" in entry.reasons[0]
 
 
-def test_a_set_without_colour_is_noticed_and_one_picture_without_is_not(
+def test_a_set_without_colour_is_noticed_and_one_image_without_is_not(
     base: BaseModel, make_run: MakeRun, tmp_path: Path
 ) -> None:
     greys = [PHOTOGRAPHS[name] for name in ("photographer.png", "moon.png", "coins.png")]
-    run = dataclasses.replace(make_run(), pictures=pictures(tmp_path, *greys))
+    run = dataclasses.replace(make_run(), images=images(tmp_path, *greys))
     assert "without colour" in prepare(run, base).warnings[-1]
-    mixed = pictures(tmp_path, *greys[:2], PHOTOGRAPHS["cat.jpg"])
-    assert "colour" not in prepare(dataclasses.replace(run, pictures=mixed), base).warnings[-1]
+    mixed = images(tmp_path, *greys[:2], PHOTOGRAPHS["cat.jpg"])
+    assert "colour" not in prepare(dataclasses.replace(run, images=mixed), base).warnings[-1]

@@ -1,4 +1,4 @@
-"""Pictures as people really send them: used as they were meant, or left out with a reason."""
+"""Images as people really send them: used as they were meant, or left out with a reason."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from config import Settings
 from images.containers import PREVIEW, RAW
 from images.decoder import CRASHED, PATIENCE_SECONDS, Answer, Decoder
 from images.intake import Refused, Request, Taken
-from images.vetting import UnusablePicture, Vetted, vet
-from jobs.lora_config import Picture
+from images.vetting import UnusableImage, Vetted, vet
+from jobs.lora_config import TrainingImage
 from tests.corpus import files
 from tests.corpus.files import chunk, encoded, iccp, profile
 from tests.corpus.storages import Case, cases, srgb_of
@@ -46,10 +46,10 @@ def shown(content: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
-def test_a_picture_shows_what_its_file_means_or_is_left_out_with_a_reason(case: Case) -> None:
+def test_an_image_shows_what_its_file_means_or_is_left_out_with_a_reason(case: Case) -> None:
     try:
         found = vetted(case.content)
-    except UnusablePicture as unusable:
+    except UnusableImage as unusable:
         assert case.right is None or "16 bits a colour" in str(unusable)
         assert "export it as" in str(unusable)
     else:
@@ -74,10 +74,10 @@ def test_a_profile_is_judged_by_what_it_does_and_not_by_its_name() -> None:
     assert np.abs(found[0, :, 0] - srgb_of(np.arange(256) / 255)).max() <= 1
 
 
-def test_a_deep_picture_in_a_linear_space_is_left_out_since_its_dark_levels_are_gone() -> None:
+def test_a_deep_image_in_a_linear_space_is_left_out_since_its_dark_levels_are_gone() -> None:
     deep = np.repeat(RAMP[..., None], 3, axis=2).astype(np.uint16) * 257
     linear = profile("RGB ", 1.0, "sRGB-elle-V2-g10.icc")
-    with pytest.raises(UnusablePicture, match="16 bits a colour in the colour space 'sRGB-elle"):
+    with pytest.raises(UnusableImage, match="16 bits a colour in the colour space 'sRGB-elle"):
         vetted(files.png(deep, files.RGB, depth=16, before=[iccp(linear)]))
 
 
@@ -119,7 +119,7 @@ def test_the_gamma_that_a_png_states_is_heeded_unless_it_says_srgb(
 def test_a_png_in_colours_that_are_not_known_here_is_left_out(
     before: list[bytes], reason: str
 ) -> None:
-    with pytest.raises(UnusablePicture, match=reason):
+    with pytest.raises(UnusableImage, match=reason):
         vetted(files.png(COLOURS, files.RGB, before=before))
 
 
@@ -175,13 +175,13 @@ def _preview_first() -> bytes:
 def test_a_file_that_begins_with_a_preview_is_not_trained_on_it(
     content: Callable[[], bytes], reason: str
 ) -> None:
-    with pytest.raises(UnusablePicture) as caught:
+    with pytest.raises(UnusableImage) as caught:
         vetted(content())
     assert str(caught.value) == reason
 
 
-def test_an_ordinary_tiff_with_other_pictures_inside_stays() -> None:
-    tags = {258: (8, 8, 8), 262: 2, 277: 3, 330: 8}  # a full picture that names smaller ones
+def test_an_ordinary_tiff_with_other_images_inside_stays() -> None:
+    tags = {258: (8, 8, 8), 262: 2, 277: 3, 330: 8}  # a full image that names smaller ones
     assert np.array_equal(shown(files.tiff(COLOURS.tobytes(), (64, 64), tags)), COLOURS)
 
 
@@ -217,7 +217,7 @@ def _text(size: int) -> bytes:
         ),
     ],
 )
-def test_metadata_never_costs_a_picture_and_never_changes_its_pixels(before: list[bytes]) -> None:
+def test_metadata_never_costs_an_image_and_never_changes_its_pixels(before: list[bytes]) -> None:
     assert np.array_equal(shown(files.png(COLOURS, files.RGB, before=before)), COLOURS)
 
 
@@ -253,7 +253,7 @@ def taken_in(decoder: Decoder, folder: Path, *contents: bytes) -> Answer:
     return list(decoder.answers(requests))[-1]
 
 
-def test_a_picture_that_takes_too_long_is_left_out_and_the_rest_is_used(tmp_path: Path) -> None:
+def test_an_image_that_takes_too_long_is_left_out_and_the_rest_is_used(tmp_path: Path) -> None:
     slow, sound = files.jpeg_of_many_scans(1500, 5000), encoded(Image.fromarray(COLOURS))
     assert len(slow) < 300_000
     paths = [tmp_path / name for name in ("a.png", "slow.jpg", "b.png")]
@@ -270,32 +270,32 @@ def test_a_picture_that_takes_too_long_is_left_out_and_the_rest_is_used(tmp_path
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 12
 
 
-def test_a_slow_picture_does_not_take_the_job_and_each_picture_counts_as_progress(
+def test_a_slow_image_does_not_take_the_job_and_each_image_counts_as_progress(
     base: BaseModel, make_run: MakeRun, tmp_path: Path
 ) -> None:
     slow = tmp_path / "slow.jpg"
     slow.write_bytes(files.jpeg_of_many_scans(1500, 3000))
     run = make_run(count=3)
-    first, *others = run.pictures
-    pictures = (first, Picture("s3://media/slow.jpg", str(slow)), *others)
+    first, *others = run.images
+    images = (first, TrainingImage("s3://media/slow.jpg", str(slow)), *others)
     progress: list[None] = []
     with Decoder(seconds=1) as decoder:
         data = prepare(
-            dataclasses.replace(run, pictures=pictures),
+            dataclasses.replace(run, images=images),
             base,
             decoder=decoder,
-            on_picture=lambda: progress.append(None),
+            on_image=lambda: progress.append(None),
         )
     assert [entry.status for entry in data.entries] == ["used", "left_out", "used", "used"]
     assert "takes longer than 1 seconds to decode" in data.entries[1].reasons[0]
     assert len(progress) == 4 and len(data.usable) == 3
 
 
-def test_the_trainer_does_not_look_stalled_while_a_picture_is_waited_for() -> None:
+def test_the_trainer_does_not_look_stalled_while_an_image_is_waited_for() -> None:
     assert PATIENCE_SECONDS < dict(Settings.model_fields)["stall_seconds"].default / 2
 
 
-def test_the_largest_picture_that_is_allowed_takes_less_than_700_mebibytes(tmp_path: Path) -> None:
+def test_the_largest_image_that_is_allowed_takes_less_than_700_mebibytes(tmp_path: Path) -> None:
     content = files.flat_png(10_000)
     assert len(content) < 1_000_000
     with Decoder() as decoder:
@@ -309,7 +309,7 @@ def test_the_largest_picture_that_is_allowed_takes_less_than_700_mebibytes(tmp_p
     assert int(peak) < 700 * 1024
 
 
-def test_a_picture_cannot_take_more_memory_than_the_decoder_may(tmp_path: Path) -> None:
+def test_an_image_cannot_take_more_memory_than_the_decoder_may(tmp_path: Path) -> None:
     content = encoded(Image.new("RGBA", (6000, 6000), "teal"))
     with Decoder(memory=64 * 1024**2) as decoder:
         fact = taken_in(decoder, tmp_path, content).fact
@@ -320,11 +320,11 @@ def test_pixels_are_counted_in_bytes_before_any_is_decoded() -> None:
     content = files.png(COLOURS, files.RGB)
     header = struct.pack(">IIBBBBB", 13000, 13000, 8, 2, 0, 0, 0)
     announced = content.replace(content[8:33], chunk(b"IHDR", header))
-    with pytest.raises(UnusablePicture, match="645 MiB of memory"):
+    with pytest.raises(UnusableImage, match="645 MiB of memory"):
         vet(announced, max_pixels=200_000_000)
 
 
-def test_a_large_picture_is_made_smaller_while_it_is_read() -> None:
+def test_a_large_image_is_made_smaller_while_it_is_read() -> None:
     large = Image.fromarray(COLOURS).resize((7000, 6000))
     for kind in ("PNG", "JPEG"):
         found = vetted(encoded(large, kind))
@@ -333,7 +333,7 @@ def test_a_large_picture_is_made_smaller_while_it_is_read() -> None:
         assert np.abs(np.asarray(found.image.resize((64, 64))).astype(int) - near).mean() < 2
 
 
-def test_a_decoder_that_crashes_costs_one_picture(tmp_path: Path) -> None:
+def test_a_decoder_that_crashes_costs_one_image(tmp_path: Path) -> None:
     sound = encoded(Image.fromarray(COLOURS))
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path in paths:
@@ -350,7 +350,7 @@ def test_a_decoder_that_crashes_costs_one_picture(tmp_path: Path) -> None:
     assert isinstance(facts[1], Taken)
 
 
-def test_a_decoder_that_cannot_start_is_the_workers_fault_and_no_pictures(
+def test_a_decoder_that_cannot_start_is_the_workers_fault_and_no_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("images.decoder.sys.executable", "/bin/false")
@@ -358,7 +358,7 @@ def test_a_decoder_that_cannot_start_is_the_workers_fault_and_no_pictures(
         taken_in(decoder, tmp_path, b"anything")
 
 
-def test_a_stop_is_obeyed_while_a_picture_is_decoded(tmp_path: Path) -> None:
+def test_a_stop_is_obeyed_while_an_image_is_decoded(tmp_path: Path) -> None:
     (tmp_path / "slow.jpg").write_bytes(files.jpeg_of_many_scans(1500, 4000))
     began = time.monotonic()
     with Decoder() as decoder, pytest.raises(Stopped):

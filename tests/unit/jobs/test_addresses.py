@@ -1,4 +1,4 @@
-"""Every way of writing down where a picture lies, and what is no such thing."""
+"""Every way of writing down where an image lies, and what is no such thing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from consumer.life import inputs as pictures
+from consumer.life import inputs as images
 from consumer.life.stop_signal import StopSignal
 from jobs.addresses import S3Location
 from jobs.style_job import from_understood
-from services.s3.s3_service import FetchedPicture, PictureRequest, S3Service
+from services.s3.s3_service import FetchedImage, ImageRequest, S3Service
 from tests.unit.jobs.message_samples import (
     BUCKET,
     ENDPOINT,
@@ -93,11 +93,11 @@ def test_the_version_is_asked_for_when_the_images_are_fetched(tmp_path: Path) ->
     class Store:
         """Stands in for `S3Service`, and has everything."""
 
-        def fetch_pictures(
-            self, sources: Sequence[PictureRequest], folder: Path, **_: Any
-        ) -> list[FetchedPicture]:
+        def fetch_images(
+            self, sources: Sequence[ImageRequest], folder: Path, **_: Any
+        ) -> list[FetchedImage]:
             asked.extend(source.version_id for source in sources)
-            return [FetchedPicture(source.source, folder / "0000.img") for source in sources]
+            return [FetchedImage(source.source, folder / "0000.img") for source in sources]
 
     job = read(
         flat(
@@ -106,8 +106,8 @@ def test_the_version_is_asked_for_when_the_images_are_fetched(tmp_path: Path) ->
         )
     )
     store, stop = cast(S3Service, Store()), StopSignal()
-    fetched = pictures.fetch_pictures(store, SETTINGS, job, tmp_path / "images", stop)
-    pictures.fetch_validation_pictures(store, SETTINGS, job, tmp_path / "others", stop)
+    fetched = images.fetch_images(store, SETTINGS, job, tmp_path / "images", stop)
+    images.fetch_validation_images(store, SETTINGS, job, tmp_path / "others", stop)
     assert asked == ["7", None, "8"]
     assert fetched[0].source == f"{OBJECT}?versionId=7", "the report shows which version it was"
 
@@ -228,7 +228,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("address", BROKEN)
-def test_a_broken_address_is_one_picture_less_and_says_why(address: str | None) -> None:
+def test_a_broken_address_is_one_image_less_and_says_why(address: str | None) -> None:
     job = read(envelope(images=["s3://stylelicense-media/ok.jpg", address], captions=None))
     sound, broken = job.images
     assert sound.location == S3Location(BUCKET, "ok.jpg") and sound.problem is None

@@ -121,7 +121,7 @@ def test_a_message_with_data_is_the_envelope_and_order_fields_beside_it_are_igno
     assert job.ignored_fields == ("style_id", "image_urls")
 
 
-def test_each_dialect_also_takes_the_pictures_by_the_others_name() -> None:
+def test_each_dialect_also_takes_the_images_by_the_others_name() -> None:
     assert len(read({"style_id": 1, "images": ["a.jpg"]}).images) == 1
     assert refused({"style_id": 1, "images": [3]}).field == "images.0"
     message = envelope()
@@ -198,7 +198,7 @@ def test_the_callback_address_stands_in_for_the_webhook_address() -> None:
         ({"image_urls": ["a.jpg"] * 201}, "image_urls", "at most 200 entries and has 201"),
         ({"image_urls": [None]}, "image_urls.0", "is empty"),
         ({"image_urls": [{"url": "a.jpg"}]}, "image_urls.0", "be text"),
-        ({"captions": ["a", "b"]}, "captions", "has 2 entries for 1 picture"),
+        ({"captions": ["a", "b"]}, "captions", "has 2 entries for 1 image"),
         ({"captions": [5]}, "captions.0", "be text"),
         ({"captions": "a"}, "captions", "a list"),
         ({"tags": ["t"] * 51}, "tags", "at most 50 entries and has 51"),
@@ -377,7 +377,7 @@ def test_mutilated_messages_become_a_job_or_a_refusal_and_nothing_else() -> None
             assert from_understood(job.understood(), SETTINGS) == job
 
 
-# --- pictures to judge by, and what to paint
+# --- images to judge by, and what to paint
 
 
 def test_validation_images_prompts_and_trigger_word_are_understood_in_both_dialects() -> None:
@@ -421,7 +421,7 @@ def test_validation_images_prompts_and_trigger_word_are_understood_in_both_diale
         ({"parameters": {"shuffle_tags": "true"}}, "parameters.shuffle_tags"),
     ],
 )
-def test_they_have_the_limits_of_pictures_and_limits_of_their_own(
+def test_they_have_the_limits_of_images_and_limits_of_their_own(
     wrong: dict[str, Any], field: str
 ) -> None:
     assert refused(envelope(**wrong)).field == f"data.{field}"

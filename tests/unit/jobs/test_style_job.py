@@ -62,7 +62,7 @@ def test_identity_is_what_was_understood_and_not_how_it_was_written() -> None:
         assert read(other).identity != job.identity
 
 
-def test_pictures_to_judge_by_and_prompts_are_part_of_the_job_and_of_its_identity() -> None:
+def test_images_to_judge_by_and_prompts_are_part_of_the_job_and_of_its_identity() -> None:
     job = read(envelope(validation_images=["v.jpg"], sample_prompts=["a boat"], trigger_word="ink"))
     assert from_understood(json.loads(json.dumps(job.understood())), SETTINGS) == job
     assert read(to_message(job)).validation_images == job.validation_images

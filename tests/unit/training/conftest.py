@@ -1,4 +1,4 @@
-"""A tiny base model, pictures to train on, and runs of a few steps."""
+"""A tiny base model, images to train on, and runs of a few steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
+from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
 from sandbox.stand_in_model import build_stand_in
 from training.style.families.sd15 import BaseModel
 from training.style.results import probe
@@ -60,40 +60,40 @@ def base(warm_base: BaseModel) -> Iterator[BaseModel]:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Ten pictures of coloured squares."""
+    """Ten images of coloured squares."""
     folder = tmp_path_factory.mktemp("photographs")
     random = np.random.default_rng(7)
     paths = []
     for number in range(10):
         squares = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        path = folder / f"picture_{number}.png"
+        path = folder / f"image_{number}.png"
         Image.fromarray(np.kron(squares, np.ones((16, 16, 1), dtype=np.uint8))).save(path)
         paths.append(path)
     return paths
 
 
 @pytest.fixture(scope="session")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Picture, ...]:
-    """Three wide pictures, a high one and a square one: three frames at 128 pixels."""
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingImage, ...]:
+    """Three wide images, a high one and a square one: three frames at 128 pixels."""
     folder = tmp_path_factory.mktemp("mixed")
     random = np.random.default_rng(8)
-    pictures = []
+    images = []
     for number, (width, height) in enumerate([(12, 4), (8, 8), (12, 4), (4, 12), (12, 4)]):
         squares = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
         path = folder / f"mixed_{number}.png"
         Image.fromarray(np.kron(squares, np.ones((16, 16, 1), dtype=np.uint8))).save(path)
         caption = f"ink, harbour, {number} boats, gulls"
-        pictures.append(Picture(f"s3://media/training/{path.name}", str(path), caption))
-    return tuple(pictures)
+        images.append(TrainingImage(f"s3://media/training/{path.name}", str(path), caption))
+    return tuple(images)
 
 
 @pytest.fixture
 def make_run(tmp_path: Path, photographs: list[Path]) -> MakeRun:
-    """Runs of three pictures and small steps; parameters and fields can be set by name."""
+    """Runs of three images and small steps; parameters and fields can be set by name."""
 
     def make(*, count: int = 3, **wanted: Any) -> TrainingRun:
-        pictures = tuple(
-            Picture(f"s3://media/training/{path.name}", str(path), f"caption {number}")
+        images = tuple(
+            TrainingImage(f"s3://media/training/{path.name}", str(path), f"caption {number}")
             for number, path in enumerate(photographs[:count])
         )
         named = {field.name for field in dataclasses.fields(HyperParameters)}
@@ -105,7 +105,7 @@ def make_run(tmp_path: Path, photographs: list[Path]) -> MakeRun:
             task_id="task-1",
             style_id=10,
             claim=1,
-            pictures=pictures,
+            images=images,
             parameters=parameters,
             work_folder=str(tmp_path / "work"),
         )

@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_format_is_refused(
     [
         ({"task_id": "task-2"}, "belongs to job task-1"),
         ({"base_model": "cd" * 32}, "base model's weights"),
-        ({"pictures": ("two", "one")}, "pictures or their captions"),
+        ({"pictures": ("two", "one")}, "images or their captions"),
         ({"total_steps": 100}, "schedule had 200 steps, has 100"),
         (
             {"course": Course.of(dataclasses.replace(ASKED, learning_rate=1e-5))},

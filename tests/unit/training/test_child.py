@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from jobs.lora_config import Picture, TrainerOptions, TrainingRun
+from jobs.lora_config import TrainerOptions, TrainingImage, TrainingRun
 from tests.unit.training.conftest import MakeRun
 from training.runtime.child import Child, failed
 from training.runtime.inbox import Inbox
@@ -197,7 +197,7 @@ def test_neither_training_nor_samples_that_run_out_of_memory_fail_the_run(
     base: BaseModel, options: TrainerOptions, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_large(unet: Any, arguments: tuple[Any, ...]) -> None:
-        # In training there is room for one picture; for samples, which need no gradients, none.
+        # In training there is room for one image; for samples, which need no gradients, none.
         if not unet.training or len(arguments[0]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -217,7 +217,7 @@ def test_neither_training_nor_samples_that_run_out_of_memory_fail_the_run(
     used = ("batch_size", "gradient_accumulation_steps")
     assert [report["hyperparameters"][name] for name in used] == [1, 2]
     assert [report["hyperparameters_asked"][name] for name in used] == [2, 1]
-    told_of = ("a batch had 1 instead of 2", "sample pictures could not be made (OutOfMemoryError)")
+    told_of = ("a batch had 1 instead of 2", "sample images could not be made (OutOfMemoryError)")
     assert all(any(each in warning for warning in report["warnings"]) for each in told_of)
     with safe_open(Path(ending.folder) / "lora_weights_kohya.safetensors", "pt") as kohya:
         assert kohya.metadata()["ss_batch_size_per_device"] == "1"
@@ -289,7 +289,9 @@ def test_a_failed_run_is_told_by_name_and_the_next_one_succeeds(
     page = tmp_path / "page.jpg"
     page.write_bytes(b"<html></html>")
     run = make_run(count=2)
-    bad = dataclasses.replace(run, pictures=(*run.pictures, Picture("s3://b/page.jpg", str(page))))
+    bad = dataclasses.replace(
+        run, images=(*run.images, TrainingImage("s3://b/page.jpg", str(page)))
+    )
     child.send(bad)
     ending = child.ending()
     assert isinstance(ending, Failed)

@@ -93,9 +93,9 @@ def test_looks_at_samples_and_probes_compile_nothing(
     COMPILED.clear()
     torch.compiler.reset()
     looking = make_run(count=3, epochs=2)
-    held_out = looking.pictures[:1]
+    held_out = looking.images[:1]
     looking = dataclasses.replace(
-        looking, pictures=looking.pictures[1:] + held_out, checkpoint_interval=1, preview_share=1.0
+        looking, images=looking.images[1:] + held_out, checkpoint_interval=1, preview_share=1.0
     )
     compiling(1, "counts")
     result, _, _ = trained(base, looking)

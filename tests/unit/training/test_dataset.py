@@ -1,4 +1,4 @@
-"""Pictures: judged by what they are, left out with a reason, encoded once with their caption."""
+"""Images: judged by what they are, left out with a reason, encoded once with their caption."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from images.vetting import UnusablePicture, Vetted, vet
-from jobs.lora_config import Picture, TrainingRun
+from images.vetting import UnusableImage, Vetted, vet
+from jobs.lora_config import TrainingImage, TrainingRun
 from tests.unit.training.conftest import MakeRun
 from training.style.dataset import Dataset, prepare
 from training.style.families.sd15 import BaseModel
@@ -26,14 +26,14 @@ from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReaso
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
-    """A picture as a file's bytes."""
+    """An image as a file's bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **how)
     return buffer.getvalue()
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (80, 64)) -> Image.Image:
-    """A picture that compresses badly."""
+    """An image that compresses badly."""
     bands = len(Image.new(mode, (1, 1)).getbands())
     shape = (size[1], size[0], bands) if bands > 1 else (size[1], size[0])
     values = np.random.default_rng(5).integers(0, 256, shape, dtype=np.uint8)
@@ -71,29 +71,29 @@ def animation() -> bytes:
     [
         pytest.param(lambda: b"", "is an empty file", id="empty"),
         pytest.param(
-            lambda: b"<!DOCTYPE html><p>404</p>", "is a web page, not a picture", id="html"
+            lambda: b"<!DOCTYPE html><p>404</p>", "is a web page, not an image", id="html"
         ),
         pytest.param(lambda: b'\n<?xml version="1.0"?><Error/>', "is a text file", id="xml"),
         pytest.param(lambda: b'{"detail": "gone"}', "is a text file", id="json"),
         pytest.param(lambda: b"\0\0\0\x18ftypheic" + bytes(64), "Apple's HEIC", id="heic"),
-        pytest.param(lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a picture in a known", id="eps"),
-        pytest.param(lambda: bytes(range(256)), "not a picture in a known", id="anything"),
+        pytest.param(lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image in a known", id="eps"),
+        pytest.param(lambda: bytes(range(256)), "not an image in a known", id="anything"),
         pytest.param(lambda: encoded(noise())[:4000], "is damaged or cut off", id="cut png"),
         pytest.param(
             lambda: encoded(noise(), "JPEG")[:2500], "is damaged or cut off", id="cut jpeg"
         ),
         pytest.param(lambda: header_of_a_png(5000, 5000), "more than the 1,000,000", id="bomb"),
         pytest.param(lambda: header_of_a_png(60000, 60000), "far too many pixels", id="huge bomb"),
-        pytest.param(lambda: header_of_a_png(0, 10), "no pixels|not a picture", id="no pixels"),
+        pytest.param(lambda: header_of_a_png(0, 10), "no pixels|not an image", id="no pixels"),
         pytest.param(
             lambda: encoded(Image.new("F", (64, 64)), "TIFF"), "floating-point", id="floats"
         ),
     ],
 )
-def test_a_file_that_is_no_usable_picture_is_refused_with_its_reason(
+def test_a_file_that_is_no_usable_image_is_refused_with_its_reason(
     content: Callable[[], bytes], reason: str
 ) -> None:
-    with pytest.raises(UnusablePicture, match=reason):
+    with pytest.raises(UnusableImage, match=reason):
         vetted(content())
 
 
@@ -102,7 +102,7 @@ def test_a_bomb_is_refused_before_anything_is_decoded(monkeypatch: pytest.Monkey
         raise AssertionError("decoded")
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", explode)
-    with pytest.raises(UnusablePicture, match="5000 x 5000") as caught:
+    with pytest.raises(UnusableImage, match="5000 x 5000") as caught:
         vetted(header_of_a_png(5000, 5000))
     assert caught.value.size == (5000, 5000)
 
@@ -192,7 +192,7 @@ def in_16_bits(width: int, height: int) -> bytes:
     return header_of_a_png(width, height, depth=16, rows=rows)
 
 
-def test_a_picture_with_16_bits_a_colour_keeps_its_colours_and_says_what_was_done() -> None:
+def test_an_image_with_16_bits_a_colour_keeps_its_colours_and_says_what_was_done() -> None:
     result = vetted(in_16_bits(64, 64))
     values = np.asarray(result.image)
     assert values[0, 0, 0] == 0 and values[0, -1, 0] == 255 and not values[..., 1:].any()
@@ -205,26 +205,26 @@ def test_a_picture_with_16_bits_a_colour_keeps_its_colours_and_says_what_was_don
     [
         (ValueError("conversion not supported"), r"cannot be read \(RGB\); export it as PNG"),
         (MemoryError(), "is too large to be converted"),
-        (UnusablePicture("has colours of its own"), "has colours of its own"),
+        (UnusableImage("has colours of its own"), "has colours of its own"),
     ],
 )
-def test_colours_that_cannot_be_converted_cost_one_picture_and_not_the_job(
+def test_colours_that_cannot_be_converted_cost_one_image_and_not_the_job(
     monkeypatch: pytest.MonkeyPatch, raised: Exception, reason: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise raised
 
     monkeypatch.setattr("images.vetting.to_srgb", fail)
-    with pytest.raises(UnusablePicture, match=reason):
+    with pytest.raises(UnusableImage, match=reason):
         vetted(encoded(noise()))
 
 
-def test_a_phones_picture_with_a_second_view_is_a_still_picture() -> None:
+def test_a_phones_image_with_a_second_view_is_a_still_image() -> None:
     both = encoded(noise(), "MPO", save_all=True, append_images=[noise()])
     assert vetted(both).image.size == (80, 64)
 
 
-def test_of_an_animation_the_first_picture_is_used_and_the_artist_is_told() -> None:
+def test_of_an_animation_the_first_image_is_used_and_the_artist_is_told() -> None:
     result = vetted(animation())
     assert result.image.getpixel((5, 5)) == (255, 0, 0)
     assert "only the first was used" in result.warnings[0]
@@ -252,7 +252,7 @@ def test_a_colour_profile_that_does_not_fit_does_no_harm_and_is_said(
     assert result.notes == (note,)
 
 
-def test_a_picture_with_srgbs_own_profile_stays_as_it_is() -> None:
+def test_an_image_with_srgbs_own_profile_stays_as_it_is() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     result = vetted(encoded(noise(), "PNG", icc_profile=profile))
     assert np.array_equal(np.asarray(result.image), np.asarray(noise())) and not result.notes
@@ -265,8 +265,8 @@ def test_another_profiles_colours_are_converted_to_srgb() -> None:
     swapped[red : red + 4], swapped[blue : blue + 4] = b"bXYZ", b"rXYZ"
     name = swapped.index("sRGB".encode("utf-16-be"))
     swapped[name : name + 8] = "BGRs".encode("utf-16-be")
-    red_picture = Image.new("RGB", (64, 64), (255, 0, 0))
-    result = vetted(encoded(red_picture, "PNG", icc_profile=bytes(swapped)))
+    red_image = Image.new("RGB", (64, 64), (255, 0, 0))
+    result = vetted(encoded(red_image, "PNG", icc_profile=bytes(swapped)))
     assert result.image.getpixel((5, 5)) == (0, 0, 255)
     assert "converted to sRGB" in result.notes[0]
 
@@ -275,80 +275,80 @@ def test_another_profiles_colours_are_converted_to_srgb() -> None:
 
 
 def with_file(run: TrainingRun, path: Path, content: bytes) -> TrainingRun:
-    """The run with one more picture."""
+    """The run with one more image."""
     path.write_bytes(content)
-    picture = Picture(f"s3://media/training/{path.name}?X-Amz-Signature=abc", str(path), "more")
-    return dataclasses.replace(run, pictures=(*run.pictures, picture))
+    image = TrainingImage(f"s3://media/training/{path.name}?X-Amz-Signature=abc", str(path), "more")
+    return dataclasses.replace(run, images=(*run.images, image))
 
 
-def test_every_picture_asked_for_is_reported_in_order_and_the_good_ones_are_used(
+def test_every_image_asked_for_is_reported_in_order_and_the_good_ones_are_used(
     base: BaseModel, make_run: MakeRun, tmp_path: Path
 ) -> None:
     run = with_file(make_run(count=3), tmp_path / "page.jpg", b"<html>Not found</html>")
-    missing = Picture("s3://media/gone.png", None, "", "is not in the bucket")
-    run = dataclasses.replace(run, pictures=(missing, *run.pictures))
+    missing = TrainingImage("s3://media/gone.png", None, "", "is not in the bucket")
+    run = dataclasses.replace(run, images=(missing, *run.images))
     data = prepare(run, base)
-    assert [entry.source for entry in data.entries] == [p.source for p in run.pictures]
+    assert [entry.source for entry in data.entries] == [p.source for p in run.images]
     assert [e.status for e in data.entries] == ["left_out", "used", "used", "used", "left_out"]
     assert data.entries[0].reasons == ("is not in the bucket",)
     assert data.entries[1].width == 128 and data.entries[1].height == 96
     assert "web page" in data.entries[4].reasons[0] and data.entries[4].width is None
-    assert [example.source for example in data.usable] == [p.source for p in run.pictures[1:4]]
+    assert [example.source for example in data.usable] == [p.source for p in run.images[1:4]]
 
 
-def test_too_few_good_pictures_are_low_quality_and_each_bad_one_is_named(
+def test_too_few_good_images_are_low_quality_and_each_bad_one_is_named(
     base: BaseModel, make_run: MakeRun, tmp_path: Path
 ) -> None:
     run = with_file(make_run(count=2), tmp_path / "empty.png", b"")
     with pytest.raises(LowQualityData) as caught:
         prepare(run, base)
-    assert "2 of 3 pictures" in str(caught.value)
+    assert "2 of 3 images" in str(caught.value)
     assert "empty.png: is an empty file" in str(caught.value)
     assert "Signature" not in str(caught.value) and str(tmp_path) not in str(caught.value)
 
 
-def test_too_few_pictures_asked_for_are_low_quality(base: BaseModel, make_run: MakeRun) -> None:
-    with pytest.raises(LowQualityData, match="Add more pictures"):
+def test_too_few_images_asked_for_are_low_quality(base: BaseModel, make_run: MakeRun) -> None:
+    with pytest.raises(LowQualityData, match="Add more images"):
         prepare(make_run(count=2), base)
 
 
-def test_too_few_pictures_fetched_are_a_failed_download(base: BaseModel, make_run: MakeRun) -> None:
+def test_too_few_images_fetched_are_a_failed_download(base: BaseModel, make_run: MakeRun) -> None:
     run = make_run(count=2)
-    gone = Picture("s3://media/gone.png", None, "", "is not in the bucket")
+    gone = TrainingImage("s3://media/gone.png", None, "", "is not in the bucket")
     with pytest.raises(ImageDownloadFailed, match=r"gone\.png: is not in the bucket"):
-        prepare(dataclasses.replace(run, pictures=(*run.pictures, gone)), base)
+        prepare(dataclasses.replace(run, images=(*run.images, gone)), base)
 
 
-def test_a_lost_picture_is_not_blamed_where_bad_ones_make_the_difference(
+def test_a_lost_image_is_not_blamed_where_bad_ones_make_the_difference(
     base: BaseModel, make_run: MakeRun, tmp_path: Path
 ) -> None:
     run = with_file(make_run(count=2), tmp_path / "empty.png", b"")
-    gone = Picture("s3://media/gone.png", None, "", "is not in the bucket")
+    gone = TrainingImage("s3://media/gone.png", None, "", "is not in the bucket")
     with pytest.raises(LowQualityData, match=r"empty\.png.*gone\.png"):
-        prepare(dataclasses.replace(run, pictures=(*run.pictures, gone)), base)
+        prepare(dataclasses.replace(run, images=(*run.images, gone)), base)
 
 
-def test_a_reason_that_several_pictures_share_is_named_once(
+def test_a_reason_that_several_images_share_is_named_once(
     base: BaseModel, make_run: MakeRun, tmp_path: Path
 ) -> None:
     broken = [tmp_path / f"{name}.jpg" for name in "abc"]
     for path in broken:
         path.write_bytes(b"<html>")
-    pictures = tuple(Picture(f"s3://media/{path.name}", str(path), "") for path in broken)
-    run = dataclasses.replace(make_run(), pictures=pictures)
+    images = tuple(TrainingImage(f"s3://media/{path.name}", str(path), "") for path in broken)
+    run = dataclasses.replace(make_run(), images=images)
     with pytest.raises(LowQualityData) as caught:
         prepare(run, base)
-    assert "3 pictures: is a web page, not a picture (a.jpg, b.jpg, c.jpg)." in str(caught.value)
+    assert "3 images: is a web page, not an image (a.jpg, b.jpg, c.jpg)." in str(caught.value)
 
 
 def test_a_file_that_vanished_is_left_out(base: BaseModel, make_run: MakeRun) -> None:
     run = make_run(count=3)
-    lost = Picture("s3://media/lost.png", "/nowhere/lost.png", "")
-    data = prepare(dataclasses.replace(run, pictures=(*run.pictures, lost)), base)
+    lost = TrainingImage("s3://media/lost.png", "/nowhere/lost.png", "")
+    data = prepare(dataclasses.replace(run, images=(*run.images, lost)), base)
     assert data.entries[3].reasons == ("its file could not be read",)
 
 
-def test_a_picture_of_which_the_vae_makes_no_finite_numbers_is_named(
+def test_an_image_of_which_the_vae_makes_no_finite_numbers_is_named(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = iter(range(10))
@@ -364,19 +364,19 @@ def test_a_picture_of_which_the_vae_makes_no_finite_numbers_is_named(
     assert "no numbers" in data.entries[1].reasons[0]
 
 
-def test_fewer_than_ten_pictures_are_a_warning(base: BaseModel, make_run: MakeRun) -> None:
-    assert "Only 9 pictures" in prepare(make_run(count=9), base).warnings[0]
+def test_fewer_than_ten_images_are_a_warning(base: BaseModel, make_run: MakeRun) -> None:
+    assert "Only 9 images" in prepare(make_run(count=9), base).warnings[0]
     assert not prepare(make_run(count=10), base).warnings
 
 
-def test_a_shuffle_never_pairs_a_picture_with_anothers_latents_or_caption(
+def test_a_shuffle_never_pairs_an_image_with_anothers_latents_or_caption(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     run = make_run(count=6)
     straight = prepare(run, base)
-    mixed = list(run.pictures)
+    mixed = list(run.images)
     random.Random(1).shuffle(mixed)
-    shuffled = prepare(dataclasses.replace(run, pictures=tuple(mixed)), base)
+    shuffled = prepare(dataclasses.replace(run, images=tuple(mixed)), base)
     for index, example in enumerate(shuffled.usable):
         latents, text = shuffled.batch([index])
         other = straight.usable.index(example)
@@ -386,7 +386,7 @@ def test_a_shuffle_never_pairs_a_picture_with_anothers_latents_or_caption(
     assert set(straight.identities) == set(shuffled.identities)
 
 
-def test_a_batch_holds_what_the_encoders_say_of_its_pictures(
+def test_a_batch_holds_what_the_encoders_say_of_its_images(
     base: BaseModel, make_run: MakeRun, photographs: list[Path]
 ) -> None:
     data = prepare(make_run(count=3), base)
@@ -401,11 +401,11 @@ def test_a_batch_holds_what_the_encoders_say_of_its_pictures(
     assert torch.equal(latents.mean[0], mean[0])
 
 
-def test_each_picture_and_each_caption_is_encoded_once(
+def test_each_image_and_each_caption_is_encoded_once(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(count=3)
-    twice = dataclasses.replace(run, pictures=run.pictures * 2)
+    twice = dataclasses.replace(run, images=run.images * 2)
     images, prompts = [], []
     encode_images, encode_prompts = base.encode_images, base.encode_prompts
 
@@ -422,11 +422,11 @@ def test_each_picture_and_each_caption_is_encoded_once(
     data: Dataset = prepare(twice, base)
     assert len(images) == 3 and len(data.usable) == 3
     assert [entry.status for entry in data.entries] == ["used"] * 3 + ["left_out"] * 3
-    assert "is the same picture as picture_0.png" in data.entries[3].reasons
+    assert "is the same image as image_0.png" in data.entries[3].reasons
     assert prompts == ["", "caption 0", "caption 1", "caption 2"]
 
 
-def test_a_picture_is_known_by_its_bytes_and_not_by_its_name(
+def test_an_image_is_known_by_its_bytes_and_not_by_its_name(
     base: BaseModel, make_run: MakeRun, photographs: list[Path]
 ) -> None:
     data = prepare(make_run(count=3), base)
@@ -441,10 +441,8 @@ def test_a_caption_longer_than_can_be_read_is_cut_between_tags_or_words_and_said
 ) -> None:
     run = make_run(count=3)
     words = [f"tag{number}" for number in range(100)]
-    long = dataclasses.replace(run.pictures[1], caption=separator.join(words))
-    data = prepare(
-        dataclasses.replace(run, pictures=(run.pictures[0], long, run.pictures[2])), base
-    )
+    long = dataclasses.replace(run.images[1], caption=separator.join(words))
+    data = prepare(dataclasses.replace(run, images=(run.images[0], long, run.images[2])), base)
     caption = data.entries[1].caption
     kept = caption.split(separator)
     assert kept == words[: len(kept)] and 3 < len(kept) < 100
@@ -459,7 +457,7 @@ def test_a_caption_longer_than_can_be_read_is_cut_between_tags_or_words_and_said
     assert len(base.tokenizer(separator.join(words[: len(kept) + 1])).input_ids) > 77
 
 
-def test_a_stop_while_pictures_are_prepared_is_obeyed_before_the_next_picture(
+def test_a_stop_while_images_are_prepared_is_obeyed_before_the_next_image(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     answers = iter([None, StopReason.SHUTDOWN])

@@ -68,7 +68,7 @@ def test_a_later_checkpoint_alone_is_enough_to_deliver_an_earlier_one(
 def test_a_run_stopped_and_resumed_has_found_the_same(
     base: BaseModel, options: TrainerOptions, make_run: MakeRun, stop: int
 ) -> None:
-    run = make_run(**OFTEN, deliver="best", validation_pictures=make_run(count=5).pictures[3:])
+    run = make_run(**OFTEN, deliver="best", validation_images=make_run(count=5).images[3:])
     whole, best, _ = trained(base, run)
     assert [each.epoch for each in whole.probes] == [0, 1, 2, 3]
     _, _, events = trained(base, run, should_stop=stop_after(stop))
@@ -117,7 +117,7 @@ def test_looking_changes_no_bit_of_what_is_trained(
     assert seen.samples and not blind.samples
 
 
-def test_samples_of_checkpoints_are_small_pictures_that_survive_a_stop(
+def test_samples_of_checkpoints_are_small_images_that_survive_a_stop(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     run = make_run(
@@ -128,8 +128,8 @@ def test_samples_of_checkpoints_are_small_pictures_that_survive_a_stop(
     assert sorted(whole.samples) == sorted(rows)
     assert whole.sample_seconds > 0 and whole.probe_seconds > 0
     assert grids.epochs(whole.samples) == [1, 2, 3]
-    with Image.open(io.BytesIO(grids.row_of(whole.samples, "2")[1])) as picture:
-        assert (picture.format, picture.size) == ("JPEG", (64, 64))
+    with Image.open(io.BytesIO(grids.row_of(whole.samples, "2")[1])) as image:
+        assert (image.format, image.size) == ("JPEG", (64, 64))
     # Before the seventh step it is asked before each of the sampler's steps, too: in three rows.
     _, _, events = trained(base, run, should_stop=stop_after(6 + 3 * 2 * 2))
     resume = dataclasses.replace(run, resume_from=checkpoints(events)[-1].folder, preview_share=0.0)
@@ -164,7 +164,7 @@ def test_samples_that_cannot_be_painted_cost_nothing_but_themselves(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(**OFTEN, preview_share=PLENTY)
-    monkeypatch.setattr(Examiner, "_pictures", lambda self, with_lora: 1 / 0)
+    monkeypatch.setattr(Examiner, "_images", lambda self, with_lora: 1 / 0)
     result, _, _ = trained(base, run)
     assert result.epochs == 3 and not result.samples
 

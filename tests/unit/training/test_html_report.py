@@ -18,7 +18,7 @@ from PIL import Image
 
 from images.decoder import Decoder
 from images.intake import Request
-from jobs.lora_config import HyperParameters, Picture, TrainingRun
+from jobs.lora_config import HyperParameters, TrainingImage, TrainingRun
 from reports.html_report import write_html
 from tests.unit.training.browser import chromium, look
 from training.style.results import grids
@@ -34,7 +34,7 @@ PROBES = tuple(
 )
 
 
-def picture(number: int) -> Image.Image:
+def image(number: int) -> Image.Image:
     """A coloured gradient."""
     across, down = np.meshgrid(np.linspace(0, 255, 96), np.linspace(0, 255, 64))
     pixels = np.stack([across, down, np.full_like(across, 40 * number % 256)], axis=-1)
@@ -42,11 +42,11 @@ def picture(number: int) -> Image.Image:
 
 
 def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, TrainingResult]:
-    """A run with every kind of picture and of trouble."""
-    entries, pictures = [], []
+    """A run with every kind of image and of trouble."""
+    entries, images = [], []
     for number in range(14):
-        path = folder / f"picture-{number}.png"
-        picture(number).save(path)
+        path = folder / f"image-{number}.png"
+        image(number).save(path)
         status = ("used", "warned", "left_out")[number % 3]
         name = {1: f"{EVIL}.png", 2: f"{LONG}.png"}.get(number, f"image_{number}.png")
         entries.append(
@@ -60,14 +60,14 @@ def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, Tra
                 "caption": EVIL if number == 3 else f"a red house, {number}",
             }
         )
-        pictures.append(Picture(f"s3://media/training/{name}", str(path)))
+        images.append(TrainingImage(f"s3://media/training/{name}", str(path)))
     broken = folder / "broken.png"
     broken.write_bytes(b"<svg onload=alert(1)>")
-    pictures[5] = dataclasses.replace(pictures[5], path=str(broken))
-    pictures[8] = dataclasses.replace(pictures[8], path=None)
+    images[5] = dataclasses.replace(images[5], path=str(broken))
+    images[8] = dataclasses.replace(images[8], path=None)
     samples: dict[str, Any] = {}
     for row in ("base", "10", "20", "30", "50"):
-        samples = grids.with_row(samples, row, [picture(n) for n in range(3)])
+        samples = grids.with_row(samples, row, [image(n) for n in range(3)])
     parameters = HyperParameters(epochs=50, deliver="best")
     result = TrainingResult(
         epochs=50,
@@ -90,10 +90,10 @@ def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, Tra
         "task-1",
         10,
         1,
-        tuple(pictures),
+        tuple(images),
         parameters,
         str(folder),
-        validation_pictures=(pictures[0],),
+        validation_images=(images[0],),
     )
     report = {
         "task_id": "task-1",
@@ -116,15 +116,15 @@ def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, Tra
         "sample_seconds": 20.0,
         "base_model": {"name": EVIL, "hash": "ab" * 32},
         "versions": {"torch": "2"},
-        "warnings": [EVIL, "After epoch 20 the LoRA began to copy its pictures."],
+        "warnings": [EVIL, "After epoch 20 the LoRA began to copy its images."],
     }
     return report | changed, run, result
 
 
 def thumbnails(run: TrainingRun) -> dict[str, bytes]:
-    """What the decoder makes of the run's pictures."""
-    pictures = (*run.pictures, *run.validation_pictures)
-    paths = [each.path for each in pictures if each.path]
+    """What the decoder makes of the run's images."""
+    images = (*run.images, *run.validation_images)
+    paths = [each.path for each in images if each.path]
     requests = [Request(path, run.max_image_pixels, 64) for path in paths]
     with Decoder() as decoder:
         answers = decoder.answers(requests)
@@ -148,7 +148,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("report")
     report, run, result = make(path)
     write_loss_curve([0.2, math.nan, 0.1], path, probes=PROBES, delivered=20)
-    picture(1).resize((1200, 900)).save(path / "samples.png")
+    image(1).resize((1200, 900)).save(path / "samples.png")
     written(report, run, result, PROMPTS, path)
     yield path
 
@@ -167,11 +167,11 @@ def wide(page: Path) -> dict[str, Any]:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1280])
-def test_a_browser_shows_every_picture_and_nothing_beyond_the_edge(page: Path, width: int) -> None:
+def test_a_browser_shows_every_image_and_nothing_beyond_the_edge(page: Path, width: int) -> None:
     found = look(page, width=width)
     assert found["width"] == width
     assert found["needed"] <= width and not found["wide"]
-    # 12 thumbnails and one of a held-out picture; two cannot be shown; curve, sheet, 5 x 3 samples.
+    # 12 thumbnails and one of a held-out image; two cannot be shown; curve, sheet, 5 x 3 samples.
     assert found["images"] == 13 + 2 + 15
     assert not found["broken"] and not found["unnamed"]
 
@@ -189,8 +189,8 @@ def test_it_says_what_an_artist_asks(wide: dict[str, Any]) -> None:
     found = wide
     headings = [text for level, text in found["headings"] if level == "H2"]
     assert headings == [
-        *("What you should know", "What was chosen", "Samples", "Your pictures"),
-        *("Held-out pictures", "Technical"),
+        *("What you should know", "What was chosen", "Samples", "Your images"),
+        *("Held-out images", "Technical"),
     ]
     assert [level for level, _ in found["headings"]].count("H1") == 1
     text = found["text"]
@@ -198,7 +198,7 @@ def test_it_says_what_an_artist_asks(wide: dict[str, Any]) -> None:
         "10 of 14",
         "inkstyle",
         "1 h 6 min",
-        "Epoch 20 is the model: its loss on the held-out pictures was the lowest.",
+        "Epoch 20 is the model: its loss on the held-out images was the lowest.",
         "left out",
         "is smaller than 512 x 512 pixels",
         "96 × 64, trained as 640 × 384",
@@ -216,30 +216,30 @@ def test_it_is_whole_in_itself_and_forbids_what_it_does_not_need(page: Path) -> 
     assert len(text) < 1_500_000
 
 
-def test_thumbnails_carry_nothing_but_the_picture(tmp_path: Path) -> None:
+def test_thumbnails_carry_nothing_but_the_image(tmp_path: Path) -> None:
     report, run, result = make(tmp_path)
     secret = Image.Exif()
     secret[0x010E] = "the artist's address"
-    with Image.open(run.pictures[0].path or "") as plain:
+    with Image.open(run.images[0].path or "") as plain:
         buffer = io.BytesIO()
         plain.convert("RGB").save(buffer, "JPEG", exif=secret, comment=b"the artist's address")
-    Path(run.pictures[0].path or "").write_bytes(buffer.getvalue())
+    Path(run.images[0].path or "").write_bytes(buffer.getvalue())
     text = written(report, run, result, PROMPTS, tmp_path).read_text(encoding="utf-8")
     inside = [base64.b64decode(each) for each in re.findall(r'base64,([^"]+)"', text)]
     assert inside and not any(b"address" in each for each in inside)
 
 
 @pytest.mark.browser
-def test_a_run_without_samples_probe_or_pictures_to_show_has_a_report_too(tmp_path: Path) -> None:
+def test_a_run_without_samples_probe_or_images_to_show_has_a_report_too(tmp_path: Path) -> None:
     report, run, result = make(
         tmp_path, warnings=[], probes=[], best_epoch=None, validation_pictures=[], losses=[]
     )
     result = dataclasses.replace(result, samples={}, probes=())
     run = dataclasses.replace(
         run,
-        validation_pictures=(),
+        validation_images=(),
         max_image_pixels=1,
-        pictures=tuple(dataclasses.replace(each, caption="") for each in run.pictures),
+        images=tuple(dataclasses.replace(each, caption="") for each in run.images),
     )
     found = look(written(report, run, result, [], tmp_path), width=360)
     assert found["images"] == 0 and not found["wide"]

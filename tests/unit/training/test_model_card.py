@@ -24,9 +24,9 @@ def test_the_file_says_what_it_was_made_of_and_how_to_call_it(
     captions = ("ink, harbour", "ink,  a  boat ", "바다, ink")
     run = dataclasses.replace(
         run,
-        pictures=tuple(
-            dataclasses.replace(picture, caption=caption)
-            for picture, caption in zip(run.pictures, captions, strict=True)
+        images=tuple(
+            dataclasses.replace(image, caption=caption)
+            for image, caption in zip(run.images, captions, strict=True)
         ),
     )
     data = prepare(run, base)

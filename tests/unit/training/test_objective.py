@@ -22,10 +22,10 @@ def scheduler_like(predicts: str, kept: list[float]) -> Any:
     return type("Scheduler", (), {"config": config, "alphas_cumprod": torch.tensor(kept)})()
 
 
-def chance(pictures: int, *, seed: int, caption_dropout: float = 0.0, **more: float) -> Chance:
-    """Everything random about some pictures of 64 pixels."""
+def chance(images: int, *, seed: int, caption_dropout: float = 0.0, **more: float) -> Chance:
+    """Everything random about some images of 64 pixels."""
     return Chance.draw(
-        (pictures, 4, 8, 8),
+        (images, 4, 8, 8),
         timesteps=1000,
         caption_dropout=caption_dropout,
         **more,

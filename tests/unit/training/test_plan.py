@@ -1,4 +1,4 @@
-"""The plan: every picture once an epoch, in an order and at a rate that any run can recompute."""
+"""The plan: every image once an epoch, in an order and at a rate that any run can recompute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SQUARE = ("square",)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "batch", "accumulation", "sizes"),
+    ("images", "batch", "accumulation", "sizes"),
     [
         (5, 1, 1, [[1]] * 5),
         (5, 2, 1, [[2], [2], [1]]),
@@ -21,18 +21,18 @@ SQUARE = ("square",)
         (7, 1, 4, [[1, 1, 1, 1], [1, 1, 1]]),
     ],
 )
-def test_every_epoch_sees_every_picture_once_in_steps_of_the_right_size(
-    pictures: int, batch: int, accumulation: int, sizes: list[list[int]]
+def test_every_epoch_sees_every_image_once_in_steps_of_the_right_size(
+    images: int, batch: int, accumulation: int, sizes: list[list[int]]
 ) -> None:
     parameters = HyperParameters(
         epochs=3, batch_size=batch, gradient_accumulation_steps=accumulation
     )
-    plan = Plan(SQUARE * pictures, parameters)
+    plan = Plan(SQUARE * images, parameters)
     assert plan.steps_per_epoch == len(sizes) and plan.total_steps == 3 * len(sizes)
     for epoch in range(3):
         steps = [plan.batches(epoch * len(sizes) + i) for i in range(len(sizes))]
         assert [[len(b) for b in step] for step in steps] == sizes
-        assert sorted(i for step in steps for b in step for i in b) == list(range(pictures))
+        assert sorted(i for step in steps for b in step for i in b) == list(range(images))
 
 
 def test_each_epoch_has_an_order_of_its_own_that_depends_on_the_seed_alone() -> None:

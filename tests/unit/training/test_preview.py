@@ -39,7 +39,7 @@ def sample(base: BaseModel, folder: Path, *prompts: str, seed: int = 3) -> Path:
 
 
 def cells(path: Path, rows: int) -> list[tuple[Pixels, Pixels]]:
-    """The pictures without and with the LoRA, cut out of the sheet."""
+    """The images without and with the LoRA, cut out of the sheet."""
     sheet = np.asarray(Image.open(path))
     left = (preview.MARGIN + preview.LEAST_CELL + preview.MARGIN) // 2 - 32
     right = left + preview.LEAST_CELL + preview.MARGIN
@@ -58,7 +58,7 @@ def test_the_columns_differ_by_the_lora_and_the_rows_by_prompt_and_noise(
     assert path == tmp_path / "samples.png"
     assert [file.name for file in tmp_path.iterdir()] == ["samples.png"]
     (without, with_lora), (other, _) = cells(path, 2)
-    assert without.std() > 5 and with_lora.std() > 5  # pictures, not paper
+    assert without.std() > 5 and with_lora.std() > 5  # images, not paper
     assert (without != with_lora).any()
     assert (without != other).any()
 
@@ -71,7 +71,7 @@ def test_without_an_effect_of_the_lora_the_columns_are_the_same(
     np.testing.assert_array_equal(without, with_lora)
 
 
-def test_the_same_seed_paints_the_same_picture_and_another_seed_another(
+def test_the_same_seed_paints_the_same_image_and_another_seed_another(
     trained: BaseModel, tmp_path: Path
 ) -> None:
     first = sample(trained, tmp_path, "a harbour").read_bytes()
@@ -153,7 +153,7 @@ def test_a_half_precision_base_with_a_single_precision_lora_paints(
     assert np.abs(full.astype(float) - half).mean() < 8
 
 
-def test_a_picture_that_is_not_finite_is_said_and_drawn_black(
+def test_an_image_that_is_not_finite_is_said_and_drawn_black(
     trained: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with torch.no_grad():
@@ -174,9 +174,9 @@ def test_a_loss_curve_is_drawn_for_any_number_of_epochs(
 ) -> None:
     path = write_loss_curve(losses, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["loss_curve.png"]
-    with Image.open(path) as picture:
-        assert picture.size == (960, 540)
-        assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 2
+    with Image.open(path) as image:
+        assert image.size == (960, 540)
+        assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 2
 
 
 def test_plotting_uses_no_global_state() -> None:

@@ -30,7 +30,7 @@ def test_the_same_weights_have_the_same_loss_whatever_else_was_drawn(
     assert first.training is not None and 0.1 < first.training < 10
 
 
-def test_the_order_of_the_pictures_does_not_matter_where_all_are_looked_at(
+def test_the_order_of_the_images_does_not_matter_where_all_are_looked_at(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "CPU_PASSES", 16)
@@ -91,30 +91,30 @@ def test_a_stop_need_not_wait_for_it(
     assert base.unet.training
 
 
-@pytest.mark.parametrize(("pictures", "expected"), [(1, 4), (4, 16), (5, 16), (16, 16), (200, 16)])
-def test_every_picture_is_looked_at_once_before_any_twice(pictures: int, expected: int) -> None:
-    chosen = passes(pictures, 16)
+@pytest.mark.parametrize(("images", "expected"), [(1, 4), (4, 16), (5, 16), (16, 16), (200, 16)])
+def test_every_image_is_looked_at_once_before_any_twice(images: int, expected: int) -> None:
+    chosen = passes(images, 16)
     assert len(chosen) == len(set(chosen)) == expected
     seen = [index for index, _ in chosen]
-    counts = [seen.count(index) for index in range(pictures)]
+    counts = [seen.count(index) for index in range(images)]
     assert max(counts) - min(counts) <= 1
     assert {level for _, level in chosen} == {0, 1, 2, 3}
-    assert max(seen) < pictures
+    assert max(seen) < images
 
 
-def test_of_many_pictures_evenly_spaced_ones_are_looked_at() -> None:
+def test_of_many_images_evenly_spaced_ones_are_looked_at() -> None:
     seen = [index for index, _ in passes(160, 16)]
     assert seen == list(range(0, 160, 10))
 
 
-# ---- held-out pictures ---------------------------------------------------------------------------
+# ---- held-out images ---------------------------------------------------------------------------
 
 
-def test_held_out_pictures_are_measured_and_never_trained_on(
+def test_held_out_images_are_measured_and_never_trained_on(
     base: BaseModel, make_run: MakeRun
 ) -> None:
-    everything = make_run(count=6).pictures
-    run = make_run(count=3, epochs=1, validation_pictures=everything[3:])
+    everything = make_run(count=6).images
+    run = make_run(count=3, epochs=1, validation_images=everything[3:])
     data = held_out.prepare(run, base)
     assert data.held_out is not None
     assert [entry.source for entry in data.held_out.entries] == [p.source for p in everything[3:]]
@@ -125,16 +125,16 @@ def test_held_out_pictures_are_measured_and_never_trained_on(
     assert result.steps == 3
 
 
-def test_a_training_picture_among_them_is_left_out_and_a_broken_one_fails_nothing(
+def test_a_training_image_among_them_is_left_out_and_a_broken_one_fails_nothing(
     base: BaseModel, make_run: MakeRun
 ) -> None:
-    pictures = make_run(count=4).pictures
-    missing = dataclasses.replace(pictures[3], path=None, problem="could not be found")
-    run = make_run(count=3, validation_pictures=(pictures[0], missing))
+    images = make_run(count=4).images
+    missing = dataclasses.replace(images[3], path=None, problem="could not be found")
+    run = make_run(count=3, validation_images=(images[0], missing))
     others = held_out.prepare(run, base).held_out
     assert others is not None and not others.usable and not others.warnings
     assert [entry.status for entry in others.entries] == ["left_out", "left_out"]
-    assert "training pictures" in others.entries[0].reasons[0]
+    assert "training images" in others.entries[0].reasons[0]
     base.attach(run.parameters)
     assert Probe(base, held_out.prepare(run, base)).measure(0, 0).held_out is None
 
@@ -148,7 +148,7 @@ def probes(training: list[float | None], others: list[float] | None = None) -> l
     return [Probed(10 * n, 100 * n, *pair) for n, pair in enumerate(zip(training, held))]
 
 
-def test_the_best_is_the_lowest_by_held_out_pictures_and_the_earliest_of_equals() -> None:
+def test_the_best_is_the_lowest_by_held_out_images_and_the_earliest_of_equals() -> None:
     assert best_of(probes([1.0, 0.8, 0.7, 0.7])) == Probed(20, 200, 0.7)
     told_by_others = best_of(probes([1.0, 0.9, 0.8, 0.7], [1.0, 0.9, 0.95, 0.99]))
     assert told_by_others is not None and told_by_others.epoch == 10

@@ -55,11 +55,11 @@ def test_what_has_one_order_stays_as_it_is(caption: str) -> None:
 
 def captioned(run: TrainingRun, *captions: str) -> TrainingRun:
     """The run with these captions."""
-    pictures = tuple(
-        dataclasses.replace(picture, caption=caption)
-        for picture, caption in zip(run.pictures, captions, strict=True)
+    images = tuple(
+        dataclasses.replace(image, caption=caption)
+        for image, caption in zip(run.images, captions, strict=True)
     )
-    return dataclasses.replace(run, pictures=pictures)
+    return dataclasses.replace(run, images=images)
 
 
 def test_every_prompt_begins_with_the_trigger_word_also_where_a_long_caption_is_cut(

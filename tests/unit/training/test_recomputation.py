@@ -22,7 +22,7 @@ ROUNDING = 1e-5
 def learning(
     base: BaseModel, *, checkpointing: bool, dropout: float = 0.0
 ) -> Iterator[Callable[[], Tensor]]:
-    """A LoRA that has learnt something, and what computes its loss on two pictures."""
+    """A LoRA that has learnt something, and what computes its loss on two images."""
     weights = base.attach(HyperParameters(rank=2, dropout=dropout), checkpointing=checkpointing)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from jobs.lora_config import HyperParameters, Picture, TrainerOptions
+from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     checkpoints,
@@ -45,19 +45,19 @@ class SmallMemory:
     """Forward passes run out of memory as on a GPU that is too small for them.
 
     Attributes:
-        seen: Pictures of each pass that was tried.
+        seen: Images of each pass that was tried.
         armed: Whether memory is short at present.
     """
 
     def __init__(
-        self, unet: Any, *, pictures: int, needs_checkpointing: bool = False, after: int = 0
+        self, unet: Any, *, images: int, needs_checkpointing: bool = False, after: int = 0
     ) -> None:
         """Args:
-        pictures: As many fit.
+        images: As many fit.
         needs_checkpointing: And only with gradient checkpointing.
         after: Passes that go well first: something else takes memory from then on.
         """
-        self._unet, self._pictures, self._after = unet, pictures, after
+        self._unet, self._images, self._after = unet, images, after
         self._needs_checkpointing = needs_checkpointing
         self.seen: list[int] = []
 
@@ -74,7 +74,7 @@ class SmallMemory:
         if not unet.training:  # the probe, of which these tests are not
             return
         self.seen.append(len(arguments[0]))
-        short = len(arguments[0]) > self._pictures or (
+        short = len(arguments[0]) > self._images or (
             self._needs_checkpointing and not unet.is_gradient_checkpointing
         )
         if short and len(self.seen) > self._after:
@@ -102,7 +102,7 @@ def test_without_memory_checkpointing_comes_first_and_changes_nothing_but_roundi
 ) -> None:
     run = make_run(count=4, batch_size=2, dropout=0.1)
     _, roomy, _ = trained(base, run)
-    with SmallMemory(base.unet, pictures=2, needs_checkpointing=True)() as seen:
+    with SmallMemory(base.unet, images=2, needs_checkpointing=True)() as seen:
         result, weights, _ = trained(base, run)
     assert seen[:2] == [2, 2] and set(seen) == {2}
     assert close(weights, roomy)
@@ -112,12 +112,12 @@ def test_without_memory_checkpointing_comes_first_and_changes_nothing_but_roundi
     ]
 
 
-def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_pictures_as_before(
+def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_images_as_before(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     """Starting anew, the run is the one that would have been asked for so."""
     run = make_run(count=10, batch_size=8, dropout=0.1)
-    with SmallMemory(base.unet, pictures=2)() as seen:
+    with SmallMemory(base.unet, images=2)() as seen:
         result, weights, events = trained(base, run)
     assert seen[:4] == [8, 8, 4, 2]
     small = dataclasses.replace(run.parameters, batch_size=2, gradient_accumulation_steps=4)
@@ -126,9 +126,9 @@ def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_pictures_
     _, asked_for, _ = trained(base, dataclasses.replace(run, parameters=small))
     assert close(weights, asked_for)
     assert result.warnings[-2:] == (
-        "Memory ran out: from epoch 1 on, a batch had 4 instead of 8 pictures, and a step 2 "
+        "Memory ran out: from epoch 1 on, a batch had 4 instead of 8 images, and a step 2 "
         "batches.",
-        "Memory ran out: from epoch 1 on, a batch had 2 instead of 4 pictures, and a step 4 "
+        "Memory ran out: from epoch 1 on, a batch had 2 instead of 4 images, and a step 4 "
         "batches.",
     )
     starts = [event for event in events if isinstance(event, Started)]
@@ -139,12 +139,12 @@ def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_pictures_
 def test_it_goes_on_from_the_newest_checkpoint_and_ends_where_a_roomy_run_ends(
     base: BaseModel, make_run: MakeRun
 ) -> None:
-    """Up to rounding, since the noise of pictures of one shape is drawn at once. (The LoRA's
+    """Up to rounding, since the noise of images of one shape is drawn at once. (The LoRA's
     dropout is off: its masks are drawn batch by batch.)"""
     run = make_run(count=5, epochs=4, batch_size=2, dropout=0.0, checkpoint_interval=1)
     roomy, expected, _ = trained(base, run)
     # Three passes an epoch; the memory goes in the third epoch.
-    with SmallMemory(base.unet, pictures=1, after=7)() as seen:
+    with SmallMemory(base.unet, images=1, after=7)() as seen:
         result, weights, events = trained(base, run)
     assert seen[:11] == [2, 2, 1, 2, 2, 1, 2, 2, 2, 1, 1]
     assert close(weights, expected) and not same(weights, expected)
@@ -154,18 +154,18 @@ def test_it_goes_on_from_the_newest_checkpoint_and_ends_where_a_roomy_run_ends(
         *("epoch-0001", "epoch-0002", "epoch-0002-retake-1", "epoch-0002-retake-2"),
         *("epoch-0003-retake-2", "epoch-0004-retake-2"),
     ]
-    assert "from epoch 3 on, a batch had 1 instead of 2 pictures" in result.warnings[-1]
+    assert "from epoch 3 on, a batch had 1 instead of 2 images" in result.warnings[-1]
 
 
 def test_smaller_batches_of_several_shapes_change_nothing_but_rounding(
-    base: BaseModel, make_run: MakeRun, mixed: tuple[Picture, ...]
+    base: BaseModel, make_run: MakeRun, mixed: tuple[TrainingImage, ...]
 ) -> None:
     how = {"batch_size": 3, "gradient_accumulation_steps": 2, "dropout": 0.0, "epochs": 1}
-    run = make_run(pictures=mixed, resolution=128, **how)
+    run = make_run(images=mixed, resolution=128, **how)
     roomy, expected, _ = trained(base, run)
-    with SmallMemory(base.unet, pictures=1)():
+    with SmallMemory(base.unet, images=1)():
         result, weights, _ = trained(base, run)
-    assert result.steps == roomy.steps == 2  # three wide pictures and one, then the last
+    assert result.steps == roomy.steps == 2  # three wide images and one, then the last
     assert result.parameters.batch_size == 1
     assert result.losses == pytest.approx(roomy.losses, rel=1e-3)
     assert close(weights, expected)
@@ -184,7 +184,7 @@ def test_nobody_else_needs_the_checkpoint_on_the_disk_for_that(
             for file in Path(saved.folder).iterdir():
                 file.unlink()
 
-    with SmallMemory(base.unet, pictures=1, after=3)():
+    with SmallMemory(base.unet, images=1, after=3)():
         recovery.train(run, base, data, emit=uploaded)
     assert close(lora_of(base), expected)
 
@@ -193,7 +193,7 @@ def test_another_worker_goes_on_with_the_smaller_batches_and_to_the_same_bits(
     base: BaseModel, options: TrainerOptions, make_run: MakeRun
 ) -> None:
     run = make_run(count=5, epochs=3, batch_size=2, dropout=0.1, caption_dropout=0.5)
-    with SmallMemory(base.unet, pictures=1)():
+    with SmallMemory(base.unet, images=1)():
         whole, weights, _ = trained(base, run)
         _, _, events = trained(base, run, should_stop=stop_after(6))
     saved = checkpoints(events)[-1]
@@ -215,7 +215,7 @@ def test_a_start_that_was_changed_is_a_checkpoint_from_which_the_same_run_follow
     base: BaseModel, make_run: MakeRun
 ) -> None:
     run = make_run(count=3, batch_size=3, dropout=0.1)
-    with SmallMemory(base.unet, pictures=1)():
+    with SmallMemory(base.unet, images=1)():
         _, weights, events = trained(base, run)
     first = checkpoints(events)[-2]
     assert (first.name, first.epoch, first.step) == ("epoch-0000-retake-2", 0, 0)
@@ -223,11 +223,11 @@ def test_a_start_that_was_changed_is_a_checkpoint_from_which_the_same_run_follow
     assert same(resumed, weights) and result.resumed_from == 0
 
 
-def test_when_not_even_one_picture_fits_the_run_fails_for_want_of_memory(
+def test_when_not_even_one_image_fits_the_run_fails_for_want_of_memory(
     base: BaseModel, make_run: MakeRun
 ) -> None:
-    with SmallMemory(base.unet, pictures=0)() as seen:
-        with pytest.raises(GpuOutOfMemory, match="even a single picture"):
+    with SmallMemory(base.unet, images=0)() as seen:
+        with pytest.raises(GpuOutOfMemory, match="even a single image"):
             trained(base, make_run(count=4, batch_size=4))
     assert seen == [4, 4, 2, 1]
 
@@ -271,7 +271,7 @@ def test_what_ran_out_of_memory_is_freed_before_the_next_start(
         (16, 64, [(8, 128), (4, 256), (2, 512), (1, 1024)]),
     ],
 )
-def test_smaller_batches_leave_every_step_its_pictures(
+def test_smaller_batches_leave_every_step_its_images(
     batch: int, accumulation: int, parts: list[tuple[int, int]]
 ) -> None:
     asked = HyperParameters(batch_size=batch, gradient_accumulation_steps=accumulation, epochs=2)
@@ -430,8 +430,8 @@ def test_one_job_may_run_out_of_memory_and_diverge(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(count=4, epochs=3, batch_size=2, checkpoint_interval=1)
-    spoil(monkeypatch, lambda call: 4 <= call < 8)  # the second epoch, in batches of one picture
-    with SmallMemory(base.unet, pictures=1)():
+    spoil(monkeypatch, lambda call: 4 <= call < 8)  # the second epoch, in batches of one image
+    with SmallMemory(base.unet, images=1)():
         result, _, events = trained(base, run)
     assert result.parameters == dataclasses.replace(
         run.parameters, batch_size=1, gradient_accumulation_steps=2, learning_rate=5e-4
@@ -474,7 +474,7 @@ def test_on_a_gpu_that_is_too_small_training_finds_a_batch_that_fits_and_leaves_
     base.detach()
     before = torch.cuda.memory_allocated()
     try:
-        # Too little for eight pictures without checkpointing, and enough for two.
+        # Too little for eight images without checkpointing, and enough for two.
         torch.cuda.set_per_process_memory_fraction((some + most) / 2 / total)
         result = recovery.train(run, base, data)
     finally:

@@ -10,25 +10,25 @@ from typing import Any
 
 import pytest
 
-from jobs.lora_config import HyperParameters, Picture, TrainingRun
-from training.style.dataset import CAPTION_IGNORED, Dataset, PictureReport
+from jobs.lora_config import HyperParameters, TrainingImage, TrainingRun
+from training.style.dataset import CAPTION_IGNORED, Dataset, ImageReport
 from training.style.families.sd15 import BaseModel
 from training.style.results.lora_formats import MODEL_FILES
 from training.style.results.report import FILES, MOST_REASONS, build_report, summary, write_report
 from training.style.results.result import TrainingResult
 
 ENTRIES = (
-    PictureReport("s3://media/1/image_0.jpg", "used", (), 640, 480, "바다의 새벽"),
-    PictureReport("s3://media/1/image_1.png", "warned", ("It is small.",), 300, 200, ""),
-    PictureReport("s3://media/1/image_2.jpg", "left_out", ("It is damaged.",), None, None, "a cat"),
+    ImageReport("s3://media/1/image_0.jpg", "used", (), 640, 480, "바다의 새벽"),
+    ImageReport("s3://media/1/image_1.png", "warned", ("It is small.",), 300, 200, ""),
+    ImageReport("s3://media/1/image_2.jpg", "left_out", ("It is damaged.",), None, None, "a cat"),
 )
-DATASET = Dataset(ENTRIES, (), {}, {}, warnings=("Few pictures.", "Twice."))
+DATASET = Dataset(ENTRIES, (), {}, {}, warnings=("Few images.", "Twice."))
 ASKED = HyperParameters(epochs=3, batch_size=4, resolution=64)
 RUN = TrainingRun(
     task_id="task-1",
     style_id=10,
     claim=2,
-    pictures=tuple(Picture(entry.source, "/scratch/secret/picture") for entry in ENTRIES),
+    images=tuple(TrainingImage(entry.source, "/scratch/secret/image") for entry in ENTRIES),
     parameters=ASKED,
     work_folder="/scratch/secret",
     resume_from="/scratch/secret/checkpoint",
@@ -55,8 +55,8 @@ def fixture_report(base: BaseModel) -> dict[str, Any]:
     return build_report(RUN, base, DATASET, RESULT)
 
 
-def test_every_picture_that_was_asked_for_has_its_entry_in_order(report: dict[str, Any]) -> None:
-    assert [picture["source"] for picture in report["pictures"]] == [e.source for e in ENTRIES]
+def test_every_image_that_was_asked_for_has_its_entry_in_order(report: dict[str, Any]) -> None:
+    assert [image["source"] for image in report["pictures"]] == [e.source for e in ENTRIES]
     assert report["pictures"][2] == {
         "source": "s3://media/1/image_2.jpg",
         "status": "left_out",
@@ -105,7 +105,7 @@ def test_the_report_has_all_that_the_protocol_lists(
 def test_each_warning_is_told_once_wherever_it_comes_from(
     report: dict[str, Any], base: BaseModel
 ) -> None:
-    own = ["Few pictures.", "Twice.", "The batch was halved."]
+    own = ["Few images.", "Twice.", "The batch was halved."]
     assert report["warnings"] == [*base.warnings, *own]
 
 
@@ -125,7 +125,7 @@ def test_the_file_is_strict_json_with_the_artists_own_letters_and_no_local_path(
     assert [file.name for file in tmp_path.iterdir()] == ["training_report.json"]
 
 
-def test_the_summary_is_brief_and_says_why_pictures_were_left_out(
+def test_the_summary_is_brief_and_says_why_images_were_left_out(
     report: dict[str, Any], base: BaseModel
 ) -> None:
     assert summary(report) == {
@@ -149,11 +149,11 @@ def test_the_summary_says_why_captions_were_ignored_the_most_frequent_reason_fir
 ) -> None:
     entry = report["pictures"][0]
     reasons = ["it is binary"] + 12 * ["it is not UTF-8"] + [f"reason {n}" for n in range(12)]
-    pictures = [
+    images = [
         entry | {"status": "warned", "reasons": ["looks dark", CAPTION_IGNORED + reason]}
         for reason in reasons
     ]
-    found = summary(report | {"pictures": pictures})
+    found = summary(report | {"pictures": images})
     assert found["captions_ignored"][:2] == [
         {"reason": "it is not UTF-8", "pictures": 12},
         {"reason": "it is binary", "pictures": 1},

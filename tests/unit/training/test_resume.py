@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.lora_config import Picture, TrainerOptions
+from jobs.lora_config import TrainerOptions, TrainingImage
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     HalfPrecision,
@@ -36,7 +36,7 @@ HARD = {  # three frames, dropout, captions dropped, tags shuffled, odd batches:
     "caption_dropout": 0.5,
     "shuffle_tags": True,
     "trigger_word": "inkstyle",
-}  # two steps an epoch, each of two batches: three wide pictures, a high one and a square one
+}  # two steps an epoch, each of two batches: three wide images, a high one and a square one
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(
     base: BaseModel,
     options: TrainerOptions,
     make_run: MakeRun,
-    mixed: tuple[Picture, ...],
+    mixed: tuple[TrainingImage, ...],
     unbroken: dict[str, Any],
     stop: int,
 ) -> None:
-    run = make_run(**HARD, pictures=mixed)
+    run = make_run(**HARD, images=mixed)
     if not unbroken:
         unbroken["result"], unbroken["weights"], _ = trained(base, run)
     stopped, _, events = trained(base, run, should_stop=stop_after(stop))
@@ -150,7 +150,7 @@ def test_a_checkpoint_holds_the_trained_weights_and_whose_they_are(
     assert saved.state.base_model == base.hash
 
 
-def test_a_checkpoint_of_other_pictures_or_parameters_is_refused(
+def test_a_checkpoint_of_other_images_or_parameters_is_refused(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     _, _, events = trained(base, make_run(epochs=1))

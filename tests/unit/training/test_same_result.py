@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.lora_config import Picture, TrainingRun
+from jobs.lora_config import TrainingImage, TrainingRun
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import Weights, in_one_go, lora_of, trained
 from training.style.dataset import Dataset, prepare
@@ -58,7 +58,7 @@ def plainly_trained(base: BaseModel, run: TrainingRun) -> tuple[list[float], Wei
 def plain_losses(
     base: BaseModel, run: TrainingRun, data: Dataset, batch: list[int], generator: torch.Generator
 ) -> tuple[list[float], Tensor]:
-    """Each picture's error, and the batch's mean with the min-SNR weights, in float32."""
+    """Each image's error, and the batch's mean with the min-SNR weights, in float32."""
     drawn = Chance.draw(
         (len(batch), 4, run.parameters.resolution // 8, run.parameters.resolution // 8),
         timesteps=1000,
@@ -66,12 +66,12 @@ def plain_losses(
         generator=generator,
     )
     captions = [
-        "" if dropped else run.pictures[index].caption
+        "" if dropped else run.images[index].caption
         for index, dropped in zip(batch, drawn.uncaptioned.tolist(), strict=True)
     ]
-    pictures = [data.batch([index])[0] for index in batch]
-    latents = torch.cat([picture.mean for picture in pictures])
-    latents = latents + drawn.sample * torch.cat([picture.std for picture in pictures])
+    images = [data.batch([index])[0] for index in batch]
+    latents = torch.cat([image.mean for image in images])
+    latents = latents + drawn.sample * torch.cat([image.std for image in images])
     noisy = base.scheduler.add_noise(latents, drawn.noise, drawn.timesteps)
     with torch.no_grad():
         text = base.encode_prompts(captions)
@@ -113,8 +113,8 @@ def test_latents_are_distributed_as_the_vae_s_own_samples(
     pixels = np.kron(pixels, np.ones((8, 8, 1), dtype=np.uint8))  # 64 x 64: nothing is scaled
     path = tmp_path / "squares.png"
     Image.fromarray(pixels).save(path)
-    picture = Picture("s3://media/training/squares.png", str(path), "squares")
-    latents, _ = prepare(make_run(pictures=(picture,), min_images=1), base).batch([0])
+    image = TrainingImage("s3://media/training/squares.png", str(path), "squares")
+    latents, _ = prepare(make_run(images=(image,), min_images=1), base).batch([0])
     generator = torch.Generator().manual_seed(4)
     shape = (4000, *latents.mean.shape[1:])
     drawn = Chance.draw(shape, timesteps=1000, caption_dropout=0.0, generator=generator)
@@ -130,7 +130,7 @@ def test_latents_are_distributed_as_the_vae_s_own_samples(
 def encoded_each_time(
     base: BaseModel, pixels: NDArray[np.uint8], times: int, generator: torch.Generator
 ) -> Tensor:
-    """The picture's latents as the VAE samples them, anew each time."""
+    """The image's latents as the VAE samples them, anew each time."""
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1.0
     with torch.no_grad():
         posterior = base.vae.encode(image).latent_dist

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
+from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.results import preview
@@ -66,8 +66,8 @@ def fixture_painter(stand_in: Path) -> BaseModel:
     return base
 
 
-def pictures(folder: Path, captions: dict[str, str]) -> tuple[Picture, ...]:
-    """Four warm pictures and four cold ones of coloured squares."""
+def images(folder: Path, captions: dict[str, str]) -> tuple[TrainingImage, ...]:
+    """Four warm images and four cold ones of coloured squares."""
     folder.mkdir()
     random = np.random.default_rng(2)
     made = []
@@ -76,14 +76,14 @@ def pictures(folder: Path, captions: dict[str, str]) -> tuple[Picture, ...]:
         squares = (colour + random.normal(0, 25, (8, 8, 3))).clip(0, 255).astype(np.uint8)
         path = folder / f"{kind}_{number}.png"
         Image.fromarray(np.kron(squares, np.ones((8, 8, 1), dtype=np.uint8))).save(path)
-        made.append(Picture(path.name, str(path), captions[kind]))
+        made.append(TrainingImage(path.name, str(path), captions[kind]))
     return tuple(made)
 
 
 def warmth(base: BaseModel, prompt: str, *, with_lora: bool) -> float:
     """How much more red than blue there is in samples, of 255."""
     painted = preview.paint(base, [prompt, prompt], 3, with_lora=with_lora, resolution=64, steps=8)
-    values = np.stack([np.asarray(picture, dtype=float) for picture in painted])
+    values = np.stack([np.asarray(image, dtype=float) for image in painted])
     return float((values[..., 0] - values[..., 2]).mean())
 
 
@@ -106,7 +106,7 @@ def learn(base: BaseModel, folder: Path, captions: dict[str, str]) -> None:
         resolution=64,
         alpha=16.0,
     )
-    shown = pictures(folder / "pictures", captions)
+    shown = images(folder / "pictures", captions)
     run = TrainingRun("task-1", 1, 1, shown, parameters, str(folder / "work"))
     LoRATrainer(run, base, prepare(run, base)).train()
 
@@ -122,10 +122,10 @@ def test_the_colours_of_each_caption_show_with_the_lora_and_not_without(
         painter.take_off()
 
 
-def test_captions_of_the_wrong_pictures_teach_the_wrong_colours(
+def test_captions_of_the_wrong_images_teach_the_wrong_colours(
     painter: BaseModel, tmp_path: Path
 ) -> None:
-    """So the test above fails where a shuffle pairs pictures with others' captions."""
+    """So the test above fails where a shuffle pairs images with others' captions."""
     try:
         learn(painter, tmp_path, {WARM: COLD, COLD: WARM})
         assert contrast(painter) < -40

@@ -36,7 +36,7 @@ from utils.events import Progress, Stage, Started
 
 
 def fixed_loss(base: BaseModel, data: Dataset) -> float:
-    """The loss over every picture at four fixed timesteps and fixed noise."""
+    """The loss over every image at four fixed timesteps and fixed noise."""
     base.unet.eval()
     losses = []
     for index in range(len(data.usable)):
@@ -53,7 +53,7 @@ def fixed_loss(base: BaseModel, data: Dataset) -> float:
     return float(np.mean(losses))
 
 
-def test_ten_pictures_teach_the_lora_every_part_of_it_and_nothing_else(
+def test_ten_images_teach_the_lora_every_part_of_it_and_nothing_else(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     run = make_run(count=10, epochs=5, learning_rate=5e-3)
@@ -205,10 +205,10 @@ def test_the_optimizer_uses_the_rate_of_the_plan(base: BaseModel, make_run: Make
     assert rates == [plan.learning_rate(step) for step in range(8)]
 
 
-def test_accumulated_batches_are_one_step_over_all_their_pictures(
+def test_accumulated_batches_are_one_step_over_all_their_images(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five pictures at once, and as 2 + 2 + 1: the same gradient, up to rounding."""
+    """Five images at once, and as 2 + 2 + 1: the same gradient, up to rounding."""
 
     def without_chance(owner: BaseModel, batch: Any, _: Any, **__: Any) -> Any:
         latents, text = batch
@@ -278,7 +278,7 @@ def test_the_result_says_how_it_went(base: BaseModel, make_run: MakeRun) -> None
     assert (result.resumed_from, result.stopped) == (None, None)
     assert result.parameters == run.parameters
     assert any("CPU" in warning for warning in result.warnings)
-    assert any("Only 3 pictures" in warning for warning in result.warnings)
+    assert any("Only 3 images" in warning for warning in result.warnings)
 
 
 def test_more_than_4000_steps_are_a_warning(base: BaseModel, make_run: MakeRun) -> None:

@@ -56,8 +56,8 @@ def test_a_text_is_read_as_it_was_written_or_not_at_all(text: str, encoding: str
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(st.lists(st.one_of(st.binary(max_size=40), TEXTS.map(str.encode)), max_size=6))
 def test_a_metadata_file_of_any_lines_breaks_nothing(tmp_path: Path, lines: list[bytes]) -> None:
-    (tmp_path / "a.png").write_bytes(b"picture")
+    (tmp_path / "a.png").write_bytes(b"image")
     good = json.dumps({"file_name": "a.png", "text": "a harbour"}).encode()
     (tmp_path / "metadata.jsonl").write_bytes(b"\n".join([*lines, good]))
-    (picture,) = read_folder(tmp_path).pictures
-    assert is_clean(picture.caption)
+    (image,) = read_folder(tmp_path).images
+    assert is_clean(image.caption)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
+from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
 from utils.errors import REPORTABLE, StopReason
 from utils.events import (
     EVENTS,
@@ -25,7 +25,7 @@ from utils.events import (
 )
 
 FACTS: tuple[Any, ...] = (
-    Started("job", 30, 300, 10, 100, 10, warnings=("two pictures are alike", "ä „sentence“")),
+    Started("job", 30, 300, 10, 100, 10, warnings=("two images are alike", "ä „sentence“")),
     Started("job", 30, 300, 0, 0, 10),
     Progress("job", Stage.PREPARING, 0, 30, 0, 300),
     Progress("job", Stage.TRAINING, 12, 30, 123, 300, loss=0.125, steps_per_second=9.5),
@@ -39,9 +39,9 @@ RUN = TrainingRun(
     task_id="job",
     style_id=123,
     claim=2,
-    pictures=(
-        Picture("s3://b/a.jpg", "/work/job/0.jpg", "a harbour"),
-        Picture("s3://b/b.jpg", None, problem="it is not there"),
+    images=(
+        TrainingImage("s3://b/a.jpg", "/work/job/0.jpg", "a harbour"),
+        TrainingImage("s3://b/b.jpg", None, problem="it is not there"),
     ),
     parameters=HyperParameters(epochs=3, learning_rate=5e-4, alpha=8.0),
     work_folder="/work/job",
@@ -131,7 +131,7 @@ def test_a_missing_field_is_refused_by_name() -> None:
 
 
 def test_limits_hold_for_what_comes_over_the_pipe_too() -> None:
-    values = dataclasses.asdict(RUN) | {"pictures": []}
+    values = dataclasses.asdict(RUN) | {"images": []}
     values["parameters"]["epochs"] = 0
     with pytest.raises(ValueError, match="epochs is 0"):
         from_dict(TrainingRun, values)

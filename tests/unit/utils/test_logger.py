@@ -46,10 +46,10 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     configure()
-    get_logger("services.s3.s3_service").info("picture_downloaded", picture="ä.jpg", seconds=0.5)
+    get_logger("services.s3.s3_service").info("picture_downloaded", image="ä.jpg", seconds=0.5)
     (line,) = lines(capsys)
     assert line["event"] == "picture_downloaded"
-    assert line["picture"] == "ä.jpg"
+    assert line["image"] == "ä.jpg"
     assert line["seconds"] == 0.5
     assert line["level"] == "info"
     assert line["logger"] == "services.s3.s3_service"
@@ -88,10 +88,10 @@ def test_the_standard_library_s_loggers_write_the_same_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     configure()
-    logging.getLogger("training.style.dataset").info("picture_vetted", extra={"picture": 3})
+    logging.getLogger("training.style.dataset").info("image_vetted", extra={"image": 3})
     logging.getLogger("third.party").warning("%s of %d", "one", 2)
     vetted, foreign = lines(capsys)
-    assert (vetted["event"], vetted["picture"]) == ("picture_vetted", 3)
+    assert (vetted["event"], vetted["image"]) == ("image_vetted", 3)
     assert (foreign["event"], foreign["level"]) == ("one of 2", "warning")
 
 
@@ -239,7 +239,7 @@ def test_a_value_under_a_secret_s_name_is_masked(name: str) -> None:
     [
         "s3://stylelicense-media/training/123/image_0.jpg",
         "https://api.stylelicense.com/api/webhooks/training/complete",
-        {"tokens": 77, "seconds": 0.5, "picture": None, "ok": True},
+        {"tokens": 77, "seconds": 0.5, "image": None, "ok": True},
         "550e8400-e29b-41d4-a716-446655440000",
         "a bearer of news",
     ],

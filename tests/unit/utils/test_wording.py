@@ -9,10 +9,10 @@ from utils.wording import MOST_NAMES, counted, grouped
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(0, "0 pictures"), (1, "1 picture"), (2, "2 pictures"), (1200, "1,200 pictures")],
+    [(0, "0 images"), (1, "1 image"), (2, "2 images"), (1200, "1,200 images")],
 )
 def test_a_noun_follows_its_number(number: int, words: str) -> None:
-    assert counted(number, "picture") == words
+    assert counted(number, "image") == words
 
 
 def test_a_noun_may_have_a_plural_of_its_own() -> None:
@@ -23,19 +23,19 @@ def test_a_noun_may_have_a_plural_of_its_own() -> None:
 
 
 def test_equal_reasons_are_named_once_with_all_names() -> None:
-    problems = [("a.jpg", "is not a picture"), ("b.jpg", "is empty"), ("c.jpg", "is not a picture")]
-    assert grouped(problems, "picture") == (
-        "2 pictures: is not a picture (a.jpg, c.jpg); b.jpg: is empty"
+    problems = [("a.jpg", "is not an image"), ("b.jpg", "is empty"), ("c.jpg", "is not an image")]
+    assert grouped(problems, "image") == (
+        "2 images: is not an image (a.jpg, c.jpg); b.jpg: is empty"
     )
 
 
 def test_a_long_group_names_the_first_and_counts_the_others() -> None:
     problems = [(f"{number}.jpg", "is empty") for number in range(MOST_NAMES + 3)]
-    words = grouped(problems, "picture")
-    assert words.startswith(f"{MOST_NAMES + 3} pictures: is empty (0.jpg, 1.jpg")
+    words = grouped(problems, "image")
+    assert words.startswith(f"{MOST_NAMES + 3} images: is empty (0.jpg, 1.jpg")
     assert words.endswith("9.jpg and 3 more)")
-    assert "more" not in grouped(problems[:MOST_NAMES], "picture")
+    assert "more" not in grouped(problems[:MOST_NAMES], "image")
 
 
 def test_nothing_wrong_is_no_words() -> None:
-    assert grouped([], "picture") == ""
+    assert grouped([], "image") == ""

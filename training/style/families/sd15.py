@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 ADAPTER = "default"
 """Name of the adapter on the UNet while a run is in hand."""
 
-MODEL_BYTES, PICTURE_BYTES = 4 * 1024**3, 8 * 1024**3
+MODEL_BYTES, IMAGE_BYTES = 4 * 1024**3, 8 * 1024**3
 """Free memory that training without gradient checkpointing is given: for the model and what is not
-known, and for each picture of 512 x 512 pixels in a batch. What autograd keeps of one was counted:
+known, and for each image of 512 x 512 pixels in a batch. What autograd keeps of one was counted:
 4 GiB in fp16 at most, the other half is for what passes."""
 DRIFT_BYTES = 64 * 1024**2
 """A detached base that holds this much more GPU memory than a fresh one has leaked."""
@@ -117,7 +117,7 @@ class BaseModel:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The latent distribution of pictures, so that each step can draw a fresh sample.
+        """The latent distribution of images, so that each step can draw a fresh sample.
 
         Args:
             pixels: [n, 3, h, w], from -1 to 1.
@@ -275,8 +275,8 @@ class BaseModel:
     def _wants_checkpointing(self, parameters: HyperParameters) -> bool:
         """`auto` means: on a GPU without room for all that a batch leaves behind."""
         if self._checkpointing == "auto":
-            pictures = parameters.batch_size * (parameters.resolution / 512) ** 2
-            needed = MODEL_BYTES + pictures * PICTURE_BYTES
+            images = parameters.batch_size * (parameters.resolution / 512) ** 2
+            needed = MODEL_BYTES + images * IMAGE_BYTES
             return self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < needed
         return self._checkpointing == "true"
 

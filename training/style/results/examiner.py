@@ -1,4 +1,4 @@
-"""Looks at the LoRA before its first step and at checkpoints: the probe, and sample pictures.
+"""Looks at the LoRA before its first step and at checkpoints: the probe, and sample images.
 
 What the probe finds depends on nothing but the weights, and decides which checkpoint is best: it is
 always measured, in a fixed number of passes. Samples are for people: they are painted as long as
@@ -45,7 +45,7 @@ class Examiner:
     Args:
         run: What is asked for.
         base: The base model with the LoRA.
-        dataset: The run's pictures.
+        dataset: The run's images.
         should_stop: Asked while it works: a stop need not wait for it.
         clock: The run's; the time taken here is left out of its rate.
     """
@@ -128,10 +128,10 @@ class Examiner:
         try:
             if first:
                 state.samples = grids.with_row(
-                    state.samples, grids.WITHOUT_LORA, self._pictures(with_lora=False)
+                    state.samples, grids.WITHOUT_LORA, self._images(with_lora=False)
                 )
             state.samples = grids.with_row(
-                state.samples, str(state.epoch), self._pictures(with_lora=True)
+                state.samples, str(state.epoch), self._images(with_lora=True)
             )
         except Interrupted:
             pass
@@ -143,7 +143,7 @@ class Examiner:
         finally:
             self._base.offload_encoders()
 
-    def _pictures(self, *, with_lora: bool) -> list[Image.Image]:
+    def _images(self, *, with_lora: bool) -> list[Image.Image]:
         return preview.paint(
             self._base,
             self._prompts,

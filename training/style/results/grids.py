@@ -1,4 +1,4 @@
-"""Sample pictures of checkpoints, small and few enough to travel with a checkpoint.
+"""Sample images of checkpoints, small and few enough to travel with a checkpoint.
 
 They are kept as JPEG files, bytes in tensors, by `base/{prompt}` for the base model and
 `{epoch}/{prompt}` for a checkpoint.
@@ -19,9 +19,9 @@ MOST_EPOCHS = 12
 WITHOUT_LORA = "base"
 
 
-def pack(picture: Image.Image) -> Tensor:
-    """A picture as the bytes of a small JPEG file."""
-    small = picture.copy()
+def pack(image: Image.Image) -> Tensor:
+    """An image as the bytes of a small JPEG file."""
+    small = image.copy()
     small.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=85)
@@ -34,16 +34,16 @@ def unpack(packed: Tensor) -> bytes:
 
 
 def with_row(
-    samples: Mapping[str, Tensor], row: str, pictures: Sequence[Image.Image]
+    samples: Mapping[str, Tensor], row: str, images: Sequence[Image.Image]
 ) -> dict[str, Tensor]:
     """The samples with a further row, less every second epoch where they have become too many.
 
     Args:
         samples: Those that are there.
         row: An epoch, or `WITHOUT_LORA`.
-        pictures: One a prompt.
+        images: One a prompt.
     """
-    more = dict(samples) | {f"{row}/{n}": pack(picture) for n, picture in enumerate(pictures)}
+    more = dict(samples) | {f"{row}/{n}": pack(image) for n, image in enumerate(images)}
     shown = epochs(more)
     if len(shown) <= MOST_EPOCHS:
         return more

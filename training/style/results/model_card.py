@@ -32,7 +32,7 @@ def model_card(
     Args:
         run: Whose model it is.
         base: What it was trained on.
-        dataset: The pictures and their captions.
+        dataset: The images and their captions.
         result: How the training went.
     """
     tags = tag_counts(example.caption for example in dataset.usable)
@@ -50,7 +50,7 @@ def model_card(
         # Of the base's UNet as diffusers keeps it, which is what the LoRA was made for.
         "ss_new_sd_model_hash": base.hash,
         "modelspec.title": f"Style {run.style_id or run.trigger_word}".strip(),
-        "modelspec.description": f"A style learnt from {len(dataset.usable)} pictures.",
+        "modelspec.description": f"A style learnt from {len(dataset.usable)} images.",
         "modelspec.tags": ", ".join(list(tags)[:SHOWN_TAGS]),
         "ss_shuffle_caption": run.parameters.shuffle_tags,
         "modelspec.trigger_phrase": run.trigger_word,
@@ -59,7 +59,7 @@ def model_card(
 
 
 def _frames(dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """How many pictures were trained on in each size, by a number, as kohya's readers expect."""
+    """How many images were trained on in each size, by a number, as kohya's readers expect."""
     frames = Counter(tuple(8 * side for side in reversed(shape[1:])) for shape in dataset.shapes)
     return {
         str(number): {"resolution": list(size), "count": count}

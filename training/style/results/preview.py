@@ -1,4 +1,4 @@
-"""Pictures of how a training went: the same prompts and seeds without and with the LoRA, and the
+"""Images of how a training went: the same prompts and seeds without and with the LoRA, and the
 loss over the epochs."""
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def paint(
     steps: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
-    """One picture a prompt; the n-th is painted from the noise of `seed` + n.
+    """One image a prompt; the n-th is painted from the noise of `seed` + n.
 
     Training is not disturbed: no global generator is drawn from, and modes, gradients' flags and
     dtypes are as before.
@@ -59,7 +59,7 @@ def paint(
         prompts: What to paint.
         seed: Of the noise, which is the same on every machine: it is drawn on the CPU.
         with_lora: Whether the LoRA has an effect.
-        resolution: Side of each picture in pixels, a multiple of 8.
+        resolution: Side of each image in pixels, a multiple of 8.
         steps: Steps of the DDIM sampler (arXiv:2010.02502).
         should_stop: Asked before each step.
 
@@ -68,14 +68,14 @@ def paint(
     """
     texts = base.encode_prompts(["", *prompts])
     side = resolution // 8
-    pictures = []
+    images = []
     with evaluating(base, with_lora=with_lora):
         for n in range(len(prompts)):
             noise = torch.randn(
                 (1, 4, side, side), generator=torch.Generator().manual_seed(seed + n)
             )
-            pictures.append(_paint(base, texts[[0, 1 + n]], noise, steps, should_stop))
-    return pictures
+            images.append(_paint(base, texts[[0, 1 + n]], noise, steps, should_stop))
+    return images
 
 
 def write_samples(
@@ -98,7 +98,7 @@ def write_samples(
             prompt.
         seed: The n-th prompt is painted from the noise of `seed` + n, in both columns.
         folder: Where the file goes.
-        resolution: Side of each picture in pixels, a multiple of 8.
+        resolution: Side of each image in pixels, a multiple of 8.
         steps: Steps of the DDIM sampler (arXiv:2010.02502).
 
     Returns:
@@ -167,13 +167,13 @@ def write_loss_curve(
 def _plot_probes(axes: Any, probes: Sequence[Probed]) -> None:
     epochs = [each.epoch for each in probes]
     for label, color, values in (
-        ("training pictures", "tab:blue", [each.training for each in probes]),
-        ("held-out pictures", "tab:orange", [each.held_out for each in probes]),
+        ("training images", "tab:blue", [each.training for each in probes]),
+        ("held-out images", "tab:orange", [each.held_out for each in probes]),
     ):
         if any(value is not None for value in values):
             gaps = [math.nan if value is None else value for value in values]
             axes.plot(epochs, gaps, color=color, marker="o", label=label)
-    axes.set(ylabel="probe", title="Probe: the same pictures and noise each time")
+    axes.set(ylabel="probe", title="Probe: the same images and noise each time")
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
@@ -196,7 +196,7 @@ def _paint(
     steps: int,
     should_stop: Callable[[], bool],
 ) -> Image.Image:
-    """One picture from `texts`, the states of the empty prompt and of the prompt, [2, 77, d]."""
+    """One image from `texts`, the states of the empty prompt and of the prompt, [2, 77, d]."""
     # Clipping is for pixels; latents reach beyond 1, and DDPM's default would cut them off.
     scheduler = DDIMScheduler.from_config(base.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(steps, device=base.device)
@@ -227,7 +227,7 @@ def _decode(base: BaseModel, latents: torch.Tensor) -> Image.Image:
 def _sheet(prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     """The columns' names on top, then one row a prompt with the prompt below it."""
     size = rows[0][0].width
-    cell = max(size, LEAST_CELL) + MARGIN  # tiny pictures still get readable names
+    cell = max(size, LEAST_CELL) + MARGIN  # tiny images still get readable names
     pitch = size + LINE + MARGIN
     width = MARGIN + len(COLUMNS) * cell
     sheet = Image.new("RGB", (width, MARGIN + LINE + len(rows) * pitch), "white")
@@ -235,8 +235,8 @@ def _sheet(prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Ima
     for column, name in enumerate(COLUMNS):
         middle = (MARGIN + cell) // 2 + column * cell
         _label(draw, (middle, MARGIN), name, cell)
-        for row, pictures in enumerate(rows):
-            sheet.paste(pictures[column], (middle - size // 2, MARGIN + LINE + row * pitch))
+        for row, images in enumerate(rows):
+            sheet.paste(images[column], (middle - size // 2, MARGIN + LINE + row * pitch))
     for row, prompt in enumerate(prompts):
         below = MARGIN + LINE + row * pitch + size + 6
         _label(draw, (width // 2, below), prompt or "(empty prompt)", width - 2 * MARGIN)

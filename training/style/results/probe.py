@@ -1,4 +1,4 @@
-"""The probe: the same pictures, noise and timesteps each time, so that two losses can be compared.
+"""The probe: the same images, noise and timesteps each time, so that two losses can be compared.
 
 The loss of training jumps about, because each step draws other noise and other timesteps: it says
 little of one checkpoint against another. Here nothing is random.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from training.style.families.sd15 import BaseModel
 
 PASSES = 48
-"""Forward passes a data set: about as long as sixteen training steps of one picture."""
+"""Forward passes a data set: about as long as sixteen training steps of one image."""
 CPU_PASSES = 16
 LEVELS = (0.125, 0.375, 0.625, 0.875)
 """Timesteps as parts of the schedule: the middles of its quarters."""
@@ -41,9 +41,9 @@ class Probed:
 
     Attributes:
         epoch, step: After how much training; 0 is the base model itself.
-        training: Mean unweighted loss over the training pictures; None where it could not be
+        training: Mean unweighted loss over the training images; None where it could not be
             measured.
-        held_out: The same over pictures that are not trained on; None where there are none.
+        held_out: The same over images that are not trained on; None where there are none.
     """
 
     epoch: int
@@ -57,7 +57,7 @@ class Interrupted(Exception):
 
 
 class Probe:
-    """Measures how well the attached LoRA denoises given pictures.
+    """Measures how well the attached LoRA denoises given images.
 
     It draws from no generator but its own, and leaves modes and gradients' flags alone: training
     goes on to the same bits as if it had not been there.
@@ -67,7 +67,7 @@ class Probe:
 
     Args:
         base: The base model.
-        dataset: The training pictures and, in `held_out`, those that are not trained on.
+        dataset: The training images and, in `held_out`, those that are not trained on.
         should_stop: Asked about once a second.
     """
 
@@ -107,12 +107,12 @@ class Probe:
         return mean if math.isfinite(mean) else None
 
     def _loss(self, data: Dataset, example: Example, level: int) -> torch.Tensor:
-        """The loss of one picture at one level, on the device."""
+        """The loss of one image at one level, on the device."""
         base = self._base
         schedule = base.scheduler.config.num_train_timesteps
         timestep = torch.tensor([int(LEVELS[level] * schedule)], device=base.device)
         clean = data.latents[example.identity].mean[None]
-        # By the picture and not by its place: one picture less leaves the others' noise alone.
+        # By the image and not by its place: one image less leaves the others' noise alone.
         seed = hashlib.sha256(f"{example.identity}/{level}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
         noise = torch.randn(clean.shape, generator=generator).to(base.device)
@@ -126,24 +126,24 @@ class Probe:
         return F.mse_loss(predicted.float(), target)
 
 
-def passes(pictures: int, most: int) -> list[tuple[int, int]]:
-    """Which picture is looked at on which level: every picture once before any of them twice.
+def passes(images: int, most: int) -> list[tuple[int, int]]:
+    """Which image is looked at on which level: every image once before any of them twice.
 
     Args:
-        pictures: How many there are.
-        most: Passes that there may be; with more pictures, evenly spaced ones are taken.
+        images: How many there are.
+        most: Passes that there may be; with more images, evenly spaced ones are taken.
 
     Returns:
-        Pairs of a picture's index and a level's.
+        Pairs of an image's index and a level's.
     """
-    if pictures > most:
-        return [(n * pictures // most, n % len(LEVELS)) for n in range(most)]
+    if images > most:
+        return [(n * images // most, n % len(LEVELS)) for n in range(most)]
     rounds = range(len(LEVELS))
-    return [(n, (n + turn) % len(LEVELS)) for turn in rounds for n in range(pictures)][:most]
+    return [(n, (n + turn) % len(LEVELS)) for turn in rounds for n in range(images)][:most]
 
 
 def best_of(probes: Sequence[Probed]) -> Probed | None:
-    """The checkpoint with the lowest loss, by held-out pictures where there are any; of equals the
+    """The checkpoint with the lowest loss, by held-out images where there are any; of equals the
     earliest. None where nothing was measured after the beginning."""
     found = [each for each in probes if each.epoch > 0]
     by_held_out = [each for each in found if each.held_out is not None]
@@ -165,7 +165,7 @@ def verdict(probes: Sequence[Probed]) -> tuple[str, ...]:
     assert first is not None and last is not None and best is not None
     if min(each.training or 0.0 for each in measured[1:]) > first * (1 - LEAST_FALL):
         sentences.append(
-            "The LoRA has learnt next to nothing: its loss on the training pictures, measured with "
+            "The LoRA has learnt next to nothing: its loss on the training images, measured with "
             f"the same noise each time, was {first:.4f} before and is {last:.4f} after training. "
             "More epochs or a higher learning_rate are needed, or other captions."
         )
@@ -173,7 +173,7 @@ def verdict(probes: Sequence[Probed]) -> tuple[str, ...]:
         sentences.append(worse)
     elif last > (best.training or 0.0) * (1 + LEAST_RISE) and best.held_out is None:
         sentences.append(
-            f"Training got worse after epoch {best.epoch}: the loss on the training pictures rose "
+            f"Training got worse after epoch {best.epoch}: the loss on the training images rose "
             f"from {best.training:.4f} to {last:.4f}. A lower learning_rate is advisable; "
             "`deliver: best` would take that checkpoint."
         )
@@ -189,8 +189,8 @@ def _copying(measured: Sequence[Probed], best: Probed) -> str | None:
     if not falls or last.held_out <= best.held_out * (1 + LEAST_RISE):
         return None
     return (
-        f"After epoch {best.epoch} the LoRA began to copy its pictures: the loss on them went on "
-        f"falling, and on the held-out pictures it rose from {best.held_out:.4f} to "
+        f"After epoch {best.epoch} the LoRA began to copy its images: the loss on them went on "
+        f"falling, and on the held-out images it rose from {best.held_out:.4f} to "
         f"{last.held_out:.4f}. Fewer epochs are advisable; `deliver: best` takes epoch "
         f"{best.epoch}."
     )

@@ -58,7 +58,7 @@ def build_report(
     Args:
         run: What was asked for.
         base: The base model that was trained on.
-        dataset: What became of the pictures.
+        dataset: What became of the images.
         result: How the training went.
 
     Returns:
@@ -66,7 +66,7 @@ def build_report(
         machine's disk.
     """
     statuses = [entry.status for entry in dataset.entries]
-    # The machine's, the pictures' and the run's sentences, each once.
+    # The machine's, the images' and the run's sentences, each once.
     sentences = dict.fromkeys((*base.warnings, *dataset.warnings, *result.warnings))
     report = {
         "task_id": run.task_id,
@@ -125,7 +125,7 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """The part of the report that the `complete` webhook sends: a few numbers, and the reasons for
-    which pictures were left out and captions ignored; no captions and no addresses.
+    which images were left out and captions ignored; no captions and no addresses.
 
     Args:
         report: From `build_report`.
@@ -155,7 +155,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _counted_reasons(reasons: Iterable[str]) -> list[dict[str, Any]]:
-    """Reasons with the number of pictures that each applies to, the most frequent first."""
+    """Reasons with the number of images that each applies to, the most frequent first."""
     counts = Counter(reason[:LONGEST_REASON] for reason in reasons)
     return [
         {"reason": reason, "pictures": count} for reason, count in counts.most_common(MOST_REASONS)

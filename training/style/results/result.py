@@ -34,7 +34,7 @@ class TrainingResult:
         probes: What the probe found, over the whole job.
         best_epoch: The checkpoint that the probe recommends; None where it found nothing.
         delivered_epoch: Epoch of the weights that are on the base now.
-        samples: Sample pictures of checkpoints (see `training.style.results.grids`).
+        samples: Sample images of checkpoints (see `training.style.results.grids`).
         probe_seconds, sample_seconds: What probe and samples took of `seconds`.
     """
 

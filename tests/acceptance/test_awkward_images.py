@@ -1,4 +1,4 @@
-"""Pictures as artists really upload them: trained on or left out, each as the report says."""
+"""Images as artists really upload them: trained on or left out, each as the report says."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def pixels(seed: int, width: int = 160, height: int = 160) -> NDArray[np.uint8]:
     return np.kron(squares, np.ones((16, 16, 1), dtype=int)).astype(np.uint8)
 
 
-def picture(seed: int, width: int = 160, height: int = 160) -> Image.Image:
-    """The same as a picture."""
+def image(seed: int, width: int = 160, height: int = 160) -> Image.Image:
+    """The same as an image."""
     return Image.fromarray(pixels(seed, width, height))
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
-    """A picture as the bytes of a file."""
+    """An image as the bytes of a file."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **how)
     return buffer.getvalue()
@@ -59,19 +59,19 @@ def turned(seed: int) -> bytes:
     """A photograph that lies on its side, and says so."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded(picture(seed, 192, 96), "JPEG", exif=exif)
+    return encoded(image(seed, 192, 96), "JPEG", exif=exif)
 
 
 def with_holes(seed: int) -> bytes:
-    """A picture with a transparent corner."""
-    image = picture(seed).convert("RGBA")
-    image.paste((0, 0, 0, 0), (0, 0, 60, 60))
-    return encoded(image)
+    """An image with a transparent corner."""
+    drawn = image(seed).convert("RGBA")
+    drawn.paste((0, 0, 0, 0), (0, 0, 60, 60))
+    return encoded(drawn)
 
 
 def moving(seed: int) -> bytes:
     """Two frames."""
-    frames = [picture(seed), picture(seed + 1)]
+    frames = [image(seed), image(seed + 1)]
     return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
@@ -84,55 +84,55 @@ def with_a_dot() -> bytes:
 
 Kind = tuple[Callable[[], bytes], str, str]
 GOOD: dict[str, Kind] = {
-    "plain.jpg": (lambda: encoded(picture(1), "JPEG", quality=95), "used", ""),
-    "a_jpeg.png": (lambda: encoded(picture(2), "JPEG"), "used", ""),
-    "wide.webp": (lambda: encoded(picture(3, 320, 112), "WEBP"), "used", ""),
+    "plain.jpg": (lambda: encoded(image(1), "JPEG", quality=95), "used", ""),
+    "a_jpeg.png": (lambda: encoded(image(2), "JPEG"), "used", ""),
+    "wide.webp": (lambda: encoded(image(3, 320, 112), "WEBP"), "used", ""),
     "turned.jpg": (lambda: turned(4), "used", "turned upright"),
-    "print.jpg": (lambda: encoded(picture(5).convert("CMYK"), "JPEG"), "used", "CMYK"),
+    "print.jpg": (lambda: encoded(image(5).convert("CMYK"), "JPEG"), "used", "CMYK"),
     "deep_grey.png": (
         lambda: encoded(Image.fromarray(pixels(6)[..., 0].astype(np.uint16) * 257)),
         *("used", "16-bit grey"),
     ),
     "deep_colour.png": (lambda: in_16_bits(7), "used", "16 bits a colour"),
-    "palette.png": (lambda: encoded(picture(8).convert("P")), "used", "colour palette"),
-    "grey.jpg": (lambda: encoded(picture(9).convert("L"), "JPEG"), "used", "greyscale"),
-    "ink.png": (lambda: encoded(picture(10).convert("1")), "used", "black and white"),
-    "lab.tiff": (lambda: encoded(picture(11).convert("LAB"), "TIFF"), "used", "Lab"),
+    "palette.png": (lambda: encoded(image(8).convert("P")), "used", "colour palette"),
+    "grey.jpg": (lambda: encoded(image(9).convert("L"), "JPEG"), "used", "greyscale"),
+    "ink.png": (lambda: encoded(image(10).convert("1")), "used", "black and white"),
+    "lab.tiff": (lambda: encoded(image(11).convert("LAB"), "TIFF"), "used", "Lab"),
     "profile.png": (
-        lambda: encoded(picture(12), icc_profile=b"no profile"),
+        lambda: encoded(image(12), icc_profile=b"no profile"),
         *("used", "damaged colour profile"),
     ),
     "exif.png": (
-        lambda: encoded(picture(13), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"),
+        lambda: encoded(image(13), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"),
         *("used", ""),
     ),
     "holes.png": (lambda: with_holes(14), "warned", "laid on white"),
     "moving.gif": (lambda: moving(15), "warned", "only the first was used"),
-    "small.png": (lambda: encoded(picture(17, 96, 96)), "warned", "is smaller than 128 x 128"),
+    "small.png": (lambda: encoded(image(17, 96, 96)), "warned", "is smaller than 128 x 128"),
     "dot.png": (with_a_dot, "warned", "nearly empty"),
     "soft.jpg": (
-        lambda: encoded(picture(18).filter(ImageFilter.GaussianBlur(8)), "JPEG"),
+        lambda: encoded(image(18).filter(ImageFilter.GaussianBlur(8)), "JPEG"),
         *("warned", "blurred"),
     ),
     "plain_near.jpg": (
-        lambda: encoded(picture(1).resize((240, 240)), "JPEG", quality=60),
+        lambda: encoded(image(1).resize((240, 240)), "JPEG", quality=60),
         *("warned", "another version of plain.jpg"),
     ),
-    "talkative.png": (lambda: encoded(picture(19)), "warned", "longer caption than can be read"),
+    "talkative.png": (lambda: encoded(image(19)), "warned", "longer caption than can be read"),
 }
 BAD: dict[str, Kind] = {
     "plain_twice.png": (
         lambda: encoded(Image.open(io.BytesIO(GOOD["plain.jpg"][0]()))),
-        *("left_out", "is the same picture as plain.jpg"),
+        *("left_out", "is the same image as plain.jpg"),
     ),
-    "tiny.png": (lambda: encoded(picture(20, 16, 16)), "left_out", "too small"),
-    "narrow.png": (lambda: encoded(picture(21, 800, 64)), "left_out", "too long and narrow"),
+    "tiny.png": (lambda: encoded(image(20, 16, 16)), "left_out", "too small"),
+    "narrow.png": (lambda: encoded(image(21, 800, 64)), "left_out", "too long and narrow"),
     "one_colour.png": (
         lambda: encoded(Image.new("RGB", (160, 160), "teal")),
         *("left_out", "a single colour"),
     ),
     "cut.jpg": (
-        lambda: encoded(picture(22), "JPEG")[:-600],
+        lambda: encoded(image(22), "JPEG")[:-600],
         "left_out",
         "damaged or cut off",
     ),
@@ -145,7 +145,7 @@ BAD: dict[str, Kind] = {
     "page.jpg": (lambda: b"<!DOCTYPE html><p>404</p>", "left_out", "web page"),
     "drawing.svg": (lambda: b"<svg xmlns='x'/>", "left_out", "SVG"),
     "phone.heic": (lambda: b"\0\0\0\x18ftypheic" + bytes(64), "left_out", "HEIC"),
-    "noise.bin": (lambda: bytes(range(256)), "left_out", "not a picture in a known format"),
+    "noise.bin": (lambda: bytes(range(256)), "left_out", "not an image in a known format"),
 }
 
 
@@ -178,7 +178,7 @@ def filled(folder: Path, kinds: dict[str, Kind]) -> Path:
     return folder
 
 
-def test_a_folder_of_awkward_pictures_is_trained_on_picture_by_picture_as_the_report_says(
+def test_a_folder_of_awkward_images_is_trained_on_image_by_image_as_the_report_says(
     base_model: Path, tmp_path: Path
 ) -> None:
     kinds = GOOD | BAD

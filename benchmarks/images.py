@@ -1,4 +1,4 @@
-"""Pictures to train on: made on the spot, all different, of the kind that artists upload."""
+"""Images to train on: made on the spot, all different, of the kind that artists upload."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def paint(folder: Path, count: int) -> list[Path]:
         soft = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         grain = random.normal(0, 12, (SIDE, SIDE, 1))
         pixels = np.clip(np.asarray(soft, dtype=np.float64) + grain, 0, 255).astype(np.uint8)
-        path = folder / f"picture-{number:02}.jpg"
+        path = folder / f"image-{number:02}.jpg"
         Image.fromarray(pixels).save(path, quality=90)
         paths.append(path)
     return paths

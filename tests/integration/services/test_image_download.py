@@ -1,4 +1,4 @@
-"""Pictures from a real S3 server, some of the time behind a proxy that breaks things."""
+"""Images from a real S3 server, some of the time behind a proxy that breaks things."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from jobs.addresses import S3Location
 from sandbox.s3_server import S3Server
 from services.s3 import body as s3_body
-from services.s3 import image_download as picture_download
-from services.s3.s3_service import FetchedPicture, PictureRequest, S3Service
+from services.s3 import image_download as image_download
+from services.s3.s3_service import FetchedImage, ImageRequest, S3Service
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, once, refusal
 from utils.errors import (
     AccessDenied,
@@ -41,13 +41,13 @@ def fetch(
     *keys: str,
     max_bytes: int = MEBIBYTE,
     stop: Callable[[], bool] = never,
-) -> tuple[FetchedPicture, ...]:
-    """Fetch pictures without captions of their own."""
-    requests = [PictureRequest(f"s3://{bucket}/{key}", S3Location(bucket, key)) for key in keys]
-    return s3.fetch_pictures(requests, folder, max_bytes=max_bytes, stop=stop)
+) -> tuple[FetchedImage, ...]:
+    """Fetch images without captions of their own."""
+    requests = [ImageRequest(f"s3://{bucket}/{key}", S3Location(bucket, key)) for key in keys]
+    return s3.fetch_images(requests, folder, max_bytes=max_bytes, stop=stop)
 
 
-def test_pictures_come_in_the_order_asked_for_under_names_of_our_own(
+def test_images_come_in_the_order_asked_for_under_names_of_our_own(
     s3: S3Service, bucket: str, tmp_path: Path
 ) -> None:
     keys = [
@@ -67,26 +67,26 @@ def test_pictures_come_in_the_order_asked_for_under_names_of_our_own(
     assert len(list((tmp_path / "job").iterdir())) == 6
 
 
-def test_a_missing_picture_is_left_out_and_said_and_the_others_come(
+def test_a_missing_image_is_left_out_and_said_and_the_others_come(
     s3: S3Service, bucket: str, tmp_path: Path
 ) -> None:
-    s3.write(S3Location(bucket, "there.jpg"), b"picture")
+    s3.write(S3Location(bucket, "there.jpg"), b"image")
     requests = [
-        PictureRequest("gone", S3Location(bucket, "gone.jpg")),
-        PictureRequest("there", S3Location(bucket, "there.jpg")),
-        PictureRequest("no bucket", S3Location("no-such-bucket", "there.jpg")),
-        PictureRequest("no key", S3Location(bucket, "")),
-        PictureRequest("half a letter", S3Location(bucket, "\ud800.jpg")),
-        PictureRequest("long", S3Location(bucket, "x" * 1100)),
+        ImageRequest("gone", S3Location(bucket, "gone.jpg")),
+        ImageRequest("there", S3Location(bucket, "there.jpg")),
+        ImageRequest("no bucket", S3Location("no-such-bucket", "there.jpg")),
+        ImageRequest("no key", S3Location(bucket, "")),
+        ImageRequest("half a letter", S3Location(bucket, "\ud800.jpg")),
+        ImageRequest("long", S3Location(bucket, "x" * 1100)),
     ]
-    fetched = s3.fetch_pictures(requests, tmp_path, max_bytes=100, stop=never)
+    fetched = s3.fetch_images(requests, tmp_path, max_bytes=100, stop=never)
     assert [each.source for each in fetched] == [each.source for each in requests]
     assert [each.path is not None for each in fetched] == [False, True] + 4 * [False]
-    assert {each.problem for each in fetched if not each.path} == {picture_download.NOT_FOUND}
+    assert {each.problem for each in fetched if not each.path} == {image_download.NOT_FOUND}
     assert [path.name for path in tmp_path.iterdir()] == ["0001.img"]
 
 
-def test_a_picture_that_declares_too_many_bytes_is_refused_before_it_is_read(
+def test_an_image_that_declares_too_many_bytes_is_refused_before_it_is_read(
     s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     s3.write(S3Location(bucket, "big.jpg"), b"x" * 5000)
@@ -95,11 +95,11 @@ def test_a_picture_that_declares_too_many_bytes_is_refused_before_it_is_read(
     (fetched,) = fetch(proxied, tmp_path, bucket, "big.jpg", max_bytes=4096)
     assert time.monotonic() - began < 5
     assert fetched.path is None
-    assert fetched.problem == "is too large: a picture may have at most 4 KiB"
+    assert fetched.problem == "is too large: an image may have at most 4 KiB"
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_declares_nothing_is_cut_off_at_the_limit(
+def test_an_image_that_declares_nothing_is_cut_off_at_the_limit(
     s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     s3.write(S3Location(bucket, "big.jpg"), b"x" * 200_000)
@@ -109,9 +109,7 @@ def test_a_picture_that_declares_nothing_is_cut_off_at_the_limit(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_of_exactly_the_limit_is_taken(
-    s3: S3Service, bucket: str, tmp_path: Path
-) -> None:
+def test_an_image_of_exactly_the_limit_is_taken(s3: S3Service, bucket: str, tmp_path: Path) -> None:
     s3.write(S3Location(bucket, "a.jpg"), b"x" * 4096)
     assert fetch(s3, tmp_path, bucket, "a.jpg", max_bytes=4096)[0].path
 
@@ -132,10 +130,10 @@ def test_a_picture_of_exactly_the_limit_is_taken(
         (None, None),
     ],
 )
-def test_the_text_beside_a_picture_is_its_caption(
+def test_the_text_beside_an_image_is_its_caption(
     s3: S3Service, bucket: str, tmp_path: Path, text: bytes | None, caption: str | None
 ) -> None:
-    s3.write(S3Location(bucket, "a.b/one.two.jpg"), b"picture")
+    s3.write(S3Location(bucket, "a.b/one.two.jpg"), b"image")
     if text is not None:
         s3.write(S3Location(bucket, "a.b/one.two.txt"), text)
     (fetched,) = fetch(s3, tmp_path, bucket, "a.b/one.two.jpg")
@@ -145,7 +143,7 @@ def test_the_text_beside_a_picture_is_its_caption(
 
 
 @pytest.mark.parametrize(
-    ("picture", "caption"),
+    ("image", "caption"),
     [
         ("a/b.png", "a/b.TXT"),
         ("a/b.png", "a/b.caption"),
@@ -155,11 +153,11 @@ def test_the_text_beside_a_picture_is_its_caption(
     ],
 )
 def test_a_caption_is_found_under_the_other_names_that_people_give_it(
-    s3: S3Service, bucket: str, tmp_path: Path, picture: str, caption: str
+    s3: S3Service, bucket: str, tmp_path: Path, image: str, caption: str
 ) -> None:
-    s3.write(S3Location(bucket, picture), b"picture")
+    s3.write(S3Location(bucket, image), b"image")
     s3.write(S3Location(bucket, caption), b"a harbour")
-    assert fetch(s3, tmp_path, bucket, picture)[0].caption == "a harbour"
+    assert fetch(s3, tmp_path, bucket, image)[0].caption == "a harbour"
 
 
 def put_as_gzip(server: S3Server, bucket: str, key: str, body: bytes) -> None:
@@ -170,7 +168,7 @@ def put_as_gzip(server: S3Server, bucket: str, key: str, body: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "content"),
     [
-        (gzip.compress(b"picture" * 20_000), b"picture" * 20_000),
+        (gzip.compress(b"image" * 20_000), b"image" * 20_000),
         (b"not compressed at all", b"not compressed at all"),
         (b"x", b"x"),
         (b"", b""),
@@ -199,10 +197,10 @@ def test_an_object_that_is_stored_as_gzip_is_unpacked_within_the_limit(
 def test_a_caption_in_the_message_wins_and_nothing_is_looked_for(
     s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
-    s3.write(S3Location(bucket, "a.jpg"), b"picture")
+    s3.write(S3Location(bucket, "a.jpg"), b"image")
     s3.write(S3Location(bucket, "a.txt"), b"another")
-    request = PictureRequest("a", S3Location(bucket, "a.jpg"), caption="")
-    (fetched,) = proxied.fetch_pictures([request], tmp_path, max_bytes=100, stop=never)
+    request = ImageRequest("a", S3Location(bucket, "a.jpg"), caption="")
+    (fetched,) = proxied.fetch_images([request], tmp_path, max_bytes=100, stop=never)
     assert fetched.caption == ""
     assert proxy.requests == [f"GET /{bucket}/a.jpg"]
 
@@ -210,7 +208,7 @@ def test_a_caption_in_the_message_wins_and_nothing_is_looked_for(
 def test_a_forbidden_caption_is_none(
     s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
-    s3.write(S3Location(bucket, "a.jpg"), b"picture")
+    s3.write(S3Location(bucket, "a.jpg"), b"image")
     forbidden = refusal(403, "AccessDenied")
     proxy.fault = lambda method, path: forbidden if path.endswith(".txt") else None
     (fetched,) = fetch(proxied, tmp_path, bucket, "a.jpg")
@@ -225,18 +223,18 @@ def test_beside_means_the_same_name_with_another_suffix(key: str, beside: str) -
     assert S3Location("b", key).with_suffix(".txt") == S3Location("b", beside)
 
 
-def test_one_forbidden_picture_is_left_out(
+def test_one_forbidden_image_is_left_out(
     s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     for key in ("a.jpg", "b.jpg"):
-        s3.write(S3Location(bucket, key), b"picture")
+        s3.write(S3Location(bucket, key), b"image")
     forbidden = refusal(403, "AccessDenied")
     proxy.fault = lambda method, path: forbidden if path.endswith("a.jpg") else None
     first, second = fetch(proxied, tmp_path, bucket, "a.jpg", "b.jpg")
-    assert first.problem == picture_download.REFUSED and second.path
+    assert first.problem == image_download.REFUSED and second.path
 
 
-def test_when_every_picture_is_forbidden_the_policy_is_at_fault(
+def test_when_every_image_is_forbidden_the_policy_is_at_fault(
     bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     proxy.fault = always(refusal(403, "AccessDenied"))
@@ -324,7 +322,7 @@ def test_a_stop_that_came_first_fetches_nothing(
     bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     fetched = fetch(proxied, tmp_path, bucket, "a.jpg", "b.jpg", stop=lambda: True)
-    assert {each.problem for each in fetched} == {picture_download.STOPPED}
+    assert {each.problem for each in fetched} == {image_download.STOPPED}
     assert not proxy.requests
 
 
@@ -349,7 +347,7 @@ def test_a_stop_ends_downloads_between_two_chunks(
         s3.write(S3Location(bucket, key), b"x" * 200_000)
     asked = iter(range(1000))
     fetched = fetch(s3, tmp_path, bucket, *keys, stop=lambda: next(asked) > 10)
-    stopped = [each for each in fetched if each.problem == picture_download.STOPPED]
+    stopped = [each for each in fetched if each.problem == image_download.STOPPED]
     assert stopped and len(fetched) == 20
     assert not list(tmp_path.glob("*.part"))
 
@@ -376,7 +374,7 @@ def test_the_disks_errors_are_the_machines(
     number: int,
     error: type[TrainingServerError],
 ) -> None:
-    s3.write(S3Location(bucket, "a.jpg"), b"picture")
+    s3.write(S3Location(bucket, "a.jpg"), b"image")
     monkeypatch.setattr(Path, "open", _FullDisk(number))
     with pytest.raises(error) as caught:
         fetch(s3, tmp_path, bucket, "a.jpg", "b.jpg")
@@ -386,7 +384,7 @@ def test_the_disks_errors_are_the_machines(
 def test_a_really_full_disk_is_disk_full_and_leaves_no_part(
     s3: S3Service, bucket: str, tmp_path: Path
 ) -> None:
-    s3.write(S3Location(bucket, "a.jpg"), b"picture")
+    s3.write(S3Location(bucket, "a.jpg"), b"image")
     (tmp_path / "a.part").symlink_to("/dev/full")
     with pytest.raises(DiskFull):
         s3.download(S3Location(bucket, "a.jpg"), tmp_path / "a")
