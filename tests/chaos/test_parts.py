@@ -70,7 +70,7 @@ def test_a_stepped_clock_shifts_the_products_time_and_not_the_monotonic_one(tmp_
     code = """
 import datetime, json, sys, time
 from pathlib import Path
-from services import hold
+from jobs import hold
 from tests.chaos.clock import Clock, shift
 before = time.time(), time.monotonic(), datetime.datetime.fromisoformat(hold.utc_now())
 steps = []

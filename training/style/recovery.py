@@ -63,7 +63,7 @@ def train(
     course = Course.of(run.parameters)
     if resumed:
         course = dataclasses.replace(resumed.state.course, asked=run.parameters)
-        dataset = dataset.in_order_of(resumed.state.images)
+        dataset = dataset.in_order_of(resumed.state.pictures)
     while True:
         trainer = LoRATrainer(
             run, base, dataset, course=course, start=start, emit=emit, should_stop=should_stop

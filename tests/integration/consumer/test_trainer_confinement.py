@@ -312,7 +312,7 @@ def test_without_the_protection_all_of_it_gets_out(attack: Attack) -> None:
     before = (
         "from utils import confined\n"
         "confined.hide_own_memory = lambda: None\n"
-        "from consumer import trainer_process\n"
+        "from consumer.trainer import trainer_process\n"
         "trainer_process.hide_own_memory = lambda: None\n"
         "confined.Confinement.command = lambda self, program: list(program)\n"
     )
@@ -338,7 +338,7 @@ confined.Confinement.command = command
 
 
 DESK_WITHOUT_LANDLOCK = """
-from consumer import trainer_process
+from consumer.trainer import trainer_process
 trainer_process.landlock_version = lambda: 0
 """
 

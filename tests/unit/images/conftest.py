@@ -4,10 +4,22 @@ from tests.unit.training.conftest import (
     base,
     few_passes,
     make_run,
+    mixed,
     one_thread,
     options,
+    photographs,
     stand_in,
     warm_base,
 )
 
-__all__ = ["base", "few_passes", "make_run", "one_thread", "options", "stand_in", "warm_base"]
+__all__ = [
+    "base",
+    "few_passes",
+    "make_run",
+    "mixed",
+    "one_thread",
+    "options",
+    "photographs",
+    "stand_in",
+    "warm_base",
+]
