@@ -1,17 +1,17 @@
-"""Settings: read once from the environment, `.env` and a file of `--config`, in this order; frozen;
-every problem reported at once.
+"""Settings: read once from the environment, `.env` and a file of `--config`, in this order.
 
-This is the only module that reads the environment. Names and defaults are those of
-docs/protocol.md, section 5; `.env.example` documents each of them.
+This is the only module that reads the environment, and only the programs' starting points import
+it: every other function takes the group of settings, or the few values, that it needs. Names and
+defaults are those of docs/protocol.md, section 5; `.env.example` documents each of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -19,197 +19,142 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
-    ValidationInfo,
-    field_validator,
+    create_model,
 )
-from pydantic_settings import (
-    BaseSettings,
-    DotEnvSettingsSource,
-    InitSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfigDict
 
-from jobs.lora_config import HyperParameters, TrainerOptions
+from jobs.lora_config import SETTING_OF, HyperParameters, TrainerOptions
 from utils.confined import Confinement
 from utils.errors import ConfigurationError
 from utils.settings import file as settings_file
 from utils.settings import names as names_of_settings
 from utils.settings import values as setting_values
-from utils.settings.storage import Bucket, StorageSettings
+from utils.settings.groups import (
+    BrokerSettings,
+    JobLimits,
+    LogSettings,
+    PageSettings,
+    RunSettings,
+    TelemetrySettings,
+    TrainerSettings,
+    WebhookSettings,
+)
+from utils.settings.parameters import ParameterDefaults
+from utils.settings.storage import StorageSettings
 from utils.settings.surroundings import ROOT, confinement, trainer_environment
-from utils.urls import base_of, origin_of
+from utils.settings.values import Group
 
-LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+KINDS = {"style": ParameterDefaults("style", HyperParameters, SETTING_OF)}
+"""The kinds of jobs that this program knows, each with the settings of its parameters."""
 
-SETTING_OF = {
-    "rank": "lora_rank",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "target": "lora_target",
-}
-"""Hyper-parameters whose setting has another name."""
+DEFAULT_KINDS = ("style",)
 
-PARAMETER_OF = {
-    SETTING_OF.get(field.name, field.name): field.name
-    for field in dataclasses.fields(HyperParameters)
-}
-"""The hyper-parameter that each training setting is the default of."""
+_Path = tuple[str, ...]
+_Kind = TypeVar("_Kind", bound="LocalSettings")
 
 
-def setting_names(kind: type[BaseSettings]) -> frozenset[str]:
-    """The names of all settings of a kind, as the environment spells them."""
-    return frozenset(name.upper() for name in tuple(kind.model_fields))
+def _known_kinds(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"unknown kind {', '.join(unknown)}. Known kinds: {', '.join(KINDS)}")
+    return tuple(dict.fromkeys(kinds))
 
 
-AbsolutePath = Annotated[Path, BeforeValidator(setting_values.path)]
-Host = Annotated[str, AfterValidator(setting_values.host)]
-Hosts = Annotated[
-    tuple[Host, ...], NoDecode, BeforeValidator(setting_values.split), Field(min_length=1)
-]
-Delays = Annotated[
-    tuple[Annotated[float, Field(gt=0, le=86400)], ...],
-    NoDecode,
-    BeforeValidator(setting_values.split),
-    Field(min_length=1),
-]
-Origin = Annotated[str, AfterValidator(base_of)]
-Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(setting_values.split)]
-Buckets = Annotated[
-    tuple[Bucket, ...], NoDecode, BeforeValidator(setting_values.split), Field(min_length=1)
-]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+def _parameters(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Each kind's parameters, from their settings; wrong ones of all kinds are reported."""
+    fields: dict[str, Any] = {
+        name: (Annotated[Any, BeforeValidator(kind.read)], Field({}, validate_default=True))
+        for name, kind in KINDS.items()
+    }
+    return dict(create_model("parameters", __base__=Group, **fields).model_validate(values))
 
 
-class TrainerSettings(BaseSettings):
-    """What training itself needs: enough for `python main.py train`."""
+class WorkerSettings(Group):
+    """The worker process: the kinds of jobs that it takes, its folder and its end."""
 
-    model_config = SettingsConfigDict(
-        env_file=".env",
-        env_file_encoding="utf-8",
-        env_ignore_empty=True,
-        extra="ignore",
-        frozen=True,
-        hide_input_in_errors=True,
-    )
+    kinds: Annotated[
+        tuple[str, ...],
+        BeforeValidator(setting_values.split),
+        Field(min_length=1),
+        AfterValidator(_known_kinds),
+    ] = DEFAULT_KINDS
+    work_dir: setting_values.AbsolutePath | None = None
+    shutdown_grace_seconds: setting_values.Seconds = 8.0
 
-    source: ClassVar[Path | None] = None  # the file of --config
 
-    base_model: setting_values.BaseModel = setting_values.BASE_MODEL
-    base_model_revision: setting_values.BaseModelRevision = None
-    hf_token: SecretStr | None = None
-    hf_home: AbsolutePath | None = None
-    mixed_precision: Literal["fp16", "bf16", "no"] = "fp16"
-    gradient_checkpointing: Literal["true", "false", "auto"] = "true"
-    compile_from_steps: int = Field(0, ge=0)
-    cuda_visible_devices: str | None = None
-    allow_cpu: bool = False
-    omp_num_threads: str | None = Field(None, pattern=r"^[1-9]\d*(,[1-9]\d*)*$")
+class LocalSettings(Group):
+    """The settings of training on this machine, without a broker, S3 and a backend.
 
-    epochs: int = 100
-    learning_rate: float = 1e-4
-    optimizer: str = "adamw"
-    batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    resolution: int = 512
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_target: str = "attention"
-    rslora: bool = False
-    lora_dropout: float = 0.1
-    seed: int = 42
-    snr_gamma: float = 5.0
-    noise_offset: float = 0.0
-    lr_schedule: str = "cosine"
-    warmup_ratio: float = 0.05
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    caption_dropout: float = 0.1
-    shuffle_tags: bool = False
-    deliver: str = "last"
+    Attributes:
+        parameters: For each kind of job, the defaults of its parameters.
+        source: The file of `--config`.
+    """
 
-    min_images: int = Field(3, ge=1, le=200)
-    max_image_bytes: int = Field(50 * 1024**2, ge=1024)
-    max_image_pixels: int = Field(100_000_000, ge=64 * 64)
-    checkpoint_interval: int = Field(10, ge=1)
-    preview_share: float = Field(0.1, ge=0, le=1)
-    sample_steps: int = Field(25, ge=1, le=100)
-    tensorboard: Annotated[bool, AfterValidator(setting_values.tensorboard)] = False
-    stall_seconds: Seconds = 300.0
+    trainer: TrainerSettings
+    run: RunSettings
+    log: LogSettings
+    parameters: Annotated[dict[str, Any], BeforeValidator(_parameters)]
+    source: Path | None = None
 
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_format: Literal["json", "text"] = "json"
-    work_dir: AbsolutePath | None = None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_filled_in(cls, value: Any) -> Any:
-        return setting_values.filled_in(value)
-
-    @field_validator("gradient_checkpointing", "mixed_precision", mode="before")
-    @classmethod
-    def _lower(cls, value: Any) -> Any:
-        return value.lower() if isinstance(value, str) else value
-
-    @field_validator("log_level", mode="before")
-    @classmethod
-    def _upper(cls, value: Any) -> Any:
-        return value.upper() if isinstance(value, str) else value
-
-    # By field, as every check here: a check of the whole model would not run where another field is
-    # wrong, and a person would find the problems one restart at a time.
-    @field_validator(*PARAMETER_OF)
-    @classmethod
-    def _is_within_the_limits(cls, value: Any, info: ValidationInfo) -> Any:
-        HyperParameters(**{PARAMETER_OF[str(info.field_name)]: value}).require_libraries()
-        return value
+    def __getattr__(self, name: str) -> Any:
+        # Until every caller takes its group: a setting by its flat name.
+        for group, field in dict(type(self).model_fields).items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, Group):
+                if name in annotation.model_fields:
+                    return getattr(self.__dict__[group], name)
+        for kind, parameters in KINDS.items():
+            if name in parameters.settings:
+                return getattr(self.parameters[kind], parameters.settings[name])
+        if name in ("s3_endpoint", "main_store", "state_store"):
+            return getattr(self.__dict__["storage"], name)
+        if name == "signing_secrets":
+            return self.__dict__["webhooks"].signing_secrets
+        raise AttributeError(name)
 
     def hyper_parameters(self, **overrides: Any) -> HyperParameters:
-        """The defaults of these settings with a message's own parameters over them.
+        """The style kind's defaults with a message's own parameters over them.
 
         Raises:
-            ValueError: A parameter is outside its limits, or asks for a library that is not there.
+            ValueError: A parameter is outside its limits, or needs a library that is missing.
         """
-        values = {name: getattr(self, setting) for setting, name in PARAMETER_OF.items()}
-        parameters = HyperParameters(**(values | overrides))
-        parameters.require_libraries()
-        return parameters
+        made: HyperParameters = dataclasses.replace(self.parameters["style"], **overrides)
+        made.require_libraries()
+        return made
 
     def trainer_options(self) -> TrainerOptions:
-        """What the trainer process is told when it starts."""
+        """The options of a trainer process, which it gets when it starts."""
         return TrainerOptions(
-            base_model=self.base_model,
-            base_model_revision=self.base_model_revision,
-            mixed_precision=self.mixed_precision,
-            gradient_checkpointing=self.gradient_checkpointing,
-            compile_from_steps=self.compile_from_steps,
-            allow_cpu=self.allow_cpu,
-            log_level=self.log_level,
-            log_format=self.log_format,
+            base_model=self.trainer.base_model,
+            base_model_revision=self.trainer.base_model_revision,
+            mixed_precision=self.trainer.mixed_precision,
+            gradient_checkpointing=self.trainer.gradient_checkpointing,
+            allow_cpu=self.trainer.allow_cpu,
+            log_level=self.log.log_level,
+            log_format=self.log.log_format,
         )
 
     def trainer_environment(self) -> dict[str, str]:
-        """The environment of the trainer process: ours, less the secrets it has no use for."""
+        """The environment of the trainer process: ours, without the secrets it does not need."""
+        trainer = self.trainer
         return trainer_environment(
             os.environ,
-            own=setting_names(Settings),
+            own=setting_names(),
             secrets=self.secrets(),
-            hf_token=self.hf_token.get_secret_value() if self.hf_token else None,
-            hf_home=self.hf_home,
-            cuda_visible_devices=self.cuda_visible_devices,
-            threads=self.omp_num_threads,
+            hf_token=trainer.hf_token.get_secret_value() if trainer.hf_token else None,
+            hf_home=trainer.hf_home,
+            cuda_visible_devices=trainer.cuda_visible_devices,
+            threads=trainer.omp_num_threads,
         )
 
     def trainer_confinement(self, *folders: Path) -> Confinement:
-        """What the trainer process cannot reach: settings files, keys, other processes.
+        """Files and processes that the trainer process cannot reach.
 
         Args:
-            folders: Where it works.
+            folders: Folders that the trainer works in.
         """
         return confinement(
             os.environ,
-            own=setting_names(Settings),
+            own=setting_names(),
             files=(Path(".env"), ROOT / ".env", *([self.source] if self.source else [])),
             writable=folders,
             caches=self.trainer_environment(),
@@ -217,192 +162,172 @@ class TrainerSettings(BaseSettings):
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, for the log's redaction."""
-        values = (getattr(self, name.lower()) for name in sorted(setting_names(type(self))))
-        return tuple(value.get_secret_value() for value in values if isinstance(value, SecretStr))
+        groups = [value for _, value in self if isinstance(value, Group)]
+        found = [value for group in groups for _, value in group if isinstance(value, SecretStr)]
+        return tuple(sorted(value.get_secret_value() for value in found))
 
 
-class Settings(TrainerSettings, StorageSettings):
-    """Everything that the worker needs; immutable."""
+class Settings(LocalSettings):
+    """The settings of the worker and of the operators' commands."""
 
-    rabbitmq_host: Hosts = ("localhost",)
-    rabbitmq_port: int = Field(5672, ge=1, le=65535)
-    rabbitmq_user: str = "guest"
-    rabbitmq_pass: SecretStr = SecretStr("guest")
-    rabbitmq_vhost: str = "/"
-    rabbitmq_tls: bool = False
-    rabbitmq_heartbeat_seconds: int = Field(20, ge=2, le=600)
-    training_queue: str = Field("model_training", pattern=r"^[A-Za-z0-9._-]{1,100}$")
-
-    image_buckets: Buckets = Field(
-        default_factory=lambda data: tuple(
-            dict.fromkeys((data["aws_storage_bucket_name"], data["model_bucket_name"]))
-        )
-    )
-
-    allow_insecure_webhooks: bool = False  # the addresses below are judged by it, so it comes first
-    backend_api_url: Origin
-    internal_api_token: SecretStr
-    webhook_signing_secret: SecretStr | None = None
-    webhook_allowed_origins: Origins = ()
-    webhook_ca_file: Annotated[AbsolutePath, AfterValidator(setting_values.certificates)] | None = (
-        None
-    )
-    webhook_proxy: SecretStr | None = None
-
-    progress_interval_seconds: Seconds = 30.0
-    lease_ttl_seconds: float = Field(120.0, ge=1, allow_inf_nan=False)
-    max_attempts: int = Field(3, ge=1, le=100)
-    retry_delays_seconds: Delays = (10.0, 60.0, 600.0)
-    ending_retry_delays_seconds: Delays = (60.0, 300.0, 1800.0, 7200.0)
-    deduplication_window_seconds: float = Field(600.0, ge=0, allow_inf_nan=False)
-    max_job_seconds: Seconds = 6 * 3600.0
-    max_wait_seconds: Seconds | None = None
-    max_job_bytes: int = Field(10 * 1024**3, ge=1024)
-    max_machines: int = Field(3, ge=1)
-    record_retention_days: float | None = Field(None, ge=1, allow_inf_nan=False)
-    shutdown_grace_seconds: Seconds = 8.0
-
-    http_host: str = "127.0.0.1"
-    http_port: int = Field(8080, ge=0, le=65535)
-
-    otel_exporter_otlp_endpoint: (
-        Annotated[str, AfterValidator(setting_values.http_address)] | None
-    ) = None
-    otel_exporter_otlp_headers: SecretStr | None = None
-    otel_service_name: str = "training-server"
-    sentry_dsn: SecretStr | None = None
-    sentry_environment: str | None = None
-
-    @field_validator("internal_api_token")
-    @classmethod
-    def _token_is_long_enough(cls, value: SecretStr) -> SecretStr:
-        if len(value.get_secret_value()) < 32:
-            raise ValueError("must have 32 characters or more")
-        return value
-
-    @field_validator("webhook_signing_secret")
-    @classmethod
-    def _signing_secrets_are_well_formed(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            setting_values.signing_secrets(value.get_secret_value())
-        return value
-
-    @field_validator("backend_api_url", "webhook_allowed_origins")
-    @classmethod
-    def _webhooks_are_private(cls, value: Any, info: ValidationInfo) -> Any:
-        # Where the switch itself is wrong it is not in the data; that problem is told by itself.
-        if info.data.get("allow_insecure_webhooks", True):
-            return value
-        for origin in (value,) if isinstance(value, str) else value:
-            parts = urlsplit(origin)
-            if parts.scheme == "http" and parts.hostname not in LOCAL_HOSTS:
-                raise ValueError(
-                    f"{origin} is plain http and would show the token to the network; "
-                    "use https, or set ALLOW_INSECURE_WEBHOOKS=true"
-                )
-        return value
-
-    @field_validator("webhook_allowed_origins")
-    @classmethod
-    def _each_origin_has_one_path(cls, value: Any, info: ValidationInfo) -> Any:
-        bases = {*value, *filter(None, [info.data.get("backend_api_url")])}
-        if len({origin_of(base) for base in bases}) < len(bases):
-            raise ValueError(
-                "names an origin with two paths, counting BACKEND_API_URL; a message names an "
-                "origin only, so each can have one path"
-            )
-        return value
-
-    @field_validator("webhook_proxy")
-    @classmethod
-    def _the_proxy_is_an_address(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            setting_values.proxy(value.get_secret_value())
-        return value
-
-    def signing_secrets(self) -> tuple[str, ...]:
-        """The keys that sign webhooks, `whsec_…`; derived from the token where none is set."""
-        if self.webhook_signing_secret:
-            return tuple(setting_values.split(self.webhook_signing_secret.get_secret_value()))
-        return (setting_values.derived_signing_secret(self.internal_api_token.get_secret_value()),)
+    worker: WorkerSettings
+    jobs: JobLimits
+    broker: BrokerSettings
+    storage: StorageSettings
+    webhooks: WebhookSettings
+    pages: PageSettings
+    telemetry: TelemetrySettings
 
     def secrets(self) -> tuple[str, ...]:
-        """Every secret value, the derived ones too."""
-        return super().secrets() + self.signing_secrets()
+        """Every secret value, with the signing secrets that are derived from the token."""
+        return super().secrets() + self.webhooks.signing_secrets()
 
 
-def load(
-    kind: type[TrainerSettings] = Settings, *, file: Path | None = None, **overrides: Any
-) -> Any:
-    """Read the settings.
+def load(*, file: Path | None = None, **overrides: Any) -> Settings:
+    """Read the settings of the worker and of the operators' commands.
 
     Args:
-        kind: `Settings` for the worker, `TrainerSettings` for local training.
         file: More settings, in TOML or JSON; the environment and `.env` win over it.
-        overrides: Values that win over the environment.
+        overrides: Values, by the settings' names in lower case, that win over the environment;
+            `_env_file` names another file in place of `.env`, or None for no such file.
 
     Raises:
-        ConfigurationError: One line a problem, by the setting's name; values are never shown.
+        ConfigurationError: One line for each problem, by the setting's name. It shows no value of
+            a secret.
     """
-    try:
-        return (_over(file, kind) if file else kind)(**overrides)
-    except ValidationError as error:
-        # A required setting may be missing because its name is another one by now.
-        unknown = unknown_names(file)
-        raise ConfigurationError(_explain(error) + (f"\n  {unknown}" if unknown else "")) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise ConfigurationError(f"The file .env cannot be read: {reason}") from None
+    return _load(Settings, file, overrides)
 
 
-def _over(file: Path, kind: type[TrainerSettings]) -> type[TrainerSettings]:
-    """The same settings, with a file below all other sources."""
-    values = settings_file.read(file)
+def load_local(*, file: Path | None = None, **overrides: Any) -> LocalSettings:
+    """Read the settings of local training; arguments and errors as for `load`."""
+    return _load(LocalSettings, file, overrides)
 
-    class WithFile(kind):  # type: ignore[valid-type, misc]
-        """As `kind`."""
 
-        source: ClassVar[Path | None] = file
+def setting_names(*, every_spelling: bool = True) -> frozenset[str]:
+    """The names of all settings, as the environment spells them.
 
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,  # pylint: disable=unused-argument
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            """pydantic-settings' hook: the first source counts."""
-            last = InitSettingsSource(settings_cls, values)
-            return init_settings, env_settings, dotenv_settings, last
-
-    return WithFile
+    Args:
+        every_spelling: Include the aliases, and the parameters' names without the kind's prefix.
+    """
+    places = [_places(Settings, first) for first in KINDS]
+    if every_spelling:
+        return frozenset(name.upper() for each in places for name in each)
+    return frozenset(name.upper() for name in _canonical(places[0]).values())
 
 
 def unknown_names(file: Path | None = None) -> str | None:
-    """A sentence about the names in `.env` and in a file of `--config` that are no setting's, or
-    None where there are none.
+    """A sentence about unknown names in `.env` and in a file of `--config`, or None.
 
-    Only the files are ours alone: the environment is full of other programs' names.
+    Only these files belong to this program: the environment is full of other programs' names.
     """
-    found = {".env": {name.upper() for name in DotEnvSettingsSource(Settings).env_vars}}
+    found = {".env": {name.upper() for name in DotEnvSettingsSource(_Given).env_vars}}
     if file:
         found[str(file)] = {name.upper() for name in settings_file.read(file)}
     environment = {name for name, value in os.environ.items() if value}
-    return names_of_settings.unknown(found, setting_names(Settings), environment)
+    return names_of_settings.unknown(found, setting_names(), environment)
 
 
-def _explain(error: ValidationError) -> str:
-    lines = []
+def _places(kind: type[LocalSettings], first: str) -> dict[str, _Path]:
+    """Every accepted name, in lower case, with the place of its value in the settings.
+
+    Args:
+        first: The kind of job whose parameters may be set without a prefix.
+    """
+    found: dict[str, _Path] = {}
+    for group, field in dict(kind.model_fields).items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Group):
+            found |= {name: (group, name) for name in field.annotation.model_fields}
+    for name, parameters in KINDS.items():
+        for setting, parameter in parameters.settings.items():
+            found[f"{name}_{setting}"] = ("parameters", name, parameter)
+            if name == first:
+                found[setting] = ("parameters", name, parameter)
+    aliases = names_of_settings.ALIASES.items()
+    return found | {alias: found[name] for alias, name in aliases if name in found}
+
+
+def _canonical(places: Mapping[str, _Path]) -> dict[_Path, str]:
+    """The name that is documented for each place: the first one of several."""
+    return {place: name for name, place in reversed(places.items())}
+
+
+class _Sources(BaseSettings):
+    """Reads values as they are written, from the environment and `.env`."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",
+        hide_input_in_errors=True,
+    )
+
+
+_names: dict[str, Any] = {name.lower(): (Any, None) for name in setting_names()}
+_Given = create_model("_Given", __base__=_Sources, **_names)
+
+
+def _load(kind: type[_Kind], file: Path | None, overrides: Mapping[str, Any]) -> _Kind:
+    try:
+        given = _Given(**overrides).model_dump(exclude_unset=True)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigurationError(f"The file .env cannot be read: {reason}") from None
+    if file:
+        given = settings_file.read(file) | given
+    places = _places(kind, _first_kind(given))
+    values: dict[str, Any] = {place[0]: {} for place in places.values()}
+    used: dict[_Path, str] = {}
+    problems = []
+    for name in [name for name in places if name in given]:
+        other = used.setdefault(places[name], name)
+        if str(given[other]) != str(given[name]):
+            problems.append(
+                f"{other.upper()} and {name.upper()}: two names of one setting, set to different "
+                "values. Remove one of them"
+            )
+        _put(values, places[other], given[other])
+    try:
+        settings = kind.model_validate(values | {"source": file})
+    except ValidationError as error:
+        problems += _explained(error, _canonical(places) | used)
+    if problems:
+        # A required setting may be missing because it is set under a name that is not one.
+        problems += filter(None, [unknown_names(file)])
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigurationError(f"The settings are wrong (see .env.example):{lines}")
+    return settings
+
+
+def _first_kind(given: Mapping[str, Any]) -> str:
+    kinds = setting_values.split(given.get("kinds", DEFAULT_KINDS))
+    named = [str(kind) for kind in kinds] if isinstance(kinds, (tuple, list)) else []
+    return next((kind for kind in named if kind in KINDS), *DEFAULT_KINDS)
+
+
+def _put(values: dict[str, Any], place: _Path, value: Any) -> None:
+    for part in place[:-1]:
+        values = values.setdefault(part, {})
+    values[place[-1]] = value
+
+
+def _explained(error: ValidationError, names: Mapping[_Path, str]) -> Iterator[str]:
+    """One line for each problem, by the name that the setting was set under."""
     for problem in error.errors(include_input=False, include_url=False):
-        # A default that is made from a wrong setting is no problem of its own.
+        # A default that is derived from a wrong setting is not a problem of its own.
         if problem["type"] == "default_factory_not_called":
             continue
-        name, *item = problem["loc"]
+        place = tuple(map(str, problem["loc"]))
+        name = next(names[place[:end]] for end in (2, 3) if place[:end] in names)
         text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "missing":
-            text = "is required and not set"
-        position = f"item {int(item[0]) + 1}: " if item else ""
-        lines.append(f"  {str(name).upper()}: {position}{text}")
-    return "The settings are wrong (see .env.example):\n" + "\n".join(lines)
+            text = f"not set. Set it to {_description(place)}"
+        item = problem["loc"][-1]
+        position = f"item {item + 1}: " if isinstance(item, int) else ""
+        yield f"{name.upper()}: {position}{text}"
+
+
+def _description(place: _Path) -> str:
+    group = dict(Settings.model_fields)[place[0]].annotation
+    assert isinstance(group, type) and issubclass(group, Group)
+    return group.model_fields[place[1]].description or "a value"

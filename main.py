@@ -19,7 +19,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from structlog.stdlib import BoundLogger
 
 import config
@@ -35,6 +41,7 @@ from utils.errors import (
 )
 from utils.events import CheckpointSaved, Event, Finished, Stage, Started
 from utils.events import Progress as ProgressEvent
+from utils.settings.groups import LogSettings
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_BROKER, EXIT_MACHINE, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -247,7 +254,7 @@ def _run_training(
 ) -> int:
     from cli.train import train_folder  # pylint: disable=import-outside-toplevel
 
-    settings: config.TrainerSettings = config.load(config.TrainerSettings, file=config_file)
+    settings = config.load_local(file=config_file)
     try:
         parameters = settings.hyper_parameters(
             **{name: value for name, value in overrides.items() if value is not None}
@@ -255,7 +262,8 @@ def _run_training(
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
     # The bar is what a person wants to see here; the log is for what goes wrong.
-    settings = settings.model_copy(update={"log_level": "WARNING", "log_format": "text"})
+    quiet = LogSettings(log_level="WARNING", log_format="text")
+    settings = settings.model_copy(update={"log": quiet})
     logger.configure(level="WARNING", log_format="text", secrets=settings.secrets())
     if unknown := config.unknown_names(config_file):
         console.print(f"note: {unknown}", markup=False, highlight=False, soft_wrap=True)

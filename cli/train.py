@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cli.image_folder import ImageFolder, read_folder
-from config import TrainerSettings
+from config import LocalSettings
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.machine import require_fit
 from consumer.trainer.trainer_process import TrainerProcess
@@ -58,7 +58,7 @@ def train_folder(
     folder: Path,
     output: Path,
     *,
-    settings: TrainerSettings,
+    settings: LocalSettings,
     parameters: HyperParameters,
     validation: Path | None = None,
     trigger_word: str = "",

@@ -23,6 +23,13 @@ LEFT_OUT = {
     "out, or set rslora or target for more capacity"
 }
 """Parameters that people may well ask for, and why there are none of that name."""
+SETTING_OF = {
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target": "lora_target",
+}
+"""Parameters whose setting has another name."""
 CURVES = "tensorboard"
 """The folder of the event files, in a run's work folder."""
 LR_SCHEDULES = ("cosine", "linear", "constant")

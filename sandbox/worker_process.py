@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from config import Settings, setting_names
+from config import setting_names
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = frozenset({"HF_HOME", "HF_TOKEN", "CUDA_VISIBLE_DEVICES"})
@@ -38,7 +38,7 @@ class WorkerProcess:
         self._environment = {
             name: value
             for name, value in os.environ.items()
-            if name.upper() not in setting_names(Settings) or name in KEPT
+            if name.upper() not in setting_names() or name in KEPT
         } | dict(settings)
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -8,11 +8,12 @@ from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from cli.doctor.findings import Finding, Verdict, clock, fail, now, ok, warn
-from config import LOCAL_HOSTS, Settings
+from config import Settings
 from consumer.worker import open_webhooks
 from services.webhooks.answers import Reply
 from services.webhooks.webhook_service import PATHS, WebhookService
 from utils.errors import ConfigurationError
+from utils.settings.groups import LOCAL_HOSTS
 from utils.urls import origin_of, shown
 
 _REFUSED = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)

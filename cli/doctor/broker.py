@@ -16,7 +16,7 @@ from typing import Any
 from cli.doctor import broker_limits
 from cli.doctor.broker_visit import BrokerVisit, Refusal
 from cli.doctor.findings import Finding, Verdict, fail, ok, warn
-from config import LOCAL_HOSTS, Settings
+from config import Settings
 from consumer.training_consumer import NO_ROUTE
 from services.broker.settlement import Queue
 from services.broker.topology import (
@@ -30,6 +30,7 @@ from services.broker.topology import (
     tells_more_than_the_type,
 )
 from utils.errors import BrokerError, BrokerRefused
+from utils.settings.groups import LOCAL_HOSTS
 from utils.wording import counted as phrase
 
 NOT_FOUND, LOCKED, REFUSED, PRECONDITION = 404, 405, 403, 406

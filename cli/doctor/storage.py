@@ -243,7 +243,7 @@ def _public(settings: Settings, s3: S3Service) -> Finding:
         inherited = (
             f"STATE_BUCKET_NAME is not set, so the state is in the bucket of the models, "
             f"{location.bucket}: "
-            if "state_bucket_name" not in settings.model_fields_set
+            if "state_bucket_name" not in settings.storage.model_fields_set
             else ""
         )
         return warn(

@@ -15,7 +15,13 @@ from typing import Any
 from cli.doctor.broker_visit import BrokerVisit, Refusal
 from cli.jobs import post
 from config import Settings
-from services.broker.settlement import BODY_BYTES, BODY_SHA256, Delivery, Publication, Queue
+from services.broker.settlement import (
+    BODY_BYTES,
+    BODY_SHA256,
+    Delivery,
+    Publication,
+    Queue,
+)
 from services.broker.topology import name_of
 from utils.errors import BrokerError
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from cli.train import train_folder
-from config import TrainerSettings
+from config import load_local
 from consumer.life.stop_signal import StopSignal
 
 
@@ -151,8 +151,8 @@ BAD: dict[str, Kind] = {
 
 def train(folder: Path, output: Path, base_model: Path) -> None:
     """One epoch on a folder, in a trainer process of its own."""
-    settings = TrainerSettings(
-        _env_file=None,  # type: ignore[call-arg]
+    settings = load_local(
+        _env_file=None,
         base_model=str(base_model),
         allow_cpu=True,
         log_level="WARNING",

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from config import Settings, setting_names
+from config import setting_names
 from sandbox.backend import PROGRESS, ReceivedRequest
 from tests.chaos.fleet import ROOT
 from tests.chaos.jobs import Job, Jobs, is_settled
@@ -116,7 +116,7 @@ class Conductor:
         environment = {
             name: value
             for name, value in os.environ.items()
-            if name.upper() not in setting_names(Settings)
+            if name.upper() not in setting_names()
         }
         with self._world.broker_turn:
             self._jobs.journal.note("redriven", task=task_id)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from config import Settings, setting_names
+from config import setting_names
 from tests.chaos import journal
 from tests.chaos.crash_points import Order
 from tests.chaos.timing import IDLE_SECONDS
@@ -122,7 +122,7 @@ class Slot:
         self._environment = {
             name: value
             for name, value in os.environ.items()
-            if name.upper() not in setting_names(Settings)
+            if name.upper() not in setting_names()
         } | dict(settings)
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted: tuple[int, ...] = ()

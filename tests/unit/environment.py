@@ -13,7 +13,8 @@ REQUIRED = {
     "BACKEND_API_URL": "https://api.stylelicense.com",
     "INTERNAL_API_TOKEN": TOKEN,
 }
-NAMES = setting_names(Settings)
+NAMES = setting_names()
+DOCUMENTED = setting_names(every_spelling=False)
 
 
 def settings(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Settings:

@@ -118,4 +118,4 @@ def test_the_rights_on_s3_are_those_that_the_doctor_tests() -> None:
 
 def test_the_settings_that_are_named_exist() -> None:
     named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)(?:=.*?)?`", DOCUMENT))
-    assert named - set(ErrorCode) - OLD_NAMES.keys() <= config.setting_names(Settings)
+    assert named - set(ErrorCode) - OLD_NAMES.keys() <= config.setting_names()

@@ -70,7 +70,7 @@ def test_unknown_names_are_reported_together_with_what_is_missing(tmp_path: Path
     with pytest.raises(ConfigurationError) as caught:
         load()
     told = str(caught.value)
-    assert all(f"{name}: is required and not set" in told for name in REQUIRED)
+    assert all(f"{name}: not set" in told for name in REQUIRED)
     assert "GCS_BUCKET_NAME (now AWS_STORAGE_BUCKET_NAME; " in told
     assert "BACKEND_URL (now BACKEND_API_URL)" in told
     assert "INTERNAL_TOKEN (now INTERNAL_API_TOKEN)" in told
@@ -80,13 +80,12 @@ def test_unknown_names_are_reported_together_with_what_is_missing(tmp_path: Path
 def test_an_old_name_in_the_environment_is_reported_until_the_new_one_is_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("S3_BUCKET", "models")
+    monkeypatch.setenv("S3_REGION", "eu-central-1")
     monkeypatch.setenv("AWS_REGION", "eu-central-1")
     assert config.unknown_names() == (
         "old names in the environment: AWS_REGION (now AWS_S3_REGION_NAME; the name for boto3 is "
-        "not read), S3_BUCKET (now MODEL_BUCKET_NAME; the bucket of the models)"
+        "not read), S3_REGION (now AWS_S3_REGION_NAME)"
     )
-    monkeypatch.setenv("MODEL_BUCKET_NAME", "models")
     monkeypatch.setenv("AWS_S3_REGION_NAME", "eu-central-1")
     assert config.unknown_names() is None
 

@@ -22,8 +22,8 @@ def test_the_state_bucket_has_the_images_store_unless_another_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded = settings(monkeypatch, **KEYS, AWS_SESSION_TOKEN="token-of-main")
-    assert loaded.state_store() == loaded.main_store()
-    assert loaded.main_store().session_token == "token-of-main"
+    assert loaded.storage.state_store() == loaded.storage.main_store()
+    assert loaded.storage.main_store().session_token == "token-of-main"
 
 
 def test_the_state_store_has_an_address_a_region_and_credentials_of_its_own(
@@ -38,7 +38,7 @@ def test_the_state_store_has_an_address_a_region_and_credentials_of_its_own(
         STATE_AWS_ENDPOINT_URL_S3="https://minio.example",
         STATE_AWS_S3_REGION_NAME="eu-central-1",
     )
-    state, images = loaded.state_store(), loaded.main_store()
+    state, images = loaded.storage.state_store(), loaded.storage.main_store()
     assert (state.endpoint, state.region) == ("https://minio.example", "eu-central-1")
     assert (state.access_key_id, state.secret_access_key) == ("AKIASTATE", "secret-of-state")
     assert state.session_token is None, "a token belongs to its own key"
@@ -71,8 +71,8 @@ def test_all_credentials_are_read_from_the_file_too_and_kept_from_the_trainer(
     (tmp_path / ".env").write_text(text, encoding="utf-8")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "t-main")
     loaded = settings(monkeypatch)
-    assert loaded.main_store().session_token == "t-main"
-    assert loaded.state_store().session_token == "t-st"
+    assert loaded.storage.main_store().session_token == "t-main"
+    assert loaded.storage.state_store().session_token == "t-st"
     assert config.unknown_names() is None
     trainer = loaded.trainer_environment()
     assert not [value for value in lines.values() if value in trainer.values()]
@@ -82,13 +82,13 @@ def test_both_names_of_the_endpoint_mean_the_same_and_the_one_for_s3_wins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     alone = settings(monkeypatch, AWS_ENDPOINT_URL="http://minio:9000")
-    assert alone.main_store().endpoint == alone.s3_endpoint == "http://minio:9000"
+    assert alone.storage.main_store().endpoint == alone.storage.s3_endpoint == "http://minio:9000"
     both = settings(
         monkeypatch, AWS_ENDPOINT_URL="http://all:9000", AWS_ENDPOINT_URL_S3="http://s3:9000"
     )
-    assert both.main_store().endpoint == "http://s3:9000"
+    assert both.storage.main_store().endpoint == "http://s3:9000"
     ignored = settings(monkeypatch, AWS_IGNORE_CONFIGURED_ENDPOINT_URLS="true")
-    assert ignored.main_store().endpoint is None
+    assert ignored.storage.main_store().endpoint is None
     assert "AWS_ENDPOINT_URL: " in problems(monkeypatch, AWS_ENDPOINT_URL="minio")
 
 
@@ -107,4 +107,4 @@ def test_checksums_follow_the_endpoint_unless_they_are_set(
     monkeypatch: pytest.MonkeyPatch, endpoint: str | None, chosen: str, used: str
 ) -> None:
     more = {"AWS_ENDPOINT_URL_S3": endpoint} if endpoint else {}
-    assert settings(monkeypatch, S3_CHECKSUMS=chosen, **more).main_store().checksums == used
+    assert settings(monkeypatch, S3_CHECKSUMS=chosen, **more).storage.main_store().checksums == used

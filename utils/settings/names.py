@@ -36,8 +36,10 @@ _NO_TEXT_MODELS = OldName((), "for language models, which this server does not t
 _CONTAINER = OldName((), "read by the container runtime, not by this program", ours=False)
 _OTHER_SERVICE = OldName((), "a setting of another service", ours=False)
 
+ALIASES = {"s3_bucket": "model_bucket_name"}
+"""Second names of settings, accepted wherever a setting is."""
+
 OLD_NAMES: dict[str, OldName] = {
-    "S3_BUCKET": OldName(("MODEL_BUCKET_NAME",), "the bucket of the models"),
     "S3_BUCKET_NAME": OldName(("AWS_STORAGE_BUCKET_NAME",)),
     "AWS_S3_BUCKET": OldName(("AWS_STORAGE_BUCKET_NAME",)),
     "AWS_S3_BUCKET_NAME": OldName(("AWS_STORAGE_BUCKET_NAME",)),
@@ -76,6 +78,7 @@ OLD_NAMES: dict[str, OldName] = {
     "LORA_TARGET_MODULES": OldName(("LORA_TARGET",), "attention, or attention+ff"),
     "NUM_TRAIN_EPOCHS": OldName(("EPOCHS",)),
     "CHECKPOINT_DIR": OldName(("WORK_DIR",), "checkpoints are stored in STATE_BUCKET_NAME"),
+    "COMPILE_FROM_STEPS": OldName((), "it has no effect: compilation was removed"),
     "USE_4BIT": _NO_TEXT_MODELS,
     "USE_8BIT": _NO_TEXT_MODELS,
     "MAX_SEQ_LENGTH": _NO_TEXT_MODELS,

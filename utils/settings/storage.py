@@ -6,7 +6,14 @@ import dataclasses
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+)
 
 from utils.settings import values as setting_values
 
@@ -15,6 +22,7 @@ GOOGLE_HOST = "storage.googleapis.com"
 Bucket = Annotated[str, AfterValidator(setting_values.bucket_name)]
 Endpoint = Annotated[str, AfterValidator(setting_values.endpoint)]
 Region = Annotated[str, AfterValidator(setting_values.region)]
+Buckets = Annotated[tuple[Bucket, ...], BeforeValidator(setting_values.split), Field(min_length=1)]
 Checksums = Literal["sha256", "md5"]
 
 
@@ -48,8 +56,8 @@ class Store:
     conditional_writes: bool
 
 
-class StorageSettings(BaseModel):
-    """The part of the worker's settings that names stores and buckets."""
+class StorageSettings(setting_values.Group):
+    """The stores and the buckets."""
 
     aws_access_key_id: str | None = None
     aws_secret_access_key: SecretStr | None = None
@@ -60,9 +68,14 @@ class StorageSettings(BaseModel):
     aws_ignore_configured_endpoint_urls: bool = False
     s3_checksums: Literal["auto", "sha256", "md5"] = "auto"
 
-    aws_storage_bucket_name: Bucket
+    aws_storage_bucket_name: Bucket = Field(description="the bucket of the images and models")
     model_bucket_name: Bucket = Field(default_factory=lambda data: data["aws_storage_bucket_name"])
     state_bucket_name: Bucket = Field(default_factory=lambda data: data["model_bucket_name"])
+    image_buckets: Buckets = Field(
+        default_factory=lambda data: tuple(
+            dict.fromkeys((data["aws_storage_bucket_name"], data["model_bucket_name"]))
+        )
+    )
     model_url_scheme: Literal["s3", "gs"] = "s3"
 
     state_aws_access_key_id: str | None = None

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 from utils.urls import origin_of
 
@@ -53,6 +61,21 @@ def _refuse_placeholders(value: str) -> None:
             )
 
 
+class Group(BaseModel):
+    """A group of settings: immutable, and no error of it shows a value.
+
+    Every check belongs to a field. A check of the whole group would not run while another field is
+    wrong, and problems would come to light one restart at a time.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_filled_in(cls, value: Any) -> Any:
+        return filled_in(value)
+
+
 def split(value: Any) -> Any:
     """Items of a text with commas; a number alone, as a file may have it, is one item."""
     if isinstance(value, str):
@@ -63,6 +86,20 @@ def split(value: Any) -> Any:
 def path(value: str | Path) -> str:
     """Absolute, from the folder in which the program was started: the trainer runs in another."""
     return os.path.abspath(os.path.expanduser(value))
+
+
+AbsolutePath = Annotated[Path, BeforeValidator(path)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def lower(value: Any) -> Any:
+    """A text in small letters."""
+    return value.lower() if isinstance(value, str) else value
+
+
+def upper(value: Any) -> Any:
+    """A text in capitals."""
+    return value.upper() if isinstance(value, str) else value
 
 
 def base_model(value: str) -> str:
@@ -76,7 +113,7 @@ def base_model_revision(value: str | None, info: ValidationInfo) -> str | None:
     return BASE_MODEL_REVISION if value is None and is_default else value
 
 
-BaseModel = Annotated[str, AfterValidator(base_model)]
+BaseModelName = Annotated[str, AfterValidator(base_model)]
 BaseModelRevision = Annotated[
     str | None, AfterValidator(base_model_revision), Field(validate_default=True)
 ]

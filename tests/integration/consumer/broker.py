@@ -14,7 +14,7 @@ from typing import Any
 
 import pika
 
-from config import Settings
+from config import Settings, load
 from consumer.training_consumer import TrainingConsumer
 from sandbox.rabbitmq_node import RabbitMqNode
 from services.broker.settlement import Delivery, Settlement
@@ -34,7 +34,7 @@ def make_settings(node: RabbitMqNode, queue: str, **values: Any) -> Settings:
         "training_queue": queue,
         "retry_delays_seconds": "0.5",
     }
-    return Settings(_env_file=None, **(defaults | values))  # type: ignore[call-arg]
+    return load(_env_file=None, **(defaults | values))
 
 
 def until(condition: Callable[[], Any], seconds: float = SOON) -> Any:

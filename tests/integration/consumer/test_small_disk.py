@@ -99,13 +99,13 @@ def test_an_image_that_grew_after_it_was_measured_is_still_left_out(
 TRAIN = """
 import json, subprocess, sys
 from pathlib import Path
-from config import TrainerSettings
+from config import load_local
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.lora_config import HyperParameters, TrainingImage, TrainerOptions, TrainingRun
 from utils.errors import TrainingServerError
 model, images, place = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-settings = TrainerSettings(_env_file=None)
+settings = load_local(_env_file=None)
 trainer = TrainerProcess(
     TrainerOptions(model, allow_cpu=True, log_level="WARNING"),
     settings.trainer_environment(),

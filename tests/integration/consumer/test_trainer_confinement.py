@@ -133,7 +133,7 @@ plan = json.loads(Path(sys.argv[1], "plan.json").read_text())
 broker = socket.create_server(("127.0.0.1", 0))
 plan["port"] = broker.getsockname()[1]
 Path(sys.argv[1], "plan.json").write_text(json.dumps(plan))
-settings = config.load(config.TrainerSettings, file=Path(plan["config"]))
+settings = config.load_local(file=Path(plan["config"]))
 logger.configure()
 work = Path(plan["work"])
 trainer = TrainerProcess(

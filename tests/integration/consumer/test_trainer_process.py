@@ -18,13 +18,19 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from config import TrainerSettings
+from config import load_local
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
 from sandbox.photographs import photographs as real_photographs
 from sandbox.stand_in_model import build_stand_in
-from utils.errors import LowQualityData, Stopped, StopReason, TrainingServerError, WorkerCrashed
+from utils.errors import (
+    LowQualityData,
+    Stopped,
+    StopReason,
+    TrainingServerError,
+    WorkerCrashed,
+)
 from utils.events import CheckpointSaved, Event, Finished, Progress, Stage, Started
 from utils.metrics import Metrics
 
@@ -72,7 +78,7 @@ def make_run(tmp_path: Path, photographs: list[Path]) -> MakeRun:
 
 
 def _environment() -> dict[str, str]:
-    return TrainerSettings(_env_file=None).trainer_environment()  # type: ignore[call-arg]
+    return load_local(_env_file=None).trainer_environment()
 
 
 def _run(

@@ -13,10 +13,10 @@ import pytest
 import requests
 import yaml
 
-from config import Settings
 from sandbox.rabbitmq_node import RabbitMqNode
 from tests.acceptance.world import until
 from tests.unit.deploy.test_monitoring import BROKERS_OWN
+from utils.settings.groups import JobLimits
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 QUEUE = "model_training"
@@ -58,7 +58,7 @@ def test_the_broker_waits_longer_for_an_acknowledgement_than_a_job_may_take(
 ) -> None:
     said = node.ctl("eval", "application:get_env(rabbit, consumer_timeout).")
     milliseconds = int(re.findall(r"\d+", said)[0])
-    longest: float = dict(Settings.model_fields)["max_job_seconds"].default
+    longest: float = JobLimits().max_job_seconds
     assert milliseconds == (longest + 3600) * 1000
 
 

@@ -14,7 +14,13 @@ from services.s3.errors import NotSupported
 from services.s3.image_download import NO_VERSIONS, object_sizes
 from services.s3.s3_service import ImageRequest, S3Service
 from tests.integration.services.google_store import client, google
-from tests.integration.services.s3_proxy import Fault, Request, S3Proxy, impatient, refusal
+from tests.integration.services.s3_proxy import (
+    Fault,
+    Request,
+    S3Proxy,
+    impatient,
+    refusal,
+)
 from utils.errors import ObjectNotFound, StorageError
 
 

@@ -17,7 +17,14 @@ from sandbox.s3_server import S3Server
 from services.s3 import body as s3_body
 from services.s3 import image_download as image_download
 from services.s3.s3_service import FetchedImage, ImageRequest, S3Service
-from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, once, refusal
+from tests.integration.services.s3_proxy import (
+    Fault,
+    S3Proxy,
+    always,
+    impatient,
+    once,
+    refusal,
+)
 from utils.errors import (
     AccessDenied,
     DiskFull,

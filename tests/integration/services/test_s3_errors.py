@@ -19,7 +19,13 @@ from services.s3 import errors as s3_errors
 from services.s3 import s3_service
 from services.s3.errors import BucketMissing
 from services.s3.s3_service import ImageRequest, S3Service
-from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, refusal
+from tests.integration.services.s3_proxy import (
+    Fault,
+    S3Proxy,
+    always,
+    impatient,
+    refusal,
+)
 from utils.errors import (
     AccessDenied,
     ConfigurationError,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.train import MADE, images_in, train_folder
-from config import TrainerSettings
+from config import load_local
 from consumer.life.stop_signal import StopSignal
 from jobs.lora_config import HyperParameters
 from training.style.results import report
@@ -27,7 +27,7 @@ def train(folder: Path, output: Path, *, trigger_word: str = "", **settings: str
     train_folder(
         folder,
         output,
-        settings=TrainerSettings(_env_file=None, **settings),  # type: ignore[call-arg,arg-type]
+        settings=load_local(_env_file=None, **settings),
         parameters=HyperParameters(),
         trigger_word=trigger_word,
         resume=False,

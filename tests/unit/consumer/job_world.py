@@ -29,7 +29,12 @@ from jobs.record import JobRecord
 from services.broker.settlement import Delivery, Publication, Queue
 from services.records.job_records import JobRecords
 from services.records.sweep import RecordSweep
-from services.webhooks.webhook_service import Ending, EndingAnswer, EndingOutcome, ProgressAnswer
+from services.webhooks.webhook_service import (
+    Ending,
+    EndingAnswer,
+    EndingOutcome,
+    ProgressAnswer,
+)
 from tests.memory_s3 import MemoryS3
 from tests.unit.jobs.message_samples import BUCKET, flat, make_settings
 from utils.errors import MachineError

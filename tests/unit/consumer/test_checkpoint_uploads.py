@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from consumer.life import checkpoint_uploads
-from consumer.life.checkpoint_uploads import CheckpointUploads, clear_up, delete_all_of, prune
+from consumer.life.checkpoint_uploads import (
+    CheckpointUploads,
+    clear_up,
+    delete_all_of,
+    prune,
+)
 from jobs.addresses import S3Location
 from jobs.hold import decode, encode, stamped
 from jobs.record import Checkpoint, Ending, EndingKind, JobRecord

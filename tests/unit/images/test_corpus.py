@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from config import Settings
 from images.containers import PREVIEW, RAW
 from images.decoder import CRASHED, PATIENCE_SECONDS, Answer, Decoder
 from images.intake import Refused, Request, Taken
@@ -30,6 +29,7 @@ from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from utils.errors import Stopped, StopReason, WorkerCrashed
 from utils.names import printable, shown_name
+from utils.settings.groups import TrainerSettings
 
 RAMP = np.repeat(np.arange(256, dtype=np.uint8)[None], 64, axis=0)
 COLOURS = np.random.default_rng(4).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -292,7 +292,7 @@ def test_a_slow_image_does_not_take_the_job_and_each_image_counts_as_progress(
 
 
 def test_the_trainer_does_not_look_stalled_while_an_image_is_waited_for() -> None:
-    assert PATIENCE_SECONDS < dict(Settings.model_fields)["stall_seconds"].default / 2
+    assert PATIENCE_SECONDS < TrainerSettings().stall_seconds / 2
 
 
 def test_the_largest_image_that_is_allowed_takes_less_than_700_mebibytes(tmp_path: Path) -> None:

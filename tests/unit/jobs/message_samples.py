@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from config import Settings
+from config import Settings, load
 from jobs.message import TrainingJob, parse
 from utils.errors import InvalidMessage
 
@@ -26,7 +26,7 @@ def make_settings(**values: Any) -> Settings:
         "image_buckets": f"{BUCKET},second-bucket,with.dots",
         "aws_endpoint_url_s3": ENDPOINT,
     }
-    return Settings(_env_file=None, **(defaults | values))  # type: ignore[call-arg]
+    return load(_env_file=None, **(defaults | values))
 
 
 SETTINGS = make_settings()

@@ -14,7 +14,13 @@ from structlog.testing import capture_logs
 from consumer.lane import Lane
 from services.broker import connection as broker_loop
 from services.broker.outbox import LONGEST_DELAY, MAX_STRIKES, Outbox
-from services.broker.settlement import BODY_BYTES, Delivery, Publication, Queue, Settlement
+from services.broker.settlement import (
+    BODY_BYTES,
+    Delivery,
+    Publication,
+    Queue,
+    Settlement,
+)
 from tests.unit.services.fake_broker import (  # noqa: F401  # pylint: disable=unused-import
     Channel,
     Clock,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from config import TrainerSettings
+from config import LocalSettings, load_local
 from jobs.lora_config import HyperParameters
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import checkpoints, same, spoil, stop_after, trained
@@ -22,7 +22,7 @@ from training.style.course import Course
 from training.style.families.sd15 import BaseModel
 from training.style.loop_state import LoopState
 from training.style.plan import Plan
-from utils.errors import TrainingFailed
+from utils.errors import ConfigurationError, TrainingFailed
 
 
 def test_prodigy_stopped_and_resumed_ends_with_the_same_bits(
@@ -118,13 +118,13 @@ def test_an_optimizer_whose_library_is_missing_is_refused_in_settings_and_parame
     with pytest.raises(TrainingFailed, match="cannot be trained here: .* library prodigyopt"):
         optimizer.create([], HyperParameters(optimizer="prodigy"))
     monkeypatch.setenv("OPTIMIZER", "adamw8bit")
-    with pytest.raises(ValueError, match="library bitsandbytes .* is not installed"):
+    with pytest.raises(ConfigurationError, match="library bitsandbytes .* is not installed"):
         settings()
 
 
-def settings() -> TrainerSettings:
+def settings() -> LocalSettings:
     """The defaults, and the environment."""
-    return TrainerSettings(_env_file=None)  # type: ignore[call-arg]
+    return load_local(_env_file=None)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,0 +1,189 @@
+"""The groups of the settings. Each function takes the group, or the few values, that it needs.
+
+A field's name is the setting's name in lower case, so a search for a setting finds its uses.
+`utils.settings.storage` has the group of the object storage. Groups are frozen, and each has
+defaults for all that is not required, so a test makes one with the values that it is about.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+)
+
+from utils.settings import values
+from utils.settings.values import AbsolutePath, Group, Seconds
+from utils.urls import base_of, origin_of
+
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+Host = Annotated[str, AfterValidator(values.host)]
+Hosts = Annotated[tuple[Host, ...], BeforeValidator(values.split), Field(min_length=1)]
+Delays = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=86400)], ...],
+    BeforeValidator(values.split),
+    Field(min_length=1),
+]
+Origin = Annotated[str, AfterValidator(base_of)]
+Origins = Annotated[tuple[Origin, ...], BeforeValidator(values.split)]
+
+
+class TrainerSettings(Group):
+    """The trainer process: its base model, its device and its computing."""
+
+    base_model: values.BaseModelName = values.BASE_MODEL
+    base_model_revision: values.BaseModelRevision = None
+    hf_token: SecretStr | None = None
+    hf_home: AbsolutePath | None = None
+    mixed_precision: Annotated[Literal["fp16", "bf16", "no"], BeforeValidator(values.lower)] = (
+        "fp16"
+    )
+    gradient_checkpointing: Annotated[
+        Literal["true", "false", "auto"], BeforeValidator(values.lower)
+    ] = "true"
+    cuda_visible_devices: str | None = None
+    allow_cpu: bool = False
+    omp_num_threads: str | None = Field(None, pattern=r"^[1-9]\d*(,[1-9]\d*)*$")
+    stall_seconds: Seconds = 300.0
+
+
+class RunSettings(Group):
+    """What every training run takes from the settings, whoever ordered it."""
+
+    min_images: int = Field(3, ge=1, le=200)
+    max_image_bytes: int = Field(50 * 1024**2, ge=1024)
+    max_image_pixels: int = Field(100_000_000, ge=64 * 64)
+    checkpoint_interval: int = Field(10, ge=1)
+    preview_share: float = Field(0.1, ge=0, le=1)
+    sample_steps: int = Field(25, ge=1, le=100)
+    tensorboard: Annotated[bool, AfterValidator(values.tensorboard)] = False
+
+
+class LogSettings(Group):
+    """The log of this process and of the trainer process."""
+
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(values.upper)
+    ] = "INFO"
+    log_format: Literal["json", "text"] = "json"
+
+
+class BrokerSettings(Group):
+    """RabbitMQ: hosts, credentials and the queue."""
+
+    rabbitmq_host: Hosts = ("localhost",)
+    rabbitmq_port: int = Field(5672, ge=1, le=65535)
+    rabbitmq_user: str = "guest"
+    rabbitmq_pass: SecretStr = SecretStr("guest")
+    rabbitmq_vhost: str = "/"
+    rabbitmq_tls: bool = False
+    rabbitmq_heartbeat_seconds: int = Field(20, ge=2, le=600)
+    training_queue: str = Field("model_training", pattern=r"^[A-Za-z0-9._-]{1,100}$")
+
+
+class WebhookSettings(Group):
+    """The backend that receives webhooks, and how they are sent and signed."""
+
+    # The addresses below are checked against this setting, so it comes first.
+    allow_insecure_webhooks: bool = False
+    backend_api_url: Origin = Field(description="the base URL of the backend")
+    internal_api_token: SecretStr = Field(description="the bearer token that the backend expects")
+    webhook_signing_secret: SecretStr | None = None
+    webhook_allowed_origins: Origins = ()
+    webhook_ca_file: Annotated[AbsolutePath, AfterValidator(values.certificates)] | None = None
+    webhook_proxy: SecretStr | None = None
+
+    @field_validator("internal_api_token")
+    @classmethod
+    def _token_is_long_enough(cls, value: SecretStr) -> SecretStr:
+        if len(value.get_secret_value()) < 32:
+            raise ValueError("must have 32 characters or more")
+        return value
+
+    @field_validator("webhook_signing_secret")
+    @classmethod
+    def _signing_secrets_are_well_formed(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            values.signing_secrets(value.get_secret_value())
+        return value
+
+    @field_validator("backend_api_url", "webhook_allowed_origins")
+    @classmethod
+    def _plain_http_stays_on_this_machine(cls, value: Any, info: ValidationInfo) -> Any:
+        # If the switch itself is wrong, it is not in the data and is reported as its own problem.
+        if info.data.get("allow_insecure_webhooks", True):
+            return value
+        for origin in (value,) if isinstance(value, str) else value:
+            parts = urlsplit(origin)
+            if parts.scheme == "http" and parts.hostname not in LOCAL_HOSTS:
+                raise ValueError(
+                    f"{origin} is plain http, which would show the token to the network. "
+                    "Use https, or set ALLOW_INSECURE_WEBHOOKS=true"
+                )
+        return value
+
+    @field_validator("webhook_allowed_origins")
+    @classmethod
+    def _each_origin_has_one_path(cls, value: Any, info: ValidationInfo) -> Any:
+        bases = {*value, *filter(None, [info.data.get("backend_api_url")])}
+        if len({origin_of(base) for base in bases}) < len(bases):
+            raise ValueError(
+                "lists an origin with two paths (BACKEND_API_URL counts). A message names only "
+                "the origin, so each origin can have one path"
+            )
+        return value
+
+    @field_validator("webhook_proxy")
+    @classmethod
+    def _the_proxy_is_an_address(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            values.proxy(value.get_secret_value())
+        return value
+
+    def signing_secrets(self) -> tuple[str, ...]:
+        """The keys that sign webhooks, `whsec_…`; derived from the token if none is set."""
+        if self.webhook_signing_secret:
+            return tuple(values.split(self.webhook_signing_secret.get_secret_value()))
+        return (values.derived_signing_secret(self.internal_api_token.get_secret_value()),)
+
+
+class JobLimits(Group):
+    """Limits, delays and intervals of a job's life."""
+
+    progress_interval_seconds: Seconds = 30.0
+    lease_ttl_seconds: float = Field(120.0, ge=1, allow_inf_nan=False)
+    max_attempts: int = Field(3, ge=1, le=100)
+    retry_delays_seconds: Delays = (10.0, 60.0, 600.0)
+    ending_retry_delays_seconds: Delays = (60.0, 300.0, 1800.0, 7200.0)
+    deduplication_window_seconds: float = Field(600.0, ge=0, allow_inf_nan=False)
+    max_job_seconds: Seconds = 6 * 3600.0
+    max_wait_seconds: Seconds | None = None
+    max_job_bytes: int = Field(10 * 1024**3, ge=1024)
+    max_machines: int = Field(3, ge=1)
+    record_retention_days: float | None = Field(None, ge=1, allow_inf_nan=False)
+
+
+class PageSettings(Group):
+    """The address of the health and metrics pages."""
+
+    http_host: str = "127.0.0.1"
+    http_port: int = Field(8080, ge=0, le=65535)
+
+
+class TelemetrySettings(Group):
+    """OpenTelemetry traces and Sentry error reports."""
+
+    otel_exporter_otlp_endpoint: Annotated[str, AfterValidator(values.http_address)] | None = None
+    otel_exporter_otlp_headers: SecretStr | None = None
+    otel_service_name: str = "training-server"
+    sentry_dsn: SecretStr | None = None
+    sentry_environment: str | None = None
