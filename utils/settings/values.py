@@ -68,7 +68,9 @@ class Group(BaseModel):
     wrong, and problems would come to light one restart at a time.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -114,9 +116,7 @@ def base_model_revision(value: str | None, info: ValidationInfo) -> str | None:
 
 
 BaseModelName = Annotated[str, AfterValidator(base_model)]
-BaseModelRevision = Annotated[
-    str | None, AfterValidator(base_model_revision), Field(validate_default=True)
-]
+BaseModelRevision = Annotated[str | None, AfterValidator(base_model_revision)]
 """Types of the two settings; the revision's default depends on the field `base_model` before it."""
 
 
