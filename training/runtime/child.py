@@ -118,9 +118,7 @@ class Child:
         try:
             ending = self._train(run, self._loaded_base(), began)
         except Stopped as stop:  # before the first step: there is nothing to save
-            ending = Finished(
-                run.task_id, "", (), 0, 0, None, time.monotonic() - began, stopped=stop.reason
-            )
+            ending = Finished(run.task_id, "", (), 0, time.monotonic() - began, stopped=stop.reason)
         except TrainingServerError as error:
             # Raised on purpose, its sentence says it all; the desk repeats it at its own level.
             log.info("run_not_possible", extra=_reason(error))
@@ -146,7 +144,8 @@ class Child:
     def _train(self, run: TrainingRun, base: BaseModel, began: float) -> Finished:
         """The run from its images to its files."""
         epochs = run.parameters.epochs
-        preparing = Progress(run.task_id, Stage.PREPARING, 0, epochs, 0, 0)
+        at_the_beginning = {"epoch": 0, "total_epochs": epochs}
+        preparing = Progress(run.task_id, Stage.PREPARING, 0, 0, facts=at_the_beginning)
         self._tell(preparing)
         data = held_out.prepare(
             run,
@@ -158,17 +157,16 @@ class Child:
             run, base, data, emit=self._tell, should_stop=self._inbox.stop_reason
         )
         output = _Output()
+        facts = {"epoch": result.epochs, "loss": result.loss}
         if result.stopped is None:
             self._tell(
                 Progress(
                     run.task_id,
                     Stage.EXPORTING,
-                    result.epochs,
-                    epochs,
                     result.steps,
                     result.steps,
-                    result.loss,
-                    result.steps_per_second,
+                    per_second=result.steps_per_second,
+                    facts=facts | {"total_epochs": epochs},
                 )
             )
             output = self._write_output(run, base, data, result)
@@ -176,11 +174,10 @@ class Child:
             task_id=run.task_id,
             folder=output.folder,
             files=output.files,
-            epoch=result.epochs,
-            step=result.steps,
-            loss=result.loss,
+            done=result.steps,
             seconds=time.monotonic() - began,
             stopped=result.stopped,
+            facts=facts,
             summary=output.summary,
         )
 
