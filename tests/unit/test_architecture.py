@@ -37,8 +37,8 @@ ARROWS: dict[str, set[str]] = {
 # What reaches outside -> the one file that may import it, and that wraps its errors.
 ONE_IMPORTER = {
     "pika": "consumer/training_consumer.py",
-    "boto3": "services/s3/s3_service.py",
-    "botocore": "services/s3/s3_service.py",
+    "boto3": "services/s3/client.py",
+    "botocore": "services/s3/client.py",
     "requests": "services/webhooks/webhook_service.py",
     "standardwebhooks": "services/webhooks/webhook_service.py",
     "pynvml": "utils/gpu_monitor.py",
