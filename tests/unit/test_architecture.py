@@ -43,7 +43,7 @@ ONE_IMPORTER = {
     "standardwebhooks": "services/webhooks/webhook_service.py",
     "pynvml": "utils/gpu_monitor.py",
     "prometheus_client": "utils/metrics.py",
-    "opentelemetry": "services/telemetry/otel_tracing.py",
+    "opentelemetry": "services/telemetry/tracing.py",
     "sentry_sdk": "services/telemetry/error_reports.py",
     "starlette": "consumer/pages/http_pages.py",
     "uvicorn": "consumer/pages/http_pages.py",
@@ -239,7 +239,7 @@ def test_what_is_optional_is_read_only_where_it_is_wanted() -> None:
     ran = python("""
 import sys
 import main, consumer.worker
-print(sorted({"opentelemetry", "sentry_sdk", "tensorboard", "torch"} & set(sys.modules)))
+print(sorted({"opentelemetry.sdk", "sentry_sdk", "tensorboard", "torch"} & set(sys.modules)))
 """)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == "[]"
