@@ -24,7 +24,7 @@ def test_what_is_linked_to_is_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_the_files_of_scripts_and_deploy_that_are_named_are_there(name: str) -> None:
-    named = re.findall(r"\b(?:scripts|deploy)/[\w./-]*\w", TEXTS[name])
+    named = re.findall(r"(?<![\w/])(?:scripts|deploy)/[\w./-]*\w", TEXTS[name])
     made = {"deploy/compose.env"}  # by whoever follows the page
     assert not [path for path in named if path not in made and not (ROOT / path).exists()]
 
