@@ -17,7 +17,7 @@ from training.style.results.preview import LOSS_CURVE, SAMPLES
 from utils.names import shown_name
 
 if TYPE_CHECKING:
-    from jobs.lora_config import TrainingImage, TrainingRun
+    from jobs.style import TrainingImage, TrainingRun
     from training.style.results.result import TrainingResult
 
 HTML_REPORT = "training_report.html"

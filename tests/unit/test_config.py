@@ -16,7 +16,7 @@ from pydantic import SecretStr, ValidationError
 
 import config
 from config import Settings, TrainerSettings, load, setting_names
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from services.s3.s3_service import S3Service
 from tests.unit.environment import NAMES, REQUIRED, TOKEN, problems, settings
 from utils.errors import ConfigurationError

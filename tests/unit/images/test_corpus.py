@@ -22,7 +22,7 @@ from images.containers import PREVIEW, RAW
 from images.decoder import CRASHED, PATIENCE_SECONDS, Answer, Decoder
 from images.intake import Refused, Request, Taken
 from images.vetting import UnusableImage, Vetted, vet
-from jobs.lora_config import TrainingImage
+from jobs.style import TrainingImage
 from tests.corpus import files
 from tests.corpus.files import chunk, encoded, iccp, profile
 from tests.corpus.storages import Case, cases, srgb_of

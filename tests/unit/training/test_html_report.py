@@ -18,7 +18,7 @@ from PIL import Image
 
 from images.decoder import Decoder
 from images.intake import Request
-from jobs.lora_config import HyperParameters, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from reports.html_report import write_html
 from tests.unit.training.browser import chromium, look
 from training.style.results import grids

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
 from utils.errors import REPORTABLE, StopReason
 from utils.events import (
     EVENTS,

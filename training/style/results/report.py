@@ -27,7 +27,7 @@ from training.style.results.preview import LOSS_CURVE, SAMPLES
 from utils.names import is_unicode, printable
 
 if TYPE_CHECKING:
-    from jobs.lora_config import TrainingRun
+    from jobs.style import TrainingRun
     from training.style.dataset import Dataset
     from training.style.families.sd15 import BaseModel
     from training.style.results.result import TrainingResult
