@@ -19,7 +19,12 @@ from training.runtime.checkpoint import Checkpoint, RunState
 from training.runtime.checkpoint_writer import CheckpointWriter
 from training.runtime.clock import Clock
 from training.runtime.curves import Curves
-from training.runtime.device import Pace, allocated_bytes, one_run_accelerator, peak_memory_bytes
+from training.runtime.device import (
+    Pace,
+    allocated_bytes,
+    one_run_accelerator,
+    peak_memory_bytes,
+)
 from training.style import loop_state
 from training.style.course import Course
 from training.style.dataset import Dataset

@@ -14,7 +14,13 @@ import torch
 from jobs.checkpoint_name import folder_name, order
 from jobs.lora_config import HyperParameters
 from training.runtime import checkpoint
-from training.runtime.checkpoint import Checkpoint, RunState, load, refuse_another_run, save
+from training.runtime.checkpoint import (
+    Checkpoint,
+    RunState,
+    load,
+    refuse_another_run,
+    save,
+)
 from training.style.course import Course
 from utils import manifest
 from utils.errors import CheckpointUnusable
