@@ -272,15 +272,18 @@ def _run_training(
             stop=stop,
         )
     if finished.stopped:
-        console.print(f"Stopped after step {finished.step}; go on with --resume.")
+        console.print(f"Stopped after step {finished.done}; go on with --resume.")
         return EXIT_INTERRUPTED
     _say_what_was_made(output, finished)
     return 0
 
 
 def _say_what_was_made(output: Path, finished: Finished) -> None:
-    loss = "" if finished.loss is None else f", loss {finished.loss:.4f}"
-    console.print(f"Trained {finished.epoch} epochs in {finished.seconds:.0f} s{loss}.")
+    value = finished.facts.get("loss")
+    loss = "" if value is None else f", loss {value:.4f}"
+    console.print(
+        f"Trained {finished.facts.get('epoch', 0)} epochs in {finished.seconds:.0f} s{loss}."
+    )
     for label, name in (
         ("model", "lora_weights.safetensors"),
         ("report", "training_report.html"),
@@ -326,15 +329,16 @@ class _Bar:
             case Started():
                 for warning in event.warnings:
                     self._progress.console.print(f"note: {warning}", markup=False)
-                self._progress.update(self._task, total=event.total_steps, completed=event.step)
+                self._progress.update(self._task, total=event.total, completed=event.done)
             case ProgressEvent():
-                loss = "" if event.loss is None else f"loss {event.loss:.4f}"
+                value = event.facts.get("loss")
+                loss = "" if value is None else f"loss {value:.4f}"
                 self._progress.update(
                     self._task,
                     description=str(event.stage),
-                    completed=event.step,
-                    total=event.total_steps or None,
-                    steps=f"{event.step}/{event.total_steps} steps" if event.total_steps else "",
+                    completed=event.done,
+                    total=event.total or None,
+                    steps=f"{event.done}/{event.total} {event.unit}s" if event.total else "",
                     loss=loss,
                 )
             case CheckpointSaved():

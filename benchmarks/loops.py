@@ -185,7 +185,7 @@ def first_step_seconds(base: BaseModel, case: Case, images: list[Path]) -> float
 
     def end_with_the_first(event: Event) -> None:
         nonlocal ended
-        if isinstance(event, Progress) and event.step:
+        if isinstance(event, Progress) and event.done:
             if base.device.type == "cuda":
                 torch.cuda.synchronize(base.device)
             ended = time.monotonic()

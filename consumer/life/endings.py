@@ -80,13 +80,13 @@ def complete(
         "model_url": model_url,
         "model_path": model_url,
         "metadata": {
-            "training_epochs": finished.epoch,
+            "training_epochs": finished.facts.get("epoch", 0),
             "lora_rank": parameters.get("rank", job.hyper_parameters.rank),
             "lora_alpha": parameters.get("alpha", job.hyper_parameters.alpha),
         },
         "training_metric": {
-            "loss": finished.loss,
-            "epochs": finished.epoch,
+            "loss": finished.facts.get("loss"),
+            "epochs": finished.facts.get("epoch", 0),
             # For backends that keep the model's address and this object, and nothing else.
             "images_used": finished.summary.get("pictures_used"),
             "images_left_out": finished.summary.get("pictures_left_out"),

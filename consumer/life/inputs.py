@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 from config import Settings
+from consumer.life.image_download import FetchedImage, ImageRequest, download_images
 from consumer.life.stop_signal import StopSignal
 from jobs.lora_config import TrainingImage
 from jobs.style_job import ImageRef, TrainingJob
-from services.s3.s3_service import FetchedImage, ImageRequest, S3Service
+from services.s3.s3_service import S3Service
 from utils.errors import ImageDownloadFailed
 from utils.logger import get_logger
 from utils.wording import grouped
@@ -79,7 +80,8 @@ def _fetch(
     began = time.monotonic()
     folder.mkdir()
     fetched = iter(
-        s3.fetch_images(
+        download_images(
+            s3,
             [
                 ImageRequest(image.source, image.location, caption, image.version_id)
                 for image, caption in zip(*wanted, strict=True)

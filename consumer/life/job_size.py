@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import Settings
+from consumer.life.image_download import object_sizes
 from consumer.life.stop_signal import StopSignal
 from jobs.lora_config import HyperParameters
 from jobs.record import Checkpoint
 from jobs.style_job import TrainingJob
-from services.s3.image_download import object_sizes
 from services.s3.s3_service import S3Service
 from utils.errors import DiskFull, JobTooLarge, NoRoomForJob
 from utils.logger import get_logger
-from utils.sizes import spoken
+from utils.wording import spoken
 
 log = get_logger(__name__)
 

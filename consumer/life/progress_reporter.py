@@ -87,8 +87,8 @@ class ProgressReporter:
         clock."""
         starts = progress.stage is Stage.TRAINING and self._latest.stage is not Stage.TRAINING
         # Training that starts over is not measured yet; the rate before that is the best there is.
-        rate = progress.steps_per_second or self._latest.steps_per_second
-        self._latest = dataclasses.replace(progress, steps_per_second=rate)
+        rate = progress.per_second or self._latest.per_second
+        self._latest = dataclasses.replace(progress, per_second=rate)
         if starts:
             self._wake.set()
 
@@ -133,22 +133,21 @@ def queued(
 
 def _at_the_beginning(job: TrainingJob) -> Progress:
     epochs = job.hyper_parameters.epochs
-    return Progress(job.task_id, Stage.PREPARING, 0, epochs, 0, 0)
+    return Progress(job.task_id, Stage.PREPARING, 0, 0, facts={"epoch": 0, "total_epochs": epochs})
 
 
 def _progress(latest: Progress) -> dict[str, Any]:
-    done = latest.step / latest.total_steps if latest.total_steps else 0.0
-    rate = latest.steps_per_second
+    done = latest.done / latest.total if latest.total else 0.0
     progress: dict[str, Any] = {
-        "current_epoch": latest.epoch,
-        "total_epochs": latest.total_epochs,
+        "current_epoch": latest.facts.get("epoch", 0),
+        "total_epochs": latest.facts.get("total_epochs", 0),
         "progress_percent": int(100 * done),
         # The field is required and an integer, so 0 stands for "not measured yet" as well.
-        "estimated_seconds": round((latest.total_steps - latest.step) / rate) if rate else 0,
+        "estimated_seconds": latest.seconds_left or 0,
         "stage": str(latest.stage),
     }
-    if latest.loss is not None:
-        progress["loss"] = latest.loss
+    if latest.facts.get("loss") is not None:
+        progress["loss"] = latest.facts["loss"]
     return progress
 
 

@@ -28,10 +28,9 @@ def dispatch(
         case Started():
             log.info(
                 "training_started",
-                epoch=event.epoch,
-                total_epochs=event.total_epochs,
-                total_steps=event.total_steps,
-                images=event.images_used,
+                done=event.done,
+                **{f"total_{event.unit}s": event.total},
+                **event.facts,
             )
         case Progress():
             reporter.saw(event)
@@ -73,9 +72,7 @@ def uploading(finished: Finished, job: TrainingJob) -> Progress:
     return Progress(
         task_id=job.task_id,
         stage=Stage.UPLOADING,
-        epoch=finished.epoch,
-        total_epochs=finished.epoch,
-        step=finished.step,
-        total_steps=finished.step,
-        loss=finished.loss,
+        done=finished.done,
+        total=finished.done,
+        facts=finished.facts,
     )

@@ -17,8 +17,7 @@ from jobs.addresses import S3Location
 from services.records.job_lease import JobLease
 from services.records.lease import Lease
 from services.records.style_turn import ReplacedFile, Turn
-from services.s3.folders import each
-from services.s3.s3_service import ObjectInfo, S3Service
+from services.s3.s3_service import FILES_AT_ONCE, ObjectInfo, S3Service
 from utils.errors import (
     AccessDenied,
     LeaseLost,
@@ -28,6 +27,7 @@ from utils.errors import (
     StorageError,
 )
 from utils.logger import get_logger
+from utils.threads import in_parallel
 
 log = get_logger(__name__)
 
@@ -274,7 +274,8 @@ class ModelFolder:
             )
 
         last = files[-1]
-        each(put_one, [name for name in missing if name != last])
+        first = [name for name in missing if name != last]
+        in_parallel(put_one, first, at_once=FILES_AT_ONCE, name="s3-folder")
         for name in surplus:
             fence.renew()
             self._models.delete_version(self.place(name), present[name].etag)

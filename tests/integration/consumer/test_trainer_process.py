@@ -93,7 +93,7 @@ def test_a_run_tells_its_story_in_order_and_the_next_one_meets_the_same_process(
     first_process = trainer.pid
     stages = [event.stage for event in events if isinstance(event, Progress)]
     assert stages[0] is Stage.PREPARING and stages[-1] is Stage.EXPORTING
-    assert any(isinstance(event, Started) and event.images_used == 3 for event in events)
+    assert any(isinstance(event, Started) and event.facts["images_used"] == 3 for event in events)
     assert [e.name for e in events if isinstance(e, CheckpointSaved)] == [
         "epoch-0001",
         "epoch-0002",
@@ -118,15 +118,15 @@ def test_a_stop_is_obeyed_within_one_step_and_leaves_a_checkpoint(
     def on_event(event: Event) -> None:
         if isinstance(event, CheckpointSaved):
             seen.append(event)
-        if isinstance(event, Progress) and event.step >= 4 and not asked_at:
-            asked_at.append(event.step)
+        if isinstance(event, Progress) and event.done >= 4 and not asked_at:
+            asked_at.append(event.done)
             stop.request(StopReason.SHUTDOWN)
 
     finished = _run(trainer, make_run(epochs=1000), on_event, stop)
     assert finished.stopped is StopReason.SHUTDOWN
-    assert seen[-1].step == finished.step
+    assert seen[-1].step == finished.done
     # What the desk hears is a little old: progress comes a few times a second.
-    assert finished.step - asked_at[0] <= 1 + finished.step // 2
+    assert finished.done - asked_at[0] <= 1 + finished.done // 2
     assert finished.files == ()
 
 

@@ -43,7 +43,16 @@ def _seen(s3: S3Service) -> Any:
 def _trained(lease: JobLease, epoch: int) -> None:
     """The trainer says how far it is."""
     watch = JobWatch(read(envelope()), lease, Metrics())
-    watch.saw(Progress("task", Stage.TRAINING, epoch, 200, epoch * 10, 2000, 0.25, 4.0))
+    watch.saw(
+        Progress(
+            "task",
+            Stage.TRAINING,
+            epoch * 10,
+            2000,
+            per_second=4.0,
+            facts={"epoch": epoch, "total_epochs": 200, "loss": 0.25},
+        )
+    )
 
 
 def test_a_renewal_carries_epoch_loss_and_the_time_left(s3: S3Service, lease: JobLease) -> None:

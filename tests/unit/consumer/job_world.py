@@ -120,10 +120,9 @@ class Trainer:
             run.task_id,
             folder=run.work_folder,
             files=("lora_weights.safetensors",),
-            epoch=10,
-            step=100,
-            loss=0.1,
+            done=100,
             seconds=1.0,
+            facts={"epoch": 10, "loss": 0.1},
             summary={"pictures_used": 3, "pictures_left_out": 1},
         )
 

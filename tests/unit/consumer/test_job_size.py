@@ -26,7 +26,7 @@ from utils.errors import (
     StopReason,
     StorageError,
 )
-from utils.sizes import spoken
+from utils.wording import spoken
 
 MIB = 1024**2
 Measure = Callable[..., JobSize]

@@ -49,7 +49,7 @@ def _observer(clock: Clock) -> Iterator[Observer]:
     lease = JobLease(target, record, "etag", time.monotonic(), lambda task_id: False)
     with observer.holding(read(envelope()), lease):
         with observer.training():
-            observer.saw(Started("t-1", 10, 30, 0, 0, 3))
+            observer.saw(Started("t-1", 0, 30))
             clock.now += 40
             observer.saw(progress(4, 12))
             observer.saw(CheckpointSaved("t-1", "epoch-0004", 4, 12, "/tmp/x", 0.5))
@@ -64,7 +64,15 @@ def _observer(clock: Clock) -> Iterator[Observer]:
 
 def progress(epoch: int, step: int) -> Progress:
     """How far a run is."""
-    return Progress("t-1", Stage.TRAINING, epoch, 10, step, 30, 0.5, 2.0, 2**30)
+    return Progress(
+        "t-1",
+        Stage.TRAINING,
+        step,
+        30,
+        per_second=2.0,
+        gpu_memory_allocated=2**30,
+        facts={"epoch": epoch, "total_epochs": 10, "loss": 0.5},
+    )
 
 
 def value(observer: Observer, name: str, **labels: str) -> float | None:
@@ -124,7 +132,9 @@ def stage(observer: Observer) -> str:
 def test_the_stage_follows_the_job_past_the_trainer_s_last_word(observer: Observer) -> None:
     assert stage(observer) == "training"
     with observer.training():
-        observer.saw(Progress("t-1", Stage.EXPORTING, 10, 10, 30, 30))
+        observer.saw(
+            Progress("t-1", Stage.EXPORTING, 30, 30, facts={"epoch": 10, "total_epochs": 10})
+        )
         assert stage(observer) == "exporting"
     assert stage(observer) == "uploading"
     observer.ended(Ending(EndingKind.COMPLETE, {}))

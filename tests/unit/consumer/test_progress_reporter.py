@@ -73,14 +73,21 @@ def reporter(
 
 def training(step: int, rate: float | None = None) -> Progress:
     """A run at this step of 100."""
-    return Progress("t-1", Stage.TRAINING, step // 10, 10, step, 100, steps_per_second=rate)
+    return Progress(
+        "t-1",
+        Stage.TRAINING,
+        step,
+        100,
+        per_second=rate,
+        facts={"epoch": step // 10, "total_epochs": 10},
+    )
 
 
 def test_the_start_of_training_is_reported_at_once_and_the_next_step_is_not(
     backend: Backend,
 ) -> None:
     with reporter(backend) as reports:
-        reports.saw(Progress("t-1", Stage.PREPARING, 0, 10, 0, 0))
+        reports.saw(Progress("t-1", Stage.PREPARING, 0, 0, facts={"epoch": 0, "total_epochs": 10}))
         assert not backend.bodies
         reports.saw(training(0))
         assert backend.wait()["stage"] == "training"

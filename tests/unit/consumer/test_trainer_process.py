@@ -37,7 +37,7 @@ RUN = TrainingRun(
     parameters=HyperParameters(),
     work_folder="/work",
 )
-DONE = Finished("task-1", "/work/output", ("lora.safetensors",), 1, 3, 0.5, 1.0)
+DONE = Finished("task-1", "/work/output", ("lora.safetensors",), 3, 1.0)
 
 
 class Child:
@@ -137,8 +137,8 @@ def test_the_child_is_started_inside_the_confinement(trainer: TrainerProcess) ->
 def test_every_event_of_the_run_is_heard_in_order_and_none_of_an_earlier_run(
     trainer: TrainerProcess,
 ) -> None:
-    own = Progress("task-1", Stage.TRAINING, 0, 1, 1, 3)
-    other = Finished("task-0", "", (), 0, 0, None, 1.0)
+    own = Progress("task-1", Stage.TRAINING, 1, 3)
+    other = Finished("task-0", "", (), 0, 1.0)
     Child.says = [other, own, DONE]
     heard: list[Event] = []
     assert run(trainer, heard=heard) == DONE

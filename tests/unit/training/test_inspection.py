@@ -182,7 +182,7 @@ def test_the_factors_are_found_in_every_spelling(
     save_file(factors(down, up), path)
     found = inspect(path)
     assert (found.format, found.ranks, len(found.layers)) == (kind, (4,), 1)
-    assert list(found.targets)[0].endswith("to_q") and found.layers[0].norm == pytest.approx(32)
+    assert next(iter(found.targets)).endswith("to_q") and found.layers[0].norm == pytest.approx(32)
     assert ("as another program names them" in " ".join(found.notes)) == (kind not in KNOWN)
 
 

@@ -133,7 +133,7 @@ def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_images_as
     )
     starts = [event for event in events if isinstance(event, Started)]
     assert [len(start.warnings) for start in starts] == sorted(len(s.warnings) for s in starts)
-    assert {start.total_steps for start in starts} == {4}
+    assert {start.total for start in starts} == {4}
 
 
 def test_it_goes_on_from_the_newest_checkpoint_and_ends_where_a_roomy_run_ends(

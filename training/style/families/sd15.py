@@ -15,7 +15,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from jobs.lora_config import HyperParameters, TrainerOptions
 from training.compilation import Compilation
 from training.runtime.device import choose_device, free_memory, gpu_error, out_of_memory
-from training.style.families.base_files import first_line, hash_of_weights, load_part, locate
+from training.style.families.base_files import (
+    first_line,
+    hash_of_weights,
+    load_part,
+    locate,
+)
 from training.style.lora_config import peft_config
 from training.style.recomputation import Recomputation
 from utils.errors import BaseModelUnavailable, GpuBroken, TrainingFailed
