@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli.jobs import post
+from cli import broker
 from cli.train import images_in
 from config import Settings
 from consumer.kinds import configured_kinds
@@ -87,9 +87,9 @@ def place(
         raise ConfigurationError(f"no worker would take this order: {error}") from error
     if (state_s3 or s3).exists(record_at(settings.state_bucket_name, task_id)):
         raise ConfigurationError(f"there is a job {task_id} already: choose another id")
-    post.check(settings)
+    broker.check_training_queue(settings)
     _upload(s3, images, places, on_upload)
-    post.publish_one(settings, Publication(Queue.TRAINING, body, task_id))
+    broker.publish(settings, Publication(Queue.TRAINING, body, task_id))
     return Order(
         task_id, style_id, tuple(each.uri() for each in places), job.spec.hyper_parameters.epochs
     )

@@ -20,7 +20,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable
 
-from cli.jobs import post
+from cli import broker
 from cli.jobs.dead_queue import DeadLetter, go_through
 from cli.jobs.given_up import (
     Redriven,
@@ -164,7 +164,7 @@ class Redrive:
         publication, outcome = self._tried(lambda: self._successor_of(record))
         if publication:
             # The record is live or pending by now: if this fails, a worker's sweep publishes it.
-            post.publish_one(self._settings, publication)
+            broker.publish(self._settings, publication)
         ending = record.ending
         return Redriven(
             task_id=record.task_id,

@@ -41,6 +41,7 @@ ONE_IMPORTER = {
     "botocore": "services/s3/client.py",
     "requests": "services/webhooks/webhook_service.py",
     "standardwebhooks": "services/webhooks/webhook_service.py",
+    "huggingface_hub": "cli/doctor/base_model.py",
     "pynvml": "utils/gpu_monitor.py",
     "prometheus_client": "utils/metrics.py",
     "opentelemetry": "services/telemetry/tracing.py",
