@@ -94,7 +94,7 @@ def test_a_file_that_is_named_exists(path: str) -> None:
 
 @pytest.mark.parametrize("name", ["build", "run", "health-check"])
 def test_a_script_that_is_named_prints_its_help(name: str) -> None:
-    command = [ROOT / "scripts" / name, "--help"]
+    command = [str(ROOT / "scripts" / name), "--help"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0 and f"scripts/{name}" in ran.stdout
 

@@ -248,7 +248,7 @@ def _write_html(
         html_report.write_html(
             content,
             run,
-            result,
+            report.sample_rows(result),
             prompts,
             folder,
             thumbnails={**held_out_thumbnails, **data.thumbnails},
