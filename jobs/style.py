@@ -631,7 +631,7 @@ class StyleKind:
         done = progress.done / progress.total if progress.total else 0.0
         told: dict[str, Any] = {
             "current_epoch": facts.get("epoch", 0),
-            "total_epochs": facts.get("total_epochs", 0),
+            "total_epochs": facts.get("total_epochs", facts.get("epoch", 0)),
             "progress_percent": int(100 * done),
             # The field is required and an integer, so 0 also means "not measured yet".
             "estimated_seconds": progress.seconds_left or 0,
