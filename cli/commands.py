@@ -1,6 +1,6 @@
 """The commands and their options, as a person types them.
 
-Each command imports what it needs when it runs, so `--help` and `train` need neither pika nor boto3.
+Each command imports what it needs when it runs: `--help` and `train` need neither pika nor boto3.
 """
 
 # pylint: disable=import-outside-toplevel

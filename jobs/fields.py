@@ -251,7 +251,7 @@ def _with_nouns(limits: dict[str, Any], noun: str) -> dict[str, Any]:
     size = limits.get("actual_length")
     return limits | {
         "limit": counted(limit, noun, plural),
-        # pydantic stops counting an iterable that comes piece by piece; a message's list never does.
+        # pydantic stops counting an iterable; a message's list is always counted.
         "size": "none" if size == 0 else f"{size:,}" if isinstance(size, int) else "more",
     }
 

@@ -2,8 +2,8 @@
 
 Two dialects, one meaning. A message with something in `data` is the envelope, and order fields
 beside `data` are ignored. Every other message is flat. A field that is null, and an empty list of
-captions, count as absent. Whole numbers may be written `200` or `200.0`. Text and booleans are never
-taken for numbers.
+captions, count as absent. Whole numbers may be written `200` or `200.0`. Text and booleans are
+never taken for numbers.
 """
 
 from __future__ import annotations

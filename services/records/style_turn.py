@@ -1,8 +1,8 @@
 """Runs of one style take turns at publishing: a lease for each style's folder.
 
 A folder of several files cannot be replaced in one act, so two publishers at once would mix their
-files. The turn is a record like a job's (`jobs.hold`), at the key
-`jobs.layout.Place.turn`. From before a publisher's first write into the folder until after its last one, the turn also holds a
+files. The turn is a record like a job's (`jobs.hold`), at the key `jobs.layout.Place.turn`. From
+before a publisher's first write into the folder until after its last one, the turn also holds a
 note about that publication: if the publisher dies, the note says how to restore the folder.
 """
 
