@@ -91,7 +91,7 @@ def inspect(
     sys.exit(run(file, as_json=as_json, show_all=show_all))
 
 
-def train(
+def train(  # pylint: disable=too-many-locals  # one for each option
     folder: Annotated[
         Path, typer.Argument(help="Folder of images; `name.txt` captions `name.jpg`.")
     ],

@@ -121,8 +121,9 @@ def train_folder(
         confinement=settings.trainer_confinement(work),
     )
     try:
-        sent = Run.of(run, StyleKind.runner, {})
-        finished = trainer.run(sent, on_event, stop, max_seconds=float("inf"))
+        finished = trainer.run(
+            Run.of(run, StyleKind.runner, {}), on_event, stop, max_seconds=float("inf")
+        )
     except TrainingServerError:
         if _newest_checkpoint(work) is None:  # there is nothing to go on from
             shutil.rmtree(work, ignore_errors=True)

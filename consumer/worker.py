@@ -207,9 +207,13 @@ def _desk(
 ) -> Desk:
     """Everything that the pipeline works with."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    bucket = settings.state_bucket_name
     records_s3 = _s3_for_records(settings, observer.metrics)
-    records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=settings.lease_ttl_seconds)
+    records = JobRecords(
+        records_s3,
+        settings.state_bucket_name,
+        owner=owner,
+        lease_seconds=settings.lease_ttl_seconds,
+    )
     webhooks = open_webhooks(settings, observer)
     # The same object tells the publisher that it can copy inside the storage.
     s3 = state_s3
@@ -240,10 +244,13 @@ def _desk(
             s3,
             state_s3,
             model_bucket=settings.model_bucket_name,
-            state_bucket=bucket,
+            state_bucket=settings.state_bucket_name,
             url_scheme=settings.model_url_scheme,
             turns=StyleTurns(
-                records_s3, bucket, owner=owner, lease_seconds=settings.lease_ttl_seconds
+                records_s3,
+                settings.state_bucket_name,
+                owner=owner,
+                lease_seconds=settings.lease_ttl_seconds,
             ),
         ),
         trainer=trainer,

@@ -404,8 +404,8 @@ class JobRecord(HeldRecord):
     def reopened(self) -> JobRecord:
         """A failed job, sent back for a fresh attempt, from the newest checkpoint that is left.
 
-        What the backend was told stays told: the attempt has an ending of its own, under an id of
-        its own, and the next claim's number makes its `sequence` a later one.
+        The new attempt has a separate ending with a separate id, and the number of the next claim
+        makes its `sequence` a later one.
 
         A copy that the dead queue was still owed is owed no more.
 

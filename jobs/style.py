@@ -46,7 +46,7 @@ MAX_STYLE_ID = 2**63 - 1
 MAX_IMAGES = 200
 MAX_TAGS = 50
 # Characters; the rest of a longer text is cut off. The text encoder reads 77 tokens, and the report
-# says so.
+# names them.
 MAX_TAG = 200
 MAX_CAPTION = 2000
 MAX_SAMPLE_PROMPTS = 4
@@ -72,7 +72,7 @@ LR_SCHEDULES = ("cosine", "linear", "constant")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HyperParameters:
-    """What `parameters` of a message may set; every one bounded.
+    """The `parameters` of a message, each with its limits and its default.
 
     Raises:
         ValueError: A value is outside its limits; the message names the parameter.
@@ -224,7 +224,7 @@ class TrainingRun:
         max_image_pixels: Larger images are left out.
         checkpoint_interval: Epochs between checkpoints.
         validation_pictures: Never trained on: the probe looks at them.
-        sample_prompts: What samples are painted of; none: the captions.
+        sample_prompts: Prompts of the samples; without any, the captions.
         trigger_word: In front of every prompt, or the empty string.
         sample_steps: Steps of the sampler; a CPU makes a sketch of fewer.
         preview_share: Part of the training's time that samples at checkpoints may take.
@@ -253,7 +253,7 @@ class TrainingRun:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainerOptions:
-    """What a trainer process is told once, when it starts.
+    """Options of the trainer process for its whole life.
 
     Attributes:
         base_model: Hub name or local diffusers folder of a Stable Diffusion 1.5 model.
@@ -307,7 +307,7 @@ class ImageRef:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StyleSpec:
-    """What an order of a style asks for.
+    """The order of a style.
 
     Attributes:
         style_id: The style to train.
@@ -357,7 +357,7 @@ class StyleSpec:
 
 
 def _places(images: tuple[ImageRef, ...]) -> list[Any]:
-    """Where images lie, however their addresses are spelt."""
+    """Locations of images, independent of the spelling of their addresses."""
     return [
         (
             [image.location.bucket, image.location.key, *filter(None, [image.version_id])]
@@ -371,13 +371,13 @@ def _places(images: tuple[ImageRef, ...]) -> list[Any]:
 # ---- fields of a message -------------------------------------------------------------------------
 
 
-def checked_trigger_word(text: str) -> str:
+def checked_trigger_word(given: str) -> str:
     """A trigger word as it may be used, on one line.
 
     Raises:
         ValueError: It is too long, or would be several tags.
     """
-    word = " ".join(text.split())
+    word = " ".join(given.split())
     if len(word) > MAX_TRIGGER_WORD:
         raise ValueError(f"must have at most {MAX_TRIGGER_WORD} characters")
     if clean_caption(word).problem:

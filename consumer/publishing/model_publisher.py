@@ -133,7 +133,7 @@ class ModelPublisher:
             StorageError, MachineError: S3 or the disk failed. The folder is as it was, or the
                 turn's note says that it has to be repaired.
         """
-        task_id, last = lease.record.task_id, files[-1]
+        task_id = lease.record.task_id
         mark = {
             TASK_ID: task_id,
             CLAIM: str(lease.claim_number),
@@ -148,9 +148,9 @@ class ModelPublisher:
         check()
         staging = staging_of(task_id, lease.claim_number)
         self._state.upload_folder(
-            folder, self._state_bucket, staging, last=last, metadata=mark, check=check
+            folder, self._state_bucket, staging, last=files[-1], metadata=mark, check=check
         )
-        style = self._folder(place, last)
+        style = self._folder(place, files[-1])
         with self._turns.take(place.turn, task_id, check) as turn:
             published = self._put_in_place(style, run, turn, Fence(lease, turn), check)
         self._clear_staging([staging + name for name in files])

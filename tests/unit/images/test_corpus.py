@@ -382,6 +382,7 @@ def _native_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 def _instead(program: str) -> Callable[..., subprocess.Popen[bytes]]:
     """Starts this program in place of any other."""
     popen = subprocess.Popen
+    # pylint: disable-next=consider-using-with  # the decoder closes it
     return lambda command, **how: popen([command[0], "-c", program], **how)
 
 
