@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import re
 import resource
@@ -381,7 +382,7 @@ def _native_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def _instead(program: str) -> Callable[..., subprocess.Popen[bytes]]:
     """Starts this program in place of any other."""
-    popen = subprocess.Popen
+    popen = functools.partial(subprocess.Popen)
     return lambda command, **how: popen([command[0], "-c", program], **how)
 
 
