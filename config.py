@@ -8,22 +8,20 @@ defaults are those of docs/protocol.md, section 5; `.env.example` documents each
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    SecretStr,
-    ValidationError,
-    create_model,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import create_model as _create_model
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfigDict
 
-from jobs.lora_config import SETTING_OF, HyperParameters, TrainerOptions
+from jobs import kinds as job_kinds
+from jobs.addresses import AddressRules
+from jobs.kinds import REGISTRY, Kinds
+from jobs.style import TrainerOptions
 from utils.confined import Confinement
 from utils.errors import ConfigurationError
 from utils.settings import file as settings_file
@@ -34,42 +32,66 @@ from utils.settings.groups import (
     JobLimits,
     LogSettings,
     PageSettings,
-    RunSettings,
     TelemetrySettings,
     TrainerSettings,
     WebhookSettings,
 )
-from utils.settings.parameters import ParameterDefaults
+from utils.settings.parameters import KindSettings
 from utils.settings.storage import StorageSettings
 from utils.settings.surroundings import ROOT, confinement, trainer_environment
 from utils.settings.values import Group
 
-KINDS = {"style": ParameterDefaults("style", HyperParameters, SETTING_OF)}
-"""The kinds of jobs that this program knows, each with the settings of its parameters."""
+DEFAULT_KINDS = (next(iter(REGISTRY)),)
+OF_KINDS = ("parameters", "options")
+"""The two dataclasses of settings that a kind may have, as `JobKind` names them."""
 
-DEFAULT_KINDS = ("style",)
+_Place = tuple[str, ...]
+_Loaded = TypeVar("_Loaded", bound="LocalSettings")
 
-_Path = tuple[str, ...]
-_Kind = TypeVar("_Kind", bound="LocalSettings")
+
+# ---- the settings of the kinds -------------------------------------------------------------------
+
+
+def settings_of_kinds(section: str) -> dict[str, KindSettings]:
+    """The settings of each registered kind that has any.
+
+    Args:
+        section: One of `OF_KINDS`.
+    """
+    classes = {name: job_kinds.load(place) for name, place in REGISTRY.items()}
+    found = {name: getattr(kind, f"{section}_type") for name, kind in classes.items()}
+    return {name: _kind_settings(each) for name, each in found.items() if each}
+
+
+@functools.cache
+def _kind_settings(dataclass: type[Any]) -> KindSettings:
+    return KindSettings(dataclass)
+
+
+def _of_kinds(section: str) -> Any:
+    """The type of a field that holds a dataclass of each kind."""
+
+    def read(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            name: (Annotated[Any, BeforeValidator(each.read)], Field({}))
+            for name, each in settings_of_kinds(section).items()
+        }
+        return dict(_create_model(section, __base__=Group, **fields).model_validate(values))
+
+    return Annotated[dict[str, Any], BeforeValidator(read)]
 
 
 def _known_kinds(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"unknown kind {', '.join(unknown)}. Known kinds: {', '.join(KINDS)}")
+    if unknown := [kind for kind in kinds if kind not in REGISTRY]:
+        raise ValueError(f"unknown kind {', '.join(unknown)}. Known kinds: {', '.join(REGISTRY)}")
     return tuple(dict.fromkeys(kinds))
 
 
-def _parameters(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Each kind's parameters, from their settings; wrong ones of all kinds are reported."""
-    fields: dict[str, Any] = {
-        name: (Annotated[Any, BeforeValidator(kind.read)], Field({}, validate_default=True))
-        for name, kind in KINDS.items()
-    }
-    return dict(create_model("parameters", __base__=Group, **fields).model_validate(values))
+# ---- the settings --------------------------------------------------------------------------------
 
 
 class WorkerSettings(Group):
-    """The worker process: the kinds of jobs that it takes, its folder and its end."""
+    """The worker process: the kinds of jobs that it takes, its folder and its shutdown."""
 
     kinds: Annotated[
         tuple[str, ...],
@@ -85,39 +107,36 @@ class LocalSettings(Group):
     """The settings of training on this machine, without a broker, S3 and a backend.
 
     Attributes:
-        parameters: For each kind of job, the defaults of its parameters.
+        parameters: The default parameters of each kind of job.
+        options: The options of each kind of job.
         source: The file of `--config`.
     """
 
     trainer: TrainerSettings
-    run: RunSettings
     log: LogSettings
-    parameters: Annotated[dict[str, Any], BeforeValidator(_parameters)]
+    parameters: _of_kinds("parameters")  # type: ignore[valid-type]
+    options: _of_kinds("options")  # type: ignore[valid-type]
     source: Path | None = None
 
     def __getattr__(self, name: str) -> Any:
-        # Until every caller takes its group: a setting by its flat name.
-        for group, field in dict(type(self).model_fields).items():
-            annotation = field.annotation
-            if isinstance(annotation, type) and issubclass(annotation, Group):
-                if name in annotation.model_fields:
-                    return getattr(self.__dict__[group], name)
-        for kind, parameters in KINDS.items():
-            if name in parameters.settings:
-                return getattr(self.parameters[kind], parameters.settings[name])
-        if name in ("s3_endpoint", "main_store", "state_store"):
-            return getattr(self.__dict__["storage"], name)
-        if name == "signing_secrets":
-            return self.__dict__["webhooks"].signing_secrets
+        # Until every caller takes its group: a setting by its name alone.
+        parts = [value for _, value in self if isinstance(value, Group)]
+        parts += [self.options["style"], self.parameters["style"]]
+        name = {f"lora_{each}": each for each in ("rank", "alpha", "dropout", "target")}.get(
+            name, name
+        )
+        for part in parts:
+            if not name.startswith("_") and hasattr(part, name):
+                return getattr(part, name)
         raise AttributeError(name)
 
-    def hyper_parameters(self, **overrides: Any) -> HyperParameters:
+    def hyper_parameters(self, **overrides: Any) -> Any:
         """The style kind's defaults with a message's own parameters over them.
 
         Raises:
             ValueError: A parameter is outside its limits, or needs a library that is missing.
         """
-        made: HyperParameters = dataclasses.replace(self.parameters["style"], **overrides)
+        made = dataclasses.replace(self.parameters["style"], **overrides)
         made.require_libraries()
         return made
 
@@ -164,23 +183,43 @@ class LocalSettings(Group):
         """Every secret value, for the log's redaction."""
         groups = [value for _, value in self if isinstance(value, Group)]
         found = [value for group in groups for _, value in group if isinstance(value, SecretStr)]
-        return tuple(sorted(value.get_secret_value() for value in found))
+        return tuple(value.get_secret_value() for value in found)
 
 
 class Settings(LocalSettings):
     """The settings of the worker and of the operators' commands."""
 
     worker: WorkerSettings
-    jobs: JobLimits
+    limits: JobLimits
     broker: BrokerSettings
     storage: StorageSettings
     webhooks: WebhookSettings
     pages: PageSettings
     telemetry: TelemetrySettings
 
+    def kinds(self) -> Kinds:
+        """All kinds of job, configured."""
+        addresses = AddressRules(
+            default_bucket=self.storage.aws_storage_bucket_name,
+            allowed=self.storage.image_buckets,
+            endpoint=self.storage.s3_endpoint,
+        )
+        configured = {
+            name: job_kinds.KindSettings(
+                addresses,
+                dataclasses.asdict(self.parameters[name]) if name in self.parameters else {},
+                dataclasses.asdict(self.options[name]) if name in self.options else {},
+            )
+            for name in REGISTRY
+        }
+        return Kinds(configured, addresses=addresses, served=self.worker.kinds)
+
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, with the signing secrets that are derived from the token."""
         return super().secrets() + self.webhooks.signing_secrets()
+
+
+# ---- reading them --------------------------------------------------------------------------------
 
 
 def load(*, file: Path | None = None, **overrides: Any) -> Settings:
@@ -207,12 +246,11 @@ def setting_names(*, every_spelling: bool = True) -> frozenset[str]:
     """The names of all settings, as the environment spells them.
 
     Args:
-        every_spelling: Include the aliases, and the parameters' names without the kind's prefix.
+        every_spelling: Include the aliases, and the kinds' names without their prefix.
     """
-    places = [_places(Settings, first) for first in KINDS]
-    if every_spelling:
-        return frozenset(name.upper() for each in places for name in each)
-    return frozenset(name.upper() for name in _canonical(places[0]).values())
+    if not every_spelling:
+        return frozenset(name.upper() for name in _canonical(_places(Settings, "")).values())
+    return frozenset(name.upper() for kind in REGISTRY for name in _places(Settings, kind))
 
 
 def unknown_names(file: Path | None = None) -> str | None:
@@ -220,35 +258,11 @@ def unknown_names(file: Path | None = None) -> str | None:
 
     Only these files belong to this program: the environment is full of other programs' names.
     """
-    found = {".env": {name.upper() for name in DotEnvSettingsSource(_Given).env_vars}}
+    found = {".env": {name.upper() for name in DotEnvSettingsSource(_Sources).env_vars}}
     if file:
         found[str(file)] = {name.upper() for name in settings_file.read(file)}
     environment = {name for name, value in os.environ.items() if value}
     return names_of_settings.unknown(found, setting_names(), environment)
-
-
-def _places(kind: type[LocalSettings], first: str) -> dict[str, _Path]:
-    """Every accepted name, in lower case, with the place of its value in the settings.
-
-    Args:
-        first: The kind of job whose parameters may be set without a prefix.
-    """
-    found: dict[str, _Path] = {}
-    for group, field in dict(kind.model_fields).items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Group):
-            found |= {name: (group, name) for name in field.annotation.model_fields}
-    for name, parameters in KINDS.items():
-        for setting, parameter in parameters.settings.items():
-            found[f"{name}_{setting}"] = ("parameters", name, parameter)
-            if name == first:
-                found[setting] = ("parameters", name, parameter)
-    aliases = names_of_settings.ALIASES.items()
-    return found | {alias: found[name] for alias, name in aliases if name in found}
-
-
-def _canonical(places: Mapping[str, _Path]) -> dict[_Path, str]:
-    """The name that is documented for each place: the first one of several."""
-    return {place: name for name, place in reversed(places.items())}
 
 
 class _Sources(BaseSettings):
@@ -263,21 +277,23 @@ class _Sources(BaseSettings):
     )
 
 
-_names: dict[str, Any] = {name.lower(): (Any, None) for name in setting_names()}
-_Given = create_model("_Given", __base__=_Sources, **_names)
+@functools.cache
+def _reader(names: frozenset[str]) -> type[_Sources]:
+    fields: dict[str, Any] = {name.lower(): (Any, None) for name in names}
+    return _create_model("Given", __base__=_Sources, **fields)
 
 
-def _load(kind: type[_Kind], file: Path | None, overrides: Mapping[str, Any]) -> _Kind:
+def _load(kind: type[_Loaded], file: Path | None, overrides: Mapping[str, Any]) -> _Loaded:
     try:
-        given = _Given(**overrides).model_dump(exclude_unset=True)
+        given = _reader(setting_names())(**overrides).model_dump(exclude_unset=True)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise ConfigurationError(f"The file .env cannot be read: {reason}") from None
+        raise ConfigurationError(f"The file .env cannot be read: {reason}.") from None
     if file:
         given = settings_file.read(file) | given
     places = _places(kind, _first_kind(given))
     values: dict[str, Any] = {place[0]: {} for place in places.values()}
-    used: dict[_Path, str] = {}
+    used: dict[_Place, str] = {}
     problems = []
     for name in [name for name in places if name in given]:
         other = used.setdefault(places[name], name)
@@ -299,26 +315,52 @@ def _load(kind: type[_Kind], file: Path | None, overrides: Mapping[str, Any]) ->
     return settings
 
 
+def _places(kind: type[LocalSettings], first: str) -> dict[str, _Place]:
+    """Every accepted name, in lower case, with the place of its value in the settings.
+
+    Args:
+        kind: The settings.
+        first: The kind of job whose settings have a name without a prefix too; empty for none.
+    """
+    found: dict[str, _Place] = {}
+    for group, field in dict(kind.model_fields).items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Group):
+            found |= {name: (group, name) for name in field.annotation.model_fields}
+    for section in OF_KINDS:
+        for job, each in settings_of_kinds(section).items():
+            for name, field_name in each.names.items():
+                found[f"{job}_{name}"] = (section, job, field_name)
+                if job == first:
+                    found[name] = (section, job, field_name)
+    aliases = names_of_settings.ALIASES.items()
+    return found | {alias: found[name] for alias, name in aliases if name in found}
+
+
+def _canonical(places: Mapping[str, _Place]) -> dict[_Place, str]:
+    """The documented name of each place: the first one of several."""
+    return {place: name for name, place in reversed(tuple(places.items()))}
+
+
 def _first_kind(given: Mapping[str, Any]) -> str:
     kinds = setting_values.split(given.get("kinds", DEFAULT_KINDS))
     named = [str(kind) for kind in kinds] if isinstance(kinds, (tuple, list)) else []
-    return next((kind for kind in named if kind in KINDS), *DEFAULT_KINDS)
+    return next((kind for kind in named if kind in REGISTRY), *DEFAULT_KINDS)
 
 
-def _put(values: dict[str, Any], place: _Path, value: Any) -> None:
+def _put(values: dict[str, Any], place: _Place, value: Any) -> None:
     for part in place[:-1]:
         values = values.setdefault(part, {})
     values[place[-1]] = value
 
 
-def _explained(error: ValidationError, names: Mapping[_Path, str]) -> Iterator[str]:
+def _explained(error: ValidationError, names: Mapping[_Place, str]) -> Iterator[str]:
     """One line for each problem, by the name that the setting was set under."""
     for problem in error.errors(include_input=False, include_url=False):
         # A default that is derived from a wrong setting is not a problem of its own.
         if problem["type"] == "default_factory_not_called":
             continue
         place = tuple(map(str, problem["loc"]))
-        name = next(names[place[:end]] for end in (2, 3) if place[:end] in names)
+        name = names[place[: 3 if place[0] in OF_KINDS else 2]]
         text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "missing":
             text = f"not set. Set it to {_description(place)}"
@@ -327,7 +369,7 @@ def _explained(error: ValidationError, names: Mapping[_Path, str]) -> Iterator[s
         yield f"{name.upper()}: {position}{text}"
 
 
-def _description(place: _Path) -> str:
+def _description(place: _Place) -> str:
     group = dict(Settings.model_fields)[place[0]].annotation
     assert isinstance(group, type) and issubclass(group, Group)
     return group.model_fields[place[1]].description or "a value"

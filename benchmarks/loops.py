@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from benchmarks.case import Case
-from jobs.lora_config import HyperParameters, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.compilation import Compilation
 from training.runtime.device import free_memory, one_run_accelerator, peak_memory_bytes
 from training.style.course import Course
@@ -185,7 +185,7 @@ def first_step_seconds(base: BaseModel, case: Case, images: list[Path]) -> float
 
     def end_with_the_first(event: Event) -> None:
         nonlocal ended
-        if isinstance(event, Progress) and event.step:
+        if isinstance(event, Progress) and event.done:
             if base.device.type == "cuda":
                 torch.cuda.synchronize(base.device)
             ended = time.monotonic()

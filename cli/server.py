@@ -45,4 +45,4 @@ class Server:
     @property
     def state(self) -> str:
         """The state bucket."""
-        return self.settings.state_bucket_name
+        return self.settings.storage.state_bucket_name

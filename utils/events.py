@@ -1,7 +1,7 @@
 """The vocabulary between the front desk and the trainer process: frozen facts, one JSON object a
 line.
 
-In go a `TrainingRun` (see `jobs.lora_config`) and a `Stop`; out come `Started`, `Progress`,
+In go a `Run` (see `jobs.kinds`) and a `Stop`; out come `Started`, `Progress`,
 `CheckpointSaved`, `Finished` and `Failed`, and between runs too `BaseModelReady`. Nothing else
 crosses the pipe, and nothing is pickled.
 """
@@ -45,50 +45,57 @@ class Stop:
     claim: int
 
 
+def _facts() -> Any:
+    """The field for what only the kind of the job knows (JSON values)."""
+    return dataclasses.field(default_factory=dict)  # pylint: disable=invalid-field-call
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Started:
-    """The images are vetted and encoded; the first step follows.
+    """The inputs are ready; the work itself follows.
 
     Attributes:
-        total_epochs: Epochs of the whole job.
-        total_steps: Optimizer steps of the whole job.
-        epoch: Epochs completed before this run (resumed from a checkpoint), else 0.
-        step: Optimizer steps done before this run.
-        pictures_used: Images that are trained on.
+        done: Units of work that earlier runs of the job did, else 0.
+        total: Units of work of the whole job.
+        unit: Name of one unit, such as `step`.
+        facts: What the kind of the job adds, such as epochs.
         warnings: Sentences for the report.
     """
 
     task_id: str
-    total_epochs: int
-    total_steps: int
-    epoch: int
-    step: int
-    images_used: int
+    done: int
+    total: int
+    unit: str = "step"
+    facts: dict[str, Any] = _facts()
     warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the run is. Sent when a stage begins and at most a few times a second while training.
+    """How far the run is. Sent when a stage begins and at most a few times a second afterwards.
 
     Attributes:
-        epoch: Completed epochs of the job.
-        step: Completed optimizer steps of the job.
-        loss: Mean unweighted loss of the last completed epoch, or None before there is one.
-        steps_per_second: Measured over this run's training steps; None before there is a
-            measurement.
+        done: Completed units of work of the job.
+        total: Units of work of the whole job; 0 while it is not known.
+        unit: Name of one unit, such as `step`.
+        per_second: Units per second, measured over this run; None before there is a measurement.
         gpu_memory_allocated: Bytes of the GPU that the trainer's tensors use; None without a GPU.
+        facts: What the kind of the job adds, such as `epoch` and `loss`.
     """
 
     task_id: str
     stage: Stage
-    epoch: int
-    total_epochs: int
-    step: int
-    total_steps: int
-    loss: float | None = None
-    steps_per_second: float | None = None
+    done: int
+    total: int
+    unit: str = "step"
+    per_second: float | None = None
     gpu_memory_allocated: int | None = None
+    facts: dict[str, Any] = _facts()
+
+    @property
+    def seconds_left(self) -> int | None:
+        """The time that is left, by the measured rate; None before there is one."""
+        return round((self.total - self.done) / self.per_second) if self.per_second else None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,29 +122,26 @@ class CheckpointSaved:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
-    """The run is over and nothing failed: the model is exported, or the stop that was asked for has
-    been obeyed.
+    """The run is over and nothing failed: its results are exported, or a stop was obeyed.
 
     Attributes:
-        folder: Folder of the model's files and report; empty when stopped.
+        folder: Folder of the files to publish; empty after a stop.
         files: File names in `folder`, in the order in which they are to be published.
-        epoch: Completed epochs.
-        step: Completed optimizer steps.
-        loss: Mean unweighted loss of the last epoch; None if no epoch was completed in this run.
+        done: Completed units of work of the job.
         seconds: Wall time of the run in the trainer process.
-        stopped: Why the run stopped early; None for a finished training.
-        summary: What the report says, briefly, for the `complete` webhook (JSON values only).
+        stopped: Why the run stopped early; None for a finished run.
+        facts: What the kind of the job adds, such as `epoch` and `loss`.
+        summary: A short report for the `complete` webhook (JSON values only).
     """
 
     task_id: str
     folder: str
     files: tuple[str, ...]
-    epoch: int
-    step: int
-    loss: float | None
+    done: int
     seconds: float
     stopped: StopReason | None = None
-    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    facts: dict[str, Any] = _facts()
+    summary: dict[str, Any] = _facts()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 from config import Settings
-from consumer.pages.job_watch import remaining_seconds
 from consumer.pages.observer import Observer
 from consumer.trainer.machine import Machine
 from consumer.trainer.trainer_process import TrainerProcess
@@ -122,15 +121,16 @@ class Condition:
     def numbers(self) -> dict[str, Any]:
         """The metrics for those who read no Prometheus: the job in hand, else the last one."""
         latest = self._observer.last
+        facts = latest.facts if latest else {}
         trainer_bytes = latest.gpu_memory_allocated if latest else None
         return {
-            "current_step": latest.step if latest else 0,
-            "total_steps": latest.total_steps if latest else 0,
-            "current_epoch": latest.epoch if latest else 0,
-            "total_epochs": latest.total_epochs if latest else 0,
-            "last_loss": latest.loss if latest else None,
-            "steps_per_second": latest.steps_per_second if latest else None,
-            "estimated_seconds": remaining_seconds(latest) if self.is_training else None,
+            "current_step": latest.done if latest else 0,
+            "total_steps": latest.total if latest else 0,
+            "current_epoch": facts.get("epoch", 0),
+            "total_epochs": facts.get("total_epochs", 0),
+            "last_loss": facts.get("loss"),
+            "steps_per_second": latest.per_second if latest else None,
+            "estimated_seconds": latest.seconds_left if latest and self.is_training else None,
             "is_training": self.is_training,
             "gpu_memory_allocated": (trainer_bytes or 0) if self.is_training else 0,
             "queue_length": self._observer.queues.length,

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jobs.style_job import TrainingJob
+from jobs.kinds import JobKind
+from jobs.message import Job
 from services.records.job_lease import JobLease
 from utils.events import CheckpointSaved, Event, Progress, Stage, Started
 from utils.metrics import Metrics
@@ -20,6 +21,7 @@ class JobWatch:
     """One claim on a job, from the claim to whatever came of it. Safe to share between threads.
 
     Args:
+        kind: The kind of the job.
         job: The job.
         lease: The hold on it.
         metrics: Where it is counted.
@@ -28,9 +30,10 @@ class JobWatch:
         latest: How far the job is, as the trainer said last; None before it said anything.
     """
 
-    def __init__(self, job: TrainingJob, lease: JobLease, metrics: Metrics) -> None:
+    def __init__(self, kind: JobKind, job: Job, lease: JobLease, metrics: Metrics) -> None:
         self.latest: Progress | None = None
-        self._job = job
+        self._identity_fields = kind.identity_fields(job.subject)
+        self._at_first = kind.beginning(job.spec)
         self._lease = lease
         self._metrics = metrics
         self._began_at = time.monotonic()
@@ -38,7 +41,7 @@ class JobWatch:
         self._counted_to = 0.0
         self._run_over_at: float | None = None
         self._has_ended = False
-        self._epoch = self._step = 0
+        self._epoch = self._done = 0
         self._saved_at: dict[str, float] = {}
         self._kept_at = 0.0
 
@@ -77,7 +80,7 @@ class JobWatch:
         self._count_time()
         match event:
             case Started():
-                self._epoch, self._step = event.epoch, event.step
+                self._epoch, self._done = event.facts.get("epoch", 0), event.done
             case Progress():
                 self._saw_progress(event)
             case CheckpointSaved():
@@ -113,36 +116,37 @@ class JobWatch:
         record, latest = self._lease.record, self.latest
         facts: dict[str, Any] = {
             "task_id": record.task_id,
-            "style_id": record.style_id,
+            **self._identity_fields,
             "claim": record.claim,
             "attempts": record.attempts_with_this,
             "seconds": round(self.seconds, 1),
             "lease_remaining_seconds": round(self._lease.remaining, 1),
             "stage": self.stage,
-            "epoch": latest.epoch if latest else 0,
-            "total_epochs": self._job.hyper_parameters.epochs,
-            "step": latest.step if latest else 0,
-            "total_steps": latest.total_steps if latest else 0,
-            "loss": latest.loss if latest else None,
-            "steps_per_second": latest.steps_per_second if latest else None,
-            "estimated_seconds": remaining_seconds(latest),
+            "epoch": latest.facts.get("epoch", 0) if latest else 0,
+            "total_epochs": (latest.facts if latest else self._at_first).get("total_epochs", 0),
+            "step": latest.done if latest else 0,
+            "total_steps": latest.total if latest else 0,
+            "loss": latest.facts.get("loss") if latest else None,
+            "steps_per_second": latest.per_second if latest else None,
+            "estimated_seconds": latest.seconds_left if latest else None,
         }
         return facts
 
     def _saw_progress(self, progress: Progress) -> None:
         self.latest = progress
-        left = remaining_seconds(progress)
-        self._lease.saw(epoch=progress.epoch, loss=progress.loss, seconds_left=left)
+        left, facts = progress.seconds_left, progress.facts
+        epoch, loss = facts.get("epoch", 0), facts.get("loss")
+        self._lease.saw(epoch=epoch, loss=loss, seconds_left=left)
         # Less than before: training had to start over from a checkpoint.
-        self._metrics.epochs.inc(max(0, progress.epoch - self._epoch))
-        self._metrics.steps.inc(max(0, progress.step - self._step))
-        self._epoch, self._step = progress.epoch, progress.step
-        if progress.total_steps:
-            self._metrics.job_progress_ratio.set(progress.step / progress.total_steps)
-        if progress.steps_per_second is not None:
-            self._metrics.steps_per_second.set(progress.steps_per_second)
-        if progress.loss is not None:
-            self._metrics.loss.set(progress.loss)
+        self._metrics.epochs.inc(max(0, epoch - self._epoch))
+        self._metrics.steps.inc(max(0, progress.done - self._done))
+        self._epoch, self._done = epoch, progress.done
+        if progress.total:
+            self._metrics.job_progress_ratio.set(progress.done / progress.total)
+        if progress.per_second is not None:
+            self._metrics.steps_per_second.set(progress.per_second)
+        if loss is not None:
+            self._metrics.loss.set(loss)
         if left is not None:
             self._metrics.job_remaining_seconds.set(left)
         if progress.gpu_memory_allocated is not None:
@@ -153,10 +157,3 @@ class JobWatch:
             now = time.monotonic()
             self._metrics.training_seconds.inc(now - self._counted_to)
             self._counted_to = now
-
-
-def remaining_seconds(progress: Progress | None) -> int | None:
-    """Training time that is left, by the measured rate; None before there is one."""
-    if progress is None or not progress.steps_per_second:
-        return None
-    return round((progress.total_steps - progress.step) / progress.steps_per_second)

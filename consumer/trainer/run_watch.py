@@ -54,11 +54,11 @@ class RunWatch:
             return
         if event.stage is not Stage.TRAINING:
             self._step = self._step_at = None
-        elif event.step != self._step:
+        elif event.done != self._step:
             # The first report only says where training starts: compiling may take minutes from
             # there.
             self._step_at = time.monotonic() if self._step is not None else None
-            self._step = event.step
+            self._step = event.done
 
     def judge(self) -> str | None:
         """Called now and then; asks for a stop at the deadline, and returns the verdict, if there

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from consumer import lane, pipeline
+from consumer import pipeline
 from consumer import worker as desk
 from consumer.life import checkpoint_uploads, endings, run_events
 from consumer.life.checkpoint_uploads import CheckpointUploads
@@ -28,7 +28,7 @@ from consumer.trainer.machine import Machine
 from consumer.trainer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
 from jobs import hold
-from services.broker import outbox
+from services.broker import lane, outbox
 from services.broker.settlement import Action
 from services.records import sweep as record_sweep
 from services.records.job_lease import JobLease
@@ -305,16 +305,17 @@ def keep_journal_of_epochs(journal: Journal) -> None:
             facts = {"task": event.task_id, "claim": uploads._lease.claim_number}
             match event:
                 case Started():
-                    journal.note("run", resumed_epoch=event.epoch, **facts)
-                    seen[event.task_id] = event.epoch
+                    journal.note("run", resumed_epoch=event.facts["epoch"], **facts)
+                    seen[event.task_id] = event.facts["epoch"]
                 case CheckpointSaved():
                     journal.note(
                         "checkpoint", name=event.name, epoch=event.epoch, step=event.step, **facts
                     )
                 case Progress(stage=Stage.TRAINING):
-                    for epoch in range(seen.get(event.task_id, 0) + 1, event.epoch + 1):
+                    reached = event.facts["epoch"]
+                    for epoch in range(seen.get(event.task_id, 0) + 1, reached + 1):
                         journal.note("epoch", epoch=epoch, **facts)
-                    seen[event.task_id] = event.epoch
+                    seen[event.task_id] = reached
                 case _:
                     pass
             original(event, observer, reporter, uploads)

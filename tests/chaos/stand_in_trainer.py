@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from jobs.lora_config import TrainingRun
+from jobs.style import TrainingRun
 from tests.chaos import full_disk
 from tests.chaos.fates import SEEDS
 from tests.chaos.journal import Journal
@@ -43,6 +43,7 @@ from utils.events import (
     Stage,
     Started,
     encode,
+    from_dict,
 )
 
 STEPS_PER_EPOCH = 4
@@ -97,7 +98,7 @@ class StandIn:
         while True:
             run = self._inbox.take()
             try:
-                ending: Finished | Failed = self._train(run)
+                ending: Finished | Failed = self._train(from_dict(TrainingRun, run.order))
             except TrainingServerError as error:
                 ending = Failed(run.task_id, type(error).__name__, str(error))
             except OSError as error:
@@ -110,11 +111,12 @@ class StandIn:
         fate = self._fate(run)
         epochs = run.parameters.epochs
         total = epochs * STEPS_PER_EPOCH
-        self._tell(Progress(run.task_id, Stage.PREPARING, 0, epochs, 0, 0))
+        self._tell(Progress(run.task_id, Stage.PREPARING, 0, 0, facts=_facts(0, epochs)))
         step = first = _resumed_step(run)
         images = sum(image.path is not None for image in run.images)
         self._note(run, "run", resumed_epoch=first // STEPS_PER_EPOCH)
-        self._tell(Started(run.task_id, epochs, total, step // STEPS_PER_EPOCH, step, images))
+        facts = _facts(step // STEPS_PER_EPOCH, epochs) | {"images_used": images}
+        self._tell(Started(run.task_id, step, total, facts=facts))
         told = 0.0
         stopped: StopReason | None = None
         while step < total:
@@ -163,11 +165,10 @@ class StandIn:
             task_id=run.task_id,
             folder=folder,
             files=FILES if folder else (),
-            epoch=step // STEPS_PER_EPOCH,
-            step=step,
-            loss=0.1,
+            done=step,
             seconds=seconds,
             stopped=stopped,
+            facts={"epoch": step // STEPS_PER_EPOCH, "loss": 0.1},
             summary={"hyperparameters": {"rank": run.parameters.rank}},
         )
 
@@ -214,12 +215,10 @@ class StandIn:
         return Progress(
             task_id=run.task_id,
             stage=stage,
-            epoch=step // STEPS_PER_EPOCH,
-            total_epochs=epochs,
-            step=step,
-            total_steps=epochs * STEPS_PER_EPOCH,
-            loss=0.1,
-            steps_per_second=STEPS_PER_EPOCH / self._epoch_seconds,
+            done=step,
+            total=epochs * STEPS_PER_EPOCH,
+            per_second=STEPS_PER_EPOCH / self._epoch_seconds,
+            facts=_facts(step // STEPS_PER_EPOCH, epochs) | {"loss": 0.1},
         )
 
     def _note(self, run: TrainingRun, kind: str, **facts: Any) -> None:
@@ -242,6 +241,10 @@ def content_of(name: str, task_id: str, claim: int) -> bytes:
 def digest_of(name: str, task_id: str, claim: int) -> str:
     """SHA-256 of `content_of`, in hexadecimal."""
     return hashlib.sha256(content_of(name, task_id, claim)).hexdigest()
+
+
+def _facts(epoch: int, epochs: int) -> dict[str, Any]:
+    return {"epoch": epoch, "total_epochs": epochs}
 
 
 def _resumed_step(run: TrainingRun) -> int:

@@ -16,7 +16,8 @@ from pydantic import SecretStr, ValidationError
 
 import config
 from config import load, load_local
-from jobs.lora_config import HyperParameters
+from jobs.kinds import REGISTRY
+from jobs.style import HyperParameters
 from services.s3.s3_service import S3Service
 from tests.unit.environment import DOCUMENTED, REQUIRED, TOKEN, problems, settings
 from utils.errors import ConfigurationError
@@ -206,7 +207,7 @@ def test_an_address_of_each_usual_kind_is_taken(
 def test_what_s3_s_client_refuses_the_settings_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     for address in ("localhost:9000", "http://mini_o:9000", "minio", "http://"):
         assert "AWS_ENDPOINT_URL_S3: " in problems(monkeypatch, AWS_ENDPOINT_URL_S3=address)
-        with pytest.raises(ConfigurationError, match="S3 cannot be set up"):
+        with pytest.raises(ConfigurationError, match="No S3 client can be made of the settings"):
             S3Service(region="eu-central-1", endpoint_url=address)
 
 
@@ -238,7 +239,7 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         WEBHOOK_ALLOWED_ORIGINS="https://A.example.com:443/path,http://localhost:8000",
     )
     assert loaded.broker.rabbitmq_host == ("one", "two")
-    assert loaded.jobs.retry_delays_seconds == (0.5, 60.0)
+    assert loaded.limits.retry_delays_seconds == (0.5, 60.0)
     assert loaded.storage.image_buckets == ("first", "second")
     assert loaded.webhooks.webhook_allowed_origins == (
         "https://a.example.com/path",
@@ -254,11 +255,11 @@ def test_a_list_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, name: str
 def test_curves_without_their_library_are_refused_at_once_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert settings(monkeypatch, TENSORBOARD="true").run.tensorboard
+    assert settings(monkeypatch, TENSORBOARD="true").options["style"].tensorboard
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
     told = problems(monkeypatch, TENSORBOARD="true", EPOCHS="none")
     assert "TENSORBOARD: " in told and "not installed" in told and "EPOCHS" in told
-    assert not settings(monkeypatch, TENSORBOARD="false", EPOCHS="1").run.tensorboard
+    assert not settings(monkeypatch, TENSORBOARD="false", EPOCHS="1").options["style"].tensorboard
 
 
 def test_a_signing_secret_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,9 +280,9 @@ def test_buckets_default_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_cannot_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = settings(monkeypatch)
     with pytest.raises(ValidationError, match="frozen"):
-        loaded.run.min_images = 4
+        loaded.pages.http_port = 4
     with pytest.raises(ValidationError, match="frozen"):
-        loaded.run = loaded.run
+        loaded.pages = loaded.pages
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded.parameters["style"].epochs = 3
 
@@ -421,7 +422,7 @@ def test_a_message_s_parameters_win_over_the_settings(monkeypatch: pytest.Monkey
 
 def test_every_hyper_parameter_has_a_setting() -> None:
     fields = {field.name for field in dataclasses.fields(HyperParameters)}
-    settings_of_style = config.KINDS["style"].settings
+    settings_of_style = config.settings_of_kinds("parameters")["style"].names
     assert set(settings_of_style.values()) == fields
     assert {f"STYLE_{name}".upper() for name in settings_of_style} <= DOCUMENTED
 
@@ -492,3 +493,84 @@ def test_a_file_of_certificates_and_a_proxy_are_checked_at_start(
         assert "hunter2" not in told
     proxy = "http://user:hunter2@proxy.example.org:3128"
     assert proxy in settings(monkeypatch, WEBHOOK_PROXY=proxy).secrets()
+
+
+# ---- kinds ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _ToyParameters:
+    """Parameters of a second kind, one of them with the name of one of the style's."""
+
+    epochs: int = 7
+
+    def __post_init__(self) -> None:
+        if self.epochs > 9:
+            raise ValueError(f"epochs is {self.epochs}; it must be at most 9")
+
+
+class _ToyKind:
+    parameters_type = _ToyParameters
+    options_type = None
+
+
+@pytest.fixture(name="toy")
+def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGISTRY, "toy", f"{__name__}:_ToyKind")
+
+
+def test_a_parameter_can_be_set_with_and_without_the_prefix_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = settings(monkeypatch, STYLE_EPOCHS="9", SEED="5", STYLE_LORA_RANK="8", MIN_IMAGES="4")
+    style = loaded.parameters["style"]
+    assert (style.epochs, style.seed, style.rank) == (9, 5, 8)
+    assert loaded.options["style"].min_images == 4
+    assert "STYLE_EPOCHS: epochs is 0" in problems(monkeypatch, STYLE_EPOCHS="0")
+
+
+def test_two_names_of_one_setting_with_different_values_are_refused_by_both_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("STYLE_EPOCHS=9\n", encoding="utf-8")
+    text = problems(monkeypatch, EPOCHS="8", RABBITMQ_PORT="0")
+    assert "STYLE_EPOCHS and EPOCHS: two names of one setting" in text and "RABBITMQ_PORT: " in text
+    assert settings(monkeypatch, EPOCHS="9", RABBITMQ_PORT="1").parameters["style"].epochs == 9
+
+
+@pytest.mark.usefixtures("toy")
+def test_names_without_a_prefix_belong_to_the_first_kind_that_the_worker_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = settings(monkeypatch, EPOCHS="3", KINDS="style, toy").parameters
+    assert (both["style"].epochs, both["toy"].epochs) == (3, 7)
+    toy_first = settings(monkeypatch, KINDS="toy,style").parameters
+    assert (toy_first["style"].epochs, toy_first["toy"].epochs) == (100, 3)
+    text = problems(monkeypatch, KINDS="toy", EPOCHS="10", STYLE_EPOCHS="0")
+    assert "EPOCHS: epochs is 10; it must be at most 9" in text
+    assert "STYLE_EPOCHS: epochs is 0" in text
+
+
+def test_an_unknown_kind_is_refused_with_the_kinds_that_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert settings(monkeypatch).worker.kinds == ("style",)
+    assert settings(monkeypatch, KINDS="style,style").kinds().served == ("style",)
+    text = problems(monkeypatch, KINDS="style,video", EPOCHS="0")
+    assert "KINDS: unknown kind video. Known kinds: style" in text and "EPOCHS: " in text
+
+
+def test_the_bucket_of_the_models_has_a_second_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings(monkeypatch, S3_BUCKET="models").storage.model_bucket_name == "models"
+    assert config.unknown_names() is None
+    assert "S3_BUCKET: is not a bucket name" in problems(monkeypatch, S3_BUCKET="s3://models")
+
+
+def test_the_setting_of_compilation_has_no_effect_and_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("COMPILE_FROM_STEPS=none\n", encoding="utf-8")
+    settings(monkeypatch)
+    assert "COMPILE_FROM_STEPS (has no effect: compilation was removed)" in str(
+        config.unknown_names()
+    )

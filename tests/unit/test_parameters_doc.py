@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jobs.lora_config import SETTING_OF, HyperParameters
+from jobs.style import HyperParameters
 
 DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "parameters.md"
 
@@ -25,7 +25,7 @@ def _row(field: dataclasses.Field[Any]) -> str:
     else:
         allowed = f"{limits['low']:g} – {limits['high']:.10g}"
     default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
-    setting = f"style_{SETTING_OF.get(field.name, field.name)}"
+    setting = f"style_{limits['setting'] or field.name}"
     return (
         f"| `{field.name}` | {default.lower() if isinstance(field.default, bool) else default} | "
         f"{allowed} | `{setting.upper()}` | {limits['doc']} |"

@@ -51,7 +51,7 @@ def test_a_toml_file_is_enough(file: Path) -> None:
     style = settings.parameters["style"]
     assert settings.broker.rabbitmq_host == ("one.example", "two.example")
     assert (style.epochs, style.learning_rate, settings.trainer.allow_cpu) == (7, 2e-4, True)
-    assert settings.jobs.retry_delays_seconds == (1.0, 2.0)
+    assert settings.limits.retry_delays_seconds == (1.0, 2.0)
     assert settings.storage.model_bucket_name == "media", "what is empty is not set"
     assert config.unknown_names(file) is None
 

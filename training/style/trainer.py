@@ -13,13 +13,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from jobs.checkpoint_name import folder_name
-from jobs.lora_config import TrainingRun
+from jobs.style import TrainingRun
 from training.runtime import checkpoint
 from training.runtime.checkpoint import Checkpoint, RunState
 from training.runtime.checkpoint_writer import CheckpointWriter
 from training.runtime.clock import Clock
 from training.runtime.curves import Curves
-from training.runtime.device import Pace, allocated_bytes, one_run_accelerator, peak_memory_bytes
+from training.runtime.device import (
+    Pace,
+    allocated_bytes,
+    one_run_accelerator,
+    peak_memory_bytes,
+)
 from training.style import loop_state
 from training.style.course import Course
 from training.style.dataset import Dataset
@@ -288,11 +293,13 @@ class LoRATrainer:
         self._emit(
             Started(
                 task_id=self._run.task_id,
-                total_epochs=self._parameters.epochs,
-                total_steps=self._plan.total_steps,
-                epoch=len(state.losses),
-                step=state.step,
-                images_used=len(self._dataset.usable),
+                done=state.step,
+                total=self._plan.total_steps,
+                facts={
+                    "epoch": len(state.losses),
+                    "total_epochs": self._parameters.epochs,
+                    "images_used": len(self._dataset.usable),
+                },
                 warnings=self._warnings(state),
             )
         )
@@ -340,13 +347,15 @@ class LoRATrainer:
             Progress(
                 task_id=self._run.task_id,
                 stage=Stage.TRAINING,
-                epoch=len(state.losses),
-                total_epochs=self._parameters.epochs,
-                step=state.step,
-                total_steps=self._plan.total_steps,
-                loss=state.losses[-1] if state.losses else None,
-                steps_per_second=self._clock.warm_steps_per_second,
+                done=state.step,
+                total=self._plan.total_steps,
+                per_second=self._clock.warm_steps_per_second,
                 gpu_memory_allocated=allocated_bytes(self._base.device),
+                facts={
+                    "epoch": len(state.losses),
+                    "total_epochs": self._parameters.epochs,
+                    "loss": state.losses[-1] if state.losses else None,
+                },
             )
         )
 

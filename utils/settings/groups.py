@@ -7,7 +7,6 @@ defaults for all that is not required, so a test makes one with the values that 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -52,20 +51,8 @@ class TrainerSettings(Group):
     ] = "true"
     cuda_visible_devices: str | None = None
     allow_cpu: bool = False
-    omp_num_threads: str | None = Field(None, pattern=r"^[1-9]\d*(,[1-9]\d*)*$")
+    omp_num_threads: str | None = Field(default=None, pattern=r"^[1-9]\d*(,[1-9]\d*)*$")
     stall_seconds: Seconds = 300.0
-
-
-class RunSettings(Group):
-    """What every training run takes from the settings, whoever ordered it."""
-
-    min_images: int = Field(3, ge=1, le=200)
-    max_image_bytes: int = Field(50 * 1024**2, ge=1024)
-    max_image_pixels: int = Field(100_000_000, ge=64 * 64)
-    checkpoint_interval: int = Field(10, ge=1)
-    preview_share: float = Field(0.1, ge=0, le=1)
-    sample_steps: int = Field(25, ge=1, le=100)
-    tensorboard: Annotated[bool, AfterValidator(values.tensorboard)] = False
 
 
 class LogSettings(Group):
@@ -81,13 +68,13 @@ class BrokerSettings(Group):
     """RabbitMQ: hosts, credentials and the queue."""
 
     rabbitmq_host: Hosts = ("localhost",)
-    rabbitmq_port: int = Field(5672, ge=1, le=65535)
+    rabbitmq_port: int = Field(default=5672, ge=1, le=65535)
     rabbitmq_user: str = "guest"
     rabbitmq_pass: SecretStr = SecretStr("guest")
     rabbitmq_vhost: str = "/"
     rabbitmq_tls: bool = False
-    rabbitmq_heartbeat_seconds: int = Field(20, ge=2, le=600)
-    training_queue: str = Field("model_training", pattern=r"^[A-Za-z0-9._-]{1,100}$")
+    rabbitmq_heartbeat_seconds: int = Field(default=20, ge=2, le=600)
+    training_queue: str = Field(default="model_training", pattern=r"^[A-Za-z0-9._-]{1,100}$")
 
 
 class WebhookSettings(Group):
@@ -160,23 +147,23 @@ class JobLimits(Group):
     """Limits, delays and intervals of a job's life."""
 
     progress_interval_seconds: Seconds = 30.0
-    lease_ttl_seconds: float = Field(120.0, ge=1, allow_inf_nan=False)
-    max_attempts: int = Field(3, ge=1, le=100)
+    lease_ttl_seconds: float = Field(default=120.0, ge=1, allow_inf_nan=False)
+    max_attempts: int = Field(default=3, ge=1, le=100)
     retry_delays_seconds: Delays = (10.0, 60.0, 600.0)
     ending_retry_delays_seconds: Delays = (60.0, 300.0, 1800.0, 7200.0)
-    deduplication_window_seconds: float = Field(600.0, ge=0, allow_inf_nan=False)
+    deduplication_window_seconds: float = Field(default=600.0, ge=0, allow_inf_nan=False)
     max_job_seconds: Seconds = 6 * 3600.0
     max_wait_seconds: Seconds | None = None
-    max_job_bytes: int = Field(10 * 1024**3, ge=1024)
-    max_machines: int = Field(3, ge=1)
-    record_retention_days: float | None = Field(None, ge=1, allow_inf_nan=False)
+    max_job_bytes: int = Field(default=10 * 1024**3, ge=1024)
+    max_machines: int = Field(default=3, ge=1)
+    record_retention_days: float | None = Field(default=None, ge=1, allow_inf_nan=False)
 
 
 class PageSettings(Group):
     """The address of the health and metrics pages."""
 
     http_host: str = "127.0.0.1"
-    http_port: int = Field(8080, ge=0, le=65535)
+    http_port: int = Field(default=8080, ge=0, le=65535)
 
 
 class TelemetrySettings(Group):

@@ -1,4 +1,4 @@
-"""Settings that are the defaults of a job's parameters, derived from the kind's own dataclass."""
+"""Settings that a kind of job states itself, as a dataclass with a default for every field."""
 
 from __future__ import annotations
 
@@ -13,45 +13,44 @@ from pydantic import AfterValidator, create_model
 from utils.settings.values import Group
 
 
-class ParameterDefaults:
-    """The settings of one kind of job.
+class KindSettings:
+    """The settings of one kind that become one dataclass.
 
-    Args:
-        kind: Name of the kind, which prefixes its settings (`STYLE_EPOCHS`).
-        parameters: The kind's dataclass of parameters. It has every default, and its constructor
-            checks the limits. If it has a method `require_libraries`, that is called too.
-        setting_of: Parameters whose setting has another name.
+    The dataclass has the defaults, and its constructor checks the limits. A method
+    `require_libraries`, if it has one, checks the machine. A field's setting has the field's name,
+    unless the field's metadata names another `setting`.
     """
 
-    def __init__(self, kind: str, parameters: type[Any], setting_of: Mapping[str, str]) -> None:
-        self._parameters = parameters
-        hints = typing.get_type_hints(parameters)
-        fields: dict[str, Any] = {
+    def __init__(self, dataclass: type[Any]) -> None:
+        self._dataclass = dataclass
+        fields = dataclasses.fields(dataclass)
+        hints = typing.get_type_hints(dataclass)
+        checked: dict[str, Any] = {
             field.name: (
                 Annotated[hints[field.name], AfterValidator(self._check(field.name))],
                 field.default,
             )
-            for field in dataclasses.fields(parameters)
+            for field in fields
         }
-        self._model = create_model(f"{kind}_defaults", __base__=Group, **fields)
-        self.settings = {setting_of.get(name, name): name for name in fields}
-        """Setting, without its prefix and in lower case -> parameter."""
+        self._model = create_model(dataclass.__name__, __base__=Group, **checked)
+        self.names = {field.metadata.get("setting") or field.name: field.name for field in fields}
+        """The dataclass's fields by their settings, without the kind's prefix, in lower case."""
 
     def read(self, values: Mapping[str, Any]) -> Any:
-        """The parameters' defaults, with these values over them.
+        """The dataclass with these values.
 
         Raises:
             ValidationError: Lists every value that is wrong.
         """
-        model = self._model.model_validate(values)
-        return self._parameters(**dict(model))
+        return self._dataclass(**dict(self._model.model_validate(values)))
 
     def _check(self, name: str) -> Any:
-        return functools.partial(_within_the_limits, self._parameters, name)
+        # A field is checked in an instance of its own, so that each wrong one is reported.
+        return functools.partial(_checked, self._dataclass, name)
 
 
-def _within_the_limits(parameters: type[Any], name: str, value: Any) -> Any:
-    checked = parameters(**{name: value})
+def _checked(dataclass: type[Any], name: str, value: Any) -> Any:
+    checked = dataclass(**{name: value})
     if hasattr(checked, "require_libraries"):
         checked.require_libraries()
     return value

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import importlib.util
 import ipaddress
 import os
 import re
@@ -156,16 +155,6 @@ def endpoint(value: str) -> str:
 def http_address(value: str) -> str:
     """An address of a service, perhaps with a path, and without a password."""
     origin_of(value)
-    return value
-
-
-def tensorboard(value: bool) -> bool:
-    """Whether event files are wanted, which need a library that not every machine has."""
-    if value and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "wants the package tensorboard, which is not installed: install it (requirements.txt "
-            "names the version), or leave this off"
-        )
     return value
 
 

@@ -12,13 +12,7 @@ import pytest
 from consumer.training_consumer import TrainingConsumer
 from sandbox.rabbitmq_node import RabbitMqNode
 from services.broker.settlement import Delivery, Settlement
-from tests.integration.consumer.broker import (
-    Client,
-    Start,
-    Worker,
-    make_settings,
-    until,
-)
+from tests.integration.consumer.broker import Client, Start, Worker, make_settings, until
 
 
 @pytest.fixture(name="queue")

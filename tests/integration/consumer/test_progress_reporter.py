@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from consumer.kinds import configured_kinds
 from consumer.life.progress_reporter import ProgressReporter
 from consumer.life.stop_signal import StopSignal
 from jobs.message import parse
 from sandbox.backend import Answer, Backend
 from tests.integration.consumer.broker import until
 from tests.integration.services.webhook_setup import service
-from tests.unit.jobs.message_samples import SETTINGS, flat
+from tests.unit.jobs.message_samples import SETTINGS, flat, style_kind
 from utils.errors import LeaseLost, Stopped, StopReason, TrainingFailed
 from utils.events import Progress, Stage
 
@@ -26,10 +27,16 @@ def backend() -> Iterator[Backend]:
         yield running
 
 
+def at(epoch: int) -> dict[str, int]:
+    """The facts of a style that has reached an epoch of ten."""
+    return {"epoch": epoch, "total_epochs": 10}
+
+
 def reporter(backend: Backend, stop: StopSignal, interval: float = 0.1) -> ProgressReporter:
-    job = parse(json.dumps(flat()).encode(), message_id="t", settings=SETTINGS)
+    job = parse(json.dumps(flat()).encode(), message_id="t", kinds=configured_kinds(SETTINGS))
     counter = itertools.count(1)
     return ProgressReporter(
+        style_kind(),
         job,
         service(backend.url),
         next_sequence=lambda: next(counter),
@@ -43,11 +50,11 @@ def test_the_newest_state_is_reported_by_the_clock_and_the_start_of_training_at_
 ) -> None:
     with reporter(backend, StopSignal(), interval=1.0) as reports:
         began = time.monotonic()
-        reports.saw(Progress("t", Stage.TRAINING, 0, 10, 0, 100))
-        reports.saw(Progress("t", Stage.TRAINING, 1, 10, 10, 100, steps_per_second=9.0))
+        reports.saw(Progress("t", Stage.TRAINING, 0, 100, facts=at(0)))
+        reports.saw(Progress("t", Stage.TRAINING, 10, 100, per_second=9.0, facts=at(1)))
         until(lambda: backend.progress("t"))
         assert time.monotonic() - began < 0.9
-        reports.saw(Progress("t", Stage.TRAINING, 2, 10, 20, 100, steps_per_second=10.0))
+        reports.saw(Progress("t", Stage.TRAINING, 20, 100, per_second=10.0, facts=at(2)))
         until(lambda: len(backend.progress("t")) == 2)
     told = [each.body["progress"] for each in backend.progress("t")]
     assert told[1]["current_epoch"] == 2 and told[1]["estimated_seconds"] == 8

@@ -15,13 +15,7 @@ from structlog.testing import capture_logs
 
 from consumer.training_consumer import ERRORS, TrainingConsumer
 from sandbox.rabbitmq_node import RabbitMqNode
-from tests.integration.consumer.broker import (
-    Client,
-    Handler,
-    Start,
-    make_settings,
-    until,
-)
+from tests.integration.consumer.broker import Client, Handler, Start, make_settings, until
 from utils.errors import BrokerError, BrokerRefused
 
 

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file
 from config import load_local
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from jobs.kinds import Run
+from jobs.style import HyperParameters, StyleKind, TrainerOptions, TrainingImage, TrainingRun
 from sandbox.photographs import photographs as real_photographs
 from sandbox.stand_in_model import build_stand_in
 from utils.errors import (
@@ -88,7 +89,9 @@ def _run(
     stop: StopSignal | None = None,
     max_seconds: float = 120,
 ) -> Finished:
-    return trainer.run(run, on_event, stop or StopSignal(), max_seconds=max_seconds)
+    return trainer.run(
+        Run.of(run, StyleKind.runner, {}), on_event, stop or StopSignal(), max_seconds=max_seconds
+    )
 
 
 def test_a_run_tells_its_story_in_order_and_the_next_one_meets_the_same_process(
@@ -99,7 +102,7 @@ def test_a_run_tells_its_story_in_order_and_the_next_one_meets_the_same_process(
     first_process = trainer.pid
     stages = [event.stage for event in events if isinstance(event, Progress)]
     assert stages[0] is Stage.PREPARING and stages[-1] is Stage.EXPORTING
-    assert any(isinstance(event, Started) and event.images_used == 3 for event in events)
+    assert any(isinstance(event, Started) and event.facts["images_used"] == 3 for event in events)
     assert [e.name for e in events if isinstance(e, CheckpointSaved)] == [
         "epoch-0001",
         "epoch-0002",
@@ -124,15 +127,15 @@ def test_a_stop_is_obeyed_within_one_step_and_leaves_a_checkpoint(
     def on_event(event: Event) -> None:
         if isinstance(event, CheckpointSaved):
             seen.append(event)
-        if isinstance(event, Progress) and event.step >= 4 and not asked_at:
-            asked_at.append(event.step)
+        if isinstance(event, Progress) and event.done >= 4 and not asked_at:
+            asked_at.append(event.done)
             stop.request(StopReason.SHUTDOWN)
 
     finished = _run(trainer, make_run(epochs=1000), on_event, stop)
     assert finished.stopped is StopReason.SHUTDOWN
-    assert seen[-1].step == finished.step
+    assert seen[-1].step == finished.done
     # What the desk hears is a little old: progress comes a few times a second.
-    assert finished.step - asked_at[0] <= 1 + finished.step // 2
+    assert finished.done - asked_at[0] <= 1 + finished.done // 2
     assert finished.files == ()
 
 
@@ -173,7 +176,7 @@ def test_the_trainer_ends_when_its_desk_is_killed(tmp_path: Path, options: Train
     script.write_text(
         "import json, sys, time\n"
         "from consumer.trainer.trainer_process import TrainerProcess\n"
-        "from jobs.lora_config import TrainerOptions\n"
+        "from jobs.style import TrainerOptions\n"
         "import os\n"
         "trainer = TrainerProcess(TrainerOptions(**json.loads(sys.argv[1])), dict(os.environ), "
         "stall_seconds=60)\n"
@@ -271,7 +274,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
 DESK = """
 import sys
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import TrainerOptions
+from jobs.style import TrainerOptions
 from utils import logger
 logger.configure()
 trainer = TrainerProcess(
@@ -355,7 +358,7 @@ def test_a_trainer_that_hangs_over_a_shutdown_costs_none_of_the_time_left_for_th
     trainer.start()
     began = time.monotonic()
     with pytest.raises(Stopped):
-        trainer.run(make_run(), lambda event: None, stop, max_seconds=60, patience=lambda: 0.0)
+        _run(trainer, make_run(), stop=stop, max_seconds=60)
     assert time.monotonic() - began < 1.5
     trainer.close()
 

@@ -17,14 +17,7 @@ from structlog.testing import capture_logs
 from consumer.training_consumer import TrainingConsumer
 from sandbox.rabbitmq_node import RabbitMqNode
 from services.broker.settlement import Delivery, Publication, Queue, Settlement
-from tests.integration.consumer.broker import (
-    SOON,
-    Client,
-    Handler,
-    Start,
-    make_settings,
-    until,
-)
+from tests.integration.consumer.broker import SOON, Client, Handler, Start, make_settings, until
 
 # --- the straight way
 

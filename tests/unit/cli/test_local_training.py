@@ -9,7 +9,7 @@ import pytest
 from cli.train import MADE, images_in, train_folder
 from config import load_local
 from consumer.life.stop_signal import StopSignal
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from training.style.results import report
 from utils.errors import ConfigurationError
 
@@ -27,7 +27,7 @@ def train(folder: Path, output: Path, *, trigger_word: str = "", **settings: str
     train_folder(
         folder,
         output,
-        settings=load_local(_env_file=None, **settings),
+        settings=load_local(_env_file=None, **settings),  # type: ignore[arg-type]
         parameters=HyperParameters(),
         trigger_word=trigger_word,
         resume=False,

@@ -14,7 +14,7 @@ from consumer.pages.observer import Observer
 from jobs.record import Ending, EndingKind, JobRecord, JobRequest
 from services.broker.settlement import Delivery, Queue
 from services.records.job_lease import JobLease
-from tests.unit.jobs.message_samples import envelope, read
+from tests.unit.jobs.message_samples import envelope, read, style_kind
 from utils.errors import ErrorCode, StopReason
 from utils.events import CheckpointSaved, Progress, Stage, Started
 from utils.gpu_monitor import GpuReading
@@ -44,12 +44,12 @@ def _observer(clock: Clock) -> Iterator[Observer]:
     """One with a job in hand whose trainer has worked for 60 seconds, its last checkpoint after 40
     of them."""
     observer = Observer()
-    record = JobRecord.new(JobRequest("t-1", 10, "identity", {}), "me", 120.0)
+    record = JobRecord.new(JobRequest("t-1", "style", "10", "identity", {}), "me", 120.0)
     target: Any = None
     lease = JobLease(target, record, "etag", time.monotonic(), lambda task_id: False)
-    with observer.holding(read(envelope()), lease):
+    with observer.holding(style_kind(), read(envelope()), lease):
         with observer.training():
-            observer.saw(Started("t-1", 10, 30, 0, 0, 3))
+            observer.saw(Started("t-1", 0, 30))
             clock.now += 40
             observer.saw(progress(4, 12))
             observer.saw(CheckpointSaved("t-1", "epoch-0004", 4, 12, "/tmp/x", 0.5))
@@ -64,7 +64,15 @@ def _observer(clock: Clock) -> Iterator[Observer]:
 
 def progress(epoch: int, step: int) -> Progress:
     """How far a run is."""
-    return Progress("t-1", Stage.TRAINING, epoch, 10, step, 30, 0.5, 2.0, 2**30)
+    return Progress(
+        "t-1",
+        Stage.TRAINING,
+        step,
+        30,
+        per_second=2.0,
+        gpu_memory_allocated=2**30,
+        facts={"epoch": epoch, "total_epochs": 10, "loss": 0.5},
+    )
 
 
 def value(observer: Observer, name: str, **labels: str) -> float | None:
@@ -124,7 +132,9 @@ def stage(observer: Observer) -> str:
 def test_the_stage_follows_the_job_past_the_trainer_s_last_word(observer: Observer) -> None:
     assert stage(observer) == "training"
     with observer.training():
-        observer.saw(Progress("t-1", Stage.EXPORTING, 10, 10, 30, 30))
+        observer.saw(
+            Progress("t-1", Stage.EXPORTING, 30, 30, facts={"epoch": 10, "total_epochs": 10})
+        )
         assert stage(observer) == "exporting"
     assert stage(observer) == "uploading"
     observer.ended(Ending(EndingKind.COMPLETE, {}))

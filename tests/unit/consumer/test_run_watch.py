@@ -55,7 +55,7 @@ def make(
 
 def progress(step: int, stage: Stage = Stage.TRAINING) -> Progress:
     """A run at this step."""
-    return Progress("task-1", stage, 0, 10, step, 100)
+    return Progress("task-1", stage, step, 100)
 
 
 def test_steps_keep_a_run_alive_and_their_absence_ends_it(watch: RunWatch, time: Time) -> None:

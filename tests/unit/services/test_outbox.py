@@ -7,14 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.broker.outbox import (
-    FIRST_DELAY,
-    LONGEST_DELAY,
-    MAX_STRIKES,
-    Backoff,
-    Outbox,
-    Parcel,
-)
+from services.broker.outbox import FIRST_DELAY, LONGEST_DELAY, MAX_STRIKES, Backoff, Outbox, Parcel
 from services.broker.settlement import BODY_BYTES, Publication, Queue
 from tests.unit.services.fake_broker import (  # noqa: F401  # pylint: disable=unused-import
     Clock,

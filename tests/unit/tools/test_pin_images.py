@@ -16,15 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from tools import pin_images
-from tools.pin_images import (
-    CannotAsk,
-    Image,
-    digest_of,
-    images,
-    main,
-    newest_commit,
-    pinned,
-)
+from tools.pin_images import CannotAsk, Image, digest_of, images, main, newest_commit, pinned
 from utils.settings.values import BASE_MODEL, BASE_MODEL_REVISION
 
 ROOT = Path(__file__).parents[3]

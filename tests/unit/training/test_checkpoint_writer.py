@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.lora_config import TrainingRun
+from jobs.style import TrainingRun
 from tests.unit.training.conftest import MakeRun
 from training.runtime import checkpoint
 from training.runtime.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ def test_training_goes_on_while_the_disk_writes_and_nothing_is_told_before_it_ha
 
     def hear(event: Event) -> None:
         told.append(event)
-        if isinstance(event, Progress) and event.step > 3 and not gate.is_set():
+        if isinstance(event, Progress) and event.done > 3 and not gate.is_set():
             assert not any(isinstance(each, CheckpointSaved) for each in told)
             gate.set()
 

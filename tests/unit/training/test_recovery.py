@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage
+from jobs.style import HyperParameters, TrainerOptions, TrainingImage
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     checkpoints,
@@ -133,7 +133,7 @@ def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_images_as
     )
     starts = [event for event in events if isinstance(event, Started)]
     assert [len(start.warnings) for start in starts] == sorted(len(s.warnings) for s in starts)
-    assert {start.total_steps for start in starts} == {4}
+    assert {start.total for start in starts} == {4}
 
 
 def test_it_goes_on_from_the_newest_checkpoint_and_ends_where_a_roomy_run_ends(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.lora_config import TrainerOptions, TrainingImage
+from jobs.style import TrainerOptions, TrainingImage
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     HalfPrecision,
@@ -70,7 +70,7 @@ def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(
     assert result.losses == unbroken["result"].losses
     assert (result.resumed_from, result.steps, result.epochs) == (stop // 2, 6, 3)
     started = next(event for event in events if isinstance(event, Started))
-    assert (started.epoch, started.step, started.total_steps) == (stop // 2, stop, 6)
+    assert (started.facts["epoch"], started.done, started.total) == (stop // 2, stop, 6)
 
 
 def test_a_run_stopped_at_every_step_ends_with_the_same_bits(

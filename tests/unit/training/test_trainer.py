@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from jobs.lora_config import HyperParameters, TrainerOptions
+from jobs.style import HyperParameters, TrainerOptions
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     HalfPrecision,
@@ -244,13 +244,20 @@ def test_events_tell_the_start_the_progress_and_the_end_in_order(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     result, _, events = trained(base, make_run(epochs=3))
-    assert events[0] == Started("task-1", 3, 9, 0, 0, 3, result.warnings)
+    assert events[0] == Started(
+        "task-1",
+        0,
+        9,
+        facts={"epoch": 0, "total_epochs": 3, "images_used": 3},
+        warnings=result.warnings,
+    )
     progress = [event for event in events if isinstance(event, Progress)]
     assert {event.stage for event in progress} == {Stage.TRAINING}
-    assert [event.step for event in progress] == sorted({event.step for event in progress})
+    assert [event.done for event in progress] == sorted({event.done for event in progress})
     last = progress[-1]
-    assert (last.epoch, last.step, last.total_steps, last.loss) == (3, 9, 9, result.loss)
-    assert last.steps_per_second and last.steps_per_second > 0
+    assert (last.done, last.total) == (9, 9)
+    assert last.facts == {"epoch": 3, "total_epochs": 3, "loss": result.loss}
+    assert last.per_second and last.per_second > 0
 
 
 def test_the_first_report_of_progress_gives_no_rate_for_it_would_be_that_of_a_cold_start(
@@ -258,7 +265,7 @@ def test_the_first_report_of_progress_gives_no_rate_for_it_would_be_that_of_a_co
 ) -> None:
     result, _, events = trained(base, make_run(epochs=3))
     first = next(event for event in events if isinstance(event, Progress))
-    assert first.step == 1 and first.steps_per_second is None
+    assert first.done == 1 and first.per_second is None
     assert result.steps_per_second
 
 

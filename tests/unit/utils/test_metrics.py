@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from prometheus_client.openmetrics.parser import (
-    text_string_to_metric_families as open_metrics,
-)
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as classic
 
 from utils.errors import ErrorCode
