@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from utils.threads import Every
+
 # Bits of NVML's clocks-event reasons that hold a busy GPU down, by what a person would look after.
 _THROTTLES = {
     "power": 0x4 | 0x80,  # the software's cap, the hardware's brake
@@ -73,22 +75,20 @@ class GpuMonitor:
         self._nvml: Any = None
         self._absent = False
         self._lost = False
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._logged_at = float("-inf")
+        self._every: Every | None = None
 
     def start(self) -> None:
         """Read and log from a daemon thread, from now on; once is enough."""
-        if self._thread is None:
-            self._stopping.clear()
-            self._thread = threading.Thread(target=self._watch, name="gpu-monitor", daemon=True)
-            self._thread.start()
+        if self._every is None:
+            self._every = Every(self._sample, self._look, name="gpu-monitor")
+            self._every.start()
 
     def stop(self) -> None:
         """Stop logging and let NVML go."""
-        self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._every is not None:
+            self._every.stop()
+            self._every = None
         with self._lock:
             if self._nvml is not None:
                 self._nvml.nvmlShutdown()
@@ -127,17 +127,15 @@ class GpuMonitor:
             fields = dataclasses.asdict(reading).items()
             self._log.info("gpu", extra={f"gpu_{key}": value for key, value in fields})
 
-    def _watch(self) -> None:
-        logged_at = float("-inf")
-        while True:
-            readings = self.read()
-            self._observe(readings)
-            # A little early is on time: the waits are as long as the samples are apart.
-            if (now := time.monotonic()) - logged_at > self._interval - self._sample / 2:
-                logged_at = now
-                self._write(readings)
-            if self._absent or self._stopping.wait(self._sample):
-                return
+    def _look(self) -> None:
+        readings = self.read()
+        self._observe(readings)
+        # A little early is on time: the waits are as long as the samples are apart.
+        if (now := time.monotonic()) - self._logged_at > self._interval - self._sample / 2:
+            self._logged_at = now
+            self._write(readings)
+        if self._absent and self._every is not None:
+            self._every.stop()
 
     def _opened(self) -> Any:
         if self._nvml is None and not self._absent:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -14,6 +13,7 @@ from consumer.pages.condition import Condition
 from services.s3.s3_service import S3Service
 from utils.errors import TrainingServerError
 from utils.metrics import Metrics
+from utils.threads import Every
 
 LOOK_SECONDS = 3.0
 PATIENCE_SECONDS = 3.0
@@ -49,22 +49,19 @@ class Surroundings:
         self._folders = dict(folders)
         self._condition = condition
         self._metrics = metrics
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="surroundings", daemon=True)
+        self._every = Every(LOOK_SECONDS, self._look, name="surroundings")
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._every.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopping.set()  # a look that hangs in the network is not waited for
+        self._every.stop(join_seconds=0)  # a request that hangs in the network is not waited for
 
-    def _loop(self) -> None:
-        while not self._stopping.is_set():
-            self._look_at_disks()
-            self._condition.saw_storage(self._storage_problem())
-            self._look_at_trainer()
-            self._stopping.wait(LOOK_SECONDS)
+    def _look(self) -> None:
+        self._look_at_disks()
+        self._condition.saw_storage(self._storage_problem())
+        self._look_at_trainer()
 
     def _storage_problem(self) -> str | None:
         for bucket, s3 in self._buckets:
