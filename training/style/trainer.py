@@ -13,13 +13,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from jobs.checkpoint_name import folder_name
-from jobs.lora_config import TrainingRun
+from jobs.style import TrainingRun
 from training.runtime import checkpoint
 from training.runtime.checkpoint import Checkpoint, RunState
 from training.runtime.checkpoint_writer import CheckpointWriter
 from training.runtime.clock import Clock
 from training.runtime.curves import Curves
-from training.runtime.device import Pace, allocated_bytes, one_run_accelerator, peak_memory_bytes
+from training.runtime.device import (
+    Pace,
+    allocated_bytes,
+    one_run_accelerator,
+    peak_memory_bytes,
+)
 from training.style import loop_state
 from training.style.course import Course
 from training.style.dataset import Dataset

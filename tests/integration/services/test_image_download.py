@@ -125,7 +125,7 @@ def test_an_image_of_exactly_the_limit_is_taken(s3: S3Service, bucket: str, tmp_
 @pytest.mark.parametrize(
     ("text", "caption"),
     [
-        ("a harbour\n at dawn \n".encode(), "a harbour at dawn"),
+        (b"a harbour\n at dawn \n", "a harbour at dawn"),
         (b"\xef\xbb\xbfwith a mark", "with a mark"),
         (b"caf\xe9", None),
         ("빨간 집".encode("cp949"), None),

@@ -14,7 +14,14 @@ from training.style import held_out
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.results import probe
-from training.style.results.probe import Interrupted, Probe, Probed, best_of, passes, verdict
+from training.style.results.probe import (
+    Interrupted,
+    Probe,
+    Probed,
+    best_of,
+    passes,
+    verdict,
+)
 from training.style.trainer import LoRATrainer
 
 

@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 
-from jobs.lora_config import HyperParameters, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.style.dataset import CAPTION_IGNORED, Dataset, ImageReport
 from training.style.families.sd15 import BaseModel
 from training.style.results.lora_formats import MODEL_FILES
-from training.style.results.report import FILES, MOST_REASONS, build_report, summary, write_report
+from training.style.results.report import (
+    FILES,
+    MOST_REASONS,
+    build_report,
+    summary,
+    write_report,
+)
 from training.style.results.result import TrainingResult
 
 ENTRIES = (

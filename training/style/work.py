@@ -1,0 +1,266 @@
+"""The work of the style kind: runs on a base model that stays loaded between them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import jinja2
+import transformers
+
+from jobs.style import TrainerOptions, TrainingRun
+from reports import html_report
+from training.runtime.device import free_memory, gpu_error, out_of_memory
+from training.style import held_out, recovery
+from training.style.dataset import Dataset
+from training.style.families.sd15 import BaseModel
+from training.style.results import export, preview, report
+from training.style.results.examiner import prompts_of, sample_steps
+from training.style.results.model_card import model_card
+from training.style.results.result import TrainingResult
+from utils.errors import GpuBroken, Stopped, StopReason, TrainingServerError
+from utils.events import BaseModelReady, Event, Finished, Progress, Stage
+
+log = logging.getLogger(__name__)
+
+Tell = Callable[[Event | BaseModelReady], None]
+
+
+@contextlib.contextmanager
+def _errors_of_the_device_as_ours() -> Iterator[None]:
+    try:
+        yield
+    except TrainingServerError:
+        raise
+    except Exception as error:
+        if not (known := gpu_error(error)):
+            raise
+        log.error("run_failed", exc_info=error)
+        raise known from error
+
+
+class StyleWork:
+    """Does the runs of the style kind, one after the other.
+
+    Attributes:
+        is_usable: False when the process must be replaced before the next run, because the base
+            model could not be restored.
+
+    Args:
+        options: The options of the trainer process.
+    """
+
+    run_type = TrainingRun
+
+    def __init__(self, options: TrainerOptions) -> None:
+        self.is_usable = True
+        self._options = options
+        self._base: BaseModel | None = None
+        _quieten_libraries()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the base model is loaded and on a GPU."""
+        return self._base is not None and self._base.device.type == "cuda"
+
+    def load(self, tell: Tell) -> None:
+        """Load the base model, unless it is loaded.
+
+        Args:
+            tell: Receives `BaseModelReady`.
+
+        Raises:
+            GpuBroken: There is no usable GPU, and training on the CPU is not allowed.
+            BaseModelUnavailable: The model is missing, incomplete or cannot be reached.
+        """
+        self._loaded(tell)
+
+    def release(self, tell: Tell) -> None:
+        """Give the memory of the base model back. The next run loads it again."""
+        if self._base is not None:
+            device, self._base = self._base.device, None
+            free_memory(device)
+            tell(BaseModelReady(False))
+
+    @_errors_of_the_device_as_ours()
+    def run(
+        self, run: TrainingRun, tell: Tell, should_stop: Callable[[], StopReason | None]
+    ) -> Finished:
+        """Do one run. The base model has no LoRA afterwards.
+
+        Args:
+            run: The run.
+            tell: Receives the run's events, except the last one, and `BaseModelReady`.
+            should_stop: Returns the reason to stop, or None.
+
+        Raises:
+            TrainingServerError: The run failed for a known reason.
+            Exception: The run failed for an unknown one.
+        """
+        began = time.monotonic()
+        try:
+            finished = self._train(run, self._loaded(tell), tell, should_stop)
+        except Stopped as stop:  # before the first step: there is nothing to save
+            finished = Finished(run.task_id, "", (), 0, 0.0, stopped=stop.reason)
+        except Exception:
+            self._detach_after_failure()
+            raise
+        self._detach(tell)
+        return dataclasses.replace(finished, seconds=time.monotonic() - began)
+
+    def _loaded(self, tell: Tell) -> BaseModel:
+        if self._base is None:
+            began = time.monotonic()
+            self._base = BaseModel.load(self._options)
+            tell(BaseModelReady(True, time.monotonic() - began))
+        return self._base
+
+    def _detach(self, tell: Tell) -> None:
+        """Remove the LoRA after a run that did not fail.
+
+        Raises:
+            Exception: The base model cannot be restored.
+        """
+        if self._base is None:
+            return
+        try:
+            self._base.detach()
+        except Exception as error:  # pylint: disable=broad-exception-caught  # raised, or logged
+            log.error("detach_failed", exc_info=error)
+            if not out_of_memory(error):
+                self.is_usable = False
+                raise
+            self.release(tell)  # The model is made. The base is loaded again.
+        else:
+            if self._base.drifted:
+                self.release(tell)
+
+    def _detach_after_failure(self) -> None:
+        """Remove the LoRA after a run that failed, whose error is the one to report."""
+        if self._base is None:
+            return
+        try:
+            self._base.detach()
+        except Exception as error:  # pylint: disable=broad-exception-caught  # logged
+            log.error("detach_failed", exc_info=error)
+            self.is_usable = False
+        self.is_usable = self.is_usable and not self._base.drifted
+
+    def _train(
+        self,
+        run: TrainingRun,
+        base: BaseModel,
+        tell: Tell,
+        should_stop: Callable[[], StopReason | None],
+    ) -> Finished:
+        """The run from its images to its files."""
+        epochs = run.parameters.epochs
+        at_the_beginning = {"epoch": 0, "total_epochs": epochs}
+        preparing = Progress(run.task_id, Stage.PREPARING, 0, 0, facts=at_the_beginning)
+        tell(preparing)
+        data = held_out.prepare(
+            run, base, should_stop=should_stop, on_image=lambda: tell(preparing)
+        )
+        result = recovery.train(run, base, data, emit=tell, should_stop=should_stop)
+        facts = {"epoch": result.epochs, "loss": result.loss}
+        finished = Finished(
+            run.task_id, "", (), result.steps, 0.0, stopped=result.stopped, facts=facts
+        )
+        if result.stopped:
+            return finished
+        tell(
+            Progress(
+                run.task_id,
+                Stage.EXPORTING,
+                result.steps,
+                result.steps,
+                per_second=result.steps_per_second,
+                facts=facts | {"total_epochs": epochs},
+            )
+        )
+        folder, summary = _write_output(run, base, data, result)
+        files = tuple(name for name in report.FILES if (folder / name).is_file())
+        return dataclasses.replace(finished, folder=str(folder), files=files, summary=summary)
+
+
+def _write_output(
+    run: TrainingRun, base: BaseModel, data: Dataset, result: TrainingResult
+) -> tuple[Path, dict[str, Any]]:
+    """Export the LoRA, make its samples, write the report; returns the folder and a summary."""
+    folder = Path(run.work_folder) / "output"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    card = model_card(run, base, data, result)
+    export.export(base, result.parameters, folder, metadata=card)
+    result = _with_previews(run, base, data, result, folder)
+    content = report.build_report(run, base, data, result)
+    report.write_report(content, folder)
+    _write_html(content, run, data, result, folder)
+    return folder, report.summary(content)
+
+
+def _with_previews(
+    run: TrainingRun, base: BaseModel, data: Dataset, result: TrainingResult, folder: Path
+) -> TrainingResult:
+    """Paint samples and plot the loss; training does not fail for want of an image of it."""
+
+    def paint_samples() -> None:
+        preview.write_samples(
+            base,
+            prompts_of(run, data),
+            run.parameters.seed,
+            folder,
+            resolution=run.parameters.resolution,
+            steps=sample_steps(run, base),
+        )
+
+    def plot_losses() -> None:
+        preview.write_loss_curve(
+            result.losses, folder, probes=result.probes, delivered=result.delivered_epoch
+        )
+
+    missing = []
+    for name, make in (("sample images", paint_samples), ("loss curve", plot_losses)):
+        try:
+            make()
+        except Exception as error:  # pylint: disable=broad-exception-caught  # said in the report
+            if isinstance(gpu_error(error), GpuBroken):
+                raise
+            log.error("preview_failed", extra={"preview": name}, exc_info=error)
+            missing.append(f"The {name} could not be made ({type(error).__name__}).")
+    return dataclasses.replace(result, warnings=(*result.warnings, *missing))
+
+
+def _write_html(
+    content: dict[str, Any], run: TrainingRun, data: Dataset, result: TrainingResult, folder: Path
+) -> None:
+    """The report for people. The facts are safe in the other one: training does not fail of it."""
+    try:
+        prompts = preview.chosen_prompts(prompts_of(run, data))
+        held_out_thumbnails = data.held_out.thumbnails if data.held_out else {}
+        html_report.write_html(
+            content,
+            run,
+            report.sample_rows(result),
+            prompts,
+            folder,
+            thumbnails={**held_out_thumbnails, **data.thumbnails},
+        )
+    except (ValueError, TypeError, LookupError, jinja2.TemplateError) as error:
+        log.error("html_report_failed", exc_info=error)
+
+
+def _quieten_libraries() -> None:
+    """Their progress bars and handlers of their own would break the log's lines."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.disable_default_handler()
+        library.utils.logging.enable_propagation()
+        library.utils.logging.set_verbosity_error()
