@@ -142,6 +142,9 @@ class TrainerSettings(BaseSettings):
     log_format: Literal["json", "text"] = "json"
     work_dir: AbsolutePath | None = None
 
+    http_host: str = "127.0.0.1"
+    http_port: int = Field(8080, ge=0, le=65535)
+
     @field_validator("*", mode="before")
     @classmethod
     def _is_filled_in(cls, value: Any) -> Any:
@@ -261,9 +264,6 @@ class Settings(TrainerSettings, StorageSettings):
     max_machines: int = Field(3, ge=1)
     record_retention_days: float | None = Field(None, ge=1, allow_inf_nan=False)
     shutdown_grace_seconds: Seconds = 8.0
-
-    http_host: str = "127.0.0.1"
-    http_port: int = Field(8080, ge=0, le=65535)
 
     otel_exporter_otlp_endpoint: (
         Annotated[str, AfterValidator(setting_values.http_address)] | None
