@@ -61,14 +61,17 @@ class Answers(Protocol):
 def numbers_of(latest: Progress | None, is_training: bool) -> dict[str, Any]:
     """The metrics of a job as JSON.
 
-    `gpu_memory_allocated` is in bytes; `gpu_memory_allocated_gb` is the same in gigabytes.
+    Memory is in bytes; the fields that end in `_gb` are in gigabytes. Allocated memory holds the
+    trainer's tensors, reserved memory also what its allocator keeps for the next ones.
 
     Args:
         latest: The newest report of the trainer; None before there is one.
         is_training: Whether the job runs. Its memory and remaining time are 0 afterwards.
     """
     facts = latest.facts if latest else {}
-    allocated = (latest.gpu_memory_allocated or 0) if latest and is_training else 0
+    now = latest if is_training else None
+    allocated = (now.gpu_memory_allocated or 0) if now else 0
+    reserved = (now.gpu_memory_reserved or 0) if now else 0
     return {
         "current_step": latest.done if latest else 0,
         "total_steps": latest.total if latest else 0,
@@ -76,10 +79,12 @@ def numbers_of(latest: Progress | None, is_training: bool) -> dict[str, Any]:
         "total_epochs": facts.get("total_epochs", 0),
         "last_loss": facts.get("loss"),
         "steps_per_second": latest.per_second if latest else None,
-        "estimated_seconds": latest.seconds_left if latest and is_training else None,
+        "estimated_seconds": now.seconds_left if now else None,
         "is_training": is_training,
         "gpu_memory_allocated": allocated,
         "gpu_memory_allocated_gb": round(allocated / _BYTES_PER_GB, 2),
+        "gpu_memory_reserved": reserved,
+        "gpu_memory_reserved_gb": round(reserved / _BYTES_PER_GB, 2),
     }
 
 

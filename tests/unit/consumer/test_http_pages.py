@@ -122,7 +122,12 @@ def ask(pages: HttpPages, path: str) -> tuple[int, dict[str, Any]]:
 def test_the_json_metrics_give_bytes_and_gigabytes(pages: HttpPages) -> None:
     numbers = ask(pages, "/metrics")[1]
     assert (numbers["gpu_memory_allocated"], numbers["gpu_memory_allocated_gb"]) == (0, 0.0)
-    progress = Progress("t", Stage.TRAINING, 5, 10, gpu_memory_allocated=12_500_000_000)
+    progress = Progress(
+        *("t", Stage.TRAINING, 5, 10),
+        gpu_memory_allocated=12_500_000_000,
+        gpu_memory_reserved=20_000_000_000,
+    )
+    assert numbers_of(progress, True)["gpu_memory_reserved_gb"] == 20
     assert numbers_of(progress, True)["gpu_memory_allocated"] == 12_500_000_000
     assert numbers_of(progress, True)["gpu_memory_allocated_gb"] == 12.5
     assert numbers_of(progress, False)["gpu_memory_allocated_gb"] == 0
