@@ -1,7 +1,8 @@
 """Sends log lines at ERROR or above to Sentry if a DSN is set, redacted like the log.
 
-The only importer of sentry_sdk, and only if a DSN is set. The SDK's logging integration patches `logging.Logger` and
-does not see the exceptions of structlog's lines, so a handler makes the events.
+The only importer of sentry_sdk, and only if a DSN is set. The SDK's logging integration patches
+`logging.Logger` and does not see the exceptions of structlog's lines, so a handler makes the
+events.
 """
 
 from __future__ import annotations
