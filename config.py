@@ -114,6 +114,7 @@ class LocalSettings(Group):
 
     trainer: TrainerSettings
     log: LogSettings
+    pages: PageSettings
     parameters: _of_kinds("parameters")  # type: ignore[valid-type]
     options: _of_kinds("options")  # type: ignore[valid-type]
     source: Path | None = None
@@ -194,7 +195,6 @@ class Settings(LocalSettings):
     broker: BrokerSettings
     storage: StorageSettings
     webhooks: WebhookSettings
-    pages: PageSettings
     telemetry: TelemetrySettings
 
     def kinds(self) -> Kinds:

@@ -3,15 +3,16 @@ backend."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cli.image_folder import ImageFolder, read_folder
 from config import LocalSettings
 from consumer.life.stop_signal import StopSignal
-from consumer.trainer.machine import require_fit
+from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.checkpoint_name import order
 from jobs.kinds import Run
@@ -19,7 +20,10 @@ from jobs.layout import CURVES
 from jobs.style import HyperParameters, StyleKind, TrainingImage, TrainingRun, checked_trigger_word
 from utils.errors import ConfigurationError, TrainingServerError
 from utils.events import Event, Finished
+from utils.logger import get_logger
 from utils.names import is_unicode, printable
+
+log = get_logger(__name__)
 
 REPORT = "training_report.json"
 MADE = frozenset(
@@ -91,7 +95,7 @@ def train_folder(
     found = _contents(folder)
     _refuse_to_overwrite(found.images, folder, output)
     _look_for_base_model(settings.base_model)
-    require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
+    machine = require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
     held_out = _contents(validation) if validation else ImageFolder((), ())
     work = output.resolve() / _WORK
     _make_folder(work, output, emptied=not resume)
@@ -113,6 +117,22 @@ def train_folder(
         tensorboard=settings.tensorboard,
         notes=found.notes + held_out.notes,
     )
+    finished = _run(run, settings, machine, on_event, stop)
+    if not finished.stopped:
+        _hand_over(finished, output)
+        _hand_over_curves(work / CURVES, output / CURVES)
+        shutil.rmtree(work, ignore_errors=True)
+    return finished
+
+
+def _run(
+    run: TrainingRun,
+    settings: LocalSettings,
+    machine: Machine,
+    on_event: Callable[[Event], None],
+    stop: StopSignal,
+) -> Finished:
+    work = Path(run.work_folder)
     trainer = TrainerProcess(
         settings.trainer_options(),
         settings.trainer_environment() | {"TMPDIR": str(work / _TEMPORARY)},
@@ -121,20 +141,48 @@ def train_folder(
         confinement=settings.trainer_confinement(work),
     )
     try:
-        finished = trainer.run(
-            Run.of(run, StyleKind.runner, {}), on_event, stop, max_seconds=float("inf")
-        )
+        with _pages(settings, machine, on_event) as see:
+            return trainer.run(
+                Run.of(run, StyleKind.runner, {}), see, stop, max_seconds=float("inf")
+            )
     except TrainingServerError:
-        if _newest_checkpoint(work) is None:  # there is nothing to go on from
+        if _newest_checkpoint(work) is None:  # nothing to continue from
             shutil.rmtree(work, ignore_errors=True)
         raise
     finally:
         trainer.close()
-    if not finished.stopped:
-        _hand_over(finished, output)
-        _hand_over_curves(work / CURVES, output / CURVES)
-        shutil.rmtree(work, ignore_errors=True)
-    return finished
+
+
+@contextlib.contextmanager
+def _pages(
+    settings: LocalSettings, machine: Machine, on_event: Callable[[Event], None]
+) -> Iterator[Callable[[Event], None]]:
+    """Serve the HTTP pages if `HTTP_PORT` is set; training does not depend on them.
+
+    Yields:
+        Receives every event, for `on_event` and the pages.
+    """
+    if "http_port" not in settings.pages.model_fields_set:
+        yield on_event
+        return
+    # pylint: disable-next=import-outside-toplevel  # only needed if HTTP_PORT is set
+    from consumer.pages.local import local_pages
+
+    try:
+        pages, condition = local_pages(
+            settings.http_host, settings.http_port, machine, settings.base_model
+        )
+    except ConfigurationError as error:
+        log.warning("pages_not_served", reason=str(error))
+        yield on_event
+        return
+
+    def both(event: Event) -> None:
+        condition.saw(event)
+        on_event(event)
+
+    with pages:
+        yield both
 
 
 def _hand_over(finished: Finished, output: Path) -> None:

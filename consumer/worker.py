@@ -83,7 +83,7 @@ def run_worker(
     with HttpPages(settings.http_host, settings.http_port, condition, observer.metrics):
         machine = require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
         _say_hello(settings, machine, observer)
-        condition.machine = machine
+        condition.machine_tested(machine)
         try:
             _serve(settings, shutdown, trainer_command, observer, condition, once_idle)
         finally:
@@ -105,11 +105,11 @@ def _serve(
         state_s3,
         settings.state_bucket_name,
         allow_unguarded=settings.allow_unguarded_state,
-        condition=condition,
+        report=condition.state_tested,
     )
     guard.test()  # a wrong store is refused before anything is loaded
     folders = WorkFolder(settings.work_dir)
-    trainer = condition.trainer = TrainerProcess(
+    trainer = TrainerProcess(
         settings.trainer_options(),
         settings.trainer_environment() | {"TMPDIR": str(folders.temporary)},
         stall_seconds=settings.stall_seconds,
@@ -118,11 +118,12 @@ def _serve(
         secrets=settings.secrets(),
         confinement=settings.trainer_confinement(folders.path),
     )
+    condition.has_trainer(trainer)
     failures: list[MachineError] = []
 
     def machine_fails(error: MachineError) -> None:
         failures.append(error)
-        condition.machine_problem = str(error)
+        condition.machine_failed(str(error))
         shutdown.request()
 
     monitor = GpuMonitor(sample_seconds=GPU_SAMPLE_SECONDS, observe=observer.gpus)
@@ -156,7 +157,7 @@ def _take_jobs(
 ) -> None:
     """Consume until the shutdown."""
     s3, observer = desk.state_s3, desk.observer
-    consumer = condition.broker = TrainingConsumer(
+    consumer = TrainingConsumer(
         settings,
         handle=Pipeline(desk).handle,
         handle_ending=desk.endings.handle,
@@ -165,6 +166,7 @@ def _take_jobs(
         once_idle=once_idle,
         outbox=outbox,
     )
+    condition.has_broker(consumer)
     sweep = RecordSweep(
         s3,
         settings.state_bucket_name,

@@ -1,1 +1,1 @@
-"""Leaves of the house: errors, events, logging, GPU readings. Imports nothing of ours."""
+"""Errors, events, logging, GPU readings and other leaves: imports no other package."""

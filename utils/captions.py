@@ -1,7 +1,7 @@
-"""The text of a caption, read from a file only where its encoding is certain.
+"""The text of a caption, read from a file only if its encoding is certain.
 
-Used for the object beside an image on S3, for the file beside it in a folder, and for what a
-message says: the same rules everywhere, so that nothing is trained that nobody wrote.
+The same rules hold for a caption object on S3, for a caption file in a folder, and for a caption in
+a message, so only text that a person wrote is trained.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MAX_CAPTION_BYTES = 16 * 1024
 """A larger file is no caption, and is not read."""
 TOO_LARGE = f"it is larger than {MAX_CAPTION_BYTES // 1024} KiB"
 SUFFIXES = (".txt", ".caption")
-"""Of caption files, in lower case; the first one wins where an image has both."""
+"""Suffixes of caption files, in lower case; the first one wins if an image has both."""
 
 _UNKNOWN = (
     "its encoding is not known (it is neither UTF-8 nor UTF-16; older programs write cp949 or "
@@ -43,17 +43,17 @@ _SCRIPTS = (
     {"ARABIC"},
     {"THAI"},
     {"DEVANAGARI"},
-    set[str](),  # Latin alone
+    set[str](),  # only Latin
 )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CaptionText:
-    """What a caption file says.
+    """The content of a caption file.
 
     Attributes:
-        text: On one line; "" where it says nothing or cannot be used.
-        problem: Why it is ignored, to follow "its caption was ignored: "; None where it is not.
+        text: The caption on one line; "" if it is empty or cannot be used.
+        problem: Why it is ignored, to follow "its caption was ignored: "; None if it is used.
     """
 
     text: str
@@ -64,8 +64,8 @@ def read_caption(content: bytes) -> CaptionText:
     """Decode a caption file.
 
     UTF-8, and UTF-16 and UTF-32 with a byte-order mark, are certain. UTF-16 without a mark is used
-    if only one of the two byte orders gives a text. Other encodings cannot be told apart in a text
-    as short as a caption, so nothing is guessed.
+    if only one of the two byte orders gives a text. Other encodings look alike in a text as
+    short as a caption, so nothing is guessed.
     """
     if len(content) > MAX_CAPTION_BYTES:
         return CaptionText("", TOO_LARGE)
@@ -84,7 +84,7 @@ def clean_caption(text: str) -> CaptionText:
 
 
 def decoded(content: bytes) -> str | None:
-    """A text file's text, without its byte-order mark; None where its encoding is not certain."""
+    """A text file's text, without its byte-order mark; None if its encoding is not certain."""
     for mark, encoding in _MARKS:
         if content.startswith(mark):
             return _strictly(content.removeprefix(mark), encoding)
@@ -94,7 +94,7 @@ def decoded(content: bytes) -> str | None:
 
 
 def _without_mark(content: bytes) -> str | None:
-    """UTF-16 without a byte-order mark, if one byte order alone gives a text."""
+    """UTF-16 without a byte-order mark, if only one byte order gives a text."""
     zeros = content.count(0)
     if 2 * zeros != len(content) and not content.translate(None, b"\0" + _ASCII_TEXT):
         return None  # ASCII with stray zeros, which read as UTF-16 would be Chinese

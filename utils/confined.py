@@ -1,13 +1,13 @@
 """Starts a program that cannot reach the secrets of the process that starts it.
 
 Run as a script: `python -I -S utils/confined.py CONFINEMENT_AS_JSON PROGRAM ARGUMENT...`. The
-script confines itself and then becomes the program, so the program runs no line of its own before
-that, and keeps its process id. It needs the standard library only.
+script confines itself and then becomes the program, so no line of the program runs before that,
+and its process id stays. It needs only the standard library.
 
 Three mechanisms, each closing gaps of the others:
 
 - The parent calls `hide_own_memory`: a process that is not dumpable shows its environment, memory
-  and open files to nobody but root.
+  and open files only to root.
 - Root's capabilities are dropped, so that the rule above also holds for a worker that runs as root.
 - Landlock (Linux 5.19 or newer) denies the hidden files, changes to the program's own code, reading
   or tracing any process outside, signals to them, and TCP connections to other ports than the
@@ -46,19 +46,19 @@ _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 2
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 _LAST_CAPABILITY = 63
-# What files of other owners and memory that is locked for the GPU want. No more: with SYS_PTRACE,
+# For files of other owners and memory that is locked for the GPU. No more: with SYS_PTRACE,
 # SYS_ADMIN, SYS_RAWIO or DAC_READ_SEARCH root could read the parent's memory, or any file.
 _KEPT_CAPABILITIES = frozenset({0, 1, 3, 14, 23})  # CHOWN, DAC_OVERRIDE, FOWNER, IPC_LOCK, SYS_NICE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Confinement:
-    """What the program may not do. Paths are absolute; one that does not exist yet counts, too.
+    """The limits of a program. Paths are absolute, and need not exist yet.
 
     Attributes:
         hidden: Files and folders that can neither be read nor written, nor made.
         read_only: Folders in which nothing can be changed.
-        writable: Folders that can be written although they lie in one of `read_only`.
+        writable: Folders inside `read_only` that can be written nevertheless.
         ports: TCP ports that can be connected to; none can be listened on.
     """
 
@@ -151,7 +151,7 @@ def _entries(folder: str) -> list[str]:
     try:
         with os.scandir(folder) as found:
             return [entry.path for entry in found if not entry.is_symlink()]
-    except OSError:  # what this user cannot list is not allowed either
+    except OSError:  # a folder that this user cannot list is not allowed either
         return []
 
 
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         confine(confinement)
     except OSError as error:
-        # Training goes on: whether that is acceptable is for the operator to say, who reads this.
+        # Training continues; the operator reads this line and decides whether that is acceptable.
         print(f"the trainer is not confined: {error}", file=sys.stderr, flush=True)
     os.execvp(program[0], program)
 

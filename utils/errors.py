@@ -1,4 +1,4 @@
-"""Every error that the training server raises on purpose.
+"""Every error that the training server raises on purpose, as a tree.
 
     TrainingServerError
     ├── ConfigurationError            the settings are wrong; nothing can start
@@ -10,8 +10,8 @@
     │   ├── BaseModelUnavailable      Stable Diffusion could not be loaded
     │   ├── GpuOutOfMemory
     │   ├── TrainingDiverged
-    │   ├── TrainingFailed            training broke in a way that has no name of its own
-    │   │   └── CheckpointUnusable    damaged, or of another run: an older one may help
+    │   ├── TrainingFailed            training failed for a reason that has no other class
+    │   │   └── CheckpointUnusable    damaged, or of another run: try an older one
     │   ├── TimeLimit
     │   ├── JobTooLarge               it needs more disk space than the workers have
     │   ├── ExportFailed              the written files do not act as the weights
@@ -25,17 +25,17 @@
     │   ├── ObjectNotFound
     │   ├── AccessDenied
     │   ├── ObjectTooLarge
-    │   ├── DamagedRecord             a record that nobody can read; waiting cannot help
+    │   ├── DamagedRecord             a record that cannot be read; waiting cannot help
     │   ├── NewerRecord               a record for a newer worker
     │   └── PreconditionFailed        a conditional write found another version
     ├── BrokerError                   RabbitMQ
     │   ├── BrokerRefused             waiting cannot help: credentials, conflicting queues
-    │   └── PublicationRefused        one message is not taken, and why; the connection may be well
-    └── Stopped                       not a fault: the run was asked to stop, and why
+    │   └── PublicationRefused        the broker does not take one message; the connection may work
+    └── Stopped                       not a fault: the run was asked to stop, with a reason
         └── LeaseLost                 another worker owns the job now
 
-A class's docstring is its default message. `CODES` is the one table that says what the backend is
-told and whether trying again can help.
+A class's docstring is its default message. `CODES` is the one table of the error code for the
+backend and of whether a retry can help.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class NewerRecord(StorageError):
 
 
 class PreconditionFailed(StorageError):
-    """The object was changed by somebody else."""
+    """The object was changed by another program."""
 
 
 class BrokerError(TrainingServerError):
@@ -266,7 +266,7 @@ class LeaseLost(Stopped):
         super().__init__(StopReason.LEASE_LOST, message)
 
 
-# class -> (what the backend is told, whether another attempt can help)
+# class -> (the error code for the backend, whether another attempt can help)
 CODES: dict[type[TrainingServerError], tuple[ErrorCode, bool]] = {
     InvalidMessage: (ErrorCode.INVALID_MESSAGE, False),
     UnknownType: (ErrorCode.UNKNOWN_TYPE, False),
@@ -283,15 +283,14 @@ CODES: dict[type[TrainingServerError], tuple[ErrorCode, bool]] = {
     Cancelled: (ErrorCode.CANCELLED, False),
     MachineError: (ErrorCode.WORKER_CRASHED, True),
     StorageError: (ErrorCode.STORAGE_FAILED, True),
-    # A missing or forbidden object is tried again like any trouble of S3's: both happen to whole
-    # buckets while a policy is being mended. A size does not mend itself.
+    # A missing or forbidden object is retried like any problem of S3: both happen to whole buckets
+    # while a policy is being corrected. A size stays.
     ObjectTooLarge: (ErrorCode.STORAGE_FAILED, False),
 }
 
 
 def code_of(error: BaseException) -> ErrorCode:
-    """The code that the backend is told: the nearest ancestor in `CODES`, else
-    `TRAINING_FAILED`."""
+    """The code for the backend: the nearest ancestor in `CODES`, else `TRAINING_FAILED`."""
     return _entry(error)[0]
 
 

@@ -80,6 +80,7 @@ class Progress:
         unit: Name of one unit, such as `step`.
         per_second: Units per second, measured over this run; None before there is a measurement.
         gpu_memory_allocated: Bytes of the GPU that the trainer's tensors use; None without a GPU.
+        gpu_memory_reserved: Bytes of the GPU that the trainer holds, free ones included.
         facts: What the kind of the job adds, such as `epoch` and `loss`.
     """
 
@@ -90,6 +91,7 @@ class Progress:
     unit: str = "step"
     per_second: float | None = None
     gpu_memory_allocated: int | None = None
+    gpu_memory_reserved: int | None = None
     facts: dict[str, Any] = _facts()
 
     @property

@@ -1,4 +1,4 @@
-"""What the GPUs are doing: memory, utilisation, temperature and power, through NVIDIA's NVML."""
+"""Readings of the GPUs by NVIDIA's NVML: memory, utilisation, temperature and power."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Bits of NVML's clocks-event reasons that hold a busy GPU down, by what a person would look after.
+from utils.threads import Every
+
+# Bits of NVML's clocks-event reasons that hold a busy GPU down, by the part to check.
 _THROTTLES = {
     "power": 0x4 | 0x80,  # the software's cap, the hardware's brake
     "heat": 0x20 | 0x40,  # the software's and the hardware's limit
@@ -26,10 +28,10 @@ class GpuReading:
         index: NVML's index, which CUDA_VISIBLE_DEVICES does not change.
         name: As the driver calls it.
         memory_used_bytes, memory_total_bytes: Of all processes.
-        utilisation_percent: Part of the last sample period in which a kernel ran; None where it
+        utilisation_percent: Part of the last sample period in which a kernel ran; None if it
             cannot be read.
-        temperature_celsius: Of the chip; None where it cannot be read.
-        power_watts: Drawn now; None where it cannot be read.
+        temperature_celsius: Of the chip; None if it cannot be read.
+        power_watts: Drawn now; None if it cannot be read.
         throttled: Why it holds its clocks down, of `THROTTLE_REASONS`; None where it cannot be
             read.
     """
@@ -47,7 +49,7 @@ class GpuReading:
 class GpuMonitor:
     """Reads the GPUs on demand; once started, every few seconds, and logs them every minute.
 
-    A machine without NVIDIA's driver says so once and has no readings.
+    A machine without NVIDIA's driver has no readings; that is logged once.
     """
 
     def __init__(
@@ -62,8 +64,8 @@ class GpuMonitor:
         Args:
             interval_seconds: Time between two log lines.
             sample_seconds: Time between two readings; None for that between two log lines.
-            observe: Is given every reading.
-            log: Where to; a logger of this module by default.
+            observe: Receives every reading.
+            log: The logger; that of this module by default.
         """
         self._interval = interval_seconds
         self._sample = sample_seconds or interval_seconds
@@ -73,29 +75,27 @@ class GpuMonitor:
         self._nvml: Any = None
         self._absent = False
         self._lost = False
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._logged_at = float("-inf")
+        self._every: Every | None = None
 
     def start(self) -> None:
         """Read and log from a daemon thread, from now on; once is enough."""
-        if self._thread is None:
-            self._stopping.clear()
-            self._thread = threading.Thread(target=self._watch, name="gpu-monitor", daemon=True)
-            self._thread.start()
+        if self._every is None:
+            self._every = Every(self._sample, self._look, name="gpu-monitor")
+            self._every.start()
 
     def stop(self) -> None:
-        """Stop logging and let NVML go."""
-        self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Stop logging and close NVML."""
+        if self._every is not None:
+            self._every.stop()
+            self._every = None
         with self._lock:
             if self._nvml is not None:
                 self._nvml.nvmlShutdown()
                 self._nvml = None
 
     def read(self) -> list[GpuReading]:
-        """Every GPU of the machine, now; empty where there is none that answers."""
+        """Every GPU of the machine, now; empty if none answers."""
         with self._lock:
             nvml = self._opened()
             if nvml is None:
@@ -112,7 +112,7 @@ class GpuMonitor:
                 return []
 
     def driver_version(self) -> str | None:
-        """The driver's, as `580.65.06`; None where there is none or it does not say."""
+        """The driver's version, such as `580.65.06`; None if it is unknown."""
         with self._lock:
             nvml = self._opened()
             return _optional(nvml, nvml.nvmlSystemGetDriverVersion) if nvml else None
@@ -123,21 +123,19 @@ class GpuMonitor:
 
     def _write(self, readings: list[GpuReading]) -> None:
         for reading in readings:
-            # A log record has a `name` of its own already, so every key gets a prefix.
+            # A log record already has a `name`, so every key gets a prefix.
             fields = dataclasses.asdict(reading).items()
             self._log.info("gpu", extra={f"gpu_{key}": value for key, value in fields})
 
-    def _watch(self) -> None:
-        logged_at = float("-inf")
-        while True:
-            readings = self.read()
-            self._observe(readings)
-            # A little early is on time: the waits are as long as the samples are apart.
-            if (now := time.monotonic()) - logged_at > self._interval - self._sample / 2:
-                logged_at = now
-                self._write(readings)
-            if self._absent or self._stopping.wait(self._sample):
-                return
+    def _look(self) -> None:
+        readings = self.read()
+        self._observe(readings)
+        # A little early is on time: the waits are as long as the samples are apart.
+        if (now := time.monotonic()) - self._logged_at > self._interval - self._sample / 2:
+            self._logged_at = now
+            self._write(readings)
+        if self._absent and self._every is not None:
+            self._every.stop()
 
     def _opened(self) -> Any:
         if self._nvml is None and not self._absent:
@@ -180,7 +178,7 @@ def _throttles(nvml: Any, handle: Any) -> tuple[str, ...] | None:
 
 
 def _optional(nvml: Any, function: Any, *arguments: Any) -> Any:
-    """None where this GPU, or this part of one, does not tell."""
+    """The value, or None if this GPU, or this part of one, does not report it."""
     try:
         return function(*arguments)
     except nvml.NVMLError:

@@ -1,5 +1,4 @@
-"""One line of JSON an event, or coloured text on a terminal; the job is bound once; secrets never
-get through.
+"""The log: one line of JSON per event, or coloured text; the job is bound once; secrets are masked.
 
 Modules of the desk call `get_logger`; `training/` and third parties use the standard library's
 loggers. Both go through the same processors to standard error.
@@ -31,7 +30,7 @@ _SECRET_SHAPES = (
     (re.compile(r"(://[^/\s:@]*):[^@/\s]+@"), r"\1:" + MASK + "@"),
     (re.compile(r"(?i)([?&](?:x-amz-[\w-]*|signature|awsaccesskeyid)=)[^&\s\"']+"), r"\1" + MASK),
 )
-# These libraries tell every request at DEBUG, headers and all.
+# These libraries log every request at DEBUG, with its headers.
 _TALKATIVE = (
     *("botocore", "boto3", "s3transfer", "urllib3", "pika", "PIL", "matplotlib", "httpx"),
     "asyncio",
@@ -96,7 +95,7 @@ def _spellings(secret: str) -> str:
 def configure(
     *, level: str = "INFO", log_format: str = "json", secrets: Iterable[str] = ()
 ) -> None:
-    """Send every log line of this process to standard error, and what nobody caught as well.
+    """Send every log line of this process to standard error, uncaught exceptions included.
 
     Args:
         level: `DEBUG`, `INFO`, `WARNING` or `ERROR`.
@@ -146,7 +145,7 @@ def configure(
 def _log_uncaught(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    if issubclass(kind, KeyboardInterrupt):  # is no fault
+    if issubclass(kind, KeyboardInterrupt):  # not a fault
         sys.__excepthook__(kind, error, trace)
     else:
         get_logger(__name__).critical("uncaught_exception", exc_info=(kind, error, trace))
@@ -171,5 +170,5 @@ def bound(**values: Any) -> AbstractContextManager[None]:
 
 
 def bound_value(name: str) -> str:
-    """What `bound` has bound under a name in this thread; empty for nothing."""
+    """The value that `bound` has bound under a name in this thread; empty without one."""
     return str(structlog.contextvars.get_contextvars().get(name, ""))

@@ -1,6 +1,6 @@
 """Folders that are complete or absent: files, a manifest with their hashes, then one rename.
 
-Needs no torch, so that whoever moves checkpoints about can verify them.
+Needs no torch, so the front desk can verify checkpoints too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ MANIFEST = "manifest.json"
 def write_folder(folder: Path, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
     """Write `files` and a manifest that names them, so that `folder` appears whole or not at all.
 
-    The files are written and synced beside `folder`, the manifest last; then the folder is renamed
-    into place. A folder of the same name is replaced.
+    The files are written and synced to a temporary folder next to `folder`, the manifest last; then
+    the folder is renamed. A folder of the same name is replaced.
 
     Args:
-        folder: Where the files are to lie.
+        folder: The target.
         files: Content by plain file name.
-        facts: What else the manifest says (JSON values).
+        facts: Further values of the manifest (JSON values).
 
     Raises:
         OSError: The disk is full or broken.
@@ -60,7 +60,7 @@ def verify(folder: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        CheckpointUnusable: Says which file is missing, truncated or altered.
+        CheckpointUnusable: A file is missing, truncated or altered; the message names it.
     """
     folder = Path(folder)
     try:

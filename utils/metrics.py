@@ -1,7 +1,7 @@
-"""What the worker counts and measures, by the names under which Prometheus finds it.
+"""The worker's metrics, by their Prometheus names.
 
-The only importer of prometheus_client. The metrics stand in a registry of their own, made once a
-worker and handed to whoever has something to count. Names and units follow Prometheus' conventions:
+The only importer of prometheus_client. The metrics have their own registry, made once per worker
+and passed to the parts that count. Names and units follow Prometheus' conventions:
 seconds, bytes, ratios from 0 to 1; what only rises ends in `_total`.
 """
 
@@ -18,7 +18,7 @@ from utils.errors import ErrorCode, Refusal
 
 PREFIX = "training_server"
 NO_CODE = "none"
-"""The label `code` of what did not fail."""
+"""The label `code` of a job that did not fail."""
 
 READINESS = ("broker", "s3", "gpu", "base_model")
 """The parts of readiness: the label `check`, and what `/ready` names."""
@@ -196,7 +196,7 @@ class Metrics:
         self.disk_size_bytes = self._gauge("disk_size_bytes", "Size of their disks", "folder")
         self.ready = self._gauge("ready", "1 while /ready answers 200")
         self.ready_check = self._gauge("ready_check", "1 while this part is ready", "check")
-        self.worker = Info(f"{PREFIX}_worker", "What this worker is", registry=self.registry)
+        self.worker = Info(f"{PREFIX}_worker", "Facts about this worker", registry=self.registry)
 
     def _start_at_zero(self) -> None:
         """A series that appears with its first event hides that event from `increase()`."""

@@ -51,8 +51,6 @@ class Every:
         function: The call.
         name: The thread's name.
         at_once: The first call comes at the start; otherwise after the first interval.
-        join_seconds: The end of the block waits this long for a call that runs; None for as long
-            as the call takes.
     """
 
     def __init__(
@@ -62,12 +60,10 @@ class Every:
         *,
         name: str,
         at_once: bool = True,
-        join_seconds: float | None = None,
     ) -> None:
         self._seconds = seconds if callable(seconds) else lambda: seconds
         self._function = function
         self._at_once = at_once
-        self._join_seconds = join_seconds
         self._due = threading.Event()
         self._stopping = threading.Event()
         context = contextvars.copy_context()
@@ -80,7 +76,7 @@ class Every:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop(self._join_seconds)
+        self.stop()
 
     def start(self) -> None:
         """Start the thread."""

@@ -1,14 +1,14 @@
-"""What the lease learns reaches the job: that it is lost, or that a cancel file was put there."""
+"""Stops a job when its lease is lost or when a cancel file appears."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 from consumer.life.stop_signal import StopSignal
 from services.records.job_lease import JobLease
 from utils.errors import StopReason
+from utils.threads import Every
 
 _SECONDS = 0.1
 
@@ -16,7 +16,6 @@ _SECONDS = 0.1
 @contextlib.contextmanager
 def relayed(lease: JobLease, stop: StopSignal) -> Iterator[None]:
     """While the block runs, a lost lease or a cancel file asks the job to stop."""
-    done = threading.Event()
 
     def relay() -> None:
         if lease.lost.is_set():
@@ -24,15 +23,6 @@ def relayed(lease: JobLease, stop: StopSignal) -> Iterator[None]:
         if lease.cancelled.is_set():
             stop.request(StopReason.CANCELLED)
 
-    def watch() -> None:
-        while not done.wait(_SECONDS):
-            relay()
-
-    relay()  # what was there before the first claim is obeyed before any work
-    thread = threading.Thread(target=watch, name="relay", daemon=True)
-    thread.start()
-    try:
+    relay()  # a cancel file from before the first claim stops the job before any work
+    with Every(_SECONDS, relay, name="relay", at_once=False):
         yield
-    finally:
-        done.set()
-        thread.join()

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
-import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +15,7 @@ from services.webhooks.webhook_service import ProgressAnswer, WebhookService
 from utils.errors import Stopped, StopReason
 from utils.events import Progress, Stage
 from utils.logger import get_logger
+from utils.threads import Every
 
 log = get_logger(__name__)
 
@@ -52,17 +51,11 @@ class ProgressReporter:
         self._origin = webhooks.origin_for(job.webhook_url)
         self._next_sequence = next_sequence
         self._stop = stop
-        self._interval = interval_seconds
         self._latest = beginning(kind, job)
-        self._wake = threading.Event()
-        self._closed = False
-        context = contextvars.copy_context()  # the thread's log lines carry the job, too
-        self._thread = threading.Thread(
-            target=context.run, args=(self._loop,), name="progress", daemon=True
-        )
+        self._every = Every(interval_seconds, self._report, name="progress", at_once=False)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._every.start()
         return self
 
     def __exit__(
@@ -81,10 +74,7 @@ class ProgressReporter:
         Args:
             wait: For the report in hand, so that it cannot arrive after an ending.
         """
-        self._closed = True
-        self._wake.set()
-        if wait and self._thread.is_alive():
-            self._thread.join()
+        self._every.stop(join_seconds=None if wait else 0)
 
     def saw(self, progress: Progress) -> None:
         """Take the newest state. The start of training is reported at once, everything else by the
@@ -94,14 +84,7 @@ class ProgressReporter:
         rate = progress.per_second or self._latest.per_second
         self._latest = dataclasses.replace(progress, per_second=rate)
         if starts:
-            self._wake.set()
-
-    def _loop(self) -> None:
-        self._wake.wait(self._interval)
-        while not self._closed:
-            self._wake.clear()
-            self._report()
-            self._wake.wait(self._interval)
+            self._every.hurry()
 
     def _report(self) -> None:
         answer = self._webhooks.send_progress(self._origin, self._body())

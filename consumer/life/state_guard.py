@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
-from consumer.pages.condition import Condition
 from services.records.condition_probe import ConditionalSupport, probe
 from services.s3.s3_service import S3Service
 from utils.errors import ConfigurationError, StorageError
 from utils.logger import get_logger
 
 log = get_logger(__name__)
+
+Report = Callable[[str | None, str], None]
 
 RETRY_SECONDS = 3.0
 _REMARK = (
@@ -27,16 +29,17 @@ class StateGuard:
         s3: The store of the state bucket.
         bucket: The state bucket.
         allow_unguarded: `ALLOW_UNGUARDED_STATE`: a store without conditional writes is taken.
-        condition: Shows on the worker's pages what was found.
+        report: Receives the problem, or None, and a remark, after each test.
     """
 
     def __init__(
-        self, s3: S3Service, bucket: str, *, allow_unguarded: bool, condition: Condition
+        self, s3: S3Service, bucket: str, *, allow_unguarded: bool, report: Report
     ) -> None:
         self._s3 = s3
         self._bucket = bucket
         self._allow_unguarded = allow_unguarded
-        self._condition = condition
+        self._report = report
+        self._remark = ""
         self._reason: str | None = None
         self._tested = False
 
@@ -55,7 +58,7 @@ class StateGuard:
             self._could_not_test(str(error))
             return False
         self._judge(support)
-        self._condition.state_problem = None
+        self._report(None, self._remark)
         self._tested = True
         return True
 
@@ -85,9 +88,7 @@ class StateGuard:
         if reason != self._reason:
             log.error("state_bucket_unusable", bucket=self._bucket, reason=reason)
         self._reason = reason
-        self._condition.state_problem = (
-            f"the state bucket could not be tested for conditional writes: {reason}"
-        )
+        self._report(f"the state bucket could not be tested for conditional writes: {reason}", "")
 
     def _judge(self, support: ConditionalSupport) -> None:
         if support.complete:
@@ -99,7 +100,7 @@ class StateGuard:
                 reason=support.explain(),
                 allowed_by="ALLOW_UNGUARDED_STATE",
             )
-            self._condition.remarks["s3"] = _REMARK
+            self._remark = _REMARK
         else:
             log.error("state_bucket_unsafe", bucket=self._bucket, reason=support.explain())
             raise ConfigurationError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Self
 
@@ -18,6 +17,7 @@ from services.records.sweep import RecordSweep
 from services.s3.s3_service import S3Service
 from utils.errors import NewerRecord, StorageError
 from utils.logger import get_logger
+from utils.threads import Every
 
 log = get_logger(__name__)
 
@@ -51,15 +51,14 @@ class Sweeper:
         self._kinds = kinds
         self._s3 = s3
         self._observer = observer
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="sweeper", daemon=True)
+        self._every = Every(settings.lease_ttl_seconds, self.sweep_once, name="sweeper")
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._every.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopping.set()
+        self._every.stop(join_seconds=0)  # a sweep that hangs in the network is not waited for
 
     def sweep_once(self) -> None:
         """Take the inventory if it is due, and publish again what was abandoned."""
@@ -75,12 +74,6 @@ class Sweeper:
             return
         census = self._sweep.census
         self._observer.endings_pending(census.endings_pending, census.oldest_ending_seconds)
-
-    def _loop(self) -> None:
-        while True:
-            self.sweep_once()
-            if self._stopping.wait(self._settings.lease_ttl_seconds):
-                return
 
     def _publish_again(self, record: JobRecord) -> None:
         try:

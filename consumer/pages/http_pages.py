@@ -1,8 +1,8 @@
-"""The worker's HTTP pages, for ops and their tools: /health, /ready, /status and /metrics.
+"""The HTTP pages for operators and their tools: /health, /ready, /status and /metrics.
 
-Served by a thread of their own, from what is already known: no job holds them up, and they hold up
-no job. Nothing can be changed here, so only GET and HEAD are answered. They tell no secret, but
-they are for ops: `HTTP_HOST` is this machine alone unless told otherwise.
+A thread serves them from facts that are already known, so pages and jobs never wait for each other.
+Nothing can be changed here, so only GET and HEAD are answered. The pages contain no secret, but
+they are for operators: `HTTP_HOST` is this machine unless it is set.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import uvicorn
 from starlette.applications import Starlette
@@ -21,10 +21,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from consumer.pages.condition import Condition
 from utils.errors import ConfigurationError
+from utils.events import Progress
 from utils.logger import get_logger
-from utils.metrics import READINESS, Metrics, formats
+from utils.metrics import Metrics, formats
 
 log = get_logger(__name__)
 
@@ -33,9 +33,59 @@ _CONNECTION_SECONDS = 5.0
 _CONNECTIONS = 100
 _HEADER_BYTES = 16 * 1024
 _KEPT_SECONDS = 1.0
-"""Making the metrics' text takes milliseconds of a core that may be the trainer's other half: who
-asks more often gets the same one."""
+"""The metrics' text is made once per this time: it takes milliseconds of a core that training
+needs."""
+_BYTES_PER_GB = 10**9
 _NO_STORE = {"Cache-Control": "no-store", "Connection": "close"}
+
+
+class Answers(Protocol):
+    """The contents of the pages: a worker's condition, or that of a local training."""
+
+    def health(self) -> dict[str, Any]:
+        """Whether the process should live on; a key `problem` says why not."""
+
+    def ready(self) -> dict[str, Any]:
+        """Whether a job can be taken: `ready`, and a sentence for each of `checks`."""
+
+    def status(self) -> dict[str, Any]:
+        """Facts about the process and its job."""
+
+    def numbers(self) -> dict[str, Any]:
+        """The metrics as JSON."""
+
+    def show(self) -> None:
+        """Update the metrics that change with time."""
+
+
+def numbers_of(latest: Progress | None, is_training: bool) -> dict[str, Any]:
+    """The metrics of a job as JSON.
+
+    Memory is in bytes; the fields that end in `_gb` are in gigabytes. Allocated memory holds the
+    trainer's tensors, reserved memory also what its allocator keeps for the next ones.
+
+    Args:
+        latest: The newest report of the trainer; None before there is one.
+        is_training: Whether the job runs. Its memory and remaining time are 0 afterwards.
+    """
+    facts = latest.facts if latest else {}
+    now = latest if is_training else None
+    allocated = (now.gpu_memory_allocated or 0) if now else 0
+    reserved = (now.gpu_memory_reserved or 0) if now else 0
+    return {
+        "current_step": latest.done if latest else 0,
+        "total_steps": latest.total if latest else 0,
+        "current_epoch": facts.get("epoch", 0),
+        "total_epochs": facts.get("total_epochs", 0),
+        "last_loss": facts.get("loss"),
+        "steps_per_second": latest.per_second if latest else None,
+        "estimated_seconds": now.seconds_left if now else None,
+        "is_training": is_training,
+        "gpu_memory_allocated": allocated,
+        "gpu_memory_allocated_gb": round(allocated / _BYTES_PER_GB, 2),
+        "gpu_memory_reserved": reserved,
+        "gpu_memory_reserved_gb": round(reserved / _BYTES_PER_GB, 2),
+    }
 
 
 class HttpPages:
@@ -44,18 +94,18 @@ class HttpPages:
     Args:
         host: `HTTP_HOST`.
         port: `HTTP_PORT`; 0 for any that is free, which the log then names.
-        condition: What they tell.
-        metrics: What `/metrics` tells.
+        condition: The contents of the pages.
+        metrics: The contents of `/metrics` for Prometheus.
 
     Attributes:
-        port: Where they are.
+        port: The port that the pages are on.
 
     Raises:
         ConfigurationError: The port is in use or may not be used, or the host is not this
             machine's.
     """
 
-    def __init__(self, host: str, port: int, condition: Condition, metrics: Metrics) -> None:
+    def __init__(self, host: str, port: int, condition: Answers, metrics: Metrics) -> None:
         self._condition = condition
         self._metrics = metrics
         self._kept: dict[frozenset[str], tuple[float, bytes, str]] = {}
@@ -71,7 +121,7 @@ class HttpPages:
             routes=[Route(path, _guarded(page), methods=["GET"]) for path, page in routes.items()],
             exception_handlers={404: _refusal, 405: _refusal},
         )
-        app.router.redirect_slashes = False  # it would redirect to whatever host a request names
+        app.router.redirect_slashes = False  # it would redirect to the host that a request names
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -86,7 +136,7 @@ class HttpPages:
                 timeout_graceful_shutdown=1,
             )
         )
-        # It tells of each broken request, which anybody can send; what breaks here is told below.
+        # uvicorn logs every malformed request, and anyone can send one. `_guarded` logs our bugs.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
         log.info("http_listening", host=host, port=self.port)
@@ -108,10 +158,8 @@ class HttpPages:
         return _json(health, status=503 if "problem" in health else 200)
 
     async def _ready(self, _request: Request) -> Response:
-        problems = self._condition.problems()
-        remarks = self._condition.remarks
-        checks = {part: problems.get(part) or remarks.get(part, "ok") for part in READINESS}
-        return _json({"ready": not problems, "checks": checks}, status=503 if problems else 200)
+        ready = self._condition.ready()
+        return _json(ready, status=200 if ready["ready"] else 503)
 
     async def _status(self, _request: Request) -> Response:
         return _json(self._condition.status())
@@ -131,10 +179,10 @@ class HttpPages:
 
 
 class _BriefConnection(H11Protocol):
-    """A connection for one request, cut off after some seconds: nobody can collect them.
+    """A connection for one request, cut off after some seconds.
 
-    Where there are many at once, a new one takes the place of the oldest, which has had its time: a
-    probe is answered though somebody holds all that he can get.
+    If there are many at once, a new one takes the place of the oldest. So a probe is answered even
+    if a client holds as many connections as it can open.
     """
 
     begun_at: float
@@ -149,7 +197,7 @@ class _BriefConnection(H11Protocol):
                 (each for each in self.connections if isinstance(each, _BriefConnection)),
                 key=lambda each: each.begun_at,
             )
-            self.connections.discard(oldest)  # it is lost a moment later, and must not count twice
+            self.connections.discard(oldest)  # it is closed a moment later and must not count twice
             oldest.transport.abort()
 
 
@@ -157,7 +205,7 @@ _Page = Callable[[Request], Awaitable[Response]]
 
 
 def _guarded(page: _Page) -> _Page:
-    """The page, with a bug of ours told in the log and not to whoever asks."""
+    """The page; a bug goes to the log and not to the client."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -173,7 +221,7 @@ def _listening(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # A worker that follows another must not wait for the last of its connections to be over.
+        # A new worker must not wait for the end of its predecessor's connections.
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind((host, port))
         opened.listen(_CONNECTIONS)

@@ -1,4 +1,4 @@
-"""The job in hand as it goes: what `/status` tells of it, and what the metrics count of it."""
+"""The current job: its facts for `/status` and its share of the metrics."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from utils.events import CheckpointSaved, Event, Progress, Stage, Started
 from utils.metrics import Metrics
 
 DELIVERING = "delivering"
-"""Stage of a job that has ended, while the backend has yet to take the ending."""
+"""Stage of a job that has ended, until the backend accepts the ending."""
 
 
 class JobWatch:
-    """One claim on a job, from the claim to whatever came of it. Safe to share between threads.
+    """One claim on a job, from the claim to its result. Safe to share between threads.
 
     Args:
         kind: The kind of the job.
         job: The job.
-        lease: The hold on it.
-        metrics: Where it is counted.
+        lease: The hold on the job.
+        metrics: Count the job.
 
     Attributes:
-        latest: How far the job is, as the trainer said last; None before it said anything.
+        latest: The newest progress report of the trainer; None before the first.
     """
 
     def __init__(self, kind: JobKind, job: Job, lease: JobLease, metrics: Metrics) -> None:
@@ -47,7 +47,7 @@ class JobWatch:
 
     @property
     def seconds(self) -> float:
-        """Since the claim."""
+        """Seconds since the claim."""
         return time.monotonic() - self._began_at
 
     @contextlib.contextmanager
@@ -72,11 +72,11 @@ class JobWatch:
         return str(stage)
 
     def ended(self) -> None:
-        """The ending is in the record; the backend is told of it now."""
+        """The ending is in the record, and its delivery to the backend begins."""
         self._has_ended = True
 
     def saw(self, event: Event) -> None:
-        """Take note of what the trainer says."""
+        """Take an event of the trainer."""
         self._count_time()
         match event:
             case Started():
@@ -90,16 +90,16 @@ class JobWatch:
                 pass
 
     def uploaded(self, name: str, seconds: float) -> None:
-        """A checkpoint is registered: what was trained up to it is not lost any more."""
+        """A checkpoint is registered: the training up to it cannot be lost any more."""
         self._metrics.checkpoint_upload_seconds.observe(seconds)
         self._kept_at = self._saved_at.get(name, self._kept_at)
 
     def wasted(self, reason: str, *, all_of_it: bool = False) -> None:
-        """The run broke off.
+        """The run ended without a result.
 
         Args:
             reason: One of `utils.metrics.WASTE`.
-            all_of_it: Nobody goes on from its checkpoints either.
+            all_of_it: No later run continues from its checkpoints.
         """
         if self._run_began_at is None:
             return
@@ -108,7 +108,7 @@ class JobWatch:
         self._metrics.wasted_gpu_seconds.labels(reason).inc(max(0.0, end - begin))
 
     def show_lease(self) -> None:
-        """Bring what changes by itself up to date."""
+        """Update the metrics that change with time."""
         self._metrics.lease_remaining_seconds.set(max(0.0, self._lease.remaining))
 
     def facts(self) -> dict[str, Any]:

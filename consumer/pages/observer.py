@@ -1,6 +1,6 @@
-"""What a worker knows of itself: told by those who do its work, read by the pages and the metrics.
+"""Worker state for the status pages and the metrics.
 
-One object, handed to whoever has something to tell. It decides nothing, and never fails.
+The parts of the worker report facts to one object. It decides nothing, and it never fails.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _SPANS = {Stage.PREPARING: "vet", Stage.TRAINING: "train", Stage.EXPORTING: "exp
 
 
 class Observer:
-    """The one job in hand, the queues, and what has been counted since the start.
+    """The current job, the queues, and the counts since the start.
 
     Args:
-        metrics: Where it is counted.
-        tracing: Where it becomes spans.
+        metrics: Receive the counts.
+        tracing: Receives the spans.
 
     Attributes:
         metrics, tracing: The same.
-        queues: Their lengths and waits.
-        last: How far the newest job was when it was last heard of; kept after its end.
+        queues: Lengths and waiting times of the queues.
+        last: The newest progress report of the newest job; kept after its end.
         gpus_lost: GPUs that could be read cannot be read any more.
     """
 
@@ -51,12 +51,12 @@ class Observer:
 
     @property
     def job(self) -> JobWatch | None:
-        """The job in hand."""
+        """The current job."""
         return self._job
 
     @contextlib.contextmanager
     def holding(self, kind: JobKind, job: Job, lease: JobLease) -> Iterator[None]:
-        """While the block runs the worker holds this job."""
+        """Keep the job as the current one while the block runs."""
         self._job = JobWatch(kind, job, lease, self.metrics)
         self.metrics.job_in_hand.set(1)
         self.metrics.job_progress_ratio.set(0)
@@ -77,13 +77,13 @@ class Observer:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """While the block runs the trainer works on the job in hand."""
+        """Count the time of the block as training of the current job."""
         self._stage = None
         with self._job.run() if self._job else contextlib.nullcontext(), self._stage_span:
             yield
 
     def saw(self, event: Event) -> None:
-        """The trainer has said something of the job in hand."""
+        """Take an event of the trainer about the current job."""
         if self._job is None:
             return
         self._job.saw(event)
@@ -96,28 +96,28 @@ class Observer:
             )
 
     def uploaded(self, name: str, seconds: float) -> None:
-        """A checkpoint of the job in hand is registered."""
+        """A checkpoint of the current job is registered."""
         if self._job:
             self._job.uploaded(name, seconds)
 
     def took(self, delivery: Delivery) -> None:
-        """A message was handed over."""
+        """A message was delivered."""
         self.metrics.messages.labels(delivery.queue).inc()
         if delivery.redelivered:
             self.metrics.redeliveries.labels(delivery.queue).inc()
 
     def looked(self, queue: Queue, messages: int, consumers: int) -> None:
-        """The broker has told a queue's length."""
+        """The broker reported a queue's length."""
         self.queues.looked(queue, messages, consumers)
 
     def connected(self, *, again: bool) -> None:
-        """There is a connection to the broker."""
+        """A connection to the broker is open."""
         self.metrics.broker_connected.set(1)
         if again:
             self.metrics.broker_reconnects.inc()
 
     def disconnected(self) -> None:
-        """There is none any more."""
+        """The connection to the broker is closed."""
         self.metrics.broker_connected.set(0)
         self.metrics.consuming.set(0)
         self.queues.lost_sight()
@@ -131,24 +131,24 @@ class Observer:
         self.metrics.messages_put_off.labels(reason).inc()
 
     def dead_lettered(self, code: ErrorCode) -> None:
-        """A message was given up and goes to the dead queue."""
+        """A message goes to the dead queue."""
         self.metrics.messages_dead_lettered.labels(code).inc()
 
     def swept(self) -> None:
-        """The sweep found a record that no message points to, and publishes it again."""
+        """The sweep publishes a record again that no message points to."""
         self.metrics.records_swept.inc()
 
     def lease_lost(self) -> None:
-        """The hold on a job was lost to another worker, or to the clock."""
+        """A lease was lost to another worker, or it expired."""
         self.metrics.leases_lost.inc()
 
     def endings_pending(self, count: int, oldest_seconds: float) -> None:
-        """The sweep has counted the endings that the backend has not taken yet."""
+        """The sweep has counted the endings that the backend has not accepted yet."""
         self.metrics.endings_pending.set(count)
         self.metrics.oldest_pending_ending_age_seconds.set(oldest_seconds)
 
     def ended(self, ending: Ending) -> None:
-        """The job in hand has its ending."""
+        """The current job has its ending."""
         self.metrics.jobs.labels(ending.kind, ending.code or NO_CODE).inc()
         self.tracing.note(ending=ending.kind, code=ending.code)
         if self._job is None:
@@ -163,25 +163,24 @@ class Observer:
             self._job.wasted("cancelled" if cancelled else "failed", all_of_it=True)
 
     def tried_again(self, code: ErrorCode) -> None:
-        """The attempt in hand failed, and there will be another."""
+        """The current attempt failed, and another one follows."""
         self.metrics.job_retries.labels(code).inc()
         self.tracing.note(tried_again=code)
         self._wasted("retry")
 
     def given_back(self, reason: StopReason) -> None:
-        """The worker stops, or the job in hand is another's."""
+        """The worker stops, or another worker has the current job."""
         self.metrics.jobs_given_back.labels(reason).inc()
         self.tracing.note(given_back=reason)
         self._wasted(str(reason))
 
     def unfit(self) -> None:
-        """The machine fails, and the job in hand goes to another."""
+        """The machine fails, and the current job goes to another one."""
         self.metrics.jobs_given_back.labels("machine").inc()
         self._wasted("machine")
 
     def gpus(self, readings: list[GpuReading]) -> None:
-        """The GPUs were read. What one does not tell is not shown, and nothing of one that is
-        lost."""
+        """Take the readings of the GPUs. Missing values, and those of a lost GPU, are not shown."""
         metrics = self.metrics
         self._gpus_seen = self._gpus_seen or bool(readings)
         self.gpus_lost = self._gpus_seen and not readings

@@ -1,9 +1,9 @@
-"""How long the queues are, and how long one waits in them, as far as a worker can know.
+"""The lengths and waiting times of the queues, as far as a worker can know them.
 
-A worker cannot look into a queue: it can ask for the length, and it sees a message only when that
-is handed over. Two bounds follow. A message that waits now came after the queue was last seen
-empty; and since a queue is first in, first out, it was made after the one that was handed over
-last. So the oldest has waited no longer than the smaller of the two.
+A worker can ask for a queue's length, and it sees a message only on delivery. Two bounds follow.
+A message that waits now came after the queue was last seen empty. Since a queue is first in, first
+out, the message was also made after the one that was delivered last. So the oldest message has
+waited no longer than the smaller of the two times.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from services.broker.settlement import Queue
 from utils.metrics import Metrics
 
 _KNOWN_JOBS = 20
-_LONGEST_BELIEVED = 30 * 86400.0  # a message says itself when it was made
+_LONGEST_BELIEVED = 30 * 86400.0  # the time comes from the message
 
 
 class QueueWatch:
-    """What the consumer sees of its queues. Safe to share between threads.
+    """The state of the queues. Safe to share between threads.
 
     Args:
-        metrics: Where it is shown.
-        clock: Seconds that only rise.
+        metrics: Show the state.
+        clock: A monotonic clock in seconds.
     """
 
     def __init__(self, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,7 +41,7 @@ class QueueWatch:
         self._durations: deque[float] = deque(maxlen=_KNOWN_JOBS)
 
     def looked(self, queue: Queue, messages: int, consumers: int) -> None:
-        """The broker has said how many messages are ready, and how many consumers there are."""
+        """The broker reported the ready messages and the consumers of a queue."""
         self._metrics.queue_messages.labels(queue).set(messages)
         self._metrics.queue_consumers.labels(queue).set(consumers)
         with self._lock:
@@ -53,7 +53,7 @@ class QueueWatch:
         self._show_age()
 
     def lost_sight(self) -> None:
-        """The connection is gone: what was known of lengths holds no longer."""
+        """The connection is closed, so the known lengths are out of date."""
         with self._lock:
             self._lengths.clear()
             self._consumers = 0
@@ -63,10 +63,10 @@ class QueueWatch:
         self._show_age()
 
     def took(self, created_at: str | None) -> None:
-        """A training message was handed over for the first time.
+        """A training message was delivered for the first time.
 
         Args:
-            created_at: When it was made, as it says itself.
+            created_at: The creation time in the message.
         """
         age = age_of(created_at)
         if age is None:
@@ -77,22 +77,22 @@ class QueueWatch:
         self._show_age()
 
     def finished(self, seconds: float) -> None:
-        """A job was done from claim to model in so many seconds."""
+        """A job took this many seconds from the claim to the model."""
         with self._lock:
             self._durations.append(seconds)
 
     @property
     def length(self) -> int | None:
-        """Training messages that wait; None while that is not known."""
+        """Training messages that wait; None while the number is unknown."""
         return self._lengths.get(Queue.TRAINING)
 
     def may_hold_messages(self) -> bool:
-        """Whether training messages may wait; also while the broker has not said how many."""
+        """Whether training messages may wait; true while their number is unknown."""
         return self.length != 0
 
     @property
     def oldest_seconds(self) -> float | None:
-        """The oldest training message has waited at most so long; None while nothing is known."""
+        """The longest possible wait of the oldest training message; None while it is unknown."""
         with self._lock:
             length = self._lengths.get(Queue.TRAINING)
             since = [at for at in (self._empty_at, self._newest_made_at) if at is not None]
@@ -106,7 +106,7 @@ class QueueWatch:
         """The place of a message that joins the queue after a delay, and when its turn comes.
 
         Returns:
-            Its place, counted from 1, and the seconds until somebody takes it, by the mean of the
+            Its place, counted from 1, and the seconds until a worker takes it, by the mean of the
             jobs that this worker has finished; None while either is unknown.
         """
         with self._lock:
@@ -122,9 +122,9 @@ class QueueWatch:
 
 
 def age_of(created_at: str | None) -> float | None:
-    """Seconds since a time that a message names (ISO 8601, UTC unless it says otherwise).
+    """Seconds since the time in a message (ISO 8601, UTC by default).
 
-    None where it names none, or one that cannot be true.
+    None if the time is missing or cannot be true.
     """
     if created_at is None:
         return None

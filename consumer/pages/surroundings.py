@@ -1,10 +1,9 @@
-"""Looks every few seconds at what the worker stands on: S3, the disks, a trainer that is idle."""
+"""Polls S3, the disks and an idle trainer process every few seconds."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -14,22 +13,23 @@ from consumer.pages.condition import Condition
 from services.s3.s3_service import S3Service
 from utils.errors import TrainingServerError
 from utils.metrics import Metrics
+from utils.threads import Every
 
 LOOK_SECONDS = 3.0
 PATIENCE_SECONDS = 3.0
-"""With the time between two looks this keeps `/ready` within ten seconds of the truth."""
+"""Together with the interval, this keeps `/ready` at most ten seconds out of date."""
 
 
 class Surroundings:
-    """A thread that looks; a context manager.
+    """The polling thread; a context manager.
 
     Args:
-        settings: Which buckets.
-        s3: A service of its own, whose requests fail fast; of the model bucket's store.
-        state_s3: The same of the state bucket's.
-        folders: Folders whose disks are watched, by the metric's label.
-        condition: Is told about S3, and knows the trainer.
-        metrics: Are told about the disks.
+        settings: The names of the buckets.
+        s3: The model bucket's store; its requests fail fast.
+        state_s3: The state bucket's store; its requests fail fast.
+        folders: Folders whose disks are measured, by the metric's label.
+        condition: Receives the result for S3, and replaces a trainer that died.
+        metrics: Receive the sizes of the disks.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Surroundings:
         condition: Condition,
         metrics: Metrics,
     ) -> None:
-        # Where both are one, the bucket is looked at once.
+        # A bucket that is both is tested once.
         self._buckets = sorted(
             {(settings.state_bucket_name, state_s3), (settings.model_bucket_name, s3)},
             key=lambda each: each[0],
@@ -49,22 +49,19 @@ class Surroundings:
         self._folders = dict(folders)
         self._condition = condition
         self._metrics = metrics
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="surroundings", daemon=True)
+        self._every = Every(LOOK_SECONDS, self._look, name="surroundings")
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._every.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopping.set()  # a look that hangs in the network is not waited for
+        self._every.stop(join_seconds=0)  # a request that hangs in the network is not waited for
 
-    def _loop(self) -> None:
-        while not self._stopping.is_set():
-            self._look_at_disks()
-            self._condition.saw_storage(self._storage_problem())
-            self._look_at_trainer()
-            self._stopping.wait(LOOK_SECONDS)
+    def _look(self) -> None:
+        self._look_at_disks()
+        self._condition.storage_tested(self._storage_problem())
+        self._condition.revive_trainer()
 
     def _storage_problem(self) -> str | None:
         for bucket, s3 in self._buckets:
@@ -74,14 +71,9 @@ class Surroundings:
                 return str(error)
         return None
 
-    def _look_at_trainer(self) -> None:
-        trainer = self._condition.trainer
-        if trainer and not self._condition.is_training:  # else its run sees to it
-            trainer.revive()
-
     def _look_at_disks(self) -> None:
         for label, folder in self._folders.items():
-            with contextlib.suppress(OSError):  # not made yet, or its disk is gone: nothing to show
+            with contextlib.suppress(OSError):  # not made yet, or its disk is gone
                 usage = shutil.disk_usage(folder)
                 self._metrics.disk_free_bytes.labels(label).set(usage.free)
                 self._metrics.disk_size_bytes.labels(label).set(usage.total)

@@ -1,5 +1,4 @@
-"""Is this machine fit for training? Asked at start, and again when a run says that the GPU is
-broken."""
+"""Tests whether this machine can train: at the start, and after a run reports a broken GPU."""
 
 from __future__ import annotations
 
@@ -18,14 +17,14 @@ _TIMEOUT_SECONDS = 120.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
-    """What trains.
+    """The machine that trains.
 
     Attributes:
-        cuda: There is a GPU and it computes.
-        device: Its name, or `cpu`.
-        count: How many GPUs the trainer may see; it uses the first.
+        cuda: There is a GPU, and it computes.
+        device: The GPU's name, or `cpu`.
+        count: The GPUs that the trainer may see; it uses the first.
         memory_bytes: The GPU's memory.
-        problem: What is wrong with the GPU; None if it is well or absent.
+        problem: A sentence about a broken GPU; None if it works or is absent.
         capability: The GPU's compute capability, such as `8.6`; empty without a GPU.
     """
 
@@ -38,13 +37,13 @@ class Machine:
 
 
 def check_machine(environment: Mapping[str, str]) -> Machine:
-    """Test the GPU in a process of its own.
+    """Test the GPU in a separate process.
 
     Args:
         environment: The trainer process's environment, so that the same GPU is tested.
 
     Raises:
-        GpuBroken: The test itself died or hung.
+        GpuBroken: The test crashed or hung.
     """
     try:
         done = subprocess.run(
@@ -68,11 +67,10 @@ def check_machine(environment: Mapping[str, str]) -> Machine:
 
 
 def require_fit(environment: Mapping[str, str], *, allow_cpu: bool) -> Machine:
-    """The machine, if it may train.
+    """Return the machine if it may train.
 
     Raises:
-        GpuBroken: There is no GPU that computes, and the CPU is not allowed; the message says what
-            to do.
+        GpuBroken: No GPU computes, and the CPU is not allowed. The message names the remedy.
     """
     machine = check_machine(environment)
     if machine.problem:

@@ -1,4 +1,4 @@
-"""Judges whether a run of the trainer process is still alive."""
+"""Judges whether a run of the trainer process still makes progress."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from consumer.life.stop_signal import StopSignal
 from utils.errors import StopReason
 from utils.events import Event, Progress, Stage
 
-# A child that was told to stop and does not (a hung driver) is replaced after this long.
+# A child that does not obey a stop (a hung driver) is replaced after this time.
 STOP_PATIENCE_SECONDS = 60.0
-# Loading a base model may include its download. A child that is silent for this many times the
-# stall's seconds hangs.
+# Loading a base model may include its download. A child that sends no event for this many times the
+# stall's seconds hangs nevertheless.
 _LONGEST_SILENCE_IN_STALLS = 12
 
 
 class RunWatch:
-    """No verdict, or a sentence why the child has to go.
+    """Watches one run and gives a reason to replace the child, if there is one.
 
     Args:
-        stop: The run's stop; asked for at the time limit.
-        stall_seconds: A run that trains and makes no step for this long has a verdict.
-        max_seconds: Longer than this, and the run is asked to stop for `TIME_LIMIT`.
-        patience: Seconds that a stop may take from now on.
+        stop: The run's stop signal; requested at the time limit.
+        stall_seconds: A run that trains and makes no step for this long hangs.
+        max_seconds: After this time the run is asked to stop for `TIME_LIMIT`.
+        patience: Returns the seconds that a stop may still take.
 
     Attributes:
-        verdict: Why the child has to go; None while it may live.
+        verdict: The reason to replace the child; None while it may live.
     """
 
     def __init__(
@@ -48,21 +48,19 @@ class RunWatch:
         self.verdict: str | None = None
 
     def saw(self, event: Event) -> None:
-        """Take note of an event. The stall clock runs only while steps are being made."""
+        """Take an event. The stall clock runs only between training steps."""
         self._heard_at = time.monotonic()
         if not isinstance(event, Progress):
             return
         if event.stage is not Stage.TRAINING:
             self._step = self._step_at = None
         elif event.done != self._step:
-            # The first report only names the step at which training starts: the first step may
-            # take minutes.
+            # The first report names the step at which training starts. The first step takes longer.
             self._step_at = time.monotonic() if self._step is not None else None
             self._step = event.done
 
     def judge(self) -> str | None:
-        """Called now and then; asks for a stop at the deadline, and returns the verdict, if there
-        is one."""
+        """Return the verdict, if there is one; request a stop at the time limit."""
         now = time.monotonic()
         if now > self._deadline:
             self._stop.request(StopReason.TIME_LIMIT)

@@ -1,7 +1,7 @@
-"""What the trainer process writes on its standard error becomes lines of this process's log.
+"""Copies the trainer process's standard error to this process's log.
 
-Not everything there is the trainer's own log: C libraries and dying interpreters write as they
-please. It is read here, so that a process's last words are not lost with it.
+C libraries and crashing interpreters write there too, in any form. This process reads the lines, so
+the last ones of a crash are not lost.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _LONGEST_LINE = 1 << 16
 
 
 def follow(stream: IO[bytes], redactor: Redactor) -> threading.Thread:
-    """Pass on, in a thread of its own, what comes until the stream's end.
+    """Copy lines in a separate thread until the stream ends.
 
     Args:
         stream: The process's standard error; its log lines are JSON. Closed at its end.
-        redactor: Knows the secrets, which that process knows by their shape at most.
+        redactor: Masks the secrets; the trainer process knows at most their shape.
 
     Returns:
         The thread, which ends with the stream.

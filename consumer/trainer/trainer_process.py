@@ -1,8 +1,8 @@
-"""The trainer process as the front desk sees it: one child that lives across jobs and owns the GPU.
+"""The trainer process: one child that lives across jobs and owns the GPU.
 
-Lines of JSON go in and out over two pipes (`utils.events`). The child has a session of its own, so
-a terminal's Ctrl-C does not reach it; it ends when its pipe does, so it never outlives the desk,
-not even one that was killed.
+Lines of JSON go in and out over two pipes (`utils.events`). The child has its own session, so a
+terminal's Ctrl-C does not reach it. It ends when its pipe closes, so it never outlives the front
+desk, even one that was killed.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ REVIVE_SECONDS = 60.0
 
 
 class TrainerProcess:
-    """Starts the child, hands it runs, relays its events, and says in words how it died.
+    """Starts the child, sends it runs, relays its events, and explains its death in a sentence.
 
     Args:
-        options: What the child is told when it starts.
+        options: The child's options for its whole life.
         environment: The child's whole environment.
-        stall_seconds: A run that trains and makes no step for this long is given up.
-        command: Starts the child; anything that speaks `utils.events` over the two pipes will do.
-        metrics: Where restarts are counted.
-        secrets: Masked in what the child logs.
-        confinement: What the child cannot reach.
+        stall_seconds: A run that trains and makes no step for this long is ended.
+        command: Starts the child, or any program that speaks `utils.events` over the two pipes.
+        metrics: Count the restarts.
+        secrets: Masked in the child's log.
+        confinement: Limits the child's access to files, processes and ports.
     """
 
     def __init__(
@@ -85,19 +85,18 @@ class TrainerProcess:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the living child, or None."""
+        """Process id of the running child, or None."""
         child = self._child
         return child.process.pid if child and child.process.poll() is None else None
 
     @property
     def base_model_ready(self) -> bool:
-        """Whether the living child has the base model in memory."""
+        """Whether the running child has the base model in memory."""
         child = self._child
         return child is not None and child.base_model_ready and self.pid is not None
 
     def start(self) -> None:
-        """Start a child if none lives; it loads the base model at once, while the desk waits for a
-        job."""
+        """Start a child if none runs; it loads the base model while the worker waits for a job."""
         with self._lock:
             if self.pid is None and not self._closed:
                 self._discard()
@@ -117,8 +116,10 @@ class TrainerProcess:
             log.warning("trainer_not_confined", reason=reason)
 
     def revive(self) -> None:
-        """Replace a child that died while there was nothing to do, so that the next job need not
-        wait for the base model. One that cannot live is not started again and again."""
+        """Replace a child that died while idle, so the next job does not wait for the base model.
+
+        A child that dies at every start is replaced once a minute at most.
+        """
         child, now = self._child, time.monotonic()
         if child is None or self.pid or self._closed:
             return
@@ -128,7 +129,7 @@ class TrainerProcess:
             self.start()
 
     def close(self) -> None:
-        """End the child, politely for a moment, then for certain."""
+        """End the child: close its pipe, and kill it if it does not end."""
         with self._lock:
             self._closed = True
             self._discard()
@@ -145,20 +146,19 @@ class TrainerProcess:
         """Train.
 
         Args:
-            run: What to train.
-            on_event: Sees every event, in order, in this thread.
+            run: The run.
+            on_event: Receives every event, in order, in this thread.
             stop: Obeyed within one optimizer step.
-            max_seconds: Longer than this, and the run is stopped for `TIME_LIMIT`.
-            patience: Seconds that a stop may take from now on; a shutdown leaves few.
+            max_seconds: After this time the run is stopped for `TIME_LIMIT`.
+            patience: Returns the seconds that a stop may still take; a shutdown leaves few.
 
         Returns:
-            The child's `Finished`; its `stopped` says whether training came to its end.
+            The child's `Finished`; its `stopped` is None if training is complete.
 
         Raises:
-            JobError: What the child reports.
-            MachineError: What the child reports.
-            WorkerCrashed: The child died or hung; the next run gets a fresh one.
-            Stopped, Cancelled, TimeLimit: A stop was asked for, and the child died or hung over it.
+            JobError, MachineError: The child reports it.
+            WorkerCrashed: The child died or hung; the next run gets a new one.
+            Stopped, Cancelled, TimeLimit: The child died or hung after a stop was requested.
         """
         self.start()
         child = self._child
@@ -170,7 +170,7 @@ class TrainerProcess:
         )
         for event in child.events(watch):
             if event.task_id != run.task_id:
-                continue  # the last words of a run that was given up
+                continue  # a late event of a run that was ended
             watch.saw(event)
             on_event(event)
             if isinstance(event, Finished):
@@ -180,7 +180,7 @@ class TrainerProcess:
                     self._replace(child)
                 raise REPORTABLE.get(event.error, TrainingFailed)(event.message)
         if watch.verdict:
-            child.kill()  # it hangs: a polite end would use up what is left of a shutdown's grace
+            child.kill()  # it hangs: waiting would use up the rest of a shutdown's grace period
         if stop.reason is StopReason.SHUTDOWN:
             self.close()
         reason = watch.verdict or child.cause_of_death()
@@ -205,10 +205,10 @@ class TrainerProcess:
 class _Child:
     """One operating-system process and its two pipes.
 
-    Its words are read as they come, between runs too: then it tells that the base model is loaded.
+    Its events are read as they come, also between runs: `BaseModelReady` comes then.
 
     Attributes:
-        base_model_ready: Whether it has the base model in memory, as it said last.
+        base_model_ready: Whether the base model is in memory, by the last event.
     """
 
     def __init__(
@@ -251,8 +251,7 @@ class _Child:
         self._reader.start()
 
     def send(self, line: bytes) -> None:
-        """Write one line to the child. A child that is gone is noticed by whoever reads its
-        events."""
+        """Write one line to the child. The reader of its events notices that it has ended."""
         with self._send_lock:
             if self._closed:
                 return
@@ -276,11 +275,11 @@ class _Child:
             yield heard
 
     def _read(self, pipe: int) -> None:
-        """Take down what the child says until its pipe ends."""
+        """Read events until the child's pipe ends."""
         with os.fdopen(pipe, "rb") as lines:
             for line in lines:
                 if not line.endswith(b"\n"):
-                    break  # it died over it
+                    break  # it died while writing
                 try:
                     said = decode(line, (*EVENTS, BaseModelReady))
                 except ValueError as error:
@@ -293,7 +292,7 @@ class _Child:
         self._heard.put(None)
 
     def cause_of_death(self) -> str:
-        """A sentence about how the process ended."""
+        """A sentence about the end of the process."""
         try:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -313,11 +312,11 @@ class _Child:
         return f"the trainer ended by itself with exit code {code}; its last log lines say why"
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process."""
         self.process.kill()
 
     def close(self) -> None:
-        """Close the pipe, which ends a healthy child, and kill what does not end."""
+        """Close the pipe, which ends a healthy child, and kill one that does not end."""
         with self._send_lock:
             if not self._closed:
                 self._closed = True
@@ -333,8 +332,7 @@ class _Child:
 
 
 def _out_of_memory_kills() -> int:
-    """How many processes of this container the kernel has killed for want of memory (cgroup v2),
-    else 0."""
+    """Processes of this container that the kernel killed for lack of memory (cgroup v2), else 0."""
     try:
         lines = _CGROUP_EVENTS.read_text(encoding="ascii").splitlines()
     except OSError:

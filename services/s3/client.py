@@ -69,7 +69,7 @@ FOREIGN: tuple[tuple[tuple[type[Exception], ...], type[StorageError], str], ...]
     ),
     ((UnicodeError,), ObjectNotFound, "the key is not valid Unicode, so no object can have it"),
     (
-        # botocore follows a redirect of its own look-up of the region by another look-up.
+        # botocore follows a redirect in its look-up of the region with another look-up.
         (RecursionError,),
         StorageError,
         "the store only redirects; check AWS_ENDPOINT_URL_S3 and AWS_S3_REGION_NAME",
@@ -90,7 +90,7 @@ _CAUGHT: tuple[type[Exception], ...] = (
 
 
 def translate(error: Exception, what: str) -> TrainingServerError:
-    """Turn an error of boto3, of the layers below it, or of the disk into one of ours.
+    """Turn an error of boto3, of the layers below it, or of the disk into an error of this server.
 
     Args:
         error: The foreign error.
@@ -111,7 +111,7 @@ def translate(error: Exception, what: str) -> TrainingServerError:
 
 @contextlib.contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Inside the block every foreign error becomes one of ours; see `translate`."""
+    """Inside the block every foreign error is translated; see `translate`."""
     try:
         yield
     except _CAUGHT as error:

@@ -89,9 +89,9 @@ def server_date_of(answer: Mapping[str, Any], what: str) -> datetime:
 
 
 def check_page(page: Mapping[str, Any], what: str) -> None:
-    """Refuse a page of a listing that does not say whether more pages follow.
+    """Refuse a page of a listing without the field that announces more pages.
 
-    Without that field the page cannot be told from an empty folder.
+    Such a page looks like that of an empty folder.
 
     Raises:
         StorageError: The field is missing.

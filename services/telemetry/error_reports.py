@@ -1,6 +1,8 @@
-"""Errors to Sentry, where a DSN is set: every log line at ERROR or above, redacted as the log is.
+"""Sends log lines at ERROR or above to Sentry if a DSN is set, redacted like the log.
 
-The only importer of sentry_sdk, and only where it is wanted.
+The only importer of sentry_sdk, and only if a DSN is set. The SDK's logging integration patches
+`logging.Logger` and does not see the exceptions of structlog's lines, so a handler makes the
+events.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "_logger", "_nam
 def reported(
     dsn: str | None, *, environment: str | None, secrets: Iterable[str], flush_seconds: float
 ) -> Iterator[None]:
-    """While the block runs, errors that are logged are reported.
+    """Report logged errors while the block runs.
 
     Args:
-        dsn: `SENTRY_DSN`; None for nowhere.
+        dsn: `SENTRY_DSN`; None reports nothing.
         environment: `SENTRY_ENVIRONMENT`.
-        secrets: Values that must not be told.
-        flush_seconds: How long the end may wait for the last report.
+        secrets: Values to mask.
+        flush_seconds: The longest wait for the last report, at the end.
 
     Raises:
-        ConfigurationError: The library is not there, or the DSN is malformed.
+        ConfigurationError: sentry-sdk is not installed, or the DSN is malformed.
     """
     if dsn is None:
         yield
@@ -42,7 +44,7 @@ def reported(
         client = sentry.Client(
             dsn=dsn,
             environment=environment,
-            # Nothing by itself: no patched libraries, no arguments, no local variables, no metrics.
+            # Nothing automatic: no patched libraries, no arguments, no local variables, no metrics.
             default_integrations=False,
             auto_enabling_integrations=False,
             include_local_variables=False,
@@ -51,7 +53,9 @@ def reported(
             max_breadcrumbs=0,
         )
     except (sentry.utils.BadDsn, ValueError) as error:
-        raise ConfigurationError("SENTRY_DSN is no address of a Sentry project") from error
+        raise ConfigurationError(
+            "SENTRY_DSN is malformed. Copy it from the settings of the Sentry project."
+        ) from error
     from_exception = functools.partial(
         sentry.utils.event_from_exception, client_options=client.options
     )
@@ -69,12 +73,14 @@ def _library() -> Any:
         import sentry_sdk  # pylint: disable=import-outside-toplevel
         import sentry_sdk.utils  # pylint: disable=import-outside-toplevel
     except ImportError as error:
-        raise ConfigurationError("SENTRY_DSN is set, and sentry-sdk is not installed") from error
+        raise ConfigurationError(
+            "SENTRY_DSN is set, but sentry-sdk is not installed. Install it or unset SENTRY_DSN."
+        ) from error
     return sentry_sdk
 
 
 class _Handler(logging.Handler):
-    """A log line as Sentry's event: the slug is its message, and what it is grouped by."""
+    """Turns a log line into Sentry's event, with the event name as its message and group."""
 
     def __init__(
         self,

@@ -118,7 +118,7 @@ class Tracing:
 def open_tracing(
     endpoint: str | None, *, headers: str, service: str, secrets: Iterable[str]
 ) -> Tracing:
-    """Tracing as the settings say.
+    """Open tracing by the settings.
 
     Args:
         endpoint: `OTEL_EXPORTER_OTLP_ENDPOINT`; None for no tracing.

@@ -1,4 +1,4 @@
-"""What the backend's answers mean: docs/protocol.md, section 3, as functions without a network."""
+"""Judges the backend's answers by docs/protocol.md, section 3, without a network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-# A backend that asks for more patience than this gets another try all the same.
+# The longest Retry-After that is honoured.
 MAX_RETRY_AFTER_SECONDS = 3600.0
 
 
@@ -31,7 +31,7 @@ class Ending:
 
 
 class ProgressAnswer(enum.Enum):
-    """What the backend said to a progress report."""
+    """The meaning of an answer to a progress report."""
 
     DONE = "done"
     DROPPED = "dropped"
@@ -42,7 +42,7 @@ class ProgressAnswer(enum.Enum):
 
 
 class EndingOutcome(enum.Enum):
-    """What the backend said to an ending, and so what to do next."""
+    """The meaning of an answer to an ending, which decides the next step."""
 
     DELIVERED = "delivered"
     RETRY = "retry"
@@ -56,11 +56,12 @@ class EndingAnswer:
     """The outcome of an attempt to deliver an ending.
 
     Attributes:
-        retry_after: Seconds that the backend asks to be left alone, at most an hour, if it asks.
-        status: The answer's HTTP status; None where there was no answer.
-        detail: The answer's text or what went wrong, short, for a person; without secrets.
+        retry_after: Seconds until the backend accepts a retry, at most an hour; None if it names
+            none.
+        status: The answer's HTTP status; None without an answer.
+        detail: The answer's text or the error, short, for a person; without secrets.
         by_json: The answer's body is a JSON object, as an application writes it. Routers, proxies
-            and error pages between us and the backend answer with text, HTML or nothing.
+            and error pages in between answer with text, HTML or nothing.
     """
 
     outcome: EndingOutcome
@@ -72,14 +73,14 @@ class EndingAnswer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back from one request.
+    """The answer to one request, as far as it arrived.
 
     Attributes:
         status: HTTP status; None where no answer began.
         headers: Its headers, names in lower case.
         body: Its body as far as it was read.
-        problem: What went wrong, if anything did; may stand beside a status, when the body broke.
-        hopeless: The request cannot be made at all, so that trying again is no use.
+        problem: A sentence about an error; together with a status if the body broke off.
+        hopeless: The request cannot be made at all, so a retry is useless.
     """
 
     status: int | None = None
@@ -91,16 +92,16 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RetrySchedule:
-    """How long to wait between two attempts to deliver an ending before it is parked.
+    """The waits between attempts to deliver an ending, before it is parked.
 
     An ending is parked after a minute, and its further delays are settings
     (`ENDING_RETRY_DELAYS_SECONDS`).
 
     Attributes:
         delays: Seconds after the first attempt, after the second, …; the last one repeats.
-        slow_delays: The same where the backend refuses the token.
-        jitter: Each delay is longer or shorter by up to this part of it, so that a fleet of
-            workers does not knock in step.
+        slow_delays: The same if the backend refuses the token.
+        jitter: Each delay is longer or shorter by up to this part of it, so the workers of a fleet
+            do not send at the same time.
     """
 
     delays: tuple[float, ...] = (5.0, 30.0)
@@ -108,7 +109,7 @@ class RetrySchedule:
     jitter: float = 0.2
 
     def seconds(self, attempts: int, answer: EndingAnswer) -> float:
-        """How long to wait after `attempts` attempts, the last of which got `answer`."""
+        """Seconds to wait after `attempts` attempts, the last of which got `answer`."""
         slow = answer.outcome is EndingOutcome.RETRY_SLOWLY
         delays = self.slow_delays if slow else self.delays
         delay = delays[min(attempts, len(delays)) - 1]
@@ -117,15 +118,15 @@ class RetrySchedule:
 
 
 class _Kind(enum.Enum):
-    """A row of the protocol's table of answers: what it means for progress and for an ending."""
+    """A row of the protocol's table of answers: its meaning for progress and for an ending."""
 
     TAKEN = (ProgressAnswer.DONE, EndingOutcome.DELIVERED)
     PASSING = (ProgressAnswer.DROPPED, EndingOutcome.RETRY)
     UNAUTHORIZED = (ProgressAnswer.UNAUTHORIZED, EndingOutcome.RETRY_SLOWLY)
     NOT_FOUND = (ProgressAnswer.NOT_FOUND, EndingOutcome.RETRY_A_FEW)
-    GONE = (ProgressAnswer.CANCEL, EndingOutcome.DELIVERED)  # nobody wants it any more
+    GONE = (ProgressAnswer.CANCEL, EndingOutcome.DELIVERED)  # the job is no longer wanted
     REFUSED = (ProgressAnswer.REJECTED, EndingOutcome.REJECTED)
-    # A web page where an application's answer belongs: a login page, a proxy's error page.
+    # A web page instead of an application's answer: a login page, a proxy's error page.
     TAKEN_BY_A_PAGE = (ProgressAnswer.DROPPED, EndingOutcome.RETRY)
     REFUSED_BY_A_PAGE = (ProgressAnswer.REJECTED, EndingOutcome.RETRY_A_FEW)
 
@@ -154,11 +155,11 @@ def judge_progress(reply: Reply) -> ProgressAnswer:
 def judge_ending(reply: Reply, detail: str) -> EndingAnswer:
     """The answer to an ending, by the protocol's table.
 
-    The answer's head is the backend's word, even where its body then broke off.
+    The answer's status counts even if its body broke off.
 
     Args:
-        reply: What came back.
-        detail: The same in words.
+        reply: The answer.
+        detail: The answer in words.
     """
     outcome = _kind_of(reply).value[1]
     by_json = _json_object(reply.body) is not None
@@ -179,9 +180,9 @@ def _is_page(reply: Reply) -> bool:
 
 
 def retry_after_of(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After header, in either of its forms; None without one that makes sense.
+    """Seconds of a Retry-After header, in either of its forms; None without a valid one.
 
-    A date is compared with the answer's own Date, so that neither clock need be right.
+    A date is compared with the answer's Date header, so neither clock has to be right.
     """
     text = headers.get("retry-after", "").strip()
     if text.isascii() and text.isdigit():

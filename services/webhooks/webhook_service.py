@@ -1,7 +1,7 @@
-"""The backend's ear: progress and endings, signed and sent as docs/protocol.md, section 3, says.
+"""Sends progress and endings to the backend, signed, by docs/protocol.md, section 3.
 
-The only module that imports requests and standardwebhooks. Nothing here raises for what a network
-or a backend does: every attempt ends in an answer of `services.webhooks.answers`, and in time.
+The only module that imports requests and standardwebhooks. No error of the network or the backend
+is raised: every attempt ends in time, with an answer of `services.webhooks.answers`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _DETAIL_CHARACTERS = 200
 _REMEMBERED_JOBS = 100
 _FINAL = (EndingOutcome.DELIVERED, EndingOutcome.REJECTED)
 
-# Requests that cannot be made at all, whatever the network does.
+# Requests that cannot be made at all.
 _HOPELESS = (
     requests.exceptions.InvalidURL,
     requests.exceptions.InvalidSchema,
@@ -72,27 +72,27 @@ _HOPELESS = (
     requests.exceptions.URLRequired,
     requests.exceptions.InvalidJSONError,
 )
-# What requests, what lies below it and a socket raise.
+# Errors of requests, of the layers below it, and of a socket.
 _FOREIGN = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 
 
 class WebhookService:
-    """Tells the backend. Safe to share between threads: every attempt has a connection of its own.
+    """Sends webhooks. Safe to share between threads: every attempt opens its own connection.
 
-    The environment's proxies, `.netrc` and CA bundle are not looked at: a `.netrc` would replace
-    the bearer token, and a proxy would see it. `ca_file` and `proxy` are the explicit ways.
+    The environment's proxies, `.netrc` and CA bundle are ignored: a `.netrc` would replace the
+    bearer token, and a proxy would see it. `ca_file` and `proxy` set them explicitly.
 
     Args:
-        backend_url: The backend's origin, and the path that its routes are under, if any.
+        backend_url: The backend's origin, with the path in front of its routes, if any.
         allowed_origins: Further such addresses, whose origins a message may name.
         token: The bearer token.
         signing_secrets: `whsec_…`; each of them signs.
         timeout: Seconds that one attempt may take in all.
         schedule: The waits between attempts to deliver an ending.
-        metrics: Where attempts are counted.
-        trace_headers: Headers by which the backend can go on with a trace.
-        ca_file: Certificates (PEM) of further authorities that a backend's certificate may be from.
-        proxy: Address of an HTTP proxy that requests go through; not those to this machine.
+        metrics: Count the attempts.
+        trace_headers: Returns the headers by which the backend can continue a trace.
+        ca_file: Certificates (PEM) of further authorities for the backend's certificate.
+        proxy: Address of an HTTP proxy for requests; those to this machine do not use it.
 
     Raises:
         ConfigurationError: An address, a secret or the file of certificates is malformed.
@@ -118,17 +118,24 @@ class WebhookService:
             self._backend = base_of(backend_url)
             bases = [self._backend, *map(base_of, allowed_origins)]
         except ValueError as error:
-            raise ConfigurationError(f"the backend's address {error}") from error
+            raise ConfigurationError(
+                f"BACKEND_API_URL or WEBHOOK_ALLOWED_ORIGINS: the address {error}"
+            ) from error
         self._bases = {origin_of(base): base for base in reversed(bases)}
         if len(self._bases) < len(set(bases)):
-            raise ConfigurationError("two addresses of backends differ only in their path")
+            raise ConfigurationError(
+                "BACKEND_API_URL and WEBHOOK_ALLOWED_ORIGINS name one origin with two paths. "
+                "Remove one of them."
+            )
         self._way = _Way(_context(ca_file), proxy)
         try:
             self._signers = [standardwebhooks.Webhook(secret) for secret in signing_secrets]
         except (standardwebhooks.webhooks.EmptyWebhookSecretError, ValueError):
-            raise ConfigurationError("a webhook signing secret is not whsec_ and base64") from None
+            raise ConfigurationError(
+                "WEBHOOK_SIGNING_SECRET: a secret must be whsec_ followed by base64."
+            ) from None
         if not self._signers:
-            raise ConfigurationError("there is no webhook signing secret")
+            raise ConfigurationError("WEBHOOK_SIGNING_SECRET is not set.")
         self._warned: dict[tuple[str, str], None] = {}
         self._token = token
         self._secrets = (token, *signing_secrets)
@@ -136,10 +143,10 @@ class WebhookService:
         self._schedule = schedule
 
     def origin_for(self, requested: str | None) -> str:
-        """Where to send what concerns a message: to the origin that it names, if that is allowed.
+        """The address for a message's webhooks: the origin that it names, if that is allowed.
 
         Args:
-            requested: The message's webhook address, as it stands there; may be anything.
+            requested: The message's webhook address, not checked.
 
         Returns:
             One of the configured addresses, with its path.
@@ -153,9 +160,9 @@ class WebhookService:
         return self._backend
 
     def _warn_once_a_job(self, requested: str) -> None:
-        """Progress and ending of one job name the same address; one line about it is enough."""
+        """Log the address once per job, although progress and ending both name it."""
         about = (bound_value("task_id"), requested)
-        # One operation each, so that threads need no lock; at worst a line is repeated.
+        # Each line is one operation, so threads need no lock; at worst a log line is repeated.
         if about in self._warned:
             return
         self._warned[about] = None
@@ -164,7 +171,7 @@ class WebhookService:
         log.warning("webhook_origin_not_allowed", named=shown(requested), used=self._backend)
 
     def send_progress(self, origin: str, body: Mapping[str, Any]) -> ProgressAnswer:
-        """Report progress: one attempt, which never raises for network or backend.
+        """Report progress in one attempt; no error of the network or the backend is raised.
 
         Args:
             origin: From `origin_for`.
@@ -183,14 +190,14 @@ class WebhookService:
         return answer
 
     def knock(self, origin: str, *, with_path: bool = True) -> tuple[Reply, str]:
-        """Send an empty progress report, which a backend refuses: it learns nothing by it.
+        """Send an empty progress report, which a backend refuses and which changes nothing.
 
         Args:
             origin: From `origin_for`.
             with_path: False leaves out the configured path.
 
         Returns:
-            What came back; and the same in words, without secrets.
+            The answer; and the answer in words, without secrets.
         """
         reply = self._exchange(
             "PATCH", origin, "progress", f"msg_{uuid.uuid4().hex}", {}, with_path=with_path
@@ -198,7 +205,7 @@ class WebhookService:
         return reply, self._detail(reply)
 
     def send_ending(self, origin: str, ending: Ending) -> EndingAnswer:
-        """Deliver an ending: one attempt, which never raises for network or backend."""
+        """Deliver an ending in one attempt; no error of the network or the backend is raised."""
         reply = self._exchange("POST", origin, ending.kind, ending.webhook_id, ending.body)
         answer = judge_ending(reply, self._detail(reply))
         if answer.outcome is not EndingOutcome.DELIVERED:
@@ -214,17 +221,17 @@ class WebhookService:
     def deliver(
         self, origin: str, ending: Ending, *, for_seconds: float, stop: threading.Event
     ) -> EndingAnswer:
-        """Deliver an ending, trying again by the schedule. There is always one attempt.
+        """Deliver an ending, with retries by the schedule. There is always one attempt.
 
         Args:
             origin: From `origin_for`.
-            ending: What to say.
-            for_seconds: No attempt begins later than this. When the next one would, this returns
-                at once instead of waiting for nothing.
+            ending: The ending.
+            for_seconds: No attempt begins later than this. If the next one would, the call returns
+                at once.
             stop: Set when the worker shuts down; ends the waiting.
 
         Returns:
-            The last attempt's answer: final, or one that asks for another attempt later.
+            The last attempt's answer: final, or one that needs another attempt later.
         """
         end = time.monotonic() + for_seconds
         attempts = 0
@@ -247,7 +254,7 @@ class WebhookService:
         *,
         with_path: bool = True,
     ) -> Reply:
-        # Once more, so that no caller's mistake and no old record sends the token elsewhere.
+        # Checked again, so that no mistake of a caller and no old record sends the token elsewhere.
         base = self.origin_for(origin)
         url = (base if with_path else origin_of(base)) + PATHS[kind]
         text = json.dumps(_finite(body), separators=(",", ":"))  # ASCII, so these are the bytes
@@ -268,7 +275,7 @@ class WebhookService:
             "X-Request-Source": "training-server",
             "Content-Type": "application/json",
             "User-Agent": "training-server",
-            # Nothing is decompressed, so what is read is no larger than what was sent.
+            # Nothing is decompressed, so the read bytes are those that were sent.
             "Accept-Encoding": "identity",
             "Connection": "close",
             "webhook-id": webhook_id,
@@ -279,7 +286,7 @@ class WebhookService:
         }
 
     def _detail(self, reply: Reply) -> str:
-        """What went wrong, in a line. A backend may echo what it was sent, secrets and all."""
+        """The error in a line, redacted: a backend may echo the request with its secrets."""
         text = reply.problem or reply.body.decode(errors="replace")
         for secret in self._secrets:
             text = text.replace(secret, "[redacted]")
@@ -288,7 +295,7 @@ class WebhookService:
 
 
 def _finite(value: Any) -> Any:
-    """The value with None for what JSON has no word for (infinity, not a number)."""
+    """The value with None for numbers that JSON cannot write (infinity, not a number)."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -300,37 +307,38 @@ def _finite(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Way:
-    """How a backend is reached."""
+    """The certificates and the proxy for the backend."""
 
     context: ssl.SSLContext
     proxy: str | None
 
     def proxies_for(self, url: str) -> dict[str, str]:
-        """The proxy of a request, as requests wants it; none to this machine."""
+        """The proxy of a request in the form of `requests`; none for this machine."""
         if self.proxy is None or urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1"):
             return {}
         return {"http": self.proxy, "https": self.proxy}
 
 
 def _context(ca_file: Path | None) -> ssl.SSLContext:
-    """The usual authorities, and those of a file."""
+    """The usual certificate authorities, and those of a file."""
     context = ssl.create_default_context(cafile=DEFAULT_CA_BUNDLE_PATH)
     if ca_file is not None:
         try:
             context.load_verify_locations(cafile=ca_file)
         except (OSError, ssl.SSLError) as error:
             raise ConfigurationError(
-                f"WEBHOOK_CA_FILE: {ca_file} has no certificates in PEM that can be read ({error})"
+                f"WEBHOOK_CA_FILE: {ca_file} has no readable PEM certificates ({error}). "
+                "Set it to a PEM file, or unset it."
             ) from None
     return context
 
 
 class _Exchange:
-    """One request in a thread of its own, over by its deadline whatever the other side does.
+    """One request in a separate thread, which ends by its deadline in every case.
 
-    requests' time-outs are for the next byte, so a backend that sends one now and then would hold
-    its caller for ever. Here the caller waits until the deadline, makes do with what has arrived,
-    and shuts the socket down, which ends the thread as well.
+    The time-outs of `requests` are for the next byte, so a backend that sends one now and then
+    would hold its caller forever. Here the caller waits until the deadline, takes the part of the
+    answer that has arrived, and shuts the socket down, which ends the thread as well.
     """
 
     def __init__(
@@ -354,7 +362,7 @@ class _Exchange:
         self._over = False
 
     def reply(self) -> Reply:
-        """Make the request; what came back of it."""
+        """Make the request, and return the part of the answer that arrived in time."""
         thread = threading.Thread(target=self._run, name="webhook", daemon=True)
         thread.start()
         thread.join(self._timeout)
@@ -374,8 +382,8 @@ class _Exchange:
     def _run(self) -> None:
         adapter = _Adapter(self, self._way.context)
         try:
-            # An adapter without a session: a session follows redirects or at least prepares to,
-            # keeps cookies, and looks for proxies and .netrc in the environment.
+            # An adapter without a session: a session prepares redirects, keeps cookies, and reads
+            # proxies and .netrc from the environment.
             request = requests.Request(
                 self._method, self._url, headers=self._headers, data=self._body
             ).prepare()
@@ -403,14 +411,14 @@ class _Exchange:
 
 
 def _innermost(error: BaseException) -> str:
-    """What happened first: "connection refused" and not the three errors wrapped around it."""
+    """The first cause: "connection refused" and not the three errors wrapped around it."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return f"{type(error).__name__}: {error}"
 
 
 class _Adapter(HTTPAdapter):
-    """requests' own, but it tells of its connection's socket once that is open."""
+    """The adapter of `requests`, which also reports its connection's socket when it is open."""
 
     def __init__(self, exchange: _Exchange, context: ssl.SSLContext) -> None:
         self._exchange = exchange
@@ -418,11 +426,11 @@ class _Adapter(HTTPAdapter):
         super().__init__()
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        """requests' own, with our authorities."""
+        """The pool of `requests`, with our certificate authorities."""
         super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        """requests' own, with our authorities also behind a proxy."""
+        """The pool of `requests` for a proxy, with our certificate authorities."""
         return super().proxy_manager_for(proxy, **kwargs, ssl_context=self._context)
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
@@ -446,5 +454,5 @@ class _Adapter(HTTPAdapter):
 
 
 def _shut_down(opened: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # the other side may have been quicker
+    with contextlib.suppress(OSError):  # the other side may have closed it
         opened.shutdown(socket.SHUT_RDWR)

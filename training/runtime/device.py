@@ -142,6 +142,11 @@ def allocated_bytes(device: torch.device) -> int | None:
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
 
 
+def reserved_bytes(device: torch.device) -> int | None:
+    """Bytes of the GPU that torch's allocator holds, free ones included; None without CUDA."""
+    return int(torch.cuda.memory_reserved(device)) if device.type == "cuda" else None
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The GPU's peak by torch's allocator; without CUDA the process's largest resident size."""
     if device.type == "cuda":

@@ -24,6 +24,7 @@ from training.runtime.device import (
     allocated_bytes,
     one_run_accelerator,
     peak_memory_bytes,
+    reserved_bytes,
 )
 from training.style import loop_state
 from training.style.course import Course
@@ -327,6 +328,7 @@ class LoRATrainer:
                 total=self._plan.total_steps,
                 per_second=self._clock.warm_steps_per_second,
                 gpu_memory_allocated=allocated_bytes(self._base.device),
+                gpu_memory_reserved=reserved_bytes(self._base.device),
                 facts={
                     "epoch": len(state.losses),
                     "total_epochs": self._parameters.epochs,

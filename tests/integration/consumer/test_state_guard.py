@@ -30,7 +30,7 @@ def _store(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3P
 @pytest.fixture(name="condition")
 def _condition() -> Condition:
     condition = Condition(make_settings(), Observer(), threading.Event())
-    condition.saw_storage(None)
+    condition.storage_tested(None)
     return condition
 
 
@@ -41,7 +41,7 @@ def _guard(
         impatient(store.endpoint, attempts=1),
         bucket,
         allow_unguarded=allow_unguarded,
-        condition=condition,
+        report=condition.state_tested,
     )
 
 
@@ -52,7 +52,7 @@ def test_a_store_that_honours_conditions_is_taken_and_tested_once(
     assert guard.wait(threading.Event())
     asked = len(store.requests)
     assert guard.test() and len(store.requests) == asked
-    assert "s3" not in condition.problems() and not condition.remarks
+    assert condition.ready()["checks"]["s3"] == "ok"
 
 
 def test_an_unguarded_store_is_refused_with_what_to_do(
@@ -72,7 +72,7 @@ def test_an_unguarded_store_that_is_allowed_says_so_where_the_worker_is_looked_a
     store.fault = always(CARELESS)
     assert _guard(store, bucket, condition, allow_unguarded=True).wait(threading.Event())
     assert "s3" not in condition.problems()
-    assert "run this worker only" in condition.remarks["s3"]
+    assert "run this worker only" in condition.ready()["checks"]["s3"]
 
 
 def test_a_store_that_is_down_at_the_start_is_tested_once_it_answers(

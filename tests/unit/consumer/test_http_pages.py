@@ -18,12 +18,14 @@ from config import Settings
 from consumer.pages import condition as condition_module
 from consumer.pages import http_pages
 from consumer.pages.condition import Condition
-from consumer.pages.http_pages import HttpPages
+from consumer.pages.http_pages import HttpPages, numbers_of
+from consumer.pages.local import local_pages
 from consumer.pages.observer import Observer
 from consumer.trainer.machine import Machine
 from consumer.trainer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
 from utils.errors import ConfigurationError
+from utils.events import Progress, Stage
 from utils.gpu_monitor import GpuReading
 from utils.metrics import Metrics
 
@@ -74,14 +76,30 @@ def _settings() -> Settings:
     return settings
 
 
+@pytest.fixture(name="trainer")
+def _trainer() -> Trainer:
+    return Trainer()
+
+
+@pytest.fixture(name="broker")
+def _broker() -> Broker:
+    return Broker()
+
+
+@pytest.fixture(name="stop")
+def _stop() -> threading.Event:
+    return threading.Event()
+
+
 @pytest.fixture(name="condition")
-def _condition() -> Condition:
+def _condition(trainer: Trainer, broker: Broker, stop: threading.Event) -> Condition:
     """A worker that is well."""
     settings = _settings()
-    condition = Condition(settings, Observer(), threading.Event())
-    condition.machine = Machine(cuda=True, device="NVIDIA H200", count=2)
-    condition.trainer, condition.broker = Trainer(), Broker()
-    condition.saw_storage(None)
+    condition = Condition(settings, Observer(), stop)
+    condition.machine_tested(Machine(cuda=True, device="NVIDIA H200", count=2, capability="9.0"))
+    condition.has_trainer(trainer)
+    condition.has_broker(broker)
+    condition.storage_tested(None)
     return condition
 
 
@@ -101,6 +119,36 @@ def ask(pages: HttpPages, path: str) -> tuple[int, dict[str, Any]]:
     return answer.status, body
 
 
+def test_the_json_metrics_give_bytes_and_gigabytes(pages: HttpPages) -> None:
+    numbers = ask(pages, "/metrics")[1]
+    assert (numbers["gpu_memory_allocated"], numbers["gpu_memory_allocated_gb"]) == (0, 0.0)
+    progress = Progress(
+        *("t", Stage.TRAINING, 5, 10),
+        gpu_memory_allocated=12_500_000_000,
+        gpu_memory_reserved=20_000_000_000,
+    )
+    assert numbers_of(progress, True)["gpu_memory_reserved_gb"] == 20
+    assert numbers_of(progress, True)["gpu_memory_allocated"] == 12_500_000_000
+    assert numbers_of(progress, True)["gpu_memory_allocated_gb"] == 12.5
+    assert numbers_of(progress, False)["gpu_memory_allocated_gb"] == 0
+
+
+def test_a_local_training_has_the_same_pages() -> None:
+    machine = Machine(cuda=True, device="NVIDIA H200", count=1, capability="9.0")
+    pages, condition = local_pages("127.0.0.1", 0, machine, "model")
+    with pages:
+        assert ask(pages, "/health") == (
+            200,
+            {"status": "healthy", "cuda_available": True, "is_training": True},
+        )
+        assert ask(pages, "/ready")[0] == 503
+        assert ask(pages, "/status")[1]["stage"] is None
+        condition.saw(Progress("local", Stage.TRAINING, 5, 10, per_second=2.0))
+        status, numbers = ask(pages, "/status")[1], ask(pages, "/metrics")[1]
+    assert (status["stage"], status["gpu_compute_capability"]) == ("training", "9.0")
+    assert (numbers["current_step"], numbers["estimated_seconds"]) == (5, 2)
+
+
 def test_a_worker_that_is_well_is_ready(pages: HttpPages) -> None:
     assert ask(pages, "/ready")[0] == ask(pages, "/health")[0] == 200
     status = ask(pages, "/status")[1]
@@ -113,17 +161,15 @@ def test_a_worker_that_is_well_is_ready(pages: HttpPages) -> None:
 
 @pytest.mark.parametrize("part", ["broker", "s3", "gpu", "base_model"])
 def test_each_part_that_is_missing_is_named_alone(
-    pages: HttpPages, condition: Condition, part: str
+    pages: HttpPages, condition: Condition, part: str, broker: Broker, trainer: Trainer
 ) -> None:
-    broker, trainer = condition.broker, condition.trainer
-    assert isinstance(broker, Broker) and isinstance(trainer, Trainer)
     match part:
         case "broker":
             broker.connected = False
         case "s3":
-            condition.saw_storage("s3://state: S3 did not answer in time")
+            condition.storage_tested("s3://state: S3 did not answer in time")
         case "gpu":
-            condition.machine_problem = "the GPU does not compute any more"
+            condition.machine_failed("the GPU does not compute any more")
         case "base_model":
             trainer.loaded = False
     code, ready = ask(pages, "/ready")
@@ -135,27 +181,26 @@ def test_each_part_that_is_missing_is_named_alone(
 def test_a_state_bucket_that_was_not_tested_yet_keeps_the_worker_from_being_ready(
     pages: HttpPages, condition: Condition
 ) -> None:
-    condition.state_problem = "the state bucket could not be tested for conditional writes: down"
+    problem = "the state bucket could not be tested for conditional writes: down"
+    condition.state_tested(problem)
     code, ready = ask(pages, "/ready")
-    assert (code, ready["checks"]["s3"]) == (503, condition.state_problem)
+    assert (code, ready["checks"]["s3"]) == (503, problem)
 
 
 def test_a_remark_stands_beside_a_part_that_is_ready(
     pages: HttpPages, condition: Condition
 ) -> None:
-    condition.remarks["s3"] = "ok, but unguarded: run this worker only"
+    condition.state_tested(None, "ok, but unguarded: run this worker only")
     code, ready = ask(pages, "/ready")
     assert (code, ready["ready"]) == (200, True)
     assert ready["checks"]["s3"] == "ok, but unguarded: run this worker only"
-    condition.saw_storage("S3 did not answer in time")
+    condition.storage_tested("S3 did not answer in time")
     assert ask(pages, "/ready")[1]["checks"]["s3"] == "S3 did not answer in time"
 
 
 def test_a_worker_that_neither_consumes_nor_holds_a_job_is_not_ready(
-    pages: HttpPages, condition: Condition
+    pages: HttpPages, broker: Broker
 ) -> None:
-    broker = condition.broker
-    assert isinstance(broker, Broker)
     broker.consuming = False
     assert ask(pages, "/ready")[0] == 200
     broker.holds = False
@@ -163,11 +208,9 @@ def test_a_worker_that_neither_consumes_nor_holds_a_job_is_not_ready(
 
 
 def test_who_has_not_answered_for_long_is_told_though_no_error_has_come(
-    pages: HttpPages, condition: Condition, monkeypatch: pytest.MonkeyPatch
+    pages: HttpPages, monkeypatch: pytest.MonkeyPatch, broker: Broker
 ) -> None:
     """A machine that vanishes sends no farewell, and a look at it may hang."""
-    broker = condition.broker
-    assert isinstance(broker, Broker)
     broker.silent_for = 6.0
     checks = ask(pages, "/ready")[1]["checks"]
     assert checks["broker"] == "RabbitMQ has not answered for 5 seconds"
@@ -181,7 +224,7 @@ def test_who_has_not_answered_for_long_is_told_though_no_error_has_come(
 def test_a_gpu_that_was_read_and_is_not_any_more_is_lost() -> None:
     observer = Observer()
     condition = Condition(_settings(), observer, threading.Event())
-    condition.machine = Machine(cuda=True, device="NVIDIA H200", count=1)
+    condition.machine_tested(Machine(cuda=True, device="NVIDIA H200", count=1))
     observer.gpus([])
     assert "gpu" not in condition.problems(), "NVIDIA's driver was never there"
     observer.gpus([GpuReading(0, "NVIDIA H200", 1, 2, None, None, None)])
@@ -264,10 +307,8 @@ def test_before_anything_is_known_it_is_alive_and_not_ready() -> None:
 
 
 def test_a_child_that_stays_away_is_a_reason_to_start_the_worker_anew(
-    pages: HttpPages, condition: Condition, monkeypatch: pytest.MonkeyPatch
+    pages: HttpPages, monkeypatch: pytest.MonkeyPatch, trainer: Trainer
 ) -> None:
-    trainer = condition.trainer
-    assert isinstance(trainer, Trainer)
     trainer.alive = False
     assert ask(pages, "/health")[0] == 200, "it is being replaced, perhaps"
     monkeypatch.setattr(condition_module, "CHILDLESS_SECONDS", 0.05)
@@ -280,19 +321,15 @@ def test_a_child_that_stays_away_is_a_reason_to_start_the_worker_anew(
 
 
 def test_a_connection_s_thread_that_stands_still_is_one_too(
-    pages: HttpPages, condition: Condition
+    pages: HttpPages, broker: Broker
 ) -> None:
-    broker = condition.broker
-    assert isinstance(broker, Broker)
     broker.silent_for = 181.0
     assert ask(pages, "/health")[0] == 503
 
 
 def test_a_broker_that_leaves_a_request_without_an_answer_is_named_and_kills_no_worker(
-    pages: HttpPages, condition: Condition
+    pages: HttpPages, broker: Broker, stop: threading.Event
 ) -> None:
-    broker = condition.broker
-    assert isinstance(broker, Broker)
     assert "broker" not in ask(pages, "/health")[1]
     broker.silent_for = 6.0
     status, health = ask(pages, "/health")
@@ -302,12 +339,14 @@ def test_a_broker_that_leaves_a_request_without_an_answer_is_named_and_kills_no_
     broker.connected = False
     assert "broker" not in ask(pages, "/health")[1], "the worker tries to connect"
     broker.connected = True
-    condition.stop.set()
+    stop.set()
     assert "broker" not in ask(pages, "/health")[1]
 
 
-def test_a_worker_that_stops_is_alive_and_not_ready(condition: Condition) -> None:
-    condition.stop.set()
+def test_a_worker_that_stops_is_alive_and_not_ready(
+    condition: Condition, stop: threading.Event
+) -> None:
+    stop.set()
     assert condition.problems() == {"broker": "the worker shuts down"}
     assert condition.health()["status"] == "healthy"
     assert condition.status()["is_running"] is False
