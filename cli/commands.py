@@ -118,14 +118,18 @@ def train(  # pylint: disable=too-many-locals  # one for each option
     resume: Annotated[
         bool, typer.Option(help="Continue from the newest checkpoint in OUTPUT.")
     ] = False,
+    validate_only: Annotated[
+        bool, typer.Option("--validate-only", help="Report on the images, and do not train.")
+    ] = False,
     config_file: ConfigFile = None,
 ) -> None:
     """Train on a folder of images: no broker, no S3, no backend.
 
     All other settings come from the environment and `.env`, as for the worker.
 
-    Exit code 0: trained; 1: it failed; 2: the
-    settings or arguments are wrong; 4: this machine cannot train; 130: it was interrupted.
+    Exit code 0: trained, or with --validate-only enough images can be used; 1: it failed, or too
+    few can; 2: the settings or arguments are wrong; 4: this machine cannot train; 130: it was
+    interrupted.
     """
     overrides = {
         "epochs": epochs,
@@ -142,6 +146,10 @@ def train(  # pylint: disable=too-many-locals  # one for each option
     def work() -> int:
         from cli import train_command
 
+        if validate_only:
+            return train_command.validate(
+                folder, overrides, config_file, validation=validation, trigger_word=trigger_word
+            )
         if output is None:
             raise ConfigurationError("--output is missing. Name the folder for the model.")
         return train_command.run(folder, output, overrides, config_file, how)

@@ -4,6 +4,7 @@ backend."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -59,6 +60,29 @@ def _contents(folder: Path) -> ImageFolder:
     return read_folder(folder, ignored=MADE if (folder / REPORT).is_file() else frozenset())
 
 
+def folder_run(
+    folder: Path, settings: TrainerSettings, parameters: HyperParameters, trigger_word: str
+) -> TrainingRun:
+    """The run on a folder's images, as far as their intake needs it.
+
+    Raises:
+        ConfigurationError: The folder or the trigger word is wrong.
+    """
+    found = _contents(folder)
+    return TrainingRun(
+        task_id="local",
+        style_id=0,
+        claim=1,
+        images=found.images,
+        parameters=parameters,
+        work_folder="",
+        min_images=settings.min_images,
+        max_image_pixels=settings.max_image_pixels,
+        trigger_word=_checked(trigger_word),
+        notes=found.notes,
+    )
+
+
 def train_folder(
     folder: Path,
     output: Path,
@@ -90,32 +114,24 @@ def train_folder(
         JobError: Training failed.
         MachineError: This machine cannot train.
     """
-    trigger_word = _checked(trigger_word)
     _refuse_unprintable(output, settings.base_model)
-    found = _contents(folder)
-    _refuse_to_overwrite(found.images, folder, output)
+    run = folder_run(folder, settings, parameters, trigger_word)
+    _refuse_to_overwrite(run.images, folder, output)
     _look_for_base_model(settings.base_model)
     machine = require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
     held_out = _contents(validation) if validation else ImageFolder((), ())
     work = output.resolve() / _WORK
     _make_folder(work, output, emptied=not resume)
-    run = TrainingRun(
-        task_id="local",
-        style_id=0,
-        claim=1,
-        images=found.images,
-        parameters=parameters,
+    run = dataclasses.replace(
+        run,
         work_folder=str(work),
         resume_from=_newest_checkpoint(work) if resume else None,
-        min_images=settings.min_images,
-        max_image_pixels=settings.max_image_pixels,
         checkpoint_interval=settings.checkpoint_interval,
         validation_images=held_out.images,
-        trigger_word=trigger_word,
         sample_steps=settings.sample_steps,
         preview_share=settings.preview_share,
         tensorboard=settings.tensorboard,
-        notes=found.notes + held_out.notes,
+        notes=run.notes + held_out.notes,
     )
     finished = _run(run, settings, machine, on_event, stop)
     if not finished.stopped:
