@@ -11,7 +11,7 @@ from cli.jobs.given_up import Redriven, Waiting
 from cli.jobs.redrive import Redrive
 from config import Settings
 from consumer.life.endings import failed
-from consumer.training_consumer import properties_of
+from services.broker.client import properties_of
 from jobs import message as messages
 from jobs.record import JobRequest, State
 from sandbox.rabbitmq_node import RabbitMqNode

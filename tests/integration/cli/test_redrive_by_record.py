@@ -11,7 +11,7 @@ import pytest
 from cli.jobs.redrive import Redrive
 from config import Settings
 from consumer.life.endings import failed, parked
-from consumer.training_consumer import properties_of
+from services.broker.client import properties_of
 from jobs import message as messages
 from jobs.record import Delivery, Ending, EndingKind, JobRecord, JobRequest, OwedCopy, State
 from sandbox.rabbitmq_node import RabbitMqNode

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from consumer.training_consumer import TrainingConsumer
+from consumer.training_consumer import training_consumer
 from sandbox.rabbitmq_node import RabbitMqNode
 from services.broker.settlement import Delivery, Settlement
 from tests.integration.consumer.broker import Client, Start, Worker, make_settings, until
@@ -40,7 +40,7 @@ def _start(rabbitmq: RabbitMqNode, queue: str) -> Iterator[Start]:
         **values: Any,
     ) -> Worker:
         stop, errors = threading.Event(), list[BaseException]()
-        consumer = TrainingConsumer(
+        consumer = training_consumer(
             make_settings(rabbitmq, queue, **values),
             handle=handle,
             handle_ending=handle_ending,
