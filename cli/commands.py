@@ -1,6 +1,6 @@
 """The commands and their options, as a person types them.
 
-Each command imports what it needs when it runs, so `--help` and `train` need neither pika nor boto3.
+Each command imports what it needs when it runs: `--help` and `train` need neither pika nor boto3.
 """
 
 # pylint: disable=import-outside-toplevel
@@ -91,7 +91,7 @@ def inspect(
     sys.exit(run(file, as_json=as_json, show_all=show_all))
 
 
-def train(
+def train(  # pylint: disable=too-many-locals  # one for each option
     folder: Annotated[
         Path, typer.Argument(help="Folder of images; `name.txt` captions `name.jpg`.")
     ],
@@ -118,17 +118,13 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="Continue from the newest checkpoint in OUTPUT.")
     ] = False,
-    validate_only: Annotated[
-        bool,
-        typer.Option("--validate-only", help="Report on the images, and do not train."),
-    ] = False,
     config_file: ConfigFile = None,
 ) -> None:
     """Train on a folder of images: no broker, no S3, no backend.
 
     All other settings come from the environment and `.env`, as for the worker.
 
-    Exit code 0: trained, or with --validate-only the images are enough; 1: it failed; 2: the
+    Exit code 0: trained; 1: it failed; 2: the
     settings or arguments are wrong; 4: this machine cannot train; 130: it was interrupted.
     """
     overrides = {
@@ -146,8 +142,6 @@ def train(
     def work() -> int:
         from cli import train_command
 
-        if validate_only:
-            return train_command.validate(folder, overrides, config_file, how)
         if output is None:
             raise ConfigurationError("--output is missing. Name the folder for the model.")
         return train_command.run(folder, output, overrides, config_file, how)

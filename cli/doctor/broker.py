@@ -166,7 +166,10 @@ def _difference(trial: Any) -> str | None:
 
 def _own_queues(settings: Settings, visit: BrokerVisit, queue_type: str | None) -> Finding:
     check = "own queues"
-    wanted = [declaration(settings.training_queue, queue) for queue in (Queue.TRAINING, Queue.ENDINGS, Queue.DEAD)]
+    wanted = [
+        declaration(settings.training_queue, queue)
+        for queue in (Queue.TRAINING, Queue.ENDINGS, Queue.DEAD)
+    ]
     wanted += [
         declaration(settings.training_queue, Queue.TRAINING, delay)
         for delay in settings.retry_delays_seconds

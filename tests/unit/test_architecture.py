@@ -72,7 +72,7 @@ OPTIONAL = {"bitsandbytes"}
 TRAINING_MAY_IMPORT = TORCH | IMAGES | OPTIMIZERS | set(sys.stdlib_module_names)
 # What a machine that only trains does not have.
 CLIENTS = (
-    *("pika", "boto3", "botocore", "standardwebhooks", "pydantic", "pydantic_settings"),
+    *("pika", "boto3", "botocore", "standardwebhooks", "pydantic_settings"),
     *("structlog", "rich", "pynvml", "matplotlib", "imagehash", "moto", "prometheus_client"),
     *OPTIMIZERS,
 )
@@ -171,7 +171,7 @@ def test_the_product_imports_no_test_no_sandbox_and_no_tool() -> None:
 def test_config_knows_of_jobs_only_what_a_run_is() -> None:
     tree = tree_of(Path("config.py"))
     named = {name for node in ast.walk(tree) for name in modules_of(node, Path("config.py"))}
-    assert {name for name in named if name.startswith("jobs")} == {"jobs.lora_config"}
+    assert {name for name in named if name.startswith("jobs")} == {"jobs.style"}
 
 
 @pytest.mark.parametrize("client", ONE_IMPORTER)

@@ -102,7 +102,7 @@ from pathlib import Path
 from config import TrainerSettings
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import HyperParameters, TrainingImage, TrainerOptions, TrainingRun
+from jobs.style import HyperParameters, TrainingImage, TrainerOptions, TrainingRun
 from utils.errors import TrainingServerError
 model, images, place = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 settings = TrainerSettings(_env_file=None)

@@ -1,4 +1,4 @@
-"""`TrainingConsumer` on a real RabbitMQ: deliveries, settlements, stopping."""
+"""The training consumer on a real RabbitMQ: deliveries, settlements, stopping."""
 
 from __future__ import annotations
 

@@ -27,7 +27,6 @@ from services.broker.settlement import (
 )
 from tests.unit.services.fake_broker import soon
 
-
 DELAYS = (10.0, 60.0, 600.0)
 
 

@@ -22,7 +22,7 @@ from images.containers import PREVIEW, RAW
 from images.decoder import CRASHED, PATIENCE_SECONDS, Answer, Decoder
 from images.intake import Refused, Request, Taken
 from images.vetting import UnusableImage, Vetted, vet
-from jobs.lora_config import TrainingImage
+from jobs.style import TrainingImage
 from tests.corpus import files
 from tests.corpus.files import chunk, encoded, iccp, profile
 from tests.corpus.storages import Case, cases, srgb_of
@@ -382,6 +382,7 @@ def _native_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 def _instead(program: str) -> Callable[..., subprocess.Popen[bytes]]:
     """Starts this program in place of any other."""
     popen = subprocess.Popen
+    # pylint: disable-next=consider-using-with  # the decoder closes it
     return lambda command, **how: popen([command[0], "-c", program], **how)
 
 

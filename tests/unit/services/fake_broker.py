@@ -206,7 +206,11 @@ class FakeLoop(BrokerLoop):
         self.broker = FakeLink()
         self.stop = threading.Event()
         self.observer = Observer()
-        how = {"stop": self.stop, "stop_seconds": 5.0, "events": self.observer} | how
+        how = (
+            dict[str, Any]()
+            | {"stop": self.stop, "stop_seconds": 5.0, "events": self.observer}
+            | how
+        )
         super().__init__(self.broker.connect, lanes, **how)
         for each in lanes:
             if each._subscription:

@@ -29,7 +29,13 @@ DELAY = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "q", "x-mess
 
 
 def test_the_queues_are_named_after_the_training_queue() -> None:
-    queues = (Queue.TRAINING, Queue.ENDINGS, Queue.DEAD, Queue.of_kind("llm"), Queue.of_base("sdxl"))
+    queues = (
+        Queue.TRAINING,
+        Queue.ENDINGS,
+        Queue.DEAD,
+        Queue.of_kind("llm"),
+        Queue.of_base("sdxl"),
+    )
     assert [name_of("q", queue) for queue in queues] == [
         *("q", "q.endings", "q.dead", "q.llm", "q.base.sdxl")
     ]

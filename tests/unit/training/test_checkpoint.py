@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from jobs.checkpoint_name import folder_name, order
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from training.runtime import checkpoint
 from training.runtime.checkpoint import (
     Checkpoint,

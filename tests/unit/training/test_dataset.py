@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageCms
 
 from images.vetting import UnusableImage, Vetted, vet
-from jobs.lora_config import TrainingImage, TrainingRun
+from jobs.style import TrainingImage, TrainingRun
 from tests.unit.training.conftest import MakeRun
 from training.style.dataset import Dataset, prepare
 from training.style.families.sd15 import BaseModel

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from training.style.families.sd15 import BaseModel
 from training.style.results import export
 from training.style.results.inspection import NotALora, inspect
