@@ -61,7 +61,7 @@ def _contents(folder: Path) -> ImageFolder:
 
 
 def folder_run(
-    folder: Path, settings: TrainerSettings, parameters: HyperParameters, trigger_word: str
+    folder: Path, settings: LocalSettings, parameters: HyperParameters, trigger_word: str
 ) -> TrainingRun:
     """The run on a folder's images, as far as their intake needs it.
 
