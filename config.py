@@ -119,28 +119,6 @@ class LocalSettings(Group):
     options: _of_kinds("options")  # type: ignore[valid-type]
     source: Path | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        # Until every caller takes its group: a setting by its name alone.
-        parts = [value for _, value in self if isinstance(value, Group)]
-        parts += [self.options["style"], self.parameters["style"]]
-        name = {f"lora_{each}": each for each in ("rank", "alpha", "dropout", "target")}.get(
-            name, name
-        )
-        for part in parts:
-            if not name.startswith("_") and hasattr(part, name):
-                return getattr(part, name)
-        raise AttributeError(name)
-
-    def hyper_parameters(self, **overrides: Any) -> Any:
-        """The style kind's defaults with a message's own parameters over them.
-
-        Raises:
-            ValueError: A parameter is outside its limits, or needs a library that is missing.
-        """
-        made = dataclasses.replace(self.parameters["style"], **overrides)
-        made.require_libraries()
-        return made
-
     def trainer_options(self) -> TrainerOptions:
         """The options of a trainer process, which it gets when it starts."""
         return TrainerOptions(

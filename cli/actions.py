@@ -52,11 +52,13 @@ def publish(
 ) -> int:
     """Order a training; with `wait` follow it to its end."""
     what = "If this job fails or is cancelled"
-    stake = at_stake(server.settings, server.s3, style_id, what)
+    stake = at_stake(server.models, server.s3, style_id, what)
     screen.warn([stake])
     with JobBar() as shown:
         placed = order.place(
-            server.settings,
+            server.settings.broker,
+            server.settings.storage,
+            server.settings.kinds(),
             server.s3,
             folder,
             state_s3=server.state_s3,
@@ -156,7 +158,7 @@ def _refused(server: Server, task_id: str) -> list[JobView]:
         return [view(each) for each in refusals]
     letters: list[DeadLetter] = []
     try:
-        go_through(server.settings, letters.append, limit=MOST)
+        go_through(server.settings.broker, letters.append, limit=MOST)
     except BrokerError as error:
         detail = f"there is no such record, and the dead queue cannot be looked at: {error}"
         return [JobView(task_id, detail=detail)]
@@ -189,7 +191,7 @@ def cancel(
     stake = ""
     if record and record.style_id is not None:
         what = "When this job is cancelled"
-        stake = at_stake(server.settings, server.s3, record.style_id, what)
+        stake = at_stake(server.models, server.s3, record.style_id, what)
     screen.warn([stake])
     ask_to_cancel(server.state_s3, server.state, task_id)
     looks_every = record.hold.lease_seconds / 4 if record else None
@@ -222,7 +224,7 @@ def _cancel_style(server: Server, style: Style, *, yes: bool, as_json: bool) -> 
         print_jobs(views, listing.ids, Console(stderr=True, highlight=False))
     if len(records) > 1 and not style.everything:
         _ask_for_all(style.style_id, records, yes)
-    stake = at_stake(server.settings, server.s3, style.style_id, "When a job is cancelled")
+    stake = at_stake(server.models, server.s3, style.style_id, "When a job is cancelled")
     screen.warn([stake])
     for record in records:
         ask_to_cancel(server.state_s3, server.state, record.task_id)
@@ -262,7 +264,13 @@ def redrive(
     """Look at what was given up, or send it back."""
     if tasks and everything:
         raise ConfigurationError("Name tasks, or use --all, not both.")
-    work = Redrive(server.settings, server.state_s3, models=server.s3)
+    work = Redrive(
+        server.settings.broker,
+        server.settings.storage,
+        server.settings.kinds(),
+        server.state_s3,
+        models=server.s3,
+    )
     if not tasks and not everything:
         found, more = work.look()
         screen.waiting(found, more, work.known_ids, as_json=as_json)

@@ -8,11 +8,11 @@ import logging
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
-from config import Settings
 from services.broker.client import connect, properties_of, refusal_of, translated
 from services.broker.settlement import Publication, Queue
 from services.broker.topology import declaration
 from utils.errors import BrokerError, BrokerRefused
+from utils.settings.groups import BrokerSettings
 
 NOT_FOUND = 404
 
@@ -38,7 +38,7 @@ class BrokerVisit:
         BrokerError: The broker cannot be reached; `BrokerRefused` if waiting cannot help.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: BrokerSettings) -> None:
         # pika raises everything that it logs.
         logging.getLogger("pika").setLevel(logging.CRITICAL)
         self._settings = settings
@@ -103,13 +103,13 @@ class BrokerVisit:
             raise BrokerRefused(f"RabbitMQ refuses to declare the queue {name}: {answer.text}")
 
 
-def publish_on(channel: Any, settings: Settings, publication: Publication) -> None:
+def publish_on(channel: Any, settings: BrokerSettings, publication: Publication) -> None:
     """Publish on a channel with confirms, and wait until the broker has the message."""
     name = declaration(settings.training_queue, publication.queue, publication.delay_seconds).name
     channel.basic_publish("", name, publication.body, properties_of(publication), mandatory=True)
 
 
-def publish(settings: Settings, publication: Publication) -> None:
+def publish(settings: BrokerSettings, publication: Publication) -> None:
     """Publish one message over a new connection.
 
     Raises:
@@ -127,7 +127,7 @@ def publish(settings: Settings, publication: Publication) -> None:
         raise BrokerError(f"RabbitMQ did not accept the message: {answer.text}")
 
 
-def check_training_queue(settings: Settings) -> None:
+def check_training_queue(settings: BrokerSettings) -> None:
     """Test that a training message would reach its queue.
 
     Raises:

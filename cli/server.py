@@ -36,13 +36,19 @@ class Server:
         """
         # Imported late: it brings boto3 and pika.
         # pylint: disable-next=import-outside-toplevel
-        from consumer.worker import open_s3, open_state_s3
+        from services.s3.s3_service import open_store
 
-        settings: config.Settings = config.load(file=config_file)
+        settings = config.load(file=config_file)
+        storage = settings.storage
         logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
-        return cls(settings, open_s3(settings), open_state_s3(settings))
+        return cls(settings, open_store(storage.main_store()), open_store(storage.state_store()))
 
     @property
     def state(self) -> str:
         """The state bucket."""
         return self.settings.storage.state_bucket_name
+
+    @property
+    def models(self) -> str:
+        """The bucket of the models."""
+        return self.settings.storage.model_bucket_name

@@ -17,8 +17,15 @@ from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.checkpoint_name import order
 from jobs.kinds import Run
-from jobs.layout import CURVES
-from jobs.style import HyperParameters, StyleKind, TrainingImage, TrainingRun, checked_trigger_word
+from jobs.layout import CURVES, STYLE
+from jobs.style import (
+    HyperParameters,
+    StyleKind,
+    StyleOptions,
+    TrainingImage,
+    TrainingRun,
+    checked_trigger_word,
+)
 from utils.errors import ConfigurationError, TrainingServerError
 from utils.events import Event, Finished
 from utils.logger import get_logger
@@ -69,6 +76,7 @@ def folder_run(
         ConfigurationError: The folder or the trigger word is wrong.
     """
     found = _contents(folder)
+    options: StyleOptions = settings.options[STYLE]
     return TrainingRun(
         task_id="local",
         style_id=0,
@@ -76,8 +84,8 @@ def folder_run(
         images=found.images,
         parameters=parameters,
         work_folder="",
-        min_images=settings.min_images,
-        max_image_pixels=settings.max_image_pixels,
+        min_images=options.min_images,
+        max_image_pixels=options.max_image_pixels,
         trigger_word=_checked(trigger_word),
         notes=found.notes,
     )
@@ -114,23 +122,24 @@ def train_folder(
         JobError: Training failed.
         MachineError: This machine cannot train.
     """
-    _refuse_unprintable(output, settings.base_model)
+    _refuse_unprintable(output, settings.trainer.base_model)
     run = folder_run(folder, settings, parameters, trigger_word)
     _refuse_to_overwrite(run.images, folder, output)
-    _look_for_base_model(settings.base_model)
-    machine = require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
+    _look_for_base_model(settings.trainer.base_model)
+    machine = require_fit(settings.trainer_environment(), allow_cpu=settings.trainer.allow_cpu)
     held_out = _contents(validation) if validation else ImageFolder((), ())
     work = output.resolve() / _WORK
     _make_folder(work, output, emptied=not resume)
+    options: StyleOptions = settings.options[STYLE]
     run = dataclasses.replace(
         run,
         work_folder=str(work),
         resume_from=_newest_checkpoint(work) if resume else None,
-        checkpoint_interval=settings.checkpoint_interval,
+        checkpoint_interval=options.checkpoint_interval,
         validation_images=held_out.images,
-        sample_steps=settings.sample_steps,
-        preview_share=settings.preview_share,
-        tensorboard=settings.tensorboard,
+        sample_steps=options.sample_steps,
+        preview_share=options.preview_share,
+        tensorboard=options.tensorboard,
         notes=run.notes + held_out.notes,
     )
     finished = _run(run, settings, machine, on_event, stop)
@@ -152,7 +161,7 @@ def _run(
     trainer = TrainerProcess(
         settings.trainer_options(),
         settings.trainer_environment() | {"TMPDIR": str(work / _TEMPORARY)},
-        stall_seconds=settings.stall_seconds,
+        stall_seconds=settings.trainer.stall_seconds,
         secrets=settings.secrets(),
         confinement=settings.trainer_confinement(work),
     )
@@ -186,7 +195,7 @@ def _pages(
 
     try:
         pages, condition = local_pages(
-            settings.http_host, settings.http_port, machine, settings.base_model
+            settings.pages.http_host, settings.pages.http_port, machine, settings.trainer.base_model
         )
     except ConfigurationError as error:
         log.warning("pages_not_served", reason=str(error))

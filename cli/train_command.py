@@ -15,6 +15,7 @@ import config
 from cli.program import EXIT_FAILED, EXIT_INTERRUPTED, console, on_stop_signals
 from cli.train import folder_run, train_folder
 from consumer.life.stop_signal import StopSignal
+from jobs.layout import STYLE
 from jobs.style import HyperParameters
 from utils import logger
 from utils.errors import ConfigurationError, StopReason
@@ -103,8 +104,8 @@ def validate(
     for warning in report.warnings:
         out.print(f"note: {warning}", style="yellow", markup=False)
     can = f"{report.usable} of {counted(len(report.images), 'image')} can be used"
-    if report.usable < settings.min_images:
-        least = f"at least {settings.min_images} are needed (MIN_IMAGES)"
+    if report.usable < settings.options[STYLE].min_images:
+        least = f"at least {settings.options[STYLE].min_images} are needed (MIN_IMAGES)"
         out.print(f"{can}, but {least}. Add images, or correct those above.", style="red")
         return EXIT_FAILED
     steps = f"{counted(report.steps, 'step')} in {counted(parameters.epochs, 'epoch')}"
@@ -119,7 +120,7 @@ def _read(
     settings = config.load_local(file=config_file)
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        parameters: HyperParameters = dataclasses.replace(settings.parameters["style"], **given)
+        parameters: HyperParameters = dataclasses.replace(settings.parameters[STYLE], **given)
         parameters.require_libraries()
     except ValueError as error:
         raise ConfigurationError(str(error)) from error

@@ -32,19 +32,19 @@ def run(config_file: Path | None, once_idle: float | None) -> None:
 
 
 def _run(config_file: Path | None, once_idle: float | None, lasting: contextlib.ExitStack) -> int:
-    settings: config.Settings = config.load(file=config_file)
+    settings = config.load(file=config_file)
     logger.configure(
-        level=settings.log_level, log_format=settings.log_format, secrets=settings.secrets()
+        level=settings.log.log_level, log_format=settings.log.log_format, secrets=settings.secrets()
     )
     if unknown := config.unknown_names(config_file):
         log.warning("settings_unknown", reason=unknown)
-    shutdown = Shutdown(settings.shutdown_grace_seconds)
+    shutdown = Shutdown(settings.worker.shutdown_grace_seconds)
     on_stop_signals(shutdown.request)
-    dsn = settings.sentry_dsn
+    dsn = settings.telemetry.sentry_dsn
     lasting.enter_context(
         reported(
             dsn.get_secret_value() if dsn else None,
-            environment=settings.sentry_environment,
+            environment=settings.telemetry.sentry_environment,
             secrets=settings.secrets(),
             flush_seconds=LAST_WORDS_SECONDS,
         )

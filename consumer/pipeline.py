@@ -9,27 +9,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from config import Settings
+from consumer.desk import Desk
 from consumer.life import endings, run_events
 from consumer.life.checkpoint_uploads import CheckpointUploads, clear_up, newest_usable_checkpoint
-from consumer.life.endings import Endings
 from consumer.life.inputs import fetch_inputs
 from consumer.life.job_size import require_room
 from consumer.life.lease_relay import relayed
 from consumer.life.progress_reporter import ProgressReporter, queued
-from consumer.life.put_offs import PutOffs, Why, why_of
+from consumer.life.put_offs import Why, why_of
 from consumer.life.stop_signal import Shutdown, StopSignal
-from consumer.life.work_folder import WorkFolder
-from consumer.pages.observer import Observer
 from consumer.pages.queue_watch import age_of
-from consumer.publishing.model_publisher import ModelPublisher
-from consumer.trainer.machine import require_fit
-from consumer.trainer.trainer_process import TrainerProcess
-from jobs.kinds import Claim, JobKind, KindRun, Kinds
+from jobs.kinds import Claim, JobKind, KindRun
 from jobs.layout import CURVES, Place, place_of
 from jobs.message import Job, from_understood, parse
 from jobs.record import (
@@ -49,9 +42,7 @@ from services.broker.settlement import (
     Settlement,
 )
 from services.records.job_lease import JobLease
-from services.records.job_records import Claimed, Ended, HeldElsewhere, JobRecords, OtherBody
-from services.s3.s3_service import S3Service
-from services.webhooks.webhook_service import WebhookService
+from services.records.job_records import Claimed, Ended, HeldElsewhere, OtherBody
 from utils import logger
 from utils.errors import (
     DiskFull,
@@ -86,32 +77,12 @@ _OF_THE_ORDER = (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Desk:
-    """What the pipeline works with; made in `main`."""
-
-    settings: Settings
-    kinds: Kinds
-    s3: S3Service
-    state_s3: S3Service
-    webhooks: WebhookService
-    records: JobRecords
-    endings: Endings
-    put_offs: PutOffs
-    publisher: ModelPublisher
-    trainer: TrainerProcess
-    folders: WorkFolder
-    shutdown: Shutdown
-    machine_fails: Callable[[MachineError], None]
-    observer: Observer
-
-
 class Pipeline:
     """Takes deliveries of the training queue and says what becomes of them."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._settings = desk.settings
+        self._limits = desk.limits
         self._put_offs = desk.put_offs
 
     def handle(self, delivery: Delivery) -> Settlement:
@@ -149,7 +120,7 @@ class Pipeline:
                 id_is_derived=job.id_is_derived,
                 min_level=delivery.min_level,
             ),
-            new_run_after=(None if may_be_claimed else self._settings.deduplication_window_seconds),
+            new_run_after=(None if may_be_claimed else self._limits.deduplication_window_seconds),
         )
         match claim:
             case Claimed(lease=lease):
@@ -247,7 +218,7 @@ class Pipeline:
             self._desk.publisher.confirm(_place(job), job.task_id, lease)
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
         self._desk.observer.ended(ending)
-        cleared = clear_up(self._desk.state_s3, self._settings.state_bucket_name, lease.record)
+        cleared = clear_up(self._desk.state_s3, self._desk.state_bucket, lease.record)
         with self._desk.observer.tracing.span("tell"):
             left = self._desk.endings.deliver(
                 lease, original=job.body, for_seconds=endings.DELIVER_AT_ONCE_SECONDS
@@ -257,8 +228,8 @@ class Pipeline:
         return Settlement.ack(*left)
 
     def _train_and_publish(self, job: Job, lease: JobLease, stop: StopSignal) -> Ending:
-        desk, settings, kind = self._desk, self._settings, self._kind(job)
-        if lease.record.attempts >= settings.max_attempts:
+        desk, limits, kind = self._desk, self._limits, self._kind(job)
+        if lease.record.attempts >= limits.max_attempts:
             raise _given_up(lease)
         stop.check()
         self._require_time(job, lease)
@@ -271,13 +242,13 @@ class Pipeline:
                 desk.webhooks,
                 next_sequence=lease.next_sequence,
                 stop=stop,
-                interval_seconds=settings.progress_interval_seconds,
+                interval_seconds=limits.progress_interval_seconds,
             ) as reporter,
             CheckpointUploads(
                 job,
                 lease,
                 desk.state_s3,
-                settings.state_bucket_name,
+                desk.state_bucket,
                 curves=folder / CURVES,
                 patience=desk.shutdown.seconds_for_saving,
                 uploaded=desk.observer.uploaded,
@@ -294,7 +265,7 @@ class Pipeline:
                     self._identity(job),
                     lambda event: run_events.dispatch(event, desk.observer, reporter, uploads),
                     stop,
-                    max_seconds=max(0.0, settings.max_job_seconds - lease.seconds_run),
+                    max_seconds=max(0.0, limits.max_job_seconds - lease.seconds_run),
                     patience=desk.shutdown.seconds_for_saving,
                 )
             uploads.settle()
@@ -316,7 +287,7 @@ class Pipeline:
         self, kind: JobKind, job: Job, lease: JobLease, folder: Path, stop: StopSignal
     ) -> KindRun:
         """The trainer's order, with everything that it needs in the job's folder."""
-        desk, settings = self._desk, self._settings
+        desk = self._desk
         require_room(
             desk.s3,
             desk.state_s3,
@@ -324,15 +295,15 @@ class Pipeline:
             job,
             folder,
             stop,
-            state_bucket=settings.state_bucket_name,
-            max_job_bytes=settings.max_job_bytes,
+            state_bucket=desk.state_bucket,
+            max_job_bytes=self._limits.max_job_bytes,
             checkpoints=lease.record.checkpoints,
         )
         fetched = fetch_inputs(
             desk.s3, kind.inputs(job.spec), folder, max_bytes=kind.max_input_bytes, stop=stop
         )
         resume_from = newest_usable_checkpoint(
-            desk.state_s3, settings.state_bucket_name, lease.record, folder
+            desk.state_s3, desk.state_bucket, lease.record, folder
         )
         claim = Claim(job.task_id, lease.claim_number, folder, resume_from)
         return kind.run(job.spec, fetched, claim)
@@ -350,13 +321,13 @@ class Pipeline:
         Raises:
             TimeLimit: One of them is over.
         """
-        limit = self._settings.max_job_seconds
+        limit = self._limits.max_job_seconds
         if lease.seconds_run >= limit:
             raise TimeLimit(
                 f"workers have spent {lease.seconds_run:.0f} seconds on the job in all, and "
                 f"{limit:.0f} are allowed"
             )
-        longest = self._settings.max_wait_seconds
+        longest = self._limits.max_wait_seconds
         waited = age_of(job.created_at) if lease.claim_number == 1 else None
         if longest is not None and waited is not None and waited > longest:
             raise TimeLimit(
@@ -365,12 +336,12 @@ class Pipeline:
             )
 
     def _is_last_attempt(self, lease: JobLease) -> bool:
-        return lease.record.attempts_with_this >= self._settings.limits.max_attempts
+        return lease.record.attempts_with_this >= self._limits.max_attempts
 
     def _try_again(self, job: Job, lease: JobLease, error: TrainingServerError) -> Settlement:
         """The message comes back after a while; whoever gets it resumes from the last
         checkpoint."""
-        delays = self._settings.retry_delays_seconds
+        delays = self._limits.retry_delays_seconds
         # An attempt that made a checkpoint counts as none, and waits like the first.
         delay = delays[min(max(1, lease.record.attempts_with_this), len(delays)) - 1]
         log.warning(
@@ -401,7 +372,7 @@ class Pipeline:
     def _failed(
         self, job: Job, lease: JobLease, error: TrainingServerError
     ) -> tuple[Ending, OwedCopy | None]:
-        attempts = min(lease.record.attempts_with_this, self._settings.max_attempts)
+        attempts = min(lease.record.attempts_with_this, self._limits.max_attempts)
         code = code_of(error)
         _log_failure(code, str(error), attempts)
         ending = endings.failed(
@@ -436,7 +407,7 @@ class Pipeline:
         if not isinstance(error, GpuBroken):
             return True
         try:
-            require_fit(self._settings.trainer_environment(), allow_cpu=self._settings.allow_cpu)
+            self._desk.test_machine()
         except GpuBroken:
             return True
         log.warning("gpu_computes_again", reason="a fresh process finds nothing wrong with it")
@@ -449,7 +420,7 @@ class Pipeline:
         rejections = lease.record.rejections + 1
         if isinstance(error, (DiskFull, NoRoomForJob)):
             workers = len(lease.record.rejecters_with_this)
-            if workers >= self._settings.max_machines or rejections >= _MOST_REJECTIONS:
+            if workers >= self._limits.max_machines or rejections >= _MOST_REJECTIONS:
                 return JobTooLarge(
                     f"no worker has enough disk space for it; {workers} tried, {rejections} times "
                     f"in all: {error}"
@@ -468,7 +439,7 @@ class Pipeline:
             log.error("machine_unfit", reason=str(error))
             self._desk.machine_fails(error)
         self._desk.observer.unfit()
-        delays = self._settings.retry_delays_seconds
+        delays = self._limits.retry_delays_seconds
         delay = delays[min(lease.record.rejections, len(delays) - 1)]
         lease.release(
             count_attempt=False,

@@ -13,7 +13,6 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 
-from config import Settings
 from consumer.pages.observer import Observer
 from services.broker.client import ANSWER_SECONDS, Link
 from services.broker.connection import BrokerLoop, Lane
@@ -21,6 +20,7 @@ from services.broker.outbox import Outbox
 from services.broker.settlement import CRASHES, OWN_COPY, PUT_OFFS, Delivery, Queue, Settlement
 from utils.errors import ErrorCode
 from utils.logger import get_logger
+from utils.settings.groups import BrokerSettings
 
 log = get_logger(__name__)
 
@@ -31,13 +31,15 @@ Handler = Callable[[Delivery], Settlement]
 
 
 def training_consumer(
-    settings: Settings,
+    settings: BrokerSettings,
     *,
     handle: Handler,
     handle_ending: Handler | None = None,
     queues: Sequence[Queue] = (Queue.TRAINING,),
     stop: threading.Event,
-    stop_seconds: float | None = None,
+    stop_seconds: float,
+    retry_delays: Sequence[float] = (10.0, 60.0, 600.0),
+    ending_retry_delays: Sequence[float] = (60.0, 300.0, 1800.0, 7200.0),
     observer: Observer | None = None,
     once_idle: float | None = None,
     answer_seconds: float = ANSWER_SECONDS,
@@ -46,32 +48,37 @@ def training_consumer(
     """The broker's loop of a worker, which takes one training message at a time over all queues.
 
     Args:
-        settings: Hosts, credentials, heartbeat, name of the backend's queue, delays.
+        settings: Hosts, credentials, heartbeat, name of the backend's queue.
         handle: Handles a training message; obeys `stop` by itself.
         handle_ending: Handles a message of the endings' queue, also while a job is trained; None to
             leave that queue to others.
         queues: The training queues; the first is `Queue.TRAINING`.
         stop: Set to stop the worker.
-        stop_seconds: The longest time that stopping takes; `SHUTDOWN_GRACE_SECONDS` if None.
+        stop_seconds: The longest time that stopping takes.
+        retry_delays: Seconds before each further attempt at a message whose handler broke.
+        ending_retry_delays: The same for messages of the endings' queue.
         observer: Gets connections, deliveries and the queues' lengths.
         once_idle: Take one training message and stop, or stop after this many seconds without one.
         answer_seconds: The longest wait for a confirm or any other answer of the broker.
         outbox: Where threads other than the handlers put publications; a new one if None.
     """
     observer = observer or Observer()
-    delays = settings.retry_delays_seconds
-    jobs = HandlerThreads(handle, delays, observer)
+    jobs = HandlerThreads(handle, retry_delays, observer)
     lanes = [Lane(queues, jobs.start, math.inf if once_idle is None else 1)]
     if handle_ending:
-        endings = HandlerThreads(handle_ending, settings.ending_retry_delays_seconds, observer)
+        endings = HandlerThreads(handle_ending, ending_retry_delays, observer)
         lanes.append(Lane((Queue.ENDINGS,), endings.start))
     return BrokerLoop(
         functools.partial(
-            Link, settings, training_queues=queues, delays=delays, answer_seconds=answer_seconds
+            Link,
+            settings,
+            training_queues=queues,
+            delays=retry_delays,
+            answer_seconds=answer_seconds,
         ),
         lanes,
         stop=stop,
-        stop_seconds=stop_seconds or settings.shutdown_grace_seconds,
+        stop_seconds=stop_seconds,
         events=observer,
         idle_seconds=once_idle,
         outbox=outbox,

@@ -1,19 +1,17 @@
-"""The front desk, put together: services, records, trainer, pipeline and consumer of one worker."""
+"""Composition root of the worker: services, trainer process, pipeline and consumer of one worker.
+
+No other module of the worker sees all settings.
+"""
 
 from __future__ import annotations
 
 import functools
-import os
-import socket
 import sys
-import uuid
 from collections.abc import Callable, Sequence
 
 from config import Settings
-from consumer.kinds import configured_kinds
+from consumer.desk import Desk, open_desk
 from consumer.life.checkpoint_uploads import clear_up
-from consumer.life.endings import Endings
-from consumer.life.put_offs import PutOffs
 from consumer.life.state_guard import StateGuard
 from consumer.life.stop_signal import Shutdown
 from consumer.life.sweeper import Sweeper
@@ -22,30 +20,27 @@ from consumer.pages.condition import Condition
 from consumer.pages.http_pages import HttpPages
 from consumer.pages.observer import Observer
 from consumer.pages.surroundings import PATIENCE_SECONDS, Surroundings
-from consumer.pipeline import Desk, Pipeline
-from consumer.publishing.model_publisher import ModelPublisher
+from consumer.pipeline import Pipeline
 from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from consumer.training_consumer import training_consumer
+from jobs.kinds import REGISTRY
 from services.broker.outbox import Outbox
-from services.records.job_records import JobRecords
-from services.records.style_turn import StyleTurns
+from services.broker.settlement import Queue
 from services.records.sweep import RecordSweep
-from services.s3.s3_service import S3Service
+from services.s3.s3_service import S3Service, open_store
 from services.telemetry.tracing import open_tracing
-from services.webhooks.webhook_service import WebhookService
 from utils.errors import MachineError
 from utils.gpu_monitor import GpuMonitor
 from utils.logger import get_logger
-from utils.metrics import Metrics
-from utils.settings.storage import Store
+from utils.settings.groups import TrainerSettings
 from utils.settings.values import not_pinned
 
 log = get_logger(__name__)
 
 TRAINER = (sys.executable, "-m", "training")
 GPU_SAMPLE_SECONDS = 5.0
-LAST_WORDS_SECONDS = 1.0  # for the last spans and reports, at the end of a shutdown's grace
+LAST_WORDS_SECONDS = 1.0  # for the last spans and error reports, at the end of a shutdown's grace
 
 
 def run_worker(
@@ -58,34 +53,44 @@ def run_worker(
     """Take jobs until the shutdown.
 
     Args:
-        settings: All of them.
-        shutdown: Ends the worker, after the job in hand has been saved.
+        settings: All settings.
+        shutdown: Stops the worker after the current job is saved.
         trainer_command: Starts the trainer process.
-        once_idle: End after one training message, or after so many seconds without one.
+        once_idle: Stop after one training message, or after this many seconds without one.
 
     Raises:
         ConfigurationError: A folder, a port or a service cannot be set up as the settings say, or
             the state bucket does not honour conditional writes.
-        MachineError: This machine cannot train; the job in hand went back.
-        BrokerRefused: RabbitMQ refuses the worker, and waiting will not help.
+        MachineError: This machine cannot train; the current job is returned to the queue.
+        BrokerRefused: RabbitMQ refuses the worker, and waiting does not help.
     """
-    secrets = settings.secrets()
-    otlp_headers = settings.otel_exporter_otlp_headers
+    telemetry, pages = settings.telemetry, settings.pages
+    otlp_headers = telemetry.otel_exporter_otlp_headers
     tracing = open_tracing(
-        settings.otel_exporter_otlp_endpoint,
+        telemetry.otel_exporter_otlp_endpoint,
         headers=otlp_headers.get_secret_value() if otlp_headers else "",
-        service=settings.otel_service_name,
-        secrets=secrets,
+        service=telemetry.otel_service_name,
+        secrets=settings.secrets(),
     )
     observer = Observer(tracing=tracing)
-    condition = Condition(settings, observer, shutdown.event)
-    # First of all, so that a platform's probes are answered while the GPU is tested.
-    with HttpPages(settings.http_host, settings.http_port, condition, observer.metrics):
-        machine = require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
-        _say_hello(settings, machine, observer)
+    condition = Condition(
+        observer,
+        shutdown.event,
+        base_model=settings.trainer.base_model,
+        queue=settings.broker.training_queue,
+    )
+    # The pages open first, so that a platform's probes are answered while the GPU is tested.
+    with HttpPages(pages.http_host, pages.http_port, condition, observer.metrics):
+        test_machine = functools.partial(
+            require_fit, settings.trainer_environment(), allow_cpu=settings.trainer.allow_cpu
+        )
+        machine = test_machine()
+        _log_start(settings.trainer, settings.broker.training_queue, machine, observer)
         condition.machine_tested(machine)
         try:
-            _serve(settings, shutdown, trainer_command, observer, condition, once_idle)
+            _serve(
+                settings, shutdown, observer, condition, test_machine, trainer_command, once_idle
+            )
         finally:
             tracing.close(LAST_WORDS_SECONDS)
     log.info("worker_stopped")
@@ -94,30 +99,23 @@ def run_worker(
 def _serve(
     settings: Settings,
     shutdown: Shutdown,
-    trainer_command: Sequence[str],
     observer: Observer,
     condition: Condition,
+    test_machine: Callable[[], object],
+    trainer_command: Sequence[str],
     once_idle: float | None,
 ) -> None:
-    """Take jobs on a machine that is fit, until the shutdown."""
-    state_s3 = open_state_s3(settings, metrics=observer.metrics)
+    """Take jobs on a machine that can train, until the shutdown."""
+    state_s3 = open_store(settings.storage.state_store(), metrics=observer.metrics)
     guard = StateGuard(
         state_s3,
-        settings.state_bucket_name,
-        allow_unguarded=settings.allow_unguarded_state,
+        settings.storage.state_bucket_name,
+        allow_unguarded=settings.storage.allow_unguarded_state,
         report=condition.state_tested,
     )
-    guard.test()  # a wrong store is refused before anything is loaded
-    folders = WorkFolder(settings.work_dir)
-    trainer = TrainerProcess(
-        settings.trainer_options(),
-        settings.trainer_environment() | {"TMPDIR": str(folders.temporary)},
-        stall_seconds=settings.stall_seconds,
-        command=trainer_command,
-        metrics=observer.metrics,
-        secrets=settings.secrets(),
-        confinement=settings.trainer_confinement(folders.path),
-    )
+    guard.test()  # a store without conditional writes is refused before anything is loaded
+    folders = WorkFolder(settings.worker.work_dir)
+    trainer = _trainer(settings, folders, trainer_command, observer)
     condition.has_trainer(trainer)
     failures: list[MachineError] = []
 
@@ -128,24 +126,67 @@ def _serve(
 
     monitor = GpuMonitor(sample_seconds=GPU_SAMPLE_SECONDS, observe=observer.gpus)
     try:
-        trainer.start()  # the base model loads while the first message is waited for
+        trainer.start()  # the base model is loaded during the wait for the first message
         monitor.start()
         outbox = Outbox()
-        desk = _desk(
-            settings, state_s3, trainer, folders, shutdown, machine_fails, observer, outbox
+        desk = open_desk(
+            limits=settings.limits,
+            storage=settings.storage,
+            webhooks=settings.webhooks,
+            kinds=settings.kinds(),
+            state_s3=state_s3,
+            trainer=trainer,
+            folders=folders,
+            shutdown=shutdown,
+            test_machine=test_machine,
+            machine_fails=machine_fails,
+            observer=observer,
+            outbox=outbox,
         )
         with _surroundings(settings, folders, condition, observer):
-            # S3 may be down when the worker starts: then it takes no job before it was tested.
+            # If S3 is down when the worker starts, the worker waits for the test of the bucket.
             if guard.wait(shutdown.event, at_most=once_idle):
                 _take_jobs(settings, desk, condition, outbox, once_idle)
     finally:
-        # In this order: the consumer has returned what it held; the child ends before its folder
-        # goes.
+        # The consumer has returned its messages by now. The trainer ends before its folder goes.
         trainer.close()
         monitor.stop()
         folders.close()
     if failures:
         raise failures[0]
+
+
+def _trainer(
+    settings: Settings, folders: WorkFolder, command: Sequence[str], observer: Observer
+) -> TrainerProcess:
+    return TrainerProcess(
+        settings.trainer_options(),
+        settings.trainer_environment() | {"TMPDIR": str(folders.temporary)},
+        stall_seconds=settings.trainer.stall_seconds,
+        command=command,
+        metrics=observer.metrics,
+        secrets=settings.secrets(),
+        confinement=settings.trainer_confinement(folders.path),
+    )
+
+
+def _surroundings(
+    settings: Settings, folders: WorkFolder, condition: Condition, observer: Observer
+) -> Surroundings:
+    """The polls of S3 and the disks, with clients whose requests fail fast."""
+    storage, hf_home = settings.storage, settings.trainer.hf_home
+    fast: Callable[..., S3Service] = functools.partial(
+        open_store, attempts=1, patience=PATIENCE_SECONDS
+    )
+    s3 = fast(storage.main_store())
+    one_store = storage.state_store() == storage.main_store()
+    state_s3 = s3 if one_store else fast(storage.state_store())
+    return Surroundings(
+        [(storage.model_bucket_name, s3), (storage.state_bucket_name, state_s3)],
+        {"work": folders.path} | ({"models": hf_home} if hf_home else {}),
+        condition,
+        observer.metrics,
+    )
 
 
 def _take_jobs(
@@ -156,193 +197,57 @@ def _take_jobs(
     once_idle: float | None,
 ) -> None:
     """Consume until the shutdown."""
-    s3, observer = desk.state_s3, desk.observer
+    limits, observer = settings.limits, desk.observer
     consumer = training_consumer(
-        settings,
+        settings.broker,
         handle=Pipeline(desk).handle,
         handle_ending=desk.endings.handle,
+        queues=queues_of(settings.worker.kinds),
         stop=desk.shutdown.event,
+        stop_seconds=settings.worker.shutdown_grace_seconds,
+        retry_delays=limits.retry_delays_seconds,
+        ending_retry_delays=limits.ending_retry_delays_seconds,
         observer=observer,
         once_idle=once_idle,
         outbox=outbox,
     )
     condition.has_broker(consumer)
     sweep = RecordSweep(
-        s3,
-        settings.state_bucket_name,
-        lease_seconds=settings.lease_ttl_seconds,
-        clear_up=functools.partial(clear_up, s3, settings.state_bucket_name),
+        desk.state_s3,
+        desk.state_bucket,
+        lease_seconds=limits.lease_ttl_seconds,
+        clear_up=functools.partial(clear_up, desk.state_s3, desk.state_bucket),
         may_wait=observer.queues.may_hold_messages,
     )
-    with Sweeper(sweep, consumer.publish, settings, desk.kinds, s3, observer):
+    with Sweeper(
+        sweep,
+        consumer.publish,
+        desk.kinds,
+        desk.state_s3,
+        desk.state_bucket,
+        every_seconds=limits.lease_ttl_seconds,
+        retention_days=limits.record_retention_days,
+        observer=observer,
+    ):
         consumer.run()
 
 
-def _surroundings(
-    settings: Settings, folders: WorkFolder, condition: Condition, observer: Observer
-) -> Surroundings:
-    """Whoever looks at S3 and the disks."""
-    watched = {"work": folders.path}
-    if settings.hf_home:
-        watched["models"] = settings.hf_home
-    s3 = open_s3(settings, attempts=1, patience=PATIENCE_SECONDS)
-    one_store = settings.state_store() == settings.main_store()
-    return Surroundings(
-        settings,
-        s3,
-        s3 if one_store else open_state_s3(settings, attempts=1, patience=PATIENCE_SECONDS),
-        watched,
-        condition,
-        observer.metrics,
-    )
+def queues_of(kinds: Sequence[str]) -> tuple[Queue, ...]:
+    """The training queue of each kind; the first registered kind has the backend's queue."""
+    first = next(iter(REGISTRY))
+    return tuple(Queue.TRAINING if kind == first else Queue.of_kind(kind) for kind in kinds)
 
 
-def _desk(
-    settings: Settings,
-    state_s3: S3Service,
-    trainer: TrainerProcess,
-    folders: WorkFolder,
-    shutdown: Shutdown,
-    machine_fails: Callable[[MachineError], None],
-    observer: Observer,
-    outbox: Outbox,
-) -> Desk:
-    """Everything that the pipeline works with."""
-    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    records_s3 = _s3_for_records(settings, observer.metrics)
-    records = JobRecords(
-        records_s3,
-        settings.state_bucket_name,
-        owner=owner,
-        lease_seconds=settings.lease_ttl_seconds,
-    )
-    webhooks = open_webhooks(settings, observer)
-    # The same object tells the publisher that it can copy inside the storage.
-    s3 = state_s3
-    if settings.state_store() != settings.main_store():
-        s3 = open_s3(settings, metrics=observer.metrics)
-    put_offs = PutOffs(settings.retry_delays_seconds, observer)
-    kinds = configured_kinds(settings)
-    return Desk(
-        settings=settings,
-        kinds=kinds,
-        s3=s3,
-        state_s3=state_s3,
-        webhooks=webhooks,
-        records=records,
-        endings=Endings(
-            webhooks,
-            records,
-            publish=outbox.put,
-            put_offs=put_offs,
-            kinds=kinds,
-            retry_delays=settings.ending_retry_delays_seconds,
-            deduplication_seconds=settings.deduplication_window_seconds,
-            stop=shutdown.event,
-            observer=observer,
-        ),
-        put_offs=put_offs,
-        publisher=ModelPublisher(
-            s3,
-            state_s3,
-            model_bucket=settings.model_bucket_name,
-            state_bucket=settings.state_bucket_name,
-            url_scheme=settings.model_url_scheme,
-            turns=StyleTurns(
-                records_s3,
-                settings.state_bucket_name,
-                owner=owner,
-                lease_seconds=settings.lease_ttl_seconds,
-            ),
-        ),
-        trainer=trainer,
-        folders=folders,
-        shutdown=shutdown,
-        machine_fails=machine_fails,
-        observer=observer,
-    )
-
-
-def open_webhooks(settings: Settings, observer: Observer | None = None) -> WebhookService:
-    """The backend's ear, as the settings say."""
-    observer = observer or Observer()
-    return WebhookService(
-        backend_url=settings.backend_api_url,
-        allowed_origins=settings.webhook_allowed_origins,
-        token=settings.internal_api_token.get_secret_value(),
-        signing_secrets=settings.signing_secrets(),
-        ca_file=settings.webhook_ca_file,
-        proxy=settings.webhook_proxy.get_secret_value() if settings.webhook_proxy else None,
-        metrics=observer.metrics,
-        trace_headers=observer.tracing.headers,
-    )
-
-
-def open_s3(
-    settings: Settings,
-    *,
-    attempts: int = 3,
-    patience: float = 20.0,
-    metrics: Metrics | None = None,
-) -> S3Service:
-    """The store of images and models, as the settings say.
-
-    Args:
-        settings: Region, address, keys.
-        attempts: How often, in all, a request is made that fails for a passing reason.
-        patience: Seconds to wait for a connection, and for the next bytes.
-        metrics: Where requests are counted.
-
-    Raises:
-        ConfigurationError: No client can be made of them.
-    """
-    return _open(settings.main_store(), attempts, patience, metrics)
-
-
-def open_state_s3(
-    settings: Settings,
-    *,
-    attempts: int = 3,
-    patience: float = 20.0,
-    metrics: Metrics | None = None,
-) -> S3Service:
-    """The store of the state bucket; arguments and errors as for `open_s3`."""
-    return _open(settings.state_store(), attempts, patience, metrics)
-
-
-def _open(store: Store, attempts: int, patience: float, metrics: Metrics | None) -> S3Service:
-    return S3Service(
-        region=store.region,
-        endpoint_url=store.endpoint,
-        ignore_configured_endpoints=store.ignore_configured_endpoints,
-        access_key_id=store.access_key_id,
-        secret_access_key=store.secret_access_key,
-        session_token=store.session_token,
-        checksums=store.checksums,
-        conditional_writes=store.conditional_writes,
-        connect_timeout=min(5.0, patience),
-        read_timeout=patience,
-        attempts=attempts,
-        metrics=metrics,
-    )
-
-
-def _s3_for_records(settings: Settings, metrics: Metrics) -> S3Service:
-    """A request for a record must fail, and be made again, well within the lease."""
-    patience = min(10.0, settings.lease_ttl_seconds / 8)
-    return open_state_s3(settings, attempts=2, patience=patience, metrics=metrics)
-
-
-def _say_hello(settings: Settings, machine: Machine, observer: Observer) -> None:
-    observer.metrics.worker.info({"device": machine.device, "base_model": settings.base_model})
+def _log_start(trainer: TrainerSettings, queue: str, machine: Machine, observer: Observer) -> None:
+    observer.metrics.worker.info({"device": machine.device, "base_model": trainer.base_model})
     log.info(
         "worker_starting",
         device=machine.device,
-        queue=settings.training_queue,
-        base_model=settings.base_model,
-        mixed_precision=settings.mixed_precision if machine.cuda else "no",
+        queue=queue,
+        base_model=trainer.base_model,
+        mixed_precision=trainer.mixed_precision if machine.cuda else "no",
     )
     if not machine.cuda:
         log.warning("training_on_cpu", reason="no CUDA, and ALLOW_CPU=true: fp32 and slow")
-    if reason := not_pinned(settings.base_model, settings.base_model_revision):
+    if reason := not_pinned(trainer.base_model, trainer.base_model_revision):
         log.warning("base_model_not_pinned", reason=reason)

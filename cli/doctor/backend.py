@@ -8,11 +8,9 @@ from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from cli.doctor.findings import Finding, Verdict, clock, fail, now, ok, warn
-from config import Settings
-from consumer.worker import open_webhooks
 from services.webhooks.answers import Reply
-from services.webhooks.webhook_service import PATHS, WebhookService
-from utils.settings.groups import LOCAL_HOSTS
+from services.webhooks.webhook_service import PATHS, WebhookService, open_webhooks
+from utils.settings.groups import LOCAL_HOSTS, WebhookSettings
 from utils.urls import origin_of, shown
 
 _TOKEN_REFUSED = (fail, "it does not accept the token", "Set INTERNAL_API_TOKEN to the backend's.")
@@ -47,7 +45,7 @@ _MEANINGS: dict[int, tuple[Callable[[str, str, str], Finding], str, str]] = {
 }
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
+def examine(settings: WebhookSettings) -> Iterator[Finding]:
     """Send an empty progress report to each origin, and report how webhooks are signed."""
     webhooks = open_webhooks(settings)
     for base in dict.fromkeys((settings.backend_api_url, *settings.webhook_allowed_origins)):

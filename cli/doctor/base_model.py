@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from cli.doctor.findings import Finding, fail, ok, warn
-from config import Settings
+from utils.settings.groups import TrainerSettings
 from utils.settings.values import not_pinned
 
 CHECK = "base model"
@@ -41,8 +41,13 @@ NEEDED: tuple[tuple[str, ...], ...] = (
 )
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
-    """Judge BASE_MODEL as the trainer does: as a local folder, else as a model of the hub."""
+def examine(settings: TrainerSettings, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Judge BASE_MODEL as the trainer does: as a local folder, else as a model of the hub.
+
+    Args:
+        settings: The base model and its revision.
+        environment: The trainer process's environment.
+    """
     name = settings.base_model
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -51,7 +56,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         remedy = "Set BASE_MODEL to a diffusers folder, or to owner/name of a model on the hub."
         yield fail(CHECK, f"{name} is no folder on this machine.", remedy)
     else:
-        yield _of_the_hub(settings)
+        yield _of_the_hub(settings, environment)
     if reason := not_pinned(name, settings.base_model_revision):
         remedy = "Set BASE_MODEL_REVISION to the commit that the hub shows for the model."
         yield warn(CHECK, reason, remedy)
@@ -69,8 +74,8 @@ def _local(folder: Path) -> Finding:
     )
 
 
-def _of_the_hub(settings: Settings) -> Finding:
-    name, environment = settings.base_model, settings.trainer_environment()
+def _of_the_hub(settings: TrainerSettings, environment: Mapping[str, str]) -> Finding:
+    name = settings.base_model
     cache = _cache(environment)
     here = f"{name} is not in {cache}"
     if snapshot := _snapshot(name, settings.base_model_revision, cache):
@@ -82,7 +87,7 @@ def _of_the_hub(settings: Settings) -> Finding:
 
 
 def _on_the_hub(
-    settings: Settings, environment: Mapping[str, str], cache: Path, here: str
+    settings: TrainerSettings, environment: Mapping[str, str], cache: Path, here: str
 ) -> Finding:
     """The finding about a model that the trainer has to download."""
     name = settings.base_model
@@ -126,7 +131,7 @@ def _snapshot(name: str, revision: str | None, cache: Path) -> Path | None:
         return None
 
 
-def _token(settings: Settings) -> str | bool:
+def _token(settings: TrainerSettings) -> str | bool:
     """False: no token of a file in the home folder either."""
     return settings.hf_token.get_secret_value() if settings.hf_token else False
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cli.broker import NOT_FOUND, BrokerVisit, Refusal
 from cli.doctor.broker_limits import advice
 from cli.doctor.findings import Finding, Verdict, fail, ok, warn
-from config import Settings
 from services.broker.client import NO_ROUTE
 from services.broker.settlement import Queue
 from services.broker.topology import (
@@ -31,13 +30,13 @@ from services.broker.topology import (
     tells_more_than_the_type,
 )
 from utils.errors import BrokerError, BrokerRefused
-from utils.settings.groups import LOCAL_HOSTS
+from utils.settings.groups import LOCAL_HOSTS, BrokerSettings, JobLimits
 from utils.wording import counted
 
 LOCKED, FORBIDDEN, PRECONDITION = 405, 403, 406
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
+def examine(settings: BrokerSettings, limits: JobLimits) -> Iterator[Finding]:
     """Test every host, then everything else on the first host that accepts the worker.
 
     If one host accepts it, a host that is down is only a warning.
@@ -61,12 +60,12 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield from (dataclasses.replace(each, verdict=Verdict.WARN) for each in unreachable)
     with visit:
         try:
-            yield from _queues(settings, visit)
+            yield from _queues(settings, limits, visit)
         except BrokerError as error:
             yield fail("broker", f"The connection failed: {error}", "Run the doctor again.")
 
 
-def _unreachable(settings: Settings, host: str, error: BrokerError) -> Finding:
+def _unreachable(settings: BrokerSettings, host: str, error: BrokerError) -> Finding:
     remedy = "Check RABBITMQ_USER, RABBITMQ_PASS and RABBITMQ_VHOST."
     if not isinstance(error, BrokerRefused):
         remedy = (
@@ -78,7 +77,7 @@ def _unreachable(settings: Settings, host: str, error: BrokerError) -> Finding:
     return fail(f"broker {host}", str(error), remedy)
 
 
-def _reached(settings: Settings, host: str, visit: BrokerVisit) -> Finding:
+def _reached(settings: BrokerSettings, host: str, visit: BrokerVisit) -> Finding:
     check = f"broker {host}"
     detail = (
         f"{visit.product or 'an unnamed broker'} {visit.version}, port {settings.rabbitmq_port}, "
@@ -95,7 +94,7 @@ def _reached(settings: Settings, host: str, visit: BrokerVisit) -> Finding:
     return ok(check, detail)
 
 
-def _queues(settings: Settings, visit: BrokerVisit) -> Iterator[Finding]:
+def _queues(settings: BrokerSettings, limits: JobLimits, visit: BrokerVisit) -> Iterator[Finding]:
     name, dead = settings.training_queue, name_of(settings.training_queue, Queue.DEAD)
     found = visit.count(name)
     trial = _declare(visit, name, TYPE_TRIAL)
@@ -103,14 +102,14 @@ def _queues(settings: Settings, visit: BrokerVisit) -> Iterator[Finding]:
     queue_type = queue_type_of(trial.text) if is_there and isinstance(trial, Refusal) else None
     check = f"queue {name}"
     yield _training_queue(visit, name, found, queue_type) if is_there else _no_queue(check, found)
-    yield _own_queues(settings, visit, queue_type)
+    yield _own_queues(settings, limits.retry_delays_seconds, visit, queue_type)
     yield _permissions(settings, visit, exists=is_there)
     of_the_dead = visit.count(dead)
     if not isinstance(of_the_dead, Refusal) and of_the_dead.method.message_count:
         detail = f"It holds {counted(of_the_dead.method.message_count, 'message')}."
         remedy = "`main.py redrive` shows the reasons and sends back what should be tried again."
         yield warn(f"queue {dead}", detail, remedy)
-    yield advice(settings, visit.product, visit.version, queue_type)
+    yield advice(settings, limits.max_job_seconds, visit.product, visit.version, queue_type)
 
 
 def _no_queue(check: str, refusal: Refusal) -> Finding:
@@ -165,16 +164,15 @@ def _difference(trial: Any) -> str | None:
     return None
 
 
-def _own_queues(settings: Settings, visit: BrokerVisit, queue_type: str | None) -> Finding:
+def _own_queues(
+    settings: BrokerSettings, delays: Sequence[float], visit: BrokerVisit, queue_type: str | None
+) -> Finding:
     check = "own queues"
     wanted = [
         declaration(settings.training_queue, queue)
         for queue in (Queue.TRAINING, Queue.ENDINGS, Queue.DEAD)
     ]
-    wanted += [
-        declaration(settings.training_queue, Queue.TRAINING, delay)
-        for delay in settings.retry_delays_seconds
-    ]
+    wanted += [declaration(settings.training_queue, Queue.TRAINING, delay) for delay in delays]
     for queue in wanted:
         answers = []
         for arguments in queue.variants(queue_type) if queue.ours else ({},):
@@ -196,7 +194,7 @@ def _conflict(check: str, queue: QueueDeclaration, answers: list[str]) -> Findin
     return fail(check, queue.conflict(shown), remedy)
 
 
-def _permissions(settings: Settings, visit: BrokerVisit, *, exists: bool) -> Finding:
+def _permissions(settings: BrokerSettings, visit: BrokerVisit, *, exists: bool) -> Finding:
     """Test whether the user may publish and subscribe, without doing either."""
     check = "broker permissions"
 
@@ -220,7 +218,7 @@ def _permissions(settings: Settings, visit: BrokerVisit, *, exists: bool) -> Fin
     return ok(check, "may publish and take messages")
 
 
-def _permission_remedy(settings: Settings) -> tuple[str, str]:
+def _permission_remedy(settings: BrokerSettings) -> tuple[str, str]:
     """A remedy and its command."""
     queues = f"^{re.escape(settings.training_queue)}"
     command = ["rabbitmqctl", "set_permissions", "-p", settings.rabbitmq_vhost]

@@ -15,9 +15,9 @@ import re
 import shlex
 
 from cli.doctor.findings import Finding, ok, warn
-from config import Settings
 from services.broker.settlement import Queue
 from services.broker.topology import name_of
+from utils.settings.groups import BrokerSettings
 
 CHECK = "broker limits"
 POLICY = "training-server"
@@ -35,11 +35,18 @@ _NO_LIMIT = "Messages may be returned without limit."
 _UNKNOWN = "AMQP does not tell whether these defaults were changed."
 
 
-def advice(settings: Settings, product: str, version: str, queue_type: str | None) -> Finding:
+def advice(
+    settings: BrokerSettings,
+    max_job_seconds: float,
+    product: str,
+    version: str,
+    queue_type: str | None,
+) -> Finding:
     """The limits on the training queue.
 
     Args:
-        settings: Queue, virtual host, longest job.
+        settings: Queue and virtual host.
+        max_job_seconds: The longest time of a job.
         product: The broker's name.
         version: Its version.
         queue_type: `classic` or `quorum`; None if it is not known.
@@ -55,7 +62,7 @@ def advice(settings: Settings, product: str, version: str, queue_type: str | Non
     number = tuple(int(part or 0) for part in match.groups())
     limited = number >= _DELIVERY_LIMIT and queue_type != "classic"
     detail = f"{_timeout(number, queue_type)} {_limit(number) if limited else _NO_LIMIT} {_UNKNOWN}"
-    remedy, command = _remedy(settings, number, queue_type, limited)
+    remedy, command = _remedy(settings, max_job_seconds, number, queue_type, limited)
     verdict = warn if limited and queue_type == "quorum" else ok
     return verdict(CHECK, detail, remedy, command)
 
@@ -85,10 +92,14 @@ def _limit(number: tuple[int, ...]) -> str:
 
 
 def _remedy(
-    settings: Settings, number: tuple[int, ...], queue_type: str | None, limited: bool
+    settings: BrokerSettings,
+    max_job_seconds: float,
+    number: tuple[int, ...],
+    queue_type: str | None,
+    limited: bool,
 ) -> tuple[str, str]:
     """A remedy and its command; both empty if none is needed."""
-    milliseconds = int((settings.max_job_seconds + _SLACK_SECONDS) * 1000)
+    milliseconds = int((max_job_seconds + _SLACK_SECONDS) * 1000)
     if number < _FIRST_TIMEOUT or (number >= _TIMEOUT_ON_QUORUM_ONLY and queue_type == "classic"):
         return "", ""
     if number < _TIMEOUT_BY_POLICY:

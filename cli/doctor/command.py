@@ -30,14 +30,24 @@ _GPU_SECONDS = 150.0  # longer than the time limit of the GPU test itself
 
 Check = tuple[str, Callable[[Settings], Iterable[Finding]], float]
 CHECKS: tuple[Check, ...] = (
-    ("broker", broker.examine, _SECONDS),
-    ("storage", storage.examine, _SECONDS),
-    ("backend", backend.examine, _SECONDS),
-    ("GPU", machine.examine_gpu, _GPU_SECONDS),
-    ("RAM", machine.examine_memory, _SECONDS),
-    ("disk", machine.examine_disk, _SECONDS),
-    ("trainer's confinement", machine.examine_confinement, _SECONDS),
-    ("base model", base_model.examine, _SECONDS),
+    ("broker", lambda all_: broker.examine(all_.broker, all_.limits), _SECONDS),
+    ("storage", lambda all_: storage.examine(all_.storage), _SECONDS),
+    ("backend", lambda all_: backend.examine(all_.webhooks), _SECONDS),
+    (
+        "GPU",
+        lambda all_: machine.examine_gpu(
+            all_.trainer_environment(), allow_cpu=all_.trainer.allow_cpu
+        ),
+        _GPU_SECONDS,
+    ),
+    ("RAM", lambda _: machine.examine_memory(), _SECONDS),
+    ("disk", lambda all_: machine.examine_disk(all_.worker.work_dir), _SECONDS),
+    ("trainer's confinement", lambda _: machine.examine_confinement(), _SECONDS),
+    (
+        "base model",
+        lambda all_: base_model.examine(all_.trainer, all_.trainer_environment()),
+        _SECONDS,
+    ),
 )
 """Name, function and time limit in seconds of each check."""
 
@@ -62,7 +72,7 @@ def run(
     """
     console = console or Console(emoji=False)
     try:
-        settings: Settings = config.load(file=config_file)
+        settings = config.load(file=config_file)
     except ConfigurationError as error:
         remedy = "Set them in the environment, in .env or in a file named by --config."
         _report([fail("settings", str(error), remedy)], None, as_json, show_all, console)
@@ -81,11 +91,13 @@ def print_policy(*, config_file: Path | None = None, console: Console | None = N
         0; 2 if the settings are wrong.
     """
     try:
-        settings: Settings = config.load(file=config_file)
+        settings = config.load(file=config_file)
     except ConfigurationError as error:
         Console(stderr=True).print(Text(str(error), "red"), soft_wrap=True)
         return SETTINGS_WRONG
-    _print_whole(json.dumps(least_policy(settings), indent=2), console or Console(emoji=False))
+    _print_whole(
+        json.dumps(least_policy(settings.storage), indent=2), console or Console(emoji=False)
+    )
     return HEALTHY
 
 
@@ -142,16 +154,16 @@ def _started(
 
 
 def _settings(settings: Settings, unknown: str | None) -> Finding:
-    main, state = settings.main_store(), settings.state_store()
+    main, state = settings.storage.main_store(), settings.storage.state_store()
     parts = (
-        f"RabbitMQ {', '.join(settings.rabbitmq_host)}, queue {settings.training_queue}",
-        f"images from {', '.join(settings.image_buckets)}",
-        f"models to {settings.model_bucket_name}",
-        f"state in {settings.state_bucket_name}",
+        f"RabbitMQ {', '.join(settings.broker.rabbitmq_host)}, queue {settings.broker.training_queue}",
+        f"images from {', '.join(settings.storage.image_buckets)}",
+        f"models to {settings.storage.model_bucket_name}",
+        f"state in {settings.storage.state_bucket_name}",
         f"S3 at {main.endpoint or main.region}",
         *([f"state at {state.endpoint or state.region}"] if state != main else []),
-        f"backend {settings.backend_api_url}",
-        f"base model {settings.base_model}",
+        f"backend {settings.webhooks.backend_api_url}",
+        f"base model {settings.trainer.base_model}",
     )
     if unknown:
         return warn("settings", "; ".join((*parts, unknown)), "Correct or remove these names.")
@@ -177,7 +189,7 @@ def _report(
         values = {
             "healthy": is_healthy(findings),
             "findings": [dataclasses.asdict(finding) for finding in findings],
-            "iam_policy": least_policy(settings) if settings else None,
+            "iam_policy": least_policy(settings.storage) if settings else None,
         }
         print(json.dumps(values, indent=2), file=console.file)
         return

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cli.doctor.findings import Finding, fail, ok, warn
-from config import Settings
 from consumer.trainer.machine import Machine, check_machine
 from utils.confined import LEAST_ABI, landlock_version
 from utils.errors import GpuBroken
@@ -28,11 +27,16 @@ _CGROUP_LIMITS = (
 _NO_GPU = "Start the container with a GPU (docker run --gpus all, or a GPU pod)"
 
 
-def examine_gpu(settings: Settings) -> Iterator[Finding]:
-    """Compute on the GPU, in a process like the trainer's, and read its free memory."""
+def examine_gpu(environment: Mapping[str, str], *, allow_cpu: bool) -> Iterator[Finding]:
+    """Compute on the GPU, in a process like the trainer's, and read its free memory.
+
+    Args:
+        environment: The trainer process's environment.
+        allow_cpu: Whether training on the CPU is allowed.
+    """
     check = "GPU"
     try:
-        machine = check_machine(settings.trainer_environment())
+        machine = check_machine(environment)
     except GpuBroken as error:
         yield fail(check, str(error), "Restart the machine, or take another one.")
         return
@@ -46,7 +50,7 @@ def examine_gpu(settings: Settings) -> Iterator[Finding]:
     elif machine.cuda:
         yield _capability(machine)
         yield from _gpu_memory()
-    elif settings.allow_cpu:
+    elif allow_cpu:
         detail = "No GPU was found. ALLOW_CPU=true trains on the CPU, in fp32 and very slowly."
         yield warn(check, detail, f"{_NO_GPU}.")
     else:
@@ -84,7 +88,7 @@ def _gpu_memory() -> Iterator[Finding]:
         monitor.stop()
 
 
-def examine_memory(_settings: Settings) -> Iterator[Finding]:
+def examine_memory() -> Iterator[Finding]:
     """Compare the RAM that this process may use with what loading the model needs."""
     limit = memory_limit()
     detail = f"This process may use {_gib(limit)}."
@@ -108,7 +112,7 @@ def memory_limit() -> int:
     return total
 
 
-def examine_confinement(_settings: Settings) -> Iterator[Finding]:
+def examine_confinement() -> Iterator[Finding]:
     """Test whether the trainer can be kept away from files with secrets."""
     check = "trainer's confinement"
     version = landlock_version()
@@ -127,14 +131,14 @@ def examine_confinement(_settings: Settings) -> Iterator[Finding]:
         yield ok(check, f"Landlock {version}: the trainer cannot read files with secrets.")
 
 
-def examine_disk(settings: Settings) -> Iterator[Finding]:
+def examine_disk(work_dir: Path | None) -> Iterator[Finding]:
     """Write to the folder of jobs and read its free space.
 
     If the folder does not exist, the nearest folder above it is tested. The doctor does not make
     it, because it would belong to the user who runs the doctor.
     """
     check = "disk (WORK_DIR)"
-    folder = (settings.work_dir or Path(tempfile.gettempdir()) / "training-server").resolve()
+    folder = (work_dir or Path(tempfile.gettempdir()) / "training-server").resolve()
     present = next(filter(Path.exists, (folder, *folder.parents)), Path("/"))
     try:
         with tempfile.TemporaryFile(dir=present) as file:

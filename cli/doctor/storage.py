@@ -12,13 +12,11 @@ from urllib.parse import urlsplit
 
 from cli.doctor.findings import Finding, clock, fail, now, ok, warn
 from cli.doctor.storage_rights import PROBE, Right, Use, uses
-from config import Settings
-from consumer.worker import open_s3, open_state_s3
 from jobs.addresses import S3Location
 from services.records.condition_probe import probe
-from services.s3.s3_service import S3Service
+from services.s3.s3_service import S3Service, open_store
 from utils.errors import AccessDenied, ConfigurationError, ObjectNotFound, StorageError
-from utils.settings.storage import is_google
+from utils.settings.storage import StorageSettings, is_google
 
 _SECONDS = 10.0
 _BODY = b"written by the doctor; can be deleted"
@@ -28,11 +26,11 @@ _LIST = "Grant s3:ListBucket on the bucket, without a condition on prefixes."
 _PAGE = "docs/operations.md, Google Cloud Storage"
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
+def examine(settings: StorageSettings) -> Iterator[Finding]:
     """Test the settings, each bucket, conditional writes, privacy of the state, and the clock."""
     try:
-        s3 = open_s3(settings, attempts=2, patience=_SECONDS)
-        state_s3 = open_state_s3(settings, attempts=2, patience=_SECONDS)
+        s3 = open_store(settings.main_store(), attempts=2, patience=_SECONDS)
+        state_s3 = open_store(settings.state_store(), attempts=2, patience=_SECONDS)
     except ConfigurationError as error:
         yield fail("storage", str(error), "Correct AWS_ENDPOINT_URL_S3 and AWS_S3_REGION_NAME.")
         return
@@ -59,7 +57,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield from [visit.clock for visit in visits.values() if visit.clock][:1]
 
 
-def examine_settings(settings: Settings, s3: S3Service) -> Iterator[Finding]:
+def examine_settings(settings: StorageSettings, s3: S3Service) -> Iterator[Finding]:
     """Judge the stores by the settings, without a request.
 
     Args:
@@ -95,7 +93,7 @@ def examine_settings(settings: Settings, s3: S3Service) -> Iterator[Finding]:
         )
 
 
-def _model_address(settings: Settings) -> Finding:
+def _model_address(settings: StorageSettings) -> Finding:
     check = "model address"
     google = is_google(settings.s3_endpoint)
     if settings.model_url_scheme == "s3":
@@ -116,7 +114,7 @@ def _model_address(settings: Settings) -> Finding:
     )
 
 
-def _credentials(settings: Settings) -> Iterator[Finding]:
+def _credentials(settings: StorageSettings) -> Iterator[Finding]:
     for prefix, store in (("", settings.main_store()), ("STATE_", settings.state_store())):
         name = f"{prefix}AWS_SESSION_TOKEN"
         if prefix and store.access_key_id == settings.aws_access_key_id:
@@ -236,7 +234,7 @@ def _remedy(error: StorageError, of_state: bool) -> str:
     )
 
 
-def _conditions(settings: Settings, s3: S3Service, bucket: str, prefix: str) -> Finding:
+def _conditions(settings: StorageSettings, s3: S3Service, bucket: str, prefix: str) -> Finding:
     check = f"conditional writes in {bucket}"
     try:
         support = probe(s3, bucket, prefix)
@@ -266,7 +264,7 @@ def _conditions(settings: Settings, s3: S3Service, bucket: str, prefix: str) -> 
     )
 
 
-def _privacy(settings: Settings, s3: S3Service) -> Finding:
+def _privacy(settings: StorageSettings, s3: S3Service) -> Finding:
     """Test whether the public can read a job record, which holds a customer's message."""
     bucket = settings.state_bucket_name
     check = f"privacy of {bucket}"
@@ -286,7 +284,7 @@ def _privacy(settings: Settings, s3: S3Service) -> Finding:
     if public := [word for word, status in statuses.items() if status == http.HTTPStatus.OK]:
         inherited = (
             f"STATE_BUCKET_NAME is not set, so the state is in the bucket of the models, {bucket}. "
-            if "state_bucket_name" not in settings.storage.model_fields_set
+            if "state_bucket_name" not in settings.model_fields_set
             else ""
         )
         return warn(
@@ -300,7 +298,7 @@ def _privacy(settings: Settings, s3: S3Service) -> Finding:
     return ok(check, f"Unknown: the answers to requests without a key were {statuses}.")
 
 
-def _unsigned_get(settings: Settings, path: str) -> int | None:
+def _unsigned_get(settings: StorageSettings, path: str) -> int | None:
     """The HTTP status of a GET without a key; None without an answer."""
     store = settings.state_store()
     suffix = ".cn" if store.region.startswith("cn-") else ""

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from typing import Any
 
-from config import Settings
+from utils.settings.storage import StorageSettings
 
 PROBE = ".probe-"
 """Prefix of the name of every object that a test of the storage writes and removes."""
@@ -43,7 +43,7 @@ _STATE: dict[str, frozenset[Right]] = {
 }
 
 
-def uses(settings: Settings) -> tuple[Use, ...]:
+def uses(settings: StorageSettings) -> tuple[Use, ...]:
     """Every prefix that the worker uses."""
     images = [Use(bucket, "", frozenset({Right.READ})) for bucket in settings.image_buckets]
     apart = settings.state_store() != settings.main_store()
@@ -51,7 +51,7 @@ def uses(settings: Settings) -> tuple[Use, ...]:
     return (*images, Use(settings.model_bucket_name, "models/", _ALL), *state)
 
 
-def least_policy(settings: Settings) -> dict[str, Any]:
+def least_policy(settings: StorageSettings) -> dict[str, Any]:
     """The IAM policy that allows these uses and nothing else.
 
     Listing is not limited to prefixes: S3 answers 403 instead of 404 for a missing object to a

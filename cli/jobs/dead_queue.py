@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from cli.broker import NOT_FOUND, BrokerVisit, Refusal, publish_on
-from config import Settings
 from services.broker.settlement import (
     BODY_BYTES,
     BODY_SHA256,
@@ -23,6 +22,7 @@ from services.broker.settlement import (
 )
 from services.broker.topology import name_of
 from utils.errors import BrokerError
+from utils.settings.groups import BrokerSettings
 
 MOST_RETURNS = 10  # RabbitMQ 4 drops a message of a quorum queue after 20
 
@@ -61,7 +61,7 @@ Judge = Callable[[DeadLetter], Publication | None]
 
 
 def go_through(
-    settings: Settings, judge: Judge, *, limit: int, into: Collection[Queue] = ()
+    settings: BrokerSettings, judge: Judge, *, limit: int, into: Collection[Queue] = ()
 ) -> int:
     """Show every message of the dead queue to `judge`, and do as it says.
 

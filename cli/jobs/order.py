@@ -13,15 +13,16 @@ from typing import Any
 
 from cli import broker
 from cli.train import images_in
-from config import Settings
-from consumer.kinds import configured_kinds
 from jobs import message as messages
 from jobs.addresses import S3Location
+from jobs.kinds import Kinds
 from jobs.layout import record_at
 from jobs.style import StyleKind, TrainingImage
 from services.broker.settlement import Publication, Queue
 from services.s3.s3_service import S3Service
 from utils.errors import ConfigurationError, InvalidMessage
+from utils.settings.groups import BrokerSettings
+from utils.settings.storage import StorageSettings
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _LONGEST_NAME = 80
@@ -45,7 +46,9 @@ class Order:
 
 
 def place(
-    settings: Settings,
+    settings: BrokerSettings,
+    storage: StorageSettings,
+    kinds: Kinds,
     s3: S3Service,
     folder: Path,
     *,
@@ -62,7 +65,9 @@ def place(
     the image beside it.
 
     Args:
-        settings: Buckets, broker, queue, and the limits of the parameters.
+        settings: The broker and the queue.
+        storage: The buckets.
+        kinds: Check the order.
         s3: The storage of images.
         folder: The images.
         state_s3: The storage of the state bucket; None: the same.
@@ -79,13 +84,13 @@ def place(
     """
     images = images_in(folder)
     task_id = task_id or str(uuid.uuid4())
-    places = _places(settings.aws_storage_bucket_name, f"training/{style_id}/{task_id}", images)
+    places = _places(storage.aws_storage_bucket_name, f"training/{style_id}/{task_id}", images)
     body = _message(task_id, style_id, images, places, tags, parameters or {})
     try:
-        job = messages.parse(body, message_id=None, kinds=configured_kinds(settings))
+        job = messages.parse(body, message_id=None, kinds=kinds)
     except InvalidMessage as error:
         raise ConfigurationError(f"no worker would take this order: {error}") from error
-    if (state_s3 or s3).exists(record_at(settings.state_bucket_name, task_id)):
+    if (state_s3 or s3).exists(record_at(storage.state_bucket_name, task_id)):
         raise ConfigurationError(f"there is a job {task_id} already: choose another id")
     broker.check_training_queue(settings)
     _upload(s3, images, places, on_upload)

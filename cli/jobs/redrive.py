@@ -32,10 +32,9 @@ from cli.jobs.given_up import (
     why_not,
 )
 from cli.jobs.styles import Later, LaterOrders, at_stake
-from config import Settings
-from consumer.kinds import configured_kinds
 from consumer.life.endings import parked, training_copy
 from jobs import message as messages
+from jobs.kinds import Kinds
 from jobs.layout import STYLE
 from jobs.record import Delivery, JobRecord
 from services.broker.settlement import Publication, Queue
@@ -43,6 +42,8 @@ from services.records.listing import RecordListing, look_up
 from services.records.reopening import CannotReopen, reopen, tell_again
 from services.s3.s3_service import S3Service
 from utils.errors import ErrorCode, InvalidMessage, NewerRecord, StorageError
+from utils.settings.groups import BrokerSettings
+from utils.settings.storage import StorageSettings
 
 _RECORD_NAME = re.compile(r"(invalid/)?[A-Za-z0-9_-]{1,128}")
 MOST = 1000
@@ -59,20 +60,30 @@ class Redrive:
     """Sends back what was given up.
 
     Args:
-        settings: The broker, the queue and the buckets.
+        settings: The broker and the queue.
+        storage: The buckets.
+        kinds: Read and write the messages of jobs.
         s3: The storage of the state bucket.
         models: The storage of the models; the same by default.
     """
 
     def __init__(
-        self, settings: Settings, s3: S3Service, *, models: S3Service | None = None
+        self,
+        settings: BrokerSettings,
+        storage: StorageSettings,
+        kinds: Kinds,
+        s3: S3Service,
+        *,
+        models: S3Service | None = None,
     ) -> None:
         self._settings = settings
         self._s3 = s3
         self._models = models or s3
-        self._bucket = settings.state_bucket_name
+        self._bucket = storage.state_bucket_name
+        self._model_bucket = storage.model_bucket_name
+        self._kinds = kinds
         self._listing = RecordListing(s3, self._bucket)
-        self._later = LaterOrders(settings, self._models, s3, self._listing)
+        self._later = LaterOrders(storage, self._models, s3, self._listing)
         self._stakes: dict[tuple[int, str], str] = {}
 
     @property
@@ -210,7 +221,7 @@ class Redrive:
         job = messages.parse(
             letter.body,
             message_id=letter.task_id or None,
-            kinds=configured_kinds(self._settings),
+            kinds=self._kinds,
         )
         reopened = reopen(self._s3, self._bucket, job.task_id, identity=job.identity)
         if reopened is None:
@@ -233,7 +244,7 @@ class Redrive:
 
     def _message_of(self, record: JobRecord) -> bytes:
         try:
-            kind = configured_kinds(self._settings).of(record.kind)
+            kind = self._kinds.of(record.kind)
             return messages.from_understood(kind, record.message).body
         except (ValueError, NewerRecord) as error:
             raise CannotReopen(
@@ -250,7 +261,7 @@ class Redrive:
     def _of_letter(self, letter: DeadLetter, record: JobRecord | None) -> Waiting:
         waiting = Waiting(
             task_id=letter.task_id,
-            style_id=record.style_id if record else _style_id(letter, self._settings),
+            style_id=record.style_id if record else _style_id(letter, self._kinds),
             code=letter.code,
             reason=letter.reason,
             attempts=letter.attempts,
@@ -290,7 +301,7 @@ class Redrive:
     def _at_stake(self, style_id: int, what: str) -> str:
         key = (style_id, what)
         if key not in self._stakes:
-            self._stakes[key] = at_stake(self._settings, self._models, style_id, what)
+            self._stakes[key] = at_stake(self._model_bucket, self._models, style_id, what)
         return self._stakes[key]
 
 
@@ -310,9 +321,8 @@ def _names_a_record(task_id: str) -> bool:
     return _RECORD_NAME.fullmatch(task_id) is not None
 
 
-def _style_id(letter: DeadLetter, settings: Settings) -> int | None:
+def _style_id(letter: DeadLetter, kinds: Kinds) -> int | None:
     try:
-        kinds = configured_kinds(settings)
         job = messages.parse(letter.body, message_id=letter.task_id or None, kinds=kinds)
         kind, subject = job.kind, job.subject
     except InvalidMessage as error:

@@ -11,7 +11,6 @@ import datetime
 import functools
 from collections.abc import Iterable
 
-from config import Settings
 from consumer.publishing.model_folder import ORDERED_AT, TASK_ID
 from consumer.publishing.order_time import instant, order_time
 from jobs.addresses import S3Location
@@ -20,6 +19,7 @@ from jobs.record import EndingKind, JobRecord, State
 from services.records.listing import RecordListing, look_up
 from services.s3.s3_service import S3Service
 from utils.errors import StorageError
+from utils.settings.storage import StorageSettings
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,9 +56,9 @@ class Later:
         return f"{self.task_id} was ordered later ({self.ordered_at:%Y-%m-%d %H:%M} UTC) and {has}"
 
 
-def published(settings: Settings, s3: S3Service, style_id: int) -> Published | None:
+def published(bucket: str, s3: S3Service, style_id: int) -> Published | None:
     """The model that a style has; None where it has none, or where S3 does not say."""
-    weights = S3Location(settings.model_bucket_name, f"models/style_{style_id}/{WEIGHTS}")
+    weights = S3Location(bucket, f"models/style_{style_id}/{WEIGHTS}")
     try:
         metadata = s3.head(weights).metadata
     except StorageError:
@@ -66,16 +66,16 @@ def published(settings: Settings, s3: S3Service, style_id: int) -> Published | N
     return Published(style_id, metadata.get(TASK_ID, ""), instant(metadata.get(ORDERED_AT)))
 
 
-def at_stake(settings: Settings, s3: S3Service, style_id: int, what: str) -> str:
+def at_stake(bucket: str, s3: S3Service, style_id: int, what: str) -> str:
     """A warning where a style has a published model; empty where it has none.
 
     Args:
-        settings: The buckets.
+        bucket: The bucket of the models.
         s3: The storage of the models.
         style_id: The style.
         what: What would make the backend mark the style as failed: "If this job fails".
     """
-    model = published(settings, s3, style_id)
+    model = published(bucket, s3, style_id)
     if model is None:
         return ""
     of_job = f" (of job {model.task_id})" if model.task_id else ""
@@ -91,16 +91,20 @@ class LaterOrders:
     The publisher lets the later order win: the model of an older one goes into the archive only.
 
     Args:
-        settings: The buckets.
+        storage: The buckets.
         models: The storage of the models.
         state: The storage of the state bucket.
         listing: The records.
     """
 
     def __init__(
-        self, settings: Settings, models: S3Service, state: S3Service, listing: RecordListing
+        self,
+        storage: StorageSettings,
+        models: S3Service,
+        state: S3Service,
+        listing: RecordListing,
     ) -> None:
-        self._settings = settings
+        self._storage = storage
         self._models = models
         self._state = state
         self._of_style = functools.cache(self._read)
@@ -123,9 +127,9 @@ class LaterOrders:
     def _read(self, style_id: int) -> tuple[Later, ...]:
         found, _ = self._listing.of_style(style_id)
         known = {each.task_id: each.record for each in found if each.record}
-        model = published(self._settings, self._models, style_id)
+        model = published(self._storage.model_bucket_name, self._models, style_id)
         if model and model.task_id and model.task_id not in known and not model.ordered_at:
-            (maker,) = look_up(self._state, self._settings.state_bucket_name, [model.task_id])
+            (maker,) = look_up(self._state, self._storage.state_bucket_name, [model.task_id])
             if maker.record:
                 known[model.task_id] = maker.record
         later = list(_winners(known.values()))

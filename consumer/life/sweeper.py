@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
-from config import Settings
 from consumer.life.checkpoint_uploads import delete_all_of
 from consumer.life.endings import parked, training_copy
 from consumer.pages.observer import Observer
@@ -30,28 +29,34 @@ class Sweeper:
     Args:
         sweep: Finds the abandoned records.
         publish: Publishes; may be called by any thread.
-        settings: Interval and retention.
         kinds: Write the message of a record.
-        s3: Holds what a record that is deleted has left.
-        observer: Is told what was found.
+        s3: The store of the state bucket.
+        bucket: The state bucket; the rest of a deleted record is deleted from it.
+        every_seconds: The time between two sweeps.
+        retention_days: Days after which the record of an ended job is deleted; None keeps records.
+        observer: Counts the results.
     """
 
     def __init__(
         self,
         sweep: RecordSweep,
         publish: Callable[[Publication], object],
-        settings: Settings,
         kinds: Kinds,
         s3: S3Service,
+        bucket: str,
+        *,
+        every_seconds: float,
+        retention_days: float | None,
         observer: Observer,
     ) -> None:
         self._sweep = sweep
         self._publish = publish
-        self._settings = settings
+        self._bucket = bucket
+        self._retention_days = retention_days
         self._kinds = kinds
         self._s3 = s3
         self._observer = observer
-        self._every = Every(settings.lease_ttl_seconds, self.sweep_once, name="sweeper")
+        self._every = Every(every_seconds, self.sweep_once, name="sweeper")
 
     def __enter__(self) -> Self:
         self._every.start()
@@ -62,7 +67,7 @@ class Sweeper:
 
     def sweep_once(self) -> None:
         """Take the inventory if it is due, and publish again what was abandoned."""
-        days = self._settings.record_retention_days
+        days = self._retention_days
         try:
             self._sweep.index.take_inventory(
                 None if days is None else days * _SECONDS_PER_DAY, self._delete_what_is_left
@@ -93,4 +98,4 @@ class Sweeper:
         return from_understood(self._kinds.of(record.kind), record.message).body
 
     def _delete_what_is_left(self, record: JobRecord) -> bool:
-        return delete_all_of(self._s3, self._settings.state_bucket_name, record)
+        return delete_all_of(self._s3, self._bucket, record)

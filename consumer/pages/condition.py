@@ -9,7 +9,6 @@ import threading
 import time
 from typing import Any
 
-from config import Settings
 from consumer.pages.http_pages import numbers_of
 from consumer.pages.observer import Observer
 from consumer.trainer.machine import Machine
@@ -32,12 +31,15 @@ class Condition:
     """A worker's condition; its parts report themselves as the worker starts.
 
     Args:
-        settings: The worker's settings.
         observer: The facts about its work.
         stop: Set once the worker shuts down.
+        base_model: The base model's name, for `/status`.
+        queue: The training queue's name, for `/status`.
     """
 
-    def __init__(self, settings: Settings, observer: Observer, stop: threading.Event) -> None:
+    def __init__(
+        self, observer: Observer, stop: threading.Event, *, base_model: str, queue: str
+    ) -> None:
         self._machine: Machine | None = None
         self._machine_problem: str | None = None
         self._trainer: TrainerProcess | None = None
@@ -47,7 +49,8 @@ class Condition:
         self._storage_problem: str | None = "not tested yet"
         self._storage_seen_at = float("inf")
         self._stop = stop
-        self._settings = settings
+        self._base_model = base_model
+        self._queue = queue
         self._observer = observer
         self._born_at = self._child_seen_at = time.monotonic()
 
@@ -143,10 +146,10 @@ class Condition:
             "gpu_name": machine.device if machine and machine.cuda else None,
             "device": machine.device if machine else None,
             "gpu_compute_capability": (machine.capability or None) if machine else None,
-            "base_model": self._settings.base_model,
+            "base_model": self._base_model,
             "base_model_loaded": bool(self._trainer and self._trainer.base_model_ready),
             "queue": {
-                "name": self._settings.training_queue,
+                "name": self._queue,
                 "length": queues.length,
                 "oldest_seconds_at_most": None if oldest is None else round(oldest, 1),
             },

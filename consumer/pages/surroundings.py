@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
-from config import Settings
 from consumer.pages.condition import Condition
 from services.s3.s3_service import S3Service
 from utils.errors import TrainingServerError
@@ -24,9 +23,7 @@ class Surroundings:
     """The polling thread; a context manager.
 
     Args:
-        settings: The names of the buckets.
-        s3: The model bucket's store; its requests fail fast.
-        state_s3: The state bucket's store; its requests fail fast.
+        buckets: The buckets to test, each with its store, whose requests fail fast.
         folders: Folders whose disks are measured, by the metric's label.
         condition: Receives the result for S3, and replaces a trainer that died.
         metrics: Receive the sizes of the disks.
@@ -34,18 +31,13 @@ class Surroundings:
 
     def __init__(
         self,
-        settings: Settings,
-        s3: S3Service,
-        state_s3: S3Service,
+        buckets: Iterable[tuple[str, S3Service]],
         folders: Mapping[str, Path],
         condition: Condition,
         metrics: Metrics,
     ) -> None:
-        # A bucket that is both is tested once.
-        self._buckets = sorted(
-            {(settings.state_bucket_name, state_s3), (settings.model_bucket_name, s3)},
-            key=lambda each: each[0],
-        )
+        # A bucket that is listed twice is tested once.
+        self._buckets = sorted(set(buckets), key=lambda each: each[0])
         self._folders = dict(folders)
         self._condition = condition
         self._metrics = metrics

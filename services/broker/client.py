@@ -23,7 +23,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import pika
 import pika.data
@@ -35,6 +35,7 @@ from services.broker.settlement import Action, Delivery, Publication, Queue
 from services.broker.topology import NOT_FOUND, PRECONDITION_FAILED, Declarations
 from utils.errors import BrokerError, BrokerRefused, PublicationRefused, Refusal
 from utils.logger import get_logger
+from utils.settings.groups import BrokerSettings
 
 log = get_logger(__name__)
 
@@ -44,47 +45,6 @@ ANSWER_SECONDS = 30.0  # the longest wait for a confirm or any other answer of t
 CANCEL_TURN_SECONDS = 0.01
 NO_ROUTE = 312  # AMQP's code for a message that no queue takes
 REFUSED_FORM = frozenset({311, 406, 501, 502, 505})  # AMQP's codes for a message's size and frames
-
-
-class _Secret(Protocol):
-    def get_secret_value(self) -> str:
-        """The text."""
-
-
-class BrokerSettings(Protocol):
-    """The settings of a connection."""
-
-    @property
-    def rabbitmq_host(self) -> tuple[str, ...]:
-        """Hosts of one cluster."""
-
-    @property
-    def rabbitmq_port(self) -> int:
-        """The port, the same on each host."""
-
-    @property
-    def rabbitmq_user(self) -> str:
-        """The login."""
-
-    @property
-    def rabbitmq_pass(self) -> _Secret:
-        """The password."""
-
-    @property
-    def rabbitmq_vhost(self) -> str:
-        """The virtual host."""
-
-    @property
-    def rabbitmq_tls(self) -> bool:
-        """Whether the connection is encrypted."""
-
-    @property
-    def rabbitmq_heartbeat_seconds(self) -> int:
-        """Seconds between heartbeats."""
-
-    @property
-    def training_queue(self) -> str:
-        """Name of the backend's queue."""
 
 
 class AnswerOverdue(exceptions.AMQPConnectionError):

@@ -39,6 +39,7 @@ from services.s3.types import (
 from utils.errors import ObjectNotFound, ObjectTooLarge, StorageError
 from utils.logger import get_logger
 from utils.metrics import Metrics
+from utils.settings.storage import Store
 from utils.threads import in_parallel
 
 if TYPE_CHECKING:
@@ -634,3 +635,32 @@ def _condition(etag: str) -> dict[str, str]:
 
 def _content_type(key: str) -> str:
     return mimetypes.guess_type(key)[0] or "application/octet-stream"
+
+
+def open_store(
+    store: Store, *, attempts: int = 3, patience: float = 20.0, metrics: Metrics | None = None
+) -> S3Service:
+    """A client of a store that the settings name.
+
+    Args:
+        attempts: Tries per request, in all, if it fails for a passing reason.
+        patience: Seconds to wait for a connection, and for the next bytes.
+        metrics: Counts requests and bytes; None counts nothing.
+
+    Raises:
+        ConfigurationError: No client can be made of the settings.
+    """
+    return S3Service(
+        region=store.region,
+        endpoint_url=store.endpoint,
+        ignore_configured_endpoints=store.ignore_configured_endpoints,
+        access_key_id=store.access_key_id,
+        secret_access_key=store.secret_access_key,
+        session_token=store.session_token,
+        checksums=store.checksums,
+        conditional_writes=store.conditional_writes,
+        connect_timeout=min(5.0, patience),
+        read_timeout=patience,
+        attempts=attempts,
+        metrics=metrics,
+    )

@@ -40,6 +40,7 @@ from services.webhooks.answers import (
 from utils.errors import ConfigurationError
 from utils.logger import bound_value, get_logger
 from utils.metrics import Metrics
+from utils.settings.groups import WebhookSettings
 from utils.urls import base_of, origin_of, shown
 
 __all__ = [
@@ -456,3 +457,30 @@ class _Adapter(HTTPAdapter):
 def _shut_down(opened: socket.socket) -> None:
     with contextlib.suppress(OSError):  # the other side may have closed it
         opened.shutdown(socket.SHUT_RDWR)
+
+
+def open_webhooks(
+    settings: WebhookSettings,
+    *,
+    metrics: Metrics | None = None,
+    trace_headers: Callable[[], Mapping[str, str]] = dict,
+) -> WebhookService:
+    """The webhooks to the backend that the settings name.
+
+    Args:
+        metrics: Count the attempts.
+        trace_headers: Returns the headers by which the backend can continue a trace.
+
+    Raises:
+        ConfigurationError: An address, a secret or the file of certificates is malformed.
+    """
+    return WebhookService(
+        backend_url=settings.backend_api_url,
+        allowed_origins=settings.webhook_allowed_origins,
+        token=settings.internal_api_token.get_secret_value(),
+        signing_secrets=settings.signing_secrets(),
+        ca_file=settings.webhook_ca_file,
+        proxy=settings.webhook_proxy.get_secret_value() if settings.webhook_proxy else None,
+        metrics=metrics,
+        trace_headers=trace_headers,
+    )

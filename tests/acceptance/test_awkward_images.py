@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter
 from cli.train import train_folder
 from config import load_local
 from consumer.life.stop_signal import StopSignal
+from jobs.style import HyperParameters
 
 
 def pixels(seed: int, width: int = 160, height: int = 160) -> NDArray[np.uint8]:
@@ -161,7 +162,7 @@ def train(folder: Path, output: Path, base_model: Path) -> None:
         folder,
         output,
         settings=settings,
-        parameters=settings.hyper_parameters(epochs=1, resolution=128, rank=2, batch_size=4),
+        parameters=HyperParameters(epochs=1, resolution=128, rank=2, batch_size=4),
         resume=False,
         on_event=lambda event: None,
         stop=StopSignal(),

@@ -13,14 +13,12 @@ import psutil
 import pytest
 
 import config
-from config import Settings
-from consumer.kinds import configured_kinds
-from consumer.worker import open_s3
 from jobs import message as messages
 from jobs.record import JobRequest
 from sandbox.photographs import photographs
 from sandbox.worker_process import ROOT, WorkerProcess
 from services.records.job_records import Claimed, JobRecords
+from services.s3.s3_service import open_store
 from tests.acceptance.world import World, log_lines, until
 
 
@@ -259,11 +257,11 @@ def _cancel_files(world: World) -> list[str]:
 def _claim_and_die(world: World, message: dict[str, Any]) -> None:
     """A worker claims the job of a message, and is never heard of again."""
     values: dict[str, Any] = {name.lower(): text for name, text in world.settings().items()}
-    settings: Settings = config.load(_env_file=None, **values)
-    job = messages.parse(
-        json.dumps(message).encode(), message_id=None, kinds=configured_kinds(settings)
+    settings = config.load(_env_file=None, **values)
+    job = messages.parse(json.dumps(message).encode(), message_id=None, kinds=settings.kinds())
+    records = JobRecords(
+        open_store(settings.storage.main_store()), world.state, owner="dead", lease_seconds=5
     )
-    records = JobRecords(open_s3(settings), world.state, owner="dead", lease_seconds=5)
     request = JobRequest(job.task_id, job.kind, job.subject, job.identity, job.understood())
     assert isinstance(records.claim(request), Claimed)
 

@@ -34,6 +34,12 @@ ARROWS: dict[str, set[str]] = {
     "utils": set(),
 }
 
+# They see all settings; every other module gets the values that it needs.
+COMPOSITION_ROOTS = {
+    *("cli/doctor/command.py", "cli/server.py", "cli/train.py", "cli/train_command.py"),
+    *("cli/worker.py", "consumer/worker.py"),
+}
+
 # What reaches outside -> the one file that may import it, and that wraps its errors.
 ONE_IMPORTER = {
     "pika": "services/broker/client.py",
@@ -168,12 +174,21 @@ def test_the_product_imports_no_test_no_sandbox_and_no_tool() -> None:
     assert not wrong
 
 
-def test_config_knows_of_jobs_only_what_a_run_is() -> None:
+def test_config_knows_no_kind_of_job_by_name() -> None:
     tree = tree_of(Path("config.py"))
     named = {name for node in ast.walk(tree) for name in modules_of(node, Path("config.py"))}
-    assert {name for name in named if name.startswith("jobs")} == {
-        *("jobs", "jobs.addresses", "jobs.kinds", "jobs.style")
-    }
+    of_jobs = {name for name in named if name.startswith("jobs")}
+    # The options of the trainer process are still in the file of the style kind.
+    assert of_jobs == {"jobs", "jobs.addresses", "jobs.kinds", "jobs.style"}
+    assert attributes(Path("config.py")) & {
+        "jobs.style.HyperParameters",
+        "jobs.style.StyleKind",
+    } == (set())
+
+
+def test_only_composition_roots_see_all_settings() -> None:
+    importers = {str(path) for path in product_files() if "config" in imports(path)}
+    assert importers == COMPOSITION_ROOTS
 
 
 @pytest.mark.parametrize("client", ONE_IMPORTER)

@@ -16,6 +16,7 @@ from pydantic import SecretStr, ValidationError
 
 import config
 from config import load, load_local
+from jobs.fields import Order
 from jobs.kinds import REGISTRY
 from jobs.style import HyperParameters
 from services.s3.s3_service import S3Service
@@ -414,10 +415,9 @@ def test_defaults_are_those_of_the_hyper_parameters(monkeypatch: pytest.MonkeyPa
 
 def test_a_message_s_parameters_win_over_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = settings(monkeypatch, EPOCHS="50", LORA_RANK="4", LORA_ALPHA="8")
-    parameters = loaded.hyper_parameters(epochs=7)
+    order = Order({"style_id": 1, "images": ["a.jpg"], "parameters": {"epochs": 7}}, "data.")
+    parameters = loaded.kinds().of("style").read(order).hyper_parameters
     assert (parameters.epochs, parameters.rank, parameters.alpha) == (7, 4, 8.0)
-    with pytest.raises(ValueError, match="epochs"):
-        loaded.hyper_parameters(epochs=0)
 
 
 def test_every_hyper_parameter_has_a_setting() -> None:

@@ -6,7 +6,6 @@ import ast
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,9 +13,10 @@ import config
 import main
 from cli.doctor.broker_limits import advice
 from cli.doctor.storage_rights import Right, uses
-from config import Settings
 from utils.errors import ErrorCode
+from utils.settings.groups import BrokerSettings, JobLimits
 from utils.settings.names import OLD_NAMES
+from utils.settings.storage import StorageSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -60,19 +60,6 @@ def _documented() -> set[str]:
     return {event for cell in _table_cells("log line") for event in re.findall("`(.+?)`", cell)}
 
 
-def _settings(**values: Any) -> Settings:
-    settings: Settings = config.load(
-        _env_file=None,
-        **{
-            "backend_api_url": "https://backend.example",
-            "internal_api_token": "t" * 32,
-            "aws_storage_bucket_name": "media",
-        }
-        | values,
-    )
-    return settings
-
-
 def test_every_log_line_in_the_tables_is_one_that_the_source_writes() -> None:
     assert len(_documented()) > 50
     assert _documented() <= set(_logged())
@@ -101,12 +88,16 @@ def test_the_exit_codes_are_the_programs() -> None:
     ("version", "queue_type"), [("4.0.0", "quorum"), ("4.2.0", "quorum"), ("3.12.0", "classic")]
 )
 def test_the_policies_are_those_that_the_doctor_prints(version: str, queue_type: str) -> None:
-    command = advice(_settings(), "RabbitMQ", version, queue_type).command
+    command = advice(
+        BrokerSettings(), JobLimits().max_job_seconds, "RabbitMQ", version, queue_type
+    ).command
     assert command in DOCUMENT
 
 
 def test_the_rights_on_s3_are_those_that_the_doctor_tests() -> None:
-    settings = _settings(model_bucket_name="models", state_bucket_name="state")
+    settings = StorageSettings(
+        aws_storage_bucket_name="media", model_bucket_name="models", state_bucket_name="state"
+    )
     rows = dict(zip(_table_cells("place"), _table_cells("place", 1), strict=True))
     names = {"models": "MODEL_BUCKET_NAME", "state": "STATE_BUCKET_NAME"}
     for use in uses(settings):

@@ -10,7 +10,6 @@ from cli.jobs.dead_queue import MOST_RETURNS, DeadLetter, go_through
 from cli.jobs.given_up import Redriven, Waiting
 from cli.jobs.redrive import Redrive
 from config import Settings
-from consumer.kinds import configured_kinds
 from consumer.life.endings import failed
 from jobs import message as messages
 from jobs.layout import record_at
@@ -57,7 +56,7 @@ def _letter(
 
 def _end(records: JobRecords, settings: Settings, letter: Publication, *, told: bool) -> None:
     """Have the letter's job end in `failed`."""
-    job = messages.parse(letter.body, message_id=None, kinds=configured_kinds(settings))
+    job = messages.parse(letter.body, message_id=None, kinds=settings.kinds())
     claim = records.claim(
         JobRequest(job.task_id, job.kind, job.subject, job.identity, job.understood(), None)
     )
@@ -70,14 +69,19 @@ def _end(records: JobRecords, settings: Settings, letter: Publication, *, told: 
         claim.lease.mark_delivered()
 
 
+def redrive(settings: Settings, s3: S3Service) -> Redrive:
+    """The command's work with these settings."""
+    return Redrive(settings.broker, settings.storage, settings.kinds(), s3)
+
+
 def look(settings: Settings, s3: S3Service) -> list[Waiting]:
-    return Redrive(settings, s3).look()[0]
+    return redrive(settings, s3).look()[0]
 
 
 def send_back(
     settings: Settings, s3: S3Service, chosen: set[str] | None, **how: bool
 ) -> list[Redriven]:
-    return Redrive(settings, s3).send_back(chosen, **how)[0]
+    return redrive(settings, s3).send_back(chosen, **how)[0]
 
 
 def only(redriven: list[Redriven]) -> Redriven:
@@ -90,7 +94,7 @@ def test_looking_takes_nothing(
 ) -> None:
     _die(client, queue, _letter("one"), _letter("two", "INVALID_MESSAGE"))
     for _ in range(2):
-        letters, more = Redrive(settings, s3).look()
+        letters, more = redrive(settings, s3).look()
         assert [(each.task_id, each.code, each.attempts) for each in letters] == [
             ("one", "WORKER_CRASHED", 3),
             ("two", "INVALID_MESSAGE", 3),
@@ -100,7 +104,7 @@ def test_looking_takes_nothing(
 
 
 def test_a_dead_queue_that_was_never_made_is_empty(settings: Settings, s3: S3Service) -> None:
-    assert Redrive(settings, s3).look() == ([], 0)
+    assert redrive(settings, s3).look() == ([], 0)
 
 
 def test_what_is_beyond_the_limit_is_counted_and_left(
@@ -108,7 +112,7 @@ def test_what_is_beyond_the_limit_is_counted_and_left(
 ) -> None:
     _die(client, queue, *(_letter(str(number)) for number in range(3)))
     seen: list[DeadLetter] = []
-    assert go_through(settings, seen.append, limit=2) == 1
+    assert go_through(settings.broker, seen.append, limit=2) == 1
     assert [letter.task_id for letter in seen] == ["0", "1"]
     assert client.waiting(f"{queue}.dead") == 3
 
@@ -121,7 +125,7 @@ def test_a_job_that_was_given_up_goes_back_with_its_record_open_and_the_others_s
     for letter in (chosen, other):
         _end(records, settings, letter, told=True)
     _die(client, queue, chosen, other)
-    (one,), more = Redrive(settings, s3).send_back({"chosen"})
+    (one,), more = redrive(settings, s3).send_back({"chosen"})
     assert (one.task_id, one.sent_back, more) == ("chosen", True, 0)
     taken = client.get(queue)
     assert taken is not None and taken[1] == chosen.body

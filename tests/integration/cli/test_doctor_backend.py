@@ -8,23 +8,21 @@ from typing import Any
 
 import pytest
 
-import config
 from cli.doctor import backend as examination
 from cli.doctor.findings import Finding, Verdict
 from sandbox.backend import SIGNING_SECRET, TOKEN, Answer, Backend
+from utils.settings.groups import WebhookSettings
 
 OTHER_SECRET = "whsec_YW5vdGhlci1zaWduaW5nLXNlY3JldC0wMTIzNDU2Nzg5"
 
 
 def _examine(url: str, **values: Any) -> dict[str, Finding]:
     """What the doctor finds, by check."""
-    settings = config.load(
-        _env_file=None,
+    settings = WebhookSettings(
         **{
             "backend_api_url": url,
             "internal_api_token": TOKEN,
             "webhook_signing_secret": SIGNING_SECRET,
-            "aws_storage_bucket_name": "media",
         }
         | values,
     )

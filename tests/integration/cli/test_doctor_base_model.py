@@ -93,12 +93,9 @@ def _examine(model: Path | str, home: Path | None = None, **values: Any) -> Find
 
 
 def _examine_all(model: Path | str, home: Path | None = None, **values: Any) -> list[Finding]:
-    settings = config.load(
+    settings = config.load_local(
         _env_file=None,
         **{
-            "backend_api_url": "http://localhost:1",
-            "internal_api_token": "t" * 32,
-            "aws_storage_bucket_name": "media",
             "base_model": str(model),
             "base_model_revision": None,
             "hf_token": None,
@@ -106,7 +103,7 @@ def _examine_all(model: Path | str, home: Path | None = None, **values: Any) -> 
         }
         | values,
     )
-    return list(examination.examine(settings))
+    return list(examination.examine(settings.trainer, settings.trainer_environment()))
 
 
 def test_a_whole_folder_is_well(model: Path) -> None:

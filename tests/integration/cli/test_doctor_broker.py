@@ -22,7 +22,8 @@ def _examine(rabbitmq: RabbitMqNode, queue: str) -> Examine:
     """What the doctor finds at the run's broker, by check."""
 
     def examine(**values: Any) -> dict[str, Finding]:
-        found = broker.examine(make_settings(rabbitmq, queue, **values))
+        settings = make_settings(rabbitmq, queue, **values)
+        found = broker.examine(settings.broker, settings.limits)
         return {each.check: each for each in found}
 
     return examine

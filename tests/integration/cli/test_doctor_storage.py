@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-import config
 from cli.doctor import storage
 from cli.doctor.findings import Finding, Verdict
-from config import Settings
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, refusal
+from utils.settings.storage import StorageSettings
 
 DENIED = refusal(403, "AccessDenied")
 
@@ -29,13 +28,10 @@ class _Buckets:
     models: str
     state: str
 
-    def settings(self, **values: Any) -> Settings:
-        """A worker's settings."""
-        settings: Settings = config.load(
-            _env_file=None,
+    def settings(self, **values: Any) -> StorageSettings:
+        """The settings of a worker's storage."""
+        return StorageSettings(
             **{
-                "backend_api_url": "http://localhost:1",
-                "internal_api_token": "t" * 32,
                 "aws_endpoint_url_s3": self.proxy.endpoint,
                 "aws_s3_region_name": REGION,
                 "aws_access_key_id": ACCESS_KEY_ID,
@@ -47,7 +43,6 @@ class _Buckets:
             }
             | values,
         )
-        return settings
 
     def examine(self, **values: Any) -> dict[str, Finding]:
         """What the doctor finds, by check."""
@@ -235,7 +230,7 @@ def test_state_in_a_public_media_bucket_names_the_setting_that_was_not_set(
     buckets: _Buckets,
 ) -> None:
     plain = buckets.settings().model_dump(exclude={"state_bucket_name", "model_bucket_name"})
-    settings: Settings = config.load(_env_file=None, **plain)
+    settings = StorageSettings(**plain)
     assert settings.state_bucket_name == buckets.media
     found = {each.check: each for each in storage.examine(settings)}
     finding = found[f"privacy of {buckets.media}"]

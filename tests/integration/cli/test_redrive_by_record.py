@@ -10,7 +10,6 @@ import pytest
 
 from cli.jobs.redrive import Redrive
 from config import Settings
-from consumer.kinds import configured_kinds
 from consumer.life.endings import failed, parked
 from jobs import message as messages
 from jobs.record import Delivery, Ending, EndingKind, JobRecord, JobRequest, OwedCopy, State
@@ -50,7 +49,7 @@ class _Jobs:
     client: Client
 
     def __post_init__(self) -> None:
-        self.bucket = self.settings.state_bucket_name
+        self.bucket = self.settings.storage.state_bucket_name
         self.records = JobRecords(self.s3, self.bucket, owner="one", lease_seconds=5)
 
     def body(self, task_id: str, style_id: int = 7, created_at: str = MORNING) -> bytes:
@@ -60,7 +59,7 @@ class _Jobs:
     def claimed(self, task_id: str, **order: Any) -> JobLease:
         """A job that a worker holds."""
         body = self.body(task_id, **order)
-        job = messages.parse(body, message_id=None, kinds=configured_kinds(self.settings))
+        job = messages.parse(body, message_id=None, kinds=self.settings.kinds())
         claim = self.records.claim(
             JobRequest(job.task_id, job.kind, job.subject, job.identity, job.understood(), None)
         )
@@ -104,7 +103,7 @@ class _Jobs:
         if cut:
             letter = letter.cut()
             letter = dataclasses.replace(letter, body=letter.body[:20])
-        queue = f"{self.settings.training_queue}.dead"
+        queue = f"{self.settings.broker.training_queue}.dead"
         with self.client.channel() as channel:
             channel.queue_declare(queue, durable=True)
             channel.basic_publish("", queue, letter.body, properties_of(letter), True)
@@ -113,7 +112,7 @@ class _Jobs:
         """A model in a style's folder."""
         metadata = {"task_id": task_id, "claim": "1"}
         self.s3_server.client().put_object(
-            Bucket=self.settings.model_bucket_name,
+            Bucket=self.settings.storage.model_bucket_name,
             Key=f"models/style_{style_id}/lora_weights.safetensors",
             Body=b"weights",
             Metadata=metadata | ({"ordered-at": ordered_at} if ordered_at else {}),
@@ -128,7 +127,7 @@ class _Jobs:
     @property
     def redrive(self) -> Redrive:
         """As a person who types the command has it."""
-        return Redrive(self.settings, self.s3)
+        return Redrive(self.settings.broker, self.settings.storage, self.settings.kinds(), self.s3)
 
 
 @pytest.fixture(name="jobs")
@@ -149,9 +148,7 @@ def test_a_job_without_a_dead_letter_is_listed_and_goes_back_by_its_id(
     assert jobs.record("lost").state is State.LIVE and jobs.record("other").state is State.ENDED
     taken = client.get(queue)
     assert taken is not None and taken[0].headers == {OWN_COPY: True}
-    again = messages.parse(
-        taken[1], message_id=taken[0].message_id, kinds=configured_kinds(jobs.settings)
-    )
+    again = messages.parse(taken[1], message_id=taken[0].message_id, kinds=jobs.settings.kinds())
     assert again.identity == jobs.record("lost").identity and again.task_id == "lost"
 
 
@@ -223,7 +220,7 @@ def test_a_dead_letter_that_was_cut_goes_back_whole_by_its_record(
     assert "only the beginning" in outcomes["unknown"][1]
     taken = client.get(queue)
     assert taken is not None
-    again = messages.parse(taken[1], message_id=None, kinds=configured_kinds(jobs.settings))
+    again = messages.parse(taken[1], message_id=None, kinds=jobs.settings.kinds())
     assert again.identity == jobs.record("large").identity
     assert client.waiting(queue) == 0 and client.waiting(f"{queue}.dead") == 1
 

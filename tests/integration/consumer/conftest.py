@@ -41,13 +41,16 @@ def _start(rabbitmq: RabbitMqNode, queue: str) -> Iterator[Start]:
         **values: Any,
     ) -> Worker:
         stop, errors = threading.Event(), list[BaseException]()
+        settings = make_settings(rabbitmq, queue, **values)
         consumer = training_consumer(
-            make_settings(rabbitmq, queue, **values),
+            settings.broker,
             handle=handle,
             handle_ending=handle_ending,
             queues=queues,
             stop=stop,
             stop_seconds=stop_seconds,
+            retry_delays=settings.limits.retry_delays_seconds,
+            ending_retry_delays=settings.limits.ending_retry_delays_seconds,
             once_idle=once_idle,
             answer_seconds=answer_seconds,
         )

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from consumer.kinds import configured_kinds
 from consumer.life.progress_reporter import ProgressReporter
 from consumer.life.stop_signal import StopSignal
 from jobs.message import parse
@@ -33,7 +32,7 @@ def at(epoch: int) -> dict[str, int]:
 
 
 def reporter(backend: Backend, stop: StopSignal, interval: float = 0.1) -> ProgressReporter:
-    job = parse(json.dumps(flat()).encode(), message_id="t", kinds=configured_kinds(SETTINGS))
+    job = parse(json.dumps(flat()).encode(), message_id="t", kinds=SETTINGS.kinds())
     counter = itertools.count(1)
     return ProgressReporter(
         style_kind(),

@@ -13,7 +13,6 @@ from consumer.pages.condition import Condition
 from consumer.pages.observer import Observer
 from sandbox.s3_server import S3Server
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient
-from tests.unit.jobs.message_samples import make_settings
 from utils.errors import ConfigurationError
 
 CARELESS = Fault(careless=True)
@@ -29,7 +28,7 @@ def _store(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3P
 
 @pytest.fixture(name="condition")
 def _condition() -> Condition:
-    condition = Condition(make_settings(), Observer(), threading.Event())
+    condition = Condition(Observer(), threading.Event(), base_model="base", queue="training")
     condition.storage_tested(None)
     return condition
 

@@ -17,11 +17,11 @@ from cli.doctor.findings import Finding, Verdict
 from cli.jobs import order
 from config import Settings
 from consumer.pages.surroundings import Surroundings
-from consumer.worker import open_s3, open_state_s3
 from jobs.addresses import S3Location
 from sandbox.photographs import photographs
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.broker.settlement import Publication
+from services.s3.s3_service import S3Service, open_store
 from tests.integration.services.s3_proxy import S3Proxy
 
 GOOGLE = "https://storage.googleapis.com"
@@ -50,8 +50,20 @@ def _settings(**values: Any) -> Settings:
     return settings
 
 
+def open_s3(settings: Settings) -> S3Service:
+    """The store of images and models."""
+    return open_store(settings.storage.main_store())
+
+
+def open_state_s3(settings: Settings) -> S3Service:
+    """The store of the state bucket."""
+    return open_store(settings.storage.state_store())
+
+
 def _found(settings: Settings) -> dict[str, Finding]:
-    return {each.check: each for each in storage.examine_settings(settings, open_s3(settings))}
+    return {
+        each.check: each for each in storage.examine_settings(settings.storage, open_s3(settings))
+    }
 
 
 def test_each_request_carries_the_session_token_of_its_own_store(
@@ -79,7 +91,7 @@ def test_the_general_endpoint_is_used_and_recognised_like_the_one_for_s3(
     settings = _settings(aws_endpoint_url=two[0].endpoint)
     open_s3(settings).reach(bucket)
     assert two[0].requests == [f"HEAD /{bucket}"]
-    assert open_s3(settings).endpoint == settings.s3_endpoint
+    assert open_s3(settings).endpoint == settings.storage.s3_endpoint
 
 
 def test_readiness_looks_at_each_bucket_in_its_own_store(
@@ -101,7 +113,10 @@ def test_readiness_looks_at_each_bucket_in_its_own_store(
             raise AssertionError(f"{name} is not needed")
 
     looks: Any = Surroundings(
-        settings, open_s3(settings), open_state_s3(settings), {}, Noted(), Noted()  # type: ignore
+        [(bucket, open_s3(settings)), (bucket, open_state_s3(settings))],
+        {},
+        Noted(),  # type: ignore[arg-type]
+        Noted(),  # type: ignore[arg-type]
     )
     assert looks._storage_problem() is None  # pylint: disable=protected-access
     assert images.requests == state.requests == [f"HEAD /{bucket}"]
@@ -123,7 +138,15 @@ def test_an_order_uploads_its_images_to_one_store_and_looks_for_its_record_in_th
         aws_endpoint_url_s3=images.endpoint,
         state_aws_endpoint_url_s3=state.endpoint,
     )
-    order.place(settings, open_s3(settings), tmp_path, state_s3=open_state_s3(settings), style_id=1)
+    order.place(
+        settings.broker,
+        settings.storage,
+        settings.kinds(),
+        open_s3(settings),
+        tmp_path,
+        state_s3=open_state_s3(settings),
+        style_id=1,
+    )
     assert [each.split()[0] for each in images.requests] == ["PUT"] * 3
     assert [each.split()[0] for each in state.requests] == ["HEAD"] and len(published) == 1
 

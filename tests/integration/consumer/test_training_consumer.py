@@ -399,7 +399,7 @@ def test_a_stop_is_quick_where_no_broker_answers(rabbitmq: RabbitMqNode, queue: 
         stop = threading.Event()
         threading.Timer(0.5, stop.set).start()
         began = time.monotonic()
-        training_consumer(settings, handle=Handler(), stop=stop, stop_seconds=5).run()
+        training_consumer(settings.broker, handle=Handler(), stop=stop, stop_seconds=5).run()
         assert time.monotonic() - began < 2
 
 

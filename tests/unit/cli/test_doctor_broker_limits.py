@@ -8,23 +8,16 @@ from typing import Any
 
 import pytest
 
-import config
 from cli.doctor.broker_limits import advice
 from cli.doctor.findings import Finding, Verdict
+from utils.settings.groups import BrokerSettings
 
-SETTINGS = config.load(
-    _env_file=None,
-    backend_api_url="https://backend.example",
-    internal_api_token="t" * 32,
-    aws_storage_bucket_name="media",
-    training_queue="model.training",
-    rabbitmq_vhost="a host",
-    max_job_seconds=7200,
-)
+SETTINGS = BrokerSettings(training_queue="model.training", rabbitmq_vhost="a host")
+MAX_JOB_SECONDS = 7200
 
 
 def _advice(version: str, queue_type: str | None) -> Finding:
-    return advice(SETTINGS, "RabbitMQ", version, queue_type)
+    return advice(SETTINGS, MAX_JOB_SECONDS, "RabbitMQ", version, queue_type)
 
 
 def _policy(found: Finding) -> tuple[list[str], dict[str, Any]]:
@@ -92,6 +85,6 @@ def test_where_nothing_can_go_wrong_there_is_no_command() -> None:
 
 def test_a_broker_that_is_no_rabbitmq_is_said_to_be_unknown() -> None:
     for product, version in (("LavinMQ", "2.1.0"), ("RabbitMQ", "unknown"), ("", "")):
-        found = advice(SETTINGS, product, version, "classic")
+        found = advice(SETTINGS, MAX_JOB_SECONDS, product, version, "classic")
         assert found.verdict is Verdict.WARN
         assert "not a RabbitMQ whose rules are known" in found.detail

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-import config
 from cli.doctor import machine
 from cli.doctor.findings import Verdict
 from consumer.trainer.machine import Machine
-
-SETTINGS = config.load(
-    _env_file=None,
-    backend_api_url="https://backend.example",
-    internal_api_token="t" * 32,
-    aws_storage_bucket_name="media",
-)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +18,6 @@ def test_a_gpu_older_than_compute_capability_7_0_is_a_warning(
 ) -> None:
     gpu = Machine(cuda=True, device="a GPU", capability=capability)
     monkeypatch.setattr(machine, "check_machine", lambda _: gpu)
-    finding = next(machine.examine_gpu(SETTINGS))
+    finding = next(machine.examine_gpu({}, allow_cpu=False))
     assert finding.verdict is verdict
     assert bool(finding.remedy) is (verdict is Verdict.WARN)

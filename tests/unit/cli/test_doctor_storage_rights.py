@@ -20,7 +20,7 @@ def _policy(**values: Any) -> dict[str, Any]:
         "state_bucket_name": "state",
         "image_buckets": "media,uploads",
     }
-    return least_policy(config.load(_env_file=None, **(defaults | values)))
+    return least_policy(config.load(_env_file=None, **(defaults | values)).storage)
 
 
 def _allows(policy: dict[str, Any], action: str, resource: str) -> bool:

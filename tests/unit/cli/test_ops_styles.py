@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import pytest
 
-import config
 from cli.jobs.styles import LaterOrders, at_stake
 from jobs.addresses import S3Location
 from jobs.hold import encode
@@ -15,14 +14,9 @@ from jobs.record import JobRecord, JobRequest
 from services.records.listing import RecordListing
 from services.s3.s3_service import S3Service
 from tests.memory_s3 import MemoryS3, away
+from utils.settings.storage import StorageSettings
 
-SETTINGS = config.load(
-    _env_file=None,
-    backend_api_url="https://backend.example",
-    internal_api_token="t" * 32,
-    aws_storage_bucket_name="media",
-    state_bucket_name="state",
-)
+BUCKETS = StorageSettings(aws_storage_bucket_name="media", state_bucket_name="state")
 WEIGHTS = S3Location("media", "models/style_7/lora_weights.safetensors")
 MORNING, NOON = "2026-01-20T08:00:00Z", "2026-01-20T12:00:00Z"
 
@@ -47,7 +41,7 @@ class _NothingNew:
 
 def _later(models: MemoryS3, state: MemoryS3) -> LaterOrders:
     listing = cast(RecordListing, _NothingNew())
-    return LaterOrders(SETTINGS, cast(S3Service, models), cast(S3Service, state), listing)
+    return LaterOrders(BUCKETS, cast(S3Service, models), cast(S3Service, state), listing)
 
 
 def _publish(models: MemoryS3, **metadata: str) -> None:
@@ -78,9 +72,9 @@ def test_a_job_is_not_later_than_itself(models: MemoryS3) -> None:
 
 def test_a_style_without_a_model_has_nothing_at_stake(models: MemoryS3) -> None:
     s3 = cast(S3Service, models)
-    assert at_stake(SETTINGS, s3, 7, "If this job fails") == ""
+    assert at_stake("media", s3, 7, "If this job fails") == ""
     _publish(models, task_id="sold")
-    told = at_stake(SETTINGS, s3, 7, "If this job fails")
+    told = at_stake("media", s3, 7, "If this job fails")
     assert told.startswith("Style 7 has a published model (of job sold). If this job fails, the")
     models.before = away
-    assert at_stake(SETTINGS, s3, 7, "If this job fails") == "", "a warning stops nothing"
+    assert at_stake("media", s3, 7, "If this job fails") == "", "a warning stops nothing"

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from config import Settings
-from consumer.kinds import configured_kinds
+from consumer.desk import Desk
 from consumer.life.checkpoint_uploads import clear_up
 from consumer.life.endings import Endings
 from consumer.life.put_offs import PutOffs
 from consumer.life.stop_signal import Shutdown, StopSignal
 from consumer.life.sweeper import Sweeper
 from consumer.pages.observer import Observer
-from consumer.pipeline import Desk, Pipeline
+from consumer.pipeline import Pipeline
 from consumer.publishing.model_publisher import Published
 from jobs.addresses import S3Location
 from jobs.hold import decode
@@ -196,6 +196,7 @@ class World:
         self.trainer = Trainer()
         self.publisher = Publisher()
         self.shutdown = Shutdown(1.0)
+        self.test_machine: Callable[[], object] = lambda: None
         self.unfit: list[MachineError] = []
         self.observer = Observer()
         root.mkdir(exist_ok=True)
@@ -203,25 +204,26 @@ class World:
             self.s3,
             STATE,
             owner=root.name,
-            lease_seconds=self.settings.lease_ttl_seconds,
+            lease_seconds=self.settings.limits.lease_ttl_seconds,
         )
-        put_offs = PutOffs(self.settings.retry_delays_seconds, self.observer)
+        put_offs = PutOffs(self.settings.limits.retry_delays_seconds, self.observer)
         self.endings = Endings(
             cast(Any, self.backend),
             records,
             publish=self.broker.publish,
             put_offs=put_offs,
-            kinds=configured_kinds(self.settings),
-            retry_delays=self.settings.ending_retry_delays_seconds,
-            deduplication_seconds=self.settings.deduplication_window_seconds,
+            kinds=self.settings.kinds(),
+            retry_delays=self.settings.limits.ending_retry_delays_seconds,
+            deduplication_seconds=self.settings.limits.deduplication_window_seconds,
             stop=threading.Event(),
             observer=self.observer,
         )
         self.records = records
         self.pipeline = Pipeline(
             Desk(
-                settings=self.settings,
-                kinds=configured_kinds(self.settings),
+                limits=self.settings.limits,
+                state_bucket=STATE,
+                kinds=self.settings.kinds(),
                 s3=cast(Any, self.s3),
                 state_s3=cast(Any, self.s3),
                 webhooks=cast(Any, self.backend),
@@ -232,6 +234,7 @@ class World:
                 trainer=cast(Any, self.trainer),
                 folders=cast(Any, Folders(root)),
                 shutdown=self.shutdown,
+                test_machine=lambda: self.test_machine(),
                 machine_fails=self.unfit.append,
                 observer=self.observer,
             )
@@ -249,11 +252,20 @@ class World:
         sweep = RecordSweep(
             s3,
             STATE,
-            lease_seconds=self.settings.lease_ttl_seconds,
+            lease_seconds=self.settings.limits.lease_ttl_seconds,
             clear_up=functools.partial(clear_up, s3, STATE),
         )
-        kinds = configured_kinds(self.settings)
-        return Sweeper(sweep, self.broker.publish, self.settings, kinds, s3, self.observer)
+        kinds = self.settings.kinds()
+        return Sweeper(
+            sweep,
+            self.broker.publish,
+            kinds,
+            s3,
+            STATE,
+            every_seconds=self.settings.limits.lease_ttl_seconds,
+            retention_days=self.settings.limits.record_retention_days,
+            observer=self.observer,
+        )
 
     def record(self, task_id: str = "task-1") -> JobRecord:
         """A record as it lies on S3."""

@@ -1,4 +1,4 @@
-"""The worker opens one store where images, models and state are in one, and two where not."""
+"""The worker opens one store if images, models and state share it, and two if not."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from consumer import worker as desk
+from consumer.desk import Desk, open_desk
 from consumer.life.stop_signal import Shutdown
 from consumer.pages.observer import Observer
-from consumer.pipeline import Desk
 from services.broker.outbox import Outbox
+from services.s3.s3_service import open_store
 from tests.unit.environment import settings
 
 pytestmark = pytest.mark.usefixtures("own_settings")
@@ -22,20 +22,23 @@ KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 def _desk_of(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Desk:
     nothing = cast(Any, SimpleNamespace())
     loaded = settings(monkeypatch, **KEYS | environment)
-    # pylint: disable-next=protected-access
-    return desk._desk(
-        loaded,
-        desk.open_state_s3(loaded),
-        nothing,
-        nothing,
-        Shutdown(1.0),
-        lambda error: None,
-        Observer(),
-        Outbox(),
+    return open_desk(
+        limits=loaded.limits,
+        storage=loaded.storage,
+        webhooks=loaded.webhooks,
+        kinds=loaded.kinds(),
+        state_s3=open_store(loaded.storage.state_store()),
+        trainer=nothing,
+        folders=nothing,
+        shutdown=Shutdown(1.0),
+        test_machine=lambda: None,
+        machine_fails=lambda error: None,
+        observer=Observer(),
+        outbox=Outbox(),
     )
 
 
-def test_models_are_archived_inside_the_storage_where_there_is_one_store(
+def test_models_are_archived_inside_the_store_if_there_is_only_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one = _desk_of(monkeypatch)

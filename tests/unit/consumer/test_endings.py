@@ -101,7 +101,7 @@ def test_the_first_look_comes_when_a_holder_killed_just_now_has_lost_its_lease(
         only(world.worker("two").pipeline.handle(delivery()))
     )
     world.pipeline.handle(delivery())
-    assert kept[0].delay_seconds == world.settings.lease_ttl_seconds == 120.0
+    assert kept[0].delay_seconds == world.settings.limits.lease_ttl_seconds == 120.0
 
 
 def test_a_dead_letter_says_which_level_its_message_needs(world: World) -> None:

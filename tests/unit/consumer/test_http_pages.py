@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-import config
-from config import Settings
 from consumer.pages import condition as condition_module
 from consumer.pages import http_pages
 from consumer.pages.condition import Condition
@@ -66,14 +64,8 @@ class Trainer(TrainerProcess):
         return self.loaded
 
 
-def _settings() -> Settings:
-    settings: Settings = config.load(
-        _env_file=None,
-        backend_api_url="https://backend.example",
-        internal_api_token="t" * 32,
-        aws_storage_bucket_name="media",
-    )
-    return settings
+def _condition_of(observer: Observer, stop: threading.Event) -> Condition:
+    return Condition(observer, stop, base_model="owner/name", queue="model_training")
 
 
 @pytest.fixture(name="trainer")
@@ -94,8 +86,7 @@ def _stop() -> threading.Event:
 @pytest.fixture(name="condition")
 def _condition(trainer: Trainer, broker: Broker, stop: threading.Event) -> Condition:
     """A worker that is well."""
-    settings = _settings()
-    condition = Condition(settings, Observer(), stop)
+    condition = _condition_of(Observer(), stop)
     condition.machine_tested(Machine(cuda=True, device="NVIDIA H200", count=2, capability="9.0"))
     condition.has_trainer(trainer)
     condition.has_broker(broker)
@@ -223,7 +214,7 @@ def test_who_has_not_answered_for_long_is_told_though_no_error_has_come(
 
 def test_a_gpu_that_was_read_and_is_not_any_more_is_lost() -> None:
     observer = Observer()
-    condition = Condition(_settings(), observer, threading.Event())
+    condition = _condition_of(observer, threading.Event())
     condition.machine_tested(Machine(cuda=True, device="NVIDIA H200", count=1))
     observer.gpus([])
     assert "gpu" not in condition.problems(), "NVIDIA's driver was never there"
@@ -300,8 +291,7 @@ def test_who_sends_nonsense_writes_nothing_into_the_log(
 
 
 def test_before_anything_is_known_it_is_alive_and_not_ready() -> None:
-    settings = _settings()
-    newborn = Condition(settings, Observer(), threading.Event())
+    newborn = _condition_of(Observer(), threading.Event())
     assert len(newborn.problems()) == 4
     assert newborn.health()["status"] == "healthy"
 

@@ -71,7 +71,7 @@ def _measure(s3: MemoryS3, free: Any, tmp_path: Path) -> Measure:
             tmp_path,
             stop or StopSignal(),
             state_bucket="state",
-            max_job_bytes=settings.max_job_bytes,
+            max_job_bytes=settings.limits.max_job_bytes,
             checkpoints=checkpoints,
         )
 
@@ -124,7 +124,7 @@ def test_a_job_with_more_bytes_than_the_limit_fails_and_both_sizes_are_named(
 
 def test_the_default_limit_takes_the_largest_job_that_the_other_limits_allow() -> None:
     settings = make_settings()
-    assert settings.max_job_bytes >= 200 * settings.max_image_bytes
+    assert settings.limits.max_job_bytes >= 200 * settings.options["style"].max_image_bytes
 
 
 def test_a_job_that_needs_more_than_is_free_is_for_another_machine(

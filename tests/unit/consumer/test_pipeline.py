@@ -167,7 +167,7 @@ def test_a_job_whose_workers_all_died_without_a_word_is_given_up(world: World) -
 
 def test_the_dead_queue_gets_its_copy_of_a_job_that_might_have_succeeded(world: World) -> None:
     world.trainer.does = raising(WorkerCrashed("it died"))
-    world.settings.__dict__["max_attempts"] = 1
+    world.settings.limits.__dict__["max_attempts"] = 1
     assert world.pipeline.handle(delivery()) == Settlement.ack()
     (dead,) = world.broker.in_queue(Queue.DEAD)
     assert (dead.body, dead.message_id) == (order(), "task-1")
@@ -181,7 +181,7 @@ def test_a_worker_that_dies_before_the_copy_is_confirmed_leaves_it_owed(world: W
     def killed() -> None:
         raise KeyboardInterrupt
 
-    world.settings.__dict__["max_attempts"] = 1
+    world.settings.limits.__dict__["max_attempts"] = 1
     world.trainer.does = raising(WorkerCrashed("it died"))
     world.broker.on_publish = killed
     with pytest.raises(KeyboardInterrupt):
@@ -199,7 +199,7 @@ def test_a_worker_that_dies_before_the_copy_is_confirmed_leaves_it_owed(world: W
 
 
 def test_the_copy_is_confirmed_before_the_record_stops_owing_it(world: World) -> None:
-    world.settings.__dict__["max_attempts"] = 1
+    world.settings.limits.__dict__["max_attempts"] = 1
     world.trainer.does = raising(WorkerCrashed("it died"))
     owed: list[bool] = []
     world.broker.on_publish = lambda: owed.append(world.record().owed is not None)
@@ -208,7 +208,7 @@ def test_the_copy_is_confirmed_before_the_record_stops_owing_it(world: World) ->
 
 
 def test_a_copy_that_is_not_confirmed_stays_owed_and_the_ending_is_parked(world: World) -> None:
-    world.settings.__dict__["max_attempts"] = 1
+    world.settings.limits.__dict__["max_attempts"] = 1
     world.trainer.does = raising(WorkerCrashed("it died"))
     world.broker.confirms = False
     parked = only(world.pipeline.handle(delivery()))
@@ -575,27 +575,21 @@ def test_a_disk_that_fills_up_makes_the_machine_unfit_and_counts_as_a_rejection(
     assert (world.record().rejections, world.record().attempts) == (1, 0)
 
 
-def test_a_gpu_that_computes_again_in_a_fresh_process_is_the_jobs_fault(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_computes_again_in_a_fresh_process_is_the_jobs_fault(world: World) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(
-        "consumer.pipeline.require_fit", lambda environment, allow_cpu: asked.append(allow_cpu)
-    )
+    world.test_machine = lambda: asked.append(True)
     world.trainer.does = raising(GpuBroken("a CUDA error"))
     assert only(world.pipeline.handle(delivery())).queue is Queue.TRAINING
-    assert asked == [False]
+    assert asked == [True]
     assert not world.unfit
     assert (world.record().attempts, world.record().rejections) == (1, 0)
 
 
-def test_a_gpu_that_stays_broken_makes_the_machine_unfit(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any, **__: Any) -> None:
+def test_a_gpu_that_stays_broken_makes_the_machine_unfit(world: World) -> None:
+    def broken() -> None:
         raise GpuBroken("no CUDA")
 
-    monkeypatch.setattr("consumer.pipeline.require_fit", broken)
+    world.test_machine = broken
     world.trainer.does = raising(GpuBroken("a CUDA error"))
     assert only(world.pipeline.handle(delivery())).queue is Queue.TRAINING
     assert [type(one) for one in world.unfit] == [GpuBroken]

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 import config
-from config import Settings
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
@@ -50,9 +49,9 @@ def test_the_workers_environment_consists_of_valid_settings() -> None:
         name: re.sub(r"^\$\{.*\}$", "whsec_" + "a" * 40, text) for name, text in given.items()
     }
     values: dict[str, Any] = {name.lower(): text for name, text in filled.items()}
-    settings: Settings = config.load(_env_file=None, **values)
-    assert settings.http_host == "0.0.0.0"
-    assert settings.shutdown_grace_seconds < _seconds(WORKER["stop_grace_period"])
+    settings = config.load(_env_file=None, **values)
+    assert settings.pages.http_host == "0.0.0.0"
+    assert settings.worker.shutdown_grace_seconds < _seconds(WORKER["stop_grace_period"])
 
 
 def test_the_worker_has_a_gpu_and_shared_memory_and_writes_only_to_its_volumes() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from config import Settings, load
-from consumer.kinds import configured_kinds
 from jobs.kinds import JobKind
 from jobs.message import Job, parse
 from utils.errors import InvalidMessage
@@ -36,7 +35,7 @@ SETTINGS = make_settings()
 
 def style_kind(settings: Settings = SETTINGS) -> JobKind:
     """The style kind with the defaults of these settings."""
-    return configured_kinds(settings).of("style")
+    return settings.kinds().of("style")
 
 
 def flat(**values: Any) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def envelope(**values: Any) -> dict[str, Any]:
 def read(message: Any, *, message_id: str | None = None, settings: Settings = SETTINGS) -> Job:
     """The job of a message given as JSON values or bytes."""
     body = message if isinstance(message, bytes) else json.dumps(message).encode()
-    return parse(body, message_id=message_id, kinds=configured_kinds(settings))
+    return parse(body, message_id=message_id, kinds=settings.kinds())
 
 
 def refused(message: Any, *, message_id: str | None = None) -> InvalidMessage:

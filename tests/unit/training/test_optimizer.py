@@ -114,7 +114,7 @@ def test_an_optimizer_whose_library_is_missing_is_refused_in_settings_and_parame
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="library prodigyopt .* is not installed on this worker"):
-        settings().hyper_parameters(optimizer="prodigy")
+        HyperParameters(optimizer="prodigy").require_libraries()
     with pytest.raises(TrainingFailed, match="cannot be trained here: .* library prodigyopt"):
         optimizer.create([], HyperParameters(optimizer="prodigy"))
     monkeypatch.setenv("OPTIMIZER", "adamw8bit")
