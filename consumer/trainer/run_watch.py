@@ -11,8 +11,8 @@ from utils.events import Event, Progress, Stage
 
 # A child that does not obey a stop (a hung driver) is replaced after this time.
 STOP_PATIENCE_SECONDS = 60.0
-# Loading a base model may include its download. A child that sends no event for this many times the
-# stall's seconds hangs nevertheless.
+# Loading a base model may include its download. A child that is silent for this many times the
+# stall's seconds hangs.
 _LONGEST_SILENCE_IN_STALLS = 12
 
 
@@ -55,7 +55,8 @@ class RunWatch:
         if event.stage is not Stage.TRAINING:
             self._step = self._step_at = None
         elif event.done != self._step:
-            # The first report names the step at which training starts. The first step takes longer.
+            # The first report only names the step at which training starts: the first step may
+            # take minutes.
             self._step_at = time.monotonic() if self._step is not None else None
             self._step = event.done
 

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from config import load_local
 from consumer.life.stop_signal import StopSignal
+from consumer.trainer.run_watch import STOP_PATIENCE_SECONDS
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.kinds import Run
 from jobs.style import HyperParameters, StyleKind, TrainerOptions, TrainingImage, TrainingRun
@@ -88,9 +89,14 @@ def _run(
     on_event: Callable[[Event], None] = lambda event: None,
     stop: StopSignal | None = None,
     max_seconds: float = 120,
+    patience: float = STOP_PATIENCE_SECONDS,
 ) -> Finished:
     return trainer.run(
-        Run.of(run, StyleKind.runner, {}), on_event, stop or StopSignal(), max_seconds=max_seconds
+        Run.of(run, StyleKind.runner, {}),
+        on_event,
+        stop or StopSignal(),
+        max_seconds=max_seconds,
+        patience=lambda: patience,
     )
 
 
@@ -357,8 +363,7 @@ def test_a_trainer_that_hangs_over_a_shutdown_costs_none_of_the_time_left_for_th
     trainer.start()
     began = time.monotonic()
     with pytest.raises(Stopped):
-        sent = Run.of(make_run(), StyleKind.runner, {})
-        trainer.run(sent, lambda event: None, stop, max_seconds=60, patience=lambda: 0.0)
+        _run(trainer, make_run(), stop=stop, max_seconds=60, patience=0.0)
     assert time.monotonic() - began < 1.5
     trainer.close()
 
