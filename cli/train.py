@@ -46,7 +46,7 @@ MADE = frozenset(
         "training_report.html",
     }
 )
-"""What a training writes into its output folder."""
+"""The files that a training writes into its output folder."""
 
 _WORK = ".training"
 _TEMPORARY = "tmp"
@@ -63,7 +63,7 @@ def images_in(folder: Path) -> tuple[TrainingImage, ...]:
 
 
 def _contents(folder: Path) -> ImageFolder:
-    """A folder's images, less what an earlier training has written beside its report."""
+    """A folder's images, without the files of an earlier training."""
     return read_folder(folder, ignored=MADE if (folder / REPORT).is_file() else frozenset())
 
 
@@ -109,7 +109,7 @@ def train_folder(
         folder: The images.
         output: Receives the model's files, and may be the images' folder; while training also
             its checkpoints, in `.training`.
-        settings: What does not depend on the job.
+        settings: The settings that do not depend on the job.
         parameters: Hyper-parameters.
         validation: Folder of images that are looked at and not trained on.
         trigger_word: In front of every prompt, or the empty string.
@@ -216,8 +216,8 @@ def _hand_over(finished: Finished, output: Path) -> None:
 
 
 def _hand_over_curves(made: Path, target: Path) -> None:
-    """Beside those of earlier trainings, which TensorBoard shows no more: steps count from 0
-    again."""
+    """Add the curves to those of earlier trainings. TensorBoard shows the newest: steps count
+    from 0 again."""
     if made.is_dir():
         target.mkdir(exist_ok=True)
         for file in made.iterdir():
@@ -230,7 +230,9 @@ def _make_folder(work: Path, output: Path, *, emptied: bool) -> None:
             shutil.rmtree(work, ignore_errors=True)
         (work / _TEMPORARY).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"{output} cannot be written ({error.strerror})") from error
+        raise ConfigurationError(
+            f"--output: {output} cannot be written ({error.strerror}). Choose another folder."
+        ) from error
 
 
 def _checked(trigger_word: str) -> str:
@@ -251,8 +253,8 @@ def _refuse_to_overwrite(images: tuple[TrainingImage, ...], folder: Path, output
 
 
 def _refuse_unprintable(output: Path, base_model: str) -> None:
-    """The libraries that write the model's files take no path that is not UTF-8, and would say so
-    only after the training."""
+    """The libraries that write the model's files take no path that is not UTF-8, and would
+    fail only after the training."""
     for name, path in (("--output", str(output.absolute())), ("BASE_MODEL", base_model)):
         if not is_unicode(path):
             raise ConfigurationError(
@@ -261,9 +263,9 @@ def _refuse_unprintable(output: Path, base_model: str) -> None:
 
 
 def _look_for_base_model(name: str) -> None:
-    """A folder of the settings that is not there is told with its path, before anything starts."""
+    """Refuse a missing folder before anything starts."""
     if Path(name).is_absolute() and not Path(name).is_dir():
-        raise ConfigurationError(f"BASE_MODEL: there is no folder {name}")
+        raise ConfigurationError(f"BASE_MODEL: the folder {name} does not exist. Correct the path.")
 
 
 def _newest_checkpoint(work: Path) -> str | None:

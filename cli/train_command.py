@@ -97,18 +97,23 @@ def validate(
     out = Console(highlight=False)
     _print_images("Images", report, out)
     if validation:
-        run = folder_run(validation, settings, parameters, trigger_word)
-        _print_images("Validation images", intake.validate(run), out)
+        held_out = folder_run(validation, settings, parameters, trigger_word)
+        _print_images("Validation images", intake.validate(held_out), out)
     for size, count in sorted(report.buckets.items()):
         out.print(f"{size} pixels: {counted(count, 'image')}", markup=False)
     for warning in report.warnings:
         out.print(f"note: {warning}", style="yellow", markup=False)
+    return _print_verdict(report, settings.options[STYLE].min_images, parameters.epochs, out)
+
+
+def _print_verdict(report: Validation, min_images: int, epochs: int, out: Console) -> int:
+    """Print whether a training could run; the exit code."""
     can = f"{report.usable} of {counted(len(report.images), 'image')} can be used"
-    if report.usable < settings.options[STYLE].min_images:
-        least = f"at least {settings.options[STYLE].min_images} are needed (MIN_IMAGES)"
+    if report.usable < min_images:
+        least = f"at least {min_images} are needed (MIN_IMAGES)"
         out.print(f"{can}, but {least}. Add images, or correct those above.", style="red")
         return EXIT_FAILED
-    steps = f"{counted(report.steps, 'step')} in {counted(parameters.epochs, 'epoch')}"
+    steps = f"{counted(report.steps, 'step')} in {counted(epochs, 'epoch')}"
     out.print(f"{can}: {steps}. `main.py doctor` tests the base model and the GPU.")
     return 0
 
