@@ -1,9 +1,9 @@
 """The lengths of the queues, and how long messages wait in them, as far as a worker can know.
 
 AMQP shows a queue's length, and a message only when it is delivered. Two bounds follow. A message
-that waits now came after its queue was last seen empty. And since a queue is first in, first out, it
-was made after the last one that was delivered. So the oldest has waited no longer than the smaller
-of the two.
+that waits now came after its queue was last seen empty. And since a queue is first in, first out,
+it was made after the last one that was delivered. So the oldest has waited no longer than the
+smaller of the two.
 """
 
 from __future__ import annotations
