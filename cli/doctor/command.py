@@ -154,12 +154,13 @@ def _started(
 
 
 def _settings(settings: Settings, unknown: str | None) -> Finding:
-    main, state = settings.storage.main_store(), settings.storage.state_store()
+    broker_, storage_ = settings.broker, settings.storage
+    main, state = storage_.main_store(), storage_.state_store()
     parts = (
-        f"RabbitMQ {', '.join(settings.broker.rabbitmq_host)}, queue {settings.broker.training_queue}",
-        f"images from {', '.join(settings.storage.image_buckets)}",
-        f"models to {settings.storage.model_bucket_name}",
-        f"state in {settings.storage.state_bucket_name}",
+        f"RabbitMQ {', '.join(broker_.rabbitmq_host)}, queue {broker_.training_queue}",
+        f"images from {', '.join(storage_.image_buckets)}",
+        f"models to {storage_.model_bucket_name}",
+        f"state in {storage_.state_bucket_name}",
         f"S3 at {main.endpoint or main.region}",
         *([f"state at {state.endpoint or state.region}"] if state != main else []),
         f"backend {settings.webhooks.backend_api_url}",

@@ -24,7 +24,7 @@ from utils.metrics import NO_CODE, Metrics
 _SPANS = {Stage.PREPARING: "vet", Stage.TRAINING: "train", Stage.EXPORTING: "export"}
 
 
-class Observer:
+class Observer:  # pylint: disable=too-many-public-methods  # one per event
     """The current job, the queues, and the counts since the start.
 
     Args:

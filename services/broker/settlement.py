@@ -1,7 +1,7 @@
 """Queues, deliveries, publications, and the settlement of a delivery. Plain facts, no connection.
 
-A handler gets a `Delivery` and returns a `Settlement`. The connection's owner makes the settlement's
-publications first (persistent, mandatory, confirmed) and acknowledges the delivery after that.
+A handler gets a `Delivery` and returns a `Settlement`. The connection's owner first makes the
+settlement's publications (persistent, mandatory, confirmed), then acknowledges the delivery.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The queues on the broker: names, arguments, and how they are declared (docs/protocol.md, section 1).
+"""The queues on the broker: names, arguments, declarations (docs/protocol.md, section 1).
 
 `model_training` belongs to the backend. Every queue that is named after it belongs to the worker.
 Nothing here imports the client: `Declarations` works through a function that it is given.
@@ -19,8 +19,8 @@ CLASSIC, QUORUM, STREAM = "classic", "quorum", "stream"
 NOT_FOUND, PRECONDITION_FAILED = 404, 406
 
 IMPOSSIBLE = {"x-max-age": "1X"}
-"""Arguments that no queue can have: an age with an unknown unit. Only streams know the argument, and
-they refuse this value."""
+"""Arguments that no queue can have: an age with an unknown unit. Only streams know the argument,
+and they refuse this value."""
 TYPE_TRIAL = {"x-queue-type": STREAM} | IMPOSSIBLE
 """Arguments of a declaration that is always refused. The refusal names an existing queue's type."""
 MANY_RETURNS = 1_000_000
@@ -73,7 +73,7 @@ class QueueDeclaration:
         return {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
 
     def conflict(self, reply: str) -> str:
-        """The error message for a queue that exists with other arguments; `reply` is the broker's."""
+        """The error message for a queue with other arguments; `reply` is the broker's."""
         if self.as_found:
             return f"The queue {self.name} cannot be declared durable, without arguments ({reply})"
         return (
@@ -123,7 +123,7 @@ def queue_type_of(reply: str) -> str | None:
 
 
 def different_argument(reply: str) -> str | None:
-    """The argument in which an existing queue differs, from the broker's answer to a declaration."""
+    """The argument in which an existing queue differs, from the answer to a declaration."""
     match = _DIFFERENT.search(reply)
     return match["argument"] if match else None
 

@@ -9,6 +9,7 @@ import pytest
 
 from sandbox.rabbitmq_node import RabbitMqNode
 from services.broker import connection
+from services.broker.client import Subscription
 from services.broker.settlement import Delivery, Publication, Queue, Settlement
 from tests.integration.consumer.broker import SOON, Client, Handler, Start, until
 
@@ -74,9 +75,10 @@ def test_an_idle_worker_serves_a_message_of_any_queue_within_seconds(
     declare()
     handler = Handler()
     start(handler, queues=ALL)
-    for number, each in enumerate((SDXL, Queue.TRAINING, LLM, LLM), start=1):
+    for each in (SDXL, Queue.TRAINING, LLM, LLM):
+        handler.deliveries.clear()
         client.publish(queue + each.suffix, b"job")
-        until(lambda number=number: handler.returned == number, 3 * connection.LOOK_SECONDS)
+        until(lambda: handler.deliveries, 3 * connection.LOOK_SECONDS)
 
 
 def test_a_message_that_is_on_its_way_while_the_consumer_is_cancelled_is_a_first_delivery(
@@ -88,9 +90,9 @@ def test_a_message_that_is_on_its_way_while_the_consumer_is_cancelled_is_a_first
 ) -> None:
     """Rejected and delivered again, an order without an id might pass for one that was claimed."""
     declare()
-    cancel = connection.Subscription.cancel
+    cancel = Subscription.cancel
 
-    def with_a_message_on_its_way(subscription: connection.Subscription) -> None:
+    def with_a_message_on_its_way(subscription: Subscription) -> None:
         if subscription.queue == Queue.TRAINING and not client_published:
             client_published.append(True)
             client.publish(queue, b"on its way")
@@ -98,7 +100,7 @@ def test_a_message_that_is_on_its_way_while_the_consumer_is_cancelled_is_a_first
         cancel(subscription)
 
     client_published: list[bool] = []
-    monkeypatch.setattr(connection.Subscription, "cancel", with_a_message_on_its_way)
+    monkeypatch.setattr(Subscription, "cancel", with_a_message_on_its_way)
     handler = Handler()
     start(handler, queues=ALL)
     client.publish(f"{queue}.llm", b"llm")

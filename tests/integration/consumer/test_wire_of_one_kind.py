@@ -1,10 +1,13 @@
-"""With one kind of job the queues and messages on the broker are those of the protocol, to the byte."""
+"""With one kind of job, queues and messages on the broker are those of the protocol, exactly."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from typing import Any
 
 import pytest
+from pika.exceptions import ChannelClosedByBroker
 
 from sandbox.rabbitmq_node import RabbitMqNode
 from services.broker.settlement import Delivery, Publication, Queue, Settlement
@@ -69,7 +72,7 @@ def test_properties_and_headers_of_the_messages(start: Start, client: Client, qu
     client.publish(queue, b"order", b"breaks", message_id="id", headers={"tracestate": "a=b"})
     found = {}
     for name in (".dead", ".endings.delay.30000", ".delay.40000", ".delay.30000"):
-        properties, body = until(lambda name=name: _get(client, queue + name))
+        properties, body = _get(client, queue + name)
         assert (properties.content_type, properties.delivery_mode) == ("application/json", 2)
         found[name] = (body, properties.message_id, list((properties.headers or {}).items()))
         rest = {*vars(properties)} - {"content_type", "delivery_mode", "message_id", "headers"}
@@ -95,9 +98,13 @@ def test_properties_and_headers_of_the_messages(start: Start, client: Client, qu
     }
 
 
-def _get(client: Client, queue: str) -> object:
-    with client.channel() as channel:
-        if channel.connection.is_open:
-            method, properties, body = channel.basic_get(queue, auto_ack=True)
-            return (properties, body) if method else None
-    return None
+def _get(client: Client, queue: str) -> tuple[Any, bytes]:
+    """The first message of a queue, as soon as both are there."""
+
+    def look() -> tuple[Any, bytes] | None:
+        with contextlib.suppress(ChannelClosedByBroker):  # the queue is not there yet
+            return client.get(queue)
+        return None
+
+    message: tuple[Any, bytes] = until(look)
+    return message
