@@ -238,7 +238,8 @@ def unknown_names(file: Path | None = None) -> str | None:
     """
     found = {".env": {name.upper() for name in DotEnvSettingsSource(_Sources).env_vars}}
     if file:
-        found[str(file)] = {name.upper() for name in settings_file.read(file)}
+        names = settings_file.read(file).keys() - names_of_settings.ALIASES_IN_FILES.keys()
+        found[str(file)] = {name.upper() for name in names}
     environment = {name for name, value in os.environ.items() if value}
     return names_of_settings.unknown(found, setting_names(), environment)
 
@@ -269,7 +270,7 @@ def _load(kind: type[_Loaded], file: Path | None, overrides: Mapping[str, Any]) 
         raise ConfigurationError(f"The file .env cannot be read: {reason}.") from None
     if file:
         given = settings_file.read(file) | given
-    places = _places(kind, _first_kind(given))
+    places = _places(kind, _first_kind(given), in_file=file is not None)
     values: dict[str, Any] = {place[0]: {} for place in places.values()}
     used: dict[_Place, str] = {}
     problems = []
@@ -293,12 +294,13 @@ def _load(kind: type[_Loaded], file: Path | None, overrides: Mapping[str, Any]) 
     return settings
 
 
-def _places(kind: type[LocalSettings], first: str) -> dict[str, _Place]:
+def _places(kind: type[LocalSettings], first: str, *, in_file: bool = False) -> dict[str, _Place]:
     """Every accepted name, in lower case, with the place of its value in the settings.
 
     Args:
         kind: The settings.
-        first: The kind of job whose settings have a name without a prefix too; empty for none.
+        first: The kind of job whose settings also have a name without a prefix; empty for none.
+        in_file: Include the names that only a file may have.
     """
     found: dict[str, _Place] = {}
     for group, field in dict(kind.model_fields).items():
@@ -310,8 +312,8 @@ def _places(kind: type[LocalSettings], first: str) -> dict[str, _Place]:
                 found[f"{job}_{name}"] = (section, job, field_name)
                 if job == first:
                     found[name] = (section, job, field_name)
-    aliases = names_of_settings.ALIASES.items()
-    return found | {alias: found[name] for alias, name in aliases if name in found}
+    aliases = names_of_settings.ALIASES | (names_of_settings.ALIASES_IN_FILES if in_file else {})
+    return found | {alias: found[name] for alias, name in aliases.items() if name in found}
 
 
 def _canonical(places: Mapping[str, _Place]) -> dict[_Place, str]:
@@ -334,7 +336,7 @@ def _put(values: dict[str, Any], place: _Place, value: Any) -> None:
 def _explained(error: ValidationError, names: Mapping[_Place, str]) -> Iterator[str]:
     """One line for each problem, by the name that the setting was set under."""
     for problem in error.errors(include_input=False, include_url=False):
-        # A default that is derived from a wrong setting is not a problem of its own.
+        # A default that is derived from a wrong setting is not a second problem.
         if problem["type"] == "default_factory_not_called":
             continue
         place = tuple(map(str, problem["loc"]))

@@ -74,7 +74,7 @@ def open_desk(
         outbox: Takes the messages that the worker publishes.
 
     Raises:
-        ConfigurationError: A store or the webhooks cannot be set up as the settings say.
+        ConfigurationError: A store or the webhooks cannot be opened with these settings.
     """
     owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     bucket, lease_seconds = storage.state_bucket_name, limits.lease_ttl_seconds

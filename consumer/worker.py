@@ -59,7 +59,7 @@ def run_worker(
         once_idle: Stop after one training message, or after this many seconds without one.
 
     Raises:
-        ConfigurationError: A folder, a port or a service cannot be set up as the settings say, or
+        ConfigurationError: A folder, a port or a service cannot be opened with these settings, or
             the state bucket does not honour conditional writes.
         MachineError: This machine cannot train; the current job is returned to the queue.
         BrokerRefused: RabbitMQ refuses the worker, and waiting does not help.

@@ -1,4 +1,4 @@
-"""The settings: every problem at once, no secret in any text, `.env.example` as they are."""
+"""Settings: all problems are reported at once, no text shows a secret, `.env.example` is true."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_every_setting_is_documented_and_nothing_else_is() -> None:
     assert set(documented()) == DOCUMENTED
 
 
-def test_every_setting_has_a_sentence_of_its_own_above_it() -> None:
+def test_every_setting_has_a_separate_sentence_above_it() -> None:
     bare = [name for name, (_, _, text) in documented().items() if not text.startswith("# ")]
     assert not bare
 
 
-def test_what_is_required_stands_ready_to_be_filled_in_and_all_else_is_commented_out() -> None:
+def test_required_settings_are_ready_to_fill_in_and_all_others_are_commented_out() -> None:
     open_ones = {name for name, (_, commented, _) in documented().items() if not commented}
     assert open_ones == set(REQUIRED)
 
@@ -89,7 +89,7 @@ def test_the_example_starts_once_its_placeholders_are_filled_in_and_not_before(
 # ---- problems ------------------------------------------------------------------------------------
 
 
-def test_what_is_missing_is_named_all_at_once() -> None:
+def test_all_missing_settings_are_named_at_once() -> None:
     with pytest.raises(ConfigurationError) as caught:
         load()
     assert {line.strip() for line in str(caught.value).splitlines()[1:]} == {
@@ -133,7 +133,7 @@ def test_problems_of_every_kind_are_reported_together(monkeypatch: pytest.Monkey
         "AWS_ENDPOINT_URL_S3: must be an address like https://",
         "AWS_S3_REGION_NAME: is not the name of a region",
         "AWS_SECRET_ACCESS_KEY: belongs to AWS_ACCESS_KEY_ID",
-        "RABBITMQ_HOST: item 2: is not a host name alone (RABBITMQ_PORT",
+        "RABBITMQ_HOST: item 2: is not a host name. Set the port in RABBITMQ_PORT",
     }
     lines = text.splitlines()[1:]
     assert {start for start in expected if any(ln.strip().startswith(start) for ln in lines)} == (
@@ -183,7 +183,7 @@ def test_no_secret_shows_in_the_settings_own_text(monkeypatch: pytest.MonkeyPatc
         assert value in loaded.secrets()
 
 
-def test_a_dotenv_file_that_is_no_text_is_a_problem_and_not_a_traceback(tmp_path: Path) -> None:
+def test_a_dotenv_file_that_is_not_text_is_reported_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"EPOCHS=\xff\xfe")
     with pytest.raises(ConfigurationError, match="UTF-8"):
         load()
@@ -199,20 +199,22 @@ def test_a_dotenv_file_that_is_no_text_is_a_problem_and_not_a_traceback(tmp_path
         ("RABBITMQ_HOST", "10.0.0.5"),
     ],
 )
-def test_an_address_of_each_usual_kind_is_taken(
+def test_an_address_of_each_usual_form_is_accepted(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     assert value in repr(settings(monkeypatch, **{name: value}))
 
 
-def test_what_s3_s_client_refuses_the_settings_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_refuse_the_addresses_that_the_s3_client_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for address in ("localhost:9000", "http://mini_o:9000", "minio", "http://"):
         assert "AWS_ENDPOINT_URL_S3: " in problems(monkeypatch, AWS_ENDPOINT_URL_S3=address)
         with pytest.raises(ConfigurationError, match="No S3 client can be made of the settings"):
             S3Service(region="eu-central-1", endpoint_url=address)
 
 
-# ---- where the values come from ------------------------------------------------------------------
+# ---- sources of the values -----------------------------------------------------------------------
 
 
 def test_the_environment_wins_over_the_file(
@@ -249,11 +251,11 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["RABBITMQ_HOST", "RETRY_DELAYS_SECONDS", "IMAGE_BUCKETS"])
-def test_a_list_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_empty_list_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert f"{name}: " in problems(monkeypatch, **{name: " , "})
 
 
-def test_curves_without_their_library_are_refused_at_once_with_what_to_do(
+def test_curves_without_their_library_are_refused_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert settings(monkeypatch, TENSORBOARD="true").options["style"].tensorboard
@@ -263,7 +265,7 @@ def test_curves_without_their_library_are_refused_at_once_with_what_to_do(
     assert not settings(monkeypatch, TENSORBOARD="false", EPOCHS="1").options["style"].tensorboard
 
 
-def test_a_signing_secret_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_signing_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "WEBHOOK_SIGNING_SECRET: " in problems(monkeypatch, WEBHOOK_SIGNING_SECRET=",")
 
 
@@ -291,7 +293,7 @@ def test_settings_cannot_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- folders -------------------------------------------------------------------------------------
 
 
-def test_a_relative_folder_is_meant_from_where_the_program_was_started(
+def test_a_relative_folder_starts_at_the_folder_in_which_the_program_was_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     loaded = settings(monkeypatch, BASE_MODEL="./base", HF_HOME="hub", WORK_DIR="~/work")
@@ -302,14 +304,14 @@ def test_a_relative_folder_is_meant_from_where_the_program_was_started(
 
 
 @pytest.mark.parametrize("value", ["base", "../base", "a/b/c", ".hidden/base"])
-def test_what_can_be_no_name_on_the_hub_is_a_folder(
+def test_a_name_that_the_hub_cannot_have_is_a_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str
 ) -> None:
     resolved = os.path.normpath(tmp_path / value)
     assert settings(monkeypatch, BASE_MODEL=value).trainer.base_model == resolved
 
 
-def test_a_name_on_the_hub_stays_one_unless_there_is_such_a_folder(
+def test_a_name_on_the_hub_is_kept_unless_such_a_folder_exists(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert settings(monkeypatch, BASE_MODEL="owner/name").trainer.base_model == "owner/name"
@@ -331,7 +333,7 @@ def test_the_default_base_model_is_one_commit(monkeypatch: pytest.MonkeyPatch) -
     assert not not_pinned(default.base_model, default.base_model_revision)
 
 
-def test_the_default_models_commit_is_not_taken_for_another_models(
+def test_the_commit_of_the_default_model_is_not_used_for_another_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert settings(monkeypatch, BASE_MODEL="owner/name").trainer.base_model_revision is None
@@ -349,7 +351,9 @@ def test_a_branch_on_the_hub_is_not_pinned_and_a_folder_is(tmp_path: Path) -> No
     assert not not_pinned(str(tmp_path), None)
 
 
-def test_an_image_with_the_model_in_it_has_the_same_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_image_with_the_model_has_the_same_commit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dockerfile = (EXAMPLE.parent / "Dockerfile").read_text(encoding="utf-8")
     default = settings(monkeypatch).trainer
     assert f"ARG MODEL={default.base_model}\n" in dockerfile
@@ -359,7 +363,7 @@ def test_an_image_with_the_model_in_it_has_the_same_commit(monkeypatch: pytest.M
 # ---- webhooks ------------------------------------------------------------------------------------
 
 
-def test_the_signing_secret_is_derived_from_the_token_as_the_protocol_says(
+def test_the_signing_secret_is_derived_from_the_token_by_the_protocols_formula(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     digest = hmac.new(
@@ -377,7 +381,7 @@ def test_several_signing_secrets_sign_while_keys_rotate(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["BACKEND_API_URL", "WEBHOOK_ALLOWED_ORIGINS"])
-def test_plain_http_is_for_this_machine_or_on_request_only(
+def test_plain_http_is_allowed_only_on_this_machine_or_on_request(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     assert "ALLOW_INSECURE_WEBHOOKS=true" in problems(monkeypatch, **{name: "http://10.0.0.5"})
@@ -401,7 +405,7 @@ def test_an_origin_is_scheme_host_and_port(url: str, origin: str) -> None:
 @pytest.mark.parametrize(
     "url", ["api.example.com", "ftp://a", "https://", "https://u:p@a", "https://a:99999", ""]
 )
-def test_what_has_no_web_origin_is_refused(url: str) -> None:
+def test_an_address_without_a_web_origin_is_refused(url: str) -> None:
     with pytest.raises(ValueError):
         origin_of(url)
 
@@ -413,7 +417,7 @@ def test_defaults_are_those_of_the_hyper_parameters(monkeypatch: pytest.MonkeyPa
     assert settings(monkeypatch).parameters == {"style": HyperParameters()}
 
 
-def test_a_message_s_parameters_win_over_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parameters_of_a_message_win_over_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = settings(monkeypatch, EPOCHS="50", LORA_RANK="4", LORA_ALPHA="8")
     order = Order({"style_id": 1, "images": ["a.jpg"], "parameters": {"epochs": 7}}, "data.")
     parameters = loaded.kinds().of("style").read(order).hyper_parameters
@@ -427,7 +431,7 @@ def test_every_hyper_parameter_has_a_setting() -> None:
     assert {f"STYLE_{name}".upper() for name in settings_of_style} <= DOCUMENTED
 
 
-def test_training_alone_needs_no_setting_at_all() -> None:
+def test_local_training_requires_no_setting() -> None:
     assert load_local().trainer_options().base_model.startswith("stable-diffusion-v1-5/")
 
 
@@ -457,14 +461,14 @@ def test_the_trainer_s_environment_has_no_secret_but_the_hub_s(
         assert value not in text
 
 
-def test_secrets_of_training_alone_are_known_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_secrets_of_local_training_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_token")
     loaded = load_local()
     assert loaded.trainer.hf_token == SecretStr("hf_token")
     assert loaded.secrets() == ("hf_token",)
 
 
-def test_the_path_of_an_address_is_kept_and_the_rest_of_it_refused(
+def test_the_path_of_an_address_is_kept_and_a_query_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded = settings(monkeypatch, BACKEND_API_URL="https://api.example.org/prod/")

@@ -1,4 +1,4 @@
-"""Names that are no settings, and values that were never filled in."""
+"""Names that are not settings, and placeholders that are still in place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("own_settings")
         ("SENTRY_DSN", "https://key@api.example.com/1"),
     ],
 )
-def test_a_placeholder_is_refused_wherever_it_is_left(
+def test_a_placeholder_is_refused_in_every_setting(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     told = problems(monkeypatch, **{name: value}, EPOCHS="0")
@@ -47,22 +47,22 @@ def test_a_placeholder_is_refused_wherever_it_is_left(
         ("RABBITMQ_PASS", "do-not-replace-me"),
     ],
 )
-def test_a_real_value_that_only_looks_like_a_placeholder_is_taken(
+def test_a_real_value_that_resembles_a_placeholder_is_accepted(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     settings(monkeypatch, **{name: value})
 
 
-def test_names_in_the_file_that_are_no_settings_are_reported_with_the_nearest_that_is(
+def test_unknown_names_in_the_file_are_reported_with_a_suggestion(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("EPOCHE", "3")  # the environment is everybody's
+    monkeypatch.setenv("EPOCHE", "3")  # the environment has names of other programs
     assert config.unknown_names() is None
     (tmp_path / ".env").write_text("EPOCH=7\nlora_rank=8\nZZ=hunter2\n", encoding="utf-8")
     assert config.unknown_names() == ("unknown settings in .env: EPOCH (did you mean EPOCHS?), ZZ")
 
 
-def test_unknown_names_are_reported_together_with_what_is_missing(tmp_path: Path) -> None:
+def test_unknown_names_are_reported_together_with_missing_settings(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(
         "GCS_BUCKET_NAME=media\nBACKEND_URL=https://backend.example\nINTERNAL_TOKEN=hunter2\n",
         encoding="utf-8",

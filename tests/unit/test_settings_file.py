@@ -1,4 +1,4 @@
-"""`--config FILE`: below the environment, every problem named, no secret told."""
+"""`--config FILE`: it is below the environment, problems are named, no error shows a secret."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_toml_file_is_enough(file: Path) -> None:
     assert settings.broker.rabbitmq_host == ("one.example", "two.example")
     assert (style.epochs, style.learning_rate, settings.trainer.allow_cpu) == (7, 2e-4, True)
     assert settings.limits.retry_delays_seconds == (1.0, 2.0)
-    assert settings.storage.model_bucket_name == "media", "what is empty is not set"
+    assert settings.storage.model_bucket_name == "media", "an empty value is not set"
     assert config.unknown_names(file) is None
 
 
@@ -91,7 +91,7 @@ def test_a_secret_of_the_file_is_a_secret(file: Path) -> None:
     assert "too-short-secret" not in str(caught.value)
 
 
-def test_a_name_that_is_no_setting_is_named_with_the_one_it_may_be(file: Path) -> None:
+def test_an_unknown_name_in_the_file_is_reported_with_a_suggestion(file: Path) -> None:
     file.write_text(TOML + 'RABBIT_HOST = "x"\nfavourite_colour = "blue"\n', encoding="utf-8")
     unknown = config.unknown_names(file) or ""
     assert "RABBIT_HOST (did you mean RABBITMQ_HOST?)" in unknown and "FAVOURITE_COLOUR" in unknown
@@ -101,21 +101,21 @@ def test_a_name_that_is_no_setting_is_named_with_the_one_it_may_be(file: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.toml", b"INTERNAL_API_TOKEN = hunter2hunter2", "is not TOML"),
+        ("a.toml", b"INTERNAL_API_TOKEN = hunter2hunter2", "is not valid TOML"),
         ("a.toml", b'[rabbitmq]\nhost = "hunter2"', "has tables (rabbitmq)"),
         ("a.toml", b'EPOCHS = 1\nepochs = 2\nX = "hunter2"', "a name twice"),
-        ("a.toml", b"# hunter2 \xff", "not UTF-8"),
-        ("a.json", b'{"INTERNAL_API_TOKEN": "hunter2', "is not JSON"),
+        ("a.toml", b"# hunter2 \xff", "not text in UTF-8"),
+        ("a.json", b'{"INTERNAL_API_TOKEN": "hunter2', "is not valid JSON"),
         ("a.json", b'{"HF_TOKEN": "hunter2", "HF_TOKEN": ""}', "twice"),
         ("a.json", b'["hunter2"]', "one object"),
-        ("a.json", b"[" * 100_000, "not JSON"),
-        ("a.toml", b"x = " + b"[" * 100_000, "not TOML"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
+        ("a.toml", b"x = " + b"[" * 100_000, "not valid TOML"),
         ("a.yaml", b"hf_token: hunter2", ".toml or .json"),
-        ("a.toml", b"# hunter2" * 200_000, "too large"),
+        ("a.toml", b"# hunter2" * 200_000, "is larger than"),
         ("missing.toml", None, "No such file"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_a_sentence_without_its_content(
+def test_a_file_that_cannot_be_read_is_reported_without_its_content(
     tmp_path: Path, name: str, content: bytes | None, says: str
 ) -> None:
     if content is not None:
@@ -132,9 +132,60 @@ def test_a_file_that_cannot_be_read_is_a_sentence_without_its_content(
 def test_every_command_that_has_settings_takes_the_file(
     command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that is not there is the first thing that each of them stumbles over."""
+    """Each command reads the file first, so a missing file is the first error."""
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     ran = CliRunner().invoke(main.app, [*command, "--config", "nowhere.toml"])
     assert "nowhere.toml cannot be read" in " ".join(ran.output.split())
     assert (ended or [ran.exit_code]) == [2]
+
+
+# ---- names of the earlier training container -----------------------------------------------------
+
+CONTAINER = {
+    "model_name": "owner/name",
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 4,
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "learning_rate": 0.0002,
+    "seed": 7,
+}
+
+
+def test_the_earlier_containers_file_sets_the_settings_with_its_own_names(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONTAINER), encoding="utf-8")
+    settings = config.load_local(file=path)
+    style = settings.parameters["style"]
+    assert settings.trainer.base_model == "owner/name"
+    assert (style.epochs, style.batch_size, style.rank) == (3, 4, 8)
+    assert (style.alpha, style.learning_rate, style.seed) == (16.0, 2e-4, 7)
+    assert config.unknown_names(path) is None
+
+
+def test_its_names_for_language_models_are_reported_with_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    more = {"use_4bit": True, "max_seq_length": 1024, "use_flash_attention": True}
+    path.write_text(json.dumps(CONTAINER | more), encoding="utf-8")
+    config.load_local(file=path)
+    unknown = config.unknown_names(path) or ""
+    assert all(f"{name.upper()} (" in unknown for name in more)
+
+
+def test_its_names_have_no_effect_outside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL_NAME", "of/another-program")
+    (tmp_path / ".env").write_text("NUM_TRAIN_EPOCHS=3\n", encoding="utf-8")
+    settings = config.load_local()
+    assert settings.trainer.base_model != "of/another-program"
+    assert settings.parameters["style"].epochs == 100
+    assert "NUM_TRAIN_EPOCHS (now EPOCHS)" in (config.unknown_names() or "")
+
+
+def test_two_names_of_one_setting_in_a_file_are_refused_by_both_names(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONTAINER | {"epochs": 5}), encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="EPOCHS and NUM_TRAIN_EPOCHS: two names of one"):
+        config.load_local(file=path)

@@ -1,4 +1,4 @@
-"""Which stores the settings name: endpoints, credentials, checksums."""
+"""Stores of the settings: endpoints, credentials, checksums."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATE_KEYS = {
 }
 
 
-def test_the_state_bucket_has_the_images_store_unless_another_is_named(
+def test_the_state_bucket_is_in_the_store_of_the_images_by_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded = settings(monkeypatch, **KEYS, AWS_SESSION_TOKEN="token-of-main")
@@ -26,7 +26,7 @@ def test_the_state_bucket_has_the_images_store_unless_another_is_named(
     assert loaded.storage.main_store().session_token == "token-of-main"
 
 
-def test_the_state_store_has_an_address_a_region_and_credentials_of_its_own(
+def test_the_state_store_can_have_a_separate_address_region_and_credentials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded = settings(
@@ -78,7 +78,7 @@ def test_all_credentials_are_read_from_the_file_too_and_kept_from_the_trainer(
     assert not [value for value in lines.values() if value in trainer.values()]
 
 
-def test_both_names_of_the_endpoint_mean_the_same_and_the_one_for_s3_wins(
+def test_both_names_of_the_endpoint_are_read_and_the_one_for_s3_wins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     alone = settings(monkeypatch, AWS_ENDPOINT_URL="http://minio:9000")

@@ -1,4 +1,4 @@
-"""Names that are no settings: settings of earlier programs, misspellings, and names of others."""
+"""Names that are not settings: aliases, names of earlier programs, and misspellings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
 
+# Similarity of two words, from 0 to 1, from which one counts as a misspelling of the other.
 _ALIKE = 0.75
-"""How alike two words of a name must be to count as one word misspelled."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -15,17 +15,18 @@ class OldName:
     """A name of the earlier documents or of a prototype.
 
     Attributes:
-        now: The settings that replaced it; empty where there is none.
-        note: What else to know.
-        ours: Whether no other program uses it, so that it is also looked for in the environment.
+        now: The settings that replaced it; empty if there are none.
+        note: Further information.
+        ours: Whether no other program uses the name. Then it is also reported if it is in the
+            environment.
     """
 
     now: tuple[str, ...]
     note: str = ""
     ours: bool = True
 
-    def told(self) -> str:
-        """What became of it, in a few words."""
+    def __str__(self) -> str:
+        """The successors and the note."""
         replaced = f"now {' and '.join(self.now)}" if self.now else ""
         return "; ".join(filter(None, (replaced, self.note)))
 
@@ -33,11 +34,21 @@ class OldName:
 _GOOGLE = "see docs/operations.md, Google Cloud Storage"
 _REGION = OldName(("AWS_S3_REGION_NAME",), "the name for boto3 is not read")
 _NO_TEXT_MODELS = OldName((), "for language models, which this server does not train")
+_ATTENTION = OldName((), "PyTorch chooses the fastest attention of the GPU", ours=False)
 _CONTAINER = OldName((), "read by the container runtime, not by this program", ours=False)
 _OTHER_SERVICE = OldName((), "a setting of another service", ours=False)
 
 ALIASES = {"s3_bucket": "model_bucket_name"}
-"""Second names of settings, accepted wherever a setting is."""
+"""Second names of settings, in lower case, accepted everywhere."""
+
+ALIASES_IN_FILES = {
+    "model_name": "base_model",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "lora_r": "lora_rank",
+}
+"""Names of the earlier training container's `config.json`, accepted only in a file of `--config`:
+other programs have environment variables of these names."""
 
 OLD_NAMES: dict[str, OldName] = {
     "S3_BUCKET_NAME": OldName(("AWS_STORAGE_BUCKET_NAME",)),
@@ -82,55 +93,56 @@ OLD_NAMES: dict[str, OldName] = {
     "USE_4BIT": _NO_TEXT_MODELS,
     "USE_8BIT": _NO_TEXT_MODELS,
     "MAX_SEQ_LENGTH": _NO_TEXT_MODELS,
+    "USE_FLASH_ATTENTION": _ATTENTION,
+    "LOGGING_STEPS": OldName(("PROGRESS_INTERVAL_SECONDS",), "in seconds", ours=False),
     "NVIDIA_VISIBLE_DEVICES": _CONTAINER,
     "NVIDIA_DRIVER_CAPABILITIES": _CONTAINER,
     "DOCKER_BUILDKIT": _CONTAINER,
     "AI_PROVIDER": _OTHER_SERVICE,
     "ML_TRAINING_URL": _OTHER_SERVICE,
 }
-"""Names of the earlier documents and of prototypes, with what became of each. The table in
-docs/operations.md shows the same."""
+"""Names of earlier documents and prototypes. The table in docs/operations.md lists the same."""
 
 
 def unknown(
     places: Mapping[str, Collection[str]], known: Collection[str], environment: Collection[str]
 ) -> str | None:
-    """A sentence about names that are no settings, or None where there are none.
+    """A sentence about names that are not settings, or None if there are none.
 
     Args:
-        places: The names that each file has, in capitals, by the file's name.
+        places: The names in each file, in capitals, by the file's name.
         known: The names of all settings.
-        environment: The names in the environment. It is full of other programs' names, so only old
-            names of ours are looked for there, where none of their successors is set.
+        environment: The names in the environment. It is full of other programs' names, so only the
+            old names are reported, and only if none of their successors is set.
     """
-    told = []
+    found = []
     for place, names in places.items():
         if strangers := sorted(set(names) - set(known)):
             listed = ", ".join(_explained(name, known) for name in strangers)
-            told.append(f"unknown settings in {place}: {listed}")
+            found.append(f"unknown settings in {place}: {listed}")
     every_name = set(environment).union(*places.values())
     old = [
-        f"{name} ({OLD_NAMES[name].told()})"
+        f"{name} ({OLD_NAMES[name]})"
         for name in sorted(set(environment) & set(OLD_NAMES))
         if OLD_NAMES[name].ours and not every_name & set(OLD_NAMES[name].now)
     ]
     if old:
-        told.append(f"old names in the environment: {', '.join(old)}")
-    return "; ".join(told) or None
+        found.append(f"old names in the environment: {', '.join(old)}")
+    return "; ".join(found) or None
 
 
 def _explained(name: str, known: Collection[str]) -> str:
     if name in OLD_NAMES:
-        return f"{name} ({OLD_NAMES[name].told()})"
+        return f"{name} ({OLD_NAMES[name]})"
     near = misspelled(name, known)
     return f"{name} (did you mean {near}?)" if near else name
 
 
 def misspelled(name: str, known: Collection[str]) -> str | None:
-    """The setting that a name is a misspelling of, word by word; None where that is a guess.
+    """The setting of which a name is a misspelling, word by word; None if that is uncertain.
 
-    A name that only ends like a setting is not suggested: to put a public bucket's name into
-    `STATE_BUCKET_NAME` because `MEDIA_BUCKET_NAME` looks like it would publish the job records.
+    A name that only ends like a setting gets no suggestion: the suggestion `STATE_BUCKET_NAME` for
+    `MEDIA_BUCKET_NAME` could put the job records into a public bucket.
     """
     for near in difflib.get_close_matches(name, known, n=5, cutoff=_ALIKE):
         if near.replace("_", "") == name.replace("_", ""):

@@ -45,7 +45,7 @@ class KindSettings:
         return self._dataclass(**dict(self._model.model_validate(values)))
 
     def _check(self, name: str) -> Any:
-        # A field is checked in an instance of its own, so that each wrong one is reported.
+        # Each field is checked in a separate instance, so that every wrong field is reported.
         return functools.partial(_checked, self._dataclass, name)
 
 

@@ -1,4 +1,4 @@
-"""Settings of the object storage: a store for images and models, perhaps another one for state."""
+"""Settings of the object storage: a store for images and models, and a store for state."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ Checksums = Literal["sha256", "md5"]
 
 
 def is_google(endpoint: str | None) -> bool:
-    """Whether an endpoint is Google Cloud Storage's S3-compatible one."""
+    """Whether an endpoint is the S3-compatible one of Google Cloud Storage."""
     host = (urlsplit(endpoint).hostname or "") if endpoint else ""
     return host == GOOGLE_HOST or host.endswith(f".{GOOGLE_HOST}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Store:
-    """How a store is reached.
+    """Address and credentials of a store.
 
     Attributes:
-        endpoint: Its address; None for AWS, or for what boto3 finds in its own configuration files.
+        endpoint: The address; None for AWS, or for the address in boto3's own configuration files.
         ignore_configured_endpoints: Whether addresses in boto3's own configuration are ignored.
-        region: Region of its buckets.
+        region: The region of the buckets.
         access_key_id, secret_access_key, session_token: None for boto3's own chain.
-        checksums: Which checksum uploads carry.
-        conditional_writes: False where the store is documented to ignore `If-Match` and
+        checksums: The checksum of uploads.
+        conditional_writes: False if the store is documented to ignore `If-Match` and
             `If-None-Match` of a PUT.
     """
 
@@ -90,7 +90,7 @@ class StorageSettings(setting_values.Group):
     def _keys_come_in_pairs(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         key = str(info.field_name).replace("secret_access_key", "access_key_id")
         if (value is None) != (info.data.get(key) is None):
-            raise ValueError(f"belongs to {key.upper()}: set both or neither")
+            raise ValueError(f"belongs to {key.upper()}. Set both or neither")
         return value
 
     @field_validator("aws_session_token", "state_aws_session_token")
@@ -103,14 +103,14 @@ class StorageSettings(setting_values.Group):
         secret = name.replace("session_token", "secret_access_key")
         if value is not None and info.data.get(key) is None:
             raise ValueError(
-                f"is part of temporary credentials: set {key.upper()} and {secret.upper()} with "
+                f"is part of temporary credentials. Set {key.upper()} and {secret.upper()} with "
                 "it, or none of the three"
             )
         return value
 
     @property
     def s3_endpoint(self) -> str | None:
-        """The endpoint of images and models, by botocore's order of the names; None for AWS."""
+        """The endpoint of images and models, in botocore's order of the names; None for AWS."""
         if self.aws_ignore_configured_endpoint_urls:
             return None
         return self.aws_endpoint_url_s3 or self.aws_endpoint_url
@@ -126,8 +126,8 @@ class StorageSettings(setting_values.Group):
         )
 
     def state_store(self) -> Store:
-        """The store of the state bucket; what is not set for it is as for `main_store`."""
-        # Key, secret and token are one credential: never one part from here and one from there.
+        """The store of the state bucket; values that are not set are those of `main_store`."""
+        # Key, secret and token are one credential, so all three come from the same settings.
         own_key = self.state_aws_access_key_id is not None
         return self._store(
             self.state_aws_endpoint_url_s3 or self.s3_endpoint,

@@ -1,7 +1,7 @@
-"""The trainer process's share of this process's surroundings: its environment and confinement.
+"""Environment and confinement of the trainer process.
 
-Images come from anywhere and are decoded in the trainer. It therefore gets no secret that it has
-no use for, and cannot fetch one.
+The trainer decodes images from untrusted sources. Therefore it gets no secret that it does not
+need, and cannot read the files that hold secrets.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASS|KEY|CREDENTIAL|AUTH|DSN", re.IGNORECASE)
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-_SHORT = 8  # a secret of fewer characters ("guest") is part of many values
+_SHORT = 8  # characters; a shorter secret, such as "guest", is a part of many values
 
 HIDDEN_AT_HOME = (
     *(".aws", ".azure", ".boto", ".config/gcloud", ".config/gh", ".config/rclone"),
     *(".docker", ".git-credentials", ".gnupg", ".kube", ".local/share/keyrings"),
     *(".netrc", ".pgpass", ".pypirc", ".runpod", ".s3cfg", ".ssh"),
 )
-"""Where the programs that people use beside the worker keep their keys, below the home folder."""
+"""Files and folders below the home folder in which common programs keep their keys."""
 
 HIDDEN_ON_MACHINE = ("/run/secrets", "/var/run/secrets", "/etc/rp_environment")
-"""Secrets of Docker, of Kubernetes (the service account's token), and of RunPod's start script."""
+"""Secrets of Docker, of Kubernetes (the service account) and of RunPod's start script."""
 
 _HIDDEN_BY_NAME = (
     "AWS_CONFIG_FILE",
@@ -58,14 +58,14 @@ def trainer_environment(
     cuda_visible_devices: str | None,
     threads: str | None,
 ) -> dict[str, str]:
-    """The trainer's whole environment.
+    """The whole environment of the trainer.
 
     Args:
-        environment: Ours.
-        own: Names of settings, which the trainer is told in another way.
+        environment: The environment of this process.
+        own: Names of settings. The trainer gets the settings over its pipe.
         secrets: Values that no variable may hold.
-        hf_token, hf_home, cuda_visible_devices: The settings that libraries read from there.
-        threads: `OMP_NUM_THREADS`; None for as many as there are cores to use.
+        hf_token, hf_home, cuda_visible_devices: Settings that libraries read from the environment.
+        threads: `OMP_NUM_THREADS`; None for one thread per usable core.
     """
     names, values = set(own), [secret for secret in secrets if len(secret) >= _SHORT]
     made = {
@@ -83,8 +83,8 @@ def trainer_environment(
     if cuda_visible_devices is not None:
         made["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
     made["OMP_NUM_THREADS"] = threads or str(training_threads())
-    # A thread that waits gives its core away. Spinning keeps it from the thread that is waited for
-    # as soon as another program computes on this machine.
+    # A waiting thread gives its core away. If it spins, it takes the core from the thread that it
+    # waits for as soon as another program computes on this machine.
     made.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return made
 
@@ -97,25 +97,25 @@ def confinement(
     writable: Iterable[Path],
     caches: Mapping[str, str],
 ) -> Confinement:
-    """What the trainer cannot reach.
+    """Files, folders and ports that the trainer can and cannot reach.
 
     Args:
-        environment: Ours; its variables name some of the files with secrets.
-        own: Names of settings, whose values are no such files.
+        environment: The environment of this process; some variables name files with secrets.
+        own: Names of settings. Their values do not name such files.
         files: Settings files.
         writable: Folders that the trainer works in.
-        caches: The trainer's environment, whose variables name the folders of its caches.
+        caches: The trainer's environment; some variables name the folders of its caches.
     """
     home = Path(os.path.expanduser("~"))
     hidden = [*files, *map(Path, HIDDEN_ON_MACHINE), *(home / name for name in HIDDEN_AT_HOME)]
     hidden += _named_files(environment, set(own))
-    # A changed program, or a file that Python or a shell reads at its start, would run in the next
-    # worker, with all of its secrets.
+    # The next worker would run a changed program, or a file that Python or a shell reads at its
+    # start, with all secrets.
     read_only = {ROOT, Path(sys.prefix), Path(sys.base_prefix), home} - {Path("/")}
     places = [*writable, Path(tempfile.gettempdir()), home / ".cache"]
     places += [Path(caches[name]) for name in _CACHES if os.path.isabs(caches.get(name, ""))]
-    for place in places:  # later the trainer could not make them
-        with contextlib.suppress(OSError):  # a read-only disk; the program that needs it says so
+    for place in places:  # the confined trainer cannot make them
+        with contextlib.suppress(OSError):  # a read-only disk; the program that needs it reports it
             place.mkdir(parents=True, exist_ok=True)
     places += [home / name for name in (".nv", ".triton")]
     return Confinement(
@@ -127,7 +127,7 @@ def confinement(
 
 
 def _named_files(environment: Mapping[str, str], own: set[str]) -> Iterator[Path]:
-    """Files that hold a secret by their variable's name, `AWS_WEB_IDENTITY_TOKEN_FILE` for one."""
+    """Files with a secret, by the variable's name, such as `AWS_WEB_IDENTITY_TOKEN_FILE`."""
     for name, value in environment.items():
         path = Path(value) if os.path.isabs(value) else None
         if path is None or name.upper() in own:
@@ -137,7 +137,7 @@ def _named_files(environment: Mapping[str, str], own: set[str]) -> Iterator[Path
 
 
 def _ports(environment: Mapping[str, str]) -> Iterator[int]:
-    """Of the hub's address, and of the proxies on the way there."""
+    """The ports of the hub's address and of the proxies."""
     for name, value in environment.items():
         if name.upper() in ("HF_ENDPOINT", *_PROXIES):
             with contextlib.suppress(ValueError):

@@ -1,6 +1,6 @@
-"""What a setting's value must look like.
+"""Checks of the settings' values, and the types that they make.
 
-Each raises `ValueError`, whose text follows the setting's name and shows no value that may hold a
+A check raises `ValueError`. Its text follows the setting's name, and shows no value that may hold a
 secret.
 """
 
@@ -40,7 +40,7 @@ _PLACEHOLDER_HOST = "api.example.com"
 
 
 def filled_in(value: Any) -> Any:
-    """Any value as it is, unless it is one that `.env.example` only shows the place of."""
+    """The value, unless it is a placeholder of `.env.example`."""
     for item in value if isinstance(value, (list, tuple)) else (value,):
         if isinstance(item, str):
             _refuse_placeholders(item)
@@ -50,21 +50,21 @@ def filled_in(value: Any) -> Any:
 def _refuse_placeholders(value: str) -> None:
     for part in value.lower().split(","):
         if part.strip().startswith(_PLACEHOLDER):
-            raise ValueError("is still the placeholder of .env.example: set your own value")
-        # Found by its text, since an address that is malformed besides has no host.
+            raise ValueError("is still the placeholder of .env.example. Set your own value")
+        # Compared as text, because a malformed address has no host.
         address = re.sub(r"^[a-z]+://", "", part.strip()).rpartition("@")[2]
         if re.fullmatch(rf"{re.escape(_PLACEHOLDER_HOST)}\.?(?:[:/?#].*)?", address):
             raise ValueError(
-                f"still names the placeholder {_PLACEHOLDER_HOST} of .env.example: set your own "
+                f"still names the placeholder {_PLACEHOLDER_HOST} of .env.example. Set your own "
                 "host"
             )
 
 
 class Group(BaseModel):
-    """A group of settings: immutable, and no error of it shows a value.
+    """A group of settings: immutable, with errors that show no value.
 
-    Every check belongs to a field. A check of the whole group would not run while another field is
-    wrong, and problems would come to light one restart at a time.
+    Every check belongs to a field. A check of the whole group would not run while a field is wrong,
+    and the operator would find the problems one restart at a time.
     """
 
     model_config = ConfigDict(
@@ -78,14 +78,14 @@ class Group(BaseModel):
 
 
 def split(value: Any) -> Any:
-    """Items of a text with commas; a number alone, as a file may have it, is one item."""
+    """The items of a text with commas. A number, which a file may hold, is one item."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return (value,) if isinstance(value, (int, float)) else value
 
 
 def path(value: str | Path) -> str:
-    """Absolute, from the folder in which the program was started: the trainer runs in another."""
+    """An absolute path. A relative one starts at this process's folder: the trainer has another."""
     return os.path.abspath(os.path.expanduser(value))
 
 
@@ -104,7 +104,7 @@ def upper(value: Any) -> Any:
 
 
 def base_model(value: str) -> str:
-    """A folder as a path; `owner/name` is the hub's unless there is such a folder."""
+    """The path of a folder, or a model of the hub: `owner/name`, unless such a folder exists."""
     return value if _is_on_the_hub(value) else path(value)
 
 
@@ -116,18 +116,19 @@ def base_model_revision(value: str | None, info: ValidationInfo) -> str | None:
 
 BaseModelName = Annotated[str, AfterValidator(base_model)]
 BaseModelRevision = Annotated[str | None, AfterValidator(base_model_revision)]
-"""Types of the two settings; the revision's default depends on the field `base_model` before it."""
+"""The default of the revision depends on the field `base_model`, which must be before it."""
 
 
 def not_pinned(model: str, revision: str | None) -> str:
-    """Why the files of a base model may change from one start to the next; empty if they cannot.
+    """The reason why a base model's files may change between two starts; empty if they cannot.
 
-    A folder does not change by itself. A model on the hub does, unless a commit is named.
+    A model on the hub can change, unless the revision is a commit. A folder is under the operator's
+    control.
     """
     if not _is_on_the_hub(model) or re.fullmatch("[0-9a-f]{40}", revision or ""):
         return ""
     named = f"{revision} is a branch or a tag" if revision else "no revision is set"
-    return f"{named} for {model}, so its files change when its owner changes them on the hub"
+    return f"{named} for {model}, so its files can change on the hub"
 
 
 def _is_on_the_hub(model: str) -> bool:
@@ -135,13 +136,13 @@ def _is_on_the_hub(model: str) -> bool:
 
 
 def host(value: str) -> str:
-    """A host alone, by name or as an IPv6 address."""
+    """A host name without a port, or an IP address."""
     if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\.?", value):
         return value
     try:
         return str(ipaddress.IPv6Address(value))
-    except ValueError:  # its text shows the value, which may be an address with a password
-        raise ValueError("is not a host name alone (RABBITMQ_PORT is the port's setting)") from None
+    except ValueError:  # the error shows the value, which may be an address with a password
+        raise ValueError("is not a host name. Set the port in RABBITMQ_PORT") from None
 
 
 def endpoint(value: str) -> str:
@@ -153,7 +154,7 @@ def endpoint(value: str) -> str:
 
 
 def http_address(value: str) -> str:
-    """An address of a service, perhaps with a path, and without a password."""
+    """The address of a service, with or without a path, without a password."""
     origin_of(value)
     return value
 
@@ -161,7 +162,7 @@ def http_address(value: str) -> str:
 def region(value: str) -> str:
     """The name of a region."""
     if not re.fullmatch(r"(?![0-9]+$)(?!-)[A-Za-z0-9-]{1,63}(?<!-)", value):
-        raise ValueError("is not the name of a region (eu-central-1, for example)")
+        raise ValueError("is not the name of a region, such as eu-central-1")
     return value
 
 
@@ -177,14 +178,14 @@ def signing_secrets(value: str) -> None:
     for secret in split(value) or ("",):
         try:
             key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-        except ValueError:  # its text says which byte is wrong
+        except ValueError:  # the error shows a part of the secret
             key = b""
         if not secret.startswith("whsec_") or len(key) < 24:
             raise ValueError("must be whsec_ and base64 of at least 24 bytes")
 
 
 def derived_signing_secret(token: str) -> str:
-    """The key that signs webhooks if none is set, as docs/protocol.md has it."""
+    """The key that signs webhooks if none is set; docs/protocol.md defines it."""
     message = b"training-server webhook signing v1"
     digest = hmac.new(token.encode(), message, hashlib.sha256).digest()
     return "whsec_" + base64.b64encode(digest).decode()
@@ -194,12 +195,12 @@ def certificates(value: Path) -> Path:
     """A file of certificates in PEM.
 
     Raises:
-        ValueError: It cannot be read, or has none.
+        ValueError: The file cannot be read, or holds no certificate.
     """
     try:
         ssl.create_default_context(cafile=value)
     except (OSError, ssl.SSLError) as error:
-        raise ValueError(f"has no certificates in PEM that can be read ({error})") from None
+        raise ValueError(f"is not a readable file of certificates in PEM ({error})") from None
     return value
 
 
@@ -207,7 +208,8 @@ def proxy(value: str) -> str:
     """The address of an HTTP proxy, which may carry a user name and a password.
 
     Raises:
-        ValueError: It is none. The address is not shown, since it may hold a password.
+        ValueError: The value is not such an address. The error does not show it, because it may
+            hold a password.
     """
     parts = urlsplit(value)
     try:
@@ -215,5 +217,5 @@ def proxy(value: str) -> str:
     except ValueError:
         complete = False
     if not complete or parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise ValueError("must be an address like http://proxy.example.com:3128, with its port")
+        raise ValueError("must be an address with a port, such as http://proxy.example.com:3128")
     return value
