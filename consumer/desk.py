@@ -22,6 +22,7 @@ from services.records.style_turn import StyleTurns
 from services.s3.s3_service import S3Service, open_store
 from services.webhooks.webhook_service import WebhookService, open_webhooks
 from utils.errors import MachineError
+from utils.metrics import Metrics
 from utils.settings.groups import JobLimits, WebhookSettings
 from utils.settings.storage import StorageSettings
 
@@ -53,6 +54,7 @@ class Desk:
     observer: Observer
 
 
+# pylint: disable-next=too-many-locals  # one for each part
 def open_desk(
     *,
     limits: JobLimits,
@@ -78,17 +80,7 @@ def open_desk(
     """
     owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     bucket, lease_seconds = storage.state_bucket_name, limits.lease_ttl_seconds
-    # If both are one store, they are one object, so that the publisher can copy inside the store.
-    s3 = state_s3
-    if storage.state_store() != storage.main_store():
-        s3 = open_store(storage.main_store(), metrics=observer.metrics)
-    # A request for a record that fails is repeated well within the lease.
-    records_s3 = open_store(
-        storage.state_store(),
-        attempts=2,
-        patience=min(10.0, lease_seconds / 8),
-        metrics=observer.metrics,
-    )
+    s3, records_s3 = _stores(storage, state_s3, lease_seconds, observer.metrics)
     records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=lease_seconds)
     service = open_webhooks(
         webhooks, metrics=observer.metrics, trace_headers=observer.tracing.headers
@@ -129,3 +121,16 @@ def open_desk(
         machine_fails=machine_fails,
         observer=observer,
     )
+
+
+def _stores(
+    storage: StorageSettings, state_s3: S3Service, lease_seconds: float, metrics: Metrics
+) -> tuple[S3Service, S3Service]:
+    """The store of images and models, and the store of the records."""
+    # If both are one store, they are one object, so that the publisher can copy inside the store.
+    s3 = state_s3
+    if storage.state_store() != storage.main_store():
+        s3 = open_store(storage.main_store(), metrics=metrics)
+    # A request for a record that fails is repeated well within the lease.
+    patience = min(10.0, lease_seconds / 8)
+    return s3, open_store(storage.state_store(), attempts=2, patience=patience, metrics=metrics)

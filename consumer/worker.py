@@ -81,16 +81,11 @@ def run_worker(
     )
     # The pages open first, so that a platform's probes are answered while the GPU is tested.
     with HttpPages(pages.http_host, pages.http_port, condition, observer.metrics):
-        test_machine = functools.partial(
-            require_fit, settings.trainer_environment(), allow_cpu=settings.trainer.allow_cpu
-        )
-        machine = test_machine()
+        machine = _machine_test(settings)()
         _log_start(settings.trainer, settings.broker.training_queue, machine, observer)
         condition.machine_tested(machine)
         try:
-            _serve(
-                settings, shutdown, observer, condition, test_machine, trainer_command, once_idle
-            )
+            _serve(settings, shutdown, observer, condition, trainer_command, once_idle)
         finally:
             tracing.close(LAST_WORDS_SECONDS)
     log.info("worker_stopped")
@@ -101,7 +96,6 @@ def _serve(
     shutdown: Shutdown,
     observer: Observer,
     condition: Condition,
-    test_machine: Callable[[], object],
     trainer_command: Sequence[str],
     once_idle: float | None,
 ) -> None:
@@ -138,7 +132,7 @@ def _serve(
             trainer=trainer,
             folders=folders,
             shutdown=shutdown,
-            test_machine=test_machine,
+            test_machine=_machine_test(settings),
             machine_fails=machine_fails,
             observer=observer,
             outbox=outbox,
@@ -154,6 +148,13 @@ def _serve(
         folders.close()
     if failures:
         raise failures[0]
+
+
+def _machine_test(settings: Settings) -> Callable[[], Machine]:
+    """The test of the GPU, which raises `GpuBroken` if this machine cannot train."""
+    return functools.partial(
+        require_fit, settings.trainer_environment(), allow_cpu=settings.trainer.allow_cpu
+    )
 
 
 def _trainer(

@@ -86,10 +86,7 @@ def place(
     task_id = task_id or str(uuid.uuid4())
     places = _places(storage.aws_storage_bucket_name, f"training/{style_id}/{task_id}", images)
     body = _message(task_id, style_id, images, places, tags, parameters or {})
-    try:
-        job = messages.parse(body, message_id=None, kinds=kinds)
-    except InvalidMessage as error:
-        raise ConfigurationError(f"This order is refused: {error}") from error
+    job = _checked(body, kinds)
     if (state_s3 or s3).exists(record_at(storage.state_bucket_name, task_id)):
         raise ConfigurationError(f"A job {task_id} already exists. Choose another --task-id.")
     broker.check_training_queue(settings)
@@ -98,6 +95,13 @@ def place(
     return Order(
         task_id, style_id, tuple(each.uri() for each in places), job.spec.hyper_parameters.epochs
     )
+
+
+def _checked(body: bytes, kinds: Kinds) -> messages.Job:
+    try:
+        return messages.parse(body, message_id=None, kinds=kinds)
+    except InvalidMessage as error:
+        raise ConfigurationError(f"This order is refused: {error}") from error
 
 
 def _upload(
