@@ -1,4 +1,4 @@
-"""What each command for ops does: settings and arguments in, words and an exit code out."""
+"""The actions of the commands about jobs: each prints its result and returns an exit code."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from rich.console import Console
 from cli.jobs import order, screen
 from cli.jobs.cancel import ask_to_cancel, cancellable, live_of_style
 from cli.jobs.dead_queue import DeadLetter, go_through
-from cli.jobs.follow import follow
-from cli.jobs.given_up import Waiting
-from cli.jobs.job_bar import JobBar
-from cli.jobs.job_table import print_details, print_jobs
+from cli.jobs.follow import JobBar, follow
 from cli.jobs.job_view import JobView, view
-from cli.jobs.redrive import MOST, Redrive
+from cli.jobs.redrive import MOST, Redrive, Waiting
+from cli.jobs.screen import print_details, print_jobs
 from cli.jobs.styles import at_stake
 from cli.jobs.task_ids import confirm, is_clear, resolve
 from cli.server import Server

@@ -22,14 +22,17 @@ ConfigFile = Annotated[
     typer.Option("--config", help="More settings, in TOML or JSON; the environment wins."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; the answer is yes.")]
-_SHORT = "The beginning of an id is enough if no other id begins like it."
+Yes = Annotated[bool, typer.Option("--yes", help="Answer yes to all questions.")]
+_SHORT = "The first characters of an id are enough if they match one id only."
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add all commands to the program."""
     for command in (worker, doctor, inspect, train, publish, jobs, cancel, redrive):
-        app.command()(command)
+        # Line breaks inside a paragraph of a docstring would show in the help.
+        paragraphs = (command.__doc__ or "").split("\n\n")
+        text = "\n\n".join(" ".join(each.split()) for each in paragraphs)
+        app.command(help=text)(command)
 
 
 def worker(
@@ -118,14 +121,18 @@ def train(  # pylint: disable=too-many-locals  # one for each option
     resume: Annotated[
         bool, typer.Option(help="Continue from the newest checkpoint in OUTPUT.")
     ] = False,
+    validate_only: Annotated[
+        bool, typer.Option("--validate-only", help="Report on the images, and do not train.")
+    ] = False,
     config_file: ConfigFile = None,
 ) -> None:
     """Train on a folder of images: no broker, no S3, no backend.
 
     All other settings come from the environment and `.env`, as for the worker.
 
-    Exit code 0: trained; 1: it failed; 2: the
-    settings or arguments are wrong; 4: this machine cannot train; 130: it was interrupted.
+    Exit code 0: trained, or with --validate-only enough images can be used; 1: it failed, or too
+    few can; 2: the settings or arguments are wrong; 4: this machine cannot train; 130: it was
+    interrupted.
     """
     overrides = {
         "epochs": epochs,
@@ -142,6 +149,10 @@ def train(  # pylint: disable=too-many-locals  # one for each option
     def work() -> int:
         from cli import train_command
 
+        if validate_only:
+            return train_command.validate(
+                folder, overrides, config_file, validation=validation, trigger_word=trigger_word
+            )
         if output is None:
             raise ConfigurationError("--output is missing. Name the folder for the model.")
         return train_command.run(folder, output, overrides, config_file, how)
@@ -167,7 +178,7 @@ def publish(
     as_json: Json = False,
     config_file: ConfigFile = None,
 ) -> None:
-    """Order a training: images to S3, and a message to the queue.
+    """Order a training: upload images to S3 and publish a message.
 
     If the style already has a published model and this job fails or is cancelled, the
     platform's backend marks the whole style as failed.
@@ -194,18 +205,19 @@ def publish(
 
 def jobs(
     tasks: Annotated[
-        list[str] | None, typer.Argument(help=f"Show every detail of these. {_SHORT}")
+        list[str] | None, typer.Argument(help=f"Show every detail of these jobs. {_SHORT}")
     ] = None,
     style: Annotated[int | None, typer.Option(help="Only the jobs of this style.")] = None,
-    live: Annotated[bool, typer.Option("--live", help="Only those that are not settled.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Only jobs that are not settled.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="The most jobs to show.")] = 50,
     as_json: Json = False,
     config_file: ConfigFile = None,
 ) -> None:
-    """Show the jobs' records on S3, one line each, or every detail of some.
+    """List jobs by their records on S3, or show every detail of some.
 
-    A refused message is found by the task id that it gave. Exit code 1: a record that was
-    asked for does not exist, or cannot be read.
+    A refused message is found by its task id.
+
+    Exit code 1: a requested record does not exist or cannot be read.
     """
 
     def show() -> int:
@@ -221,7 +233,8 @@ def jobs(
 def cancel(
     task: Annotated[str | None, typer.Argument(help=f"The job's id. {_SHORT}")] = None,
     style: Annotated[
-        int | None, typer.Option(help="The live job of this style; asks if there are several.")
+        int | None,
+        typer.Option(help="Cancel the live job of this style. Asks if there are several."),
     ] = None,
     newest: Annotated[
         bool, typer.Option("--newest", help="With --style: the newest job only.")
@@ -231,10 +244,10 @@ def cancel(
     as_json: Json = False,
     config_file: ConfigFile = None,
 ) -> None:
-    """Have a job cancelled, wherever it is; its worker sees it within a quarter of a lease.
+    """Cancel a job. Its worker sees the request within a quarter of a lease.
 
     If the style already has a published model, the platform's backend marks the whole style as
-    failed when a retrain of it is cancelled.
+    failed when a new training of it is cancelled.
     """
 
     def ask() -> int:
@@ -251,7 +264,9 @@ def cancel(
 
 
 def redrive(
-    tasks: Annotated[list[str] | None, typer.Argument(help=f"Send these back. {_SHORT}")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help=f"Task ids to send back. {_SHORT}")
+    ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Send back everything in the dead queue.")
     ] = False,
@@ -266,17 +281,17 @@ def redrive(
     as_json: Json = False,
     config_file: ConfigFile = None,
 ) -> None:
-    """List the dead queue and jobs that were given up, or send some back.
+    """List messages and jobs that were given up, or send some back.
 
-    Each is sent back as a fresh attempt; a refused ending is only sent again. A job without a
-    copy in the dead queue is sent back by its record, if its task id is given. Without a task
-    and without --all nothing is changed.
+    Each job that is sent back gets a new attempt. An ending that the backend refused is only sent
+    again. A job without a message in the dead queue is sent back by its record if its task id is
+    given. Without a task and without --all, nothing changes.
 
-    If a style has a later order, the model of a job that is sent back goes into the archive
-    only. If a style has a published model and the new attempt fails, the platform's backend
-    marks the whole style as failed.
+    If a style has a later order, the model of a job that is sent back is only archived. If a
+    style has a published model and the new attempt fails, the platform's backend marks the whole
+    style as failed.
 
-    Exit code 1: something that was to be sent back was not; it is where it was.
+    Exit code 1: at least one was not sent back; it stays in its place.
     """
 
     def send() -> int:

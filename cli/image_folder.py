@@ -32,7 +32,7 @@ METADATA = "metadata.jsonl"
 """Captions of a whole folder, one JSON object a line with `file_name` and `text`."""
 MAX_METADATA_BYTES = 4 * 1024**2
 
-# Files that lie beside images and are none, whatever their content.
+# Endings of files in a folder of images that are never images.
 _NO_IMAGES = frozenset(
     (*SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".toml", ".xml", ".xmp")
     + (".ini", ".db", ".log", ".npz", ".pt", ".safetensors", ".html")
@@ -44,7 +44,7 @@ _NAMED_AT_MOST = 10
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageFolder:
-    """What a folder holds.
+    """The contents of a folder.
 
     Attributes:
         images: By name, each with its caption.

@@ -35,7 +35,7 @@ def run(
         path: The file.
         as_json: Print JSON with everything.
         show_all: Print every layer and the metadata, too.
-        console: Where to print; standard output by default.
+        console: The console to print to; standard output by default.
 
     Returns:
         0; 1 if the file is not a LoRA that can be read.

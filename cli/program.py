@@ -78,7 +78,7 @@ def on_stop_signals(first: Callable[[], None]) -> None:
     def wait() -> None:
         signal.sigwait(wanted)
         first()
-        # The trainer ends with our pipe, whatever it is doing.
+        # The trainer ends when its pipe closes.
         os._exit(128 + signal.sigwait(at_once))
 
     threading.Thread(target=wait, name="signals", daemon=True).start()

@@ -1,4 +1,4 @@
-"""What the commands for ops work with: the settings, and the storage that they name."""
+"""The settings and the storage of the commands about jobs."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ backend."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ MADE = frozenset(
         "training_report.html",
     }
 )
-"""What a training writes into its output folder."""
+"""The files that a training writes into its output folder."""
 
 _WORK = ".training"
 _TEMPORARY = "tmp"
@@ -55,8 +56,31 @@ def images_in(folder: Path) -> tuple[TrainingImage, ...]:
 
 
 def _contents(folder: Path) -> ImageFolder:
-    """A folder's images, less what an earlier training has written beside its report."""
+    """A folder's images, without the files of an earlier training."""
     return read_folder(folder, ignored=MADE if (folder / REPORT).is_file() else frozenset())
+
+
+def folder_run(
+    folder: Path, settings: TrainerSettings, parameters: HyperParameters, trigger_word: str
+) -> TrainingRun:
+    """The run on a folder's images, as far as their intake needs it.
+
+    Raises:
+        ConfigurationError: The folder or the trigger word is wrong.
+    """
+    found = _contents(folder)
+    return TrainingRun(
+        task_id="local",
+        style_id=0,
+        claim=1,
+        images=found.images,
+        parameters=parameters,
+        work_folder="",
+        min_images=settings.min_images,
+        max_image_pixels=settings.max_image_pixels,
+        trigger_word=_checked(trigger_word),
+        notes=found.notes,
+    )
 
 
 def train_folder(
@@ -77,7 +101,7 @@ def train_folder(
         folder: The images.
         output: Receives the model's files, and may be the images' folder; while training also
             its checkpoints, in `.training`.
-        settings: What does not depend on the job.
+        settings: The settings that do not depend on the job.
         parameters: Hyper-parameters.
         validation: Folder of images that are looked at and not trained on.
         trigger_word: In front of every prompt, or the empty string.
@@ -90,32 +114,24 @@ def train_folder(
         JobError: Training failed.
         MachineError: This machine cannot train.
     """
-    trigger_word = _checked(trigger_word)
     _refuse_unprintable(output, settings.base_model)
-    found = _contents(folder)
-    _refuse_to_overwrite(found.images, folder, output)
+    run = folder_run(folder, settings, parameters, trigger_word)
+    _refuse_to_overwrite(run.images, folder, output)
     _look_for_base_model(settings.base_model)
     machine = require_fit(settings.trainer_environment(), allow_cpu=settings.allow_cpu)
     held_out = _contents(validation) if validation else ImageFolder((), ())
     work = output.resolve() / _WORK
     _make_folder(work, output, emptied=not resume)
-    run = TrainingRun(
-        task_id="local",
-        style_id=0,
-        claim=1,
-        images=found.images,
-        parameters=parameters,
+    run = dataclasses.replace(
+        run,
         work_folder=str(work),
         resume_from=_newest_checkpoint(work) if resume else None,
-        min_images=settings.min_images,
-        max_image_pixels=settings.max_image_pixels,
         checkpoint_interval=settings.checkpoint_interval,
         validation_images=held_out.images,
-        trigger_word=trigger_word,
         sample_steps=settings.sample_steps,
         preview_share=settings.preview_share,
         tensorboard=settings.tensorboard,
-        notes=found.notes + held_out.notes,
+        notes=run.notes + held_out.notes,
     )
     finished = _run(run, settings, machine, on_event, stop)
     if not finished.stopped:
@@ -191,8 +207,8 @@ def _hand_over(finished: Finished, output: Path) -> None:
 
 
 def _hand_over_curves(made: Path, target: Path) -> None:
-    """Beside those of earlier trainings, which TensorBoard shows no more: steps count from 0
-    again."""
+    """Add the curves to those of earlier trainings. TensorBoard shows the newest: steps count
+    from 0 again."""
     if made.is_dir():
         target.mkdir(exist_ok=True)
         for file in made.iterdir():
@@ -205,7 +221,9 @@ def _make_folder(work: Path, output: Path, *, emptied: bool) -> None:
             shutil.rmtree(work, ignore_errors=True)
         (work / _TEMPORARY).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"{output} cannot be written ({error.strerror})") from error
+        raise ConfigurationError(
+            f"--output: {output} cannot be written ({error.strerror}). Choose another folder."
+        ) from error
 
 
 def _checked(trigger_word: str) -> str:
@@ -226,8 +244,8 @@ def _refuse_to_overwrite(images: tuple[TrainingImage, ...], folder: Path, output
 
 
 def _refuse_unprintable(output: Path, base_model: str) -> None:
-    """The libraries that write the model's files take no path that is not UTF-8, and would say so
-    only after the training."""
+    """The libraries that write the model's files take no path that is not UTF-8, and would
+    fail only after the training."""
     for name, path in (("--output", str(output.absolute())), ("BASE_MODEL", base_model)):
         if not is_unicode(path):
             raise ConfigurationError(
@@ -236,9 +254,9 @@ def _refuse_unprintable(output: Path, base_model: str) -> None:
 
 
 def _look_for_base_model(name: str) -> None:
-    """A folder of the settings that is not there is told with its path, before anything starts."""
+    """Refuse a missing folder before anything starts."""
     if Path(name).is_absolute() and not Path(name).is_dir():
-        raise ConfigurationError(f"BASE_MODEL: there is no folder {name}")
+        raise ConfigurationError(f"BASE_MODEL: the folder {name} does not exist. Correct the path.")
 
 
 def _newest_checkpoint(work: Path) -> str | None:

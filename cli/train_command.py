@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 import config
-from cli.program import EXIT_INTERRUPTED, console, on_stop_signals
-from cli.train import train_folder
+from cli.program import EXIT_FAILED, EXIT_INTERRUPTED, console, on_stop_signals
+from cli.train import folder_run, train_folder
 from consumer.life.stop_signal import StopSignal
+from jobs.style import HyperParameters
 from utils import logger
 from utils.errors import ConfigurationError, StopReason
 from utils.events import CheckpointSaved, Event, Finished, Stage, Started
 from utils.events import Progress as ProgressEvent
+from utils.names import printable
+from utils.wording import counted
+
+if TYPE_CHECKING:
+    from training.style.results.validation import Validation
 
 
 def run(
@@ -37,14 +46,8 @@ def run(
     Returns:
         The exit code.
     """
-    settings: config.TrainerSettings = config.load(config.TrainerSettings, file=config_file)
-    try:
-        parameters = settings.hyper_parameters(
-            **{name: value for name, value in overrides.items() if value is not None}
-        )
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
-    # The bar is what a person wants to see here; the log is for what goes wrong.
+    settings, parameters = _read(overrides, config_file)
+    # The bar shows the progress; the log is only for problems.
     settings = settings.model_copy(update={"log_level": "WARNING", "log_format": "text"})
     logger.configure(level="WARNING", log_format="text", secrets=settings.secrets())
     if unknown := config.unknown_names(config_file):
@@ -62,10 +65,83 @@ def run(
             stop=stop,
         )
     if finished.stopped:
-        console.print(f"Stopped after step {finished.done}; go on with --resume.")
+        console.print(f"Stopped after step {finished.done}; continue with --resume.")
         return EXIT_INTERRUPTED
     _print_results(output, finished)
     return 0
+
+
+def validate(
+    folder: Path,
+    overrides: dict[str, Any],
+    config_file: Path | None,
+    *,
+    validation: Path | None,
+    trigger_word: str,
+) -> int:
+    """Print the intake report of a folder without a training step.
+
+    Returns:
+        0; 1 if too few images can be used.
+    """
+    # Imported late: it brings torch.
+    # pylint: disable-next=import-outside-toplevel
+    from training.style.results import validation as intake
+
+    settings, parameters = _read(overrides, config_file)
+    logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
+    report = intake.validate(folder_run(folder, settings, parameters, trigger_word))
+    out = Console(highlight=False)
+    _print_images("Images", report, out)
+    if validation:
+        held_out = folder_run(validation, settings, parameters, trigger_word)
+        _print_images("Validation images", intake.validate(held_out), out)
+    for size, count in sorted(report.buckets.items()):
+        out.print(f"{size} pixels: {counted(count, 'image')}", markup=False)
+    for warning in report.warnings:
+        out.print(f"note: {warning}", style="yellow", markup=False)
+    return _print_verdict(report, settings.min_images, parameters.epochs, out)
+
+
+def _print_verdict(report: Validation, min_images: int, epochs: int, out: Console) -> int:
+    """Print whether a training could run; the exit code."""
+    can = f"{report.usable} of {counted(len(report.images), 'image')} can be used"
+    if report.usable < min_images:
+        least = f"at least {min_images} are needed (MIN_IMAGES)"
+        out.print(f"{can}, but {least}. Add images, or correct those above.", style="red")
+        return EXIT_FAILED
+    steps = f"{counted(report.steps, 'step')} in {counted(epochs, 'epoch')}"
+    out.print(f"{can}: {steps}. `main.py doctor` tests the base model and the GPU.")
+    return 0
+
+
+def _read(
+    overrides: dict[str, Any], config_file: Path | None
+) -> tuple[config.TrainerSettings, HyperParameters]:
+    """The settings, and the hyper-parameters with those of the command line."""
+    settings: config.TrainerSettings = config.load(config.TrainerSettings, file=config_file)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return settings, settings.hyper_parameters(**given)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _print_images(title: str, report: Validation, out: Console) -> None:
+    grid = Table.grid("status", "words", padding=(0, 2))
+    grid.columns[1].overflow = "fold"
+    styles = {"used": "green", "warned": "yellow", "left_out": "red"}
+    for image in report.images:
+        size = f"  {image.width} x {image.height}" if image.width else ""
+        trained_as = f", trained as {image.trained_as}" if image.trained_as else ""
+        status = Text(image.status.replace("_", " "), styles[image.status])
+        grid.add_row(status, Text.assemble((image.source, "bold"), size, trained_as))
+        for reason in image.reasons:
+            grid.add_row("", Text(reason))
+        if image.caption:
+            grid.add_row("", Text(f"caption: {printable(image.caption)}", "dim"))
+    out.print(f"{title}:", style="bold")
+    out.print(grid)
 
 
 def _print_results(output: Path, finished: Finished) -> None:

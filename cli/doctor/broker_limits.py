@@ -32,7 +32,7 @@ _SLACK_SECONDS = 3600
 
 _COPES = "Training goes on, and a worker that receives the message again finds the job's record."
 _NO_LIMIT = "Messages may be returned without limit."
-_UNKNOWN = "AMQP does not tell whether these defaults were changed."
+_UNKNOWN = "AMQP does not show whether these defaults were changed."
 
 
 def advice(settings: Settings, product: str, version: str, queue_type: str | None) -> Finding:

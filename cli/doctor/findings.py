@@ -26,8 +26,8 @@ class Finding:
     """The result of one test.
 
     Attributes:
-        detail: What was seen, in a sentence.
-        remedy: What to do. Advice if the verdict is `ok`.
+        detail: The result, in a sentence.
+        remedy: The action to take; advice if the verdict is `ok`.
         command: A command line that applies the remedy.
     """
 

@@ -36,8 +36,8 @@ class DeadLetter:
         code: Why it is there, an `utils.errors.ErrorCode`; empty for one that the broker itself has
             moved there.
         reason: The same, in words.
-        task_id: The task's id; empty where nobody could read one.
-        attempts: Attempts made, as far as anybody counted.
+        task_id: The task's id; empty if the message has none.
+        attempts: Attempts made, as far as they were counted.
         body: The message as it was published.
         headers: Those that a copy of the original takes along.
     """
@@ -57,13 +57,13 @@ class DeadLetter:
 
 
 Judge = Callable[[DeadLetter], Publication | None]
-"""What is published in a letter's place; None leaves it where it is."""
+"""Returns the message that replaces a letter; None leaves the letter in its place."""
 
 
 def go_through(
     settings: Settings, judge: Judge, *, limit: int, into: Collection[Queue] = ()
 ) -> int:
-    """Show every message of the dead queue to `judge`, and do as it says.
+    """Show every message of the dead queue to `judge`, and replace those for which it returns one.
 
     A message leaves the dead queue only after the broker has confirmed what takes its place.
 
@@ -77,7 +77,8 @@ def go_through(
         How many messages were not looked at.
 
     Raises:
-        BrokerError: The broker failed. What was not confirmed is still in the dead queue.
+        BrokerError: The broker failed. Messages without a confirmed replacement are still in the
+            dead queue.
     """
     dead = name_of(settings.training_queue, Queue.DEAD)
 

@@ -1,4 +1,4 @@
-"""A job record as ops want to see it: flat, and with its state in one word."""
+"""A job record as operators see it: flat, and with its state in one word."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class JobView:
         state: `waiting` (for its message to be taken again), `held`, `silent` (its holder's lease
             has run out), `ended`, `dead` (a message in the dead queue, without a record), or
             `unknown`.
-        owner: Who has it, or had it last.
+        owner: The worker that holds it, or held it last.
         claim: The number of that hold.
         attempts: Attempts in a row without a new checkpoint.
         epoch: Completed epochs: those of the newest checkpoint, or of the worker's last sign of
             life if that is further. Of a job that has completed: those that were trained.
         epochs: Those asked for.
         loss, seconds_left: By the worker's last sign of life; None where it is not known, and once
-            nobody holds the job.
+            no worker holds the job.
         ending: `complete`, `failed` with its code, or empty.
         delivery: Whether the backend has heard: `none`, `pending`, `delivered` or `set_aside`.
-        model_url: Where the model is, of a job that has completed.
+        model_url: The address of the model, if the job has completed.
         message_task_id: The id that a refused message gave: its record has another name.
         detail: The error, or what the backend answered, or why the record cannot be read.
         seconds_since_written: By the store's own clock.
         created_at, ended_at: By the workers' clocks.
-        ordered_at: When the job was ordered, as its message says; else as `created_at`.
+        ordered_at: When the job was ordered, according to its message; else as `created_at`.
     """
 
     task_id: str
@@ -61,7 +61,7 @@ class JobView:
 
 
 def view(found: Found) -> JobView:
-    """What ops want to see of the record under a job's id."""
+    """The view of the record under a job's id."""
     if found.version is None:
         return JobView(found.task_id, detail=found.problem)
     record = found.version.record

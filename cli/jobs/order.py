@@ -29,7 +29,7 @@ _LONGEST_NAME = 80
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Order:
-    """What was ordered.
+    """The order of a training.
 
     Attributes:
         task_id: The job's id.
@@ -59,7 +59,7 @@ def place(
     """Upload the images of a folder, and publish the message that asks for a training on them.
 
     Nothing is uploaded before the order is found sound and the broker is there. `NAME.txt` captions
-    the image beside it.
+    the image of the same name.
 
     Args:
         settings: Buckets, broker, queue, and the limits of the parameters.
@@ -70,10 +70,10 @@ def place(
         task_id: The job's id; None makes one.
         tags: As in a message.
         parameters: As in a message.
-        on_upload: Told how many images are up, and of how many.
+        on_upload: Receives the number of uploaded images and of all images.
 
     Raises:
-        ConfigurationError: The folder or the order is not sound; the text says which part.
+        ConfigurationError: The folder or the order is wrong; the message names the part.
         StorageError: The images cannot be uploaded.
         BrokerError: The broker did not take the message.
     """
@@ -84,9 +84,9 @@ def place(
     try:
         job = messages.parse(body, message_id=None, kinds=configured_kinds(settings))
     except InvalidMessage as error:
-        raise ConfigurationError(f"no worker would take this order: {error}") from error
+        raise ConfigurationError(f"This order is refused: {error}") from error
     if (state_s3 or s3).exists(record_at(settings.state_bucket_name, task_id)):
-        raise ConfigurationError(f"there is a job {task_id} already: choose another id")
+        raise ConfigurationError(f"A job {task_id} already exists. Choose another --task-id.")
     broker.check_training_queue(settings)
     _upload(s3, images, places, on_upload)
     broker.publish(settings, Publication(Queue.TRAINING, body, task_id))
@@ -107,7 +107,7 @@ def _upload(
 
 
 def _places(bucket: str, prefix: str, images: Sequence[TrainingImage]) -> list[S3Location]:
-    """Where the images go, under names that every tool can spell, in the folder's order."""
+    """The images' addresses: names that every tool can spell, in the folder's order."""
     return [
         S3Location(bucket, f"{prefix}/{index:04d}-{_UNSAFE.sub('_', each.source)[-_LONGEST_NAME:]}")
         for index, each in enumerate(images)

@@ -1,8 +1,8 @@
 """`python main.py redrive`: jobs that were given up and endings that were refused, sent back.
 
 They are found in the dead queue, or by their record where the dead queue has no copy of the
-message: a person has removed it, or a worker died before the broker had confirmed it. What is done
-depends on why the job is there:
+message: a person has removed it, or a worker died before the broker had confirmed it. The action
+depends on the reason:
 
 - a job that failed though another attempt might have helped gets that attempt: its record is
   reopened, and the message goes to the training queue;
@@ -17,41 +17,130 @@ A job of which the style has a later order is superseded: its model would go int
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Collection, Iterable
 
 from cli import broker
 from cli.jobs.dead_queue import DeadLetter, go_through
-from cli.jobs.given_up import (
-    Redriven,
-    Waiting,
-    is_of_a_job,
-    of_the_endings,
-    reason_of,
-    trains_again,
-    why_not,
-)
 from cli.jobs.styles import Later, LaterOrders, at_stake
 from config import Settings
 from consumer.kinds import configured_kinds
 from consumer.life.endings import parked, training_copy
 from jobs import message as messages
 from jobs.layout import STYLE
-from jobs.record import Delivery, JobRecord
+from jobs.record import Delivery, EndingKind, JobRecord, State
 from services.broker.settlement import Publication, Queue
 from services.records.listing import RecordListing, look_up
 from services.records.reopening import CannotReopen, reopen, tell_again
 from services.s3.s3_service import S3Service
 from utils.errors import ErrorCode, InvalidMessage, NewerRecord, StorageError
 
+JUDGED_AGAIN = ("", ErrorCode.INVALID_MESSAGE, ErrorCode.UNKNOWN_TYPE)
+"""Codes of messages that have not become a job."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Waiting:
+    """A job that can be sent back, or a message of the dead queue.
+
+    Attributes:
+        task_id: The task's id; empty if the message has none.
+        style_id: Its style; None where it is not known.
+        code: Why it is there, an `utils.errors.ErrorCode`; empty for a message that the broker
+            itself has moved to the dead queue.
+        reason: The same, in words.
+        attempts: Attempts made, as far as they were counted.
+        in_dead_queue: The dead queue has the message; else only the record has it.
+        body: The message in the dead queue.
+        trains: Sending it back trains the job again; else its ending is sent again.
+        superseded: Which later order of the style would win over it; empty where none would.
+        at_stake: A warning where the style has a published model.
+    """
+
+    task_id: str
+    style_id: int | None
+    code: str
+    reason: str
+    attempts: int
+    in_dead_queue: bool
+    body: str = ""
+    trains: bool = True
+    superseded: str = ""
+    at_stake: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Redriven:
+    """The result for one message or job.
+
+    Attributes:
+        task_id, code, reason, attempts: As in `Waiting`.
+        outcome: The action, or the reason why it was left in its place.
+        sent_back: Whether it was sent back.
+        left_out: It was left where it is because a later order of the style wins over it.
+    """
+
+    task_id: str
+    code: str
+    reason: str
+    attempts: int
+    outcome: str
+    sent_back: bool
+    left_out: bool = False
+
+
+def is_of_a_job(letter: DeadLetter) -> bool:
+    """The message has become a job, which failed; it is not judged again."""
+    return letter.code not in JUDGED_AGAIN and trains_again(letter)
+
+
+def trains_again(letter: DeadLetter) -> bool:
+    """Sending the letter back trains its job; else only its ending is looked at."""
+    return letter.code != ErrorCode.WEBHOOK_REJECTED and of_the_endings(letter) is None
+
+
+def of_the_endings(letter: DeadLetter) -> tuple[str, bytes] | None:
+    """Task id and message of a letter that was on its way through the endings' queue."""
+    try:
+        values = json.loads(letter.body)
+        int(values["tries"])
+        return str(values["task_id"]), str(values["message"]).encode()
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def why_not(record: JobRecord) -> str:
+    """Why a job cannot be sent back by its record; empty where it can."""
+    ending = record.ending
+    if record.state is State.LIVE or ending is None:
+        return "it has not ended: workers go on with it by themselves"
+    if record.delivery is Delivery.SET_ASIDE:
+        return ""
+    if ending.kind is EndingKind.COMPLETE:
+        return "it has completed, and its model is in place"
+    if not ending.body.get("retryable"):
+        return f"another attempt cannot help ({ending.code}); order it again with another task id"
+    if record.delivery is not Delivery.DELIVERED:
+        return "the backend has not heard yet that it failed; wait until it has"
+    return ""
+
+
+def reason_of(record: JobRecord) -> str:
+    """Why a job was given up, in words."""
+    if record.delivery is Delivery.SET_ASIDE:
+        return record.delivery_detail or ""
+    return str(record.ending.body.get("error_message", "")) if record.ending else ""
+
+
 _RECORD_NAME = re.compile(r"(invalid/)?[A-Za-z0-9_-]{1,128}")
 MOST = 1000
 """Messages that one call looks at: all of them are in its hands meanwhile."""
 _CUT = (
     "the dead queue has only the beginning of its message, which was too large for the broker, and "
-    "no record has it: have it published again"
+    "no record has it: publish it again"
 )
-_LOOKED_AT = "what is left of its ending is done; nothing is trained"
+_LOOKED_AT = "the rest of its ending is done; nothing is trained"
 _TOLD = "its ending is sent again; nothing is trained"
 
 
@@ -125,11 +214,11 @@ class Redrive:
                 `chosen` always are.
 
         Returns:
-            What became of each, and how many messages of the dead queue were not looked at.
+            The result for each, and how many messages of the dead queue were not looked at.
 
         Raises:
-            BrokerError: The broker failed. What had not left the dead queue is still there, and
-                can be sent back again; so can a job without a message there.
+            BrokerError: The broker failed. Messages that had not left the dead queue are still
+                there and can be sent back again, as can jobs without a message there.
         """
         done: list[Redriven] = []
 
@@ -176,7 +265,7 @@ class Redrive:
         )
 
     def _tried(self, act: Callable[[], tuple[Publication, str]]) -> tuple[Publication | None, str]:
-        """What is published and a sentence about it; or nothing, and why."""
+        """The message to publish and a sentence about it; or None and the reason."""
         try:
             return act()
         except CannotReopen as refusal:
@@ -187,7 +276,7 @@ class Redrive:
             return None, f"its record could not be read or written ({error})"
 
     def _successor(self, letter: DeadLetter) -> tuple[Publication, str]:
-        """What is published in a letter's place, and a sentence about it."""
+        """The message that replaces a letter, and a sentence about it."""
         if parked_body := of_the_endings(letter):
             task_id, message = parked_body
             return parked(task_id, message, tries=0, delay=None), _LOOKED_AT
@@ -218,7 +307,7 @@ class Redrive:
         return whole, _fresh_attempt(reopened)
 
     def _successor_of(self, record: JobRecord) -> tuple[Publication, str]:
-        """What is published for a job of which the dead queue has no message."""
+        """The message to publish for a job without a message in the dead queue."""
         if reason := why_not(record):
             raise CannotReopen(reason)
         if record.delivery is Delivery.SET_ASIDE:

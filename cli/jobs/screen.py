@@ -1,18 +1,22 @@
-"""What ops see of the dead queue, of what was sent back, and of sentences; JSON for scripts."""
+"""Terminal output of the commands about jobs: tables, details, sentences, and JSON for scripts."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from cli.jobs.given_up import Redriven, Waiting
-from cli.jobs.job_table import printable
+from cli.jobs.job_view import JobView
+from cli.jobs.redrive import Redriven, Waiting
 from cli.jobs.task_ids import short_ids
+from jobs.layout import INVALID_PREFIX
+from jobs.record import Delivery
 from utils.wording import counted
 
 
@@ -22,7 +26,7 @@ def print_json(value: Any) -> None:
 
 
 def say(sentence: str, style: str = "") -> None:
-    """A sentence on standard error; in one line where no person looks on."""
+    """Print a sentence on standard error; in one line if that is no terminal."""
     words = printable(sentence)
     words.stylize(style)
     console = Console(stderr=True)
@@ -30,13 +34,13 @@ def say(sentence: str, style: str = "") -> None:
 
 
 def warn(sentences: Iterable[str]) -> None:
-    """Sentences that somebody should read before something is done; each once."""
+    """Print sentences that a person should read before the action; each once."""
     for sentence in dict.fromkeys(filter(None, sentences)):
         say(sentence, "yellow")
 
 
 def waiting(found: Sequence[Waiting], more: int, known: Iterable[str], *, as_json: bool) -> None:
-    """What can be sent back: the dead queue, then the jobs of which it has no copy."""
+    """Print the dead queue, then the jobs without a message in it."""
     if as_json:
         messages = [dataclasses.asdict(each) for each in found if each.in_dead_queue]
         records = [dataclasses.asdict(each) for each in found if not each.in_dead_queue]
@@ -62,7 +66,7 @@ def waiting(found: Sequence[Waiting], more: int, known: Iterable[str], *, as_jso
 
 
 def redriven(done: Sequence[Redriven], more: int, known: Iterable[str], *, as_json: bool) -> None:
-    """What was sent back, and what was not and why."""
+    """Print the result of `redrive` for each message or job."""
     if as_json:
         print_json({"messages": [dataclasses.asdict(one) for one in done], "more": more})
         return
@@ -76,7 +80,7 @@ def redriven(done: Sequence[Redriven], more: int, known: Iterable[str], *, as_js
         line.append("  ").append_text(mark).append(": ").append_text(printable(one.outcome))
         console.print(line)
     if not done:
-        console.print("Nothing was sent back: there is no such message or job.")
+        console.print("Nothing was sent back: no such message or job exists.")
     if more:
         console.print(f"{counted(more, 'message')} of the dead queue were not looked at.")
 
@@ -103,3 +107,159 @@ def _print_waiting(found: Sequence[Waiting], short: dict[str, str], console: Con
 def _print_indented(words: Text, console: Console) -> None:
     for line in words.wrap(console, max(20, console.width - 6)):
         console.print(Text("    ").append_text(line))
+
+
+WIDE = 110
+"""Columns from which a line also shows the start of the job's error."""
+
+_STATES = {"held": "green", "silent": "bold red", "waiting": "yellow", "unknown": "bold red"}
+_STATES_IN_WORDS = {
+    "held": "held: a worker has the job",
+    "silent": "silent: the lease of its worker has run out; another worker takes it over",
+    "waiting": "waiting for its message to be taken again",
+    "ended": "ended",
+    "dead": "in the dead queue, without a record",
+}
+# delivery -> whether the backend received the ending, in a word; and in a sentence.
+_TOLD = {
+    "": "",
+    str(Delivery.NONE): "",
+    str(Delivery.PENDING): "not yet",
+    str(Delivery.DELIVERED): "yes",
+    str(Delivery.SET_ASIDE): "refused",
+}
+_TOLD_IN_WORDS = {
+    str(Delivery.PENDING): "not notified yet; workers keep trying",
+    str(Delivery.DELIVERED): "was notified (delivered)",
+    str(Delivery.SET_ASIDE): "refused the ending (set_aside); `redrive` sends it again",
+}
+
+
+def print_jobs(jobs: Sequence[JobView], known: Iterable[str], console: Console) -> None:
+    """One line for each job, under short ids that the commands accept.
+
+    Args:
+        jobs: The jobs, in the order in which they are shown.
+        known: All ids that there are: a short id names one job only.
+        console: The console to print to.
+    """
+    names = {job.task_id: _name(job) for job in jobs}
+    short = short_ids(names.values(), {each.removeprefix(INVALID_PREFIX) for each in known})
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("TASK", no_wrap=True, min_width=8)
+    table.add_column("STYLE", no_wrap=True, justify="right")
+    table.add_column("STATE")
+    table.add_column("EPOCHS", no_wrap=True, justify="right")
+    table.add_column("TOLD", no_wrap=True)
+    table.add_column("AGE", no_wrap=True, justify="right")
+    wide = console.width >= WIDE
+    if wide:
+        table.add_column("ERROR")
+    for job in jobs:
+        cells: list[Text | str] = [
+            printable(short[names[job.task_id]]),
+            "" if job.style_id is None else str(job.style_id),
+            _one_line(_state(job)),
+            _epochs(job),
+            Text(_TOLD.get(job.delivery, job.delivery), "red" if _refused(job) else ""),
+            age(job.seconds_since_written),
+        ]
+        table.add_row(*cells, *([_one_line(printable(job.detail))] if wide else []))
+    console.print(table)
+
+
+def print_details(jobs: Sequence[JobView], console: Console) -> None:
+    """Every detail of each job."""
+    for number, job in enumerate(jobs):
+        if number:
+            console.print()
+        console.print(printable(job.task_id).copy(), style="bold", soft_wrap=True)
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in _details(job):
+            if str(value):
+                grid.add_row(f"  {name}", value)
+        console.print(grid)
+
+
+def age(seconds: float | None) -> str:
+    """A time in a few characters: `59 min`."""
+    if seconds is None:
+        return ""
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def progress(job: JobView) -> str:
+    """How far a job is, in a few words: `epoch 24/200, loss 0.1234, 0:12:05 left`."""
+    parts = []
+    if job.epochs:
+        parts.append(f"epoch {job.epoch}/{job.epochs}")
+    if job.loss is not None:
+        parts.append(f"loss {job.loss:.4f}")
+    if job.seconds_left is not None:
+        parts.append(f"{datetime.timedelta(seconds=round(job.seconds_left))} left")
+    return ", ".join(parts)
+
+
+def printable(text: str) -> Text:
+    """A stranger's text, fit for a terminal: no escape sequences."""
+    return Text("".join(letter if letter.isprintable() else "�" for letter in text))
+
+
+def _details(job: JobView) -> Collection[tuple[str, Text]]:
+    if job.state == "unknown":
+        return (("state", Text("unknown", "bold red")), ("reason", printable(job.detail)))
+    state = Text(_STATES_IN_WORDS[job.state], _STATES.get(job.state, ""))
+    if job.ending:
+        state.append_text(Text(": ")).append_text(_state(job))
+    worker = f"{job.owner}, claim {job.claim}" if job.claim else job.owner
+    tries = counted(job.attempts, "attempt") + " in a row without a new checkpoint"
+    written = f"{age(job.seconds_since_written)} ago, by the clock of S3"
+    return (
+        ("style", Text("" if job.style_id is None else str(job.style_id))),
+        ("task id in the message", printable(job.message_task_id)),
+        ("state", state),
+        ("progress", Text(progress(job))),
+        ("backend", Text(_TOLD_IN_WORDS.get(job.delivery, ""), "red" if _refused(job) else "")),
+        ("error" if job.ending != "complete" else "detail", printable(job.detail)),
+        ("model", printable(job.model_url)),
+        ("worker", printable(worker)),
+        ("attempts", Text(tries if job.attempts else "")),
+        ("ordered", printable(job.ordered_at)),
+        ("first claimed", printable(job.created_at)),
+        ("ended", printable(job.ended_at or "")),
+        ("last written", Text(written if job.seconds_since_written is not None else "")),
+    )
+
+
+def _name(job: JobView) -> str:
+    return job.message_task_id or job.task_id.removeprefix(INVALID_PREFIX)
+
+
+def _state(job: JobView) -> Text:
+    if not job.ending:
+        return Text(job.state, _STATES.get(job.state, ""))
+    return printable(job.ending).copy() if job.ending == "complete" else _red(job.ending)
+
+
+def _red(text: str) -> Text:
+    words = printable(text)
+    words.stylize("red")
+    return words
+
+
+def _refused(job: JobView) -> bool:
+    return job.delivery == Delivery.SET_ASIDE
+
+
+def _epochs(job: JobView) -> str:
+    return "" if job.epochs is None else f"{job.epoch}/{job.epochs}"
+
+
+def _one_line(text: Text) -> Text:
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text

@@ -28,8 +28,8 @@ class Published:
 
     Attributes:
         style_id: The style.
-        task_id: The job that made it; empty where the files do not say.
-        ordered_at: When that job was ordered; None where the files do not say.
+        task_id: The job that made it; empty if the files do not name it.
+        ordered_at: When that job was ordered; None if the files do not name it.
     """
 
     style_id: int
@@ -57,7 +57,7 @@ class Later:
 
 
 def published(settings: Settings, s3: S3Service, style_id: int) -> Published | None:
-    """The model that a style has; None where it has none, or where S3 does not say."""
+    """The model that a style has; None if it has none, or if S3 does not answer."""
     weights = S3Location(settings.model_bucket_name, f"models/style_{style_id}/{WEIGHTS}")
     try:
         metadata = s3.head(weights).metadata
@@ -73,7 +73,8 @@ def at_stake(settings: Settings, s3: S3Service, style_id: int, what: str) -> str
         settings: The buckets.
         s3: The storage of the models.
         style_id: The style.
-        what: What would make the backend mark the style as failed: "If this job fails".
+        what: The condition under which the backend marks the style as failed: "If this job
+            fails".
     """
     model = published(settings, s3, style_id)
     if model is None:

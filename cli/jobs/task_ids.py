@@ -32,7 +32,7 @@ def resolve(s3: S3Service, bucket: str, given: str, *, others: Collection[str] =
     Args:
         s3: The storage.
         bucket: The state bucket.
-        given: What was typed.
+        given: The id as it was typed.
         others: More ids that may be meant, such as those in the dead queue.
 
     Returns:
@@ -84,13 +84,15 @@ def confirm(question: str, *, yes: bool) -> None:
         yes: `--yes` was given: the answer is known.
 
     Raises:
-        ConfigurationError: Nobody can be asked, since this is no terminal.
+        ConfigurationError: The question cannot be asked, since this is no terminal.
         typer.Exit: The answer is no.
     """
     if yes:
         return
     if not sys.stdin.isatty():
-        raise ConfigurationError(f"{question} Nobody can be asked here; --yes answers yes.")
+        raise ConfigurationError(
+            f"{question} This is no terminal, so it cannot be answered here. Add --yes for yes."
+        )
     if not typer.confirm(question, err=True):
         raise typer.Exit(1)
 

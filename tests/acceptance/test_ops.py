@@ -80,7 +80,7 @@ def test_a_folder_is_ordered_trained_and_waited_for(
     line = _line(_main(world, "jobs", "--style", "61", COLUMNS="80").stdout, told["task_id"])
     assert line.split()[1:5] == ["61", "complete", "2/2", "yes"] and len(line) <= 80
     shown = _main(world, "jobs", line.split()[0], COLUMNS="80").stdout
-    assert all(each in shown for each in (told["task_id"], job["owner"], "was told", " ago"))
+    assert all(each in shown for each in (told["task_id"], job["owner"], "was notified", " ago"))
 
 
 @pytest.mark.parametrize(

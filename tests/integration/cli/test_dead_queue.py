@@ -7,8 +7,7 @@ import json
 import pytest
 
 from cli.jobs.dead_queue import MOST_RETURNS, DeadLetter, go_through
-from cli.jobs.given_up import Redriven, Waiting
-from cli.jobs.redrive import Redrive
+from cli.jobs.redrive import Redrive, Redriven, Waiting
 from config import Settings
 from consumer.kinds import configured_kinds
 from consumer.life.endings import failed

@@ -53,7 +53,7 @@ def test_the_time_out_and_the_limit_follow_version_and_type(
 ) -> None:
     found = _advice(version, queue_type)
     assert says in found.detail
-    assert "AMQP does not tell" in found.detail
+    assert "AMQP does not show" in found.detail
 
 
 def test_only_a_queue_that_may_drop_messages_is_a_warning() -> None:

@@ -102,6 +102,6 @@ def test_a_caption_is_the_text_that_it_would_be_on_s3(
 
 def test_a_base_model_that_is_not_there_is_named_with_its_place(tmp_path: Path) -> None:
     folder, nowhere = fill(tmp_path / "pictures", "one.jpg"), tmp_path / "nowhere"
-    with pytest.raises(ConfigurationError, match=f"BASE_MODEL: there is no folder {nowhere}"):
+    with pytest.raises(ConfigurationError, match=f"the folder {nowhere} does not exist"):
         train(folder, tmp_path / "output", base_model=str(nowhere))
     assert not (tmp_path / "output").exists()

@@ -8,9 +8,9 @@ import io
 import pytest
 from rich.console import Console
 
-from cli.jobs.job_bar import JobBar
-from cli.jobs.job_table import WIDE, print_details, print_jobs, progress
+from cli.jobs.follow import JobBar
 from cli.jobs.job_view import JobView
+from cli.jobs.screen import WIDE, print_details, print_jobs, progress
 from cli.jobs.task_ids import SHOWN, short_ids
 
 LONG_ERROR = "the images could not be used because " * 8
