@@ -6,9 +6,9 @@ ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
 FROM ${BASE} AS build
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# Ubuntu 24.04 has no Python 3.11; uv brings one that stands by itself and moves as a folder.
+# Ubuntu 24.04 has no Python 3.11; uv installs a relocatable one.
 ENV UV_PYTHON_INSTALL_DIR=/opt/python UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PATH=/opt/uv/bin:$PATH
-# Nothing of these packages but the certificates reaches the image, and Ubuntu keeps one version of each.
+# Only the certificates of these packages reach the image, and Ubuntu keeps one version of each.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3-venv \
@@ -17,34 +17,29 @@ COPY requirements-build.lock /build/
 RUN python3 -m venv /opt/uv \
     && /opt/uv/bin/pip install --no-cache-dir --require-hashes --no-deps --only-binary :all: \
         --requirement /build/requirements-build.lock
-# uv carries the checksums of the Pythons that it knows; 3.11 is the newest of those.
+# uv contains the checksums of the Pythons that it installs.
 RUN uv python install 3.11 && uv venv --python 3.11 /opt/venv
-# Before the code: this layer, by far the largest, is built again only when a lock changes.
+# Before the code, so that this layer, by far the largest, is rebuilt only when a lock changes.
 COPY requirements.lock requirements-cuda.lock /build/
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/venv/bin/python --require-hashes --no-deps --only-binary :all: \
         --requirements /build/requirements.lock --requirements /build/requirements-cuda.lock
 
 FROM ${BASE} AS runtime
-# For COMPILE_FROM_STEPS: torch.compile builds what starts its kernels with gcc. uv's Python brings the headers.
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
-# Ubuntu's image has a user of its own with this id.
+# Ubuntu's image has a user with this id.
 RUN userdel --remove ubuntu \
     && useradd --uid 1000 --create-home trainer \
     && install -d -o trainer -g trainer /models /work
 COPY --from=build /opt/python /opt/python
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /etc/ssl/certs /etc/ssl/certs
-# All that is written goes to these three, so the root file system may be read-only: the base model, fetched once, to
-# /models; images and checkpoints of the job in hand to /work; the rest to /tmp.
+# The worker writes to three folders only, so the root file system may be read-only: /models (the base model, downloaded
+# once), /work (images and checkpoints of the current job) and /tmp (the rest).
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/models WORK_DIR=/work MPLCONFIGDIR=/tmp/matplotlib XDG_CACHE_HOME=/tmp/cache
 WORKDIR /app
 
-# A stand-in for the backend, for compose alone; it takes every webhook that is signed as it should be.
+# A stand-in for the backend, for compose only; it accepts correctly signed webhooks.
 FROM runtime AS stand-in-backend
 COPY sandbox/__init__.py sandbox/backend.py sandbox/backend_server.py sandbox/
 USER 1000:1000
@@ -57,16 +52,16 @@ RUN rm -r sandbox
 USER 1000:1000
 VOLUME ["/models", "/work"]
 EXPOSE 8080
-# A worker that loads or trains is silent and healthy; five minutes are for the check before the start.
+# A worker that loads or trains is healthy. The start period covers the doctor's check, which takes minutes at most.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=300s --retries=3 CMD ["python", "deploy/health_check.py"]
-# In exec form, and the script ends in an exec: Python itself gets the SIGTERM.
+# In exec form, and the script ends in an exec, so that Python itself receives SIGTERM.
 ENTRYPOINT ["/app/deploy/entrypoint"]
 CMD ["worker"]
 
-# The same with the base model in it, for machines that start without a volume: --target worker-with-model.
+# The worker with the base model included, for machines without a volume: --target worker-with-model.
 FROM worker AS worker-with-model
 ARG MODEL=stable-diffusion-v1-5/stable-diffusion-v1-5
-# A commit of that model: with another MODEL name its own.
+# A commit of that model. Another MODEL needs its own commit.
 ARG MODEL_REVISION=451f4fe16113bff5a5d2269ed5ad43b0592e9a14
 USER 0:0
 RUN --mount=type=secret,id=hf_token,env=HF_TOKEN \
@@ -75,5 +70,5 @@ RUN --mount=type=secret,id=hf_token,env=HF_TOKEN \
 USER 1000:1000
 ENV BASE_MODEL=/opt/base-model
 
-# What `docker build` makes unless told otherwise.
+# The default target of `docker build`.
 FROM worker

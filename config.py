@@ -31,7 +31,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from jobs.lora_config import HyperParameters, TrainerOptions
+from jobs.style import HyperParameters, TrainerOptions
 from utils.confined import Confinement
 from utils.errors import ConfigurationError
 from utils.settings import file as settings_file

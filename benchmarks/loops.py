@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from benchmarks.case import Case
-from jobs.lora_config import HyperParameters, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.runtime.device import free_memory, one_run_accelerator, peak_memory_bytes
 from training.style.course import Course
 from training.style.dataset import Dataset, prepare

@@ -187,7 +187,7 @@ def cancel(
     if not is_clear(task, task_id):
         confirm(f"There is no job {task}; {task_id} begins like this. Cancel it?", yes=yes)
     stake = ""
-    if record:
+    if record and record.style_id is not None:
         what = "When this job is cancelled"
         stake = at_stake(server.settings, server.s3, record.style_id, what)
     screen.warn([stake])

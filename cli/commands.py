@@ -1,7 +1,6 @@
-"""The commands for ops, as they are typed.
+"""The commands and their options, as a person types them.
 
-Nothing that these need is imported before one of them runs: `--help` and `train` want neither pika
-nor boto3.
+Each command imports what it needs when it runs: `--help` and `train` need neither pika nor boto3.
 """
 
 # pylint: disable=import-outside-toplevel
@@ -9,12 +8,13 @@ nor boto3.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cli.program import end
 from utils.errors import ConfigurationError
 
 ConfigFile = Annotated[
@@ -26,164 +26,272 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; the answer is yes.
 _SHORT = "The beginning of an id is enough if no other id begins like it."
 
 
-def add_commands(app: typer.Typer, end: Callable[[Callable[[], int]], None]) -> None:
-    """Add the commands to the program's.
+def add_commands(app: typer.Typer) -> None:
+    """Add all commands to the program."""
+    for command in (worker, doctor, inspect, train, publish, jobs, cancel, redrive):
+        app.command()(command)
 
-    Args:
-        app: The program's command line.
-        end: Runs a command, prints its error as a sentence, and ends with its exit code.
+
+def worker(
+    once: Annotated[
+        bool, typer.Option("--once", help="Take one training message, then exit.")
+    ] = False,
+    idle_seconds: Annotated[
+        float,
+        typer.Option(min=0, help="With --once: exit after this many seconds without a message."),
+    ] = 60.0,
+    config_file: ConfigFile = None,
+) -> None:
+    """Take training jobs from RabbitMQ until SIGTERM or Ctrl-C.
+
+    Settings come from the environment and `.env`; `.env.example` documents each.
+    """
+    from cli.worker import run
+
+    run(config_file, idle_seconds if once else None)
+
+
+def doctor(
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Print every finding in full, with advice.")
+    ] = False,
+    policy: Annotated[
+        bool,
+        typer.Option(
+            "--policy", help="Print the least S3 policy for the worker, and test nothing."
+        ),
+    ] = False,
+    as_json: Json = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Test everything that a worker needs, and print a remedy for each problem.
+
+    Exit code 0: a worker can be started; 1: a test failed; 2: the settings are wrong.
+    """
+    from cli.doctor import command
+
+    if policy:
+        sys.exit(command.print_policy(config_file=config_file))
+    sys.exit(command.run(as_json=as_json, show_all=show_all, config_file=config_file))
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A LoRA as safetensors.")],
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Also print every layer and the metadata.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print a summary of a LoRA file: format, base, rank, alpha, targets, norms.
+
+    Exit code 1: the file is damaged, a pickle, or not a LoRA.
+    """
+    from cli.inspect import run
+
+    sys.exit(run(file, as_json=as_json, show_all=show_all))
+
+
+def train(  # pylint: disable=too-many-locals  # one for each option
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of images; `name.txt` captions `name.jpg`.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder that receives the model, report and samples.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per forward pass.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the training images.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    deliver: Annotated[
+        str | None, typer.Option(help="Which checkpoint becomes the model: last or best.")
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images that measure quality and are not trained on."),
+    ] = None,
+    trigger_word: Annotated[
+        str, typer.Option(help="A word in front of every caption, which later calls the style.")
+    ] = "",
+    resume: Annotated[
+        bool, typer.Option(help="Continue from the newest checkpoint in OUTPUT.")
+    ] = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Train on a folder of images: no broker, no S3, no backend.
+
+    All other settings come from the environment and `.env`, as for the worker.
+
+    Exit code 0: trained; 1: it failed; 2: the
+    settings or arguments are wrong; 4: this machine cannot train; 130: it was interrupted.
+    """
+    overrides = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "resolution": resolution,
+        "rank": rank,
+        "alpha": alpha,
+        "seed": seed,
+        "deliver": deliver,
+    }
+    how = {"validation": validation, "trigger_word": trigger_word, "resume": resume}
+
+    def work() -> int:
+        from cli import train_command
+
+        if output is None:
+            raise ConfigurationError("--output is missing. Name the folder for the model.")
+        return train_command.run(folder, output, overrides, config_file, how)
+
+    end(work)
+
+
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of images; `name.txt` captions `name.jpg`.")
+    ],
+    style_id: Annotated[int, typer.Option(help="The style to train.")],
+    task_id: Annotated[
+        str | None, typer.Option(help="The job's id; a random one by default.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A tag; may be repeated.")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, such as epochs=200; may be repeated.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow the job until it has ended.")
+    ] = False,
+    as_json: Json = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Order a training: images to S3, and a message to the queue.
+
+    If the style already has a published model and this job fails or is cancelled, the
+    platform's backend marks the whole style as failed.
+
+    Exit code 0: it was published, and with --wait has completed; 1: it failed.
     """
 
-    @app.command()
-    def publish(
-        folder: Annotated[
-            Path, typer.Argument(help="Folder of images; `name.txt` captions `name.jpg`.")
-        ],
-        style_id: Annotated[int, typer.Option(help="The style to train.")],
-        task_id: Annotated[
-            str | None, typer.Option(help="The job's id; a random one by default.")
-        ] = None,
-        tag: Annotated[list[str] | None, typer.Option(help="A tag; may be repeated.")] = None,
-        parameter: Annotated[
-            list[str] | None, typer.Option(help="NAME=VALUE, such as epochs=200; may be repeated.")
-        ] = None,
-        wait: Annotated[
-            bool, typer.Option("--wait", help="Follow the job until it has ended.")
-        ] = False,
-        as_json: Json = False,
-        config_file: ConfigFile = None,
-    ) -> None:
-        """Order a training: images to S3, and a message to the queue.
+    def order() -> int:
+        from cli import actions
 
-        If the style already has a published model and this job fails or is cancelled, the
-        platform's backend marks the whole style as failed.
+        return actions.publish(
+            _server(config_file),
+            folder,
+            style_id,
+            task_id=task_id,
+            tags=tag or (),
+            parameters=_parameters(parameter or []),
+            wait=wait,
+            as_json=as_json,
+        )
 
-        Exit code 0: it was published, and with --wait has completed; 1: it failed.
-        """
+    end(order)
 
-        def order() -> int:
-            from cli import actions
 
-            return actions.publish(
-                _server(config_file),
-                folder,
-                style_id,
-                task_id=task_id,
-                tags=tag or (),
-                parameters=_parameters(parameter or []),
-                wait=wait,
-                as_json=as_json,
-            )
+def jobs(
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help=f"Show every detail of these. {_SHORT}")
+    ] = None,
+    style: Annotated[int | None, typer.Option(help="Only the jobs of this style.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Only those that are not settled.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="The most jobs to show.")] = 50,
+    as_json: Json = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Show the jobs' records on S3, one line each, or every detail of some.
 
-        end(order)
+    A refused message is found by the task id that it gave. Exit code 1: a record that was
+    asked for does not exist, or cannot be read.
+    """
 
-    @app.command()
-    def jobs(
-        tasks: Annotated[
-            list[str] | None, typer.Argument(help=f"Show every detail of these. {_SHORT}")
-        ] = None,
-        style: Annotated[int | None, typer.Option(help="Only the jobs of this style.")] = None,
-        live: Annotated[
-            bool, typer.Option("--live", help="Only those that are not settled.")
-        ] = False,
-        limit: Annotated[int, typer.Option(min=1, help="The most jobs to show.")] = 50,
-        as_json: Json = False,
-        config_file: ConfigFile = None,
-    ) -> None:
-        """Show the jobs' records on S3, one line each, or every detail of some.
+    def show() -> int:
+        from cli import actions
 
-        A refused message is found by the task id that it gave. Exit code 1: a record that was
-        asked for does not exist, or cannot be read.
-        """
+        return actions.jobs(
+            _server(config_file), tasks or [], style, live=live, limit=limit, as_json=as_json
+        )
 
-        def show() -> int:
-            from cli import actions
+    end(show)
 
-            return actions.jobs(
-                _server(config_file), tasks or [], style, live=live, limit=limit, as_json=as_json
-            )
 
-        end(show)
+def cancel(
+    task: Annotated[str | None, typer.Argument(help=f"The job's id. {_SHORT}")] = None,
+    style: Annotated[
+        int | None, typer.Option(help="The live job of this style; asks if there are several.")
+    ] = None,
+    newest: Annotated[
+        bool, typer.Option("--newest", help="With --style: the newest job only.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="With --style: all live jobs.")] = False,
+    yes: Yes = False,
+    as_json: Json = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Have a job cancelled, wherever it is; its worker sees it within a quarter of a lease.
 
-    @app.command()
-    def cancel(
-        task: Annotated[str | None, typer.Argument(help=f"The job's id. {_SHORT}")] = None,
-        style: Annotated[
-            int | None, typer.Option(help="The live job of this style; asks if there are several.")
-        ] = None,
-        newest: Annotated[
-            bool, typer.Option("--newest", help="With --style: the newest job only.")
-        ] = False,
-        everything: Annotated[
-            bool, typer.Option("--all", help="With --style: all live jobs.")
-        ] = False,
-        yes: Yes = False,
-        as_json: Json = False,
-        config_file: ConfigFile = None,
-    ) -> None:
-        """Have a job cancelled, wherever it is; its worker sees it within a quarter of a lease.
+    If the style already has a published model, the platform's backend marks the whole style as
+    failed when a retrain of it is cancelled.
+    """
 
-        If the style already has a published model, the platform's backend marks the whole style as
-        failed when a retrain of it is cancelled.
-        """
+    def ask() -> int:
+        from cli import actions
 
-        def ask() -> int:
-            from cli import actions
+        if style is None and (newest or everything):
+            raise ConfigurationError("--newest and --all go with --style N.")
+        if newest and everything:
+            raise ConfigurationError("Use --newest or --all, not both.")
+        meant = None if style is None else actions.Style(style, newest, everything)
+        return actions.cancel(_server(config_file), task, meant, yes=yes, as_json=as_json)
 
-            if style is None and (newest or everything):
-                raise ConfigurationError("--newest and --all go with --style N.")
-            if newest and everything:
-                raise ConfigurationError("Use --newest or --all, not both.")
-            meant = None if style is None else actions.Style(style, newest, everything)
-            return actions.cancel(_server(config_file), task, meant, yes=yes, as_json=as_json)
+    end(ask)
 
-        end(ask)
 
-    @app.command()
-    def redrive(
-        tasks: Annotated[
-            list[str] | None, typer.Argument(help=f"Send these back. {_SHORT}")
-        ] = None,
-        everything: Annotated[
-            bool, typer.Option("--all", help="Send back everything in the dead queue.")
-        ] = False,
-        include_superseded: Annotated[
-            bool,
-            typer.Option(
-                "--include-superseded",
-                help="With --all: also jobs of styles that have a later order.",
-            ),
-        ] = False,
-        yes: Yes = False,
-        as_json: Json = False,
-        config_file: ConfigFile = None,
-    ) -> None:
-        """List the dead queue and jobs that were given up, or send some back.
+def redrive(
+    tasks: Annotated[list[str] | None, typer.Argument(help=f"Send these back. {_SHORT}")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Send back everything in the dead queue.")
+    ] = False,
+    include_superseded: Annotated[
+        bool,
+        typer.Option(
+            "--include-superseded",
+            help="With --all: also jobs of styles that have a later order.",
+        ),
+    ] = False,
+    yes: Yes = False,
+    as_json: Json = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """List the dead queue and jobs that were given up, or send some back.
 
-        Each is sent back as a fresh attempt; a refused ending is only sent again. A job without a
-        copy in the dead queue is sent back by its record, if its task id is given. Without a task
-        and without --all nothing is changed.
+    Each is sent back as a fresh attempt; a refused ending is only sent again. A job without a
+    copy in the dead queue is sent back by its record, if its task id is given. Without a task
+    and without --all nothing is changed.
 
-        If a style has a later order, the model of a job that is sent back goes into the archive
-        only. If a style has a published model and the new attempt fails, the platform's backend
-        marks the whole style as failed.
+    If a style has a later order, the model of a job that is sent back goes into the archive
+    only. If a style has a published model and the new attempt fails, the platform's backend
+    marks the whole style as failed.
 
-        Exit code 1: something that was to be sent back was not; it is where it was.
-        """
+    Exit code 1: something that was to be sent back was not; it is where it was.
+    """
 
-        def send() -> int:
-            from cli import actions
+    def send() -> int:
+        from cli import actions
 
-            return actions.redrive(
-                _server(config_file),
-                tasks or [],
-                everything=everything,
-                include_superseded=include_superseded,
-                yes=yes,
-                as_json=as_json,
-            )
+        return actions.redrive(
+            _server(config_file),
+            tasks or [],
+            everything=everything,
+            include_superseded=include_superseded,
+            yes=yes,
+            as_json=as_json,
+        )
 
-        end(send)
+    end(send)
 
 
 def _server(config_file: Path | None) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from jobs.lora_config import TrainingImage
+from jobs.style import TrainingImage
 from utils.captions import (
     MAX_CAPTION_BYTES,
     SUFFIXES,

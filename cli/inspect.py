@@ -41,10 +41,8 @@ def run(
         0; 1 if the file is not a LoRA that can be read.
     """
     # Imported late: it brings torch, which the front desk does without.
-    from training.style.results.inspection import (
-        NotALora,
-        inspect,
-    )  # pylint: disable=import-outside-toplevel
+    # pylint: disable-next=import-outside-toplevel
+    from training.style.results.inspection import NotALora, inspect
 
     try:
         found = inspect(path)

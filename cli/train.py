@@ -14,8 +14,9 @@ from consumer.life.stop_signal import StopSignal
 from consumer.trainer.machine import require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.checkpoint_name import order
-from jobs.lora_config import CURVES, HyperParameters, TrainingImage, TrainingRun
-from jobs.style_order import checked_trigger_word
+from jobs.kinds import Run
+from jobs.layout import CURVES
+from jobs.style import HyperParameters, StyleKind, TrainingImage, TrainingRun, checked_trigger_word
 from utils.errors import ConfigurationError, TrainingServerError
 from utils.events import Event, Finished
 from utils.names import is_unicode, printable
@@ -120,7 +121,9 @@ def train_folder(
         confinement=settings.trainer_confinement(work),
     )
     try:
-        finished = trainer.run(run, on_event, stop, max_seconds=float("inf"))
+        finished = trainer.run(
+            Run.of(run, StyleKind.runner, {}), on_event, stop, max_seconds=float("inf")
+        )
     except TrainingServerError:
         if _newest_checkpoint(work) is None:  # there is nothing to go on from
             shutil.rmtree(work, ignore_errors=True)

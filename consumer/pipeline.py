@@ -11,12 +11,13 @@ import dataclasses
 import errno
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from config import Settings
 from consumer.life import endings, run_events
 from consumer.life.checkpoint_uploads import CheckpointUploads, clear_up, newest_usable_checkpoint
 from consumer.life.endings import Endings
-from consumer.life.inputs import fetch_images, fetch_validation_images
+from consumer.life.inputs import fetch_inputs
 from consumer.life.job_size import require_room
 from consumer.life.lease_relay import relayed
 from consumer.life.progress_reporter import ProgressReporter, queued
@@ -28,8 +29,9 @@ from consumer.pages.queue_watch import age_of
 from consumer.publishing.model_publisher import ModelPublisher
 from consumer.trainer.machine import require_fit
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs import message as messages
-from jobs.lora_config import CURVES, TrainingRun
+from jobs.kinds import Claim, JobKind, KindRun, Kinds
+from jobs.layout import CURVES, Place, place_of
+from jobs.message import Job, from_understood, parse
 from jobs.record import (
     PROTOCOL_LEVEL,
     Ending,
@@ -38,7 +40,6 @@ from jobs.record import (
     JobRequest,
     OwedCopy,
 )
-from jobs.style_job import TrainingJob, from_understood
 from services.broker.settlement import (
     CRASHES,
     OWN_COPY,
@@ -90,6 +91,7 @@ class Desk:
     """What the pipeline works with; made in `main`."""
 
     settings: Settings
+    kinds: Kinds
     s3: S3Service
     state_s3: S3Service
     webhooks: WebhookService
@@ -121,13 +123,11 @@ class Pipeline:
             )
             return self._put_offs.put_off(delivery, Why.NEWER_MESSAGE, detail)
         try:
-            job = messages.parse(
-                delivery.body, message_id=delivery.message_id, settings=self._settings
-            )
+            job = parse(delivery.body, message_id=delivery.message_id, kinds=self._desk.kinds)
         except InvalidMessage as error:
             return self._desk.endings.refuse(delivery, error)
         job = dataclasses.replace(job, headers=delivery.carried_headers)
-        with logger.bound(task_id=job.task_id, style_id=job.style_id):
+        with logger.bound(task_id=job.task_id, **self._identity(job)):
             try:
                 return self._handle_job(job, delivery)
             except StorageError as error:
@@ -136,12 +136,13 @@ class Pipeline:
                     delivery, why_of(error), str(error), task_id=job.task_id
                 )
 
-    def _handle_job(self, job: TrainingJob, delivery: Delivery) -> Settlement:
+    def _handle_job(self, job: Job, delivery: Delivery) -> Settlement:
         may_be_claimed = delivery.redelivered or OWN_COPY in delivery.headers
         claim = self._desk.records.claim(
             JobRequest(
                 task_id=job.task_id,
-                style_id=job.style_id,
+                kind=job.kind,
+                subject=job.subject,
                 identity=job.identity,
                 message=job.understood(),
                 webhook_url=job.webhook_url,
@@ -175,28 +176,29 @@ class Pipeline:
                     f"task_id: {job.task_id} belongs to a job that asks for something else",
                     field="task_id",
                     task_id=job.task_id,
-                    style_id=job.style_id,
+                    kind=job.kind,
+                    subject=job.subject,
                 )
                 return self._desk.endings.refuse(delivery, error)
 
-    def _hold(self, job: TrainingJob, lease: JobLease) -> Settlement:
+    def _hold(self, job: Job, lease: JobLease) -> Settlement:
         """Work on a job under its lease; once that is lost, only watch over the job's message."""
         try:
-            with lease, self._desk.observer.holding(job, lease):
+            with lease, self._desk.observer.holding(self._kind(job), job, lease):
                 return self._work(job, lease)
         except LeaseLost as error:
             log.warning("job_left_to_another_worker", reason=str(error))
             return self._watch(job, lease)
 
-    def _as_recorded(self, record: JobRecord, job: TrainingJob) -> TrainingJob:
+    def _as_recorded(self, record: JobRecord, job: Job) -> Job:
         """The job as it was understood first; as it is understood now where that cannot be read."""
         try:
-            return from_understood(record.message, self._settings)
+            return from_understood(self._kind(job), record.message)
         except ValueError as error:  # damaged, or written by another version
             log.warning("record_not_understood", reason=str(error))
             return job
 
-    def _work(self, job: TrainingJob, lease: JobLease) -> Settlement:
+    def _work(self, job: Job, lease: JobLease) -> Settlement:
         """From a claim to an ending, or back to the queue."""
         stop = StopSignal()
         try:
@@ -223,10 +225,10 @@ class Pipeline:
             return self._fail(job, lease, ours)
         return self._settle(job, lease, ending, None)
 
-    def _fail(self, job: TrainingJob, lease: JobLease, error: TrainingServerError) -> Settlement:
+    def _fail(self, job: Job, lease: JobLease, error: TrainingServerError) -> Settlement:
         """End the job as failed, once no file of it is left in the style's folder."""
         try:
-            self._desk.publisher.repair(job.style_id, job.task_id, lease)
+            self._desk.publisher.repair(_place(job), job.task_id, lease)
         except (StorageError, MachineError) as trouble:
             if not self._is_last_attempt(lease):
                 return self._try_again(job, lease, trouble)
@@ -236,13 +238,13 @@ class Pipeline:
         return self._settle(job, lease, ending, owed)
 
     def _settle(
-        self, job: TrainingJob, lease: JobLease, ending: Ending, owed: OwedCopy | None
+        self, job: Job, lease: JobLease, ending: Ending, owed: OwedCopy | None
     ) -> Settlement:
         """The ending, and what the dead queue is owed, are durable before anybody is told; the
         message is acknowledged after that."""
         lease.end(ending, owed)
         if ending.kind is EndingKind.COMPLETE:
-            self._desk.publisher.confirm(job.style_id, job.task_id, lease)
+            self._desk.publisher.confirm(_place(job), job.task_id, lease)
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
         self._desk.observer.ended(ending)
         cleared = clear_up(self._desk.state_s3, self._settings.state_bucket_name, lease.record)
@@ -254,16 +256,17 @@ class Pipeline:
             self._desk.records.forget(job.task_id)
         return Settlement.ack(*left)
 
-    def _train_and_publish(self, job: TrainingJob, lease: JobLease, stop: StopSignal) -> Ending:
-        desk, settings = self._desk, self._settings
+    def _train_and_publish(self, job: Job, lease: JobLease, stop: StopSignal) -> Ending:
+        desk, settings, kind = self._desk, self._settings, self._kind(job)
         if lease.record.attempts >= settings.max_attempts:
             raise _given_up(lease)
         stop.check()
         self._require_time(job, lease)
-        desk.publisher.repair(job.style_id, job.task_id, lease)
+        desk.publisher.repair(_place(job), job.task_id, lease)
         with (
             desk.folders.job() as folder,
             ProgressReporter(
+                kind,
                 job,
                 desk.webhooks,
                 next_sequence=lease.next_sequence,
@@ -281,12 +284,14 @@ class Pipeline:
             ) as uploads,
         ):
             with desk.observer.tracing.span("fetch"):
-                run = self._fetched_run(job, lease, folder, stop)
+                run = self._fetched_run(kind, job, lease, folder, stop)
             stop.check()
             with desk.observer.training():
                 finished = run_events.continued_or_from_the_beginning(
                     desk.trainer,
+                    kind,
                     run,
+                    self._identity(job),
                     lambda event: run_events.dispatch(event, desk.observer, reporter, uploads),
                     stop,
                     max_seconds=max(0.0, settings.max_job_seconds - lease.seconds_run),
@@ -299,52 +304,47 @@ class Pipeline:
                 published = desk.publisher.publish(
                     Path(finished.folder),
                     finished.files,
-                    job,
+                    _place(job),
                     lease,
                     stop,
                     ordered_at=lease.record.ordered_at,
                 )
         # The reporter is closed: no progress follows the ending.
-        return endings.complete(job, finished, published, sequence=lease.next_sequence())
+        return endings.complete(kind, job, finished, published, sequence=lease.next_sequence())
 
     def _fetched_run(
-        self, job: TrainingJob, lease: JobLease, folder: Path, stop: StopSignal
-    ) -> TrainingRun:
-        """What the trainer is told, with everything that it needs in the job's folder."""
-        s3, settings = self._desk.s3, self._settings
+        self, kind: JobKind, job: Job, lease: JobLease, folder: Path, stop: StopSignal
+    ) -> KindRun:
+        """The trainer's order, with everything that it needs in the job's folder."""
+        desk, settings = self._desk, self._settings
         require_room(
-            s3,
-            self._desk.state_s3,
-            settings,
+            desk.s3,
+            desk.state_s3,
+            kind,
             job,
             folder,
             stop,
+            state_bucket=settings.state_bucket_name,
+            max_job_bytes=settings.max_job_bytes,
             checkpoints=lease.record.checkpoints,
         )
-        return TrainingRun(
-            task_id=job.task_id,
-            style_id=job.style_id,
-            claim=lease.claim_number,
-            images=fetch_images(s3, settings, job, folder / "pictures", stop),
-            parameters=job.hyper_parameters,
-            work_folder=str(folder),
-            resume_from=newest_usable_checkpoint(
-                self._desk.state_s3, settings.state_bucket_name, lease.record, folder
-            ),
-            min_images=settings.min_images,
-            max_image_pixels=settings.max_image_pixels,
-            checkpoint_interval=settings.checkpoint_interval,
-            validation_images=fetch_validation_images(
-                s3, settings, job, folder / "validation", stop
-            ),
-            sample_prompts=job.sample_prompts,
-            trigger_word=job.trigger_word,
-            sample_steps=settings.sample_steps,
-            preview_share=settings.preview_share,
-            tensorboard=settings.tensorboard,
+        fetched = fetch_inputs(
+            desk.s3, kind.inputs(job.spec), folder, max_bytes=kind.max_input_bytes, stop=stop
         )
+        resume_from = newest_usable_checkpoint(
+            desk.state_s3, settings.state_bucket_name, lease.record, folder
+        )
+        claim = Claim(job.task_id, lease.claim_number, folder, resume_from)
+        return kind.run(job.spec, fetched, claim)
 
-    def _require_time(self, job: TrainingJob, lease: JobLease) -> None:
+    def _kind(self, job: Job) -> JobKind:
+        return self._desk.kinds.of(job.kind)
+
+    def _identity(self, job: Job) -> dict[str, Any]:
+        """The fields that name the job's subject in log lines."""
+        return self._kind(job).identity_fields(job.subject)
+
+    def _require_time(self, job: Job, lease: JobLease) -> None:
         """The limits of a whole job: how long it was worked on, and how long it has waited.
 
         Raises:
@@ -367,9 +367,7 @@ class Pipeline:
     def _is_last_attempt(self, lease: JobLease) -> bool:
         return lease.record.attempts_with_this >= self._settings.max_attempts
 
-    def _try_again(
-        self, job: TrainingJob, lease: JobLease, error: TrainingServerError
-    ) -> Settlement:
+    def _try_again(self, job: Job, lease: JobLease, error: TrainingServerError) -> Settlement:
         """The message comes back after a while; whoever gets it resumes from the last
         checkpoint."""
         delays = self._settings.retry_delays_seconds
@@ -389,30 +387,36 @@ class Pipeline:
         )
         return self._after(job, lease, delay)
 
-    def _tell_place(self, job: TrainingJob, lease: JobLease, delay: float) -> None:
+    def _tell_place(self, job: Job, lease: JobLease, delay: float) -> None:
         """Tell the artist how long the job waits now, where that can be said; in one attempt."""
         desk = self._desk
         place = desk.observer.queues.place_at_the_end(delay)
         if place is None or desk.observer.job is None or desk.shutdown.event.is_set():
             return
-        report = queued(job, desk.observer.job.latest, *place, sequence=lease.next_sequence())
+        report = queued(
+            self._kind(job), job, desk.observer.job.latest, *place, sequence=lease.next_sequence()
+        )
         desk.webhooks.send_progress(desk.webhooks.origin_for(job.webhook_url), report)
 
     def _failed(
-        self, job: TrainingJob, lease: JobLease, error: TrainingServerError
+        self, job: Job, lease: JobLease, error: TrainingServerError
     ) -> tuple[Ending, OwedCopy | None]:
         attempts = min(lease.record.attempts_with_this, self._settings.max_attempts)
         code = code_of(error)
         _log_failure(code, str(error), attempts)
         ending = endings.failed(
-            job.style_id, job.task_id, error, attempts=attempts, sequence=lease.next_sequence()
+            self._identity(job),
+            job.task_id,
+            error,
+            attempts=attempts,
+            sequence=lease.next_sequence(),
         )
         if not is_retryable(error):
             return ending, None
         # Given up, though another attempt might have helped: kept for a person to send back.
         return ending, OwedCopy(str(code), str(error), attempts)
 
-    def _give_back(self, job: TrainingJob, lease: JobLease, stopped: Stopped) -> Settlement:
+    def _give_back(self, job: Job, lease: JobLease, stopped: Stopped) -> Settlement:
         """The worker shuts down, or the job is another's: no attempt is counted."""
         log.info("job_given_back", reason=str(stopped.reason))
         self._desk.observer.given_back(stopped.reason)
@@ -422,7 +426,7 @@ class Pipeline:
             lease.release(count_attempt=False, within=Shutdown.RESERVE_SECONDS / 2)
         return Settlement.requeue()
 
-    def _watch(self, job: TrainingJob, lease: JobLease) -> Settlement:
+    def _watch(self, job: Job, lease: JobLease) -> Settlement:
         """The job is another worker's; its message is looked at until the job is settled."""
         self._desk.observer.lease_lost()
         return Settlement.ack(self._desk.endings.watched(lease.record, job.body))
@@ -455,7 +459,7 @@ class Pipeline:
         return None
 
     def _leave_to_another_machine(
-        self, job: TrainingJob, lease: JobLease, error: MachineError
+        self, job: Job, lease: JobLease, error: MachineError
     ) -> Settlement:
         """No attempt is counted. A worker whose machine is unfit takes no further job."""
         if isinstance(error, NoRoomForJob):
@@ -474,7 +478,7 @@ class Pipeline:
         )
         return self._after(job, lease, delay)
 
-    def _after(self, job: TrainingJob, lease: JobLease, seconds: float) -> Settlement:
+    def _after(self, job: Job, lease: JobLease, seconds: float) -> Settlement:
         """The message of a claimed job comes back after a while; until then the GPU takes another.
 
         The id of the run that was claimed rides in `message_id`, which counts where the body has
@@ -486,6 +490,10 @@ class Pipeline:
         return Settlement.delayed(
             job.body, seconds=seconds, message_id=lease.record.task_id, headers=headers
         )
+
+
+def _place(job: Job) -> Place:
+    return place_of(job.kind, job.subject, job.task_id)
 
 
 def _log_failure(code: ErrorCode, reason: str, attempts: int) -> None:

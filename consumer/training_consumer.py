@@ -2,7 +2,7 @@
 
 The only importer of pika. One thread of its own owns the connection and does nothing else, so
 heartbeats go on through a job of any length. Handlers work in other threads and never touch it
-(see `consumer.lane`); `services.broker.connection` is the owner's life around what is here.
+(see `services.broker.lane`); `services.broker.connection` is the owner's life around what is here.
 
     connect ─▶ declare ─▶ turn: events, settlements, publications, lost channels ─▶ turn …
        ▲                                      │ connection lost
@@ -40,12 +40,12 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 from config import Settings
-from consumer.lane import Handler, InHand, Lane
 from consumer.pages.observer import Observer
 from services.broker.answer_limit import AnswerLimit
 from services.broker.connection import BrokerLoop
 from services.broker.declarations import NOT_FOUND, PRECONDITION_FAILED, Declarations
 from services.broker.header_values import tolerant
+from services.broker.lane import Handler, InHand, Lane
 from services.broker.outbox import Outbox
 from services.broker.settlement import Action, Delivery, Publication, Queue
 from utils.errors import BrokerError, BrokerRefused, PublicationRefused, Refusal

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from config import Settings
+from consumer.kinds import configured_kinds
 from consumer.life.checkpoint_uploads import clear_up
 from consumer.life.endings import Endings
 from consumer.life.put_offs import PutOffs
@@ -171,7 +172,7 @@ def _take_jobs(
         clear_up=functools.partial(clear_up, s3, settings.state_bucket_name),
         may_wait=observer.queues.may_hold_messages,
     )
-    with Sweeper(sweep, consumer.publish, settings, s3, observer):
+    with Sweeper(sweep, consumer.publish, settings, desk.kinds, s3, observer):
         consumer.run()
 
 
@@ -206,17 +207,23 @@ def _desk(
 ) -> Desk:
     """Everything that the pipeline works with."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    bucket = settings.state_bucket_name
     records_s3 = _s3_for_records(settings, observer.metrics)
-    records = JobRecords(records_s3, bucket, owner=owner, lease_seconds=settings.lease_ttl_seconds)
+    records = JobRecords(
+        records_s3,
+        settings.state_bucket_name,
+        owner=owner,
+        lease_seconds=settings.lease_ttl_seconds,
+    )
     webhooks = open_webhooks(settings, observer)
     # The same object tells the publisher that it can copy inside the storage.
     s3 = state_s3
     if settings.state_store() != settings.main_store():
         s3 = open_s3(settings, metrics=observer.metrics)
     put_offs = PutOffs(settings.retry_delays_seconds, observer)
+    kinds = configured_kinds(settings)
     return Desk(
         settings=settings,
+        kinds=kinds,
         s3=s3,
         state_s3=state_s3,
         webhooks=webhooks,
@@ -226,6 +233,7 @@ def _desk(
             records,
             publish=outbox.put,
             put_offs=put_offs,
+            kinds=kinds,
             retry_delays=settings.ending_retry_delays_seconds,
             deduplication_seconds=settings.deduplication_window_seconds,
             stop=shutdown.event,
@@ -236,10 +244,13 @@ def _desk(
             s3,
             state_s3,
             model_bucket=settings.model_bucket_name,
-            state_bucket=bucket,
+            state_bucket=settings.state_bucket_name,
             url_scheme=settings.model_url_scheme,
             turns=StyleTurns(
-                records_s3, bucket, owner=owner, lease_seconds=settings.lease_ttl_seconds
+                records_s3,
+                settings.state_bucket_name,
+                owner=owner,
+                lease_seconds=settings.lease_ttl_seconds,
             ),
         ),
         trainer=trainer,

@@ -1,4 +1,4 @@
-"""Asks a worker how it is: `python deploy/health_check.py [ADDRESS] [PAGE]`.
+"""Asks a worker for one of its pages: `python deploy/health_check.py [ADDRESS] [PAGE]`.
 
 Exit code 0 if the page answers 200, else 1. The page is `health` unless another is named. Without
 an address, or with an empty one, it is that of a worker on this machine: `HTTP_HOST` and
@@ -17,7 +17,7 @@ SECONDS = 4.0
 
 
 def main(arguments: list[str]) -> int:
-    """Print what the page says; the exit code."""
+    """Print the page and return the exit code."""
     address = (arguments[0] if arguments and arguments[0] else _here()).rstrip("/")
     page = arguments[1] if len(arguments) > 1 else "health"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -36,7 +36,7 @@ def _here() -> str:
     """The address of the worker on this machine."""
     settings = _from_env_file() | {name.upper(): text for name, text in os.environ.items() if text}
     host = settings.get("HTTP_HOST") or "127.0.0.1"
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # listening everywhere
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # all interfaces
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.get('HTTP_PORT') or 8080}"
 
 
@@ -47,7 +47,7 @@ def _from_env_file() -> dict[str, str]:
         return {}
     try:
         return {name.upper(): text for name, text in dotenv_values(".env").items() if text}
-    except (OSError, ValueError):  # the worker says what is wrong with it
+    except (OSError, ValueError):  # the worker reports the problem
         return {}
 
 

@@ -3,6 +3,7 @@ with the reason why not."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -35,6 +36,9 @@ CRASHED = "makes the decoder crash, so it is damaged or harmful; export it as PN
 
 _ROOT = Path(__file__).resolve().parent.parent
 _POLL_SECONDS = 0.2
+_MOST_NATIVE_LINES = 5
+"""Of what the decoders print about one image; a file can make them print for ever."""
+_LONGEST_NATIVE_LINE = 300
 _LONGEST_LINE = 1 << 20
 
 
@@ -116,15 +120,21 @@ class Decoder:
             yield answer
 
     def _ask(self, request: Request) -> None:
-        self._process = self._process or self._started()
+        if self._process and self._process.ask(request):
+            return
+        self.close()
+        self._process = self._started()
         self._process.ask(request)
 
     def _answer(self, should_stop: Callable[[], StopReason | None]) -> Answer:
         process = self._process
         assert process is not None
         try:
-            return process.answer(should_stop, self._patience)
+            answer = process.answer(should_stop, self._patience)
+            process.log_native_lines()
+            return answer
         except _Died as death:
+            process.log_native_lines()
             self.close()
             if not death.was_ready:
                 raise WorkerCrashed(
@@ -151,26 +161,39 @@ class _Died(Exception):
 
 
 class _Process:
-    """One decoder process and its two pipes."""
+    """One decoder process and its three pipes."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self._process = subprocess.Popen(  # pylint: disable=consider-using-with
-            [sys.executable, "-m", "images.decoding", *arguments],
-            cwd=_ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-        )
+        self._errors, errors = os.pipe()
+        for end in (self._errors, errors):
+            os.set_blocking(end, False)  # the kernel drops what does not fit into the pipe
+        try:
+            self._process = subprocess.Popen(  # pylint: disable=consider-using-with
+                [sys.executable, "-m", "images.decoding", *arguments],
+                cwd=_ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                bufsize=0,
+            )
+        finally:
+            os.close(errors)
         self._ready = False
         self._read = bytearray()
 
-    def ask(self, request: Request) -> None:
-        """Write a request. A process that is gone is noticed when its answer is read."""
+    def ask(self, request: Request) -> bool:
+        """Write a request.
+
+        Returns:
+            False if the process has died, which is not the fault of this image.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(encode(request))
         except BrokenPipeError:
-            log.info("decoder_gone")
+            log.warning("decoder_gone")
+            return False
+        return True
 
     def answer(self, should_stop: Callable[[], StopReason | None], patience: float) -> Answer:
         """Read the answer to the request before.
@@ -197,6 +220,19 @@ class _Process:
         thumbnail = self._exactly(fact.thumbnail, more) if fact.thumbnail else None
         return Answer(fact, pixels, motif, thumbnail)
 
+    def log_native_lines(self) -> None:
+        """Log the first lines that the process has printed on its standard error since the last
+        call: C libraries report there in which way a file is damaged."""
+        printed = bytearray()
+        with contextlib.suppress(BlockingIOError):
+            while content := os.read(self._errors, 1 << 16):
+                printed += content
+        lines = [line for line in printed.decode(errors="replace").splitlines() if line.strip()]
+        for line in lines[:_MOST_NATIVE_LINES]:
+            log.warning("native_stderr", extra={"text": line[:_LONGEST_NATIVE_LINE]})
+        if (omitted := len(lines) - _MOST_NATIVE_LINES) > 0:
+            log.warning("native_stderr", extra={"text": f"{omitted} more lines"})
+
     def kill(self) -> None:
         """End the process at once."""
         self._process.kill()
@@ -204,6 +240,7 @@ class _Process:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe:
                 pipe.close()
+        os.close(self._errors)
 
     def _line(self, more: Callable[[], None]) -> bytes:
         while (end := self._read.find(b"\n")) < 0:

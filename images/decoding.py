@@ -39,14 +39,12 @@ def main(arguments: Sequence[str]) -> None:
     seconds, memory = (int(each) for each in arguments)
     # C libraries print what they please; the pipe is for answers alone.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # threads reserve memory that they do not use
     PngImagePlugin.MAX_TEXT_CHUNK = MOST_PROFILE_BYTES  # the limit of profiles, too
     _limit(memory)
     answers.write(encode(Ready()))
     answers.flush()
-    os.dup2(silence, sys.stderr.fileno())  # until here it says why it could not start
     for line in sys.stdin.buffer:
         _allow(seconds)
         _answer(decode(line, (Request,)), answers)

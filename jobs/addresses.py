@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 MAX_ADDRESS = 8192  # characters; a presigned address carries a long query
@@ -67,22 +66,33 @@ class S3Location:
         return S3Location(self.bucket, f"{folder}{slash}{stem}{suffix}")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class AddressRules:
+    """Where addresses may lead.
+
+    Attributes:
+        default_bucket: Bucket of a bare key.
+        allowed: Buckets that may be read from.
+        endpoint: The store's own address, if it is not AWS's.
+    """
+
+    default_bucket: str
+    allowed: tuple[str, ...]
+    endpoint: str | None = None
+
+
 class BrokenAddress(ValueError):
     """It asks for nothing that is forbidden, only nothing can lie there: one image less."""
 
 
-def read_address(
-    address: str, *, default_bucket: str, endpoint: str | None, allowed: Collection[str]
-) -> tuple[str, S3Location]:
+def read_address(address: str, rules: AddressRules) -> tuple[str, S3Location]:
     """Bucket and key of an image's address.
 
     Args:
         address: `s3://bucket/key`, `gs://bucket/key`, an https address of S3 or of the endpoint
             (virtual-hosted or path style, percent-encoded; of its query only a version counts: the
             rest may be a signature, and `unused_parts` names what is neither), or a bare key.
-        default_bucket: Bucket of a bare key.
-        endpoint: The store's own address, if it is not AWS's.
-        allowed: Buckets that images may be read from.
+        rules: Where it may lead.
 
     Returns:
         The address as it may be shown (of its query the version alone), and the location.
@@ -99,10 +109,10 @@ def read_address(
     address = address.strip()
     if not address:
         raise BrokenAddress("is empty")
-    shown, location = _split(address, default_bucket, endpoint)
+    shown, location = _split(address, rules.default_bucket, rules.endpoint)
     if not _BUCKET.fullmatch(location.bucket):
         raise BrokenAddress("names no valid bucket")
-    if location.bucket not in allowed:
+    if location.bucket not in rules.allowed:
         raise ValueError(
             f"is in the bucket {location.bucket!r}, which this worker may not read "
             "(see IMAGE_BUCKETS)"

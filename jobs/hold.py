@@ -120,6 +120,16 @@ class HeldRecord:
     version: int = VERSION
     unknown: dict[str, Any] = unknown_fields()
 
+    @classmethod
+    def to_stored(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The form in which a record's JSON values are stored; `from_stored` reads it."""
+        return values
+
+    @classmethod
+    def from_stored(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The JSON values of a stored record."""
+        return values
+
 
 R = TypeVar("R", bound=HeldRecord)
 
@@ -131,7 +141,7 @@ def stamped(record: R) -> R:
 
 def encode(record: HeldRecord) -> bytes:
     """The record as JSON that a person can read too, less what is kept beside it."""
-    return json.dumps(_plain(record), indent=1, ensure_ascii=False).encode()
+    return json.dumps(record.to_stored(_plain(record)), indent=1, ensure_ascii=False).encode()
 
 
 def values_beside(record: HeldRecord) -> dict[str, str]:
@@ -164,7 +174,7 @@ def decode(kind: type[R], body: bytes, key: str, metadata: Mapping[str, str] | N
                 f"The record {key} has version {version} and this worker reads up to {VERSION}. "
                 "Update the worker."
             )
-        return from_dict(kind, values | _values_beside(kind, metadata or {}))
+        return from_dict(kind, kind.from_stored(values) | _values_beside(kind, metadata or {}))
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedRecord(f"The record {key} cannot be read: it is damaged ({error}).") from error
 

@@ -35,10 +35,10 @@ import uuid
 from typing import Any
 
 from jobs.hold import HeldRecord, Hold, beside, later, unknown_fields, utc_now
+from jobs.layout import INVALID_PREFIX, STYLE
 
 CHECKPOINTS_KEPT = 3
 SEQUENCES_PER_CLAIM = 1_000_000
-INVALID_PREFIX = "invalid/"
 PROTOCOL_LEVEL = 1
 """The newest features of messages and records that this worker understands. A message that needs
 newer ones says so in the header `x-min-level`, and its record in `min_level`."""
@@ -146,7 +146,8 @@ class JobRequest:
 
     Attributes:
         task_id: The job's id, and its record's name.
-        style_id: The style that is trained.
+        kind: The kind of the job.
+        subject: The thing that the job makes, such as a style's id.
         identity: Hash of the understood message: the same id with another identity is another body.
         message: The understood message itself (JSON values only), enough to publish it again.
         webhook_url: Where the backend wants to hear of it, as allowed.
@@ -156,7 +157,8 @@ class JobRequest:
     """
 
     task_id: str
-    style_id: int
+    kind: str
+    subject: str
     identity: str
     message: dict[str, Any]
     webhook_url: str | None = None
@@ -189,6 +191,9 @@ class JobRecord(HeldRecord):
     """Everything that any worker needs to take a job over.
 
     Attributes:
+        kind: The kind of the job.
+        subject: The thing that the job makes, such as a style's id.
+        message: The understood order (see `jobs.message.Job.understood`).
         attempts: Attempts in a row that are over and made no new checkpoint; the one in hand is not
             among them.
         fruitful: The attempt in hand made a new checkpoint.
@@ -206,7 +211,8 @@ class JobRecord(HeldRecord):
     """
 
     task_id: str
-    style_id: int
+    kind: str = STYLE
+    subject: str
     identity: str
     message: dict[str, Any]
     webhook_url: str | None = None
@@ -238,7 +244,8 @@ class JobRecord(HeldRecord):
         record = cls(
             hold=Hold(owner=owner, claim=1, lease_seconds=lease_seconds),
             task_id=request.task_id,
-            style_id=request.style_id,
+            kind=request.kind,
+            subject=request.subject,
             identity=request.identity,
             message=request.message,
             webhook_url=request.webhook_url,
@@ -247,6 +254,34 @@ class JobRecord(HeldRecord):
             created_at=utc_now(),
         )
         return record.ended(request.ending) if request.ending else record
+
+    @classmethod
+    def to_stored(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The first release knows styles only: their records hold `style_id` and no kind."""
+        if values["kind"] != STYLE:
+            return values
+        names = {"subject": "style_id"}
+        return {
+            names.get(name, name): int(value) if name == "subject" else value
+            for name, value in values.items()
+            if name != "kind"
+        }
+
+    @classmethod
+    def from_stored(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """See `to_stored`."""
+        if values.get("kind", STYLE) != STYLE or "style_id" not in values:
+            return values
+        style_id = values["style_id"]
+        if not isinstance(style_id, int) or isinstance(style_id, bool):
+            raise ValueError(f"style_id is {style_id!r}, not a whole number")
+        rest = {name: value for name, value in values.items() if name != "style_id"}
+        return rest | {"kind": STYLE, "subject": str(style_id)}
+
+    @property
+    def style_id(self) -> int | None:
+        """The style of a style's job; None for any other kind."""
+        return int(self.subject) if self.kind == STYLE else None
 
     @property
     def claim(self) -> int:
@@ -369,8 +404,8 @@ class JobRecord(HeldRecord):
     def reopened(self) -> JobRecord:
         """A failed job, sent back for a fresh attempt, from the newest checkpoint that is left.
 
-        What the backend was told stays told: the attempt has an ending of its own, under an id of
-        its own, and the next claim's number makes its `sequence` a later one.
+        The new attempt has a separate ending with a separate id, and the number of the next claim
+        makes its `sequence` a later one.
 
         A copy that the dead queue was still owed is owed no more.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -12,24 +13,36 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from PIL import Image
 
-from training.style.results import grids
-from training.style.results.preview import LOSS_CURVE, SAMPLES
+from jobs.layout import HTML_REPORT, LOSS_CURVE, SAMPLES
 from utils.names import shown_name
 
 if TYPE_CHECKING:
-    from jobs.lora_config import TrainingImage, TrainingRun
-    from training.style.results.result import TrainingResult
+    from jobs.style import TrainingImage, TrainingRun
 
-HTML_REPORT = "training_report.html"
 TEMPLATE = "training_report.html.j2"
 SHEET = 1100
 """Side in pixels."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SampleRow:
+    """Samples of one checkpoint, or of the base model.
+
+    Attributes:
+        title: Heading of the row.
+        chosen: Whether the model is of this checkpoint.
+        images: JPEG files, in the order of the prompts.
+    """
+
+    title: str
+    chosen: bool
+    images: tuple[bytes, ...]
+
+
 def write_html(
     report: Mapping[str, Any],
     run: TrainingRun,
-    result: TrainingResult,
+    samples: Sequence[SampleRow],
     prompts: Sequence[str],
     folder: Path,
     *,
@@ -40,7 +53,7 @@ def write_html(
     Args:
         report: From `report.build_report`.
         run: Its images.
-        result: With the samples of checkpoints.
+        samples: The samples of checkpoints, the base model's first.
         prompts: Of the samples.
         folder: Where `samples.png` and `loss_curve.png` lie, as far as they could be made; the file
             goes there, too.
@@ -62,7 +75,7 @@ def write_html(
         "curve_text": _curve_text(report),
         "samples": _small_sheet(folder / SAMPLES),
         "prompts": prompts,
-        "rows": _rows(result, prompts),
+        "rows": _rows(samples, prompts),
         "choice": _choice(report),
     }
     environment = jinja2.Environment(
@@ -96,21 +109,18 @@ def _shown(
     ]
 
 
-def _rows(result: TrainingResult, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """The samples of checkpoints, the base model's first."""
-    titles = {grids.WITHOUT_LORA: "Without the LoRA"} | {
-        str(epoch): f"After epoch {epoch}" for epoch in grids.epochs(result.samples)
-    }
+def _rows(samples: Sequence[SampleRow], prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of samples that have an image."""
     rows = [
         {
-            "title": title,
-            "chosen": row == str(result.delivered_epoch),
+            "title": row.title,
+            "chosen": row.chosen,
             "pictures": [
                 {"address": _data_uri(content, "jpeg"), "prompt": prompt}
-                for content, prompt in zip(grids.row_of(result.samples, row), prompts, strict=False)
+                for content, prompt in zip(row.images, prompts, strict=False)
             ],
         }
-        for row, title in titles.items()
+        for row in samples
     ]
     return [row for row in rows if row["pictures"]]
 

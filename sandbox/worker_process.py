@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -16,6 +16,13 @@ from config import Settings, setting_names
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = frozenset({"HF_HOME", "HF_TOKEN", "CUDA_VISIBLE_DEVICES"})
 """What a machine's owner has set about the model hub and the GPU holds here too."""
+_WITH_DEFAULT_SIGHUP = (
+    *(sys.executable, "-ISc"),
+    "import os, signal, sys; "
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    "os.execvp(sys.argv[1], sys.argv[1:])",
+)
+"""Runs a command with the default SIGHUP: under nohup this process would pass on an ignored one."""
 
 
 class WorkerProcess:
@@ -27,13 +34,20 @@ class WorkerProcess:
         folder: Folder in which the worker runs.
         log: File that receives all that the worker writes.
         code: Folder of the program; another release's, to run two of them side by side.
+        launcher: Command that starts the worker, such as `nohup`.
     """
 
     def __init__(
-        self, settings: Mapping[str, str], *, folder: Path, log: Path, code: Path = ROOT
+        self,
+        settings: Mapping[str, str],
+        *,
+        folder: Path,
+        log: Path,
+        code: Path = ROOT,
+        launcher: Sequence[str] = (),
     ) -> None:
         self.log = log
-        self._code = code
+        self._command = (*launcher, sys.executable, str(code / "main.py"), "worker")
         self._folder = folder
         self._environment = {
             name: value
@@ -89,7 +103,7 @@ class WorkerProcess:
         output: IO[bytes]
         with self.log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, str(self._code / "main.py"), "worker"],
+                [*_WITH_DEFAULT_SIGHUP, *self._command],
                 cwd=self._folder,  # where no `.env` lies
                 env=self._environment,
                 stdin=subprocess.DEVNULL,

@@ -17,8 +17,7 @@ from typing import Any, cast
 from botocore.exceptions import ClientError
 from botocore.response import StreamingBody
 
-from services.s3.access import S3Access
-from services.s3.s3_service import S3Service, translated
+from services.s3.s3_service import S3Service
 from utils.errors import StorageError
 
 Before = Callable[[str, str, str], None]
@@ -50,15 +49,12 @@ class MemoryS3(S3Service):
         requests: Method and key of every request.
     """
 
-    # `S3Service` makes a client of boto3's; this one has its own.
-    # pylint: disable-next=super-init-not-called
     def __init__(self, objects: dict[tuple[str, str], StoredObject] | None = None) -> None:
         self.objects = {} if objects is None else objects
         self.before: Before = lambda method, bucket, key: None
         self.now = datetime.datetime(2025, 1, 20, 12, tzinfo=datetime.UTC)
         self.requests: list[tuple[str, str]] = []
-        # pylint: disable-next=non-parent-init-called
-        S3Access.__init__(self, cast(Any, _Client(self)), translated, 1)
+        super().__init__(region="", attempts=1, client=cast(Any, _Client(self)))
 
     def asked(self, method: str, bucket: str, key: str) -> None:
         """Called ahead of each request."""

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from consumer.life.stop_signal import StopSignal
-from consumer.publishing.model_publisher import WEIGHTS, ModelPublisher, Published
+from consumer.publishing.model_publisher import ModelPublisher, Published
 from jobs.addresses import S3Location
 from jobs.hold import decode, encode, stamped
-from jobs.lora_config import HyperParameters
+from jobs.layout import WEIGHTS, place_of, record_at
+from jobs.message import Job
 from jobs.record import JobRecord, JobRequest
-from jobs.style_job import TrainingJob
+from jobs.style import HyperParameters, StyleSpec
 from services.records.job_lease import JobLease
-from services.records.job_records import Claimed, JobRecords, record_at
+from services.records.job_records import Claimed, JobRecords
 from services.records.style_turn import StyleTurns, Turn
 from services.s3.s3_service import S3Service
 
 STYLE = 7
+PLACE = place_of("style", str(STYLE), "")
 CONFIG = "adapter_config.json"  # the same bytes in every run
 FILES = (CONFIG, "samples.png", WEIGHTS)
 OLD_FILES = (CONFIG, "loss_curve.png", WEIGHTS)
@@ -116,7 +118,7 @@ class World:
             self.s3.replace(where, encode(stamped(record)), found.etag)
         job = job_of(task_id)
         claim = JobRecords(s3 or self.s3, self.state, owner="worker", lease_seconds=LEASE).claim(
-            JobRequest(task_id, STYLE, job.identity, job.understood())
+            JobRequest(task_id, job.kind, job.subject, job.identity, job.understood())
         )
         assert isinstance(claim, Claimed), claim
         return claim.lease
@@ -163,7 +165,7 @@ class World:
         return self.publisher(s3 or self.s3, state).publish(
             folder,
             files,
-            job_of(task_id),
+            PLACE,
             lease,
             stop or StopSignal(),
             ordered_at=ordered_at,
@@ -201,9 +203,9 @@ class World:
         return found
 
 
-def job_of(task_id: str) -> TrainingJob:
+def job_of(task_id: str) -> Job:
     """A job that trains the style."""
-    return TrainingJob(task_id, STYLE, (), (), (), {}, HyperParameters())
+    return Job("style", task_id, StyleSpec(STYLE, (), (), (), {}, HyperParameters()))
 
 
 def content(name: str, task_id: str) -> str:

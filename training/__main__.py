@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jobs.lora_config import TrainerOptions
+from jobs.style import TrainerOptions
 from training.runtime.inbox import Inbox
 from utils.events import from_dict
 
@@ -47,11 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from training.runtime.child import Child  # pylint: disable=import-outside-toplevel
     from utils import logger  # pylint: disable=import-outside-toplevel
 
-    gc.freeze()
-    gc.enable()
     logger.configure(level=options.log_level, log_format=options.log_format, secrets=())
     events = os.fdopen(parsed.events_fd, "wb", buffering=0)
-    Child(options, inbox, events, bound=logger.bound).serve()
+    child = Child(options, inbox, events, bound=logger.bound)
+    gc.freeze()
+    gc.enable()
+    child.serve()
     return 0
 
 

@@ -92,7 +92,9 @@ class InvalidMessage(TrainingServerError):
         field: The field that is wrong, in the message's own spelling (`data.parameters.epochs`), or
             `body`.
         task_id: The task's id where one could be read.
-        style_id: The style's id where one could be read; then the backend gets a `failed` webhook.
+        kind: The kind of job.
+        subject: The subject of the order if it could be read, such as a style's id; then the
+            backend gets a `failed` webhook.
         webhook_url: The message's webhook address where one could be read (not yet checked).
     """
 
@@ -102,13 +104,15 @@ class InvalidMessage(TrainingServerError):
         *,
         field: str = "body",
         task_id: str | None = None,
-        style_id: int | None = None,
+        kind: str = "",
+        subject: str | None = None,
         webhook_url: str | None = None,
     ) -> None:
         super().__init__(message)
         self.field = field
         self.task_id = task_id
-        self.style_id = style_id
+        self.kind = kind
+        self.subject = subject
         self.webhook_url = webhook_url
 
 

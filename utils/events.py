@@ -1,7 +1,7 @@
 """The vocabulary between the front desk and the trainer process: frozen facts, one JSON object a
 line.
 
-In go a `TrainingRun` (see `jobs.lora_config`) and a `Stop`; out come `Started`, `Progress`,
+In go a `Run` (see `jobs.kinds`) and a `Stop`; out come `Started`, `Progress`,
 `CheckpointSaved`, `Finished` and `Failed`, and between runs too `BaseModelReady`. Nothing else
 crosses the pipe, and nothing is pickled.
 """

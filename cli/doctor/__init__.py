@@ -1,4 +1,5 @@
-"""`python main.py doctor`: everything that a worker needs, tested before the first job.
+"""`main.py doctor`: tests everything that a worker needs before its first job.
 
-Each check stands by itself, ends in time, changes nothing that stays, and shows no secret.
+A check is a generator that takes the settings and yields findings. `command.CHECKS` lists the
+checks; each has a time limit. A check leaves nothing behind and shows no secret.
 """

@@ -1,174 +1,210 @@
-"""The base model: on this machine and whole, or to be had from the Hugging Face hub?"""
+"""Checks of the base model: a local folder, the hub's cache on this machine, or the hub."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
 import shutil
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+
+from huggingface_hub import (
+    HfApi,
+    parse_local_safetensors_file_metadata,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    SafetensorsParsingError,
+)
 
 from cli.doctor.findings import Finding, fail, ok, warn
-from cli.doctor.model_files import examine_folder, missing
 from config import Settings
 from utils.settings.values import not_pinned
 
 CHECK = "base model"
 _HUB_SECONDS = 15.0
-_LARGEST_ANSWER = 16 * 1024**2
 _GIB = 1024**3
-_OFFLINE = (
-    "without the hub: download the model on a machine that has it (hf download {name} --local-dir "
-    "FOLDER), bring the folder here, and set BASE_MODEL to it"
+_UNET = "diffusion_pytorch_model"
+# The files that the trainer loads; of each line, one file is enough.
+NEEDED: tuple[tuple[str, ...], ...] = (
+    ("scheduler/scheduler_config.json",),
+    ("tokenizer/vocab.json", "tokenizer/tokenizer.json"),
+    ("text_encoder/config.json",),
+    ("unet/config.json",),
+    ("vae/config.json",),
+    ("text_encoder/model.safetensors", "text_encoder/model.safetensors.index.json"),
+    (f"unet/{_UNET}.safetensors", f"unet/{_UNET}.safetensors.index.json"),
+    (f"vae/{_UNET}.safetensors", f"vae/{_UNET}.safetensors.index.json"),
 )
 
 
-def examine(settings: Settings) -> list[Finding]:
-    """Judge BASE_MODEL as the trainer will: a local folder, the hub's cache, the hub."""
-    findings = _files(settings)
-    if reason := not_pinned(settings.base_model, settings.base_model_revision):
-        remedy = "set BASE_MODEL_REVISION to the commit that the hub shows for the model"
-        findings.append(warn(CHECK, reason, remedy))
-    return findings
-
-
-def _files(settings: Settings) -> list[Finding]:
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Judge BASE_MODEL as the trainer does: as a local folder, else as a model of the hub."""
     name = settings.base_model
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return [_local(folder, f"the folder {folder}")]
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        remedy = "BASE_MODEL must name a diffusers folder, or a model on the hub as owner/name"
-        return [fail(CHECK, f"{name} is no folder on this machine", remedy)]
-    environment = settings.trainer_environment()
-    hub = _hub_cache(environment)
-    snapshot = _snapshot(hub, name, settings.base_model_revision or "main")
-    if snapshot is not None:
-        size, problems = examine_folder(snapshot)
+        yield _local(folder)
+    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        remedy = "Set BASE_MODEL to a diffusers folder, or to owner/name of a model on the hub."
+        yield fail(CHECK, f"{name} is no folder on this machine.", remedy)
+    else:
+        yield _of_the_hub(settings)
+    if reason := not_pinned(name, settings.base_model_revision):
+        remedy = "Set BASE_MODEL_REVISION to the commit that the hub shows for the model."
+        yield warn(CHECK, reason, remedy)
+
+
+def _local(folder: Path) -> Finding:
+    size, problems = _examine_folder(folder)
+    if not problems:
+        return ok(CHECK, f"The folder {folder} is complete ({size / _GIB:.1f} GiB).")
+    return fail(
+        CHECK,
+        f"The folder {folder} is not complete: {'; '.join(problems[:5])}.",
+        "Download the model again: a whole diffusers folder of Stable Diffusion 1.5 with "
+        "safetensors weights, not only an fp16 variant.",
+    )
+
+
+def _of_the_hub(settings: Settings) -> Finding:
+    name, environment = settings.base_model, settings.trainer_environment()
+    cache = _cache(environment)
+    here = f"{name} is not in {cache}"
+    if snapshot := _snapshot(name, settings.base_model_revision, cache):
+        size, problems = _examine_folder(snapshot)
         if not problems:
-            return [ok(CHECK, f"{name} lies whole in {hub} ({size / _GIB:.1f} GiB)")]
-    return [_from_the_hub(settings, environment, hub, partly=snapshot is not None)]
+            return ok(CHECK, f"{name} is complete in {cache} ({size / _GIB:.1f} GiB).")
+        here = f"{name} is only partly in {cache}"
+    return _on_the_hub(settings, environment, cache, here)
 
 
-def _local(folder: Path, what: str) -> Finding:
-    size, problems = examine_folder(folder)
-    if problems:
-        return fail(
-            CHECK,
-            f"{what} is not whole: {'; '.join(problems[:5])}",
-            "it must be a whole diffusers folder of Stable Diffusion 1.5 with safetensors weights "
-            "(no fp16 variant alone): download it anew",
-        )
-    return ok(CHECK, f"{what} is whole ({size / _GIB:.1f} GiB)")
-
-
-def _hub_cache(environment: Mapping[str, str]) -> Path:
-    """Where huggingface_hub keeps models, by its own rules (its `constants.py`)."""
-    if cache := environment.get("HF_HUB_CACHE"):
-        return Path(cache).expanduser()
-    if home := environment.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    base = environment.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "huggingface" / "hub"
-
-
-def _snapshot(hub: Path, name: str, revision: str) -> Path | None:
-    """The folder of a revision in the cache: `refs` names the commit, `snapshots` holds it."""
-    repository = hub / f"models--{name.replace('/', '--')}"
-    commit = revision
-    if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        try:
-            commit = (repository / "refs" / revision).read_text(encoding="utf-8").strip()
-        except OSError:
-            return None
-    folder = repository / "snapshots" / commit
-    return folder if folder.is_dir() else None
-
-
-def _from_the_hub(
-    settings: Settings, environment: Mapping[str, str], hub: Path, *, partly: bool
+def _on_the_hub(
+    settings: Settings, environment: Mapping[str, str], cache: Path, here: str
 ) -> Finding:
+    """The finding about a model that the trainer has to download."""
     name = settings.base_model
-    here = "is only partly" if partly else "is not"
-    here = f"{name} {here} in {hub}"
-    offline = _OFFLINE.format(name=name)
-    if any(
-        environment.get(switch, "").upper() in ("1", "ON", "YES", "TRUE")
-        for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    ):
-        return fail(CHECK, f"{here}, and HF_HUB_OFFLINE keeps it from being fetched", offline)
+    without_hub = (
+        f"Without the hub: run `hf download {name} --local-dir FOLDER` on a machine that can reach "
+        "it, copy the folder here, and set BASE_MODEL to it."
+    )
+    switches = (environment.get(each, "") for each in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    if any(switch.upper() in ("1", "ON", "YES", "TRUE") for switch in switches):
+        return fail(CHECK, f"{here}, and HF_HUB_OFFLINE forbids the download.", without_hub)
     endpoint = environment.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     try:
-        sizes = _sizes_on_the_hub(settings, endpoint)
-    except urllib.error.HTTPError as error:
-        with error:
-            return fail(CHECK, f"{here}; {endpoint} answers {error.code}", _hub_remedy(error.code))
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        return fail(CHECK, f"{here}, and {endpoint} cannot be reached ({reason})", offline)
-    if lacking := missing(sizes):
-        return fail(
-            CHECK,
-            f"{here}, and on the hub it lacks {', '.join(lacking)}",
-            "choose a diffusers model of Stable Diffusion 1.5 with safetensors weights",
+        info = HfApi(endpoint, _token(settings)).model_info(
+            name,
+            revision=settings.base_model_revision,
+            files_metadata=True,
+            timeout=_HUB_SECONDS,
         )
-    return _download(here, sizes, hub)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        return fail(CHECK, f"{here}, and {endpoint} answers {status}.", _hub_remedy(status))
+    except Exception as error:  # pylint: disable=broad-exception-caught  # of httpx, JSON, sockets
+        return fail(CHECK, f"{here}, and {endpoint} cannot be reached ({error}).", without_hub)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    if lacking := _missing(sizes):
+        remedy = "Choose a diffusers model of Stable Diffusion 1.5 with safetensors weights."
+        return fail(CHECK, f"{here}, and on the hub it lacks {', '.join(lacking)}.", remedy)
+    if info.id != name:
+        return warn(CHECK, f"{here}. The hub calls it {info.id} now.", f"Set BASE_MODEL={info.id}.")
+    return _download(here, sizes, cache)
 
 
-def _download(here: str, sizes: Mapping[str, int], hub: Path) -> Finding:
+def _snapshot(name: str, revision: str | None, cache: Path) -> Path | None:
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True)
+        )
+    except IncompleteSnapshotError as error:  # the trainer needs only some of the files
+        return Path(error.snapshot_path)
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _token(settings: Settings) -> str | bool:
+    """False: no token of a file in the home folder either."""
+    return settings.hf_token.get_secret_value() if settings.hf_token else False
+
+
+def _download(here: str, sizes: Mapping[str, int], cache: Path) -> Finding:
+    loaded = re.compile(r"(scheduler|text_encoder|tokenizer|unet|vae)/.*\.(safetensors|json|txt)")
+    variant = re.compile(r"\.(fp16|non_ema)\.")
     size = sum(
-        count
-        for name, count in sizes.items()
-        if name.endswith((".safetensors", ".json", ".txt"))
-        and name.startswith(("scheduler/", "text_encoder/", "tokenizer/", "unet/", "vae/"))
-        and not re.search(r"\.(fp16|non_ema)\.", name)
+        size for name, size in sizes.items() if loaded.fullmatch(name) and not variant.search(name)
     )
-    parent = next(folder for folder in (hub, *hub.parents) if folder.is_dir())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(next(each for each in (cache, *cache.parents) if each.is_dir())).free
     detail = (
-        f"{here}; the hub has it ({size / _GIB:.1f} GiB, {free / _GIB:.1f} GiB free): the worker "
-        "fetches it when it starts"
+        f"{here}. The worker downloads it at start ({size / _GIB:.1f} GiB; "
+        f"{free / _GIB:.1f} GiB are free)."
     )
     if free < size * 1.1:
-        return fail(CHECK, detail, "make room, or set HF_HOME to a larger disk")
-    return warn(CHECK, detail, "put HF_HOME on a volume that stays, so that it is fetched once")
-
-
-def _sizes_on_the_hub(settings: Settings, endpoint: str) -> dict[str, int]:
-    """The model's files on the hub, with their sizes in bytes."""
-    path = f"/api/models/{urllib.parse.quote(settings.base_model)}"
-    if settings.base_model_revision:
-        path += f"/revision/{urllib.parse.quote(settings.base_model_revision, safe='')}"
-    request = urllib.request.Request(f"{endpoint}{path}?blobs=true")
-    if settings.hf_token:
-        request.add_header("Authorization", f"Bearer {settings.hf_token.get_secret_value()}")
-    opener = urllib.request.build_opener(_StayHere())
-    with opener.open(request, timeout=_HUB_SECONDS) as answer:
-        values: Any = json.loads(answer.read(_LARGEST_ANSWER))
-    try:
-        return {file["rfilename"]: int(file.get("size") or 0) for file in values["siblings"]}
-    except (KeyError, TypeError) as error:
-        raise ValueError("the answer is not the hub's") from error
-
-
-class _StayHere(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: the token would go along."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """None makes an error of it."""
+        return fail(CHECK, detail, "Free space, or set HF_HOME to a larger disk.")
+    return warn(CHECK, detail, "Put HF_HOME on a persistent volume, to download it only once.")
 
 
 def _hub_remedy(status: int) -> str:
     if status in (401, 403, 404):
         return (
-            "check BASE_MODEL and BASE_MODEL_REVISION; a private or gated model needs an HF_TOKEN "
-            "whose owner has accepted its terms"
+            "Check BASE_MODEL and BASE_MODEL_REVISION. A private or gated model needs an HF_TOKEN "
+            "of an account that has accepted its terms."
         )
-    if 300 <= status < 400:
-        return "the model was renamed: put its present name into BASE_MODEL"
-    return "the hub, or a proxy before it, is in trouble: try again later"
+    return "The hub, or a proxy in front of it, has a problem: try again later."
+
+
+def _cache(environment: Mapping[str, str]) -> Path:
+    """The folder of huggingface_hub's cache, by the rules of its `constants.py`.
+
+    Its own constants are read from this process's environment, not from the trainer's.
+    """
+    if cache := environment.get("HF_HUB_CACHE"):
+        return Path(cache).expanduser()
+    base = Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(environment.get("HF_HOME") or base).expanduser() / "hub"
+
+
+def _missing(names: Container[str]) -> list[str]:
+    """The files that the trainer needs and that are not among these names."""
+    return [choice[0] for choice in NEEDED if not any(name in names for name in choice)]
+
+
+def _examine_folder(folder: Path) -> tuple[int, list[str]]:
+    """The size in bytes of a model's weights, and the problems of the folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]  # no broken links
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    problems = [f"{name} is missing" for name in _missing(names)]
+    size = 0
+    for choice in NEEDED:
+        weights = next((names[name] for name in choice if name in names), None)
+        for path in _weights(weights) if weights else ():
+            if problem := _damage(path):
+                problems.append(f"{path.relative_to(folder).as_posix()} {problem}")
+            size += path.stat().st_size if path.is_file() else 0
+    return size, problems
+
+
+def _weights(path: Path) -> list[Path]:
+    """The safetensors files of a file that is one, or that is an index of several."""
+    if not path.name.endswith(".index.json"):
+        return [path] if path.suffix == ".safetensors" else []
+    try:
+        parts = set(json.loads(path.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return [path.with_suffix("").with_suffix("")]  # reported under the name of the whole file
+    return [path.parent / str(part) for part in sorted(parts, key=str)]
+
+
+def _damage(path: Path) -> str:
+    """The problem of a safetensors file, by its header and its size; empty if there is none."""
+    try:
+        tensors = parse_local_safetensors_file_metadata(path).tensors.values()
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        end = 8 + header + max((int(each.data_offsets[1]) for each in tensors), default=0)
+    except (OSError, SafetensorsParsingError, AttributeError, TypeError, ValueError):
+        return "is not a valid safetensors file"
+    return "is truncated" if path.stat().st_size < end else ""

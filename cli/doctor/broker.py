@@ -1,9 +1,9 @@
-"""RabbitMQ: is it there, may the worker do there what it must, and are the queues sound?
+"""Checks of RabbitMQ: its hosts, the queues, the permissions and the limits.
 
-Everything is asked so that the answer is no. A declaration with an argument that no queue can be
-made with is refused as different where the queue exists, and as invalid where it does not: so it
-tells type, arguments and permissions, and never leaves a queue behind. A subscription with an
-argument that is no number is refused after the permission was checked, and takes no message.
+No message is taken and no queue is made, because every request is one that the broker refuses. A
+declaration with an impossible argument is refused as different if the queue exists, as invalid if
+it does not, and as forbidden without the permission. A subscription with a priority that is no
+number is refused after the permission was checked.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
-from cli.doctor import broker_limits
-from cli.doctor.broker_visit import BrokerVisit, Refusal
+from cli.broker import NOT_FOUND, BrokerVisit, Refusal
+from cli.doctor.broker_limits import advice
 from cli.doctor.findings import Finding, Verdict, fail, ok, warn
 from config import LOCAL_HOSTS, Settings
 from consumer.training_consumer import NO_ROUTE
@@ -30,159 +31,133 @@ from services.broker.topology import (
     tells_more_than_the_type,
 )
 from utils.errors import BrokerError, BrokerRefused
-from utils.wording import counted as phrase
+from utils.wording import counted
 
-NOT_FOUND, LOCKED, REFUSED, PRECONDITION = 404, 405, 403, 406
+LOCKED, FORBIDDEN, PRECONDITION = 405, 403, 406
 
 
-def examine(settings: Settings) -> list[Finding]:
-    """Every host, then everything else through the first that lets the worker in.
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Test every host, then everything else on the first host that accepts the worker.
 
-    One host of several that is down is no failure: the worker goes to the others.
+    If one host accepts it, a host that is down is only a warning.
     """
-    findings: list[Finding] = []
     unreachable: list[Finding] = []
-    way_in: BrokerVisit | None = None
+    visit: BrokerVisit | None = None
     for host in settings.rabbitmq_host:
-        one = settings.model_copy(update={"rabbitmq_host": (host,)})
         try:
-            visit = BrokerVisit(one)
+            another = BrokerVisit(settings.model_copy(update={"rabbitmq_host": (host,)}))
         except BrokerError as error:
-            unreachable.append(_no_way_in(settings, host, error))
+            unreachable.append(_unreachable(settings, host, error))
             continue
-        findings.append(_introduced(settings, host, visit))
-        if way_in is None:
-            way_in = visit
+        yield _reached(settings, host, another)
+        if visit is None:
+            visit = another
         else:
-            visit.close()
-    if way_in is None:
-        return unreachable
-    findings += [dataclasses.replace(each, verdict=Verdict.WARN) for each in unreachable]
-    with way_in:
-        findings += _queues(settings, way_in)
-    return findings
+            another.close()
+    if visit is None:
+        yield from unreachable
+        return
+    yield from (dataclasses.replace(each, verdict=Verdict.WARN) for each in unreachable)
+    with visit:
+        try:
+            yield from _queues(settings, visit)
+        except BrokerError as error:
+            yield fail("broker", f"The connection failed: {error}", "Run the doctor again.")
 
 
-def _no_way_in(settings: Settings, host: str, error: BrokerError) -> Finding:
-    check = f"broker {host}"
+def _unreachable(settings: Settings, host: str, error: BrokerError) -> Finding:
+    remedy = "Check RABBITMQ_USER, RABBITMQ_PASS and RABBITMQ_VHOST."
     if not isinstance(error, BrokerRefused):
-        return fail(
-            check,
-            str(error),
-            "check RABBITMQ_HOST, RABBITMQ_PORT, RABBITMQ_TLS (port 5671 wants true, 5672 false) "
-            "and the firewall; several hosts: take out one that is gone",
+        remedy = (
+            "Check RABBITMQ_HOST, RABBITMQ_PORT, RABBITMQ_TLS (true for port 5671, false for 5672) "
+            "and the firewall. Remove a host that no longer exists."
         )
-    remedy = "check RABBITMQ_USER, RABBITMQ_PASS and RABBITMQ_VHOST"
-    if settings.rabbitmq_user == "guest" and host not in LOCAL_HOSTS:
-        remedy = "guest may only log in on the broker's own machine: make a user for the workers"
-    return fail(check, str(error), remedy)
+    elif settings.rabbitmq_user == "guest" and host not in LOCAL_HOSTS:
+        remedy = "guest may log in only on the broker's own machine: create a user for the workers."
+    return fail(f"broker {host}", str(error), remedy)
 
 
-def _introduced(settings: Settings, host: str, visit: BrokerVisit) -> Finding:
+def _reached(settings: Settings, host: str, visit: BrokerVisit) -> Finding:
     check = f"broker {host}"
     detail = (
-        f"{visit.product or 'a broker without a name'} {visit.version}, port "
-        f"{settings.rabbitmq_port}, TLS {'on' if settings.rabbitmq_tls else 'off'}, virtual host "
+        f"{visit.product or 'an unnamed broker'} {visit.version}, port {settings.rabbitmq_port}, "
+        f"TLS {'on' if settings.rabbitmq_tls else 'off'}, virtual host "
         f"{settings.rabbitmq_vhost!r}, user {settings.rabbitmq_user!r}, heartbeat "
-        f"{visit.heartbeat} s"
+        f"{visit.heartbeat} s."
     )
     if not visit.heartbeat:
-        return warn(
-            check,
-            detail,
-            "the broker wants no heartbeats, so a dead connection is noticed late: set "
-            "heartbeat = 60 in rabbitmq.conf",
-        )
+        detail += " Without heartbeats a dead connection is noticed late."
+        return warn(check, detail, "Set heartbeat = 60 in the broker's rabbitmq.conf.")
     if not settings.rabbitmq_tls and host not in LOCAL_HOSTS:
-        return warn(
-            check,
-            detail,
-            "the password goes over the network in the clear: use RABBITMQ_TLS=true with port "
-            "5671, or a private network",
-        )
+        detail += " The network can read the password."
+        return warn(check, detail, "Set RABBITMQ_TLS=true and port 5671, or use a private network.")
     return ok(check, detail)
 
 
-def _queues(settings: Settings, visit: BrokerVisit) -> list[Finding]:
-    findings: list[Finding] = []
-    name = settings.training_queue
-    try:
-        counted = visit.attempt(
-            f"looking at {name}", lambda channel: channel.queue_declare(name, passive=True)
-        )
-        trial = visit.attempt(
-            f"looking at {name}",
-            lambda channel: channel.queue_declare(name, durable=True, arguments=TYPE_TRIAL),
-        )
-        queue_type = _type_of(counted, trial)
-        findings.append(_training_queue(settings, visit, counted, queue_type))
-        findings.append(_own_queues(settings, visit, queue_type))
-        findings.append(_permissions(settings, visit, exists=not isinstance(counted, Refusal)))
-        findings += _set_aside(settings, visit)
-        findings.append(broker_limits.advice(settings, visit.product, visit.version, queue_type))
-    except BrokerError as error:
-        findings.append(fail("broker", f"the connection broke: {error}", "run the doctor again"))
-    return findings
-
-
-def _type_of(counted: Any, trial: Any) -> str | None:
-    """The queue's type; None where there is no queue, or something hides its type."""
-    if isinstance(counted, Refusal) or not isinstance(trial, Refusal):
-        return None
-    return queue_type_of(trial.text)
-
-
-def _training_queue(
-    settings: Settings, visit: BrokerVisit, counted: Any, queue_type: str | None
-) -> Finding:
-    name = settings.training_queue
+def _queues(settings: Settings, visit: BrokerVisit) -> Iterator[Finding]:
+    name, dead = settings.training_queue, name_of(settings.training_queue, Queue.DEAD)
+    found = visit.count(name)
+    trial = _declare(visit, name, TYPE_TRIAL)
+    is_there = not isinstance(found, Refusal)
+    queue_type = queue_type_of(trial.text) if is_there and isinstance(trial, Refusal) else None
     check = f"queue {name}"
-    if isinstance(counted, Refusal):
-        return _out_of_sight(check, counted)
-    waiting = phrase(counted.method.message_count, "waiting message")
-    consumers = phrase(counted.method.consumer_count, "consumer")
-    detail = f"{queue_type or 'its type cannot be told'}; {waiting}, {consumers}"
+    yield _training_queue(visit, name, found, queue_type) if is_there else _no_queue(check, found)
+    yield _own_queues(settings, visit, queue_type)
+    yield _permissions(settings, visit, exists=is_there)
+    of_the_dead = visit.count(dead)
+    if not isinstance(of_the_dead, Refusal) and of_the_dead.method.message_count:
+        detail = f"It holds {counted(of_the_dead.method.message_count, 'message')}."
+        remedy = "`main.py redrive` shows the reasons and sends back what should be tried again."
+        yield warn(f"queue {dead}", detail, remedy)
+    yield advice(settings, visit.product, visit.version, queue_type)
+
+
+def _no_queue(check: str, refusal: Refusal) -> Finding:
+    if refusal.code == NOT_FOUND:
+        return ok(check, "It is not there yet. The worker declares it as the backend does.")
+    if refusal.code == LOCKED:
+        return fail(check, "It belongs to one other connection (exclusive).", "Delete it there.")
+    return fail(check, refusal.text, "Correct this on the broker.")
+
+
+def _training_queue(visit: BrokerVisit, name: str, found: Any, queue_type: str | None) -> Finding:
+    check = f"queue {name}"
+    waiting = counted(found.method.message_count, "waiting message")
+    consumers = counted(found.method.consumer_count, "consumer")
+    detail = f"{queue_type or 'its type cannot be read'}; {waiting}, {consumers}"
     if queue_type == "stream":
         return fail(
             check,
-            detail,
-            "a stream forgets no message: jobs would come again at each start. Declare it as a "
-            "classic or quorum queue",
+            f"{detail}. A stream keeps every message, so jobs would return at each start.",
+            "Declare it as a classic or quorum queue.",
         )
-    as_the_backend = visit.attempt(
-        f"looking at {name}",
-        lambda channel: channel.queue_declare(name, durable=True, arguments=IMPOSSIBLE),
-    )
-    differs = _difference(as_the_backend)
+    differs = _difference(_declare(visit, name, IMPOSSIBLE))
     if differs in ("durable", "auto_delete"):
+        wrong = "not durable" if differs == "durable" else "deleted when its last consumer leaves"
         return fail(
             check,
-            f"{detail}; it is {'not durable' if differs == 'durable' else 'deleted by itself'}",
-            "jobs are lost with the broker's next restart, and the backend's own declaration is "
-            "refused: delete it while it is empty, and let the backend declare it",
+            f"{detail}; it is {wrong}. Jobs get lost, and the backend cannot declare it.",
+            "Delete it while it is empty, and let the backend declare it.",
         )
     if differs:
         return warn(
             check,
-            f"{detail}; it differs from what the backend declares in {differs}",
-            "the worker takes it as it is, but RabbitMQ refuses the backend's declaration (durable,"
-            " no arguments) unless this is the virtual host's default: see that the backend "
-            "publishes",
+            f"{detail}; it differs from the backend's declaration in {differs}. RabbitMQ refuses "
+            "that declaration, unless this is the default of the virtual host.",
+            "Check that the backend can publish. The worker uses the queue as it is.",
         )
-    return ok(check, detail)
+    return ok(check, f"{detail}.")
 
 
-def _out_of_sight(check: str, refusal: Refusal) -> Finding:
-    """The queue cannot be looked at."""
-    if refusal.code == NOT_FOUND:
-        return ok(check, "is not there yet; the worker declares it as the backend does")
-    if refusal.code == LOCKED:
-        return fail(check, "is another connection's alone (exclusive)", "delete it there")
-    return fail(check, refusal.text)
+def _declare(visit: BrokerVisit, name: str, arguments: dict[str, Any]) -> Any:
+    return visit.attempt(
+        f"trying to declare {name}",
+        lambda channel: channel.queue_declare(name, durable=True, arguments=arguments),
+    )
 
 
 def _difference(trial: Any) -> str | None:
-    """The argument in which an existing queue differs from a trial declaration."""
+    """The argument in which an existing queue differs from a declaration."""
     if isinstance(trial, Refusal) and trial.code == PRECONDITION:
         argument = different_argument(trial.text)
         return argument if argument not in IMPOSSIBLE else None
@@ -197,32 +172,28 @@ def _own_queues(settings: Settings, visit: BrokerVisit, queue_type: str | None) 
         for delay in settings.retry_delays_seconds
     ]
     for queue in wanted:
-        differences: list[str] = []
+        answers = []
         for arguments in queue.variants(queue_type) if queue.ours else ({},):
-            trial = _try_to_declare(visit, queue, arguments)
-            if isinstance(trial, Refusal) and trial.code == REFUSED:
-                return fail(check, trial.text, *_permission_remedy(settings))
-            if not _difference(trial):
+            answer = _declare(visit, queue.name, arguments | IMPOSSIBLE)
+            if isinstance(answer, Refusal) and answer.code == FORBIDDEN:
+                return fail(check, answer.text, *_permission_remedy(settings))
+            answers.append(answer)
+            if not _difference(answer):
                 break
-            differences.append(trial.text)
         else:
             if queue.ours:
-                told = next(filter(tells_more_than_the_type, differences), differences[0])
-                return fail(check, queue.conflict(told), "see what was found")
+                return _conflict(check, queue, [answer.text for answer in answers])
     return ok(check, f"can be declared: {', '.join(queue.name for queue in wanted if queue.ours)}")
 
 
-def _try_to_declare(visit: BrokerVisit, queue: QueueDeclaration, arguments: dict[str, Any]) -> Any:
-    return visit.attempt(
-        f"trying to declare {queue.name}",
-        lambda channel: channel.queue_declare(
-            queue.name, durable=True, arguments=arguments | IMPOSSIBLE
-        ),
-    )
+def _conflict(check: str, queue: QueueDeclaration, answers: list[str]) -> Finding:
+    shown = next(filter(tells_more_than_the_type, answers), answers[0])
+    remedy = "Move its messages to another queue and delete it, or choose another TRAINING_QUEUE."
+    return fail(check, queue.conflict(shown), remedy)
 
 
 def _permissions(settings: Settings, visit: BrokerVisit, *, exists: bool) -> Finding:
-    """May it publish, and take messages? Asked without doing either."""
+    """Test whether the user may publish and subscribe, without doing either."""
     check = "broker permissions"
 
     def publish(channel: Any) -> None:
@@ -234,41 +205,24 @@ def _permissions(settings: Settings, visit: BrokerVisit, *, exists: bool) -> Fin
             settings.training_queue, lambda *_: None, arguments={"x-priority": "none"}
         )
 
-    publishing = visit.attempt("trying to publish", publish)
-    if isinstance(publishing, Refusal) and publishing.code != NO_ROUTE:
-        return fail(check, publishing.text, *_permission_remedy(settings))
+    answer = visit.attempt("trying to publish", publish)
+    if isinstance(answer, Refusal) and answer.code != NO_ROUTE:
+        return fail(check, answer.text, *_permission_remedy(settings))
     if not exists:
-        return ok(check, "may publish; whether it may take messages shows when the queue is there")
-    taking = visit.attempt("trying to take messages", subscribe)
-    if isinstance(taking, Refusal) and taking.code == REFUSED:
-        return fail(check, taking.text, *_permission_remedy(settings))
+        return ok(check, "may publish; taking messages can be tested once the queue exists")
+    answer = visit.attempt("trying to take messages", subscribe)
+    if isinstance(answer, Refusal) and answer.code == FORBIDDEN:
+        return fail(check, answer.text, *_permission_remedy(settings))
     return ok(check, "may publish and take messages")
 
 
 def _permission_remedy(settings: Settings) -> tuple[str, str]:
+    """A remedy and its command."""
     queues = f"^{re.escape(settings.training_queue)}"
+    command = ["rabbitmqctl", "set_permissions", "-p", settings.rabbitmq_vhost]
+    command += [settings.rabbitmq_user, queues, rf"{queues}|^amq\.default$", queues]
     return (
-        f"user {settings.rabbitmq_user!r} needs configure, write and read on its queues, and write "
-        "on the default exchange; as far as it has other rights, keep those",
-        shlex.join(
-            ["rabbitmqctl", "set_permissions", "-p", settings.rabbitmq_vhost]
-            + [settings.rabbitmq_user, queues, rf"{queues}|^amq\.default$", queues]
-        ),
+        f"Grant user {settings.rabbitmq_user!r} configure, write and read on its queues, and write "
+        "on the default exchange. The command replaces other rights of the user: add those.",
+        shlex.join(command),
     )
-
-
-def _set_aside(settings: Settings, visit: BrokerVisit) -> list[Finding]:
-    """What waits in the dead queue is for a person."""
-    name = name_of(settings.training_queue, Queue.DEAD)
-    counted: Any = visit.attempt(
-        f"looking at {name}", lambda channel: channel.queue_declare(name, passive=True)
-    )
-    if isinstance(counted, Refusal) or not counted.method.message_count:
-        return []
-    return [
-        warn(
-            f"queue {name}",
-            phrase(counted.method.message_count, "message"),
-            "`main.py redrive` shows why, and sends back what should be tried again",
-        )
-    ]

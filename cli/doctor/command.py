@@ -1,10 +1,12 @@
-"""The doctor's command: settings in; a report for a person, JSON or the S3 policy out."""
+"""The doctor's runner and printer: settings in; a report, JSON or the S3 policy out."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,31 @@ from rich.table import Table
 from rich.text import Text
 
 import config
-from cli.doctor.examination import Diagnosis, examine
-from cli.doctor.findings import Finding, Verdict, fail
+from cli.doctor import backend, base_model, broker, machine, storage
+from cli.doctor.findings import Finding, Verdict, fail, ok, warn
 from cli.doctor.storage_rights import least_policy
+from config import Settings
 from utils import logger
-from utils.errors import ConfigurationError
+from utils.errors import ConfigurationError, TrainingServerError
 from utils.wording import counted
 
 HEALTHY, ILL, SETTINGS_WRONG = 0, 1, 2
-_SET_THEM = "set them in the environment, in .env or in a file named by --config"
 _STYLES = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
+_SECONDS = 90.0
+_GPU_SECONDS = 150.0  # longer than the time limit of the GPU test itself
+
+Check = tuple[str, Callable[[Settings], Iterable[Finding]], float]
+CHECKS: tuple[Check, ...] = (
+    ("broker", broker.examine, _SECONDS),
+    ("storage", storage.examine, _SECONDS),
+    ("backend", backend.examine, _SECONDS),
+    ("GPU", machine.examine_gpu, _GPU_SECONDS),
+    ("RAM", machine.examine_memory, _SECONDS),
+    ("disk", machine.examine_disk, _SECONDS),
+    ("trainer's confinement", machine.examine_confinement, _SECONDS),
+    ("base model", base_model.examine, _SECONDS),
+)
+"""Name, function and time limit in seconds of each check."""
 
 
 def run(
@@ -32,44 +49,39 @@ def run(
     config_file: Path | None = None,
     console: Console | None = None,
 ) -> int:
-    """Examine everything and report on standard output.
+    """Run all checks and report on standard output.
 
     Args:
-        as_json: For scripts; everything is in it.
-        show_all: Print what is well in full, too, with the advice about it.
-        config_file: More settings.
-        console: Where to print; standard output by default.
+        as_json: Print JSON with every detail.
+        show_all: Also print the findings without a problem in full.
+        config_file: A file with more settings.
+        console: Standard output if None.
 
     Returns:
-        0: a worker can be started; 1: something failed; 2: the settings are wrong.
+        0: a worker can be started; 1: a check failed; 2: the settings are wrong.
     """
     console = console or Console(emoji=False)
     try:
-        settings: config.Settings = config.load(file=config_file)
+        settings: Settings = config.load(file=config_file)
     except ConfigurationError as error:
-        diagnosis = Diagnosis((fail("settings", str(error), _SET_THEM),))
-        _report(diagnosis, (), as_json, show_all, console)
+        remedy = "Set them in the environment, in .env or in a file named by --config."
+        _report([fail("settings", str(error), remedy)], None, as_json, show_all, console)
         return SETTINGS_WRONG
     logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
-    waiting = Console(stderr=True)
-    with waiting.status("Testing everything. A service that does not answer takes two minutes."):
-        diagnosis = examine(settings, unknown=config.unknown_names(config_file))
-    _report(diagnosis, settings.secrets(), as_json, show_all, console)
-    return HEALTHY if diagnosis.healthy else ILL
+    with Console(stderr=True).status("Running all checks. This can take up to two minutes."):
+        findings = examine(settings, unknown=config.unknown_names(config_file))
+    _report(_redacted(findings, settings), settings, as_json, show_all, console)
+    return HEALTHY if is_healthy(findings) else ILL
 
 
 def print_policy(*, config_file: Path | None = None, console: Console | None = None) -> int:
-    """Print the least that S3 must allow the worker, as an IAM policy, and nothing else.
-
-    Args:
-        config_file: More settings.
-        console: Where to print; standard output by default.
+    """Print the least IAM policy that the worker needs.
 
     Returns:
         0; 2 if the settings are wrong.
     """
     try:
-        settings: config.Settings = config.load(file=config_file)
+        settings: Settings = config.load(file=config_file)
     except ConfigurationError as error:
         Console(stderr=True).print(Text(str(error), "red"), soft_wrap=True)
         return SETTINGS_WRONG
@@ -77,25 +89,100 @@ def print_policy(*, config_file: Path | None = None, console: Console | None = N
     return HEALTHY
 
 
-def _report(
-    diagnosis: Diagnosis, secrets: Iterable[str], as_json: bool, show_all: bool, console: Console
-) -> None:
-    # Foreign words (a backend's answer, a broker's) may hold what we sent them.
-    cleaned: Any = logger.Redactor(secrets).clean(
-        [dataclasses.asdict(finding) for finding in diagnosis.findings]
+def is_healthy(findings: Iterable[Finding]) -> bool:
+    """Whether nothing failed."""
+    return all(finding.verdict is not Verdict.FAIL for finding in findings)
+
+
+def examine(
+    settings: Settings, checks: Sequence[Check] = CHECKS, *, unknown: str | None = None
+) -> list[Finding]:
+    """Run checks in parallel. A check that fails, breaks or hangs does not stop the others.
+
+    Args:
+        settings: The settings that are tested.
+        checks: The checks, in the order of their findings.
+        unknown: A sentence about unknown setting names, if there are any.
+    """
+    end_of = [_started(*check, settings) for check in checks]
+    return [_settings(settings, unknown), *(each for end in end_of for each in end())]
+
+
+def _started(
+    name: str,
+    check: Callable[[Settings], Iterable[Finding]],
+    seconds: float,
+    settings: Settings,
+) -> Callable[[], list[Finding]]:
+    """Start a check in a thread; the result waits for its findings."""
+    found: list[Finding] = []
+
+    def work() -> None:
+        try:
+            for finding in check(settings):
+                found.append(finding)
+        except TrainingServerError as error:
+            found.append(fail(name, str(error), "Correct this and run the doctor again."))
+        except Exception as error:  # pylint: disable=broad-exception-caught  # the others go on
+            detail = f"The check itself failed: {type(error).__name__}: {error}"
+            found.append(fail(name, detail, "Please report this as a bug."))
+
+    thread = threading.Thread(target=work, name=f"doctor-{name}", daemon=True)
+    thread.start()
+    end = time.monotonic() + seconds
+
+    def wait() -> list[Finding]:
+        thread.join(max(0.0, end - time.monotonic()))
+        if thread.is_alive():
+            detail = f"The check did not end within {seconds:.0f} s."
+            return [*found, fail(name, detail, "Check the network between this machine and it.")]
+        return found
+
+    return wait
+
+
+def _settings(settings: Settings, unknown: str | None) -> Finding:
+    main, state = settings.main_store(), settings.state_store()
+    parts = (
+        f"RabbitMQ {', '.join(settings.rabbitmq_host)}, queue {settings.training_queue}",
+        f"images from {', '.join(settings.image_buckets)}",
+        f"models to {settings.model_bucket_name}",
+        f"state in {settings.state_bucket_name}",
+        f"S3 at {main.endpoint or main.region}",
+        *([f"state at {state.endpoint or state.region}"] if state != main else []),
+        f"backend {settings.backend_api_url}",
+        f"base model {settings.base_model}",
     )
+    if unknown:
+        return warn("settings", "; ".join((*parts, unknown)), "Correct or remove these names.")
+    return ok("settings", "; ".join(parts))
+
+
+def _redacted(findings: Iterable[Finding], settings: Settings) -> list[Finding]:
+    """The findings without secrets: an answer of a backend or broker may repeat what was sent."""
+    cleaned: Any = logger.Redactor(settings.secrets()).clean(
+        [dataclasses.asdict(finding) for finding in findings]
+    )
+    return [Finding(**(values | {"verdict": Verdict(values["verdict"])})) for values in cleaned]
+
+
+def _report(
+    findings: list[Finding],
+    settings: Settings | None,
+    as_json: bool,
+    show_all: bool,
+    console: Console,
+) -> None:
     if as_json:
         values = {
-            "healthy": diagnosis.healthy,
-            "findings": cleaned,
-            "iam_policy": diagnosis.iam_policy,
+            "healthy": is_healthy(findings),
+            "findings": [dataclasses.asdict(finding) for finding in findings],
+            "iam_policy": least_policy(settings) if settings else None,
         }
         print(json.dumps(values, indent=2), file=console.file)
         return
-    findings = [Finding(**(values | {"verdict": Verdict(values["verdict"])})) for values in cleaned]
-    # A terminal still shows what comes last.
-    order = list(Verdict)
-    findings.sort(key=lambda finding: order.index(finding.verdict))
+    # The last lines are the ones that a terminal still shows.
+    findings = sorted(findings, key=lambda finding: list(Verdict).index(finding.verdict))
     _print_findings(findings, show_all, console)
     for finding in findings:
         if finding.command and (show_all or finding.verdict is not Verdict.OK):
@@ -107,7 +194,7 @@ def _report(
 
 
 def _print_findings(findings: Iterable[Finding], show_all: bool, console: Console) -> None:
-    """One line for each finding that is well; a paragraph with what to do for all others."""
+    """One line for each finding without a problem; a paragraph with the remedy for all others."""
     grid = Table.grid("verdict", "words", padding=(0, 2))
     grid.columns[1].overflow = "fold"
     for finding in findings:
@@ -122,7 +209,7 @@ def _print_findings(findings: Iterable[Finding], show_all: bool, console: Consol
 
 
 def _print_whole(text: str, console: Console) -> None:
-    """As it stands, so that it can be copied whole."""
+    """Print without line breaks, so that the text can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,18 +1,20 @@
-"""What a check found, and what to do about it."""
+"""A finding of the doctor: what was tested, the result and the remedy."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from datetime import UTC, datetime
 
-# A signature of S3 or of a webhook is refused where the clocks differ by more than this.
+# S3 and the backend refuse a signature if the clocks differ by more than this.
 LARGEST_SKEW_SECONDS = 300.0
 _NOTABLE_SKEW_SECONDS = 30.0
+_SET_CLOCK = "Set this machine's clock by NTP (chrony, systemd-timesyncd; on a VM, the host's)."
 
 
 class Verdict(enum.StrEnum):
-    """How bad it is: a worker should not be started where something fails."""
+    """`warn`: a worker would run, but a person should read this. `fail`: it would not work."""
 
     OK = "ok"
     WARN = "warn"
@@ -21,61 +23,45 @@ class Verdict(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one test.
 
     Attributes:
-        check: What, in a word or three.
-        verdict: How it is.
-        detail: What was seen.
-        remedy: What to do; empty where nothing is to be done.
-        command: A command line that does it, to be copied whole.
+        detail: What was seen, in a sentence.
+        remedy: What to do. Advice if the verdict is `ok`.
+        command: A command line that applies the remedy.
     """
 
-    check: str
     verdict: Verdict
+    check: str
     detail: str
     remedy: str = ""
     command: str = ""
 
 
-def ok(check: str, detail: str, remedy: str = "", command: str = "") -> Finding:
-    """All is well; a remedy is advice then."""
-    return Finding(check, Verdict.OK, detail, remedy, command)
+ok = functools.partial(Finding, Verdict.OK)
+warn = functools.partial(Finding, Verdict.WARN)
+fail = functools.partial(Finding, Verdict.FAIL)
 
 
-def warn(check: str, detail: str, remedy: str = "", command: str = "") -> Finding:
-    """A worker would work, but somebody should know."""
-    return Finding(check, Verdict.WARN, detail, remedy, command)
-
-
-def fail(check: str, detail: str, remedy: str = "", command: str = "") -> Finding:
-    """A worker would not work, or not as promised."""
-    return Finding(check, Verdict.FAIL, detail, remedy, command)
-
-
-def clock(whose: str, theirs: datetime, asked: datetime, answered: datetime) -> Finding:
-    """Compare this machine's clock with another's.
+def clock(other: str, theirs: datetime, asked: datetime, answered: datetime) -> Finding:
+    """Compare this machine's clock with the `Date` header, in whole seconds, of an answer.
 
     Args:
-        whose: The other one.
-        theirs: Its `Date`, in whole seconds.
-        asked: This machine's clock before the question.
-        answered: And after the answer.
+        other: The machine that answered.
+        theirs: Its `Date`.
+        asked: This machine's clock before the request.
+        answered: This machine's clock after the answer.
     """
-    check = f"clock ({whose})"
-    # The date may have been written at any moment in between.
+    # The date may have been written at any moment between request and answer.
     skew = max((asked - theirs).total_seconds() - 1, (theirs - answered).total_seconds(), 0.0)
+    check = f"clock ({other})"
+    if skew <= _NOTABLE_SKEW_SECONDS:
+        return ok(check, f"This machine's clock is within {max(skew, 1):.0f} s of {other}'s.")
     direction = "ahead of" if asked > theirs else "behind"
-    remedy = "set this machine's clock by NTP (chrony, systemd-timesyncd; on a VM, the host's)"
-    if skew > LARGEST_SKEW_SECONDS:
-        return fail(
-            check,
-            f"{skew:.0f} s {direction} {whose}'s: signatures are refused, or soon will be",
-            remedy,
-        )
-    if skew > _NOTABLE_SKEW_SECONDS:
-        return warn(check, f"{skew:.0f} s {direction} {whose}'s", remedy)
-    return ok(check, f"within {max(skew, 1):.0f} s of {whose}'s")
+    detail = f"This machine's clock is {skew:.0f} s {direction} {other}'s."
+    if skew <= LARGEST_SKEW_SECONDS:
+        return warn(check, detail, _SET_CLOCK)
+    return fail(check, f"{detail} Signatures are refused.", _SET_CLOCK)
 
 
 def now() -> datetime:

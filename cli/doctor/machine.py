@@ -1,21 +1,23 @@
-"""The machine: its GPU, memory and disks."""
+"""Checks of the machine: GPU, memory, disk and the confinement of the trainer."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from cli.doctor.findings import Finding, fail, ok, warn
 from config import Settings
-from consumer.trainer.machine import check_machine
+from consumer.trainer.machine import Machine, check_machine
 from utils.confined import LEAST_ABI, landlock_version
 from utils.errors import GpuBroken
-from utils.gpu_monitor import GpuMonitor, GpuReading
+from utils.gpu_monitor import GpuMonitor
 
 GIB = 1024**3
 _ENOUGH_GPU = 6 * GIB
+_LEAST_CAPABILITY = 7.0  # the first GPUs with tensor cores
 _ENOUGH_RAM = 8 * GIB
 _ENOUGH_DISK = 5 * GIB
 _LEAST_DISK = 1 * GIB
@@ -23,130 +25,132 @@ _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
+_NO_GPU = "Start the container with a GPU (docker run --gpus all, or a GPU pod)"
 
 
-def examine_gpu(settings: Settings) -> list[Finding]:
-    """Does the GPU compute, in a process like the trainer's, and is there room on it?"""
+def examine_gpu(settings: Settings) -> Iterator[Finding]:
+    """Compute on the GPU, in a process like the trainer's, and read its free memory."""
     check = "GPU"
     try:
         machine = check_machine(settings.trainer_environment())
     except GpuBroken as error:
-        return [fail(check, str(error), "restart the machine, or take another")]
+        yield fail(check, str(error), "Restart the machine, or take another one.")
+        return
     if machine.problem:
-        return [
-            fail(
-                check,
-                f"{machine.device} does not compute: {machine.problem}",
-                "nvidia-smi should work here, and the driver fit the CUDA release that the "
-                "Dockerfile names; else restart the machine, or take another",
-            )
-        ]
-    if not machine.cuda:
-        if settings.allow_cpu:
-            detail = "none; ALLOW_CPU=true trains on the CPU, in fp32 and very slowly"
-            return [warn(check, detail, "start it with a GPU (docker run --gpus all)")]
-        return [
-            fail(
-                check,
-                "none was found",
-                "start the container with a GPU (docker run --gpus all, or a GPU pod), or set "
-                "ALLOW_CPU=true to train slowly on the CPU",
-            )
-        ]
-    return [ok(check, f"{machine.device} computes"), *_room_on_the_gpus()]
+        yield fail(
+            check,
+            f"{machine.device} does not compute: {machine.problem}",
+            "Check that nvidia-smi works here and that the driver fits the CUDA release in the "
+            "Dockerfile. If both do, restart the machine or take another one.",
+        )
+    elif machine.cuda:
+        yield _capability(machine)
+        yield from _gpu_memory()
+    elif settings.allow_cpu:
+        detail = "No GPU was found. ALLOW_CPU=true trains on the CPU, in fp32 and very slowly."
+        yield warn(check, detail, f"{_NO_GPU}.")
+    else:
+        remedy = f"{_NO_GPU}, or set ALLOW_CPU=true to train slowly on the CPU."
+        yield fail(check, "No GPU was found.", remedy)
 
 
-def _room_on_the_gpus() -> list[Finding]:
+def _capability(machine: Machine) -> Finding:
+    detail = f"{machine.device} computes; compute capability {machine.capability or 'unknown'}."
+    if not machine.capability or float(machine.capability) >= _LEAST_CAPABILITY:
+        return ok("GPU", detail)
+    remedy = f"Take a GPU of compute capability {_LEAST_CAPABILITY} (Volta, Turing) or newer."
+    return warn("GPU", f"{detail} It has no fast fp16, and training is slow.", remedy)
+
+
+def _gpu_memory() -> Iterator[Finding]:
     monitor = GpuMonitor()
     try:
         driver = monitor.driver_version() or "unknown"
-        return [_room(reading, driver) for reading in monitor.read()]
+        for reading in monitor.read():
+            total = reading.memory_total_bytes
+            free = total - reading.memory_used_bytes
+            check = f"GPU {reading.index} memory"
+            detail = f"{_gib(free)} of {_gib(total)} are free; driver {driver}."
+            if free >= _ENOUGH_GPU:
+                yield ok(check, detail)
+                continue
+            yield warn(
+                check,
+                detail,
+                "End other programs that use the GPU (see nvidia-smi), or keep "
+                "GRADIENT_CHECKPOINTING=true, BATCH_SIZE=1 and a RESOLUTION of 512 or less.",
+            )
     finally:
         monitor.stop()
 
 
-def _room(reading: GpuReading, driver: str) -> Finding:
-    free = reading.memory_total_bytes - reading.memory_used_bytes
-    check = f"GPU {reading.index} memory"
-    detail = f"{_gib(free)} of {_gib(reading.memory_total_bytes)} free, driver {driver}"
-    if free < _ENOUGH_GPU:
-        return warn(
-            check,
-            detail,
-            "end what else uses it (nvidia-smi), or keep GRADIENT_CHECKPOINTING=true, BATCH_SIZE=1 "
-            "and a RESOLUTION of 512 or less",
-        )
-    return ok(check, detail)
-
-
-def examine_memory(_settings: Settings) -> list[Finding]:
-    """The RAM that this process may use."""
+def examine_memory(_settings: Settings) -> Iterator[Finding]:
+    """Compare the RAM that this process may use with what loading the model needs."""
     limit = memory_limit()
-    detail = f"{_gib(limit)}"
-    if limit < _ENOUGH_RAM:
-        remedy = f"give the container {_gib(_ENOUGH_RAM)}: loading Stable Diffusion needs about 6"
-        return [warn("RAM", detail, remedy)]
-    return [ok("RAM", detail)]
-
-
-def examine_confinement(_settings: Settings) -> list[Finding]:
-    """Can the trainer be kept away from files with secrets?"""
-    check = "trainer's confinement"
-    version = landlock_version()
-    if version < LEAST_ABI:
-        detail = (
-            "this kernel does not offer Landlock: code in the trainer could read .env, keys in the "
-            "home folder and other processes of this user"
-        )
-        remedy = (
-            "use Linux 5.19 or newer, with a seccomp profile that allows landlock_*, or run the "
-            "worker as a user of its own without such files"
-        )
-        return [warn(check, detail, remedy)]
-    if os.geteuid() == 0:
-        detail = f"Landlock {version}, but the worker would run as root, who may open disks"
-        return [warn(check, detail, "run the worker as a user of its own")]
-    return [ok(check, f"Landlock {version}: the trainer cannot read files with secrets")]
+    detail = f"This process may use {_gib(limit)}."
+    if limit >= _ENOUGH_RAM:
+        yield ok("RAM", detail)
+    else:
+        remedy = f"Give the container {_gib(_ENOUGH_RAM)}. Loading Stable Diffusion needs about 6."
+        yield warn("RAM", detail, remedy)
 
 
 def memory_limit() -> int:
-    """Bytes of RAM: the container's limit, or the machine's size where it has none."""
+    """Bytes of RAM: the container's limit, or the machine's size if there is no limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
         try:
             text = path.read_text(encoding="ascii").strip()
         except OSError:
             continue
-        if text.isdigit():  # "max": no limit
+        if text.isdigit():  # "max" means no limit
             return min(total, int(text))
     return total
 
 
-def examine_disk(settings: Settings) -> list[Finding]:
-    """The folder for the job in hand: can it be written, is there room?
+def examine_confinement(_settings: Settings) -> Iterator[Finding]:
+    """Test whether the trainer can be kept away from files with secrets."""
+    check = "trainer's confinement"
+    version = landlock_version()
+    if version < LEAST_ABI:
+        yield warn(
+            check,
+            "This kernel does not offer Landlock: code in the trainer could read .env, keys in "
+            "the home folder and other processes of this user.",
+            "Use Linux 5.19 or newer with a seccomp profile that allows landlock_*, or run the "
+            "worker as a separate user without such files.",
+        )
+    elif os.geteuid() == 0:
+        detail = f"Landlock {version} works, but root may still open disk devices."
+        yield warn(check, detail, "Run the worker as a separate user, not as root.")
+    else:
+        yield ok(check, f"Landlock {version}: the trainer cannot read files with secrets.")
 
-    Where it is not there yet, the nearest folder above it is tried: made here, it would belong to
-    whoever runs the doctor, who may not be the worker's user.
+
+def examine_disk(settings: Settings) -> Iterator[Finding]:
+    """Write to the folder of jobs and read its free space.
+
+    If the folder does not exist, the nearest folder above it is tested. The doctor does not make
+    it, because it would belong to the user who runs the doctor.
     """
-    folder = (settings.work_dir or Path(tempfile.gettempdir()) / "training-server").resolve()
     check = "disk (WORK_DIR)"
-    present = next(each for each in (folder, *folder.parents) if each.exists())
+    folder = (settings.work_dir or Path(tempfile.gettempdir()) / "training-server").resolve()
+    present = next(filter(Path.exists, (folder, *folder.parents)), Path("/"))
     try:
         with tempfile.TemporaryFile(dir=present) as file:
             file.write(b"doctor")
             file.flush()
     except OSError as error:
-        remedy = "set WORK_DIR to a folder that this user may write"
-        return [fail(check, f"{present} cannot be written: {error.strerror}", remedy)]
-    return [_room_on_disk(check, folder, shutil.disk_usage(present).free)]
-
-
-def _room_on_disk(check: str, folder: Path, free: int) -> Finding:
-    detail = f"{_gib(free)} free for {folder}"
-    remedy = f"make room, or set WORK_DIR elsewhere: {_gib(_ENOUGH_DISK)} are enough as a rule"
-    if free < _LEAST_DISK:
-        return fail(check, detail, remedy)
-    return warn(check, detail, remedy) if free < _ENOUGH_DISK else ok(check, detail)
+        detail = f"{present} cannot be written: {error.strerror}."
+        yield fail(check, detail, "Set WORK_DIR to a folder that this user may write.")
+        return
+    free = shutil.disk_usage(present).free
+    detail = f"{_gib(free)} are free for {folder}."
+    remedy = f"Free space, or set WORK_DIR to a disk with {_gib(_ENOUGH_DISK)} free."
+    if free >= _ENOUGH_DISK:
+        yield ok(check, detail)
+    else:
+        yield (fail if free < _LEAST_DISK else warn)(check, detail, remedy)
 
 
 def _gib(size: int) -> str:

@@ -1,17 +1,15 @@
-"""S3: every bucket and prefix that the worker uses, by doing there what the worker does."""
+"""Checks of S3: the settings of the stores, then every bucket and prefix that the worker uses."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import http.client
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
 
-from cli.doctor import stores
 from cli.doctor.findings import Finding, clock, fail, now, ok, warn
 from cli.doctor.storage_rights import PROBE, Right, Use, uses
 from config import Settings
@@ -20,245 +18,290 @@ from jobs.addresses import S3Location
 from services.records.condition_probe import probe
 from services.s3.s3_service import S3Service
 from utils.errors import AccessDenied, ConfigurationError, ObjectNotFound, StorageError
+from utils.settings.storage import is_google
 
 _SECONDS = 10.0
-_POLICY = "grant the worker the policy that the doctor prints"
+_BODY = b"written by the doctor; can be deleted"
+_TEMPORARY = "ASIA"  # prefix of AWS's temporary access keys
+_POLICY = "Grant the worker the policy that `main.py doctor --policy` prints."
+_LIST = "Grant s3:ListBucket on the bucket, without a condition on prefixes."
+_PAGE = "docs/operations.md, Google Cloud Storage"
 
 
-def examine(settings: Settings) -> list[Finding]:
-    """A finding a bucket, then conditional writes, the clock, and whether the state is public."""
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Test the settings, each bucket, conditional writes, privacy of the state, and the clock."""
     try:
         s3 = open_s3(settings, attempts=2, patience=_SECONDS)
         state_s3 = open_state_s3(settings, attempts=2, patience=_SECONDS)
     except ConfigurationError as error:
-        return [fail("storage", str(error), "check AWS_ENDPOINT_URL_S3 and AWS_S3_REGION_NAME")]
-    findings: list[Finding] = stores.examine(settings, s3)
-    clocks: list[Finding] = []
+        yield fail("storage", str(error), "Correct AWS_ENDPOINT_URL_S3 and AWS_S3_REGION_NAME.")
+        return
+    yield from examine_settings(settings, s3)
     by_bucket: dict[tuple[bool, str], list[Use]] = {}
     for use in uses(settings):
         by_bucket.setdefault((use.of_state, use.bucket), []).append(use)
+    visits = {
+        place: _Visit(state_s3 if place[0] else s3, place[1], its_uses)
+        for place, its_uses in by_bucket.items()
+    }
     usable = set()
-    for (of_state, bucket), its_uses in by_bucket.items():
-        visit = _BucketVisit(state_s3 if of_state else s3, bucket, clocks, of_state)
-        findings.append(visit.examine(its_uses))
-        if findings[-1].verdict != "fail":
-            usable.add((of_state, bucket))
-    return findings + _guarantees(settings, s3, state_s3, usable) + clocks[:1]
-
-
-def _guarantees(
-    settings: Settings, s3: S3Service, state_s3: S3Service, usable: set[tuple[bool, str]]
-) -> list[Finding]:
-    """Conditional writes and privacy, in the buckets that can be used at all."""
-    findings = []
+    for place, visit in visits.items():
+        yield (finding := visit.finding())
+        if finding.verdict != "fail":
+            usable.add(place)
     state = (settings.state_store() != settings.main_store(), settings.state_bucket_name)
     models = (False, settings.model_bucket_name)
     if models in usable and models != state:
-        findings.append(_model_conditions(s3, settings.model_bucket_name))
+        yield _conditions(settings, s3, models[1], "models/")
     if state in usable:
-        findings.append(_state_conditions(settings, state_s3))
-        findings.append(_public(settings, state_s3))
-    return findings
+        yield _conditions(settings, state_s3, state[1], "jobs/")
+        yield _privacy(settings, state_s3)
+    yield from [visit.clock for visit in visits.values() if visit.clock][:1]
 
 
-@dataclasses.dataclass
-class _BucketVisit:
-    """Does in one bucket what the worker does there.
+def examine_settings(settings: Settings, s3: S3Service) -> Iterator[Finding]:
+    """Judge the stores by the settings, without a request.
 
-    Attributes:
-        clocks: Receives what S3's answers say of the time.
-        of_state: Whether this is the state bucket, in a store of its own.
+    Args:
+        settings: The settings.
+        s3: The store of images and models; its endpoint may be from an AWS configuration file.
     """
-
-    s3: S3Service
-    bucket: str
-    clocks: list[Finding]
-    of_state: bool = False
-
-    def __post_init__(self) -> None:
-        self._denied: list[str] = []
-        self._done: dict[str, list[str]] = {}
-
-    def examine(self, its_uses: list[Use]) -> Finding:
-        """What may be done there, and what not."""
-        check = f"bucket {self.bucket}{' (state store)' if self.of_state else ''}"
-        try:
-            for use in its_uses:
-                self._try(use)
-            missing = self._missing_looks_forbidden(its_uses)
-        except StorageError as error:
-            return fail(check, str(error), _remedy(error, self.of_state))
-        if self._denied:
-            return fail(check, f"S3 refuses to {', '.join(self._denied)}", _POLICY)
-        if missing:
-            return self._forbidden(check, its_uses)
-        return ok(
+    yield _model_address(settings)
+    yield from _credentials(settings)
+    host = urlsplit(s3.endpoint).hostname or ""
+    if not settings.s3_endpoint and not host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        yield warn(
+            "endpoint",
+            f"Requests go to {s3.endpoint}, set in an AWS configuration file and not in the "
+            "worker's settings. The worker refuses https addresses of images in that store.",
+            "Set AWS_ENDPOINT_URL_S3.",
+        )
+    check = "Google Cloud Storage"
+    if is_google(settings.state_store().endpoint):
+        yield warn(
             check,
-            "; ".join(f"{prefix or '*'}: {', '.join(d)}" for prefix, d in self._done.items()),
+            "The state bucket is in Google Cloud Storage, whose S3-compatible interface applies "
+            "If-Match and If-None-Match to reads only, according to its documentation.",
+            "Set STATE_BUCKET_NAME, STATE_AWS_ENDPOINT_URL_S3, STATE_AWS_ACCESS_KEY_ID and "
+            f"STATE_AWS_SECRET_ACCESS_KEY to another store ({_PAGE}).",
+        )
+    elif is_google(settings.s3_endpoint):
+        yield ok(
+            check,
+            f"Holds images and models. Uploads carry {settings.main_store().checksums.upper()}, "
+            "objects are deleted one by one, and only the turn of a style in the state bucket "
+            "protects a publication.",
+            f"This release was not tried against the real service: see {_PAGE}.",
         )
 
-    def _try(self, use: Use) -> None:
-        done = self._done.setdefault(use.prefix, [])
-        if Right.WRITE not in use.rights:
-            self._try_to_read(use, done)
-            return
-        with self._may("list", use, done):
-            next(self.s3.list_objects(self.bucket, use.prefix), None)
-        self._try_to_change(use, done)
 
-    def _try_to_read(self, use: Use, done: list[str]) -> None:
+def _model_address(settings: Settings) -> Finding:
+    check = "model address"
+    google = is_google(settings.s3_endpoint)
+    if settings.model_url_scheme == "s3":
+        return warn(
+            check,
+            "MODEL_URL_SCHEME=s3: an inference server that reads only gs:// addresses, as the "
+            "platform's does, paints without the style and reports success.",
+            "Set MODEL_URL_SCHEME=gs if that server reads the models"
+            + ("." if google else ", and store them in Google Cloud Storage."),
+        )
+    if google:
+        return ok(check, "gs://, in Google Cloud Storage.")
+    return warn(
+        check,
+        f"MODEL_URL_SCHEME=gs, but models are written to {settings.s3_endpoint or 'AWS S3'}, "
+        "which is not Google Cloud Storage.",
+        "Make sure that the inference server finds gs:// addresses in that store.",
+    )
+
+
+def _credentials(settings: Settings) -> Iterator[Finding]:
+    for prefix, store in (("", settings.main_store()), ("STATE_", settings.state_store())):
+        name = f"{prefix}AWS_SESSION_TOKEN"
+        if prefix and store.access_key_id == settings.aws_access_key_id:
+            continue
+        if (store.access_key_id or "").startswith(_TEMPORARY) and not store.session_token:
+            yield fail(
+                name,
+                f"{prefix}AWS_ACCESS_KEY_ID is a temporary key (it begins with {_TEMPORARY}), but "
+                "its session token is not set. AWS refuses every request.",
+                f"Set {name}.",
+            )
+        elif store.session_token:
+            yield warn(
+                name,
+                "The credentials are temporary. Once they expire, the worker cannot use S3 until "
+                "it is restarted with new ones.",
+                "Use an instance role or a permanent key.",
+            )
+
+
+class _Visit:
+    """Uses one bucket as the worker does.
+
+    Attributes:
+        clock: The comparison with the store's clock; None until an object was read.
+    """
+
+    def __init__(self, s3: S3Service, bucket: str, its_uses: list[Use]) -> None:
+        self.clock: Finding | None = None
+        self._s3 = s3
+        self._bucket = bucket
+        self._uses = its_uses
+        self._denied: list[str] = []
+        self._allowed: dict[str, list[str]] = {}
+
+    def finding(self) -> Finding:
+        """Try every right and report those that are missing."""
+        of_state = self._uses[0].of_state
+        check = f"bucket {self._bucket}{' (state store)' if of_state else ''}"
         try:
-            first = next(self.s3.list_objects(self.bucket, use.prefix), None)
-        except AccessDenied:
-            return  # the worker can do without; what follows is told at the end
-        done.append("list")
-        # Whether or not there is such an object, only who may read is told so.
-        key = first.key if first else f"{use.prefix}{PROBE}{uuid.uuid4()}"
-        with self._may("read", use, done):
-            self.s3.exists(S3Location(self.bucket, key))
+            for use in self._uses:
+                self._try(use)
+            missing_looks_forbidden = self._missing_looks_forbidden()
+        except StorageError as error:
+            return fail(check, str(error), _remedy(error, of_state))
+        if self._denied:
+            return fail(check, f"S3 refuses to {', '.join(self._denied)}.", _POLICY)
+        if not missing_looks_forbidden:
+            found = (f"{prefix or '*'}: {', '.join(w)}" for prefix, w in self._allowed.items())
+            return ok(check, "; ".join(found))
+        forbidden = "S3 answers 403 for a missing object"
+        if any(Right.WRITE in use.rights for use in self._uses):
+            return fail(check, f"{forbidden}, so a new job looks like a forbidden one.", _LIST)
+        detail = f"{forbidden}, so reading could not be tested, and a missing image looks forbidden"
+        return warn(check, f"{detail}.", _LIST)
 
-    def _try_to_change(self, use: Use, done: list[str]) -> None:
-        location = S3Location(self.bucket, f"{use.prefix}{PROBE}{uuid.uuid4()}")
-        written = False
-        with self._may("write", use, done):
-            self.s3.write(location, b"written by the doctor; can be deleted", "text/plain")
-            written = True
-        if not written:
+    def _try(self, use: Use) -> None:
+        probe_at = S3Location(self._bucket, f"{use.prefix}{PROBE}{uuid.uuid4()}")
+        if Right.WRITE not in use.rights:
+            self._try_to_read(use, probe_at)
+            return
+        self._may("list", use, lambda: self._first(use))
+        if not self._may("write", use, lambda: self._s3.write(probe_at, _BODY, "text/plain")):
             return
         try:
             if Right.READ in use.rights:
-                with self._may("read", use, done):
-                    asked = now()
-                    stored = self.s3.read(location)
-                    self.clocks.append(clock("S3", stored.server_date, asked, now()))
+                self._may("read", use, lambda: self._read(probe_at))
         finally:
-            with self._may("delete", use, done):
-                self.s3.delete(self.bucket, [location.key])
+            self._may("delete", use, lambda: self._s3.delete(self._bucket, [probe_at.key]))
 
-    def _missing_looks_forbidden(self, its_uses: list[Use]) -> bool:
-        """S3 tells what is missing only to those who may list the whole bucket."""
-        readable = [use for use in its_uses if Right.READ in use.rights]
+    def _try_to_read(self, use: Use, probe_at: S3Location) -> None:
         try:
-            for use in readable:
-                self.s3.exists(S3Location(self.bucket, f"{use.prefix}{PROBE}{uuid.uuid4()}"))
+            key = self._first(use) or probe_at.key
+        except AccessDenied:
+            return  # the worker does not need to list images
+        self._allowed.setdefault(use.prefix, []).append("list")
+        # S3 answers 403 if reading is not allowed, whether or not the object exists.
+        self._may("read", use, lambda: self._s3.exists(S3Location(self._bucket, key)))
+
+    def _missing_looks_forbidden(self) -> bool:
+        """S3 answers 404 for a missing object only to readers who may list the whole bucket."""
+        try:
+            for use in self._uses:
+                if Right.READ in use.rights:
+                    missing = f"{use.prefix}{PROBE}{uuid.uuid4()}"
+                    self._s3.exists(S3Location(self._bucket, missing))
         except AccessDenied:
             return True
         return False
 
-    @staticmethod
-    def _forbidden(check: str, its_uses: list[Use]) -> Finding:
-        remedy = "grant s3:ListBucket on the bucket, without a condition on prefixes"
-        forbidden = "S3 answers 403 for what is not there"
-        if any(Right.WRITE in use.rights for use in its_uses):
-            return fail(
-                check, f"{forbidden}, so a new job cannot be told from a forbidden one", remedy
-            )
-        return warn(
-            check,
-            f"{forbidden}: reading could not be tried, and an image that is missing will look "
-            "like one that is forbidden",
-            remedy,
-        )
+    def _first(self, use: Use) -> str:
+        found = next(self._s3.list_objects(self._bucket, use.prefix), None)
+        return found.key if found else ""
 
-    @contextlib.contextmanager
-    def _may(self, what: str, use: Use, done: list[str]) -> Iterator[None]:
+    def _read(self, location: S3Location) -> None:
+        asked = now()
+        self.clock = clock("S3", self._s3.read(location).server_date, asked, now())
+
+    def _may(self, word: str, use: Use, act: Callable[[], object]) -> bool:
         try:
-            yield
-            done.append(what)
+            act()
         except AccessDenied:
-            self._denied.append(f"{what} under {use.prefix or 'any prefix'}")
+            self._denied.append(f"{word} under {use.prefix or 'any prefix'}")
+            return False
+        self._allowed.setdefault(use.prefix, []).append(word)
+        return True
 
 
 def _remedy(error: StorageError, of_state: bool) -> str:
     if isinstance(error, ObjectNotFound):
-        return (
-            "check AWS_STORAGE_BUCKET_NAME, MODEL_BUCKET_NAME, STATE_BUCKET_NAME and IMAGE_BUCKETS,"
-            " or make the bucket"
-        )
+        names = "AWS_STORAGE_BUCKET_NAME, MODEL_BUCKET_NAME, STATE_BUCKET_NAME and IMAGE_BUCKETS"
+        return f"Check {names}, or create the bucket."
     own = "STATE_AWS_" if of_state else "AWS_"
     return (
-        f"check {own}ACCESS_KEY_ID, {own}SECRET_ACCESS_KEY, {own}S3_REGION_NAME, "
-        f"{own}ENDPOINT_URL_S3 and, if the credentials are temporary, {own}SESSION_TOKEN"
+        f"Check {own}ACCESS_KEY_ID, {own}SECRET_ACCESS_KEY, {own}S3_REGION_NAME, "
+        f"{own}ENDPOINT_URL_S3 and, for temporary credentials, {own}SESSION_TOKEN."
     )
 
 
-def _model_conditions(s3: S3Service, bucket: str) -> Finding:
+def _conditions(settings: Settings, s3: S3Service, bucket: str, prefix: str) -> Finding:
     check = f"conditional writes in {bucket}"
     try:
-        support = probe(s3, bucket, "models/")
+        support = probe(s3, bucket, prefix)
     except StorageError as error:
         return fail(check, str(error), _POLICY)
     if support.complete:
-        return ok(check, "If-None-Match and If-Match are honoured")
-    return warn(
-        check,
-        f"the store does not honour {support.missing}: publishing relies on the style's turn in "
-        "the state bucket alone, and a worker that was stopped during an upload may still write "
-        "one file over a newer model",
-    )
-
-
-def _state_conditions(settings: Settings, s3: S3Service) -> Finding:
-    bucket = settings.state_bucket_name
-    check = f"conditional writes in {bucket}"
-    try:
-        support = probe(s3, bucket)
-    except StorageError as error:
-        return fail(check, str(error), _POLICY)
-    if support.complete:
-        return ok(check, "If-None-Match and If-Match are honoured")
+        return ok(check, "If-None-Match and If-Match are honoured.")
+    if prefix == "models/":
+        return warn(
+            check,
+            f"The store does not honour {support.missing}. Publishing relies on the style's turn "
+            "in the state bucket, and a worker that was stopped during an upload may still "
+            "overwrite one file of a newer model.",
+            "To rule this out, store the models where conditional writes are honoured.",
+        )
     if settings.allow_unguarded_state:
         return warn(
             check,
-            f"{support.explain()} ALLOW_UNGUARDED_STATE=true allows it",
-            "make sure that exactly one worker runs, also during an update",
+            f"{support.explain()} ALLOW_UNGUARDED_STATE=true allows it.",
+            "Make sure that exactly one worker runs, also during an update.",
         )
     return fail(
         check,
-        f"{support.explain()} A worker refuses to start with it",
-        "set STATE_BUCKET_NAME and STATE_AWS_ENDPOINT_URL_S3 to a store that honours them, or "
-        "ALLOW_UNGUARDED_STATE=true to run exactly one worker alone",
+        f"{support.explain()} A worker refuses to start with it.",
+        "Set STATE_BUCKET_NAME and STATE_AWS_ENDPOINT_URL_S3 to a store that honours them, or "
+        "set ALLOW_UNGUARDED_STATE=true and run exactly one worker.",
     )
 
 
-def _public(settings: Settings, s3: S3Service) -> Finding:
-    """Whether somebody without a key can read a job record, which holds a customer's message."""
-    check = f"privacy of {settings.state_bucket_name}"
-    location = S3Location(settings.state_bucket_name, f"jobs/{PROBE}{uuid.uuid4()}")
+def _privacy(settings: Settings, s3: S3Service) -> Finding:
+    """Test whether the public can read a job record, which holds a customer's message."""
+    bucket = settings.state_bucket_name
+    check = f"privacy of {bucket}"
+    location = S3Location(bucket, f"jobs/{PROBE}{uuid.uuid4()}")
+    listing = f"{bucket}?list-type=2&prefix=jobs/&max-keys=1"
     try:
-        s3.write(location, b"written by the doctor; can be deleted", "text/plain")
+        s3.write(location, _BODY, "text/plain")
         try:
             statuses = {
-                "read": _without_a_key(settings, f"{location.bucket}/{location.key}"),
-                "list": _without_a_key(
-                    settings, f"{location.bucket}?list-type=2&prefix=jobs/&max-keys=1"
-                ),
+                "read": _unsigned_get(settings, f"{bucket}/{location.key}"),
+                "list": _unsigned_get(settings, listing),
             }
         finally:
-            s3.delete(location.bucket, [location.key])
+            s3.delete(bucket, [location.key])
     except StorageError as error:
-        return warn(check, f"could not be tested: {error}")
-    public = [word for word, status in statuses.items() if status == http.HTTPStatus.OK]
-    if public:
+        return warn(check, f"The test failed: {error}", "Correct this and run the doctor again.")
+    if public := [word for word, status in statuses.items() if status == http.HTTPStatus.OK]:
         inherited = (
-            f"STATE_BUCKET_NAME is not set, so the state is in the bucket of the models, "
-            f"{location.bucket}: "
+            f"STATE_BUCKET_NAME is not set, so the state is in the bucket of the models, {bucket}. "
             if "state_bucket_name" not in settings.model_fields_set
             else ""
         )
         return warn(
             check,
-            f"{inherited}anybody can {' and '.join(public)} job records and checkpoints, which "
-            "hold what customers sent",
-            "set STATE_BUCKET_NAME to a private bucket, or block public access to this one",
+            f"{inherited}The public can {' and '.join(public)} job records and checkpoints, which "
+            "hold what customers sent.",
+            "Set STATE_BUCKET_NAME to a private bucket, or block public access to this one.",
         )
     if set(statuses.values()) <= {http.HTTPStatus.FORBIDDEN, http.HTTPStatus.UNAUTHORIZED}:
-        return ok(check, "nobody reads it without a key")
-    return ok(check, f"could not be told (the answers without a key were {statuses})")
+        return ok(check, "S3 refuses to read and to list it without a key.")
+    return ok(check, f"Unknown: the answers to requests without a key were {statuses}.")
 
 
-def _without_a_key(settings: Settings, path: str) -> int | None:
-    """The HTTP status of an unsigned GET; None where there was no answer."""
+def _unsigned_get(settings: Settings, path: str) -> int | None:
+    """The HTTP status of a GET without a key; None without an answer."""
     store = settings.state_store()
     suffix = ".cn" if store.region.startswith("cn-") else ""
     endpoint = store.endpoint or f"https://s3.{store.region}.amazonaws.com{suffix}"

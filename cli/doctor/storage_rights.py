@@ -1,4 +1,4 @@
-"""What the worker does where on S3: one table, tested by the doctor and printed as a policy."""
+"""The worker's rights on S3: one table, tested by the doctor and printed as a policy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from config import Settings
 
 PROBE = ".probe-"
-"""Begins the name of every object that a test of the storage writes, and removes."""
+"""Prefix of the name of every object that a test of the storage writes and removes."""
 
 
 class Right(enum.StrEnum):
-    """What may be done to objects, each as one of IAM's actions."""
+    """A right on objects, by its IAM action."""
 
     READ = "s3:GetObject"
     WRITE = "s3:PutObject"
@@ -22,10 +22,10 @@ class Right(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Use:
-    """One prefix and what the worker does under it. It may list every bucket that it uses.
+    """A prefix and the worker's rights under it. The worker may also list every bucket it uses.
 
     Attributes:
-        of_state: Whether the bucket is in the store of the state bucket, where that is another one.
+        of_state: The bucket is in the store of the state bucket, and that is another store.
     """
 
     bucket: str
@@ -44,7 +44,7 @@ _STATE: dict[str, frozenset[Right]] = {
 
 
 def uses(settings: Settings) -> tuple[Use, ...]:
-    """Everything that the worker does on S3."""
+    """Every prefix that the worker uses."""
     images = [Use(bucket, "", frozenset({Right.READ})) for bucket in settings.image_buckets]
     apart = settings.state_store() != settings.main_store()
     state = [Use(settings.state_bucket_name, *item, of_state=apart) for item in _STATE.items()]
@@ -54,50 +54,33 @@ def uses(settings: Settings) -> tuple[Use, ...]:
 def least_policy(settings: Settings) -> dict[str, Any]:
     """The IAM policy that allows these uses and nothing else.
 
-    Listing is not narrowed to prefixes: to a reader who may not list the bucket, S3 answers 403
-    instead of 404 for what is not there, and then a new job cannot be told from a forbidden one.
+    Listing is not limited to prefixes: S3 answers 403 instead of 404 for a missing object to a
+    reader who may not list the bucket, and then a new job looks like a forbidden one.
     """
-    partition = _partition(settings.aws_s3_region_name)
+    table = uses(settings)
+    arn = f"arn:{_partition(settings.aws_s3_region_name)}:s3:::"
     places: dict[frozenset[Right], list[str]] = {}
-    for use in uses(settings):
-        places.setdefault(use.rights, []).append(f"{partition}{use.bucket}/{use.prefix}*")
-    statements: list[dict[str, Any]] = [
-        {
-            "Sid": "List",
-            "Effect": "Allow",
-            "Action": "s3:ListBucket",
-            "Resource": [
-                f"{partition}{bucket}"
-                for bucket in dict.fromkeys(use.bucket for use in uses(settings))
-            ],
-        }
+    for use in table:
+        places.setdefault(use.rights, []).append(f"{arn}{use.bucket}/{use.prefix}*")
+    probes = [
+        f"{arn}{use.bucket}/{use.prefix}{PROBE}*"
+        for use in table
+        if Right.WRITE in use.rights and Right.DELETE not in use.rights
     ]
-    statements += [
-        {
-            "Sid": "".join(right.name.title() for right in Right if right in rights),
-            "Effect": "Allow",
-            "Action": [right.value for right in Right if right in rights],
-            "Resource": resources,
-        }
-        for rights, resources in places.items()
-    ]
-    statements.append(
-        {
-            "Sid": "DoctorsProbes",
-            "Effect": "Allow",
-            "Action": Right.DELETE.value,
-            "Resource": [
-                f"{partition}{use.bucket}/{use.prefix}{PROBE}*"
-                for use in uses(settings)
-                if Right.WRITE in use.rights and Right.DELETE not in use.rights
-            ],
-        }
-    )
+    buckets = [f"{arn}{bucket}" for bucket in dict.fromkeys(use.bucket for use in table)]
+    statements = [_allow("List", "s3:ListBucket", buckets)]
+    for rights, resources in places.items():
+        ordered = [right for right in Right if right in rights]
+        name = "".join(right.name.title() for right in ordered)
+        statements.append(_allow(name, [right.value for right in ordered], resources))
+    statements.append(_allow("DoctorsProbes", Right.DELETE.value, probes))
     return {"Version": "2012-10-17", "Statement": statements}
 
 
+def _allow(name: str, action: str | list[str], resources: list[str]) -> dict[str, Any]:
+    return {"Sid": name, "Effect": "Allow", "Action": action, "Resource": resources}
+
+
 def _partition(region: str) -> str:
-    for begin, name in (("cn-", "aws-cn"), ("us-gov-", "aws-us-gov")):
-        if region.startswith(begin):
-            return f"arn:{name}:s3:::"
-    return "arn:aws:s3:::"
+    partitions = (("cn-", "aws-cn"), ("us-gov-", "aws-us-gov"))
+    return next((name for begin, name in partitions if region.startswith(begin)), "aws")

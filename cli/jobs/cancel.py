@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from jobs.layout import cancel_file_at, record_at
 from jobs.record import JobRecord, State
-from services.records.index import cancel_file_at, record_at
 from services.records.listing import RecordListing
 from services.records.record_object import RecordObject
 from services.s3.s3_service import S3Service

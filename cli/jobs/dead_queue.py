@@ -12,10 +12,15 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from cli.doctor.broker_visit import BrokerVisit, Refusal
-from cli.jobs import post
+from cli.broker import NOT_FOUND, BrokerVisit, Refusal, publish_on
 from config import Settings
-from services.broker.settlement import BODY_BYTES, BODY_SHA256, Delivery, Publication, Queue
+from services.broker.settlement import (
+    BODY_BYTES,
+    BODY_SHA256,
+    Delivery,
+    Publication,
+    Queue,
+)
 from services.broker.topology import name_of
 from utils.errors import BrokerError
 
@@ -85,16 +90,16 @@ def go_through(
             if publication is None and returns >= MOST_RETURNS:
                 publication = _copy(letter)
             if publication is not None:
-                post.publish(channel, settings, publication)
+                publish_on(channel, settings, publication)
                 channel.basic_ack(tag)
         return max(0, left - limit)
 
     with BrokerVisit(settings) as visit:
         for queue in into:
-            post.ensure(visit, settings, queue)
+            visit.ensure(queue)
         answer = visit.attempt(f"going through {dead}", act)
     if isinstance(answer, Refusal):
-        if answer.code == post.NOT_FOUND:
+        if answer.code == NOT_FOUND:
             return 0  # no worker has ever been here
         raise BrokerError(f"RabbitMQ refused while going through {dead}: {answer.text}")
     return answer

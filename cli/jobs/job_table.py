@@ -11,7 +11,8 @@ from rich.text import Text
 
 from cli.jobs.job_view import JobView
 from cli.jobs.task_ids import short_ids
-from jobs.record import INVALID_PREFIX, Delivery
+from jobs.layout import INVALID_PREFIX
+from jobs.record import Delivery
 from utils.wording import counted
 
 WIDE = 110

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jobs.record import INVALID_PREFIX, Delivery, JobRecord, State
+from jobs.layout import INVALID_PREFIX
+from jobs.record import Delivery, JobRecord, State
 from services.records.listing import Found
 from services.records.record_object import Version
 

@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli.jobs import post
+from cli import broker
 from cli.train import images_in
 from config import Settings
+from consumer.kinds import configured_kinds
 from jobs import message as messages
 from jobs.addresses import S3Location
-from jobs.lora_config import TrainingImage
-from jobs.style_job import MESSAGE_TYPE
+from jobs.layout import record_at
+from jobs.style import StyleKind, TrainingImage
 from services.broker.settlement import Publication, Queue
-from services.records.index import record_at
 from services.s3.s3_service import S3Service
 from utils.errors import ConfigurationError, InvalidMessage
 
@@ -82,16 +82,16 @@ def place(
     places = _places(settings.aws_storage_bucket_name, f"training/{style_id}/{task_id}", images)
     body = _message(task_id, style_id, images, places, tags, parameters or {})
     try:
-        job = messages.parse(body, message_id=None, settings=settings)
+        job = messages.parse(body, message_id=None, kinds=configured_kinds(settings))
     except InvalidMessage as error:
         raise ConfigurationError(f"no worker would take this order: {error}") from error
     if (state_s3 or s3).exists(record_at(settings.state_bucket_name, task_id)):
         raise ConfigurationError(f"there is a job {task_id} already: choose another id")
-    post.check(settings)
+    broker.check_training_queue(settings)
     _upload(s3, images, places, on_upload)
-    post.publish_one(settings, Publication(Queue.TRAINING, body, task_id))
+    broker.publish(settings, Publication(Queue.TRAINING, body, task_id))
     return Order(
-        task_id, style_id, tuple(each.uri() for each in places), job.hyper_parameters.epochs
+        task_id, style_id, tuple(each.uri() for each in places), job.spec.hyper_parameters.epochs
     )
 
 
@@ -132,7 +132,7 @@ def _message(
     }
     message = {
         "task_id": task_id,
-        "type": MESSAGE_TYPE,
+        "type": StyleKind.message_type,
         "data": {name: value for name, value in data.items() if value is not None},
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
     }

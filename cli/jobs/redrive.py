@@ -20,7 +20,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable
 
-from cli.jobs import post
+from cli import broker
 from cli.jobs.dead_queue import DeadLetter, go_through
 from cli.jobs.given_up import (
     Redriven,
@@ -33,15 +33,16 @@ from cli.jobs.given_up import (
 )
 from cli.jobs.styles import Later, LaterOrders, at_stake
 from config import Settings
+from consumer.kinds import configured_kinds
 from consumer.life.endings import parked, training_copy
 from jobs import message as messages
+from jobs.layout import STYLE
 from jobs.record import Delivery, JobRecord
-from jobs.style_job import from_understood, to_message
 from services.broker.settlement import Publication, Queue
 from services.records.listing import RecordListing, look_up
 from services.records.reopening import CannotReopen, reopen, tell_again
 from services.s3.s3_service import S3Service
-from utils.errors import ErrorCode, InvalidMessage, StorageError
+from utils.errors import ErrorCode, InvalidMessage, NewerRecord, StorageError
 
 _RECORD_NAME = re.compile(r"(invalid/)?[A-Za-z0-9_-]{1,128}")
 MOST = 1000
@@ -163,7 +164,7 @@ class Redrive:
         publication, outcome = self._tried(lambda: self._successor_of(record))
         if publication:
             # The record is live or pending by now: if this fails, a worker's sweep publishes it.
-            post.publish_one(self._settings, publication)
+            broker.publish(self._settings, publication)
         ending = record.ending
         return Redriven(
             task_id=record.task_id,
@@ -207,7 +208,9 @@ class Redrive:
         if not is_of_a_job(letter):
             return whole, "published as it was, to be judged again"
         job = messages.parse(
-            letter.body, message_id=letter.task_id or None, settings=self._settings
+            letter.body,
+            message_id=letter.task_id or None,
+            kinds=configured_kinds(self._settings),
         )
         reopened = reopen(self._s3, self._bucket, job.task_id, identity=job.identity)
         if reopened is None:
@@ -230,8 +233,9 @@ class Redrive:
 
     def _message_of(self, record: JobRecord) -> bytes:
         try:
-            return to_message(from_understood(record.message, self._settings))
-        except ValueError as error:
+            kind = configured_kinds(self._settings).of(record.kind)
+            return messages.from_understood(kind, record.message).body
+        except (ValueError, NewerRecord) as error:
             raise CannotReopen(
                 f"this version cannot read its record's message ({error})"
             ) from error
@@ -308,11 +312,12 @@ def _names_a_record(task_id: str) -> bool:
 
 def _style_id(letter: DeadLetter, settings: Settings) -> int | None:
     try:
-        return messages.parse(
-            letter.body, message_id=letter.task_id or None, settings=settings
-        ).style_id
+        kinds = configured_kinds(settings)
+        job = messages.parse(letter.body, message_id=letter.task_id or None, kinds=kinds)
+        kind, subject = job.kind, job.subject
     except InvalidMessage as error:
-        return error.style_id
+        kind, subject = error.kind, error.subject or ""
+    return int(subject) if kind == STYLE and subject else None
 
 
 def _fresh_attempt(reopened: JobRecord) -> str:

@@ -12,9 +12,10 @@ import functools
 from collections.abc import Iterable
 
 from config import Settings
-from consumer.publishing.model_folder import ORDERED_AT, TASK_ID, WEIGHTS
+from consumer.publishing.model_folder import ORDERED_AT, TASK_ID
 from consumer.publishing.order_time import instant, order_time
 from jobs.addresses import S3Location
+from jobs.layout import WEIGHTS
 from jobs.record import EndingKind, JobRecord, State
 from services.records.listing import RecordListing, look_up
 from services.s3.s3_service import S3Service
@@ -114,7 +115,7 @@ class LaterOrders:
         own = order_time(record.ordered_at, record.created_at)
         later = [
             each
-            for each in self._of_style(record.style_id)
+            for each in (self._of_style(record.style_id) if record.style_id else ())
             if each.task_id != record.task_id and each.ordered_at > own
         ]
         return max(later, key=lambda each: each.ordered_at, default=None)

@@ -10,8 +10,7 @@ from typing import TypeVar
 
 import typer
 
-from jobs.record import INVALID_PREFIX
-from services.records.index import record_at
+from jobs.layout import INVALID_PREFIX, record_at
 from services.records.listing import MOST_MATCHES, beginning_with
 from services.s3.s3_service import S3Service
 from utils.errors import ConfigurationError

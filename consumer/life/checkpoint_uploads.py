@@ -15,11 +15,10 @@ from typing import Self
 from consumer.life.curve_uploads import CurveUploads
 from jobs.addresses import S3Location
 from jobs.checkpoint_name import NOT_OURS, order
-from jobs.lora_config import CURVES
+from jobs.layout import CHECKPOINT_WEIGHTS, Place, place_of, record_at, staging_of
+from jobs.message import Job
 from jobs.record import Checkpoint, EndingKind, JobRecord
-from jobs.style_job import TrainingJob
 from services.records.job_lease import JobLease
-from services.records.job_records import record_at
 from services.records.record_object import RecordObject
 from services.s3.s3_service import S3Service
 from utils.errors import (
@@ -37,21 +36,15 @@ from utils.manifest import MANIFEST, verify
 
 log = get_logger(__name__)
 
-LORA_WEIGHTS = "lora.safetensors"
 _RETRY_SECONDS = 2.0
 _LONGEST_SETTLE_SECONDS = 600.0
 _LONGEST_JOIN_SECONDS = 1.0
 _KEPT_IN_FULL = 2
 
 
-def curves_prefix(job: TrainingJob | JobRecord) -> str:
-    """Where its event files lie beside them."""
-    return f"{checkpoint_prefix(job)}{CURVES}/"
-
-
-def checkpoint_prefix(job: TrainingJob | JobRecord) -> str:
-    """Where a job's checkpoints lie in the state bucket."""
-    return f"checkpoints/style_{job.style_id}/{job.task_id}/"
+def place(job: Job | JobRecord) -> Place:
+    """Where the files of a job are."""
+    return place_of(job.kind, job.subject, job.task_id)
 
 
 class CheckpointUploads:
@@ -63,7 +56,7 @@ class CheckpointUploads:
 
     def __init__(
         self,
-        job: TrainingJob,
+        job: Job,
         lease: JobLease,
         s3: S3Service,
         bucket: str,
@@ -87,8 +80,8 @@ class CheckpointUploads:
         self._s3 = s3
         self._bucket = bucket
         self._patience = patience
-        self._curves = CurveUploads(curves, s3, bucket, curves_prefix(job), lease)
-        self._prefix = checkpoint_prefix(job)
+        self._curves = CurveUploads(curves, s3, bucket, place(job).curves, lease)
+        self._prefix = place(job).checkpoints
         self._waiting: CheckpointSaved | None = None
         self._busy = False
         self._closed = False
@@ -233,7 +226,9 @@ def prune(
         folders: dict[str, list[str]] = {}
         for found in s3.list_objects(bucket, prefix):
             name = found.key.removeprefix(prefix).partition("/")[0]
-            if NOT_OURS < order(name) < oldest_kept and not found.key.endswith("/" + LORA_WEIGHTS):
+            if NOT_OURS < order(name) < oldest_kept and not found.key.endswith(
+                "/" + CHECKPOINT_WEIGHTS
+            ):
                 folders.setdefault(name, []).append(found.key)
         unneeded = [
             key
@@ -266,13 +261,13 @@ def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
     """
     ending = record.ending
     assert ending is not None  # an ended record has one
-    prefix = checkpoint_prefix(record)
-    staging = f"staging/{record.task_id}/"
+    prefix = place(record).checkpoints
+    staging = staging_of(record.task_id)
     try:
         there = sorted(each.key for each in s3.list_objects(bucket, prefix))
-        found = [key for key in there if not key.startswith(curves_prefix(record))]
+        found = [key for key in there if not key.startswith(place(record).curves)]
         if ending.kind is EndingKind.COMPLETE:
-            unneeded = [key for key in found if not key.endswith("/" + LORA_WEIGHTS)]
+            unneeded = [key for key in found if not key.endswith("/" + CHECKPOINT_WEIGHTS)]
         elif ending.code == ErrorCode.CANCELLED:
             unneeded = there
         else:
@@ -316,7 +311,7 @@ def delete_all_of(s3: S3Service, bucket: str, record: JobRecord) -> bool:
         Whether all is gone; what is not is logged.
     """
     try:
-        for prefix in (checkpoint_prefix(record), f"staging/{record.task_id}/"):
+        for prefix in (place(record).checkpoints, staging_of(record.task_id)):
             keys = [each.key for each in s3.list_objects(bucket, prefix)]
             _delete_of_ended(s3, bucket, record, keys)
     except StorageError as error:

@@ -21,6 +21,8 @@ from typing import Any
 from consumer.life.put_offs import PutOffs, Why, why_of
 from consumer.pages.observer import Observer
 from consumer.publishing.model_publisher import Published
+from jobs.kinds import JobKind, Kinds
+from jobs.message import Job
 from jobs.record import (
     SEQUENCES_PER_CLAIM,
     Delivery,
@@ -30,7 +32,6 @@ from jobs.record import (
     OwedCopy,
     State,
 )
-from jobs.style_job import TrainingJob
 from services.broker import settlement
 from services.broker.settlement import MIN_LEVEL, OWN_COPY, Publication, Queue, Settlement
 from services.records.job_lease import JobLease
@@ -49,6 +50,7 @@ from utils.errors import (
     ErrorCode,
     InvalidMessage,
     LeaseLost,
+    NewerRecord,
     StorageError,
     TrainingServerError,
     UnknownType,
@@ -60,7 +62,6 @@ from utils.events import Finished
 log = logger.get_logger(__name__)
 
 DELIVER_AT_ONCE_SECONDS = 60.0
-REPORT = "training_report.html"
 # How long a copy for the dead queue is waited for; it is owed until then, and if it does not come.
 _CONFIRM_SECONDS = 30.0
 _CONFIRM_SECONDS_AT_A_STOP = 1.0
@@ -69,29 +70,16 @@ _LONGEST_WATCH_SECONDS = 1800.0
 
 
 def complete(
-    job: TrainingJob, finished: Finished, published: Published, *, sequence: int
+    kind: JobKind, job: Job, finished: Finished, published: Published, *, sequence: int
 ) -> Ending:
-    """The ending of a job whose model is in place, or in the archive where the style keeps the
-    model of a later order."""
+    """The ending of a job whose model is in place, or in the archive if a later order's model is
+    kept."""
     model_url = published.model_url
-    parameters = finished.summary.get("hyperparameters", {})
     body: dict[str, Any] = {
-        "style_id": job.style_id,
+        **kind.identity_fields(job.subject),
         "model_url": model_url,
         "model_path": model_url,
-        "metadata": {
-            "training_epochs": finished.facts.get("epoch", 0),
-            "lora_rank": parameters.get("rank", job.hyper_parameters.rank),
-            "lora_alpha": parameters.get("alpha", job.hyper_parameters.alpha),
-        },
-        "training_metric": {
-            "loss": finished.facts.get("loss"),
-            "epochs": finished.facts.get("epoch", 0),
-            # For backends that keep the model's address and this object, and nothing else.
-            "images_used": finished.summary.get("pictures_used"),
-            "images_left_out": finished.summary.get("pictures_left_out"),
-            "report_url": f"{model_url.rpartition('/')[0]}/{REPORT}",
-        },
+        **kind.complete(job.spec, finished, model_url),
         "task_id": job.task_id,
         "sequence": sequence,
         "report": finished.summary,
@@ -102,17 +90,25 @@ def complete(
 
 
 def failed(
-    style_id: int,
+    identity_fields: dict[str, Any],
     task_id: str | None,
     error: TrainingServerError,
     *,
     attempts: int,
     sequence: int,
 ) -> Ending:
-    """The ending of a job that failed, or of a message that never became one."""
+    """The ending of a job that failed, or of a message that never became one.
+
+    Args:
+        identity_fields: The fields that name the subject (`JobKind.identity_fields`).
+        task_id: The job, if its id is known.
+        error: Why it failed.
+        attempts: Attempts made.
+        sequence: Number of this report among the job's reports.
+    """
     code = code_of(error)
     body: dict[str, Any] = {
-        "style_id": style_id,
+        **identity_fields,
         "error_message": str(error),
         "error_code": str(code),
         "sequence": sequence,
@@ -132,6 +128,7 @@ class Endings:
         records: Where endings are kept.
         publish: Publishes; the future is done once the broker has confirmed it.
         put_offs: Puts messages off.
+        kinds: Name the subject of a refused message.
         retry_delays: Seconds before each further try of a parked ending; the last repeats.
         deduplication_seconds: An invalid message told longer ago than this is told again.
         stop: Ends waiting when the worker shuts down.
@@ -145,6 +142,7 @@ class Endings:
         *,
         publish: Callable[[Publication], Future[None]],
         put_offs: PutOffs,
+        kinds: Kinds,
         retry_delays: Sequence[float],
         deduplication_seconds: float,
         stop: threading.Event,
@@ -155,6 +153,7 @@ class Endings:
         self._records = records
         self._publish = publish
         self._put_offs = put_offs
+        self._kinds = kinds
         self._retry_delays = tuple(retry_delays)
         self._deduplication_seconds = deduplication_seconds
         self._stop = stop
@@ -267,9 +266,16 @@ class Endings:
                 return Settlement.ack(training_copy(record, one.message))
             case Claimed(lease=lease):
                 # One attempt: endings of other jobs wait behind this one.
-                with lease, logger.bound(style_id=lease.record.style_id):
+                with lease, logger.bound(**self._identity(lease.record)):
                     left = self.deliver(lease, original=one.message, for_seconds=0, tries=one.tries)
                 return Settlement.ack(*left)
+
+    def _identity(self, record: JobRecord) -> dict[str, Any]:
+        """The fields that name a record's subject in log lines."""
+        try:
+            return self._kinds.of(record.kind).identity_fields(record.subject)
+        except NewerRecord:  # an ending of any kind can be delivered
+            return {"kind": record.kind, "subject": record.subject}
 
     def _send(self, lease: JobLease, for_seconds: float) -> EndingAnswer:
         record = lease.record
@@ -338,25 +344,32 @@ class Endings:
             task_id=error.task_id,
             min_level=delivery.min_level,
         )
-        if error.style_id is None or isinstance(error, UnknownType):
+        if error.subject is None or isinstance(error, UnknownType):
             return Settlement.ack(dead)
         try:
-            return Settlement.ack(dead, *self._tell_refused(delivery, error, error.style_id))
+            return Settlement.ack(dead, *self._tell_refused(delivery, error, error.subject))
         except (StorageError, LeaseLost) as trouble:
             # Its record could not be written: the message comes back, and nothing was said yet.
             why = why_of(trouble) if isinstance(trouble, StorageError) else Why.STORAGE
             return self._put_offs.put_off(delivery, why, str(trouble), task_id=error.task_id)
 
     def _tell_refused(
-        self, delivery: settlement.Delivery, error: InvalidMessage, style_id: int
+        self, delivery: settlement.Delivery, error: InvalidMessage, subject: str
     ) -> tuple[Publication, ...]:
         if error.task_id and self._records.read(error.task_id):
             log.info("refusal_not_told", reason="its task id belongs to another job")
             return ()
         claim: Claim = self._records.claim_invalid(
             hashlib.sha256(delivery.body).hexdigest(),
-            failed(style_id, error.task_id, error, attempts=0, sequence=SEQUENCES_PER_CLAIM + 1),
-            style_id=style_id,
+            failed(
+                self._kinds.of(error.kind).identity_fields(subject),
+                error.task_id,
+                error,
+                attempts=0,
+                sequence=SEQUENCES_PER_CLAIM + 1,
+            ),
+            kind=error.kind,
+            subject=subject,
             webhook_url=error.webhook_url,
             new_run_after=(
                 None

@@ -7,28 +7,17 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import Settings
+from consumer.life.image_download import object_sizes
 from consumer.life.stop_signal import StopSignal
-from jobs.lora_config import HyperParameters
+from jobs.kinds import JobKind
+from jobs.message import Job
 from jobs.record import Checkpoint
-from jobs.style_job import TrainingJob
-from services.s3.image_download import object_sizes
 from services.s3.s3_service import S3Service
 from utils.errors import DiskFull, JobTooLarge, NoRoomForJob
 from utils.logger import get_logger
-from utils.sizes import spoken
+from utils.wording import spoken
 
 log = get_logger(__name__)
-
-WEIGHTS_PER_RANK = {"attention": 199_296, "attention+ff": 374_016}
-"""Trained numbers of a LoRA of rank 1 on SD1.5's UNet, the family that is trained here."""
-NUMBERS_PER_WEIGHT = {"adamw": 3, "adamw8bit": 2, "prodigy": 5}
-"""Of four bytes each in a checkpoint: the weight and its optimizer's state, rounded up."""
-CHECKPOINTS_AT_ONCE = 3
-"""One is being uploaded, one waits for it, and one is being written."""
-MODEL_FORMATS = 3
-OTHER_FILES_BYTES = 256 * 1024**2
-"""Report, sample images, curves, temporary files: generously, since other programs write, too."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,11 +43,13 @@ class JobSize:
 def require_room(
     s3: S3Service,
     state_s3: S3Service,
-    settings: Settings,
-    job: TrainingJob,
+    kind: JobKind,
+    job: Job,
     folder: Path,
     stop: StopSignal,
     *,
+    state_bucket: str,
+    max_job_bytes: int,
     checkpoints: Sequence[Checkpoint] = (),
 ) -> JobSize:
     """Refuse a job that is too large, before anything is downloaded.
@@ -70,10 +61,12 @@ def require_room(
     Args:
         s3: The storage of the images.
         state_s3: The storage of the checkpoints.
-        settings: Limits.
+        kind: The kind of the job.
         job: The job.
         folder: The job's folder.
         stop: Ends the look-up.
+        state_bucket: Bucket of the checkpoints.
+        max_job_bytes: The most that the inputs may have together.
         checkpoints: Those that are registered, newest last.
 
     Raises:
@@ -82,22 +75,22 @@ def require_room(
         StorageError: S3 as a whole is in trouble.
         Stopped, Cancelled: A stop was asked for.
     """
-    images = [*job.images, *job.validation_images]
+    inputs = kind.inputs(job.spec)
     sizes = object_sizes(
         s3,
-        [(image.location, image.version_id) for image in images if image.location],
+        [(each.location, each.version_id) for each in inputs if each.location],
         stop=lambda: bool(stop.reason),
     )
     stop.check()
     size = JobSize(
-        images=sum(each for each in sizes if each <= settings.max_image_bytes),
-        checkpoint=_size_of(state_s3, settings.state_bucket_name, checkpoints),
-        output=output_bytes(job.hyper_parameters),
+        images=sum(each for each in sizes if each <= kind.max_input_bytes),
+        checkpoint=_size_of(state_s3, state_bucket, checkpoints),
+        output=kind.output_bytes(job.spec),
     )
-    if size.images > settings.max_job_bytes:
+    if size.images > max_job_bytes:
         raise JobTooLarge(
             f"The images of this job have {spoken(size.images)} in all, and "
-            f"{spoken(settings.max_job_bytes)} are allowed: order the training with fewer or "
+            f"{spoken(max_job_bytes)} are allowed: order the training with fewer or "
             "smaller images."
         )
     free = _free_bytes(folder)
@@ -109,16 +102,6 @@ def require_room(
             "or give the workers a larger disk."
         )
     return size
-
-
-def output_bytes(parameters: HyperParameters) -> int:
-    """What training writes into its folder at most at one time, estimated from above."""
-    weights = WEIGHTS_PER_RANK.get(parameters.target, max(WEIGHTS_PER_RANK.values()))
-    weights *= parameters.rank
-    numbers = NUMBERS_PER_WEIGHT.get(parameters.optimizer, max(NUMBERS_PER_WEIGHT.values()))
-    best = 1 if parameters.deliver == "best" else 0  # rides in every checkpoint
-    checkpoints = CHECKPOINTS_AT_ONCE * weights * 4 * (numbers + best)
-    return checkpoints + MODEL_FORMATS * weights * 4 + OTHER_FILES_BYTES
 
 
 def _size_of(s3: S3Service, bucket: str, checkpoints: Sequence[Checkpoint]) -> int:

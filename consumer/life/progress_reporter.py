@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from consumer.life.stop_signal import StopSignal
-from jobs.style_job import TrainingJob
+from jobs.kinds import JobKind
+from jobs.message import Job
 from services.webhooks.webhook_service import ProgressAnswer, WebhookService
 from utils.errors import Stopped, StopReason
 from utils.events import Progress, Stage
@@ -27,6 +28,7 @@ class ProgressReporter:
     outlives `close`.
 
     Args:
+        kind: The kind of the job.
         job: The job.
         webhooks: Who sends.
         next_sequence: Gives each report its number.
@@ -36,20 +38,22 @@ class ProgressReporter:
 
     def __init__(
         self,
-        job: TrainingJob,
+        kind: JobKind,
+        job: Job,
         webhooks: WebhookService,
         *,
         next_sequence: Callable[[], int],
         stop: StopSignal,
         interval_seconds: float,
     ) -> None:
+        self._kind = kind
         self._job = job
         self._webhooks = webhooks
         self._origin = webhooks.origin_for(job.webhook_url)
         self._next_sequence = next_sequence
         self._stop = stop
         self._interval = interval_seconds
-        self._latest = _at_the_beginning(job)
+        self._latest = beginning(kind, job)
         self._wake = threading.Event()
         self._closed = False
         context = contextvars.copy_context()  # the thread's log lines carry the job, too
@@ -107,53 +111,40 @@ class ProgressReporter:
             self._stop.request(StopReason.CANCELLED)
 
     def _body(self) -> dict[str, Any]:
-        return _report(self._job, _progress(self._latest), self._next_sequence())
+        report = self._kind.progress(self._latest)
+        return _report(self._kind, self._job, report, self._next_sequence())
 
 
 def queued(
-    job: TrainingJob, latest: Progress | None, place: int, seconds: float, *, sequence: int
+    kind: JobKind, job: Job, latest: Progress | None, place: int, seconds: float, *, sequence: int
 ) -> dict[str, Any]:
     """The report of a job that waits for another attempt.
 
     Args:
+        kind: The kind of the job.
         job: The job.
         latest: How far it was; None where nothing was trained.
         place: In the queue, counted from 1.
         seconds: Until it is expected to be taken.
         sequence: Its number among the job's news.
     """
-    latest = latest or _at_the_beginning(job)
+    latest = latest or beginning(kind, job)
     waiting = {
         "stage": str(Stage.QUEUED),
         "estimated_seconds": round(seconds),
         "queue_position": place,
     }
-    return _report(job, _progress(latest) | waiting, sequence)
+    return _report(kind, job, kind.progress(latest) | waiting, sequence)
 
 
-def _at_the_beginning(job: TrainingJob) -> Progress:
-    epochs = job.hyper_parameters.epochs
-    return Progress(job.task_id, Stage.PREPARING, 0, 0, facts={"epoch": 0, "total_epochs": epochs})
+def beginning(kind: JobKind, job: Job) -> Progress:
+    """The state of a job that has done nothing yet."""
+    return Progress(job.task_id, Stage.PREPARING, 0, 0, facts=kind.beginning(job.spec))
 
 
-def _progress(latest: Progress) -> dict[str, Any]:
-    done = latest.done / latest.total if latest.total else 0.0
-    progress: dict[str, Any] = {
-        "current_epoch": latest.facts.get("epoch", 0),
-        "total_epochs": latest.facts.get("total_epochs", 0),
-        "progress_percent": int(100 * done),
-        # The field is required and an integer, so 0 stands for "not measured yet" as well.
-        "estimated_seconds": latest.seconds_left or 0,
-        "stage": str(latest.stage),
-    }
-    if latest.facts.get("loss") is not None:
-        progress["loss"] = latest.facts["loss"]
-    return progress
-
-
-def _report(job: TrainingJob, progress: dict[str, Any], sequence: int) -> dict[str, Any]:
+def _report(kind: JobKind, job: Job, progress: dict[str, Any], sequence: int) -> dict[str, Any]:
     return {
-        "style_id": job.style_id,
+        **kind.identity_fields(job.subject),
         "progress": progress,
         "task_id": job.task_id,
         "sequence": sequence,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from consumer.life.checkpoint_uploads import CheckpointUploads
 from consumer.life.progress_reporter import ProgressReporter
 from consumer.life.stop_signal import StopSignal
 from consumer.pages.observer import Observer
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import TrainingRun
-from jobs.style_job import TrainingJob
+from jobs.kinds import JobKind, KindRun, Run
+from jobs.message import Job
 from utils.errors import CheckpointUnusable
 from utils.events import CheckpointSaved, Event, Finished, Progress, Stage, Started
 from utils.logger import get_logger
@@ -42,7 +43,9 @@ def dispatch(
 
 def continued_or_from_the_beginning(
     trainer: TrainerProcess,
-    run: TrainingRun,
+    kind: JobKind,
+    run: KindRun,
+    log_fields: dict[str, Any],
     on_event: Callable[[Event], None],
     stop: StopSignal,
     *,
@@ -58,16 +61,23 @@ def continued_or_from_the_beginning(
         As `TrainerProcess.run`.
     """
     try:
-        return trainer.run(run, on_event, stop, max_seconds=max_seconds, patience=patience)
+        sent = Run.of(run, kind.runner, log_fields)
+        return trainer.run(sent, on_event, stop, max_seconds=max_seconds, patience=patience)
     except CheckpointUnusable as error:
         if run.resume_from is None:
             raise
         log.warning("checkpoint_not_continued", reason=str(error))
-    afresh = dataclasses.replace(run, resume_from=None)
-    return trainer.run(afresh, on_event, stop, max_seconds=max_seconds, patience=patience)
+    afresh = dataclasses.replace(run, resume_from=None)  # type: ignore[type-var]  # a dataclass
+    return trainer.run(
+        Run.of(afresh, kind.runner, log_fields),
+        on_event,
+        stop,
+        max_seconds=max_seconds,
+        patience=patience,
+    )
 
 
-def uploading(finished: Finished, job: TrainingJob) -> Progress:
+def uploading(finished: Finished, job: Job) -> Progress:
     """The state of a job whose model is on its way to S3."""
     return Progress(
         task_id=job.task_id,

@@ -10,12 +10,13 @@ from config import Settings
 from consumer.life.checkpoint_uploads import delete_all_of
 from consumer.life.endings import parked, training_copy
 from consumer.pages.observer import Observer
+from jobs.kinds import Kinds
+from jobs.message import from_understood
 from jobs.record import JobRecord, State
-from jobs.style_job import from_understood, to_message
 from services.broker.settlement import Publication
 from services.records.sweep import RecordSweep
 from services.s3.s3_service import S3Service
-from utils.errors import StorageError
+from utils.errors import NewerRecord, StorageError
 from utils.logger import get_logger
 
 log = get_logger(__name__)
@@ -29,7 +30,8 @@ class Sweeper:
     Args:
         sweep: Finds the abandoned records.
         publish: Publishes; may be called by any thread.
-        settings: Interval, retention and defaults.
+        settings: Interval and retention.
+        kinds: Write the message of a record.
         s3: Holds what a record that is deleted has left.
         observer: Is told what was found.
     """
@@ -39,12 +41,14 @@ class Sweeper:
         sweep: RecordSweep,
         publish: Callable[[Publication], object],
         settings: Settings,
+        kinds: Kinds,
         s3: S3Service,
         observer: Observer,
     ) -> None:
         self._sweep = sweep
         self._publish = publish
         self._settings = settings
+        self._kinds = kinds
         self._s3 = s3
         self._observer = observer
         self._stopping = threading.Event()
@@ -81,7 +85,7 @@ class Sweeper:
     def _publish_again(self, record: JobRecord) -> None:
         try:
             body = self._message(record)
-        except ValueError as error:
+        except (ValueError, NewerRecord) as error:
             log.error("record_not_understood", task_id=record.task_id, reason=str(error))
             return
         self._observer.swept()
@@ -93,7 +97,7 @@ class Sweeper:
     def _message(self, record: JobRecord) -> bytes:
         if not record.message:
             return b""  # an invalid message: only its ending is left to tell
-        return to_message(from_understood(record.message, self._settings))
+        return from_understood(self._kinds.of(record.kind), record.message).body
 
     def _delete_what_is_left(self, record: JobRecord) -> bool:
         return delete_all_of(self._s3, self._settings.state_bucket_name, record)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jobs.style_job import TrainingJob
+from jobs.kinds import JobKind
+from jobs.message import Job
 from services.records.job_lease import JobLease
 from utils.events import CheckpointSaved, Event, Progress, Stage, Started
 from utils.metrics import Metrics
@@ -20,6 +21,7 @@ class JobWatch:
     """One claim on a job, from the claim to whatever came of it. Safe to share between threads.
 
     Args:
+        kind: The kind of the job.
         job: The job.
         lease: The hold on it.
         metrics: Where it is counted.
@@ -28,9 +30,10 @@ class JobWatch:
         latest: How far the job is, as the trainer said last; None before it said anything.
     """
 
-    def __init__(self, job: TrainingJob, lease: JobLease, metrics: Metrics) -> None:
+    def __init__(self, kind: JobKind, job: Job, lease: JobLease, metrics: Metrics) -> None:
         self.latest: Progress | None = None
-        self._job = job
+        self._identity_fields = kind.identity_fields(job.subject)
+        self._at_first = kind.beginning(job.spec)
         self._lease = lease
         self._metrics = metrics
         self._began_at = time.monotonic()
@@ -113,14 +116,14 @@ class JobWatch:
         record, latest = self._lease.record, self.latest
         facts: dict[str, Any] = {
             "task_id": record.task_id,
-            "style_id": record.style_id,
+            **self._identity_fields,
             "claim": record.claim,
             "attempts": record.attempts_with_this,
             "seconds": round(self.seconds, 1),
             "lease_remaining_seconds": round(self._lease.remaining, 1),
             "stage": self.stage,
             "epoch": latest.facts.get("epoch", 0) if latest else 0,
-            "total_epochs": self._job.hyper_parameters.epochs,
+            "total_epochs": (latest.facts if latest else self._at_first).get("total_epochs", 0),
             "step": latest.done if latest else 0,
             "total_steps": latest.total if latest else 0,
             "loss": latest.facts.get("loss") if latest else None,

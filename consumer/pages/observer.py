@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 from consumer.pages.job_watch import JobWatch
 from consumer.pages.queue_watch import QueueWatch
+from jobs.kinds import JobKind
+from jobs.message import Job
 from jobs.record import Ending, EndingKind
-from jobs.style_job import TrainingJob
 from services.broker.settlement import Delivery, Queue
 from services.records.job_lease import JobLease
 from services.telemetry.tracing import Tracing
@@ -54,12 +55,12 @@ class Observer:
         return self._job
 
     @contextlib.contextmanager
-    def holding(self, job: TrainingJob, lease: JobLease) -> Iterator[None]:
+    def holding(self, kind: JobKind, job: Job, lease: JobLease) -> Iterator[None]:
         """While the block runs the worker holds this job."""
-        self._job = JobWatch(job, lease, self.metrics)
+        self._job = JobWatch(kind, job, lease, self.metrics)
         self.metrics.job_in_hand.set(1)
         self.metrics.job_progress_ratio.set(0)
-        claimed = {"style_id": job.style_id, "claim": lease.claim_number}
+        claimed = {**kind.identity_fields(job.subject), "claim": lease.claim_number}
         try:
             with self.tracing.job(job.task_id, carrier=job.headers, **claimed):
                 yield

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jobs.addresses import S3Location
+from jobs.layout import Place
 from services.records.job_lease import JobLease
 from services.records.lease import Lease
 from services.records.style_turn import ReplacedFile, Turn
-from services.s3.folders import each
-from services.s3.s3_service import ObjectInfo, S3Service
+from services.s3.s3_service import FILES_AT_ONCE, ObjectInfo, S3Service
 from utils.errors import (
     AccessDenied,
     LeaseLost,
@@ -28,10 +28,9 @@ from utils.errors import (
     StorageError,
 )
 from utils.logger import get_logger
+from utils.threads import in_parallel
 
 log = get_logger(__name__)
-
-WEIGHTS = "lora_weights.safetensors"
 
 TASK_ID = "task_id"
 CLAIM = "claim"
@@ -136,7 +135,8 @@ class ModelFolder:
             storage; otherwise files pass through this machine.
         model_bucket: Bucket of `models/`.
         state_bucket: Bucket of `archive/`.
-        style_id: The style.
+        place: Its keys.
+        last_file: The file that is written last and deleted first.
     """
 
     def __init__(
@@ -146,14 +146,16 @@ class ModelFolder:
         *,
         model_bucket: str,
         state_bucket: str,
-        style_id: int,
+        place: Place,
+        last_file: str,
     ) -> None:
         self._models = models
         self._state = state
         self._model_bucket = model_bucket
         self._state_bucket = state_bucket
-        self._prefix = f"models/style_{style_id}/"
-        self._archive_prefix = f"archive/style_{style_id}/"
+        self._prefix = place.models
+        self._archive_prefix = place.archive
+        self.last_file = last_file
         self._restored: dict[str, str] = {}
 
     def place(self, name: str) -> S3Location:
@@ -274,7 +276,8 @@ class ModelFolder:
             )
 
         last = files[-1]
-        each(put_one, [name for name in missing if name != last])
+        first = [name for name in missing if name != last]
+        in_parallel(put_one, first, at_once=FILES_AT_ONCE, name="s3-folder")
         for name in surplus:
             fence.renew()
             self._models.delete_version(self.place(name), present[name].etag)
@@ -313,10 +316,10 @@ class ModelFolder:
             return True
         fence.renew()
         # Readers that see the weights must find everything else, so these go first and come last.
-        for name in sorted(strays, key=lambda name: name != WEIGHTS):
+        for name in sorted(strays, key=lambda name: name != self.last_file):
             fence.renew()
             self._models.delete_version(self.place(name), present[name].etag)
-        for file in sorted(wrong, key=lambda file: file.name == WEIGHTS):
+        for file in sorted(wrong, key=lambda file: file.name == self.last_file):
             self._bring_back(file, present.get(file.name), fence)
         return False
 
@@ -357,12 +360,12 @@ def _is_there(info: ObjectInfo | None, mark: Mapping[str, str]) -> bool:
     return info is not None and is_of(info, mark)
 
 
-def whole_run(present: Mapping[str, ObjectInfo]) -> Mapping[str, str] | None:
+def whole_run(present: Mapping[str, ObjectInfo], last_file: str) -> Mapping[str, str] | None:
     """The metadata that a complete model's files share; None if the folder has no complete model.
 
     Files that no worker published do not count.
     """
-    weights = present.get(WEIGHTS)
+    weights = present.get(last_file)
     if weights is None or TASK_ID not in weights.metadata:
         return None
     published = [info for info in present.values() if TASK_ID in info.metadata]

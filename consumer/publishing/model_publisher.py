@@ -29,7 +29,6 @@ from consumer.publishing.model_folder import (
     CLAIM,
     ORDERED_AT,
     TASK_ID,
-    WEIGHTS,
     Fence,
     ModelFolder,
     persistently,
@@ -37,15 +36,13 @@ from consumer.publishing.model_folder import (
     whole_run,
 )
 from consumer.publishing.order_time import instant, order_time
-from jobs.style_job import TrainingJob
+from jobs.layout import Place, staging_of
 from services.records.job_lease import JobLease
 from services.records.lease import Lease
 from services.records.style_turn import ReplacedFile, Replacement, StyleTurns, Turn
 from services.s3.s3_service import ObjectInfo, S3Service
 from utils.errors import MachineError, StorageError
 from utils.logger import get_logger
-
-__all__ = ["WEIGHTS", "ModelPublisher", "Published"]
 
 log = get_logger(__name__)
 
@@ -113,7 +110,7 @@ class ModelPublisher:
         self,
         folder: Path,
         files: Sequence[str],
-        job: TrainingJob,
+        place: Place,
         lease: JobLease,
         stop: StopSignal,
         *,
@@ -123,8 +120,8 @@ class ModelPublisher:
 
         Args:
             folder: Local folder of the files.
-            files: Their names; `lora_weights.safetensors` last.
-            job: The job that made the model.
+            files: Their names. The last one is written when all others are in place.
+            place: Where they belong.
             lease: Checked before every write.
             stop: Checked until the first file is written; from then on the publication is finished.
             ordered_at: ISO time of the order. The later order wins. A time that cannot be read, or
@@ -136,25 +133,25 @@ class ModelPublisher:
             StorageError, MachineError: S3 or the disk failed. The folder is as it was, or the
                 turn's note says that it has to be repaired.
         """
-        assert files[-1] == WEIGHTS, "whoever sees the weights must find everything else in place"
+        task_id = lease.record.task_id
         mark = {
-            TASK_ID: job.task_id,
+            TASK_ID: task_id,
             CLAIM: str(lease.claim_number),
             ORDERED_AT: order_time(ordered_at, lease.record.created_at).isoformat(),
         }
-        run = _Run(folder, tuple(files), job.task_id, lease.claim_number, mark)
+        run = _Run(folder, tuple(files), task_id, lease.claim_number, mark)
 
         def check() -> None:
             stop.check()
             lease.check()
 
         check()
-        staging = f"staging/{job.task_id}/{lease.claim_number}/"
+        staging = staging_of(task_id, lease.claim_number)
         self._state.upload_folder(
-            folder, self._state_bucket, staging, last=WEIGHTS, metadata=mark, check=check
+            folder, self._state_bucket, staging, last=files[-1], metadata=mark, check=check
         )
-        style = self._folder(job.style_id)
-        with self._turns.take(job.style_id, job.task_id, check) as turn:
+        style = self._folder(place, files[-1])
+        with self._turns.take(place.turn, task_id, check) as turn:
             published = self._put_in_place(style, run, turn, Fence(lease, turn), check)
         self._clear_staging([staging + name for name in files])
         return published
@@ -167,7 +164,7 @@ class ModelPublisher:
         fence: Fence,
         check: Callable[[], None],
     ) -> Published:
-        url = style.place(WEIGHTS).uri(self._url_scheme)
+        url = style.place(run.files[-1]).uri(self._url_scheme)
         before = self._repaired(style, turn, fence, run.task_id)
         if before is None:
             before, later = _archived(style, run.mark, fence)
@@ -189,13 +186,13 @@ class ModelPublisher:
         log.info("model_published", files=len(run.files))
         return Published(url)
 
-    def confirm(self, style_id: int, task_id: str, lease: JobLease) -> None:
+    def confirm(self, place: Place, task_id: str, lease: JobLease) -> None:
         """The ending of a job whose model is in place is durable: keep nothing to roll back to.
 
         If S3 fails, or another run has the turn, the next publisher of the style does it.
 
         Args:
-            style_id: The style.
+            place: Where the job's results belong.
             task_id: The job.
             lease: The hold on the job.
 
@@ -203,16 +200,16 @@ class ModelPublisher:
             LeaseLost: The job is another worker's now.
         """
         try:
-            seen = self._turns.read(style_id)
+            seen = self._turns.read(place.turn)
             if seen is None or not _is_done(seen, task_id) or not seen.hold.released:
                 return
-            with self._turns.take(style_id, task_id, lease.check) as turn:
+            with self._turns.take(place.turn, task_id, lease.check) as turn:
                 if _is_done(turn.record, task_id):
                     _write_note(turn, None)
         except StorageError as error:
             log.warning("publication_not_confirmed", reason=str(error))
 
-    def repair(self, style_id: int, task_id: str, lease: JobLease) -> bool:
+    def repair(self, place: Place, task_id: str, lease: JobLease) -> bool:
         """Roll the style's folder back if a publication of this job was begun.
 
         To be called when a job is claimed, and before it ends as failed or cancelled. It costs one
@@ -220,7 +217,7 @@ class ModelPublisher:
         has given up the turn without writing all files.
 
         Args:
-            style_id: The style.
+            place: Where the job's results belong.
             task_id: The job.
             lease: The hold on the job; checked before every write.
 
@@ -232,26 +229,28 @@ class ModelPublisher:
             StorageError, MachineError: It could not be rolled back. The turn's note stays, so it
                 can be tried again.
         """
-        seen = self._turns.read(style_id)
+        seen = self._turns.read(place.turn)
         if seen is None or seen.replacement is None:
             return False
         if not _is_to_be_repaired(seen, task_id):
             return False
         if seen.replacement.task_id != task_id and not seen.hold.released:
             return False
-        with self._turns.take(style_id, task_id, lease.check) as turn:
+        with self._turns.take(place.turn, task_id, lease.check) as turn:
             if not _is_to_be_repaired(turn.record, task_id):
                 return False  # another worker was faster
-            _roll_back(self._folder(style_id), turn, Fence(lease, turn))
+            last = seen.replacement.files[-1]
+            _roll_back(self._folder(place, last), turn, Fence(lease, turn))
         return True
 
-    def _folder(self, style_id: int) -> ModelFolder:
+    def _folder(self, place: Place, last_file: str) -> ModelFolder:
         return ModelFolder(
             self._models,
             self._state,
             model_bucket=self._model_bucket,
             state_bucket=self._state_bucket,
-            style_id=style_id,
+            place=place,
+            last_file=last_file,
         )
 
     def _repaired(
@@ -279,11 +278,11 @@ class ModelPublisher:
             run.folder,
             self._state_bucket,
             style.archived(run.task_id, "").key,
-            last=WEIGHTS,
+            last=run.files[-1],
             metadata=run.mark,
             check=fence.check,
         )
-        return style.archived(run.task_id, WEIGHTS).uri(self._url_scheme)
+        return style.archived(run.task_id, run.files[-1]).uri(self._url_scheme)
 
     def _clear_staging(self, keys: Sequence[str]) -> None:
         try:
@@ -304,7 +303,7 @@ def _archived(
     """
     for _ in range(_LOOKS):
         present = style.look()
-        if later := _later_order(present, mark):
+        if later := _later_order(present, mark, style.last_file):
             return (), later
         before = style.archive(present, fence)
         if before is not None:
@@ -313,9 +312,11 @@ def _archived(
     raise StorageError("Other publishers keep writing into the style's folder.")
 
 
-def _later_order(present: Mapping[str, ObjectInfo], mark: Mapping[str, str]) -> str | None:
+def _later_order(
+    present: Mapping[str, ObjectInfo], mark: Mapping[str, str], last_file: str
+) -> str | None:
     """The job with a later order than `mark` names, if the folder has its complete model."""
-    there = whole_run(present)
+    there = whole_run(present, last_file)
     if there is None or there[TASK_ID] == mark[TASK_ID]:
         return None
     theirs, ours = instant(there.get(ORDERED_AT)), instant(mark[ORDERED_AT])

@@ -26,6 +26,7 @@ class Machine:
         count: How many GPUs the trainer may see; it uses the first.
         memory_bytes: The GPU's memory.
         problem: What is wrong with the GPU; None if it is well or absent.
+        capability: The GPU's compute capability, such as `8.6`; empty without a GPU.
     """
 
     cuda: bool
@@ -33,6 +34,7 @@ class Machine:
     count: int = 0
     memory_bytes: int | None = None
     problem: str | None = None
+    capability: str = ""
 
 
 def check_machine(environment: Mapping[str, str]) -> Machine:

@@ -23,7 +23,8 @@ from pathlib import Path
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer import trainer_log
 from consumer.trainer.run_watch import STOP_PATIENCE_SECONDS, RunWatch
-from jobs.lora_config import TrainerOptions, TrainingRun
+from jobs.kinds import Run
+from jobs.style import TrainerOptions
 from utils.confined import LEAST_ABI, Confinement, hide_own_memory, landlock_version
 from utils.errors import REPORTABLE, StopReason, TrainingFailed, WorkerCrashed
 from utils.events import (
@@ -134,7 +135,7 @@ class TrainerProcess:
 
     def run(
         self,
-        run: TrainingRun,
+        run: Run,
         on_event: Callable[[Event], None],
         stop: StopSignal,
         *,

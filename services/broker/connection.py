@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from consumer.lane import InHand, Lane
-from consumer.pages.observer import Observer
+from services.broker.events import BrokerEvents
+from services.broker.lane import InHand, Lane
 from services.broker.outbox import Backoff, Outbox, Parcel
 from services.broker.settlement import Action, Publication
 from utils.errors import BrokerError, BrokerRefused, PublicationRefused, Refusal
@@ -45,11 +45,11 @@ class BrokerLoop(abc.ABC):
         lanes: Sequence[Lane],
         stop: threading.Event,
         stop_seconds: float,
-        observer: Observer | None = None,
+        observer: BrokerEvents,
         idle_seconds: float | None = None,
         outbox: Outbox | None = None,
     ) -> None:
-        self._observer = observer or Observer()
+        self._observer = observer
         self._turned_at = time.monotonic()
         self._look_at = float("-inf")
         self.connected = False

@@ -16,6 +16,16 @@ import datetime
 from collections.abc import Callable, Iterator
 
 from jobs.addresses import S3Location
+from jobs.layout import (
+    INVENTORY,
+    LIVE,
+    RECORD_SUFFIX,
+    RECORDS,
+    cancel_file_at,
+    live_mark_at,
+    record_at,
+    settled_mark_at,
+)
 from jobs.record import JobRecord
 from services.records.record_object import RecordObject
 from services.s3.s3_service import ObjectInfo, S3Service
@@ -24,37 +34,11 @@ from utils.logger import get_logger
 
 log = get_logger(__name__)
 
-FOLDER = "jobs/"
-LIVE_FOLDER = FOLDER + "live/"
-RECORD_SUFFIX = ".json"
-SETTLED_SUFFIX = ".settled"
-CANCEL_SUFFIX = ".cancel"
 INVENTORY_SECONDS = 86_400.0
 
-_INVENTORY = FOLDER + "inventory"
 _DONE = b"done "
 _UNFINISHED_SECONDS = 600.0
 """An inventory that was begun so long ago is not going to be finished."""
-
-
-def record_at(bucket: str, task_id: str) -> S3Location:
-    """Where a job's record lies."""
-    return S3Location(bucket, f"{FOLDER}{task_id}{RECORD_SUFFIX}")
-
-
-def cancel_file_at(bucket: str, task_id: str) -> S3Location:
-    """Where the file lies that cancels a job."""
-    return S3Location(bucket, f"{FOLDER}{task_id}{CANCEL_SUFFIX}")
-
-
-def live_mark_at(bucket: str, task_id: str) -> S3Location:
-    """The empty object that says of a record that it is not settled."""
-    return S3Location(bucket, LIVE_FOLDER + task_id)
-
-
-def settled_mark_at(bucket: str, task_id: str) -> S3Location:
-    """The empty object that says of a record that nothing is left to do."""
-    return S3Location(bucket, f"{FOLDER}{task_id}{SETTLED_SUFFIX}")
 
 
 class RecordIndex:
@@ -118,8 +102,8 @@ class RecordIndex:
         Raises:
             StorageError: S3 cannot be used.
         """
-        for info in self._s3.list_objects(self._bucket, LIVE_FOLDER):
-            yield info.key.removeprefix(LIVE_FOLDER), info
+        for info in self._s3.list_objects(self._bucket, LIVE):
+            yield info.key.removeprefix(LIVE), info
 
     def record(self, task_id: str) -> RecordObject[JobRecord]:
         """The object of a record."""
@@ -144,13 +128,13 @@ class RecordIndex:
         begun = self._begin_inventory()
         if begun is None:
             return False
-        listing = {info.key: info for info in self._s3.list_objects(self._bucket, FOLDER)}
+        listing = {info.key: info for info in self._s3.list_objects(self._bucket, RECORDS)}
         added = deleted = 0
-        now = self._s3.head(S3Location(self._bucket, _INVENTORY)).last_modified
+        now = self._s3.head(S3Location(self._bucket, INVENTORY)).last_modified
         for key, info in listing.items():
-            if not key.endswith(RECORD_SUFFIX) or key.startswith(LIVE_FOLDER):
+            if not key.endswith(RECORD_SUFFIX) or key.startswith(LIVE):
                 continue
-            task_id = key.removeprefix(FOLDER).removesuffix(RECORD_SUFFIX)
+            task_id = key.removeprefix(RECORDS).removesuffix(RECORD_SUFFIX)
             if live_mark_at(self._bucket, task_id).key in listing:
                 continue
             if settled_mark_at(self._bucket, task_id).key not in listing:
@@ -159,13 +143,13 @@ class RecordIndex:
             elif retention_seconds is not None and _seconds(now, info) > retention_seconds:
                 deleted += self._delete_record(task_id, expired)
         with contextlib.suppress(PreconditionFailed):  # another worker has begun it meanwhile
-            self._s3.replace(S3Location(self._bucket, _INVENTORY), _DONE + _now(), begun)
+            self._s3.replace(S3Location(self._bucket, INVENTORY), _DONE + _now(), begun)
         log.info("inventory_taken", objects=len(listing), added=added, deleted=deleted)
         return True
 
     def _begin_inventory(self) -> str | None:
         """Begin an inventory if it is due, by a conditional write; its version, else None."""
-        location = S3Location(self._bucket, _INVENTORY)
+        location = S3Location(self._bucket, INVENTORY)
         try:
             stored = self._s3.read(location)
         except ObjectNotFound:

@@ -13,15 +13,9 @@ import threading
 import time
 
 from jobs.hold import stamped
-from jobs.record import (
-    INVALID_PREFIX,
-    PROTOCOL_LEVEL,
-    Ending,
-    JobRecord,
-    JobRequest,
-    State,
-)
-from services.records.index import RecordIndex, cancel_file_at, record_at
+from jobs.layout import INVALID_PREFIX, cancel_file_at, record_at
+from jobs.record import PROTOCOL_LEVEL, Ending, JobRecord, JobRequest, State
+from services.records.index import RecordIndex
 from services.records.job_lease import JobLease
 from services.records.record_object import Expiry, RecordObject, Version
 from services.s3.s3_service import S3Service
@@ -155,7 +149,8 @@ class JobRecords:
         body_sha256: str,
         ending: Ending,
         *,
-        style_id: int,
+        kind: str,
+        subject: str,
         webhook_url: str | None = None,
         new_run_after: float | None = None,
     ) -> Claim:
@@ -167,7 +162,7 @@ class JobRecords:
         Args:
             body_sha256: In hexadecimal.
             ending: Its ending; one that the record already has stays.
-            style_id: The style that the backend hears of.
+            kind, subject: What the backend hears of.
             webhook_url: As for a job.
             new_run_after: As for `claim`: the same body published again later is told again.
 
@@ -176,7 +171,8 @@ class JobRecords:
         """
         request = JobRequest(
             task_id=INVALID_PREFIX + body_sha256,
-            style_id=style_id,
+            kind=kind,
+            subject=subject,
             identity=body_sha256,
             message={},
             webhook_url=webhook_url,

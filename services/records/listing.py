@@ -14,8 +14,16 @@ import itertools
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from jobs.record import INVALID_PREFIX, JobRecord
-from services.records.index import FOLDER, RECORD_SUFFIX, SETTLED_SUFFIX, record_at
+from jobs.layout import (
+    INVALID_PREFIX,
+    RECORD_SUFFIX,
+    RECORDS,
+    SETTLED_SUFFIX,
+    STYLE,
+    place_of,
+    record_at,
+)
+from jobs.record import JobRecord
 from services.records.record_object import RecordObject, Version
 from services.s3.s3_service import S3Service
 from utils.errors import StorageError
@@ -80,7 +88,7 @@ def beginning_with(s3: S3Service, bucket: str, beginning: str) -> list[str]:
         prefixes.append(INVALID_PREFIX + beginning)
     found = []
     for prefix in prefixes:
-        keys = itertools.islice(s3.list_objects(bucket, FOLDER + prefix), _KEYS_LOOKED_AT)
+        keys = itertools.islice(s3.list_objects(bucket, RECORDS + prefix), _KEYS_LOOKED_AT)
         ids = (_task_id(info.key) for info in keys if info.key.endswith(RECORD_SUFFIX))
         # `in` lists all of `invalid/`, which is not meant.
         found += [each for each in ids if each.count("/") == prefix.count("/")]
@@ -98,7 +106,7 @@ def refusals_of(s3: S3Service, bucket: str, task_id: str) -> list[Found]:
     """
     listed = [
         info
-        for info in s3.list_objects(bucket, FOLDER + INVALID_PREFIX)
+        for info in s3.list_objects(bucket, RECORDS + INVALID_PREFIX)
         if info.key.endswith(RECORD_SUFFIX)
     ]
     listed.sort(key=lambda info: info.last_modified, reverse=True)
@@ -173,14 +181,14 @@ class RecordListing:
         found = {
             each.task_id: each
             for each in (*self.unsettled, *read)
-            if each.record and each.record.style_id == style_id
+            if each.record and (each.record.kind, each.record.subject) == (STYLE, str(style_id))
         }
         in_order = [found[name] for name in self._settled_by_id if name in found]
         return in_order, max(0, len(others) - limit)
 
     @functools.cached_property
     def _settled_by_id(self) -> dict[str, bool]:
-        listing = {info.key: info for info in self._s3.list_objects(self._bucket, FOLDER)}
+        listing = {info.key: info for info in self._s3.list_objects(self._bucket, RECORDS)}
         records = [info for key, info in listing.items() if key.endswith(RECORD_SUFFIX)]
         records.sort(key=lambda info: info.last_modified, reverse=True)
         return {
@@ -191,12 +199,13 @@ class RecordListing:
     def _named_by(self, style_id: int) -> set[str]:
         """The ids of jobs of which checkpoints or archived models of a style are there."""
         names = set()
-        for folder in ("checkpoints", "archive"):
-            prefix = f"{folder}/style_{style_id}/"
+        place = place_of(STYLE, str(style_id), "")
+        # Without a task id the folder of checkpoints is the style's, with one slash too many.
+        for prefix in (place.checkpoints.removesuffix("/"), place.archive):
             for info in self._s3.list_objects(self._bucket, prefix):
                 names.add(info.key.removeprefix(prefix).partition("/")[0])
         return names
 
 
 def _task_id(key: str) -> str:
-    return key.removeprefix(FOLDER).removesuffix(RECORD_SUFFIX)
+    return key.removeprefix(RECORDS).removesuffix(RECORD_SUFFIX)

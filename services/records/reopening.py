@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jobs.hold import stamped
+from jobs.layout import cancel_file_at, record_at
 from jobs.record import Delivery, EndingKind, JobRecord, State
-from services.records.index import RecordIndex, cancel_file_at, record_at
+from services.records.index import RecordIndex
 from services.records.record_object import RecordObject
 from services.s3.s3_service import S3Service
 from utils.errors import PreconditionFailed, StorageError

@@ -1,8 +1,7 @@
 """Runs of one style take turns at publishing: a lease for each style's folder.
 
 A folder of several files cannot be replaced in one act, so two publishers at once would mix their
-files. The turn is a record like a job's (`jobs.hold`), at
-`jobs/style_{style_id}.turn`. From
+files. The turn is a record like a job's (`jobs.hold`), at the key `jobs.layout.Place.turn`. From
 before a publisher's first write into the folder until after its last one, the turn also holds a
 note about that publication: if the publisher dies, the note says how to restore the folder.
 """
@@ -98,30 +97,30 @@ class StyleTurns:
         self._lease_seconds = lease_seconds
         self._expiry = Expiry()
 
-    def read(self, style_id: int) -> Turn | None:
+    def read(self, key: str) -> Turn | None:
         """The style's turn as it is now, by one request; None if nobody has published the style.
 
         Raises:
             StorageError: S3 cannot be used.
         """
-        version = self._target(style_id).read()
+        version = self._target(key).read()
         return version.record if version else None
 
     @contextlib.contextmanager
-    def take(self, style_id: int, task_id: str, check: Callable[[], None]) -> Iterator[Lease[Turn]]:
+    def take(self, key: str, task_id: str, check: Callable[[], None]) -> Iterator[Lease[Turn]]:
         """Wait for the turn and hold it while the block runs.
 
         A note that a dead publisher left in the turn is still there when the block begins.
 
         Args:
-            style_id: The style.
+            key: The turn of the folder (see `jobs.layout.Place`).
             task_id: The job that wants to publish.
             check: Called while waiting; ends it by raising.
 
         Raises:
             StorageError: S3 cannot be used.
         """
-        with self._wait_for(self._target(style_id), task_id, check) as lease:
+        with self._wait_for(self._target(key), task_id, check) as lease:
             try:
                 yield lease
             finally:
@@ -131,8 +130,7 @@ class StyleTurns:
                         within=self._lease_seconds / 2,
                     )
 
-    def _target(self, style_id: int) -> RecordObject[Turn]:
-        key = f"jobs/style_{style_id}.turn"
+    def _target(self, key: str) -> RecordObject[Turn]:
         return RecordObject(self._s3, S3Location(self._bucket, key), Turn)
 
     def _wait_for(

@@ -1,24 +1,25 @@
-"""Facts of S3: frozen, and free of any client library."""
+"""Facts about stored objects, and the checks that S3 sent them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from datetime import datetime
-from pathlib import Path
+from email.utils import parsedate_to_datetime
+from typing import Any
 
-from jobs.addresses import S3Location
+from utils.errors import StorageError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """What S3 says of an object without its body.
+    """The facts that S3 reports about an object without its body.
 
     Attributes:
         size: Bytes.
         etag: As S3 wrote it, quotes included.
         last_modified: S3's own date, with its time zone.
-        metadata: The object's own metadata; empty in a listing, which does not tell.
+        metadata: The object's own metadata; empty in a listing, which does not report it.
     """
 
     key: str
@@ -30,13 +31,13 @@ class ObjectInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredObject:
-    """A small object, whole, with all that a lease is judged by.
+    """A small object with its body, its version and the dates that a lease is judged by.
 
     Attributes:
-        etag: Names this version; give it back to `S3Service.replace`.
+        etag: The version; pass it to `S3Service.replace`.
         last_modified: When this version was written, by S3's clock.
-        server_date: What S3's clock said when it answered.
-        metadata: Its own metadata.
+        server_date: The time of the answer, by S3's clock.
+        metadata: The object's own metadata.
     """
 
     body: bytes
@@ -46,38 +47,54 @@ class StoredObject:
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImageRequest:
-    """An image that a job asks for.
+# A proxy or a captive portal may answer 200 to any request. An answer that lacks the fields which
+# S3 always sends does not come from S3.
+_CHECK = "so it does not come from S3. Check AWS_ENDPOINT_URL_S3."
 
-    Attributes:
-        source: Its address in the message's own spelling, for the report.
-        location: Where that is.
-        caption: Its caption; None to look for a caption file beside the image.
-        version_id: The version of the object that is meant; None for the present one.
+
+def etag_of(answer: Mapping[str, Any], what: str) -> str:
+    """The version that an answer names.
+
+    Raises:
+        StorageError: The answer names none.
     """
-
-    source: str
-    location: S3Location
-    caption: str | None = None
-    version_id: str | None = None
+    if not answer.get("ETag"):
+        raise StorageError(f"{what}: the answer has no ETag, {_CHECK}")
+    return str(answer["ETag"])
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class FetchedImage:
-    """What became of a `ImageRequest`.
+def last_modified_of(answer: Mapping[str, Any], what: str) -> datetime:
+    """The time when the object was written, by S3's clock.
 
-    Attributes:
-        source: As in the request.
-        path: The local file; None where the image could not be fetched.
-        caption: The request's caption, or the text found beside the image, or None.
-        problem: Why it could not be fetched, for an artist to read ("could not be found in
-            storage"); else None.
-        caption_problem: Why the caption found beside it is ignored; None where it is not.
+    Raises:
+        StorageError: The answer has no such time.
     """
+    date = answer.get("LastModified")
+    if not isinstance(date, datetime):
+        raise StorageError(f"{what}: the answer has no Last-Modified, {_CHECK}")
+    return date
 
-    source: str
-    path: Path | None
-    caption: str | None = None
-    problem: str | None = None
-    caption_problem: str | None = None
+
+def server_date_of(answer: Mapping[str, Any], what: str) -> datetime:
+    """The time of the answer, by S3's clock.
+
+    Raises:
+        StorageError: The answer has no such time.
+    """
+    text = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        return parsedate_to_datetime(text)
+    except ValueError as error:
+        raise StorageError(f"{what}: the answer has no valid Date header, {_CHECK}") from error
+
+
+def check_page(page: Mapping[str, Any], what: str) -> None:
+    """Refuse a page of a listing that does not say whether more pages follow.
+
+    Without that field the page cannot be told from an empty folder.
+
+    Raises:
+        StorageError: The field is missing.
+    """
+    if "IsTruncated" not in page:
+        raise StorageError(f"{what}: the answer is not a listing, {_CHECK}")

@@ -91,7 +91,7 @@ def test_images_that_are_none_are_left_out_by_name_and_the_job_goes_on(
     assert worker.exit_code is None
 
 
-def test_what_a_library_in_c_says_of_an_image_is_a_line_of_the_log_like_any_other(
+def test_a_line_that_a_c_library_prints_about_an_image_reaches_the_log_as_json(
     world: World, worker: WorkerProcess
 ) -> None:
     whole = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What the image runs, run without it: entry point, health check, the stand-in backend."""
+"""The image's programs, run without the image: entry point, health check, stand-in backend."""
 
 from __future__ import annotations
 
@@ -25,15 +25,13 @@ from training.style.families.fetch_base_model import fetch
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-# Root writes where it likes, unless that right is taken from it.
+# Root may write anywhere unless these capabilities are dropped.
 UNPRIVILEGED = ("setpriv", "--bounding-set=-dac_override,-fowner") if os.geteuid() == 0 else ()
 
 
 @pytest.fixture(scope="module", name="image")
 def _image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What lies in the image's /app: the files that `.dockerignore` lets in, less those that the
-    Dockerfile removes. Nobody may write there.
-    """
+    """The image's /app, read-only: files that `.dockerignore` lets in and the Dockerfile keeps."""
     app = tmp_path_factory.mktemp("image") / "app"
     app.mkdir()
     for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
@@ -83,7 +81,7 @@ def _free_port() -> int:
         return port
 
 
-def test_the_images_files_are_enough_for_a_job_and_none_of_them_is_written_to(
+def test_the_images_files_are_enough_for_a_job_and_stay_unchanged(
     apart: World, image: Path, tmp_path: Path
 ) -> None:
     before = sorted(image.rglob("*"))
@@ -109,13 +107,13 @@ def test_the_images_files_are_enough_for_a_job_and_none_of_them_is_written_to(
             started.send_signal(signal.SIGTERM)
         said, _ = started.communicate(timeout=60)
     assert started.returncode == 0, said
-    # The doctor has told what is wrong, and has not stood in the way.
+    # The doctor reported the problem and did not stop the worker.
     assert "fix what failed" in said and "worker_stopped" in said
     assert _ask(HTTP_PORT=port).returncode == 1
     assert sorted(image.rglob("*")) == before
 
 
-def test_nobody_can_write_among_the_images_files(image: Path) -> None:
+def test_an_unprivileged_user_cannot_write_to_the_images_files(image: Path) -> None:
     touch = subprocess.run(
         [*UNPRIVILEGED, "touch", image / "new"], capture_output=True, check=False
     )
@@ -123,7 +121,7 @@ def test_nobody_can_write_among_the_images_files(image: Path) -> None:
 
 
 @pytest.mark.parametrize("option", [("--config", "{file}"), ("--config={file}",)])
-def test_wrong_settings_end_it_with_2_and_nothing_is_started(
+def test_wrong_settings_end_the_container_with_2_before_the_worker_starts(
     option: tuple[str, ...], tmp_path: Path
 ) -> None:
     file = tmp_path / "settings of mine.toml"
@@ -135,14 +133,14 @@ def test_wrong_settings_end_it_with_2_and_nothing_is_started(
     assert "worker_starting" not in said
 
 
-def test_a_worker_for_one_message_starts_without_a_look() -> None:
+def test_a_worker_for_one_message_starts_without_the_doctor() -> None:
     with _entrypoint({}, "worker", "--once") as started:
         said, _ = started.communicate(timeout=60)
     assert started.returncode == 2 and "BACKEND_API_URL" in said
     assert "fix what failed" not in said
 
 
-def test_a_stop_during_the_check_is_obeyed_at_once(apart: World) -> None:
+def test_a_stop_during_the_doctor_is_obeyed_at_once(apart: World) -> None:
     with _entrypoint(apart.settings()) as started:
         with pytest.raises(subprocess.TimeoutExpired):
             started.wait(0.5)
@@ -151,7 +149,7 @@ def test_a_stop_during_the_check_is_obeyed_at_once(apart: World) -> None:
         assert started.stdout and "worker_starting" not in started.stdout.read()
 
 
-def test_other_commands_are_handed_through() -> None:
+def test_other_commands_are_passed_through() -> None:
     with _entrypoint({}, "redrive", "--help") as started:
         said, _ = started.communicate(timeout=60)
     assert started.returncode == 0 and "dead queue" in said
@@ -159,13 +157,13 @@ def test_other_commands_are_handed_through() -> None:
 
 class _Ill(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:  # pylint: disable=invalid-name
-        """Answer as a worker that should be started anew."""
+        """Answer like a worker that needs a restart."""
         self.send_response(503)
         self.end_headers()
         self.wfile.write(b'{"problem": "the thread stands still"}')
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(name="ill")
@@ -176,17 +174,17 @@ def _ill() -> Iterator[int]:
         server.shutdown()
 
 
-def test_a_worker_that_says_that_it_is_ill_is_unhealthy(ill: int) -> None:
+def test_a_worker_that_answers_503_is_unhealthy(ill: int) -> None:
     asked = _ask(HTTP_PORT=str(ill))
     assert asked.returncode == 1 and "stands still" in asked.stdout
 
 
-def test_the_stand_in_backend_takes_a_webhook_that_is_signed_and_refuses_another(
+def test_the_stand_in_backend_accepts_a_signed_webhook_and_refuses_a_forged_one(
     tmp_path: Path,
 ) -> None:
     (copied,) = re.findall("^COPY (sandbox/.*) sandbox/$", DOCKERFILE, flags=re.MULTILINE)
     (tmp_path / "sandbox").mkdir()
-    for name in copied.split():  # the stage of the Dockerfile has these files alone
+    for name in copied.split():  # the stage of the Dockerfile has only these files
         shutil.copy(ROOT / name, tmp_path / name)
     port = str(_free_port())
     with subprocess.Popen(
@@ -216,7 +214,7 @@ def _tell(url: str, secret: str) -> EndingOutcome:
     return webhooks.deliver(url, ending, for_seconds=0, stop=threading.Event()).outcome
 
 
-def test_a_base_model_is_put_into_a_folder_whole(base_model: Path, tmp_path: Path) -> None:
+def test_a_base_model_is_copied_into_a_folder_completely(base_model: Path, tmp_path: Path) -> None:
     fetch(str(base_model), None, tmp_path / "model")
     names = {path.relative_to(base_model) for path in base_model.rglob("*") if path.is_file()}
     assert names and all((tmp_path / "model" / name).is_file() for name in names)

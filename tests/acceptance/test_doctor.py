@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import config
-from cli.doctor.examination import CHECKS, examine
+from cli.doctor.command import CHECKS, examine, is_healthy
 from cli.doctor.findings import Finding, Verdict
 from config import Settings
 from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
@@ -53,9 +53,9 @@ def _failures(world: World, concerned: str, **changed: str) -> list[Finding]:
         name.lower(): value for name, value in world.settings(**changed).items()
     }
     settings: Settings = config.load(_env_file=None, **values)
-    diagnosis = examine(settings, tuple(check for check in CHECKS if check[0] == concerned))
-    failures = [each for each in diagnosis.findings if each.verdict is Verdict.FAIL]
-    assert diagnosis.healthy is not bool(failures)
+    findings = examine(settings, tuple(check for check in CHECKS if check[0] == concerned))
+    failures = [each for each in findings if each.verdict is Verdict.FAIL]
+    assert is_healthy(findings) is not bool(failures)
     return failures
 
 
@@ -153,7 +153,7 @@ def test_wrong_settings_are_all_named_before_anything_is_looked_at(
     [
         ("broker", {"RABBITMQ_PORT": "1"}, "RABBITMQ_PORT"),
         ("broker", {"RABBITMQ_PASS": "wrong-password"}, "RABBITMQ_PASS"),
-        ("storage", {"STATE_BUCKET_NAME": "no-such-bucket"}, "make the bucket"),
+        ("storage", {"STATE_BUCKET_NAME": "no-such-bucket"}, "create the bucket"),
         ("storage", {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, "AWS_ENDPOINT_URL_S3"),
         ("backend", {"BACKEND_API_URL": "http://127.0.0.1:1"}, "BACKEND_API_URL"),
         ("backend", {"INTERNAL_API_TOKEN": "w" * 40}, "INTERNAL_API_TOKEN"),
@@ -182,7 +182,7 @@ def test_a_queue_declared_differently_fails(sound: World) -> None:
         channel.queue_delete(sound.queue)
         channel.queue_declare(sound.queue, durable=False)
     (failure,) = _failures(sound, "broker")
-    assert "not durable" in failure.detail and "delete it while it is empty" in failure.remedy
+    assert "not durable" in failure.detail and "Delete it while it is empty" in failure.remedy
 
 
 def test_a_store_that_ignores_conditions_fails(sound: World) -> None:
@@ -199,4 +199,4 @@ def test_a_damaged_base_model_fails(sound: World, tmp_path: Path) -> None:
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     os.truncate(weights, weights.stat().st_size - 1)
     (failure,) = _failures(sound, "base model", BASE_MODEL=str(model))
-    assert "is cut off" in failure.detail and "download it anew" in failure.remedy
+    assert "is truncated" in failure.detail and "Download the model again" in failure.remedy

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sandbox.worker_process import WorkerProcess
+from sandbox.worker_process import ROOT, WorkerProcess
 from tests.acceptance.world import World, log_lines, until
 
 
@@ -92,16 +92,12 @@ def test_a_terminal_that_closes_ends_a_worker_as_a_stop_does(apart: World) -> No
 
 
 def test_a_worker_under_nohup_outlives_its_terminal(apart: World) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does, inherited by the child
-    try:
-        with apart.worker() as worker:
-            until(lambda: log_lines(worker, "consuming"))
-            os.kill(worker.pid, signal.SIGHUP)
-            time.sleep(1)
-            assert worker.exit_code is None
-            assert worker.stop() == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with apart.worker_of(ROOT, launcher=["nohup"]) as worker:
+        until(lambda: log_lines(worker, "consuming"))
+        os.kill(worker.pid, signal.SIGHUP)
+        time.sleep(1)
+        assert worker.exit_code is None
+        assert worker.stop() == 0
 
 
 @pytest.mark.parametrize("how", ["killed", "told to stop"])

@@ -14,6 +14,7 @@ import pytest
 
 import config
 from config import Settings
+from consumer.kinds import configured_kinds
 from consumer.worker import open_s3
 from jobs import message as messages
 from jobs.record import JobRequest
@@ -259,9 +260,11 @@ def _claim_and_die(world: World, message: dict[str, Any]) -> None:
     """A worker claims the job of a message, and is never heard of again."""
     values: dict[str, Any] = {name.lower(): text for name, text in world.settings().items()}
     settings: Settings = config.load(_env_file=None, **values)
-    job = messages.parse(json.dumps(message).encode(), message_id=None, settings=settings)
+    job = messages.parse(
+        json.dumps(message).encode(), message_id=None, kinds=configured_kinds(settings)
+    )
     records = JobRecords(open_s3(settings), world.state, owner="dead", lease_seconds=5)
-    request = JobRequest(job.task_id, job.style_id, job.identity, job.understood())
+    request = JobRequest(job.task_id, job.kind, job.subject, job.identity, job.understood())
     assert isinstance(records.claim(request), Claimed)
 
 

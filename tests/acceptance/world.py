@@ -7,7 +7,7 @@ import dataclasses
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,12 @@ class World:
         """A worker of this world, started by entering it."""
         return self.worker_of(ROOT, **changed)
 
-    def worker_of(self, code: Path, **changed: str) -> WorkerProcess:
+    def worker_of(self, code: Path, launcher: Sequence[str] = (), **changed: str) -> WorkerProcess:
         """A worker of another release, whose program is in this folder."""
         log = self.folder / f"worker-{secrets.token_hex(3)}.log"
-        return WorkerProcess(self.settings(**changed), folder=self.folder, log=log, code=code)
+        return WorkerProcess(
+            self.settings(**changed), folder=self.folder, log=log, code=code, launcher=launcher
+        )
 
     def upload(self, name: str, content: bytes) -> str:
         """Put an object into the media bucket; its address."""

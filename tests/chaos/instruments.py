@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from consumer import lane, pipeline
+from consumer import pipeline
 from consumer import worker as desk
 from consumer.life import checkpoint_uploads, endings, run_events
 from consumer.life.checkpoint_uploads import CheckpointUploads
@@ -28,7 +28,7 @@ from consumer.trainer.machine import Machine
 from consumer.trainer.trainer_process import TrainerProcess
 from consumer.training_consumer import TrainingConsumer
 from jobs import hold
-from services.broker import outbox
+from services.broker import lane, outbox
 from services.broker.settlement import Action
 from services.records import sweep as record_sweep
 from services.records.job_lease import JobLease

@@ -12,8 +12,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from jobs.layout import INVALID_PREFIX
 from jobs.message import derive_task_id
-from jobs.record import INVALID_PREFIX, derived_task_id
+from jobs.record import derived_task_id
 from tests.chaos.fates import SEEDS
 from tests.chaos.journal import Journal
 from tests.chaos.reference import Destiny

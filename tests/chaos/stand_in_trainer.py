@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from jobs.lora_config import TrainingRun
+from jobs.style import TrainingRun
 from tests.chaos import full_disk
 from tests.chaos.fates import SEEDS
 from tests.chaos.journal import Journal
@@ -43,6 +43,7 @@ from utils.events import (
     Stage,
     Started,
     encode,
+    from_dict,
 )
 
 STEPS_PER_EPOCH = 4
@@ -97,7 +98,7 @@ class StandIn:
         while True:
             run = self._inbox.take()
             try:
-                ending: Finished | Failed = self._train(run)
+                ending: Finished | Failed = self._train(from_dict(TrainingRun, run.order))
             except TrainingServerError as error:
                 ending = Failed(run.task_id, type(error).__name__, str(error))
             except OSError as error:

@@ -1,6 +1,6 @@
 """The worker as ops start it, in a process that may be told to die at a named point.
 
-`main.worker` runs unchanged; what is different here stands in `tests.chaos.instruments`.
+`cli.commands.worker` runs unchanged; what is different here stands in `tests.chaos.instruments`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import sys
 from pathlib import Path
 
-import main as program
+from cli import commands
 from consumer import worker as desk
 from tests.chaos import clock, full_disk, instruments, mutants
 from tests.chaos.crash_points import CrashPoints
@@ -60,9 +60,9 @@ def main() -> None:
         )
     )
     if parsed.once is not None:
-        program.worker(once=True, idle_seconds=parsed.once)
+        commands.worker(once=True, idle_seconds=parsed.once)
     else:
-        program.worker()
+        commands.worker()
 
 
 if __name__ == "__main__":

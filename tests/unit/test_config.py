@@ -16,7 +16,7 @@ from pydantic import SecretStr, ValidationError
 
 import config
 from config import Settings, TrainerSettings, load, setting_names
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from services.s3.s3_service import S3Service
 from tests.unit.environment import NAMES, REQUIRED, TOKEN, problems, settings
 from utils.errors import ConfigurationError
@@ -204,7 +204,7 @@ def test_an_address_of_each_usual_kind_is_taken(
 def test_what_s3_s_client_refuses_the_settings_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     for address in ("localhost:9000", "http://mini_o:9000", "minio", "http://"):
         assert "AWS_ENDPOINT_URL_S3: " in problems(monkeypatch, AWS_ENDPOINT_URL_S3=address)
-        with pytest.raises(ConfigurationError, match="S3 cannot be set up"):
+        with pytest.raises(ConfigurationError, match="No S3 client can be made of the settings"):
             S3Service(region="eu-central-1", endpoint_url=address)
 
 

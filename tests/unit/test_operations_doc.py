@@ -107,7 +107,7 @@ def test_the_policies_are_those_that_the_doctor_prints(version: str, queue_type:
 
 def test_the_rights_on_s3_are_those_that_the_doctor_tests() -> None:
     settings = _settings(model_bucket_name="models", state_bucket_name="state")
-    rows = dict(zip(_table_cells("where"), _table_cells("where", 1), strict=True))
+    rows = dict(zip(_table_cells("place"), _table_cells("place", 1), strict=True))
     names = {"models": "MODEL_BUCKET_NAME", "state": "STATE_BUCKET_NAME"}
     for use in uses(settings):
         if use.prefix:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from config import PARAMETER_OF
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 
 DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "parameters.md"
 

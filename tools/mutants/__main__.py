@@ -35,7 +35,7 @@ MODULES = (
     "consumer/publishing/model_folder.py",
     "consumer/life/checkpoint_uploads.py",
     "services/broker/connection.py",
-    "consumer/lane.py",
+    "services/broker/lane.py",
     "services/broker/outbox.py",
     "services/broker/settlement.py",
     "consumer/pages/queue_watch.py",

@@ -17,7 +17,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from training.style.course import Course
 from training.style.results.probe import Probed
 from utils import manifest

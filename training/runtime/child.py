@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import logging
 import os
 import re
@@ -14,7 +13,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import IO, Any, Protocol
 
-from jobs.lora_config import TrainerOptions, TrainingRun
+from jobs.kinds import Run, load
+from jobs.style import TrainerOptions
 from training.runtime.inbox import Inbox
 from utils.errors import (
     REPORTABLE,
@@ -33,22 +33,23 @@ from utils.events import (
     Failed,
     Finished,
     encode,
+    from_dict,
 )
 from utils.gpu_monitor import GpuMonitor
 
 log = logging.getLogger(__name__)
-
-STYLE = "training.style.work:StyleWork"
 
 
 class Runner(Protocol):
     """Does the runs of one kind, on a base model that stays loaded between them.
 
     Attributes:
+        run_type: The dataclass of its runs (see `jobs.kinds.KindRun`).
         is_usable: False when the process must be replaced before the next run.
         on_gpu: Whether the base model is loaded and on a GPU.
     """
 
+    run_type: type[Any]
     is_usable: bool
 
     @property
@@ -63,7 +64,7 @@ class Runner(Protocol):
 
     def run(
         self,
-        run: TrainingRun,
+        run: Any,
         tell: Callable[[Event | BaseModelReady], None],
         should_stop: Callable[[], StopReason | None],
     ) -> Finished:
@@ -97,8 +98,9 @@ class Child:
         self._inbox, self._events = inbox, events
         self._monitor = GpuMonitor()
         self._telling = threading.Lock()
-        module, _, name = STYLE.partition(":")
-        self._runner: Runner = getattr(importlib.import_module(module), name)(options)
+        self._options = options
+        self._place = options.runner
+        self._runner: Runner = load(self._place)(options)
 
     def serve(self) -> None:
         """Load the base model, then do runs until the process ends with its pipe."""
@@ -110,17 +112,19 @@ class Child:
                 log.error("base_model_not_loaded", extra=_reason(error))
         while True:
             run = self._inbox.take()
-            with self._bound(task_id=run.task_id, style_id=run.style_id):
+            with self._bound(task_id=run.task_id, **run.log_fields):
                 log.info("run_taken", extra={"claim": run.claim})
                 ending = self._do(run)
             self._inbox.lay_down()
             self._tell(ending)
 
-    def _do(self, run: TrainingRun) -> Finished | Failed:
+    def _do(self, run: Run) -> Finished | Failed:
         """Do one run, which always has an ending."""
         began = time.monotonic()
         try:
-            return self._runner.run(run, self._tell, self._inbox.stop_reason)
+            runner = self._runner_of(run)
+            order = from_dict(runner.run_type, run.order)
+            return runner.run(order, self._tell, self._inbox.stop_reason)
         except Stopped as stop:
             return Finished(run.task_id, "", (), 0, time.monotonic() - began, stopped=stop.reason)
         except TrainingServerError as error:
@@ -129,6 +133,13 @@ class Child:
         except Exception as error:  # pylint: disable=broad-exception-caught  # reported by name
             log.error("run_failed", exc_info=error)
             return failed(run, error, usable=self._runner.is_usable)
+
+    def _runner_of(self, run: Run) -> Runner:
+        """The runner of this kind. The process has the memory for one base model only."""
+        if run.runner != self._place:
+            self._runner.release(self._tell)
+            self._place, self._runner = run.runner, load(run.runner)(self._options)
+        return self._runner
 
     def _tell(self, event: Event | BaseModelReady) -> None:
         """Write one event. If nothing reads the pipe any more, the process ends."""
@@ -150,7 +161,7 @@ def _reason(error: TrainingServerError) -> dict[str, str]:
     return {"reason": str(error)} | ({"cause": repr(cause)[:500]} if cause else {})
 
 
-def failed(run: TrainingRun, error: BaseException, *, usable: bool = True) -> Failed:
+def failed(run: Run, error: BaseException, *, usable: bool = True) -> Failed:
     """The event for an error: a reportable name, and a sentence without paths of this disk.
 
     Args:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Self
 
 from accelerate.tracking import TensorBoardTracker
 
-from jobs.lora_config import CURVES, TrainingRun
+from jobs.layout import CURVES
+from jobs.style import TrainingRun
 from training.runtime.clock import Clock
 from training.style.plan import Plan
 

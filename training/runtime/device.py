@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from jobs.lora_config import TrainerOptions
+from jobs.style import TrainerOptions
 from utils.errors import GpuBroken, GpuOutOfMemory, TrainingServerError
 
 log = logging.getLogger(__name__)

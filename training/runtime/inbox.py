@@ -8,7 +8,7 @@ import os
 import threading
 from typing import IO
 
-from jobs.lora_config import TrainingRun
+from jobs.kinds import Run
 from utils.errors import StopReason
 from utils.events import Stop, decode
 
@@ -35,7 +35,7 @@ class Inbox:
         """Begin to read. When the pipe ends, so does the whole process, whatever it is doing."""
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
-    def take(self) -> TrainingRun:
+    def take(self) -> Run:
         """Wait for the next run and take it in hand."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting)
@@ -57,10 +57,10 @@ class Inbox:
         with self._changed:
             self._in_hand = None
 
-    def deliver(self, fact: TrainingRun | Stop) -> None:
+    def deliver(self, fact: Run | Stop) -> None:
         """Put in what the pipe brought."""
         with self._changed:
-            if isinstance(fact, TrainingRun):
+            if isinstance(fact, Run):
                 self._waiting.append(_Pending(fact))
                 self._changed.notify()
             elif meant := self._meant_by(fact):
@@ -78,7 +78,7 @@ class Inbox:
         # the result is gone.
         try:
             for line in self._pipe:
-                self.deliver(decode(line, (TrainingRun, Stop)))
+                self.deliver(decode(line, (Run, Stop)))
         except ValueError as error:
             log.critical("pipe_broken", extra={"reason": str(error)})
             os._exit(DESK_SENT_NONSENSE)
@@ -90,6 +90,6 @@ class Inbox:
 class _Pending:
     """A run and the stop that came for it."""
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
         self.stop: StopReason | None = None

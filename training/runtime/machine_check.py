@@ -18,9 +18,9 @@ def check() -> dict[str, str | int | bool | None]:
     """Multiply two matrices on the GPU, if there is one, and compare with what must come out.
 
     Returns:
-        `cuda` (there is a usable GPU), `device` (its name), `memory_bytes` (its size), `problem`
-        (what is wrong with it, else None), `count` (of all). No GPU at all is not a problem in
-        itself.
+        `cuda` (there is a usable GPU), `device` (its name), `memory_bytes` (its size),
+        `capability` (its compute capability), `problem` (why it cannot be used, else None) and
+        `count` (of all GPUs). A machine without a GPU has no problem.
     """
     if not torch.cuda.is_available():
         return {"cuda": False, "device": "cpu", "memory_bytes": None, "problem": None, "count": 0}
@@ -44,6 +44,7 @@ def check() -> dict[str, str | int | bool | None]:
         "memory_bytes": device.total_memory,
         "problem": problem,
         "count": torch.cuda.device_count(),
+        "capability": f"{device.major}.{device.minor}",
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from utils.errors import TrainingFailed
 
 _GROUP = "group"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

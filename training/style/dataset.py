@@ -18,7 +18,7 @@ from images.checks import Looks, motif_of
 from images.colour import UnusableImage
 from images.decoder import Answer, Decoder
 from images.intake import MOTIF, Refused, Request
-from jobs.lora_config import TrainingImage, TrainingRun
+from jobs.style import TrainingImage, TrainingRun
 from training.style.families.sd15 import BaseModel
 from training.style.prompts import orders, with_trigger
 from utils.captions import clean_caption

@@ -13,7 +13,7 @@ from training.style.dataset import Dataset
 from utils.errors import StopReason
 
 if TYPE_CHECKING:
-    from jobs.lora_config import TrainingRun
+    from jobs.style import TrainingRun
     from training.style.families.sd15 import BaseModel
 
 TRAINED_ON = "is one of the training images, too, so it cannot show what was learnt beyond them"

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from training.runtime import optimizer as optimizers
 from training.runtime.checkpoint import Checkpoint, RunState
 from training.style.course import Course

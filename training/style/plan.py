@@ -9,7 +9,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 
 
 @dataclasses.dataclass(frozen=True)

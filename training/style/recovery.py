@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs.lora_config import TrainingRun
+from jobs.style import TrainingRun
 from training.runtime import checkpoint
 from training.runtime.checkpoint import Checkpoint
 from training.runtime.device import free_memory, out_of_memory

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from jobs.checkpoint_name import folder_name
-from jobs.lora_config import TrainingRun
+from jobs.style import TrainingRun
 from training.runtime import checkpoint
 from training.runtime.checkpoint import Checkpoint, RunState
 from training.runtime.checkpoint_writer import CheckpointWriter

@@ -15,7 +15,7 @@ import diffusers
 import jinja2
 import transformers
 
-from jobs.lora_config import TrainerOptions, TrainingRun
+from jobs.style import TrainerOptions, TrainingRun
 from reports import html_report
 from training.runtime.device import free_memory, gpu_error, out_of_memory
 from training.style import held_out, recovery
@@ -56,6 +56,8 @@ class StyleWork:
     Args:
         options: The options of the trainer process.
     """
+
+    run_type = TrainingRun
 
     def __init__(self, options: TrainerOptions) -> None:
         self.is_usable = True
@@ -246,7 +248,7 @@ def _write_html(
         html_report.write_html(
             content,
             run,
-            result,
+            report.sample_rows(result),
             prompts,
             folder,
             thumbnails={**held_out_thumbnails, **data.thumbnails},

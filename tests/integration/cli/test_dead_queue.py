@@ -10,14 +10,16 @@ from cli.jobs.dead_queue import MOST_RETURNS, DeadLetter, go_through
 from cli.jobs.given_up import Redriven, Waiting
 from cli.jobs.redrive import Redrive
 from config import Settings
+from consumer.kinds import configured_kinds
 from consumer.life.endings import failed
 from consumer.training_consumer import properties_of
 from jobs import message as messages
+from jobs.layout import record_at
 from jobs.record import JobRequest, State
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
 from services.broker.settlement import Publication
-from services.records.job_records import Claimed, JobRecords, record_at
+from services.records.job_records import Claimed, JobRecords
 from services.s3.s3_service import S3Service
 from tests.integration.consumer.broker import Client, make_settings
 from utils.errors import BrokerError, WorkerCrashed
@@ -55,13 +57,15 @@ def _letter(
 
 def _end(records: JobRecords, settings: Settings, letter: Publication, *, told: bool) -> None:
     """Have the letter's job end in `failed`."""
-    job = messages.parse(letter.body, message_id=None, settings=settings)
+    job = messages.parse(letter.body, message_id=None, kinds=configured_kinds(settings))
     claim = records.claim(
-        JobRequest(job.task_id, job.style_id, job.identity, job.understood(), None)
+        JobRequest(job.task_id, job.kind, job.subject, job.identity, job.understood(), None)
     )
     assert isinstance(claim, Claimed)
     error = WorkerCrashed("it broke")
-    claim.lease.end(failed(job.style_id, job.task_id, error, attempts=3, sequence=1))
+    claim.lease.end(
+        failed({"style_id": job.spec.style_id}, job.task_id, error, attempts=3, sequence=1)
+    )
     if told:
         claim.lease.mark_delivered()
 

@@ -71,8 +71,8 @@ def test_a_backend_without_tls_behind_an_https_address_is_told_from_one_that_is_
 @pytest.mark.parametrize(
     ("status", "verdict", "says"),
     [
-        (200, Verdict.WARN, "nothing is known of the token"),
-        (302, Verdict.FAIL, "sends us elsewhere"),
+        (200, Verdict.WARN, "the token was not tested"),
+        (302, Verdict.FAIL, "redirects"),
         (403, Verdict.FAIL, "does not accept the token"),
         (404, Verdict.FAIL, "not the route"),
         (410, Verdict.FAIL, "not the route"),

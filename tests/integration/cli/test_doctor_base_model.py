@@ -19,6 +19,7 @@ from cli.doctor.findings import Finding, Verdict
 from sandbox.stand_in_model import build_stand_in
 
 NAME = "artists/stable-diffusion"
+RENAMED = "artists/moved"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TOKEN = "hf_" + "a" * 30
 
@@ -40,6 +41,7 @@ class _Hub:
 
     url: str = ""
     status: int = 200
+    renamed: bool = False
     files: dict[str, int] = dataclasses.field(default_factory=dict)
     asked: list[tuple[str, str | None]] = dataclasses.field(default_factory=list)
 
@@ -60,11 +62,15 @@ def _hub(monkeypatch: pytest.MonkeyPatch, sound: Path) -> Iterator[_Hub]:
 
         def do_GET(self) -> None:  # pylint: disable=invalid-name,missing-function-docstring
             hub.asked.append((self.path, self.headers["Authorization"]))
+            renamed = hub.renamed and NAME in self.path
             siblings = [{"rfilename": name, "size": size} for name, size in hub.files.items()]
-            self.send_response(hub.status)
-            self.send_header("Location", "http://127.0.0.1:1/elsewhere")
+            self.send_response(307 if renamed else hub.status)
+            if renamed:  # to another origin of the same server
+                other = hub.url.replace("127.0.0.1", "localhost")
+                self.send_header("Location", f"{other}/api/models/{RENAMED}?blobs=true")
             self.end_headers()
-            self.wfile.write(json.dumps({"siblings": siblings}).encode())
+            name = RENAMED if hub.renamed else NAME
+            self.wfile.write(json.dumps({"id": name, "siblings": siblings}).encode())
 
         def log_message(self, *_: Any) -> None:  # pylint: disable=arguments-differ
             """Say nothing."""
@@ -100,7 +106,7 @@ def _examine_all(model: Path | str, home: Path | None = None, **values: Any) -> 
         }
         | values,
     )
-    return examination.examine(settings)
+    return list(examination.examine(settings))
 
 
 def test_a_whole_folder_is_well(model: Path) -> None:
@@ -110,8 +116,8 @@ def test_a_whole_folder_is_well(model: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "keep", "says"),
     [
-        (UNET, 100_000, f"{UNET} is cut off"),
-        (UNET, 4, f"{UNET} cannot be read as safetensors"),
+        (UNET, 100_000, f"{UNET} is truncated"),
+        (UNET, 4, f"{UNET} is not a valid safetensors file"),
         (UNET, None, f"{UNET} is missing"),
         ("vae/config.json", None, "vae/config.json is missing"),
     ],
@@ -127,7 +133,7 @@ def test_a_damaged_folder_is_told_by_file(
     finding = _examine(model)
     assert finding.verdict is Verdict.FAIL
     assert says in finding.detail
-    assert "download it anew" in finding.remedy
+    assert "Download the model again" in finding.remedy
 
 
 def test_a_folder_that_is_not_there_is_no_model_of_the_hub(tmp_path: Path) -> None:
@@ -159,7 +165,7 @@ def test_a_model_that_the_hub_has_is_fetched_at_the_workers_start(
 ) -> None:
     finding = _examine(NAME, tmp_path, hf_token=TOKEN, base_model_revision="fp 16")
     assert finding.verdict is Verdict.WARN
-    assert "fetches it when it starts" in finding.detail
+    assert "downloads it at start" in finding.detail
     assert hub.asked == [(f"/api/models/{NAME}/revision/fp%2016?blobs=true", f"Bearer {TOKEN}")]
 
 
@@ -181,7 +187,7 @@ def test_a_model_on_the_hub_without_what_training_needs_is_told(hub: _Hub, tmp_p
 
 @pytest.mark.parametrize(
     ("status", "remedy"),
-    [(401, "HF_TOKEN"), (404, "BASE_MODEL"), (307, "present name"), (503, "try again later")],
+    [(401, "HF_TOKEN"), (404, "BASE_MODEL"), (503, "try again later")],
 )
 def test_what_the_hub_refuses_has_a_remedy(
     hub: _Hub, tmp_path: Path, status: int, remedy: str
@@ -190,7 +196,16 @@ def test_what_the_hub_refuses_has_a_remedy(
     finding = _examine(NAME, tmp_path, hf_token=TOKEN)
     assert finding.verdict is Verdict.FAIL
     assert str(status) in finding.detail and remedy in finding.remedy
-    assert len(hub.asked) == 1  # a redirect is not followed: the token would go along
+
+
+def test_a_renamed_model_is_reported_and_the_token_stays_with_the_first_origin(
+    hub: _Hub, tmp_path: Path
+) -> None:
+    hub.renamed = True
+    finding = _examine(NAME, tmp_path, hf_token=TOKEN)
+    assert finding.verdict is Verdict.WARN
+    assert f"BASE_MODEL={RENAMED}" in finding.remedy
+    assert [token for _, token in hub.asked] == [f"Bearer {TOKEN}", None]
 
 
 def test_without_the_hub_the_way_to_bring_the_model_is_told(

@@ -69,7 +69,11 @@ def test_a_queue_that_is_not_there_yet_is_well_and_is_not_made(
     ("declared", "verdict", "says"),
     [
         ({"durable": False}, Verdict.FAIL, "it is not durable"),
-        ({"durable": True, "auto_delete": True}, Verdict.FAIL, "deleted by itself"),
+        (
+            {"durable": True, "auto_delete": True},
+            Verdict.FAIL,
+            "deleted when its last consumer leaves",
+        ),
         (
             {"durable": True, "arguments": {"x-queue-type": "stream"}},
             Verdict.FAIL,
@@ -78,14 +82,14 @@ def test_a_queue_that_is_not_there_yet_is_well_and_is_not_made(
         (
             {"durable": True, "arguments": {"x-queue-type": "quorum"}},
             Verdict.WARN,
-            "quorum; 0 waiting messages, 0 consumers; it differs from what the backend declares",
+            "quorum; 0 waiting messages, 0 consumers; it differs from the backend's declaration",
         ),
         (
             {"durable": True, "arguments": {"x-max-length": 5}},
             Verdict.WARN,
             # RabbitMQ names the first difference only, and here that hides the type.
-            "its type cannot be told; 0 waiting messages, 0 consumers; it differs from what the "
-            "backend declares in x-max-length",
+            "its type cannot be read; 0 waiting messages, 0 consumers; it differs from the "
+            "backend's declaration in x-max-length",
         ),
     ],
 )

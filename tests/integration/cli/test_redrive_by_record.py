@@ -10,6 +10,7 @@ import pytest
 
 from cli.jobs.redrive import Redrive
 from config import Settings
+from consumer.kinds import configured_kinds
 from consumer.life.endings import failed, parked
 from consumer.training_consumer import properties_of
 from jobs import message as messages
@@ -59,9 +60,9 @@ class _Jobs:
     def claimed(self, task_id: str, **order: Any) -> JobLease:
         """A job that a worker holds."""
         body = self.body(task_id, **order)
-        job = messages.parse(body, message_id=None, settings=self.settings)
+        job = messages.parse(body, message_id=None, kinds=configured_kinds(self.settings))
         claim = self.records.claim(
-            JobRequest(job.task_id, job.style_id, job.identity, job.understood(), None)
+            JobRequest(job.task_id, job.kind, job.subject, job.identity, job.understood(), None)
         )
         assert isinstance(claim, Claimed)
         return claim.lease
@@ -77,7 +78,7 @@ class _Jobs:
         lease = self.claimed(task_id, **order)
         what = error or WorkerCrashed("it broke")
         style_id = lease.record.style_id
-        lease.end(failed(style_id, task_id, what, attempts=3, sequence=1), owed)
+        lease.end(failed({"style_id": style_id}, task_id, what, attempts=3, sequence=1), owed)
         lease.mark_delivered()
 
     def set_aside(self, task_id: str) -> None:
@@ -148,7 +149,9 @@ def test_a_job_without_a_dead_letter_is_listed_and_goes_back_by_its_id(
     assert jobs.record("lost").state is State.LIVE and jobs.record("other").state is State.ENDED
     taken = client.get(queue)
     assert taken is not None and taken[0].headers == {OWN_COPY: True}
-    again = messages.parse(taken[1], message_id=taken[0].message_id, settings=jobs.settings)
+    again = messages.parse(
+        taken[1], message_id=taken[0].message_id, kinds=configured_kinds(jobs.settings)
+    )
     assert again.identity == jobs.record("lost").identity and again.task_id == "lost"
 
 
@@ -220,7 +223,7 @@ def test_a_dead_letter_that_was_cut_goes_back_whole_by_its_record(
     assert "only the beginning" in outcomes["unknown"][1]
     taken = client.get(queue)
     assert taken is not None
-    again = messages.parse(taken[1], message_id=None, settings=jobs.settings)
+    again = messages.parse(taken[1], message_id=None, kinds=configured_kinds(jobs.settings))
     assert again.identity == jobs.record("large").identity
     assert client.waiting(queue) == 0 and client.waiting(f"{queue}.dead") == 1
 

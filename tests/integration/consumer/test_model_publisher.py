@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from consumer.life.stop_signal import StopSignal
-from consumer.publishing.model_publisher import WEIGHTS, ModelPublisher
+from consumer.publishing.model_publisher import ModelPublisher
 from jobs.addresses import S3Location
-from jobs.lora_config import HyperParameters
+from jobs.layout import WEIGHTS, Place, place_of
+from jobs.message import Job
 from jobs.record import JobRequest
-from jobs.style_job import TrainingJob
+from jobs.style import HyperParameters, StyleSpec
 from services.records.job_lease import JobLease
 from services.records.job_records import Claimed, JobRecords
 from services.records.style_turn import StyleTurns
@@ -36,18 +37,24 @@ def _publisher(s3: S3Service, bucket: str) -> ModelPublisher:
     )
 
 
-def _job(task_id: str, style_id: int = 7) -> TrainingJob:
-    return TrainingJob(task_id, style_id, (), (), (), {}, HyperParameters())
+def _job(task_id: str, style_id: int = 7) -> Job:
+    return Job("style", task_id, StyleSpec(style_id, (), (), (), {}, HyperParameters()))
 
 
-def _claimed(s3: S3Service, bucket: str, job: TrainingJob, lease_seconds: float = 5) -> JobLease:
+def _place(job: Job) -> Place:
+    return place_of(job.kind, job.subject, job.task_id)
+
+
+def _claimed(s3: S3Service, bucket: str, job: Job, lease_seconds: float = 5) -> JobLease:
     records = JobRecords(s3, bucket, owner="test", lease_seconds=lease_seconds)
-    claim = records.claim(JobRequest(job.task_id, job.style_id, job.identity, job.understood()))
+    claim = records.claim(
+        JobRequest(job.task_id, job.kind, job.subject, job.identity, job.understood())
+    )
     assert isinstance(claim, Claimed)
     return claim.lease
 
 
-def _files_of(job: TrainingJob, folder: Path) -> Path:
+def _files_of(job: Job, folder: Path) -> Path:
     """A run's files; their content names the run."""
     ours = folder / job.task_id
     ours.mkdir(exist_ok=True)
@@ -56,11 +63,11 @@ def _files_of(job: TrainingJob, folder: Path) -> Path:
     return ours
 
 
-def _publish(s3: S3Service, bucket: str, job: TrainingJob, lease: JobLease, folder: Path) -> str:
+def _publish(s3: S3Service, bucket: str, job: Job, lease: JobLease, folder: Path) -> str:
     ours = _files_of(job, folder)
     return (
         _publisher(s3, bucket)
-        .publish(ours, FILES, job, lease, StopSignal(), ordered_at=ORDERED)
+        .publish(ours, FILES, _place(job), lease, StopSignal(), ordered_at=ORDERED)
         .model_url
     )
 
@@ -106,7 +113,7 @@ def test_two_runs_of_one_style_take_turns(s3: S3Service, bucket: str, folder: Pa
     jobs = [_job(f"run-{number}") for number in range(4)]
     errors: list[BaseException] = []
 
-    def publish(job: TrainingJob) -> None:
+    def publish(job: Job) -> None:
         try:
             with _claimed(s3, bucket, job) as lease:
                 _publish(s3, bucket, job, lease, folder)
@@ -153,5 +160,5 @@ def test_a_shutdown_is_noticed_between_two_files(s3: S3Service, bucket: str, fol
     stop.request(StopReason.SHUTDOWN)
     with _claimed(s3, bucket, job) as lease, pytest.raises(Stopped):
         _publisher(s3, bucket).publish(
-            _files_of(job, folder), FILES, job, lease, stop, ordered_at=ORDERED
+            _files_of(job, folder), FILES, _place(job), lease, stop, ordered_at=ORDERED
         )

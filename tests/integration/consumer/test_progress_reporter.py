@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from consumer.kinds import configured_kinds
 from consumer.life.progress_reporter import ProgressReporter
 from consumer.life.stop_signal import StopSignal
 from jobs.message import parse
 from sandbox.backend import Answer, Backend
 from tests.integration.consumer.broker import until
 from tests.integration.services.webhook_setup import service
-from tests.unit.jobs.message_samples import SETTINGS, flat
+from tests.unit.jobs.message_samples import SETTINGS, flat, style_kind
 from utils.errors import LeaseLost, Stopped, StopReason, TrainingFailed
 from utils.events import Progress, Stage
 
@@ -32,9 +33,10 @@ def at(epoch: int) -> dict[str, int]:
 
 
 def reporter(backend: Backend, stop: StopSignal, interval: float = 0.1) -> ProgressReporter:
-    job = parse(json.dumps(flat()).encode(), message_id="t", settings=SETTINGS)
+    job = parse(json.dumps(flat()).encode(), message_id="t", kinds=configured_kinds(SETTINGS))
     counter = itertools.count(1)
     return ProgressReporter(
+        style_kind(),
         job,
         service(backend.url),
         next_sequence=lambda: next(counter),

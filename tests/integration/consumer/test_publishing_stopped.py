@@ -15,8 +15,8 @@ import pytest
 
 from consumer.life.stop_signal import StopSignal
 from consumer.publishing import model_folder
-from consumer.publishing.model_publisher import WEIGHTS
 from jobs.addresses import S3Location
+from jobs.layout import WEIGHTS
 from sandbox.s3_server import S3Server
 from services.s3.s3_service import S3Service
 from tests.integration.services.record_world import access
@@ -26,12 +26,12 @@ from tests.publishing import (
     FILES,
     LATE,
     OLD_FILES,
+    PLACE,
     STYLE,
     Killed,
     Stops,
     World,
     content,
-    job_of,
     killed_at,
     whole,
 )
@@ -101,7 +101,7 @@ def test_after_a_kill_the_next_claim_finds_or_makes_the_folder_whole(
         mixed = world.folder() not in (OLD, NEW)
         world.let_the_turn_run_out()
         with world.claim("new") as lease:
-            assert world.publisher(world.s3).repair(STYLE, "new", lease) or not mixed
+            assert world.publisher(world.s3).repair(PLACE, "new", lease) or not mixed
         repairs += mixed
         assert world.folder() in (OLD, NEW), f"request {number}"
         assert not world.has_note()
@@ -197,7 +197,7 @@ def test_the_model_of_the_later_order_stays_and_the_other_goes_to_the_archive(wo
 def test_a_finished_publication_leaves_a_turn_that_the_last_release_can_read(world: World) -> None:
     with world.claim("new") as lease:
         world.publish("new", lease)
-        world.publisher(world.s3).confirm(STYLE, "new", lease)
+        world.publisher(world.s3).confirm(PLACE, "new", lease)
     turn = json.loads(world.s3.read(S3Location(world.state, f"jobs/style_{STYLE}.turn")).body)
     assert set(turn) == {"hold", "version", "task_id"}
 
@@ -221,9 +221,7 @@ def test_between_two_endpoints_files_stream_to_the_archive_and_back(
 
         def publish() -> None:
             with here.claim("new") as lease:
-                publisher.publish(
-                    tmp_path, FILES, job_of("new"), lease, StopSignal(), ordered_at=LATE
-                )
+                publisher.publish(tmp_path, FILES, PLACE, lease, StopSignal(), ordered_at=LATE)
 
         with pytest.raises(AccessDenied):
             publish()

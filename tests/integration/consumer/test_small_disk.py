@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from consumer.life.image_download import ImageRequest, download_images, object_sizes
 from jobs.addresses import S3Location
 from sandbox.photographs import photographs
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from sandbox.stand_in_model import build_stand_in
-from services.s3.image_download import object_sizes
-from services.s3.s3_service import ImageRequest, S3Service
+from services.s3.s3_service import S3Service
 
 ROOT = Path(__file__).resolve().parents[3]
 OWN_MOUNTS = (
@@ -92,7 +92,7 @@ def test_an_image_that_grew_after_it_was_measured_is_still_left_out(
     assert object_sizes(s3, [(place, None)], stop=lambda: False) == (10,)
     s3.write(place, b"x" * 5000)
     request = ImageRequest(place.uri(), place)
-    (fetched,) = s3.fetch_images([request], tmp_path, max_bytes=4096, stop=lambda: False)
+    (fetched,) = download_images(s3, [request], tmp_path, max_bytes=4096, stop=lambda: False)
     assert fetched.path is None and "too large" in (fetched.problem or "")
 
 
@@ -102,7 +102,7 @@ from pathlib import Path
 from config import TrainerSettings
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import HyperParameters, TrainingImage, TrainerOptions, TrainingRun
+from jobs.style import HyperParameters, TrainingImage, TrainerOptions, TrainingRun
 from utils.errors import TrainingServerError
 model, images, place = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 settings = TrainerSettings(_env_file=None)

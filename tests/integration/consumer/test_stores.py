@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 import config
 import main
-from cli.doctor import stores
+from cli import broker
+from cli.doctor import storage
 from cli.doctor.findings import Finding, Verdict
-from cli.jobs import order, post
+from cli.jobs import order
 from config import Settings
 from consumer.pages.surroundings import Surroundings
 from consumer.worker import open_s3, open_state_s3
@@ -50,7 +51,7 @@ def _settings(**values: Any) -> Settings:
 
 
 def _found(settings: Settings) -> dict[str, Finding]:
-    return {each.check: each for each in stores.examine(settings, open_s3(settings))}
+    return {each.check: each for each in storage.examine_settings(settings, open_s3(settings))}
 
 
 def test_each_request_carries_the_session_token_of_its_own_store(
@@ -113,9 +114,9 @@ def test_an_order_uploads_its_images_to_one_store_and_looks_for_its_record_in_th
     for photograph in photographs()[:3]:
         (tmp_path / photograph.name).write_bytes(photograph.content)
     published: list[Publication] = []
-    monkeypatch.setattr(post, "check", lambda settings: None)
+    monkeypatch.setattr(broker, "check_training_queue", lambda settings: None)
     monkeypatch.setattr(
-        post, "publish_one", lambda settings, publication: published.append(publication)
+        broker, "publish", lambda settings, publication: published.append(publication)
     )
     settings = _settings(
         aws_storage_bucket_name=bucket,

@@ -125,7 +125,7 @@ from pathlib import Path
 import config
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import HyperParameters, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from utils import logger
 
 IDLE = "import os, sys; os.read(int(sys.argv[3]), 1)"  # until its pipe ends

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file
 from config import TrainerSettings
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from jobs.kinds import Run
+from jobs.style import HyperParameters, StyleKind, TrainerOptions, TrainingImage, TrainingRun
 from sandbox.photographs import photographs as real_photographs
 from sandbox.stand_in_model import build_stand_in
 from utils.errors import LowQualityData, Stopped, StopReason, TrainingServerError, WorkerCrashed
@@ -82,7 +83,9 @@ def _run(
     stop: StopSignal | None = None,
     max_seconds: float = 120,
 ) -> Finished:
-    return trainer.run(run, on_event, stop or StopSignal(), max_seconds=max_seconds)
+    return trainer.run(
+        Run.of(run, StyleKind.runner, {}), on_event, stop or StopSignal(), max_seconds=max_seconds
+    )
 
 
 def test_a_run_tells_its_story_in_order_and_the_next_one_meets_the_same_process(
@@ -167,7 +170,7 @@ def test_the_trainer_ends_when_its_desk_is_killed(tmp_path: Path, options: Train
     script.write_text(
         "import json, sys, time\n"
         "from consumer.trainer.trainer_process import TrainerProcess\n"
-        "from jobs.lora_config import TrainerOptions\n"
+        "from jobs.style import TrainerOptions\n"
         "import os\n"
         "trainer = TrainerProcess(TrainerOptions(**json.loads(sys.argv[1])), dict(os.environ), "
         "stall_seconds=60)\n"
@@ -265,7 +268,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
 DESK = """
 import sys
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import TrainerOptions
+from jobs.style import TrainerOptions
 from utils import logger
 logger.configure()
 trainer = TrainerProcess(
@@ -349,7 +352,7 @@ def test_a_trainer_that_hangs_over_a_shutdown_costs_none_of_the_time_left_for_th
     trainer.start()
     began = time.monotonic()
     with pytest.raises(Stopped):
-        trainer.run(make_run(), lambda event: None, stop, max_seconds=60, patience=lambda: 0.0)
+        _run(trainer, make_run(), stop=stop, max_seconds=60)
     assert time.monotonic() - began < 1.5
     trainer.close()
 

@@ -38,7 +38,8 @@ def worker(s3: S3Service, name: str = "one", lease: float = LEASE) -> JobRecords
 
 def request(task_id: str | None = None, identity: str = "abc") -> JobRequest:
     """A job of its own, unless the id is given."""
-    return JobRequest(task_id or str(uuid.uuid4()), 7, identity, {"images": ["s3://media/a.jpg"]})
+    message = {"images": ["s3://media/a.jpg"]}
+    return JobRequest(task_id or str(uuid.uuid4()), "style", "7", identity, message)
 
 
 def derived() -> JobRequest:

@@ -7,14 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from consumer.life.image_download import (
+    NO_VERSIONS,
+    ImageRequest,
+    download_images,
+    object_sizes,
+)
 from jobs.addresses import S3Location
 from sandbox.s3_server import S3Server
 from services.records.condition_probe import probe
 from services.s3.errors import NotSupported
-from services.s3.image_download import NO_VERSIONS, object_sizes
-from services.s3.s3_service import ImageRequest, S3Service
+from services.s3.s3_service import S3Service
 from tests.integration.services.google_store import client, google
-from tests.integration.services.s3_proxy import Fault, Request, S3Proxy, impatient, refusal
+from tests.integration.services.s3_proxy import (
+    Fault,
+    Request,
+    S3Proxy,
+    impatient,
+    refusal,
+)
 from utils.errors import ObjectNotFound, StorageError
 
 
@@ -110,7 +121,7 @@ def test_a_version_that_it_does_not_give_leaves_the_image_out(
     s3, place = client(store), S3Location(bucket, "a.jpg")
     s3.write(place, b"the present one")
     wanted = ImageRequest("a", place, "caption", version_id="3")
-    (fetched,) = s3.fetch_images([wanted], tmp_path, max_bytes=100, stop=lambda: False)
+    (fetched,) = download_images(s3, [wanted], tmp_path, max_bytes=100, stop=lambda: False)
     assert (fetched.path, fetched.problem) == (None, NO_VERSIONS)
 
 
@@ -177,7 +188,7 @@ def test_the_version_that_is_asked_for_is_the_one_that_comes(
         ImageRequest("present", place, ""),
         ImageRequest("none", place, "", version_id="5f2a7a1e-0000-4000-8000-000000000000"),
     ]
-    fetched = s3.fetch_images(requests, tmp_path, max_bytes=100, stop=lambda: False)
+    fetched = download_images(s3, requests, tmp_path, max_bytes=100, stop=lambda: False)
     assert [each.path.read_bytes() for each in fetched if each.path] == [b"the old one", b"new"]
     assert fetched[2].problem
     sizes = object_sizes(s3, [(place, old), (place, None)], stop=lambda: False)

@@ -12,12 +12,20 @@ from typing import Any
 
 import pytest
 
+from consumer.life import image_download
+from consumer.life.image_download import FetchedImage, ImageRequest, download_images
 from jobs.addresses import S3Location
 from sandbox.s3_server import S3Server
 from services.s3 import body as s3_body
-from services.s3 import image_download as image_download
-from services.s3.s3_service import FetchedImage, ImageRequest, S3Service
-from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, once, refusal
+from services.s3.s3_service import S3Service
+from tests.integration.services.s3_proxy import (
+    Fault,
+    S3Proxy,
+    always,
+    impatient,
+    once,
+    refusal,
+)
 from utils.errors import (
     AccessDenied,
     DiskFull,
@@ -44,7 +52,7 @@ def fetch(
 ) -> tuple[FetchedImage, ...]:
     """Fetch images without captions of their own."""
     requests = [ImageRequest(f"s3://{bucket}/{key}", S3Location(bucket, key)) for key in keys]
-    return s3.fetch_images(requests, folder, max_bytes=max_bytes, stop=stop)
+    return download_images(s3, requests, folder, max_bytes=max_bytes, stop=stop)
 
 
 def test_images_come_in_the_order_asked_for_under_names_of_our_own(
@@ -79,7 +87,7 @@ def test_a_missing_image_is_left_out_and_said_and_the_others_come(
         ImageRequest("half a letter", S3Location(bucket, "\ud800.jpg")),
         ImageRequest("long", S3Location(bucket, "x" * 1100)),
     ]
-    fetched = s3.fetch_images(requests, tmp_path, max_bytes=100, stop=never)
+    fetched = download_images(s3, requests, tmp_path, max_bytes=100, stop=never)
     assert [each.source for each in fetched] == [each.source for each in requests]
     assert [each.path is not None for each in fetched] == [False, True] + 4 * [False]
     assert {each.problem for each in fetched if not each.path} == {image_download.NOT_FOUND}
@@ -117,7 +125,7 @@ def test_an_image_of_exactly_the_limit_is_taken(s3: S3Service, bucket: str, tmp_
 @pytest.mark.parametrize(
     ("text", "caption"),
     [
-        ("a harbour\n at dawn \n".encode(), "a harbour at dawn"),
+        (b"a harbour\n at dawn \n", "a harbour at dawn"),
         (b"\xef\xbb\xbfwith a mark", "with a mark"),
         (b"caf\xe9", None),
         ("빨간 집".encode("cp949"), None),
@@ -200,7 +208,7 @@ def test_a_caption_in_the_message_wins_and_nothing_is_looked_for(
     s3.write(S3Location(bucket, "a.jpg"), b"image")
     s3.write(S3Location(bucket, "a.txt"), b"another")
     request = ImageRequest("a", S3Location(bucket, "a.jpg"), caption="")
-    (fetched,) = proxied.fetch_images([request], tmp_path, max_bytes=100, stop=never)
+    (fetched,) = download_images(proxied, [request], tmp_path, max_bytes=100, stop=never)
     assert fetched.caption == ""
     assert proxy.requests == [f"GET /{bucket}/a.jpg"]
 

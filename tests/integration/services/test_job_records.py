@@ -256,22 +256,25 @@ def test_a_refused_ending_is_set_aside_with_the_answer(s3: S3Service) -> None:
 def test_the_ending_of_an_invalid_message_is_kept_under_its_bodys_hash(s3: S3Service) -> None:
     sha = uuid.uuid4().hex
     first = ending(EndingKind.FAILED)
-    outcome = worker(s3).claim_invalid(sha, first, style_id=7)
+    outcome = worker(s3).claim_invalid(sha, first, kind="style", subject="7")
     assert isinstance(outcome, Claimed)
     assert stored(s3, f"invalid/{sha}").ending == first
     # Its worker dies; the message comes back and another delivers the same ending.
     outcome.lease.release(count_attempt=True)
-    again = worker(s3, "two").claim_invalid(sha, ending(EndingKind.FAILED), style_id=7)
+    again = worker(s3, "two").claim_invalid(
+        sha, ending(EndingKind.FAILED), kind="style", subject="7"
+    )
     assert isinstance(again, Claimed)
     assert again.lease.record.ending == first
     again.lease.mark_delivered()
     repeated = ending(EndingKind.FAILED)
-    assert isinstance(worker(s3).claim_invalid(sha, repeated, style_id=7), Ended)
+    assert isinstance(worker(s3).claim_invalid(sha, repeated, kind="style", subject="7"), Ended)
     assert isinstance(
-        worker(s3).claim_invalid(sha, repeated, style_id=7, new_run_after=600.0), Ended
+        worker(s3).claim_invalid(sha, repeated, kind="style", subject="7", new_run_after=600.0),
+        Ended,
     )
     # Published anew after the window, it is told anew.
-    anew = worker(s3).claim_invalid(sha, repeated, style_id=7, new_run_after=-1.0)
+    anew = worker(s3).claim_invalid(sha, repeated, kind="style", subject="7", new_run_after=-1.0)
     assert isinstance(anew, Claimed)
     assert anew.lease.record.ending == repeated
 

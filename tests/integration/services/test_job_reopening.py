@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from jobs.layout import cancel_file_at, settled_mark_at
 from jobs.record import Checkpoint, Delivery, EndingKind, JobRequest, State
 from sandbox.s3_server import S3Server
-from services.records.index import settled_mark_at
-from services.records.job_records import Ended, cancel_file_at
+from services.records.job_records import Ended
 from services.records.reopening import CannotReopen, reopen, tell_again
 from services.records.sweep import RecordSweep
 from services.s3.s3_service import S3Service

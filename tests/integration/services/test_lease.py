@@ -119,7 +119,7 @@ logger.configure()  # to standard error
 region, endpoint, key, secret, task_id = sys.argv[1:]
 s3 = S3Service(region=region, endpoint_url=endpoint, access_key_id=key, secret_access_key=secret)
 outcome = JobRecords(s3, "state", owner="sleeper", lease_seconds=1.0).claim(
-    JobRequest(task_id, 7, "abc", {"images": ["s3://media/a.jpg"]}))
+    JobRequest(task_id, "style", "7", "abc", {"images": ["s3://media/a.jpg"]}))
 with outcome.lease as lease:
     print("claimed", flush=True)
     step = 0

@@ -41,7 +41,7 @@ def _store(server: S3Server) -> Faulty:
 
 
 def _job(task_id: str, style_id: int = 7) -> JobRequest:
-    return dataclasses.replace(request(task_id), style_id=style_id)
+    return dataclasses.replace(request(task_id), kind="style", subject=str(style_id))
 
 
 def _settled(store: Faulty, task_id: str, style_id: int = 7) -> None:
@@ -54,7 +54,7 @@ def _refused(store: Faulty, task_id: str) -> str:
     """A message that was refused; its record's id."""
     body = {"style_id": 7, "task_id": task_id, "error_message": "no"}
     ending = Ending(EndingKind.FAILED, body, code="INVALID_MESSAGE")
-    claim = worker(store).claim_invalid(uuid.uuid4().hex, ending, style_id=7)
+    claim = worker(store).claim_invalid(uuid.uuid4().hex, ending, kind="style", subject="7")
     assert isinstance(claim, Claimed)
     return claim.lease.record.task_id
 

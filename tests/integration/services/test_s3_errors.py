@@ -13,13 +13,20 @@ import botocore.exceptions
 import pytest
 import urllib3.exceptions
 
+from consumer.life.image_download import ImageRequest, download_images
 from jobs.addresses import S3Location
 from sandbox.s3_server import REGION, S3Server
+from services.s3 import client as s3_client
 from services.s3 import errors as s3_errors
-from services.s3 import s3_service
 from services.s3.errors import BucketMissing
-from services.s3.s3_service import ImageRequest, S3Service
-from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient, refusal
+from services.s3.s3_service import S3Service
+from tests.integration.services.s3_proxy import (
+    Fault,
+    S3Proxy,
+    always,
+    impatient,
+    refusal,
+)
 from utils.errors import (
     AccessDenied,
     ConfigurationError,
@@ -63,7 +70,7 @@ def test_every_error_of_boto3_becomes_one_of_ours(cls: type[BaseException]) -> N
     if isinstance(error, botocore.exceptions.ClientError):
         error.response = {}
     with pytest.raises(StorageError, match="s3://bucket/key"):
-        with s3_service.translated("s3://bucket/key"):
+        with s3_client.translated("s3://bucket/key"):
             raise error
 
 
@@ -72,7 +79,7 @@ def test_every_error_of_boto3_becomes_one_of_ours(cls: type[BaseException]) -> N
 def test_every_code_of_s3_becomes_one_of_ours(code: str, status: int) -> None:
     response: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with pytest.raises(StorageError) as caught:
-        with s3_service.translated("s3://bucket/key"):
+        with s3_client.translated("s3://bucket/key"):
             raise botocore.exceptions.ClientError(response, "GetObject")
     expected = s3_errors.CODES.get(code, (StorageError,))[0]
     assert isinstance(caught.value, expected)
@@ -100,11 +107,11 @@ def test_the_codes_that_callers_decide_by(
 def fetch_two(s3: S3Service, folder: Path) -> object:
     """Two images with captions to look for."""
     wanted = [ImageRequest(key, S3Location("bucket", key)) for key in ("a.jpg", "b.jpg")]
-    return s3.fetch_images(wanted, folder, max_bytes=100, stop=lambda: False)
+    return download_images(s3, wanted, folder, max_bytes=100, stop=lambda: False)
 
 
 CALLS: dict[str, Callable[[S3Service, Path], object]] = {
-    "fetch_images": fetch_two,
+    "download_images": fetch_two,
     "download": lambda s3, folder: s3.download(S3Location("bucket", "a"), folder / "a"),
     "download_folder": lambda s3, folder: s3.download_folder("bucket", "a", folder / "a"),
     "read": lambda s3, folder: s3.read(S3Location("bucket", "a")),
@@ -147,7 +154,7 @@ FAULTS = {
 HARMLESS = {
     ("delete", 200),  # asked to be quiet, S3 names only what it could not delete
     ("delete_version", 200),  # the answer has no body; publishers look at the folder again
-    ("fetch_images", 200),  # whether it is an image is judged later
+    ("download_images", 200),  # whether it is an image is judged later
     ("reach", 200),  # the answer to a HEAD has no body to judge by
     ("download", 200),  # an object without a checksum may be anything
 }
@@ -155,7 +162,8 @@ HARMLESS = {
 
 def test_every_public_method_is_among_the_calls() -> None:
     public = {name for name, _ in inspect.getmembers(S3Service, inspect.isfunction)}
-    assert {name for name in public if not name.startswith("_")} == set(CALLS)
+    public = {name for name in public if not name.startswith("_")} | {"download_images"}
+    assert public == set(CALLS)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -124,7 +124,7 @@ def test_a_folder_without_its_last_file_is_not_uploaded(s3: S3Service, tmp_path:
 )
 def test_no_key_becomes_a_local_path(s3: S3Service, bucket: str, tmp_path: Path, name: str) -> None:
     s3.write(S3Location(bucket, f"c/{name}"), b"evil")
-    with pytest.raises(StorageError, match="no file of ours"):
+    with pytest.raises(StorageError, match="not a file of this server"):
         s3.download_folder(bucket, "c", tmp_path / "in")
     assert not list(tmp_path.iterdir())
 

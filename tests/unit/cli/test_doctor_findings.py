@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 import config
-from cli.doctor.examination import examine
+from cli.doctor.command import examine, is_healthy
 from cli.doctor.findings import Finding, Verdict, clock, ok
 from config import Settings
 from utils.errors import StorageError
@@ -65,18 +65,18 @@ def test_a_check_that_hangs_or_breaks_hides_none_of_the_others() -> None:
     def is_well(_: Settings) -> list[Finding]:
         return [ok("four", "well")]
 
-    diagnosis = examine(
+    findings = examine(
         SETTINGS,
         (("one", hangs, 0.2), ("two", breaks, 5), ("three", refuses, 5), ("four", is_well, 5)),
     )
     never.set()
-    found = {each.check: each for each in diagnosis.findings}
+    found = {each.check: each for each in findings}
     assert list(found) == ["settings", "one", "two", "three", "four"]
     assert "did not end" in found["one"].detail
     assert "ZeroDivisionError" in found["two"].detail
     assert found["three"].detail == "S3 is gone"
     assert found["four"].verdict is Verdict.OK
-    assert not diagnosis.healthy
+    assert not is_healthy(findings)
 
 
 def test_hanging_checks_are_waited_for_side_by_side() -> None:

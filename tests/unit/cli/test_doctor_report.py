@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 
 from cli.doctor import command
-from cli.doctor.examination import Diagnosis
 from cli.doctor.findings import fail, ok, warn
 
 LONG = "a sentence that is much longer than a line of a terminal that has eighty columns, " * 3
@@ -23,16 +22,13 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 
 
 def _report(monkeypatch: pytest.MonkeyPatch, show_all: bool = False) -> list[str]:
-    diagnosis = Diagnosis(
-        (
-            fail("disk", LONG, "make room", command="rm -r /everything --that=is --very=long " * 3),
-            ok("bucket", LONG, "some advice", command="an-optional-command"),
-            warn("clock", "31 s ahead", "set it"),
-            ok("RAM", "8 GiB"),
-        ),
-        {"Version": "2012-10-17"},
-    )
-    monkeypatch.setattr(command, "examine", lambda *_, **__: diagnosis)
+    findings = [
+        fail("disk", LONG, "make room", command="rm -r /everything --that=is --very=long " * 3),
+        ok("bucket", LONG, "some advice", command="an-optional-command"),
+        warn("clock", "31 s ahead", "set it"),
+        ok("RAM", "8 GiB"),
+    ]
+    monkeypatch.setattr(command, "examine", lambda *_, **__: findings)
     written = io.StringIO()
     console = Console(file=written, width=80)
     code = command.run(as_json=False, show_all=show_all, console=console)

@@ -14,7 +14,7 @@ from services.records.job_records import Claimed, JobRecords
 from services.records.listing import look_up
 from services.s3.s3_service import S3Service
 from tests.memory_s3 import MemoryS3
-from tests.unit.jobs.message_samples import envelope, read
+from tests.unit.jobs.message_samples import envelope, read, style_kind
 from utils.errors import ErrorCode
 from utils.events import Progress, Stage
 from utils.metrics import Metrics
@@ -31,7 +31,7 @@ def _s3() -> S3Service:
 def _lease(s3: S3Service) -> JobLease:
     records = JobRecords(s3, BUCKET, owner="one", lease_seconds=60)
     message = {"hyper_parameters": {"epochs": 200}, "created_at": "2026-01-20T10:00:00Z"}
-    claim = records.claim(JobRequest("task", 7, "abc", message))
+    claim = records.claim(JobRequest("task", "style", "7", "abc", message))
     assert isinstance(claim, Claimed)
     return claim.lease
 
@@ -42,7 +42,7 @@ def _seen(s3: S3Service) -> Any:
 
 def _trained(lease: JobLease, epoch: int) -> None:
     """The trainer says how far it is."""
-    watch = JobWatch(read(envelope()), lease, Metrics())
+    watch = JobWatch(style_kind(), read(envelope()), lease, Metrics())
     watch.saw(
         Progress(
             "task",
@@ -81,7 +81,7 @@ def test_the_next_holder_begins_with_the_checkpoint(s3: S3Service, lease: JobLea
     lease.register_checkpoint(Checkpoint("epoch-0010", 10, 100, "checkpoints/x/", 1))
     lease.release(count_attempt=False)
     again = JobRecords(s3, BUCKET, owner="two", lease_seconds=60).claim(
-        JobRequest("task", 7, "abc", lease.record.message)
+        JobRequest("task", "style", "7", "abc", lease.record.message)
     )
     assert isinstance(again, Claimed)
     assert (_seen(s3).state, _seen(s3).epoch, _seen(s3).loss) == ("held", 10, None)
@@ -110,6 +110,6 @@ def test_a_refused_message_has_the_id_that_it_gave() -> None:
     ending = Ending(EndingKind.FAILED, {"task_id": "mine"}, code=str(ErrorCode.INVALID_MESSAGE))
     s3 = MemoryS3()
     records = JobRecords(cast(S3Service, s3), BUCKET, owner="one", lease_seconds=60)
-    records.claim_invalid("ab", ending, style_id=7)
+    records.claim_invalid("ab", ending, kind="style", subject="7")
     job = view(look_up(cast(S3Service, s3), BUCKET, ["invalid/ab"])[0])
     assert job.message_task_id == "mine" and job.ending == "failed INVALID_MESSAGE"

@@ -9,7 +9,7 @@ import pytest
 from cli.train import MADE, images_in, train_folder
 from config import TrainerSettings
 from consumer.life.stop_signal import StopSignal
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from training.style.results import report
 from utils.errors import ConfigurationError
 

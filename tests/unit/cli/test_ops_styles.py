@@ -10,8 +10,8 @@ import config
 from cli.jobs.styles import LaterOrders, at_stake
 from jobs.addresses import S3Location
 from jobs.hold import encode
+from jobs.layout import record_at
 from jobs.record import JobRecord, JobRequest
-from services.records.index import record_at
 from services.records.listing import RecordListing
 from services.s3.s3_service import S3Service
 from tests.memory_s3 import MemoryS3, away
@@ -33,7 +33,7 @@ def _models() -> MemoryS3:
 
 
 def _record(task_id: str, ordered_at: str) -> JobRecord:
-    request = JobRequest(task_id, 7, "abc", {"created_at": ordered_at})
+    request = JobRequest(task_id, "style", "7", "abc", {"created_at": ordered_at})
     return JobRecord.new(request, "one", 60.0)
 
 

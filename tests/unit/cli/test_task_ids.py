@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from cli.jobs.task_ids import confirm, is_clear, resolve
-from services.records.index import record_at
+from jobs.layout import record_at
 from services.s3.s3_service import S3Service
 from tests.memory_s3 import MemoryS3
 from utils.errors import ConfigurationError

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from config import Settings
+from consumer.kinds import configured_kinds
 from consumer.life.checkpoint_uploads import clear_up
 from consumer.life.endings import Endings
 from consumer.life.put_offs import PutOffs
@@ -26,6 +27,7 @@ from consumer.publishing.model_publisher import Published
 from jobs.addresses import S3Location
 from jobs.hold import decode
 from jobs.record import JobRecord
+from jobs.style import TrainingRun
 from services.broker.settlement import Delivery, Publication, Queue
 from services.records.job_records import JobRecords
 from services.records.sweep import RecordSweep
@@ -33,7 +35,7 @@ from services.webhooks.webhook_service import Ending, EndingAnswer, EndingOutcom
 from tests.memory_s3 import MemoryS3
 from tests.unit.jobs.message_samples import BUCKET, flat, make_settings
 from utils.errors import MachineError
-from utils.events import CheckpointSaved, Event, Finished
+from utils.events import CheckpointSaved, Event, Finished, from_dict
 
 STATE = "state-bucket"
 TAKEN = EndingAnswer(EndingOutcome.DELIVERED, status=200)
@@ -112,13 +114,14 @@ class Trainer:
         patience: Callable[[], float],
     ) -> Finished:
         del patience
-        self.runs.append(run)
+        own = from_dict(TrainingRun, run.order)
+        self.runs.append(own)
         self.max_seconds.append(max_seconds)
-        self.does(run, on_event, stop)
+        self.does(own, on_event, stop)
         stop.check()
         return Finished(
             run.task_id,
-            folder=run.work_folder,
+            folder=own.work_folder,
             files=("lora_weights.safetensors",),
             done=100,
             seconds=1.0,
@@ -140,23 +143,23 @@ class Publisher:
         self.repairs: Callable[[], None] = lambda: None
 
     def publish(
-        self, folder: Any, files: Any, job: Any, *_: Any, ordered_at: str, **__: Any
+        self, folder: Any, files: Any, place: Any, lease: Any, *_: Any, ordered_at: str, **__: Any
     ) -> Published:
         del folder, files
         self.does()
-        self.published.append(job.task_id)
+        self.published.append(lease.record.task_id)
         self.ordered_at = ordered_at
-        url = f"s3://models/models/style_{job.style_id}/lora_weights.safetensors"
+        url = f"s3://models/{place.models}lora_weights.safetensors"
         if self.superseded_by is None:
             return Published(url)
-        return Published(url, self.superseded_by, f"s3://state/archive/{job.task_id}")
+        return Published(url, self.superseded_by, f"s3://state/archive/{lease.record.task_id}")
 
-    def confirm(self, style_id: int, task_id: str, lease: Any) -> None:
-        del style_id
+    def confirm(self, place: Any, task_id: str, lease: Any) -> None:
+        del place
         self.confirmed.append((task_id, str(lease.record.state)))
 
-    def repair(self, style_id: int, task_id: str, lease: Any) -> bool:
-        del style_id, lease
+    def repair(self, place: Any, task_id: str, lease: Any) -> bool:
+        del place, lease
         self.repairs()
         self.repaired.append(task_id)
         return False
@@ -208,6 +211,7 @@ class World:
             records,
             publish=self.broker.publish,
             put_offs=put_offs,
+            kinds=configured_kinds(self.settings),
             retry_delays=self.settings.ending_retry_delays_seconds,
             deduplication_seconds=self.settings.deduplication_window_seconds,
             stop=threading.Event(),
@@ -217,6 +221,7 @@ class World:
         self.pipeline = Pipeline(
             Desk(
                 settings=self.settings,
+                kinds=configured_kinds(self.settings),
                 s3=cast(Any, self.s3),
                 state_s3=cast(Any, self.s3),
                 webhooks=cast(Any, self.backend),
@@ -247,7 +252,8 @@ class World:
             lease_seconds=self.settings.lease_ttl_seconds,
             clear_up=functools.partial(clear_up, s3, STATE),
         )
-        return Sweeper(sweep, self.broker.publish, self.settings, s3, self.observer)
+        kinds = configured_kinds(self.settings)
+        return Sweeper(sweep, self.broker.publish, self.settings, kinds, s3, self.observer)
 
     def record(self, task_id: str = "task-1") -> JobRecord:
         """A record as it lies on S3."""

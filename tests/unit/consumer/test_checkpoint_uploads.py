@@ -12,9 +12,9 @@ from consumer.life import checkpoint_uploads
 from consumer.life.checkpoint_uploads import CheckpointUploads, clear_up, delete_all_of, prune
 from jobs.addresses import S3Location
 from jobs.hold import decode, encode, stamped
+from jobs.layout import record_at
 from jobs.record import Checkpoint, Ending, EndingKind, JobRecord
 from services.records.job_lease import JobLease
-from services.records.job_records import record_at
 from tests.memory_s3 import MemoryS3, StoredObject
 from tests.publishing import STYLE, World, job_of
 from utils.errors import ErrorCode, StorageError

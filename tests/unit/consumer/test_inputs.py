@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
-from consumer.life import inputs as images
+from consumer.life.inputs import fetch_inputs
 from consumer.life.stop_signal import StopSignal
-from services.s3.s3_service import FetchedImage, ImageRequest, S3Service
-from tests.unit.jobs.message_samples import BUCKET, SETTINGS, flat, read
+from jobs.kinds import Claim
+from tests.memory_s3 import MemoryS3
+from tests.unit.jobs.message_samples import BUCKET, flat, read, style_kind
 from utils.errors import ImageDownloadFailed
-
-
-class EmptyStore:
-    """Stands in for `S3Service`, and has no images."""
-
-    def fetch_images(
-        self, sources: Sequence[ImageRequest], folder: Path, **_: Any
-    ) -> list[FetchedImage]:
-        del folder
-        return [
-            FetchedImage(source.source, None, problem="could not be found in storage")
-            for source in sources
-        ]
 
 
 def test_a_reason_that_many_images_share_is_named_once(tmp_path: Path) -> None:
     job = read(flat(image_urls=[f"s3://{BUCKET}/{number}.jpg" for number in range(200)]))
+    kind, stop = style_kind(), StopSignal()
+    fetched = fetch_inputs(
+        MemoryS3(), kind.inputs(job.spec), tmp_path, max_bytes=kind.max_input_bytes, stop=stop
+    )
     with pytest.raises(ImageDownloadFailed) as error:
-        images.fetch_images(
-            cast(S3Service, EmptyStore()), SETTINGS, job, tmp_path / "pictures", StopSignal()
-        )
+        kind.run(job.spec, fetched, Claim(job.task_id, 1, tmp_path, None))
     assert str(error.value).count("could not be found in storage") == 1
     assert f"s3://{BUCKET}/0.jpg" in str(error.value) and "190 more" in str(error.value)

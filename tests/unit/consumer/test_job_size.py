@@ -10,14 +10,13 @@ from typing import Any, cast
 
 import pytest
 
-from consumer.life.job_size import JobSize, output_bytes, require_room
+from consumer.life.job_size import JobSize, require_room
 from consumer.life.stop_signal import StopSignal
 from jobs.addresses import S3Location
-from jobs.lora_config import HyperParameters
 from jobs.record import Checkpoint
 from services.s3.s3_service import S3Service
 from tests.memory_s3 import MemoryS3
-from tests.unit.jobs.message_samples import BUCKET, envelope, make_settings, read
+from tests.unit.jobs.message_samples import BUCKET, envelope, make_settings, read, style_kind
 from utils.errors import (
     AccessDenied,
     Cancelled,
@@ -26,7 +25,7 @@ from utils.errors import (
     StopReason,
     StorageError,
 )
-from utils.sizes import spoken
+from utils.wording import spoken
 
 MIB = 1024**2
 Measure = Callable[..., JobSize]
@@ -67,14 +66,21 @@ def _measure(s3: MemoryS3, free: Any, tmp_path: Path) -> Measure:
         return require_room(
             cast(S3Service, s3),
             cast(S3Service, s3),
-            settings,
+            style_kind(settings),
             job,
             tmp_path,
             stop or StopSignal(),
+            state_bucket="state",
+            max_job_bytes=settings.max_job_bytes,
             checkpoints=checkpoints,
         )
 
     return measure
+
+
+def output_bytes(**parameters: Any) -> int:
+    """The estimate for a job with these parameters."""
+    return style_kind().output_bytes(read(envelope(parameters=parameters)).spec)
 
 
 def put(s3: MemoryS3, sizes: dict[str, int], bucket: str = BUCKET) -> None:
@@ -125,7 +131,7 @@ def test_a_job_that_needs_more_than_is_free_is_for_another_machine(
     s3: MemoryS3, measure: Measure, free: Callable[[int], None]
 ) -> None:
     put(s3, {"0": MIB, "1": MIB, "2": MIB})
-    needed = 3 * MIB + output_bytes(HyperParameters())
+    needed = 3 * MIB + output_bytes()
     free(needed)
     assert measure().total == needed
     free(needed - 1)
@@ -148,7 +154,7 @@ def test_the_checkpoint_to_resume_from_needs_room_too_but_never_fails_the_job(
     )
     size = measure(checkpoints=checkpoints, max_job_bytes=1024)
     assert (size.images, size.checkpoint) == (30, 7000)
-    free(30 + 7000 + output_bytes(HyperParameters()) - 1)
+    free(30 + 7000 + output_bytes() - 1)
     with pytest.raises(NoRoomForJob):
         measure(checkpoints=checkpoints)
 
@@ -185,7 +191,7 @@ def test_trouble_with_s3_is_raised_and_the_rest_is_not_asked_for(
 def test_what_training_writes_is_estimated_by_what_is_trained(
     more: dict[str, Any], mebibytes: int
 ) -> None:
-    assert round(output_bytes(HyperParameters(**more)) / MIB) == mebibytes
+    assert round(output_bytes(**more) / MIB) == mebibytes
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from concurrent.futures import Future
 import pytest
 from structlog.testing import capture_logs
 
-from consumer import lane as lane_module
-from consumer.lane import CRASH_DELAYS, MAX_CRASHES, InHand, Lane
 from consumer.pages.observer import Observer
+from services.broker import lane as lane_module
+from services.broker.lane import CRASH_DELAYS, MAX_CRASHES, InHand, Lane
 from services.broker.settlement import (
     CRASHES,
     MIN_LEVEL,
@@ -54,7 +54,7 @@ def broken(
         raise error
 
     woken = threading.Event()
-    lane = Lane(queue, handle, woken.set, **how)  # type: ignore[arg-type]
+    lane = Lane(queue, handle, woken.set, **({"observer": Observer()} | how))  # type: ignore[arg-type]
     return settled(lane, delivery, by=[woken])
 
 
@@ -67,7 +67,7 @@ def test_a_handler_works_in_a_thread_and_wakes_the_owner_with_its_settlement() -
         assert go.wait(5)
         return Settlement.requeue()
 
-    lane = Lane(Queue.TRAINING, handle, woken.set)
+    lane = Lane(Queue.TRAINING, handle, woken.set, observer=Observer())
     assert not lane.is_working()
     lane.channel = Channel()
     lane.take(Delivery(b"x"), 1)
@@ -80,7 +80,9 @@ def test_a_handler_works_in_a_thread_and_wakes_the_owner_with_its_settlement() -
 
 
 def test_a_lane_takes_no_more_than_its_limit() -> None:
-    lane = Lane(Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None, 2)
+    lane = Lane(
+        Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None, 2, observer=Observer()
+    )
     assert not lane.is_spent()
     settled(lane, Delivery(b"1"))
     assert not lane.is_spent()
@@ -89,14 +91,18 @@ def test_a_lane_takes_no_more_than_its_limit() -> None:
 
 
 def test_a_lane_without_a_limit_is_never_spent() -> None:
-    lane = Lane(Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None)
+    lane = Lane(
+        Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None, observer=Observer()
+    )
     for _ in range(5):
         settled(lane, Delivery(b"1"))
     assert not lane.is_spent()
 
 
 def test_a_lane_consumes_while_its_channel_is_open_and_has_a_consumer() -> None:
-    lane = Lane(Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None)
+    lane = Lane(
+        Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None, observer=Observer()
+    )
     assert not lane.is_consuming()
     lane.channel = Channel()
     assert lane.is_consuming()

@@ -14,7 +14,7 @@ from consumer.pages.observer import Observer
 from jobs.record import Ending, EndingKind, JobRecord, JobRequest
 from services.broker.settlement import Delivery, Queue
 from services.records.job_lease import JobLease
-from tests.unit.jobs.message_samples import envelope, read
+from tests.unit.jobs.message_samples import envelope, read, style_kind
 from utils.errors import ErrorCode, StopReason
 from utils.events import CheckpointSaved, Progress, Stage, Started
 from utils.gpu_monitor import GpuReading
@@ -44,10 +44,10 @@ def _observer(clock: Clock) -> Iterator[Observer]:
     """One with a job in hand whose trainer has worked for 60 seconds, its last checkpoint after 40
     of them."""
     observer = Observer()
-    record = JobRecord.new(JobRequest("t-1", 10, "identity", {}), "me", 120.0)
+    record = JobRecord.new(JobRequest("t-1", "style", "10", "identity", {}), "me", 120.0)
     target: Any = None
     lease = JobLease(target, record, "etag", time.monotonic(), lambda task_id: False)
-    with observer.holding(read(envelope()), lease):
+    with observer.holding(style_kind(), read(envelope()), lease):
         with observer.training():
             observer.saw(Started("t-1", 0, 30))
             clock.now += 40

@@ -13,7 +13,7 @@ import pytest
 from consumer.life.progress_reporter import ProgressReporter, queued
 from consumer.life.stop_signal import StopSignal
 from services.webhooks.webhook_service import ProgressAnswer, WebhookService
-from tests.unit.jobs.message_samples import envelope, read
+from tests.unit.jobs.message_samples import envelope, read, style_kind
 from utils.errors import LeaseLost, Stopped, StopReason, TrainingFailed
 from utils.events import Progress, Stage
 
@@ -63,6 +63,7 @@ def reporter(
     """Reports a job to the backend."""
     counter = itertools.count(1)
     return ProgressReporter(
+        style_kind(),
         JOB,
         cast(WebhookService, backend),
         next_sequence=lambda: next(counter),
@@ -198,7 +199,7 @@ def test_where_no_ending_follows_a_report_that_hangs_is_not_waited_for(
 
 
 def test_a_job_that_waits_for_another_attempt_says_so_with_its_place_and_time() -> None:
-    report = queued(JOB, training(20, 2.0), 3, 12.6, sequence=7)
+    report = queued(style_kind(), JOB, training(20, 2.0), 3, 12.6, sequence=7)
     assert report["sequence"] == 7 and report["style_id"] == 10
     assert report["progress"] == {
         "current_epoch": 2,
@@ -211,7 +212,7 @@ def test_a_job_that_waits_for_another_attempt_says_so_with_its_place_and_time() 
 
 
 def test_a_job_of_which_nothing_was_trained_waits_at_the_beginning() -> None:
-    progress = queued(JOB, None, 1, 0.0, sequence=1)["progress"]
+    progress = queued(style_kind(), JOB, None, 1, 0.0, sequence=1)["progress"]
     assert (progress["current_epoch"], progress["total_epochs"]) == (0, 10)
 
 

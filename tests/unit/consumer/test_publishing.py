@@ -12,14 +12,15 @@ import pytest
 
 from consumer.life.stop_signal import StopSignal
 from consumer.publishing import model_folder
-from consumer.publishing.model_publisher import WEIGHTS
 from jobs.addresses import S3Location
+from jobs.layout import WEIGHTS
 from tests.memory_s3 import MemoryS3
 from tests.publishing import (
     EARLY,
     FILES,
     LATE,
     OLD_FILES,
+    PLACE,
     STYLE,
     Killed,
     Stops,
@@ -91,9 +92,9 @@ def test_whenever_the_worker_dies_its_successor_finds_or_makes_the_folder_whole(
         assert world.has_note() or not mixed, f"request {number}"
         world.let_the_turn_run_out()
         with world.claim("new") as lease:
-            repaired = world.publisher(world.s3).repair(STYLE, "new", lease)
+            repaired = world.publisher(world.s3).repair(PLACE, "new", lease)
             assert repaired or not mixed
-            assert not world.publisher(world.s3).repair(STYLE, "new", lease)
+            assert not world.publisher(world.s3).repair(PLACE, "new", lease)
         assert world.folder() == before, f"request {number}: the job has not ended yet"
         assert not world.has_note() and not world.waits_for_its_ending()
         ends.add((mixed, world.folder() == before))
@@ -162,7 +163,7 @@ def test_a_lost_lease_stops_a_publication_and_the_next_claim_rolls_it_back(
             except LeaseLost:
                 pass
         with world.claim("new") as lease:
-            world.publisher(world.s3).repair(STYLE, "new", lease)
+            world.publisher(world.s3).repair(PLACE, "new", lease)
         assert world.folder() in (before, NEW), f"request {number}"
         assert not world.has_note()
 
@@ -224,7 +225,7 @@ def test_wherever_a_repair_sleeps_it_changes_nothing_of_a_later_runs(tmp_path: P
 
         stops = Stops(number, overtaken)
         with world.claim("new") as lease, contextlib.suppress(StorageError):
-            world.publisher(worker_of(world, stops)).repair(STYLE, "new", lease)
+            world.publisher(worker_of(world, stops)).repair(PLACE, "new", lease)
         if stops.count < number:
             assert number > 10
             return
@@ -278,7 +279,7 @@ def test_if_the_models_cannot_be_written_the_folder_is_rolled_back_at_once_or_re
             with pytest.raises(StorageError):
                 world.publish("new", lease, worker_of(world, stops))
             assert world.has_note() or world.folder() == before
-            world.publisher(world.s3).repair(STYLE, "new", lease)
+            world.publisher(world.s3).repair(PLACE, "new", lease)
         assert world.folder() == before, f"request {number}"
         assert not world.has_note()
 
@@ -328,10 +329,10 @@ def test_passing_trouble_does_not_fail_a_publication(world: World) -> None:
 def test_repair_costs_one_read_if_there_is_nothing_to_do(world: World) -> None:
     with world.claim("new") as lease:
         world.publish("new", lease)
-        world.publisher(world.s3).confirm(STYLE, "new", lease)
+        world.publisher(world.s3).confirm(PLACE, "new", lease)
         counting = Stops()
         publisher = world.publisher(worker_of(world, counting))
-        assert not publisher.repair(STYLE, "new", lease)
+        assert not publisher.repair(PLACE, "new", lease)
         assert counting.count == 1
 
 
@@ -342,10 +343,10 @@ def test_the_note_of_a_live_publisher_is_left_alone(world: World) -> None:
         world.publish("new", lease, s3)
     seen = world.folder()
     with world.claim("other") as lease:
-        assert not world.publisher(world.s3).repair(STYLE, "other", lease)
+        assert not world.publisher(world.s3).repair(PLACE, "other", lease)
         assert world.folder() == seen and world.has_note()
         world.let_the_turn_run_out()
-        assert world.publisher(world.s3).repair(STYLE, "other", lease)
+        assert world.publisher(world.s3).repair(PLACE, "other", lease)
         assert world.folder() == OLD
 
 
@@ -364,7 +365,7 @@ def test_a_folder_that_cannot_be_rolled_back_is_replaced_as_a_whole(world: World
     missing = f"archive/style_{STYLE}/old/loss_curve.png"
     world.s3.delete(STATE, [missing])
     with world.claim("new") as lease, pytest.raises(StorageError, match="Train the style again"):
-        world.publisher(world.s3).repair(STYLE, "new", lease)
+        world.publisher(world.s3).repair(PLACE, "new", lease)
     with world.claim("other") as lease:
         world.publish("other", lease)
     assert world.folder() == whole("other") and not world.has_note()
@@ -435,7 +436,7 @@ def test_a_job_whose_worker_dies_before_its_ending_leaves_no_file_if_it_then_fai
         world.publish("new", lease)
     assert world.folder() == NEW and world.waits_for_its_ending()
     with world.claim("new") as lease:  # it is claimed again, and cancelled
-        assert world.publisher(world.s3).repair(STYLE, "new", lease)
+        assert world.publisher(world.s3).repair(PLACE, "new", lease)
     assert world.folder() == OLD and not world.waits_for_its_ending()
 
 
@@ -443,9 +444,9 @@ def test_a_confirmed_publication_is_never_rolled_back(world: World) -> None:
     world.has_model_of("old")
     with world.claim("new") as lease:
         world.publish("new", lease)
-        world.publisher(world.s3).confirm(STYLE, "new", lease)
+        world.publisher(world.s3).confirm(PLACE, "new", lease)
         assert not world.waits_for_its_ending()
-        assert not world.publisher(world.s3).repair(STYLE, "new", lease)
+        assert not world.publisher(world.s3).repair(PLACE, "new", lease)
     assert world.folder() == NEW
 
 
@@ -454,9 +455,9 @@ def test_a_publication_is_confirmed_by_its_own_job_only(world: World) -> None:
         world.publish("new", lease)
     with world.claim("other") as lease:
         publisher = world.publisher(world.s3)
-        publisher.confirm(STYLE, "other", lease)
+        publisher.confirm(PLACE, "other", lease)
         assert world.waits_for_its_ending()
-        assert not publisher.repair(STYLE, "other", lease)
+        assert not publisher.repair(PLACE, "other", lease)
         assert world.folder() == NEW
         world.publish("other", lease)
     assert world.folder() == whole("other") and world.archive("new") == NEW
@@ -470,7 +471,7 @@ def test_confirming_never_fails_a_job_that_has_ended(world: World) -> None:
             raise AccessDenied("no")
 
         s3 = worker_of(world, Stops(1, refuse, forever=True))
-        world.publisher(s3).confirm(STYLE, "new", lease)
+        world.publisher(s3).confirm(PLACE, "new", lease)
     assert world.waits_for_its_ending()
 
 

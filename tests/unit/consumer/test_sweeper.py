@@ -13,9 +13,10 @@ from structlog.testing import capture_logs
 from consumer.life.endings import parked
 from consumer.pages.observer import Observer
 from jobs.addresses import S3Location
+from jobs.layout import live_mark_at
 from jobs.record import PROTOCOL_LEVEL
 from services.broker.settlement import MIN_LEVEL, OWN_COPY, Queue, Settlement
-from services.records.index import INVENTORY_SECONDS, live_mark_at
+from services.records.index import INVENTORY_SECONDS
 from services.records.sweep import RecordSweep
 from tests.memory_s3 import away, works
 from tests.unit.consumer.job_world import (

@@ -14,7 +14,8 @@ from structlog.testing import capture_logs
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer import trainer_process
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.lora_config import HyperParameters, TrainerOptions, TrainingRun
+from jobs.kinds import Run
+from jobs.style import HyperParameters, StyleKind, TrainerOptions, TrainingRun
 from utils.confined import Confinement
 from utils.errors import (
     Cancelled,
@@ -37,6 +38,7 @@ RUN = TrainingRun(
     parameters=HyperParameters(),
     work_folder="/work",
 )
+SENT = Run.of(RUN, StyleKind.runner, {})
 DONE = Finished("task-1", "/work/output", ("lora.safetensors",), 3, 1.0)
 
 
@@ -58,7 +60,7 @@ class Child:
 
     def send(self, line: bytes) -> None:
         """As of the real one."""
-        self.sent.append(decode(line, (TrainingRun, Stop)))
+        self.sent.append(decode(line, (Run, Stop)))
 
     def events(self, watch: Any) -> Iterator[Event]:
         """What the test has it say; afterwards it hangs, or it is dead."""
@@ -103,7 +105,7 @@ def run(
 ) -> Finished:
     """Train."""
     events = heard if heard is not None else []
-    return trainer.run(RUN, events.append, stop or StopSignal(), max_seconds=60)
+    return trainer.run(SENT, events.append, stop or StopSignal(), max_seconds=60)
 
 
 def restarts(trainer: TrainerProcess) -> float | None:
@@ -116,7 +118,7 @@ def test_a_child_is_started_once_and_kept_across_runs(trainer: TrainerProcess) -
     Child.says = [DONE]
     trainer.start()
     assert run(trainer) == DONE and run(trainer) == DONE
-    assert [child.sent for child in Child.made] == [[RUN, RUN]]
+    assert [child.sent for child in Child.made] == [[SENT, SENT]]
     assert not Child.made[0].closed
     assert trainer.pid == 1000 and restarts(trainer) == 0
 

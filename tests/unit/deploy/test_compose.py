@@ -1,5 +1,7 @@
-"""The stack on one machine: what it names is there, it starts a worker that is set up soundly, and
-it keeps within its limits. (That the file is valid Compose is `scripts/lint`'s to see.)"""
+"""The compose stack is consistent, its worker's settings are valid, and its services have limits.
+
+`scripts/lint` checks that the file is valid Compose.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def _seconds(duration: str) -> float:
     return float(match[1])
 
 
-def test_every_value_that_is_asked_for_stands_in_the_example_and_no_secret_has_a_default() -> None:
+def test_the_example_lists_every_variable_and_no_secret_has_a_default() -> None:
     asked = dict(re.findall(r"\$\{(\w+)(?::?([?-][^}]*))?\}", TEXT))
     assert set(asked) - {"MINIO_USER"} == set(EXAMPLE)
     assert not any(EXAMPLE.values())
@@ -41,7 +43,7 @@ def test_every_value_that_is_asked_for_stands_in_the_example_and_no_secret_has_a
     assert required == set(EXAMPLE) - {"HF_TOKEN"}
 
 
-def test_the_worker_is_set_up_by_its_own_settings_and_they_are_sound() -> None:
+def test_the_workers_environment_consists_of_valid_settings() -> None:
     given = {name: str(value) for name, value in WORKER["environment"].items()}
     assert {name.lower() for name in given} <= set(Settings.model_fields)
     filled = {
@@ -53,16 +55,16 @@ def test_the_worker_is_set_up_by_its_own_settings_and_they_are_sound() -> None:
     assert settings.shutdown_grace_seconds < _seconds(WORKER["stop_grace_period"])
 
 
-def test_the_worker_has_a_gpu_shared_memory_and_nothing_else_to_write_to_but_its_volumes() -> None:
+def test_the_worker_has_a_gpu_and_shared_memory_and_writes_only_to_its_volumes() -> None:
     (device,) = WORKER["deploy"]["resources"]["reservations"]["devices"]
     assert device["driver"] == "nvidia" and "gpu" in device["capabilities"]
-    assert WORKER["shm_size"] == "1gb" and WORKER["read_only"] is True
+    assert WORKER["shm_size"] == "8gb" and WORKER["read_only"] is True
     targets = {each.split(":")[1] for each in WORKER["volumes"]}
     assert targets == {"/models", "/work"} and WORKER["tmpfs"][0].startswith("/tmp:")
 
 
 @pytest.mark.parametrize("name", LASTING)
-def test_a_service_comes_back_and_fills_neither_memory_nor_disk(name: str) -> None:
+def test_a_service_restarts_and_has_limits_of_memory_and_log_size(name: str) -> None:
     service = LASTING[name]
     assert service["restart"] == "unless-stopped"
     assert {"max-size", "max-file"} <= set(service["logging"]["options"])
@@ -70,7 +72,7 @@ def test_a_service_comes_back_and_fills_neither_memory_nor_disk(name: str) -> No
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_an_image_is_built_here_or_pinned(name: str) -> None:
+def test_an_image_is_built_here_or_has_a_fixed_tag(name: str) -> None:
     service = SERVICES[name]
     if "build" in service:
         dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -79,12 +81,12 @@ def test_an_image_is_built_here_or_pinned(name: str) -> None:
         assert re.search(r":(v|RELEASE\.)?\d+[.-]\d+[^:]*$", service["image"])
 
 
-def test_only_this_machine_reaches_what_is_published() -> None:
+def test_ports_are_published_on_localhost_only() -> None:
     published = [port for each in SERVICES.values() for port in each.get("ports", ())]
     assert published and all(port.startswith("127.0.0.1:") for port in published)
 
 
-def test_every_file_that_is_mounted_and_every_volume_is_there() -> None:
+def test_every_mounted_file_and_volume_exists() -> None:
     for each in SERVICES.values():
         for mount in each.get("volumes", ()):
             source = mount.split(":")[0]
@@ -92,7 +94,7 @@ def test_every_file_that_is_mounted_and_every_volume_is_there() -> None:
             assert known if known is not None else source in STACK["volumes"]
 
 
-def test_prometheus_asks_services_that_there_are() -> None:
+def test_prometheus_scrapes_services_of_the_stack() -> None:
     scrapes = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8"))
     named = [
         name.split(":")[0]

@@ -1,4 +1,4 @@
-"""The health check finds the worker where the worker's settings say that it listens."""
+"""The health check asks the address that the worker's settings name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Well(BaseHTTPRequestHandler):
 
 @pytest.fixture(name="port")
 def _port() -> Iterator[int]:
-    """The port of a worker that is well, on 127.0.0.1."""
+    """The port of a healthy worker on 127.0.0.1."""
     with HTTPServer(("127.0.0.1", 0), _Well) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -49,7 +49,7 @@ def _ask(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
     )
 
 
-def test_the_port_and_host_in_the_env_file_count(port: int, tmp_path: Path) -> None:
+def test_host_and_port_are_read_from_the_env_file(port: int, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f'http_host="0.0.0.0"\nHTTP_PORT={port}  # here\n', "utf-8")
     done = _ask(tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "/health"), done.stderr
@@ -71,18 +71,24 @@ def test_an_address_wins_over_all_settings(port: int, tmp_path: Path) -> None:
     assert _ask(tmp_path, f"http://127.0.0.1:{port}/", HTTP_PORT="2").returncode == 0
 
 
-def test_an_env_file_that_cannot_be_read_is_no_reason_to_fail(port: int, tmp_path: Path) -> None:
+def test_an_unreadable_env_file_is_ignored(port: int, tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"\xff\xfe\x00")
     assert _ask(tmp_path, HTTP_PORT=str(port)).returncode == 0
 
 
-def test_the_script_asks_both_pages_of_the_worker_that_the_environment_names(port: int) -> None:
+@pytest.mark.parametrize("arguments", [(), ("--quiet",)])
+def test_the_script_asks_health_and_ready_and_then_prints_diagnostics(
+    port: int, arguments: tuple[str, ...]
+) -> None:
     done = subprocess.run(
-        [str(ROOT / "scripts" / "health-check")],
+        [str(ROOT / "scripts" / "health-check"), *arguments],
         env={"PATH": os.environ["PATH"], "HTTP_PORT": str(port), "HTTP_HOST": "0.0.0.0"},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert (done.returncode, done.stdout.split()) == (0, ["/health", "/ready"]), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["/health", "/ready"]
+    headings = [line for line in done.stdout.splitlines() if line.startswith("---")]
+    assert headings == ([] if arguments else ["--- status", "--- GPU", "--- log"])

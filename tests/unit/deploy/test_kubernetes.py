@@ -86,14 +86,14 @@ def test_a_manifest_with_a_mistake_is_not(name: str, path: tuple[str, ...], valu
         _validate(document)
 
 
-def test_what_the_scaled_job_makes_is_a_valid_job() -> None:
+def test_the_scaled_jobs_template_is_a_valid_job() -> None:
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "one"}}
     kubernetes_validate.validate(
         job | {"spec": SCALED_JOB["spec"]["jobTargetRef"]}, KUBERNETES, strict=True
     )
 
 
-def test_a_pod_for_each_message_is_never_two_for_one() -> None:
+def test_a_message_starts_one_pod_and_never_two() -> None:
     spec = SCALED_JOB["spec"]
     assert spec["rollout"]["strategy"] == "gradual"
     assert spec["jobTargetRef"]["backoffLimit"] == 0
@@ -131,7 +131,7 @@ def test_a_single_ending_starts_a_pod_and_many_take_none_from_the_jobs(
     assert _pods_for(training, endings) == pods
 
 
-def test_the_pod_for_one_message_runs_a_command_that_there_is() -> None:
+def test_the_pod_for_one_message_runs_an_existing_command() -> None:
     container = _pods()[0]["containers"][0]
     assert "command" not in container, "the image's own entry point"
     asked = CliRunner().invoke(main.app, [*container["args"], "--help"])
@@ -151,7 +151,7 @@ def test_a_pod_has_one_gpu_no_rights_and_time_to_save(pod: dict[str, Any]) -> No
     assert {"/models", "/work", "/tmp"} <= mounted
 
 
-def test_settings_are_the_workers_and_secrets_are_referred_to() -> None:
+def test_the_config_map_has_valid_settings_and_secrets_are_references() -> None:
     values = NAMED["worker.yaml ConfigMap"]["data"]
     assert {name.lower() for name in values} <= set(Settings.model_fields)
     secret = {"RABBITMQ_PASS", "AWS_SECRET_ACCESS_KEY", "INTERNAL_API_TOKEN", "HF_TOKEN"}
@@ -165,3 +165,21 @@ def test_the_manifest_does_not_start_before_its_placeholder_is_replaced() -> Non
     values = {k.lower(): v for k, v in NAMED["worker.yaml ConfigMap"]["data"].items()}
     with pytest.raises(ConfigurationError, match="BACKEND_API_URL: still names the placeholder"):
         config.load(_env_file=None, **values | {"internal_api_token": "t" * 32})
+
+
+def test_a_worker_connects_to_dns_the_broker_and_https_only() -> None:
+    policy = NAMED["worker.yaml NetworkPolicy"]
+    assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+    rules = policy["spec"]["egress"]
+    assert {port["port"] for rule in rules for port in rule["ports"]} == {53, 5672, 5671, 443}
+    (block,) = [
+        peer["ipBlock"] for rule in rules for peer in rule.get("to", ()) if "ipBlock" in peer
+    ]
+    assert "169.254.169.254/32" in block["except"]
+
+
+@pytest.mark.parametrize("pod", _pods())
+def test_shared_memory_fits_into_the_pods_memory(pod: dict[str, Any]) -> None:
+    (shared,) = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
+    assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
+    assert pod["containers"][0]["resources"]["limits"]["memory"] == "16Gi"

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for what the worker exports; the runbook knows every alert."""
+"""The dashboard and the alerts use metrics that the worker exports; the runbook has every alert."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCRAPED = {
         "scrape_configs"
     ]
 }
-# What Prometheus itself adds to a series, and what a histogram has.
+# Labels that Prometheus or a histogram adds to a series.
 LABELS_FROM_OUTSIDE = {"instance", "job", "le"}
 
 STATUSES = {"2xx", "3xx", "4xx", "5xx", "no_answer"}
@@ -93,7 +93,7 @@ def _labels() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("query", sorted(set(_queries())))
-def test_a_query_asks_for_what_the_worker_exports(query: str) -> None:
+def test_a_query_uses_exported_metrics(query: str) -> None:
     selectors = _selectors(query)
     assert selectors, "a query names a series"
     labels = _labels()
@@ -105,7 +105,7 @@ def test_a_query_asks_for_what_the_worker_exports(query: str) -> None:
 
 
 @pytest.mark.parametrize("query", sorted(set(_queries())))
-def test_a_query_asks_for_values_that_a_label_can_have(query: str) -> None:
+def test_a_query_uses_values_that_a_label_can_have(query: str) -> None:
     for selector in _selectors(query):
         for matcher in selector.matchers.matchers:
             if matcher.name != "instance":
@@ -116,12 +116,12 @@ def test_a_query_asks_for_values_that_a_label_can_have(query: str) -> None:
                 assert set(matcher.value.split("|")) <= possible, str(selector)
 
 
-def test_the_parser_refuses_what_prometheus_would() -> None:
+def test_the_parser_refuses_an_invalid_query() -> None:
     with pytest.raises(ValueError):
         promql_parser.parse("sum(rate(x_total[5m])")
 
 
-def test_the_dashboard_shows_what_the_worker_measures() -> None:
+def test_the_dashboard_shows_the_workers_metrics() -> None:
     shown = {selector.name for query in _queries() for selector in _selectors(query)}
     stems = {re.sub("_(bucket|sum|count)$", "", name) for name in shown}
     own = {name for name in exported_names() if name.startswith("training_server_")}
@@ -129,7 +129,7 @@ def test_the_dashboard_shows_what_the_worker_measures() -> None:
     assert not missing
 
 
-def test_panels_do_not_lie_over_each_other() -> None:
+def test_panels_do_not_overlap() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(ids) == len(set(ids))
     cells = [
@@ -142,14 +142,14 @@ def test_panels_do_not_lie_over_each_other() -> None:
     assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24
 
 
-def test_every_alert_has_its_lines_in_the_runbook_and_none_is_left_over() -> None:
+def test_the_runbook_has_exactly_the_alerts_of_the_rules() -> None:
     runbook = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    section = runbook.partition("## What each alert means")[2].partition("\n## ")[0]
+    section = runbook.partition("## Alerts")[2].partition("\n## ")[0]
     described = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
     assert sorted(described) == sorted(rule["alert"] for rule in RULES)
 
 
-def test_an_alert_waits_a_while_and_says_how_bad_it_is() -> None:
+def test_an_alert_has_a_delay_and_a_severity() -> None:
     for rule in RULES:
         assert re.fullmatch(r"\d+[mh]", rule["for"])
         assert rule["labels"]["severity"] in ("critical", "warning")

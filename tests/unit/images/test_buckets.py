@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from images.buckets import MOST_STRETCHED, Frame, frame_for
-from jobs.lora_config import HyperParameters, TrainingImage
+from jobs.style import HyperParameters, TrainingImage
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import trained
 from training.style import objective, trainer

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from images.checks import Looks, look_at, motif_copy, motif_of
 from images.vetting import UnusableImage
-from jobs.lora_config import TrainingImage
+from jobs.style import TrainingImage
 from sandbox.photographs import photographs as real_photographs
 from tests.unit.training.conftest import MakeRun
 from training.style.dataset import prepare

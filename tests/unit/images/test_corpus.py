@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import io
 import re
 import resource
 import struct
+import subprocess
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from images.containers import PREVIEW, RAW
 from images.decoder import CRASHED, PATIENCE_SECONDS, Answer, Decoder
 from images.intake import Refused, Request, Taken
 from images.vetting import UnusableImage, Vetted, vet
-from jobs.lora_config import TrainingImage
+from jobs.style import TrainingImage
 from tests.corpus import files
 from tests.corpus.files import chunk, encoded, iccp, profile
 from tests.corpus.storages import Case, cases, srgb_of
@@ -343,11 +344,46 @@ def test_a_decoder_that_crashes_costs_one_image(tmp_path: Path) -> None:
         assert isinstance(next(answers).fact, Taken)
         process = decoder._process  # pylint: disable=protected-access
         assert process is not None
-        os.kill(process._process.pid, 9)  # pylint: disable=protected-access
+        # pylint: disable-next=protected-access
+        died = process._process
+        died.kill()
+        died.wait()
         facts = [answer.fact for answer in answers]
-    # The one in hand may have been answered before the signal came.
+    # The second one may have been answered before the signal came.
     assert facts[0] == Refused(CRASHED) or isinstance(facts[0], Taken)
     assert isinstance(facts[1], Taken)
+
+
+def test_lines_of_a_c_library_reach_the_log_and_no_file_can_flood_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((96, 96), 100).save(buffer, "TIFF", compression="tiff_lzw")
+    damaged = bytearray(buffer.getvalue())
+    damaged[2000:2040] = b"\xff" * 40
+    talkative = "import os, sys; os.write(2, b'x' * 1000 + b'\\n' + b'line\\n' * 1_000_000)"
+    with Decoder() as decoder:
+        taken_in(decoder, tmp_path, bytes(damaged))
+    assert any("Using code not yet in table" in each for each in _native_lines(caplog))
+    caplog.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("images.decoder.subprocess.Popen", _instead(talkative))
+        with Decoder() as decoder, pytest.raises(WorkerCrashed):
+            taken_in(decoder, tmp_path, b"anything")
+    *lines, omitted = _native_lines(caplog)
+    assert lines == ["x" * 300, *["line"] * 4]
+    assert re.fullmatch(r"\d+ more lines", omitted)
+
+
+def _native_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [vars(each)["text"] for each in caplog.records if each.message == "native_stderr"]
+
+
+def _instead(program: str) -> Callable[..., subprocess.Popen[bytes]]:
+    """Starts this program in place of any other."""
+    popen = subprocess.Popen
+    # pylint: disable-next=consider-using-with  # the decoder closes it
+    return lambda command, **how: popen([command[0], "-c", program], **how)
 
 
 def test_a_decoder_that_cannot_start_is_the_workers_fault_and_no_images(

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from config import Settings
-from jobs.message import TrainingJob, parse
+from consumer.kinds import configured_kinds
+from jobs.kinds import JobKind
+from jobs.message import Job, parse
 from utils.errors import InvalidMessage
 
 CONTRACT = Path(__file__).parents[2] / "contract" / "messages"
@@ -32,6 +34,11 @@ def make_settings(**values: Any) -> Settings:
 SETTINGS = make_settings()
 
 
+def style_kind(settings: Settings = SETTINGS) -> JobKind:
+    """The style kind with the defaults of these settings."""
+    return configured_kinds(settings).of("style")
+
+
 def flat(**values: Any) -> dict[str, Any]:
     """A valid flat message with these fields in it."""
     return {"style_id": 10, "image_urls": ["s3://stylelicense-media/a.jpg"]} | values
@@ -43,12 +50,10 @@ def envelope(**values: Any) -> dict[str, Any]:
     return {"task_id": "t-1", "type": "model_training", "data": data}
 
 
-def read(
-    message: Any, *, message_id: str | None = None, settings: Settings = SETTINGS
-) -> TrainingJob:
+def read(message: Any, *, message_id: str | None = None, settings: Settings = SETTINGS) -> Job:
     """The job of a message given as JSON values or bytes."""
     body = message if isinstance(message, bytes) else json.dumps(message).encode()
-    return parse(body, message_id=message_id, settings=settings)
+    return parse(body, message_id=message_id, kinds=configured_kinds(settings))
 
 
 def refused(message: Any, *, message_id: str | None = None) -> InvalidMessage:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from consumer.life import inputs as images
 from consumer.life.stop_signal import StopSignal
 from jobs.addresses import S3Location
-from jobs.style_job import from_understood
-from services.s3.s3_service import FetchedImage, ImageRequest, S3Service
+from jobs.message import from_understood
+from tests.memory_s3 import MemoryS3
 from tests.unit.jobs.message_samples import (
     BUCKET,
     ENDPOINT,
@@ -23,6 +22,7 @@ from tests.unit.jobs.message_samples import (
     make_settings,
     read,
     refused,
+    style_kind,
 )
 
 
@@ -51,7 +51,7 @@ from tests.unit.jobs.message_samples import (
     ],
 )
 def test_every_way_of_writing_an_address_is_understood(address: str, bucket: str, key: str) -> None:
-    image = read(flat(image_urls=[address])).images[0]
+    image = read(flat(image_urls=[address])).spec.images[0]
     assert image.location == S3Location(bucket, key)
     assert image.source.lower() == address.lower()
 
@@ -59,7 +59,7 @@ def test_every_way_of_writing_an_address_is_understood(address: str, bucket: str
 def test_a_signature_in_an_address_is_not_kept() -> None:
     address = f"https://{BUCKET}.s3.amazonaws.com/a.jpg"
     job = read(flat(image_urls=[address + "?X-Amz-Signature=secret#part"]))
-    assert job.images[0].source == address
+    assert job.spec.images[0].source == address
     assert "secret" not in json.dumps(job.understood())
 
 
@@ -79,25 +79,24 @@ def test_a_version_in_an_address_is_kept_through_record_and_message(
     query: str, version: str | None
 ) -> None:
     job = read(flat(image_urls=[f"{OBJECT}?{query}"]))
-    assert job.images[0].version_id == version
-    assert job.images[0].location == S3Location(BUCKET, "a.jpg")
+    assert job.spec.images[0].version_id == version
+    assert job.spec.images[0].location == S3Location(BUCKET, "a.jpg")
     assert "secret" not in json.dumps(job.understood())
-    again = from_understood(json.loads(json.dumps(job.understood())), SETTINGS)
-    assert again.images == job.images and again.images[0].version_id == version
-    assert read(again.body).images[0].version_id == version
+    again = from_understood(style_kind(), json.loads(json.dumps(job.understood())))
+    assert again.spec.images == job.spec.images and again.spec.images[0].version_id == version
+    assert read(again.body).spec.images[0].version_id == version
 
 
 def test_the_version_is_asked_for_when_the_images_are_fetched(tmp_path: Path) -> None:
     asked: list[str | None] = []
 
-    class Store:
-        """Stands in for `S3Service`, and has everything."""
+    class Store(MemoryS3):
+        """Notes the version that is asked for, and has everything."""
 
-        def fetch_images(
-            self, sources: Sequence[ImageRequest], folder: Path, **_: Any
-        ) -> list[FetchedImage]:
-            asked.extend(source.version_id for source in sources)
-            return [FetchedImage(source.source, folder / "0000.img") for source in sources]
+        def download(self, location: S3Location, path: Path, **options: Any) -> int:
+            del location, path
+            asked.append(options["version_id"])
+            return 0
 
     job = read(
         flat(
@@ -105,11 +104,13 @@ def test_the_version_is_asked_for_when_the_images_are_fetched(tmp_path: Path) ->
             validation_images=[f"{OBJECT}?versionId=8"],
         )
     )
-    store, stop = cast(S3Service, Store()), StopSignal()
-    fetched = images.fetch_images(store, SETTINGS, job, tmp_path / "images", stop)
-    images.fetch_validation_images(store, SETTINGS, job, tmp_path / "others", stop)
-    assert asked == ["7", None, "8"]
-    assert fetched[0].source == f"{OBJECT}?versionId=7", "the report shows which version it was"
+    store, stop = Store(), StopSignal()
+    inputs = style_kind().inputs(job.spec)
+    fetched = images.fetch_inputs(store, inputs, tmp_path, max_bytes=10**6, stop=stop)
+    assert sorted(asked[:2], key=str) == ["7", None] and asked[2:] == ["8"]
+    assert (
+        fetched[0].input.source == f"{OBJECT}?versionId=7"
+    ), "the report shows which version it was"
 
 
 def test_a_version_adds_no_field_to_the_record_that_earlier_releases_would_refuse() -> None:
@@ -130,7 +131,7 @@ def test_two_versions_of_an_image_are_not_the_same_job() -> None:
 
 
 def test_a_question_mark_of_an_s3_address_is_part_of_the_key() -> None:
-    image = read(flat(image_urls=[f"s3://{BUCKET}/what?versionId=1.jpg"])).images[0]
+    image = read(flat(image_urls=[f"s3://{BUCKET}/what?versionId=1.jpg"])).spec.images[0]
     assert image.location == S3Location(BUCKET, "what?versionId=1.jpg")
     assert image.version_id is None
 
@@ -152,7 +153,7 @@ def test_an_address_that_means_something_else_than_an_object_is_left_out_with_th
     query: str, says: str
 ) -> None:
     job = read(flat(image_urls=[f"s3://{BUCKET}/ok.jpg", f"{OBJECT}?{query}"]))
-    broken = job.images[1]
+    broken = job.spec.images[1]
     assert broken.location is None and says in (broken.problem or "")
 
 
@@ -170,7 +171,7 @@ def test_no_other_part_of_an_address_is_dropped_in_silence() -> None:
         "image_urls.1#",
         "validation_images.0?crop",
     )
-    assert all(image.location for image in job.images)
+    assert all(image.location for image in job.spec.images)
 
 
 @pytest.mark.parametrize("name", ["aws_endpoint_url_s3", "aws_endpoint_url"])
@@ -178,7 +179,7 @@ def test_addresses_of_the_store_are_recognised_by_either_name_of_its_endpoint(na
     values = {"aws_endpoint_url_s3": None, name: "https://minio.example"}
     settings = make_settings(**values)
     image = read(flat(image_urls=[f"https://minio.example/{BUCKET}/a.jpg"]), settings=settings)
-    assert image.images[0].location == S3Location(BUCKET, "a.jpg")
+    assert image.spec.images[0].location == S3Location(BUCKET, "a.jpg")
 
 
 @pytest.mark.parametrize(
@@ -230,11 +231,11 @@ BROKEN = [
 @pytest.mark.parametrize("address", BROKEN)
 def test_a_broken_address_is_one_image_less_and_says_why(address: str | None) -> None:
     job = read(envelope(images=["s3://stylelicense-media/ok.jpg", address], captions=None))
-    sound, broken = job.images
+    sound, broken = job.spec.images
     assert sound.location == S3Location(BUCKET, "ok.jpg") and sound.problem is None
     assert broken.location is None and "has an address that" in (broken.problem or "")
     assert "secret" not in repr(job)
-    assert from_understood(job.understood(), SETTINGS) == job
+    assert from_understood(style_kind(SETTINGS), job.understood()) == job
 
 
 @pytest.mark.parametrize("address", BROKEN)
@@ -244,7 +245,7 @@ def test_a_message_without_a_single_sound_address_is_invalid(address: str | None
 
 
 def test_spaces_around_an_address_are_nobodys_intention() -> None:
-    image = read(flat(image_urls=[" s3://stylelicense-media/a b.jpg "])).images[0]
+    image = read(flat(image_urls=[" s3://stylelicense-media/a b.jpg "])).spec.images[0]
     assert image.location == S3Location(BUCKET, "a b.jpg")
 
 

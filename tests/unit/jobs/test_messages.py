@@ -14,9 +14,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobs.addresses import S3Location
-from jobs.lora_config import HyperParameters
 from jobs.message import derive_task_id, from_understood
-from jobs.style_order import MAX_CAPTION, MAX_TAG
+from jobs.style import MAX_CAPTION, MAX_TAG, HyperParameters
 from tests.unit.jobs.message_samples import (
     BUCKET,
     CONTRACT,
@@ -26,6 +25,7 @@ from tests.unit.jobs.message_samples import (
     make_settings,
     read,
     refused,
+    style_kind,
 )
 from utils.errors import ErrorCode, InvalidMessage, UnknownType, code_of
 
@@ -36,9 +36,9 @@ from utils.errors import ErrorCode, InvalidMessage, UnknownType, code_of
 def test_every_valid_sample_becomes_a_job(path: Path) -> None:
     settings = make_settings(image_buckets=BUCKET, aws_endpoint_url_s3=None)
     job = read(path.read_bytes(), settings=settings)
-    assert job.style_id in (10, 11, 123, 124)
-    assert {image.location and image.location.bucket for image in job.images} == {BUCKET}
-    assert len(job.images) == len(job.captions) > 0
+    assert job.spec.style_id in (10, 11, 123, 124)
+    assert {image.location and image.location.bucket for image in job.spec.images} == {BUCKET}
+    assert len(job.spec.images) == len(job.spec.captions) > 0
 
 
 @pytest.mark.parametrize(
@@ -84,15 +84,15 @@ def test_an_envelope_is_understood_whole() -> None:
     job = read(message)
     assert job.task_id == "t-1"
     assert not job.id_is_derived
-    assert [image.location for image in job.images] == [
+    assert [image.location for image in job.spec.images] == [
         S3Location(BUCKET, "a.jpg"),
         S3Location("second-bucket", "b c.png"),
     ]
-    assert job.images[1].source == "gs://second-bucket/b c.png"
-    assert job.captions == ("a harbour at dawn", None)
-    assert job.tags == ("watercolor", "portrait")
-    assert job.parameters == {"epochs": 200, "learning_rate": 0.001, "rank": 8}
-    assert job.hyper_parameters == HyperParameters(epochs=200, learning_rate=0.001, rank=8)
+    assert job.spec.images[1].source == "gs://second-bucket/b c.png"
+    assert job.spec.captions == ("a harbour at dawn", None)
+    assert job.spec.tags == ("watercolor", "portrait")
+    assert job.spec.parameters == {"epochs": 200, "learning_rate": 0.001, "rank": 8}
+    assert job.spec.hyper_parameters == HyperParameters(epochs=200, learning_rate=0.001, rank=8)
     assert job.webhook_url == "https://x.example/y"
     assert job.created_at == "2025-01-20T10:00:00.000Z"
     assert not job.ignored_fields
@@ -100,9 +100,9 @@ def test_an_envelope_is_understood_whole() -> None:
 
 
 def test_defaults_come_from_the_settings() -> None:
-    assert read(flat()).hyper_parameters.epochs == 100
+    assert read(flat()).spec.hyper_parameters.epochs == 100
     job = read(flat(parameters={"rank": 4}), settings=make_settings(epochs=7))
-    assert (job.hyper_parameters.epochs, job.hyper_parameters.rank) == (7, 4)
+    assert (job.spec.hyper_parameters.epochs, job.spec.hyper_parameters.rank) == (7, 4)
 
 
 def test_null_counts_as_absent() -> None:
@@ -111,22 +111,22 @@ def test_null_counts_as_absent() -> None:
     assert job == dataclasses.replace(
         read(flat()), task_id=job.task_id, ignored_fields=("parameters_",)
     )
-    assert not read(flat(parameters={"epochs": None})).parameters
-    assert read(flat(captions=[])).captions == (None,)
+    assert not read(flat(parameters={"epochs": None})).spec.parameters
+    assert read(flat(captions=[])).spec.captions == (None,)
 
 
 def test_a_message_with_data_is_the_envelope_and_order_fields_beside_it_are_ignored() -> None:
     job = read(envelope() | {"style_id": 99, "image_urls": ["s3://elsewhere/x.jpg"]})
-    assert job.style_id == 10
+    assert job.spec.style_id == 10
     assert job.ignored_fields == ("style_id", "image_urls")
 
 
 def test_each_dialect_also_takes_the_images_by_the_others_name() -> None:
-    assert len(read({"style_id": 1, "images": ["a.jpg"]}).images) == 1
+    assert len(read({"style_id": 1, "images": ["a.jpg"]}).spec.images) == 1
     assert refused({"style_id": 1, "images": [3]}).field == "images.0"
     message = envelope()
     message["data"]["image_urls"] = message["data"].pop("images")
-    assert len(read(message).images) == 1
+    assert len(read(message).spec.images) == 1
 
 
 def test_an_absent_id_is_the_amqp_message_id_and_then_the_bodys_uuid() -> None:
@@ -143,15 +143,15 @@ def test_an_absent_id_is_the_amqp_message_id_and_then_the_bodys_uuid() -> None:
 
 def test_captions_and_tags_are_one_line_each() -> None:
     job = read(flat(captions=[" a\nred\x00\ud800house "], tags=["  oil ", "", "\n"]))
-    assert job.captions == ("a red house",)
-    assert job.tags == ("oil",)
-    assert read(flat(captions=[""])).captions == ("",)
+    assert job.spec.captions == ("a red house",)
+    assert job.spec.tags == ("oil",)
+    assert read(flat(captions=[""])).spec.captions == ("",)
 
 
 def test_long_captions_and_tags_are_cut_and_cost_nobody_a_job() -> None:
     job = read(flat(captions=["c" * 1_000_000], tags=["t" * 500]))
-    assert job.captions == ("c" * MAX_CAPTION,)
-    assert job.tags == ("t" * MAX_TAG,)
+    assert job.spec.captions == ("c" * MAX_CAPTION,)
+    assert job.spec.tags == ("t" * MAX_TAG,)
 
 
 def test_fields_that_mean_nothing_are_named_once_in_a_log_line() -> None:
@@ -266,7 +266,7 @@ def test_every_hyper_parameter_can_be_set_within_its_limits_and_not_beyond(
             bad = (limits["low"] - 1, limits["high"] + 1, str(limits["low"]))
         for value in good:
             job = read(flat(parameters={field.name: value}))
-            assert getattr(job.hyper_parameters, field.name) == value
+            assert getattr(job.spec.hyper_parameters, field.name) == value
         for value in bad:
             error = refused(flat(parameters={field.name: value}))
             assert error.field == f"parameters.{field.name}"
@@ -274,17 +274,21 @@ def test_every_hyper_parameter_can_be_set_within_its_limits_and_not_beyond(
 
 def test_a_whole_number_may_be_written_with_a_point() -> None:
     job = read(b'{"style_id": 1e1, "images": ["a"], "parameters": {"epochs": 200.0, "alpha": 8}}')
-    assert (job.style_id, job.hyper_parameters.epochs, job.hyper_parameters.alpha) == (10, 200, 8)
-    assert isinstance(job.hyper_parameters.epochs, int)
-    assert isinstance(job.hyper_parameters.alpha, float)
+    assert (
+        job.spec.style_id,
+        job.spec.hyper_parameters.epochs,
+        job.spec.hyper_parameters.alpha,
+    ) == (10, 200, 8)
+    assert isinstance(job.spec.hyper_parameters.epochs, int)
+    assert isinstance(job.spec.hyper_parameters.alpha, float)
 
 
 def test_a_refusal_carries_what_can_be_read_safely() -> None:
     message = envelope(style_id=7, images=[]) | {"webhook_url": "https://a/b"}
     error = refused(message)
-    assert (error.task_id, error.style_id, error.webhook_url) == ("t-1", 7, "https://a/b")
+    assert (error.task_id, error.subject, error.webhook_url) == ("t-1", "7", "https://a/b")
     error = refused(flat(style_id=True, task_id="../x", webhook_url=["https://a"]))
-    assert (error.task_id, error.style_id, error.webhook_url) == (None, None, None)
+    assert (error.task_id, error.subject, error.webhook_url) == (None, None, None)
     assert refused(flat(images=[], image_urls=[]), message_id="m-1").task_id == "m-1"
     assert refused(b"[]", message_id="m-1").task_id is None
 
@@ -293,16 +297,16 @@ def test_a_refusal_carries_what_can_be_read_safely() -> None:
 def test_a_message_for_another_worker_tells_no_style(kind: Any) -> None:
     error = refused(envelope(style_id=123, images=[]) | {"type": kind})
     assert isinstance(error, UnknownType)
-    assert (error.field, error.task_id, error.style_id) == ("type", "t-1", None)
+    assert (error.field, error.task_id, error.subject) == ("type", "t-1", None)
 
 
 def test_a_field_that_stands_twice_is_refused_and_not_relied_upon() -> None:
     error = refused(b'{"style_id": 1, "style_id": 2, "task_id": "t", "images": ["a.jpg"]}')
-    assert (error.field, error.style_id, error.task_id) == ("style_id", None, "t")
+    assert (error.field, error.subject, error.task_id) == ("style_id", None, "t")
     error = refused(b'{"type": "image_generation", "type": "model_training", "style_id": 1}')
-    assert (error.field, error.style_id) == ("type", None)
+    assert (error.field, error.subject) == ("type", None)
     error = refused(b'{"style_id": 1, "images": ["a.jpg"], "parameters": {"rank": 4, "rank": 8}}')
-    assert (error.field, error.style_id) == ("rank", 1)
+    assert (error.field, error.subject) == ("rank", "1")
 
 
 @pytest.mark.parametrize(
@@ -374,7 +378,7 @@ def test_mutilated_messages_become_a_job_or_a_refusal_and_nothing_else() -> None
             assert error.field
             str(error).encode()
         else:
-            assert from_understood(job.understood(), SETTINGS) == job
+            assert from_understood(style_kind(SETTINGS), job.understood()) == job
 
 
 # --- images to judge by, and what to paint
@@ -388,20 +392,24 @@ def test_validation_images_prompts_and_trigger_word_are_understood_in_both_diale
         "parameters": {"shuffle_tags": True},
     }
     for job in (read(envelope(**more)), read(flat(**more))):
-        assert [image.location for image in job.validation_images] == [
+        assert [image.location for image in job.spec.validation_images] == [
             S3Location(BUCKET, "v.jpg"),
             None,
         ]
-        assert job.validation_images[1].problem
-        assert job.sample_prompts == ("a boat",)
-        assert job.trigger_word == "ink style"
-        assert job.hyper_parameters.shuffle_tags
+        assert job.spec.validation_images[1].problem
+        assert job.spec.sample_prompts == ("a boat",)
+        assert job.spec.trigger_word == "ink style"
+        assert job.spec.hyper_parameters.shuffle_tags
         assert not job.ignored_fields
-    assert read(flat(sample_prompts=["p" * 501])).sample_prompts == ("p" * 500,)
-    assert not read(flat(validation_images=["", "s3://x"])).validation_images[0].location
+    assert read(flat(sample_prompts=["p" * 501])).spec.sample_prompts == ("p" * 500,)
+    assert not read(flat(validation_images=["", "s3://x"])).spec.validation_images[0].location
     plain = read(envelope())
-    assert (plain.validation_images, plain.sample_prompts, plain.trigger_word) == ((), (), "")
-    assert not plain.hyper_parameters.shuffle_tags
+    assert (plain.spec.validation_images, plain.spec.sample_prompts, plain.spec.trigger_word) == (
+        (),
+        (),
+        "",
+    )
+    assert not plain.spec.hyper_parameters.shuffle_tags
 
 
 @pytest.mark.parametrize(

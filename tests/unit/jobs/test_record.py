@@ -26,7 +26,8 @@ from utils.errors import DamagedRecord, NewerRecord
 
 REQUEST = JobRequest(
     task_id="task-1",
-    style_id=7,
+    kind="style",
+    subject="7",
     identity="abc",
     message={"task_id": "task-1", "images": ["s3://media/a.jpg"], "captions": [None, "a näme"]},
     webhook_url="https://api.example.com",
@@ -75,7 +76,6 @@ def test_a_record_of_a_newer_version_is_not_taken_for_a_damaged_one() -> None:
 
 def test_fields_that_only_a_newer_worker_knows_are_kept_and_written_back() -> None:
     values = json.loads(encode(new().with_checkpoint(checkpoint(10)).ended(FAILED)))
-    values["kind"] = "style"
     values["hold"]["zone"] = {"name": "a"}
     values["checkpoints"][0]["format"] = 2
     values["ending"]["report"] = "s3://models/report"

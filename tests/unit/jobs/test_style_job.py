@@ -17,32 +17,38 @@ from tests.unit.jobs.message_samples import (
     flat,
     make_settings,
     read,
+    style_kind,
 )
 
 
 def test_a_job_comes_back_from_its_record_whatever_the_defaults_are_by_then() -> None:
     job = read(envelope(captions=["c"], tags=["t"], parameters={"rank": 4, "alpha": 8}))
     stored = json.loads(json.dumps(job.understood()))
-    back = from_understood(stored, make_settings(epochs=3))
+    back = from_understood(style_kind(make_settings(epochs=3)), stored)
     assert back == job
     assert back.identity == job.identity
     del stored["hyper_parameters"]
-    assert from_understood(stored, make_settings(epochs=3)).hyper_parameters.epochs == 3
+    assert (
+        from_understood(style_kind(make_settings(epochs=3)), stored).spec.hyper_parameters.epochs
+        == 3
+    )
 
 
 @pytest.mark.parametrize("broken", [{}, {"task_id": 5}, {"images": [1]}])
 def test_a_damaged_record_is_a_value_error(broken: dict[str, Any]) -> None:
     stored = read(flat()).understood()
     with pytest.raises(ValueError):
-        from_understood((stored | broken) if broken else {}, SETTINGS)
+        from_understood(style_kind(SETTINGS), (stored | broken) if broken else {})
 
 
 def test_a_job_written_as_a_message_parses_to_the_same_job() -> None:
     for path in CONTRACT.glob("valid/*"):
         job = read(path.read_bytes())
-        again = read(to_message(job))
+        again = read(to_message(style_kind(), job))
         assert again == dataclasses.replace(job, id_is_derived=False, ignored_fields=())
-        assert from_understood(job.understood(), SETTINGS).body == to_message(job)
+        assert from_understood(style_kind(SETTINGS), job.understood()).body == to_message(
+            style_kind(), job
+        )
 
 
 def test_identity_is_what_was_understood_and_not_how_it_was_written() -> None:
@@ -64,10 +70,10 @@ def test_identity_is_what_was_understood_and_not_how_it_was_written() -> None:
 
 def test_images_to_judge_by_and_prompts_are_part_of_the_job_and_of_its_identity() -> None:
     job = read(envelope(validation_images=["v.jpg"], sample_prompts=["a boat"], trigger_word="ink"))
-    assert from_understood(json.loads(json.dumps(job.understood())), SETTINGS) == job
-    assert read(to_message(job)).validation_images == job.validation_images
-    assert read(to_message(job)).sample_prompts == job.sample_prompts
-    assert read(to_message(job)).trigger_word == "ink"
+    assert from_understood(style_kind(), json.loads(json.dumps(job.understood()))) == job
+    assert read(to_message(style_kind(), job)).spec.validation_images == job.spec.validation_images
+    assert read(to_message(style_kind(), job)).spec.sample_prompts == job.spec.sample_prompts
+    assert read(to_message(style_kind(), job)).spec.trigger_word == "ink"
     others = [
         envelope(trigger_word="ink"),
         envelope(sample_prompts=["a boat"]),
@@ -80,4 +86,4 @@ def test_images_to_judge_by_and_prompts_are_part_of_the_job_and_of_its_identity(
 def test_the_identity_of_a_message_without_them_is_the_one_in_older_records() -> None:
     stored = read(envelope()).understood()
     del stored["validation_images"], stored["sample_prompts"], stored["trigger_word"]
-    assert from_understood(stored, SETTINGS).identity == read(envelope()).identity
+    assert from_understood(style_kind(SETTINGS), stored).identity == read(envelope()).identity

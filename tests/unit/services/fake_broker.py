@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from consumer.lane import InHand, Lane
 from consumer.pages.observer import Observer
 from services.broker import connection as broker_loop
 from services.broker import outbox
 from services.broker.connection import BrokerLoop
+from services.broker.lane import InHand, Lane
 from services.broker.settlement import Action, Delivery, Publication, Queue, Settlement
 from utils.errors import BrokerError
 
@@ -159,6 +159,7 @@ class FakeLoop(BrokerLoop):
 
 def lane(queue: Queue = Queue.TRAINING, **how: Any) -> Lane:
     """A lane that consumes, and whose handler nobody calls."""
+    how.setdefault("observer", Observer())
     made = Lane(queue, lambda delivery: Settlement.ack(), lambda: None, **how)
     made.channel = Channel()
     return made

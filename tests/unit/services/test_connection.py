@@ -11,8 +11,9 @@ from concurrent.futures import CancelledError
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.lane import Lane
+from consumer.pages.observer import Observer
 from services.broker import connection as broker_loop
+from services.broker.lane import Lane
 from services.broker.outbox import LONGEST_DELAY, MAX_STRIKES, Outbox
 from services.broker.settlement import BODY_BYTES, Delivery, Publication, Queue, Settlement
 from tests.unit.services.fake_broker import (  # noqa: F401  # pylint: disable=unused-import
@@ -567,13 +568,6 @@ def test_an_outbox_that_others_put_into_is_published_from() -> None:
     assert promise.done()
 
 
-def test_a_loop_needs_no_observer() -> None:
-    loop = FakeLoop(lane(), observer=None)
-    loop.refuses = lambda publication: refused()
-    loop.publish(dead())
-    loop.turn()
-
-
 def test_a_publication_wakes_the_owner() -> None:
     loop = FakeLoop(lane())
     loop.publish(dead())
@@ -676,7 +670,7 @@ def test_a_stop_waits_for_the_handler_publishes_answers_and_then_disconnects() -
         assert go.wait(5)
         return Settlement.ack(dead())
 
-    training = Lane(Queue.TRAINING, handle, lambda: None)
+    training = Lane(Queue.TRAINING, handle, lambda: None, observer=Observer())
     loop = FakeLoop(training, stop_seconds=60.0)
     running = Running(loop)
     soon(lambda: loop.consuming)

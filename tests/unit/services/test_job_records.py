@@ -22,7 +22,7 @@ from tests.memory_s3 import MemoryS3, works
 from utils.errors import NewerRecord, StorageError
 
 BUCKET = "state"
-REQUEST = JobRequest("task-1", 7, "abc", {"images": ["s3://media/a.jpg"]})
+REQUEST = JobRequest("task-1", "style", "7", "abc", {"images": ["s3://media/a.jpg"]})
 DERIVED = dataclasses.replace(REQUEST, id_is_derived=True)
 FAILED = Ending(EndingKind.FAILED, {"style_id": 7}, "GPU_OOM")
 
@@ -270,7 +270,9 @@ def test_the_refusal_of_a_message_is_kept_under_its_hash_and_told_by_one_worker(
     s3: MemoryS3,
 ) -> None:
     def refuse(name: str, window: float | None = 600) -> Any:
-        return worker(s3, name).claim_invalid("ab" * 32, FAILED, style_id=7, new_run_after=window)
+        return worker(s3, name).claim_invalid(
+            "ab" * 32, FAILED, kind="style", subject="7", new_run_after=window
+        )
 
     lease = claimed(refuse("one"))
     assert lease.record.task_id == "invalid/" + "ab" * 32

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
 from sandbox.stand_in_model import build_stand_in
 from training.style.families.sd15 import BaseModel
 from training.style.results import probe

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.lora_config import TrainingRun
+from jobs.style import TrainingRun
 from training.runtime.device import one_run_accelerator
 from training.style import recovery, trainer
 from training.style.dataset import Dataset, prepare

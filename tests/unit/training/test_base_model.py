@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jobs.lora_config import HyperParameters, TrainerOptions
+from jobs.style import HyperParameters, TrainerOptions
 from sandbox.stand_in_model import build_stand_in
 from training.runtime.device import gpu_error
 from training.style.families.sd15 import ADAPTER, BaseModel

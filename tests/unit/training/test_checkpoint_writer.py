@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.lora_config import TrainingRun
+from jobs.style import TrainingRun
 from tests.unit.training.conftest import MakeRun
 from training.runtime import checkpoint
 from training.runtime.checkpoint import Checkpoint

@@ -21,7 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from jobs.lora_config import TrainerOptions, TrainingImage, TrainingRun
+from jobs.kinds import Run
+from jobs.style import StyleKind, TrainerOptions, TrainingImage, TrainingRun
 from tests.unit.training.conftest import MakeRun
 from training.runtime.child import Child, failed
 from training.runtime.inbox import Inbox
@@ -52,6 +53,11 @@ from utils.events import (
 ROOT = Path(__file__).parents[3]
 
 
+def sent(run: TrainingRun) -> Run:
+    """A run as it crosses the pipe."""
+    return Run.of(run, StyleKind.runner, {"style_id": run.style_id})
+
+
 class Process:
     """One trainer process with the desk's ends of its pipes."""
 
@@ -80,7 +86,7 @@ class Process:
 
     def send(self, fact: Any) -> None:
         """Send a run or a stop."""
-        os.write(self.runs, encode(fact))
+        os.write(self.runs, encode(sent(fact) if isinstance(fact, TrainingRun) else fact))
 
     def wait_for(self, *kinds: type[Any], within: float = 90.0) -> Any:
         """The next fact of one of `kinds`; everything before it is in `seen`."""
@@ -207,7 +213,7 @@ def test_neither_training_nor_samples_that_run_out_of_memory_fail_the_run(
     handle = base.unet.register_forward_pre_hook(too_large)
     try:
         # pylint: disable-next=protected-access
-        ending = child._do(make_run(count=4, batch_size=2, epochs=1))
+        ending = child._do(sent(make_run(count=4, batch_size=2, epochs=1)))
     finally:
         handle.remove()
     assert isinstance(ending, Finished), ending
@@ -276,7 +282,7 @@ def test_a_stop_right_behind_a_run_stops_that_run_and_not_the_one_after(
     first, second = long(make_run()), make_run(epochs=1, task_id="task-2")
     second = dataclasses.replace(second, work_folder=str(tmp_path / "second"))
     stop = Stop(StopReason.CANCELLED, first.task_id, first.claim)
-    os.write(child.runs, encode(first) + encode(stop) + encode(second))
+    os.write(child.runs, encode(sent(first)) + encode(stop) + encode(sent(second)))
     for task, stopped in (("task-1", StopReason.CANCELLED), ("task-2", None)):
         ending = child.ending()
         assert isinstance(ending, Finished), ending
@@ -381,7 +387,7 @@ def test_a_model_that_cannot_be_loaded_fails_each_run_until_it_can(
 def test_every_exception_has_a_reportable_name_and_a_sentence(
     make_run: MakeRun, error: Exception, name: str, usable: bool
 ) -> None:
-    told = failed(make_run(), error)
+    told = failed(sent(make_run()), error)
     assert (told.error, told.trainer_usable) == (name, usable)
     assert told.error in REPORTABLE
     assert told.message.endswith(".") or told.message in ("too few", "old")
@@ -398,4 +404,4 @@ def test_every_exception_has_a_reportable_name_and_a_sentence(
     ],
 )
 def test_no_message_shows_a_path_of_this_machine(make_run: MakeRun, said: str, told: str) -> None:
-    assert failed(make_run(), LowQualityData(said)).message == told
+    assert failed(sent(make_run()), LowQualityData(said)).message == told

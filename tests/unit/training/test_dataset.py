@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageCms
 
 from images.vetting import UnusableImage, Vetted, vet
-from jobs.lora_config import TrainingImage, TrainingRun
+from jobs.style import TrainingImage, TrainingRun
 from tests.unit.training.conftest import MakeRun
 from training.style.dataset import Dataset, prepare
 from training.style.families.sd15 import BaseModel
@@ -37,7 +37,7 @@ def noise(mode: str = "RGB", size: tuple[int, int] = (80, 64)) -> Image.Image:
     bands = len(Image.new(mode, (1, 1)).getbands())
     shape = (size[1], size[0], bands) if bands > 1 else (size[1], size[0])
     values = np.random.default_rng(5).integers(0, 256, shape, dtype=np.uint8)
-    return Image.fromarray(values if mode != "CMYK" else values).convert(mode)
+    return Image.fromarray(values).convert(mode)
 
 
 def header_of_a_png(width: int, height: int, *, depth: int = 8, rows: bytes = b"\0" * 100) -> bytes:

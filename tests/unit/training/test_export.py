@@ -17,9 +17,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from jobs.lora_config import ATTENTION, HyperParameters, TrainerOptions
+from jobs.style import ATTENTION, HyperParameters, TrainerOptions
+from training.style.families.lora_config import peft_config
 from training.style.families.sd15 import ADAPTER, BaseModel
-from training.style.lora_config import peft_config
 from training.style.results import export
 from training.style.results.lora_formats import (
     ADAPTER_CONFIG,

@@ -18,12 +18,13 @@ from PIL import Image
 
 from images.decoder import Decoder
 from images.intake import Request
-from jobs.lora_config import HyperParameters, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from reports.html_report import write_html
 from tests.unit.training.browser import chromium, look
 from training.style.results import grids
 from training.style.results.preview import write_loss_curve
 from training.style.results.probe import Probed
+from training.style.results.report import sample_rows
 from training.style.results.result import TrainingResult
 
 EVIL = "<script>document.title='taken'</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
@@ -139,7 +140,7 @@ def written(
     folder: Path,
 ) -> Path:
     """The report's file."""
-    return write_html(report, run, result, prompts, folder, thumbnails=thumbnails(run))
+    return write_html(report, run, sample_rows(result), prompts, folder, thumbnails=thumbnails(run))
 
 
 @pytest.fixture(scope="module")

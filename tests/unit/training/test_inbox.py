@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from jobs.lora_config import TrainingRun
+from jobs.kinds import Run
+from jobs.style import StyleKind
 from tests.unit.training.conftest import MakeRun
 from training.runtime.inbox import Inbox
 from utils.errors import StopReason
@@ -20,22 +21,22 @@ def _inbox() -> Inbox:
 
 
 @pytest.fixture(name="first")
-def _first(make_run: MakeRun) -> TrainingRun:
-    return make_run(task_id="task-1")
+def _first(make_run: MakeRun) -> Run:
+    return Run.of(make_run(task_id="task-1"), StyleKind.runner, {})
 
 
 @pytest.fixture(name="second")
-def _second(make_run: MakeRun) -> TrainingRun:
-    return make_run(task_id="task-2")
+def _second(make_run: MakeRun) -> Run:
+    return Run.of(make_run(task_id="task-2"), StyleKind.runner, {})
 
 
-def stop(run: TrainingRun, reason: StopReason = StopReason.CANCELLED) -> Stop:
+def stop(run: Run, reason: StopReason = StopReason.CANCELLED) -> Stop:
     """A stop for this run."""
     return Stop(reason, run.task_id, run.claim)
 
 
 def test_runs_are_taken_in_the_order_in_which_they_came(
-    inbox: Inbox, first: TrainingRun, second: TrainingRun
+    inbox: Inbox, first: Run, second: Run
 ) -> None:
     assert not inbox.has_run()
     inbox.deliver(first)
@@ -45,13 +46,13 @@ def test_runs_are_taken_in_the_order_in_which_they_came(
     assert not inbox.has_run()
 
 
-def test_taking_waits_for_a_run(inbox: Inbox, first: TrainingRun) -> None:
+def test_taking_waits_for_a_run(inbox: Inbox, first: Run) -> None:
     threading.Timer(0.1, lambda: inbox.deliver(first)).start()
     assert inbox.take() == first
 
 
 def test_a_stop_reaches_the_run_in_hand_and_a_later_reason_replaces_it(
-    inbox: Inbox, first: TrainingRun
+    inbox: Inbox, first: Run
 ) -> None:
     inbox.deliver(first)
     inbox.take()
@@ -63,7 +64,7 @@ def test_a_stop_reaches_the_run_in_hand_and_a_later_reason_replaces_it(
 
 
 def test_a_run_that_is_stopped_before_it_is_taken_is_stopped_from_its_start(
-    inbox: Inbox, first: TrainingRun
+    inbox: Inbox, first: Run
 ) -> None:
     inbox.deliver(first)
     inbox.deliver(stop(first))
@@ -73,7 +74,7 @@ def test_a_run_that_is_stopped_before_it_is_taken_is_stopped_from_its_start(
 
 
 def test_a_run_that_is_laid_down_takes_its_stop_with_it(
-    inbox: Inbox, first: TrainingRun, second: TrainingRun
+    inbox: Inbox, first: Run, second: Run
 ) -> None:
     inbox.deliver(first)
     inbox.take()
@@ -86,7 +87,7 @@ def test_a_run_that_is_laid_down_takes_its_stop_with_it(
 
 
 def test_a_stop_that_comes_after_its_run_was_laid_down_stops_no_other(
-    inbox: Inbox, first: TrainingRun, second: TrainingRun
+    inbox: Inbox, first: Run, second: Run
 ) -> None:
     inbox.deliver(first)
     inbox.take()
@@ -101,7 +102,7 @@ def test_a_stop_that_comes_after_its_run_was_laid_down_stops_no_other(
 
 
 def test_a_stop_for_a_waiting_run_leaves_the_one_in_hand_alone(
-    inbox: Inbox, first: TrainingRun, second: TrainingRun
+    inbox: Inbox, first: Run, second: Run
 ) -> None:
     inbox.deliver(first)
     inbox.take()
@@ -116,7 +117,7 @@ def test_a_stop_for_a_waiting_run_leaves_the_one_in_hand_alone(
 def test_a_stop_of_an_earlier_claim_leaves_the_job_s_next_claim_alone(
     inbox: Inbox, make_run: MakeRun
 ) -> None:
-    earlier, later = make_run(claim=1), make_run(claim=2)
+    earlier, later = (Run.of(make_run(claim=claim), StyleKind.runner, {}) for claim in (1, 2))
     inbox.deliver(later)
     inbox.take()
     inbox.deliver(stop(earlier))

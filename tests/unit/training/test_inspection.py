@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from training.style.families.sd15 import BaseModel
 from training.style.results import export
 from training.style.results.inspection import NotALora, inspect
@@ -182,7 +182,7 @@ def test_the_factors_are_found_in_every_spelling(
     save_file(factors(down, up), path)
     found = inspect(path)
     assert (found.format, found.ranks, len(found.layers)) == (kind, (4,), 1)
-    assert list(found.targets)[0].endswith("to_q") and found.layers[0].norm == pytest.approx(32)
+    assert next(iter(found.targets)).endswith("to_q") and found.layers[0].norm == pytest.approx(32)
     assert ("as another program names them" in " ".join(found.notes)) == (kind not in KNOWN)
 
 

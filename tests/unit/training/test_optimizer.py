@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from config import TrainerSettings
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import checkpoints, same, spoil, stop_after, trained
 from training.runtime import optimizer

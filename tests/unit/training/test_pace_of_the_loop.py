@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jobs.lora_config import TrainerOptions, TrainingRun
+from jobs.style import TrainerOptions, TrainingRun
 from tests.unit.training.conftest import MakeRun
 from training.style import loop_state
 from training.style.dataset import prepare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from training.style.plan import Plan
 
 SQUARE = ("square",)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from training.style.families.sd15 import BaseModel
 from training.style.results import preview
 from training.style.results.preview import smoothed, write_loss_curve, write_samples

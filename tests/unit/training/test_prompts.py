@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from jobs.lora_config import TrainingRun
-from jobs.style_order import checked_trigger_word
+from jobs.style import TrainingRun, checked_trigger_word
 from tests.unit.training.conftest import MakeRun
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from training.style.families.sd15 import BaseModel
 from training.style.recomputation import Recomputation
 

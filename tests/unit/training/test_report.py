@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs.lora_config import HyperParameters, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.style.dataset import CAPTION_IGNORED, Dataset, ImageReport
 from training.style.families.sd15 import BaseModel
 from training.style.results.lora_formats import MODEL_FILES

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.lora_config import TrainerOptions, TrainingImage
+from jobs.style import TrainerOptions, TrainingImage
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     HalfPrecision,

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.lora_config import TrainingImage, TrainingRun
+from jobs.style import TrainingImage, TrainingRun
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import Weights, in_one_go, lora_of, trained
 from training.style.dataset import Dataset, prepare

@@ -6,10 +6,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from consumer.life.job_size import NUMBERS_PER_WEIGHT, WEIGHTS_PER_RANK
-from jobs.lora_config import OPTIMIZERS, TARGETS, HyperParameters
+from jobs.style import NUMBERS_PER_WEIGHT, OPTIMIZERS, TARGETS, WEIGHTS_PER_RANK, HyperParameters
 from training.runtime import optimizer
-from training.style.lora_config import peft_config
+from training.style.families.lora_config import peft_config
 
 
 @pytest.mark.parametrize("target", TARGETS)

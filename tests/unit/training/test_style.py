@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.results import preview

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from jobs.lora_config import HyperParameters, TrainerOptions
+from jobs.style import HyperParameters, TrainerOptions
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     HalfPrecision,

@@ -47,6 +47,8 @@ def test_a_text_is_read_as_it_was_written_or_not_at_all(text: str, encoding: str
     found = read_caption(content)
     if encoding in ("cp949", "cp1252", "gbk") and not content.isascii():
         return  # which of them it is cannot be known; only valid UTF-8 is read as what it is
+    if encoding.startswith(("utf-16-", "utf-32-")) and content.isascii():
+        return  # the same bytes are a text in ASCII, too
     expected = clean_caption(written)
     assert found.text in ("", expected.text)
     if encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):

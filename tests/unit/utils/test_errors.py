@@ -129,8 +129,10 @@ def test_a_message_of_ones_own_wins() -> None:
 
 
 def test_an_invalid_message_says_which_field_and_whose() -> None:
-    error = UnknownType("no", field="type", task_id="t", style_id=7, webhook_url="https://a.com")
-    assert (error.field, error.task_id, error.style_id) == ("type", "t", 7)
+    error = UnknownType(
+        "no", field="type", task_id="t", kind="style", subject="7", webhook_url="https://a.com"
+    )
+    assert (error.field, error.task_id, error.subject) == ("type", "t", "7")
     assert error.webhook_url == "https://a.com"
     assert InvalidMessage().field == "body"
 

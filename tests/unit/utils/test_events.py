@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.lora_config import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
 from utils.errors import REPORTABLE, StopReason
 from utils.events import (
     EVENTS,
@@ -135,8 +135,8 @@ def test_an_unknown_field_or_a_value_of_another_type_is_refused_by_name(
 
 def test_a_missing_field_is_refused_by_name() -> None:
     values = json.loads(encode(FACTS[3]))
-    del values["total_steps"]
-    with pytest.raises(ValueError, match="total_steps"):
+    del values["total"]
+    with pytest.raises(ValueError, match="total"):
         decode(json.dumps(values).encode(), EVENTS)
 
 

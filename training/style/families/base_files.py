@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import CLIPTextModel
 
-from jobs.lora_config import TrainerOptions
+from jobs.style import TrainerOptions
 from utils.errors import BaseModelUnavailable
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")

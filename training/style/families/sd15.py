@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from jobs.lora_config import HyperParameters, TrainerOptions
+from jobs.style import HyperParameters, TrainerOptions
 from training.runtime.device import choose_device, free_memory, gpu_error, out_of_memory
 from training.style.families.base_files import (
     first_line,
@@ -20,7 +20,7 @@ from training.style.families.base_files import (
     load_part,
     locate,
 )
-from training.style.lora_config import peft_config
+from training.style.families.lora_config import peft_config
 from training.style.recomputation import Recomputation
 from utils.errors import BaseModelUnavailable, GpuBroken, TrainingFailed
 

@@ -24,7 +24,7 @@ from training.style.results.probe import Interrupted, Probe, Probed, best_of
 from utils.errors import GpuBroken, StopReason
 
 if TYPE_CHECKING:
-    from jobs.lora_config import TrainingRun
+    from jobs.style import TrainingRun
     from training.style.dataset import Dataset
     from training.style.families.sd15 import BaseModel
 

@@ -37,7 +37,7 @@ from training.style.results.lora_formats import (
 from utils.errors import ExportFailed
 
 if TYPE_CHECKING:
-    from jobs.lora_config import HyperParameters
+    from jobs.style import HyperParameters
     from training.style.families.sd15 import BaseModel
 
 log = logging.getLogger(__name__)

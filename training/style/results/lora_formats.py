@@ -29,7 +29,7 @@ from peft.tuners.lora import LoraLayer
 from training.style.families.sd15 import ADAPTER
 
 if TYPE_CHECKING:
-    from jobs.lora_config import HyperParameters
+    from jobs.style import HyperParameters
     from training.style.families.sd15 import BaseModel
 
 ADAPTER_CONFIG = "adapter_config.json"

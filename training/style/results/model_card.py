@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.lora_config import TrainingRun
+    from jobs.style import TrainingRun
     from training.style.dataset import Dataset
     from training.style.families.sd15 import BaseModel
     from training.style.results.result import TrainingResult

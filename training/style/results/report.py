@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reports.html_report import HTML_REPORT
+from jobs.layout import HTML_REPORT
+from reports import html_report
 from training.style.dataset import CAPTION_IGNORED
+from training.style.results import grids
 from training.style.results.lora_formats import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -27,7 +29,7 @@ from training.style.results.preview import LOSS_CURVE, SAMPLES
 from utils.names import is_unicode, printable
 
 if TYPE_CHECKING:
-    from jobs.lora_config import TrainingRun
+    from jobs.style import TrainingRun
     from training.style.dataset import Dataset
     from training.style.families.sd15 import BaseModel
     from training.style.results.result import TrainingResult
@@ -190,3 +192,18 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, str) and not is_unicode(value):
         return printable(value)
     return value
+
+
+def sample_rows(result: TrainingResult) -> tuple[html_report.SampleRow, ...]:
+    """The samples of a run for its HTML report."""
+    titles = {grids.WITHOUT_LORA: "Without the LoRA"} | {
+        str(epoch): f"After epoch {epoch}" for epoch in grids.epochs(result.samples)
+    }
+    return tuple(
+        html_report.SampleRow(
+            title,
+            row == str(result.delivered_epoch),
+            tuple(grids.row_of(result.samples, row)),
+        )
+        for row, title in titles.items()
+    )

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from jobs.lora_config import HyperParameters
+from jobs.style import HyperParameters
 from training.style.results.probe import Probed
 from utils.errors import StopReason
 

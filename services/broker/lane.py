@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from consumer.pages.observer import Observer
+from services.broker.events import BrokerEvents
 from services.broker.settlement import CRASHES, OWN_COPY, PUT_OFFS, Delivery, Queue, Settlement
 from utils.errors import ErrorCode
 from utils.logger import get_logger
@@ -77,7 +77,7 @@ class Lane:
         limit: float = math.inf,
         *,
         crash_delays: Sequence[float] = CRASH_DELAYS,
-        observer: Observer | None = None,
+        observer: BrokerEvents,
     ) -> None:
         self.queue = queue
         self.channel: Any = None
@@ -87,7 +87,7 @@ class Lane:
         self._wake = wake
         self._left = limit
         self._crash_delays = tuple(crash_delays)
-        self._observer = observer or Observer()
+        self._observer = observer
 
     def take(self, delivery: Delivery, tag: int) -> None:
         """Start handling a delivery that came by the lane's channel."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft import LoraConfig
 
-from jobs.lora_config import TARGETS, HyperParameters
+from jobs.style import TARGETS, HyperParameters
 
 
 def peft_config(parameters: HyperParameters) -> LoraConfig:

@@ -1,0 +1,271 @@
+"""The kinds of job: what the worker, the records and the commands know of a kind, and a registry.
+
+A kind is one file beside this one and one folder of training code. `REGISTRY` names each by the
+place of its class, so that nothing is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from jobs.addresses import AddressRules, S3Location
+from jobs.fields import Order
+from utils.errors import NewerRecord
+from utils.events import Finished, Progress
+
+REGISTRY = {
+    "style": "jobs.style:StyleKind",
+}
+"""Every kind, by its name: `module:class`. The first one takes messages without a type."""
+
+
+class Spec(Protocol):
+    """The understood order of a kind: a frozen dataclass of JSON values, kept in the job record."""
+
+    @property
+    def subject(self) -> str:
+        """The thing that the job makes, such as a style's id."""
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 (hex) of what is ordered. Two messages with one task id must agree in it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Input:
+    """One object that a job reads.
+
+    Attributes:
+        source: Its address as a person will recognise it.
+        location: Bucket and key; None if no object can have this address.
+        version_id: The object's version; None for the present one.
+        problem: Why there is no location; None if there is one.
+        role: The kind's name for this sort of input; each role has a folder of its own.
+        caption: The text that belongs to it; None if the order gives none.
+    """
+
+    source: str
+    location: S3Location | None
+    version_id: str | None = None
+    problem: str | None = None
+    role: str = "inputs"
+    caption: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fetched:
+    """What became of an `Input`.
+
+    Attributes:
+        input: The input.
+        path: The local file; None if the object could not be fetched.
+        caption: The input's caption, or the text file that lies beside the object.
+        problem: Why there is no file, in words for the customer; None if there is one.
+        caption_problem: Why the text beside the object is ignored; None if it is not.
+    """
+
+    input: Input
+    path: Path | None
+    caption: str | None = None
+    problem: str | None = None
+    caption_problem: str | None = None
+
+
+class KindRun(Protocol):
+    """A kind's own run: a frozen dataclass that crosses the pipe as JSON."""
+
+    @property
+    def task_id(self) -> str:
+        """The job."""
+
+    @property
+    def claim(self) -> int:
+        """Number of the claim."""
+
+    @property
+    def resume_from(self) -> str | None:
+        """Absolute folder of the checkpoint to resume from; None to start from the beginning."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """One claim's worth of work, on its way to the trainer process.
+
+    Attributes:
+        task_id: The job.
+        claim: Number of the claim under which the run is done.
+        runner: Place of the class that does it, `module:class`; see `training.runtime.child`.
+        log_fields: Fields for every log line of the run.
+        order: The kind's own run as JSON values.
+    """
+
+    task_id: str
+    claim: int
+    runner: str
+    log_fields: dict[str, Any]
+    order: dict[str, Any]
+
+    @classmethod
+    def of(cls, own: KindRun, runner: str, log_fields: dict[str, Any]) -> Run:
+        """A kind's own run, on its way to a runner."""
+        order = json.dumps(dataclasses.asdict(own))  # type: ignore[call-overload]  # a dataclass
+        return cls(own.task_id, own.claim, runner, log_fields, json.loads(order))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Claim:
+    """The circumstances of one run.
+
+    Attributes:
+        task_id: The job.
+        number: Number of the claim.
+        folder: The job's folder on this machine.
+        resume_from: Absolute folder of a complete checkpoint, or None.
+    """
+
+    task_id: str
+    number: int
+    folder: Path
+    resume_from: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KindSettings:
+    """What a kind is configured with.
+
+    Attributes:
+        parameters: Defaults of the order's parameters, by name.
+        options: Settings of the worker for this kind, by name.
+        addresses: Where inputs may be read from.
+    """
+
+    addresses: AddressRules
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class JobKind(Protocol):
+    """Everything that is particular to one kind of job, outside its training code.
+
+    Attributes:
+        name: The kind's name in records, settings and queue names.
+        message_type: The `type` of its messages.
+        runner: Place of the class that does its runs, `module:class`.
+        spec_type: The dataclass of its specs.
+        last_file: The published file that is written when all others are in place.
+        max_input_bytes: Larger inputs are not fetched.
+    """
+
+    name: str
+    message_type: str
+    runner: str
+    spec_type: type[Any]
+    last_file: str
+    max_input_bytes: int
+
+    def read(self, order: Order) -> Any:
+        """Check an order.
+
+        Raises:
+            WrongField: The order can never become a job.
+        """
+
+    def subject_in(self, order: Mapping[str, Any]) -> str | None:
+        """The subject of an order that may be wrong otherwise; None if it cannot be read."""
+
+    def restored(self, values: Mapping[str, Any]) -> Any:
+        """The spec that a record holds.
+
+        Raises:
+            ValueError: The values are not a spec.
+        """
+
+    def order(self, spec: Any) -> dict[str, Any]:
+        """The `data` of a message that `read` understands as this spec."""
+
+    def inputs(self, spec: Any) -> Sequence[Input]:
+        """The objects to fetch."""
+
+    def output_bytes(self, spec: Any) -> int:
+        """The most that the run writes into its folder at one time, estimated from above."""
+
+    def run(self, spec: Any, fetched: Sequence[Fetched], claim: Claim) -> KindRun:
+        """What the trainer process is given.
+
+        Raises:
+            JobError: The inputs do not suffice.
+        """
+
+    def identity_fields(self, subject: str) -> dict[str, Any]:
+        """The fields that name the subject in webhooks and log lines."""
+
+    def beginning(self, spec: Any) -> dict[str, Any]:
+        """The facts of a job that has done nothing yet, for its first reports."""
+
+    def progress(self, progress: Progress) -> dict[str, Any]:
+        """The kind's part of a progress webhook's `progress`."""
+
+    def complete(self, spec: Any, finished: Finished, model_url: str) -> dict[str, Any]:
+        """The kind's part of a `complete` webhook."""
+
+
+class Kinds:
+    """The registered kinds, configured for one worker.
+
+    Args:
+        settings: What each kind is configured with. A kind without settings is used with its
+            defaults: this worker does not serve it, but it may meet its records.
+        served: Names of the kinds that this worker serves.
+        addresses: Where inputs may be read from.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, KindSettings],
+        *,
+        addresses: AddressRules,
+        served: Sequence[str] = ("style",),
+    ) -> None:
+        self.served = tuple(served)
+        self._settings = settings
+        self._addresses = addresses
+        self._made: dict[str, JobKind] = {}
+
+    def __iter__(self) -> Iterator[JobKind]:
+        """The kinds that this worker serves."""
+        return map(self.of, self.served)
+
+    def of(self, name: str) -> JobKind:
+        """The kind of this name.
+
+        Raises:
+            NewerRecord: This version does not know the kind.
+        """
+        if name not in REGISTRY:
+            raise NewerRecord(
+                f"The kind of job {name!r} is not known to this version. Update the worker."
+            )
+        if name not in self._made:
+            settings = self._settings.get(name, KindSettings(self._addresses))
+            self._made[name] = load(REGISTRY[name])(settings)
+        return self._made[name]
+
+    def of_type(self, message_type: str | None) -> JobKind | None:
+        """The served kind whose messages have this type; None if there is none.
+
+        Messages without a type are of the first kind that is served.
+        """
+        if message_type is None:
+            return self.of(self.served[0])
+        return next((kind for kind in self if kind.message_type == message_type), None)
+
+
+def load(place: str) -> Any:
+    """The class at `module:class`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,127 @@
+"""Every S3 key and every published file name.
+
+    state bucket   jobs/{task_id}.json, .cancel, .settled     the record and files beside it
+                   jobs/live/{task_id}                        index of the unsettled records
+                   jobs/{place}.turn                          who publishes into a folder
+                   checkpoints/{place}/{task_id}/             checkpoints and curves
+                   staging/{task_id}/{claim}/                 a model that is about to be published
+                   archive/{place}/{task_id}/                 models that were replaced
+    model bucket   models/{place}/                            the published model
+
+`{place}` is `style_{style_id}` for a style. Every other kind has a folder per job:
+`{kind}/{subject}/{task_id}` for models, and `{kind}` for checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jobs.addresses import S3Location
+
+STYLE = "style"
+"""The first kind. Its keys, its queue and its records are older than kinds."""
+
+RECORDS = "jobs/"
+LIVE = RECORDS + "live/"
+INVENTORY = RECORDS + "inventory"
+RECORD_SUFFIX = ".json"
+SETTLED_SUFFIX = ".settled"
+CANCEL_SUFFIX = ".cancel"
+INVALID_PREFIX = "invalid/"
+MODELS = "models/"
+CHECKPOINTS = "checkpoints/"
+STAGING = "staging/"
+ARCHIVE = "archive/"
+
+# Files of a style's model and of its checkpoints. Published names are part of the protocol.
+WEIGHTS = "lora_weights.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+REPORT = "training_report.json"
+HTML_REPORT = "training_report.html"
+SAMPLES = "samples.png"
+LOSS_CURVE = "loss_curve.png"
+CHECKPOINT_WEIGHTS = "lora.safetensors"
+CURVES = "tensorboard"
+"""Folder of the event files, in a run's work folder and beside its checkpoints."""
+
+
+def record_at(bucket: str, task_id: str) -> S3Location:
+    """Location of a job's record."""
+    return S3Location(bucket, f"{RECORDS}{task_id}{RECORD_SUFFIX}")
+
+
+def cancel_file_at(bucket: str, task_id: str) -> S3Location:
+    """Location of the file that cancels a job."""
+    return S3Location(bucket, f"{RECORDS}{task_id}{CANCEL_SUFFIX}")
+
+
+def live_mark_at(bucket: str, task_id: str) -> S3Location:
+    """Location of the empty object that marks a record as unsettled."""
+    return S3Location(bucket, LIVE + task_id)
+
+
+def settled_mark_at(bucket: str, task_id: str) -> S3Location:
+    """Location of the empty object that marks a record as settled."""
+    return S3Location(bucket, f"{RECORDS}{task_id}{SETTLED_SUFFIX}")
+
+
+def staging_of(task_id: str, claim: int | None = None) -> str:
+    """Key prefix of the staged files of a job, or of one claim on it."""
+    return f"{STAGING}{task_id}/" + ("" if claim is None else f"{claim}/")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Key prefixes and keys of one job's results.
+
+    Attributes:
+        models: Folder of the published model, in the model bucket.
+        archive: Folder of the models that the folder had before, in the state bucket.
+        turn: Key of the record of who publishes into the folder.
+        checkpoints: Folder of the job's checkpoints, in the state bucket.
+    """
+
+    models: str
+    archive: str
+    turn: str
+    checkpoints: str
+
+    @property
+    def curves(self) -> str:
+        """Folder of the job's curves."""
+        return f"{self.checkpoints}{CURVES}/"
+
+
+def place_of(kind: str, subject: str, task_id: str) -> Place:
+    """The place of a job.
+
+    Args:
+        kind: The kind of the job.
+        subject: The subject; for a style its id.
+        task_id: The job.
+    """
+    if kind == STYLE:
+        style = f"style_{subject}"
+        return Place(
+            models=f"{MODELS}{style}/",
+            archive=f"{ARCHIVE}{style}/",
+            turn=f"{RECORDS}{style}.turn",
+            checkpoints=f"{CHECKPOINTS}{style}/{task_id}/",
+        )
+    own = f"{kind}/{subject}/{task_id}"
+    return Place(
+        models=f"{MODELS}{own}/",
+        archive=f"{ARCHIVE}{own}/",
+        turn=f"{RECORDS}{own}.turn",
+        checkpoints=f"{CHECKPOINTS}{kind}/{task_id}/",
+    )
+
+
+def queue_of(kind: str, training_queue: str) -> str:
+    """The training queue of a kind.
+
+    Args:
+        kind: The kind.
+        training_queue: `TRAINING_QUEUE`.
+    """
+    return training_queue if kind == STYLE else f"{training_queue}.{kind}"
