@@ -24,10 +24,10 @@ from torch.utils.data import Dataset as TorchDataset
 from benchmarks.case import Case
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.runtime.device import free_memory, one_run_accelerator, peak_memory_bytes
-from training.style.course import Course
 from training.style.dataset import Dataset, prepare
 from training.style.families.sd15 import BaseModel
-from training.style.results.result import TrainingResult
+from training.style.plan import Course
+from training.style.results.report import TrainingResult
 from training.style.trainer import LoRATrainer
 from utils.events import Event, Progress
 

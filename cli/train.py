@@ -15,26 +15,14 @@ from consumer.trainer.machine import require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.checkpoint_name import order
 from jobs.kinds import Run
-from jobs.layout import CURVES
+from jobs.layout import CURVES, REPORT, STYLE_FILES
 from jobs.style import HyperParameters, StyleKind, TrainingImage, TrainingRun, checked_trigger_word
 from utils.errors import ConfigurationError, TrainingServerError
 from utils.events import Event, Finished
 from utils.names import is_unicode, printable
 
-REPORT = "training_report.json"
-MADE = frozenset(
-    {
-        REPORT,
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "lora_weights.safetensors",
-        "lora_weights_kohya.safetensors",
-        "loss_curve.png",
-        "samples.png",
-        "training_report.html",
-    }
-)
-"""What a training writes into its output folder."""
+MADE = frozenset(STYLE_FILES)
+"""The files that a training writes into its output folder."""
 
 _WORK = ".training"
 _TEMPORARY = "tmp"

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from jobs.style import TrainerOptions
 from utils.errors import GpuBroken, GpuOutOfMemory, TrainingServerError
 
 log = logging.getLogger(__name__)
@@ -44,19 +43,21 @@ MOST_STEPS_AHEAD = 2
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
-def choose_device(options: TrainerOptions) -> tuple[torch.device, torch.dtype, tuple[str, ...]]:
+def choose_device(
+    mixed_precision: str, *, allow_cpu: bool
+) -> tuple[torch.device, torch.dtype, tuple[str, ...]]:
     """The device, the dtype of the frozen base on it, and warnings for the report.
 
     Raises:
         GpuBroken: There is no CUDA device, and the CPU is not allowed.
     """
     if torch.cuda.is_available():
-        if options.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
+        if mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
             sentence = "This GPU cannot compute in bf16; training runs in fp16 instead."
             log.warning("bf16_unsupported", extra={"reason": sentence})
             return torch.device("cuda"), torch.float16, (sentence,)
-        return torch.device("cuda"), DTYPES[options.mixed_precision], ()
-    if not options.allow_cpu:
+        return torch.device("cuda"), DTYPES[mixed_precision], ()
+    if not allow_cpu:
         raise GpuBroken(
             "No CUDA GPU can be used on this machine. Check the driver with nvidia-smi (in a "
             "container, start it with --gpus all), or set ALLOW_CPU=true to train on the CPU, "

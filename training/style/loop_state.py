@@ -13,12 +13,89 @@ from torch import Tensor
 
 from jobs.style import HyperParameters
 from training.runtime import optimizer as optimizers
-from training.runtime.checkpoint import Checkpoint, RunState
-from training.style.course import Course
+from training.style.checkpoint import Checkpoint, RunState
 from training.style.families.sd15 import BaseModel
+from training.style.plan import Course
 from training.style.results.probe import Probed
-from training.style.tally import Tally
 from utils.errors import TrainingFailed
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counted:
+    """A tally as it was read.
+
+    Attributes:
+        loss_sum, loss_count: Of the finite losses of the epoch in hand.
+        updates: Steps that changed the weights.
+        skipped_in_a_row: Steps without an update up to now.
+        longest_row: The most that were skipped in a row since the last reading.
+    """
+
+    loss_sum: float
+    loss_count: int
+    updates: int
+    skipped_in_a_row: int
+    longest_row: int
+
+
+class Tally:
+    """Sums of the epoch in hand, and which steps changed the weights.
+
+    Args:
+        device: Where it counts.
+
+    Attributes:
+        loss_sum: [] float32.
+        loss_count: [] int64.
+        updates, skipped_in_a_row: [] int64.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss_sum = torch.zeros((), device=device)
+        self.loss_count, self.updates, self.skipped_in_a_row, self._longest_row = (
+            torch.zeros((), device=device, dtype=torch.int64) for _ in range(4)
+        )
+
+    def add_losses(self, losses: Tensor) -> None:
+        """Count each image's loss, [n]; those that are not finite are left out."""
+        finite = torch.isfinite(losses)
+        self.loss_sum += torch.where(finite, losses, 0.0).sum()
+        self.loss_count += finite.sum()
+
+    def add_step(self, skipped: Tensor) -> None:
+        """Count a step; `skipped` says whether it left the weights alone, [] bool."""
+        self.updates += ~skipped
+        self.skipped_in_a_row += 1
+        self.skipped_in_a_row *= skipped
+        torch.maximum(self._longest_row, self.skipped_in_a_row, out=self._longest_row)
+
+    def start_epoch(self) -> None:
+        """Begin the sums anew."""
+        self.loss_sum.zero_()
+        self.loss_count.zero_()
+
+    def read(self) -> Counted:
+        """Fetch everything at once. This waits for the steps before it."""
+        numbers = [
+            self.loss_sum,
+            self.loss_count,
+            self.updates,
+            self.skipped_in_a_row,
+            self._longest_row,
+        ]
+        loss_sum, *counts = torch.stack([each.to(torch.float64) for each in numbers]).tolist()
+        self._longest_row.copy_(self.skipped_in_a_row)
+        return Counted(loss_sum, *map(int, counts))
+
+    def restore(
+        self, *, loss_sum: Tensor, loss_count: Tensor, updates: int, skipped_in_a_row: int
+    ) -> None:
+        """Set it to what a checkpoint says."""
+        self.loss_sum.copy_(loss_sum)
+        self.loss_count.copy_(loss_count)
+        self.updates.fill_(updates)
+        self.skipped_in_a_row.fill_(skipped_in_a_row)
+        self._longest_row.fill_(skipped_in_a_row)
 
 
 @dataclasses.dataclass(slots=True)
@@ -40,7 +117,7 @@ class LoopState:
         saved_step: Step of the newest checkpoint.
         probes: What the probe has found.
         best: The best LoRA so far, on the CPU, where it is to be delivered.
-        samples: Sample images of checkpoints (see `training.style.results.grids`).
+        samples: Sample images of checkpoints (see `training.style.results.preview`).
     """
 
     lora: dict[str, torch.nn.Parameter]
@@ -83,7 +160,7 @@ def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopStat
     weights = base.attach(parameters, checkpointing=course.checkpointing)
     if wrong := {weight.dtype for weight in weights} - {torch.float32}:
         raise TrainingFailed(f"The LoRA's weights are {wrong}, not float32.")
-    optimizer = accelerator.prepare_optimizer(optimizers.create(weights, parameters))
+    optimizer = accelerator.prepare_optimizer(_optimizer(parameters, weights))
     # Two streams: with one seed for both, the dropout masks would follow the noise.
     noise_seed, dropout_seed = np.random.SeedSequence(parameters.seed).generate_state(2)
     torch.manual_seed(int(dropout_seed))
@@ -92,6 +169,21 @@ def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopStat
         optimizer=optimizer,
         noise=torch.Generator(base.device).manual_seed(int(noise_seed)),
         tally=Tally(base.device),
+    )
+
+
+def _optimizer(
+    parameters: HyperParameters, weights: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    try:
+        parameters.require_libraries()
+    except ValueError as error:
+        raise TrainingFailed(f"This job cannot be trained here: {error}.") from error
+    return optimizers.create(
+        parameters.optimizer,
+        weights,
+        learning_rate=parameters.learning_rate,
+        weight_decay=parameters.weight_decay,
     )
 
 

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jobs.style import TrainingRun
-from training.runtime import checkpoint
-from training.runtime.checkpoint import Checkpoint
 from training.runtime.device import free_memory, out_of_memory
-from training.style.course import Course
+from training.style import checkpoint
+from training.style.checkpoint import Checkpoint
 from training.style.dataset import Dataset
 from training.style.families.sd15 import BaseModel
-from training.style.results.result import TrainingResult
+from training.style.plan import Course
+from training.style.results.report import TrainingResult
 from training.style.trainer import LoRATrainer
 from utils.errors import GpuOutOfMemory, StopReason, TrainingDiverged
 from utils.events import Event

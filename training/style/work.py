@@ -15,16 +15,17 @@ import diffusers
 import jinja2
 import transformers
 
+from jobs.layout import STYLE_FILES
 from jobs.style import TrainerOptions, TrainingRun
 from reports import html_report
 from training.runtime.device import free_memory, gpu_error, out_of_memory
-from training.style import held_out, recovery
-from training.style.dataset import Dataset
+from training.style import recovery
+from training.style.dataset import Dataset, prepare
 from training.style.families.sd15 import BaseModel
 from training.style.results import export, preview, report
 from training.style.results.examiner import prompts_of, sample_steps
-from training.style.results.model_card import model_card
-from training.style.results.result import TrainingResult
+from training.style.results.lora_formats import model_card
+from training.style.results.report import TrainingResult
 from utils.errors import GpuBroken, Stopped, StopReason, TrainingServerError
 from utils.events import BaseModelReady, Event, Finished, Progress, Stage
 
@@ -165,9 +166,7 @@ class StyleWork:
         at_the_beginning = {"epoch": 0, "total_epochs": epochs}
         preparing = Progress(run.task_id, Stage.PREPARING, 0, 0, facts=at_the_beginning)
         tell(preparing)
-        data = held_out.prepare(
-            run, base, should_stop=should_stop, on_image=lambda: tell(preparing)
-        )
+        data = prepare(run, base, should_stop=should_stop, on_image=lambda: tell(preparing))
         result = recovery.train(run, base, data, emit=tell, should_stop=should_stop)
         facts = {"epoch": result.epochs, "loss": result.loss}
         finished = Finished(
@@ -186,7 +185,7 @@ class StyleWork:
             )
         )
         folder, summary = _write_output(run, base, data, result)
-        files = tuple(name for name in report.FILES if (folder / name).is_file())
+        files = tuple(name for name in STYLE_FILES if (folder / name).is_file())
         return dataclasses.replace(finished, folder=str(folder), files=files, summary=summary)
 
 

@@ -19,7 +19,7 @@ from training.style import objective, trainer
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.plan import Plan
-from training.style.results.model_card import model_card
+from training.style.results.lora_formats import model_card
 
 # ---- frames --------------------------------------------------------------------------------------
 

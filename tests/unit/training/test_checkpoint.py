@@ -13,15 +13,15 @@ import torch
 
 from jobs.checkpoint_name import folder_name, order
 from jobs.style import HyperParameters
-from training.runtime import checkpoint
-from training.runtime.checkpoint import (
+from training.style import checkpoint
+from training.style.checkpoint import (
     Checkpoint,
     RunState,
     load,
     refuse_another_run,
     save,
 )
-from training.style.course import Course
+from training.style.plan import Course
 from utils import manifest
 from utils.errors import CheckpointUnusable
 

@@ -11,8 +11,8 @@ import pytest
 
 from jobs.style import TrainingRun
 from tests.unit.training.conftest import MakeRun
-from training.runtime import checkpoint
-from training.runtime.checkpoint import Checkpoint
+from training.style import checkpoint
+from training.style.checkpoint import Checkpoint
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.trainer import LoRATrainer

@@ -14,9 +14,9 @@ from PIL import Image
 from jobs.style import TrainerOptions
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import checkpoints, same, stop_after, trained
-from training.runtime.checkpoint import load
+from training.style.checkpoint import load
 from training.style.families.sd15 import BaseModel
-from training.style.results import examiner, grids
+from training.style.results import examiner, preview
 from training.style.results.examiner import Examiner
 from training.style.results.probe import Interrupted, Probe, Probed
 
@@ -127,8 +127,8 @@ def test_samples_of_checkpoints_are_small_images_that_survive_a_stop(
     rows = [f"{row}/{n}" for row in ("base", 1, 2, 3) for n in (0, 1)]
     assert sorted(whole.samples) == sorted(rows)
     assert whole.sample_seconds > 0 and whole.probe_seconds > 0
-    assert grids.epochs(whole.samples) == [1, 2, 3]
-    with Image.open(io.BytesIO(grids.row_of(whole.samples, "2")[1])) as image:
+    assert preview.sampled_epochs(whole.samples) == [1, 2, 3]
+    with Image.open(io.BytesIO(preview.row_of(whole.samples, "2")[1])) as image:
         assert (image.format, image.size) == ("JPEG", (64, 64))
     # Before the seventh step it is asked before each of the sampler's steps, too: in three rows.
     _, _, events = trained(base, run, should_stop=stop_after(6 + 3 * 2 * 2))
@@ -172,7 +172,7 @@ def test_samples_that_cannot_be_painted_cost_nothing_but_themselves(
 def test_too_many_rows_of_samples_are_thinned_and_the_newest_stays() -> None:
     samples: dict[str, torch.Tensor] = {}
     for row in ("base", *(str(epoch) for epoch in range(10, 1010, 10))):
-        samples = grids.with_row(samples, row, [Image.new("RGB", (64, 64))])
-    shown = grids.epochs(samples)
-    assert len(shown) <= grids.MOST_EPOCHS and shown[-1] == 1000 and shown[0] < 500
-    assert grids.row_of(samples, "base")
+        samples = preview.with_row(samples, row, [Image.new("RGB", (64, 64))])
+    shown = preview.sampled_epochs(samples)
+    assert len(shown) <= preview.MOST_SAMPLED_EPOCHS and shown[-1] == 1000 and shown[0] < 500
+    assert preview.row_of(samples, "base")

@@ -21,11 +21,9 @@ from images.intake import Request
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from reports.html_report import write_html
 from tests.unit.training.browser import chromium, look
-from training.style.results import grids
-from training.style.results.preview import write_loss_curve
+from training.style.results.preview import with_row, write_loss_curve
 from training.style.results.probe import Probed
-from training.style.results.report import sample_rows
-from training.style.results.result import TrainingResult
+from training.style.results.report import TrainingResult, sample_rows
 
 EVIL = "<script>document.title='taken'</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
 LONG = "averyveryverylongwordwithoutanyplacetobreak" * 8
@@ -68,7 +66,7 @@ def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, Tra
     images[8] = dataclasses.replace(images[8], path=None)
     samples: dict[str, Any] = {}
     for row in ("base", "10", "20", "30", "50"):
-        samples = grids.with_row(samples, row, [image(n) for n in range(3)])
+        samples = with_row(samples, row, [image(n) for n in range(3)])
     parameters = HyperParameters(epochs=50, deliver="best")
     result = TrainingResult(
         epochs=50,

@@ -11,17 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS
 from jobs.style import HyperParameters
 from training.style.families.sd15 import BaseModel
 from training.style.results import export
 from training.style.results.inspection import NotALora, inspect
-from training.style.results.lora_formats import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    DIFFUSERS_WEIGHTS,
-    KOHYA_WEIGHTS,
-    lora_layers,
-)
+from training.style.results.lora_formats import lora_layers
 
 KNOWN = ("diffusers", "PEFT", "kohya")
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -49,7 +44,7 @@ def exported(warm_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(
     ("file", "kind", "alphas", "prefix"),
     [
-        (DIFFUSERS_WEIGHTS, "diffusers", (4.0,), "unet."),
+        (WEIGHTS, "diffusers", (4.0,), "unet."),
         (ADAPTER_WEIGHTS, "PEFT", (9.0,), "base_model.model."),
         (KOHYA_WEIGHTS, "kohya", (9.0,), "lora_unet_"),
     ],

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from jobs.layout import KOHYA_WEIGHTS
 from tests.unit.training.conftest import MakeRun
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.results import export
-from training.style.results.lora_formats import KOHYA_WEIGHTS
-from training.style.results.model_card import MOST_TAGS, model_card, tag_counts
+from training.style.results.lora_formats import MOST_TAGS, model_card, tag_counts
 from training.style.trainer import LoRATrainer
 
 

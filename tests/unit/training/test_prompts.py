@@ -9,9 +9,8 @@ import torch
 
 from jobs.style import TrainingRun, checked_trigger_word
 from tests.unit.training.conftest import MakeRun
-from training.style.dataset import prepare
+from training.style.dataset import ORDERS, orders, prepare, with_trigger
 from training.style.families.sd15 import BaseModel
-from training.style.prompts import ORDERS, orders, with_trigger
 from training.style.results.examiner import prompts_of
 
 

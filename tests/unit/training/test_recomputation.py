@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from jobs.style import HyperParameters
+from training.runtime.recomputation import Recomputation
 from training.style.families.sd15 import BaseModel
-from training.style.recomputation import Recomputation
 
 ROUNDING = 1e-5
 """Relative. The same numbers are added, in another order where a block's input has other uses."""

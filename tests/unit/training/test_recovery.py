@@ -29,13 +29,11 @@ from tests.unit.training.runs import (
     stop_after,
     trained,
 )
-from training.runtime import checkpoint
-from training.style import recovery, trainer
-from training.style.course import Course
+from training.style import checkpoint, recovery, trainer
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.objective import denoising_losses
-from training.style.plan import Plan
+from training.style.plan import Course, Plan
 from training.style.results import report
 from utils.errors import CheckpointUnusable, GpuOutOfMemory, TrainingDiverged
 from utils.events import Event, Started

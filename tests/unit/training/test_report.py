@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
+from jobs.layout import STYLE_FILES
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.style.dataset import CAPTION_IGNORED, Dataset, ImageReport
 from training.style.families.sd15 import BaseModel
 from training.style.results.lora_formats import MODEL_FILES
 from training.style.results.report import (
-    FILES,
     MOST_REASONS,
+    TrainingResult,
     build_report,
     summary,
     write_report,
 )
-from training.style.results.result import TrainingResult
 
 ENTRIES = (
     ImageReport("s3://media/1/image_0.jpg", "used", (), 640, 480, "바다의 새벽"),
@@ -168,6 +168,6 @@ def test_the_summary_says_why_captions_were_ignored_the_most_frequent_reason_fir
 
 
 def test_the_model_itself_is_published_last_and_nothing_twice() -> None:
-    assert FILES[-1] == "lora_weights.safetensors"
-    assert len(FILES) == len(set(FILES)) == 8
-    assert set(MODEL_FILES) < set(FILES)
+    assert STYLE_FILES[-1] == "lora_weights.safetensors"
+    assert len(STYLE_FILES) == len(set(STYLE_FILES)) == 8
+    assert set(MODEL_FILES) < set(STYLE_FILES)

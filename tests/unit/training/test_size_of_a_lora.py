@@ -23,7 +23,7 @@ def test_a_lora_has_as_many_weights_for_each_rank_as_the_estimate_says(target: s
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])
 def test_a_checkpoint_has_no_more_numbers_for_each_weight_than_the_estimate_says(name: str) -> None:
     weight = torch.nn.Parameter(torch.ones(1000))
-    made = optimizer.create([weight], HyperParameters(optimizer=name))
+    made = optimizer.create(name, [weight], learning_rate=1e-4, weight_decay=1e-2)
     weight.grad = torch.ones(1000)
     made.step()
     state = optimizer.state_tensors(made, ["weight"]).values()

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from jobs.style import HyperParameters, TrainerOptions
 from training.runtime.device import choose_device, free_memory, gpu_error, out_of_memory
+from training.runtime.recomputation import Recomputation
 from training.style.families.base_files import (
     first_line,
     hash_of_weights,
@@ -21,7 +22,6 @@ from training.style.families.base_files import (
     locate,
 )
 from training.style.families.lora_config import peft_config
-from training.style.recomputation import Recomputation
 from utils.errors import BaseModelUnavailable, GpuBroken, TrainingFailed
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ class BaseModel:
             GpuBroken: There is no usable CUDA device, and training on the CPU is not allowed.
             BaseModelUnavailable: The model is missing, incomplete or cannot be reached.
         """
-        device, dtype, warnings = choose_device(options)
+        device, dtype, warnings = choose_device(
+            options.mixed_precision, allow_cpu=options.allow_cpu
+        )
         folder, name = locate(options)
         try:
             base = cls(

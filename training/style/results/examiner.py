@@ -17,9 +17,9 @@ from PIL import Image
 
 from training.runtime.clock import Clock
 from training.runtime.device import free_memory, gpu_error, out_of_memory
+from training.style.dataset import with_trigger
 from training.style.loop_state import LoopState, weights_are_finite
-from training.style.prompts import with_trigger
-from training.style.results import grids, preview
+from training.style.results import preview
 from training.style.results.probe import Interrupted, Probe, Probed, best_of
 from utils.errors import GpuBroken, StopReason
 
@@ -122,15 +122,15 @@ class Examiner:
 
     def _paint(self, state: LoopState) -> None:
         """Paint a row of samples if there is time for it; no harm is done where it fails."""
-        first = not any(key.startswith(grids.WITHOUT_LORA) for key in state.samples)
+        first = not any(key.startswith(preview.WITHOUT_LORA) for key in state.samples)
         if not self._has_time_for(2 if first else 1):
             return
         try:
             if first:
-                state.samples = grids.with_row(
-                    state.samples, grids.WITHOUT_LORA, self._images(with_lora=False)
+                state.samples = preview.with_row(
+                    state.samples, preview.WITHOUT_LORA, self._images(with_lora=False)
                 )
-            state.samples = grids.with_row(
+            state.samples = preview.with_row(
                 state.samples, str(state.epoch), self._images(with_lora=True)
             )
         except Interrupted:

@@ -21,11 +21,9 @@ import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import PeftModel
 
+from jobs.layout import ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS
 from training.style.families.sd15 import ADAPTER
 from training.style.results.lora_formats import (
-    ADAPTER_WEIGHTS,
-    DIFFUSERS_WEIGHTS,
-    KOHYA_WEIGHTS,
     MODEL_FILES,
     Layer,
     kohya_metadata,
@@ -222,6 +220,6 @@ def _through_older_diffusers(skeleton: Any, folder: Path, file: str) -> Any:
 LOADERS: tuple[tuple[str, Callable[[Any, Path, str], Any]], ...] = (
     (ADAPTER_WEIGHTS, _through_peft),
     (KOHYA_WEIGHTS, _through_diffusers),
-    (DIFFUSERS_WEIGHTS, _through_diffusers),
-    (DIFFUSERS_WEIGHTS, _through_older_diffusers),
+    (WEIGHTS, _through_diffusers),
+    (WEIGHTS, _through_older_diffusers),
 )

@@ -6,17 +6,16 @@ little of one checkpoint against another. Here nothing is random.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
-
-from training.style.results.evaluation import evaluating, mixed_precision
 
 if TYPE_CHECKING:
     from training.style.dataset import Dataset, Example
@@ -194,3 +193,32 @@ def _copying(measured: Sequence[Probed], best: Probed) -> str | None:
         f"{last.held_out:.4f}. Fewer epochs are advisable; `deliver: best` takes epoch "
         f"{best.epoch}."
     )
+
+
+@contextlib.contextmanager
+def evaluating(base: BaseModel, *, with_lora: bool = True) -> Iterator[None]:
+    """Evaluation mode without gradients, with the LoRA on or off; afterwards all is as before, and
+    the LoRA on.
+
+    Gradient checkpointing needs no switch: without gradients the UNet does none.
+    """
+    modes = [(module, module.training) for module in base.unet.modules()]
+    trained = [(weight, weight.requires_grad) for weight in base.unet.parameters()]
+    base.unet.eval()
+    if not with_lora:
+        base.unet.disable_adapters()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        base.unet.enable_adapters()
+        for weight, requires_grad in trained:  # the adapter's switch flips these
+            weight.requires_grad_(requires_grad)
+        for module, training in modes:
+            module.training = training
+
+
+def mixed_precision(base: BaseModel) -> torch.autocast:
+    """For a forward pass: the frozen weights may be in half precision, the LoRA is in single."""
+    half = base.dtype != torch.float32
+    return torch.autocast(base.device.type, dtype=base.dtype, enabled=half)
