@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import re
 import resource
@@ -27,6 +28,7 @@ from tests.corpus import files
 from tests.corpus.files import chunk, encoded, iccp, profile
 from tests.corpus.storages import Case, cases, srgb_of
 from tests.unit.training.conftest import MakeRun
+from training.style import dataset
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from utils.errors import Stopped, StopReason, WorkerCrashed
@@ -272,7 +274,7 @@ def test_an_image_that_takes_too_long_is_left_out_and_the_rest_is_used(tmp_path:
 
 
 def test_a_slow_image_does_not_take_the_job_and_each_image_counts_as_progress(
-    base: BaseModel, make_run: MakeRun, tmp_path: Path
+    base: BaseModel, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = tmp_path / "slow.jpg"
     slow.write_bytes(files.jpeg_of_many_scans(1500, 3000))
@@ -280,13 +282,10 @@ def test_a_slow_image_does_not_take_the_job_and_each_image_counts_as_progress(
     first, *others = run.images
     images = (first, TrainingImage("s3://media/slow.jpg", str(slow)), *others)
     progress: list[None] = []
-    with Decoder(seconds=1) as decoder:
-        data = prepare(
-            dataclasses.replace(run, images=images),
-            base,
-            decoder=decoder,
-            on_image=lambda: progress.append(None),
-        )
+    monkeypatch.setattr(dataset, "Decoder", functools.partial(Decoder, seconds=1))
+    data = prepare(
+        dataclasses.replace(run, images=images), base, on_image=lambda: progress.append(None)
+    )
     assert [entry.status for entry in data.entries] == ["used", "left_out", "used", "used"]
     assert "takes longer than 1 seconds to decode" in data.entries[1].reasons[0]
     assert len(progress) == 4 and len(data.usable) == 3
