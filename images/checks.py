@@ -16,7 +16,7 @@ from PIL import Image
 
 from images.buckets import MOST_STRETCHED
 from images.colour import UnusableImage
-from images.intake import MOTIF
+from images.decoding import MOTIF
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ SAME_MOTIF = 4
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Looks:
-    """What one image looks like.
+    """The looks of one image.
 
     Attributes:
-        warnings: What the artist should know, to follow the image's name in a sentence.
+        warnings: Warnings for the artist, to follow the image's name in a sentence.
         is_grey: It has no colour.
         pixels: SHA-256 of its pixels: the same image in another file has the same.
         motif: Its perceptual hash; None where the library is not installed, or none was made.
@@ -66,7 +66,7 @@ def look_at(image: Image.Image, *, resolution: int, size: tuple[int, int] | None
         size: Of the image that `image` is a smaller copy of.
 
     Raises:
-        UnusableImage: There is nothing to learn from it; says why.
+        UnusableImage: There is nothing to learn from it. The message is the reason.
     """
     width, height = size or image.size
     least = max(8, resolution // LEAST_PART)

@@ -21,7 +21,7 @@ class Curves:
     """
 
     def __init__(self, folder: Path | None, *, first_step: int) -> None:
-        # The empty name: the files of all attempts lie directly in the folder.
+        # The empty name: the files of all attempts are directly in the folder.
         self._tracker = TensorBoardTracker("", folder, purge_step=first_step) if folder else None
 
     def __enter__(self) -> Self:

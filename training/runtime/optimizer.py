@@ -1,7 +1,6 @@
 """The optimizers, and their state as plain tensors.
 
-What an optimizer does is its library's; a library that torch does not need is imported where it is
-asked for.
+Libraries that torch does not need are imported only for jobs that ask for them.
 """
 
 from __future__ import annotations

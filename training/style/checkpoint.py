@@ -124,7 +124,7 @@ def refuse_another_run(
     Args:
         saved: Of the checkpoint.
         now: Of the run that is to go on from it.
-        names: What a person calls each of `now.pictures`.
+        names: A readable name for each of `now.pictures`.
 
     Raises:
         CheckpointUnusable: Names everything that differs.

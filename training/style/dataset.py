@@ -18,7 +18,7 @@ from images.buckets import Frame
 from images.checks import Looks, motif_of
 from images.colour import UnusableImage
 from images.decoder import Answer, Decoder
-from images.intake import MOTIF, Refused, Request
+from images.decoding import MOTIF, Refused, Request
 from jobs.style import TrainingImage, TrainingRun
 from training.style.families.sd15 import BaseModel
 from utils.captions import clean_caption
@@ -33,7 +33,7 @@ CAPTION_IGNORED = "its caption was ignored: "
 FEW_IMAGES = 10
 """With fewer usable images than this, a style comes out weakly."""
 MUCH_LOST = 0.1
-"""A part of the image; a crop of more is said in the report."""
+"""A part of the image; a crop of more is named in the report."""
 TRAINED_ON = "is one of the training images, too, so it cannot show what was learnt beyond them"
 ORDERS = 8
 """Of a caption's tags, at most: each is encoded once and kept, 0.1 MB in half precision."""
@@ -41,16 +41,16 @@ ORDERS = 8
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageReport:
-    """What became of one image that was asked for.
+    """The fate of one image of the job.
 
     Attributes:
-        source: Its address as the message spelt it, printable.
+        source: Its address in the message, printable.
         status: `used`, `warned` (used, but the artist should know something), or `left_out`.
-        reasons: Why, and what was done to it, in words an artist understands.
+        reasons: The reasons, and the changes to the image, in words for an artist.
         width, height: In pixels after rotation; None where they are not known.
         caption: The caption it is trained with.
-        decoded: What the file was: format, size as stored, colour mode; None where it was none.
-        trained_as: What it is scaled and cropped to, such as "640 x 384"; None where it is not.
+        decoded: Format, size as stored and colour mode of the file; None if it is no image.
+        trained_as: Size after scaling and cropping, such as "640 x 384"; None if it is left out.
     """
 
     source: str
@@ -94,7 +94,7 @@ class Dataset:
 
     Attributes:
         entries: One an image asked for, in order.
-        usable: What is trained on, in order.
+        usable: The images to train on, in order.
         latents: By the image's identity, never by position: a shuffle cannot pair an image with
             another's caption.
         embeddings: [77, d] by caption, in each of its orders; the empty prompt's is always there.
@@ -121,7 +121,7 @@ class Dataset:
 
     @property
     def names(self) -> dict[str, str]:
-        """What a person calls each of `identities`."""
+        """A readable name for each of `identities`."""
         return {
             identity: shown_name(example.source)
             for identity, example in zip(self.identities, self.usable, strict=True)
@@ -146,7 +146,7 @@ class Dataset:
 
     def batch(self, chosen: Sequence[int], epoch: int = 0) -> tuple[Latents, Tensor]:
         """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of n images of one
-        shape; the order of their tags depends on the epoch alone."""
+        shape; the order of their tags depends only on the epoch."""
         examples = [self.usable[index] for index in chosen]
         latents = [self.latents[example.identity] for example in examples]
         return (
@@ -244,7 +244,7 @@ def _without(others: Dataset, data: Dataset) -> Dataset:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Found:
-    """What the images so far have brought.
+    """Results from the images so far.
 
     Attributes:
         latents: By the image's identity.
@@ -268,7 +268,7 @@ def _warnings(run: TrainingRun, usable: int, found: _Found) -> tuple[str, ...]:
     if all(looks.is_grey for _, looks in found.seen):
         warnings.append(
             "All images are without colour; such a style comes out tinted unless the captions "
-            "say so (black and white, pencil drawing)."
+            "name it (black and white, pencil drawing)."
         )
     return tuple(warnings)
 
@@ -276,7 +276,7 @@ def _warnings(run: TrainingRun, usable: int, found: _Found) -> tuple[str, ...]:
 def _decoded(
     run: TrainingRun, decoder: Decoder, should_stop: Callable[[], StopReason | None]
 ) -> Iterator[tuple[TrainingImage, Answer | None]]:
-    """Each image with what the decoder says of it; None where there is no file."""
+    """Each image with the answer of the decoder; None if there is no file."""
     requests = [
         Request(image.path, run.max_image_pixels, run.parameters.resolution)
         for image in run.images
@@ -340,7 +340,7 @@ def _with_caption_problem(entry: ImageReport, image: TrainingImage) -> ImageRepo
 def _caption(
     image: TrainingImage, run: TrainingRun, base: BaseModel
 ) -> tuple[str, tuple[str, ...]]:
-    """What an image is trained with, and a warning where that is not the whole of its caption."""
+    """The prompt of an image, and a warning if the caption is longer than that."""
     prompt = with_trigger(run.trigger_word, clean_caption(image.caption).text)
     caption = base.fit_prompt(prompt)
     if caption == prompt:

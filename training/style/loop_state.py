@@ -1,4 +1,4 @@
-"""What changes while the loop runs: how it begins, goes into a checkpoint, and comes back."""
+"""The variables of the loop: how they begin, go into a checkpoint, and are restored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from utils.errors import TrainingFailed
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Counted:
-    """A tally as it was read.
+    """The values of a tally.
 
     Attributes:
         loss_sum, loss_count: Of the finite losses of the epoch in hand.
@@ -42,7 +42,7 @@ class Tally:
     """Sums of the epoch in hand, and which steps changed the weights.
 
     Args:
-        device: Where it counts.
+        device: Device of the counters.
 
     Attributes:
         loss_sum: [] float32.
@@ -63,14 +63,14 @@ class Tally:
         self.loss_count += finite.sum()
 
     def add_step(self, skipped: Tensor) -> None:
-        """Count a step; `skipped` says whether it left the weights alone, [] bool."""
+        """Count a step; `skipped` is true if it did not change the weights, [] bool."""
         self.updates += ~skipped
         self.skipped_in_a_row += 1
         self.skipped_in_a_row *= skipped
         torch.maximum(self._longest_row, self.skipped_in_a_row, out=self._longest_row)
 
     def start_epoch(self) -> None:
-        """Begin the sums anew."""
+        """Reset the sums."""
         self.loss_sum.zero_()
         self.loss_count.zero_()
 
@@ -90,7 +90,7 @@ class Tally:
     def restore(
         self, *, loss_sum: Tensor, loss_count: Tensor, updates: int, skipped_in_a_row: int
     ) -> None:
-        """Set it to what a checkpoint says."""
+        """Set the counters to those of a checkpoint."""
         self.loss_sum.copy_(loss_sum)
         self.loss_count.copy_(loss_count)
         self.updates.fill_(updates)
@@ -115,7 +115,7 @@ class LoopState:
         skipped_in_a_row: The last of them without an update in between.
         losses: Mean loss of each completed epoch.
         saved_step: Step of the newest checkpoint.
-        probes: What the probe has found.
+        probes: Measurements of the probe.
         best: The best LoRA so far, on the CPU, where it is to be delivered.
         samples: Sample images of checkpoints (see `training.style.results.preview`).
     """
@@ -197,7 +197,7 @@ def update(state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
     """
     skipped = ~torch.isfinite(norm)
     if accelerator.scaler is None and optimizers.heeds_found_inf(state.optimizer):
-        # What the scaler does, too: the step looks at it where the gradients are.
+        # As the scaler does: the step reads it on the device.
         state.optimizer.optimizer.found_inf = skipped.to(torch.float32)
     if accelerator.scaler or optimizers.heeds_found_inf(state.optimizer) or not bool(skipped):
         state.optimizer.step()
@@ -208,7 +208,7 @@ def update(state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
 def capture(
     state: LoopState, about: RunState, accelerator: Accelerator
 ) -> tuple[Checkpoint, Callable[[], None]]:
-    """The loop as a checkpoint of its own memory, on the CPU, which later steps do not change.
+    """A copy of the loop as a checkpoint on the CPU, which later steps do not change.
 
     Args:
         state: The loop, its tally read.

@@ -1,4 +1,5 @@
-"""What a run does at each step, which images at which rate: a function of step and seed."""
+"""The plan of a run: images and learning rate of each step, as a function of step and seed; and the
+course: the parameters in force, after the changes that memory and divergence have required."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ class Plan:
     """A run's steps, numbered from 0 over the whole job: a resumed run follows the same plan.
 
     Attributes:
-        shapes: What each usable image can share a batch by, n of them.
+        shapes: One per usable image. Images of one shape can share a batch.
         parameters: Hyper-parameters (see `Course.planned`).
-        rate_unit: What the optimizer's rates are multiples of (see `Course.rate_unit`).
+        rate_unit: Unit of the optimizer's rates (see `Course.rate_unit`).
     """
 
     shapes: tuple[Hashable, ...]
@@ -46,7 +47,7 @@ class Plan:
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         """An epoch's batches. There are as many in each epoch."""
-        # A generator of its own for each epoch: the order needs no state in a checkpoint.
+        # A new generator for each epoch: the order needs no state in a checkpoint.
         order = np.random.default_rng([self.parameters.seed, epoch]).permutation(len(self.shapes))
         full: list[list[int]] = []
         begun: dict[Hashable, list[int]] = {}
@@ -83,15 +84,15 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Course:
-    """What was asked for, what is in force, and what had to be changed on the way.
+    """The parameters asked for, those in force, and the changes on the way.
 
-    It is part of every checkpoint, so that whoever resumes the job goes on in the same way. No
+    It is part of every checkpoint, so that a resumed job goes on in the same way. No
     change touches the images of a step, nor the number of steps: positions stay what they were.
 
     Attributes:
         asked: The job's hyper-parameters.
         parameters: Those in force.
-        checkpointing: Gradient checkpointing is on whatever the worker's setting is.
+        checkpointing: Gradient checkpointing is on, regardless of the worker's setting.
         rate_halved: Training has diverged once already.
         changes: A sentence for the report for each change.
     """
@@ -104,22 +105,22 @@ class Course:
 
     @classmethod
     def of(cls, asked: HyperParameters) -> Self:
-        """The course of a job to which nothing has happened yet."""
+        """The course at the beginning of a job."""
         return cls(asked, asked)
 
     @property
     def planned(self) -> HyperParameters:
-        """What the plan of the steps is made from: smaller batches are parts of those asked for."""
+        """Parameters of the plan: smaller batches are parts of those asked for."""
         return dataclasses.replace(self.asked, learning_rate=self.parameters.learning_rate)
 
     @property
     def rate_unit(self) -> float:
-        """What the optimizer's rates are multiples of: 1; for Prodigy, which multiplies them with
+        """The unit of the optimizer's rates: 1; for Prodigy, which multiplies them with
         the rate that it finds, the one asked for. Schedule and halving act on both alike."""
         return self.asked.learning_rate if self.parameters.optimizer == "prodigy" else 1.0
 
     def with_less_memory(self, epoch: int, *, checkpointing_is_on: bool) -> Self | None:
-        """Gradient checkpointing first, which changes roundings alone; then smaller batches.
+        """Gradient checkpointing first, which changes only rounding; then smaller batches.
 
         Args:
             epoch: The epoch, counted from 1, from which the change is in force.
@@ -146,7 +147,7 @@ class Course:
             parameters=dataclasses.replace(
                 self.parameters, batch_size=part, gradient_accumulation_steps=batches
             ),
-            # What ran out with it will not do without it.
+            # A job that ran out of memory with it needs it.
             checkpointing=True,
             changes=(*self.changes, sentence),
         )

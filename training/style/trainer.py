@@ -53,8 +53,8 @@ class LoRATrainer:
         newest: The newest checkpoint of the job, in memory: on the disk it is its reader's.
 
     Args:
-        run: What is asked for.
-        base: The base model. The LoRA stays on it after `train`, for the export: whoever calls
+        run: The run.
+        base: The base model. The LoRA stays on it after `train`, for the export: the caller
             detaches it.
         dataset: The run's images, prepared.
         course: How it is trained; without one as it is asked for.
@@ -129,7 +129,7 @@ class LoRATrainer:
         )
 
     def _choose(self, state: LoopState, best: Probed | None) -> int:
-        """Leave the weights that are asked for on the base, and say of which epoch they are."""
+        """Leave the weights that are asked for on the base; returns their epoch."""
         if self._parameters.deliver != "best" or not best or not state.best:
             return state.epoch
         state.take_the_best()
@@ -264,7 +264,7 @@ class LoRATrainer:
                 f"Training diverged: after epoch {epoch} the weights are not finite. Lower "
                 "learning_rate."
             )
-        # What comes between two skipped steps may be the way into a divergence, not a way back.
+        # A checkpoint between two skipped steps may lead into a divergence.
         if not state.skipped_in_a_row or ends:
             self._save(state, accelerator)
 
@@ -292,7 +292,7 @@ class LoRATrainer:
                 warnings=self._warnings(state),
             )
         )
-        if changed:  # whoever resumes from here on must find it so
+        if changed:  # a resumed run must find the change
             self._save(state, accelerator)
         return state
 

@@ -71,7 +71,7 @@ def trained(
 
 
 def checkpoints(events: list[Event]) -> list[CheckpointSaved]:
-    """The checkpoints that a run told of."""
+    """The checkpoints that a run reported."""
     return [event for event in events if isinstance(event, CheckpointSaved)]
 
 

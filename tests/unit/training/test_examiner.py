@@ -26,7 +26,7 @@ PLENTY = 1e6  # of time for samples
 
 @pytest.fixture
 def second_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe finds that the second epoch is the best, whatever the weights."""
+    """The probe finds that the second epoch is the best, regardless of the weights."""
     values = {0: 1.0, 1: 0.8, 2: 0.5, 3: 0.6}
 
     def measure(_: Probe, epoch: int, step: int) -> Probed:
@@ -53,7 +53,7 @@ def test_the_best_checkpoint_is_delivered_where_it_is_asked_for(
 
 @pytest.mark.usefixtures("second_is_best")
 @pytest.mark.parametrize("stop", [5, 8])
-def test_a_later_checkpoint_alone_is_enough_to_deliver_an_earlier_one(
+def test_a_later_checkpoint_is_enough_to_deliver_an_earlier_one(
     base: BaseModel, make_run: MakeRun, stop: int
 ) -> None:
     run = make_run(**OFTEN, deliver="best")
@@ -80,7 +80,7 @@ def test_a_run_stopped_and_resumed_has_found_the_same(
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
-def test_a_probe_that_a_stop_cut_short_is_made_again_by_whoever_resumes(
+def test_a_probe_that_a_stop_cut_short_is_made_again_by_the_resumed_run(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     run = make_run(**OFTEN)
@@ -147,7 +147,7 @@ def test_samples_take_no_more_than_their_share_and_no_long_pause(
     assert not trained(base, make_run(**OFTEN, preview_share=PLENTY))[0].samples
 
 
-def test_a_probe_without_memory_is_told_and_training_goes_on(
+def test_a_probe_without_memory_is_reported_and_training_goes_on(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_large(*_: Any) -> Probed:

@@ -53,7 +53,7 @@ def rewrite(path: Path, change: Callable[[Tensors], Tensors]) -> None:
 
 
 def paint(unet: Any) -> torch.Tensor:
-    """What a UNet predicts for fixed inputs."""
+    """The prediction of a UNet for fixed inputs."""
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn((2, 4, 8, 8), generator=generator)
     texts = torch.randn((2, 77, 32), generator=generator)
@@ -87,7 +87,7 @@ USERS = {
 def fixture_exported(
     options: TrainerOptions, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[BaseModel, Path]:
-    """A base of its own with its LoRA still attached, and the folder of its good files."""
+    """A separate base with its LoRA still attached, and the folder of its good files."""
     attached = BaseModel.load(options)
     folder = tmp_path_factory.mktemp("exported")
     export.export(attached, attach(attached), folder, metadata={})
@@ -245,7 +245,7 @@ def test_a_file_that_differs_from_the_live_lora_is_refused_by_name(
         export.verify(base.unet, tmp_path)
 
 
-def test_a_file_with_the_plain_weights_is_refused_even_if_its_metadata_would_mend_it(
+def test_a_file_with_the_plain_weights_is_refused_even_if_its_metadata_would_correct_it(
     exported: tuple[BaseModel, Path], tmp_path: Path
 ) -> None:
     base, folder = exported
@@ -261,7 +261,7 @@ def test_a_file_with_the_plain_weights_is_refused_even_if_its_metadata_would_men
 
 @pytest.mark.parametrize("content", [b"", b"{", None])
 @pytest.mark.parametrize("file", [ADAPTER_CONFIG, WEIGHTS])
-def test_a_damaged_or_missing_file_is_refused_and_no_path_is_told(
+def test_a_damaged_or_missing_file_is_refused_and_the_error_names_no_path(
     exported: tuple[BaseModel, Path], tmp_path: Path, file: str, content: bytes | None
 ) -> None:
     base, folder = exported
@@ -314,7 +314,9 @@ def test_the_peft_configuration_names_the_base_and_the_true_alpha(
     assert str(stand_in.parent) not in text
 
 
-def test_the_kohya_header_says_what_webuis_sort_by(base: BaseModel, tmp_path: Path) -> None:
+def test_the_kohya_header_has_the_fields_that_webuis_sort_by(
+    base: BaseModel, tmp_path: Path
+) -> None:
     export.export(base, attach(base), tmp_path, metadata={"modelspec.title": "Harbour"})
     with safe_open(tmp_path / KOHYA_WEIGHTS, framework="pt") as opened:
         header = opened.metadata()
@@ -408,7 +410,7 @@ def test_sd15_itself_is_exported_with_the_names_that_kohya_uses(
     assert load_file(tmp_path / WEIGHTS).keys() == diffusers
 
 
-def test_the_diffusers_file_says_too_what_it_is_of_and_is_the_same_each_time(
+def test_the_diffusers_file_names_its_origin_too_and_is_the_same_each_time(
     base: BaseModel, tmp_path: Path
 ) -> None:
     parameters = attach(base)

@@ -1,4 +1,4 @@
-"""What a model file says of itself."""
+"""The metadata of a model file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.style.results.lora_formats import MOST_TAGS, model_card, tag_count
 from training.style.trainer import LoRATrainer
 
 
-def test_the_file_says_what_it_was_made_of_and_how_to_call_it(
+def test_the_file_names_its_origin_and_its_trigger_word(
     base: BaseModel, make_run: MakeRun, tmp_path: Path
 ) -> None:
     run = make_run(epochs=1, trigger_word="inkstyle")

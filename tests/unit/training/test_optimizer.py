@@ -40,7 +40,7 @@ def test_prodigy_finds_a_rate_and_keeps_it_to_the_last_digit() -> None:
     whole, found = downhill(steps=300)
     halfway, _ = downhill(steps=150)
     resumed, kept = downhill(steps=150, start=halfway)
-    assert found > 1000 * 1e-6  # where it begins
+    assert found > 1000 * 1e-6  # its first rate
     assert kept == found
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 

@@ -24,7 +24,7 @@ from training.style.results.probe import (
 from training.style.trainer import LoRATrainer
 
 
-def test_the_same_weights_have_the_same_loss_whatever_else_was_drawn(
+def test_the_same_weights_have_the_same_loss_after_any_other_drawing(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     run = make_run(dropout=0.5)
@@ -58,7 +58,7 @@ def test_it_falls_where_training_learns(base: BaseModel, make_run: MakeRun) -> N
     assert not [warning for warning in result.warnings if "learnt next to nothing" in warning]
 
 
-def test_a_rate_that_teaches_nothing_is_told(base: BaseModel, make_run: MakeRun) -> None:
+def test_a_rate_that_teaches_nothing_is_reported(base: BaseModel, make_run: MakeRun) -> None:
     run = make_run(epochs=2, learning_rate=1e-7)
     result = LoRATrainer(run, base, prepare(run, base)).train()
     assert any("learnt next to nothing" in warning for warning in result.warnings)
@@ -145,7 +145,7 @@ def test_a_training_image_among_them_is_left_out_and_a_broken_one_fails_nothing(
     assert Probe(base, prepare(run, base)).measure(0, 0).held_out is None
 
 
-# ---- what follows from it ------------------------------------------------------------------------
+# ---- consequences ------------------------------------------------------------------------
 
 
 def probes(training: list[float | None], others: list[float] | None = None) -> list[Probed]:

@@ -36,7 +36,7 @@ def test_a_trigger_word_is_one_short_tag_on_one_line() -> None:
             checked_trigger_word(wrong)
 
 
-def test_orders_have_the_same_tags_behind_the_trigger_word_and_depend_on_the_seed_alone() -> None:
+def test_orders_have_the_same_tags_behind_the_trigger_word_and_depend_only_on_the_seed() -> None:
     caption = "ink, a harbour, dawn, gulls, fog"
     found = orders(caption, first="ink", seed="1")
     assert found[0] == caption and len(set(found)) == len(found) == ORDERS
@@ -47,7 +47,7 @@ def test_orders_have_the_same_tags_behind_the_trigger_word_and_depend_on_the_see
 
 
 @pytest.mark.parametrize("caption", ["", "a harbour", "ink, a harbour"])
-def test_what_has_one_order_stays_as_it_is(caption: str) -> None:
+def test_a_caption_with_one_order_stays_as_it_is(caption: str) -> None:
     assert orders(caption, first="ink", seed="1") == (caption,)
 
 

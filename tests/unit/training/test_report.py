@@ -1,4 +1,4 @@
-"""The report says what was asked, what was used, and how it went, in JSON that anybody can read."""
+"""The report: the order, the images used and the course of the training, as plain JSON."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_every_image_that_was_asked_for_has_its_entry_in_order(report: dict[str,
     assert [report[name] for name in counts] == [3, 2, 1]
 
 
-def test_the_hyper_parameters_in_force_stand_beside_those_asked_for(
+def test_the_hyper_parameters_in_force_stand_next_to_those_asked_for(
     report: dict[str, Any],
 ) -> None:
     assert report["hyperparameters"]["batch_size"] == 2
@@ -108,7 +108,7 @@ def test_the_report_has_all_that_the_protocol_lists(
     assert all(report["versions"].values())
 
 
-def test_each_warning_is_told_once_wherever_it_comes_from(
+def test_each_warning_is_listed_once_from_any_source(
     report: dict[str, Any], base: BaseModel
 ) -> None:
     own = ["Few images.", "Twice.", "The batch was halved."]
@@ -131,7 +131,7 @@ def test_the_file_is_strict_json_with_the_artists_own_letters_and_no_local_path(
     assert [file.name for file in tmp_path.iterdir()] == ["training_report.json"]
 
 
-def test_the_summary_is_brief_and_says_why_images_were_left_out(
+def test_the_summary_is_brief_with_the_reasons_for_images_that_were_left_out(
     report: dict[str, Any], base: BaseModel
 ) -> None:
     assert summary(report) == {
@@ -150,7 +150,7 @@ def test_the_summary_is_brief_and_says_why_images_were_left_out(
     }
 
 
-def test_the_summary_says_why_captions_were_ignored_the_most_frequent_reason_first(
+def test_the_summary_has_the_reasons_for_ignored_captions_the_most_frequent_reason_first(
     report: dict[str, Any],
 ) -> None:
     entry = report["pictures"][0]

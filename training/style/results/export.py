@@ -57,7 +57,7 @@ def export(
     Args:
         base: The base model with the trained LoRA attached to its UNet.
         parameters: The hyper-parameters in force at the end, for the kohya file's metadata.
-        folder: Where the files go; made if it is not there.
+        folder: Receives the files; created if it is missing.
         metadata: More header entries, such as `modelspec.title`; they win over the ones made here.
 
     Raises:
@@ -91,7 +91,7 @@ def verify(unet: torch.nn.Module, folder: Path) -> None:
 
     Args:
         unet: The UNet with the trained adapter.
-        folder: Where `export` wrote the files.
+        folder: The folder that `export` wrote.
 
     Raises:
         ExportFailed: A file cannot be loaded, lacks a layer, has one too many, or differs by more

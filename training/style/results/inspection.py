@@ -1,7 +1,7 @@
 """Inspects a LoRA file without running any of it: safetensors only.
 
 It is meant for this server's files first. Files of other programs are read as far as their names
-and their headers are certain; the notes say what is not.
+and their headers are certain; the notes name the rest.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class LayerFacts:
     Attributes:
         name: As the file spells it.
         rank: Rows of its down matrix.
-        alpha: As the file or its configuration says; None where neither does, and then readers take
-            the rank.
+        alpha: From the file or its configuration. None if neither has one; then readers take the
+            rank.
         norm: ‖ΔW‖ (Frobenius), its scaling included; None where a weight is not finite, or where
             the layer has a third factor.
         down_norm, up_norm: Of the two factors.
@@ -96,19 +96,19 @@ class LayerFacts:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a LoRA file is.
+    """Facts about a LoRA file.
 
     Attributes:
         file: Its name.
         format: `diffusers`, `PEFT`, `kohya` or `another program's`.
-        base: What it was made for, as the file says or as its shapes show; None where neither does.
+        base: The model that it was made for, as the file states or as its shapes show, or None.
         ranks, alphas: The different ones, ascending.
         targets: How many layers of each kind there are.
         parameters: Numbers in its tensors.
         dtypes: Of its tensors.
         layers: In the file's order.
         metadata: The file's header, as it is.
-        notes: What somebody who uses the file should know.
+        notes: Notes for users of the file.
     """
 
     file: str
@@ -139,7 +139,7 @@ class Inspection:
         if self.format in (PEFT, KOHYA) and self.alphas != tuple(map(float, self.ranks)):
             return (
                 "This format keeps alpha, and its readers scale by it. If this server made the "
-                "file, the diffusers file of the same model says alpha = rank, because there the "
+                "file, the diffusers file of the same model has alpha = rank, because there the "
                 "scaling is folded into the weights; both change the base model by the same ‖ΔW‖."
             )
         return ""
@@ -155,7 +155,7 @@ def inspect(path: Path) -> Inspection:
     """Read a LoRA file.
 
     Args:
-        path: A safetensors file; beside one of PEFT's, `adapter_config.json` is read, too.
+        path: A safetensors file; next to one of PEFT's, `adapter_config.json` is read too.
 
     Raises:
         NotALora: It is missing, damaged, a pickle, or something else than a LoRA.
@@ -197,7 +197,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if start == b"PK\x03\x04" or start[:1] == b"\x80":
         raise NotALora(
             f"{path.name} is a pickle, as .pt, .ckpt and .bin files are: opening it could run "
-            "whatever it holds, so it is not opened. Convert it to safetensors where that is safe."
+            "code in it, so it is not opened. Convert it to safetensors where that is safe."
         )
     try:
         with safetensors.safe_open(path, framework="pt") as opened:
@@ -242,7 +242,7 @@ class _Scaling:
     """How a layer's factors are scaled.
 
     Attributes:
-        alpha: None where nothing says it.
+        alpha: None if it is unknown.
         by_root: It is divided by the root of the rank (rsLoRA), not by the rank.
     """
 
@@ -303,7 +303,7 @@ def _about_scaling(kind: str, scalings: Mapping[str, _Scaling], path: Path) -> t
     if unknown := sum(scaling.alpha is None for scaling in scalings.values()):
         if kind == PEFT and not _config(path):
             notes.append(
-                f"{ADAPTER_CONFIG} is not beside it: its alpha, and so its strength, is not known. "
+                f"{ADAPTER_CONFIG} is not next to it, so its alpha and its strength are unknown. "
                 "The norms assume a scaling of 1."
             )
         else:
@@ -454,7 +454,7 @@ def adapters_in(names: Iterable[str]) -> dict[str, int]:
 
 
 def file_kind(names: Iterable[str]) -> str:
-    """What a file without LoRA factors is, to follow the file's name in a sentence."""
+    """The kind of a file without LoRA factors, to follow the file's name in a sentence."""
     names = sorted(names)
     if not names:
         return "holds no tensors"

@@ -4,7 +4,7 @@ They differ in who knows the scaling of a layer's update, ΔW = scaling · up ·
 
 - **diffusers** files have no alpha key. A loader that reads the metadata of newer diffusers takes
   alpha from there; all others take alpha = rank, which is a scaling of 1. So the real scaling is
-  folded into `up`, and the metadata says alpha = rank: both kinds of loader arrive at the same ΔW.
+  folded into `up`, and the metadata has alpha = rank: both kinds of loader arrive at the same ΔW.
 - **PEFT** folders keep the true alpha in `adapter_config.json`.
 - **kohya** files carry one alpha a layer, and readers scale by alpha / rank. It is written as
   scaling · rank: the true alpha of a plain LoRA, the equivalent one of a rank-stabilised LoRA
@@ -62,7 +62,7 @@ class Layer:
     Attributes:
         down: PEFT's `lora_A`, [rank, inputs].
         up: PEFT's `lora_B`, [outputs, rank].
-        scaling: What the product is multiplied with: alpha / rank, or alpha / √rank with rsLoRA.
+        scaling: Factor of the product: alpha / rank, or alpha / √rank with rsLoRA.
     """
 
     down: torch.Tensor
@@ -132,8 +132,7 @@ def write_diffusers(
 def write_peft(layers: dict[str, Layer], config: LoraConfig, base_name: str, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` for
     `PeftModel.from_pretrained(unet, folder)`."""
-    # What equals PEFT's defaults is left out: an older PEFT refuses a configuration with names that
-    # it does not know.
+    # Entries that equal PEFT's defaults are left out: an older PEFT refuses unknown names.
     default = LoraConfig().to_dict()
     entries = {key: value for key, value in config.to_dict().items() if value != default[key]}
     entries |= {
@@ -160,7 +159,7 @@ def write_kohya(layers: dict[str, Layer], metadata: dict[str, str], folder: Path
         tensors[f"{key}.lora_up.weight"] = layer.up
         tensors[f"{key}.alpha"] = torch.tensor(layer.scaling * layer.rank)
     plain = safetensors.torch.save(tensors)
-    # Readers tell models apart by the hash of what follows the header (8 bytes of length, then
+    # Readers distinguish models by the hash of the bytes after the header (8 bytes of length, then
     # JSON).
     digest = hashlib.sha256(plain[8 + int.from_bytes(plain[:8], "little") :]).hexdigest()
     hashes = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
@@ -223,8 +222,7 @@ def _peft_keys(layers: dict[str, Layer], prefix: str) -> dict[str, torch.Tensor]
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    # Not `save_file`: its errors hide the operating system's, which tell a full disk from a broken
-    # file.
+    # Not `save_file`: its errors hide those of the operating system, such as a full disk.
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     path.write_bytes(_with_sorted_metadata(safetensors.torch.save(contiguous, metadata)))
 
@@ -254,7 +252,7 @@ def model_card(
 
     Args:
         run: Whose model it is.
-        base: What it was trained on.
+        base: The base model that it was trained on.
         dataset: The images and their captions.
         result: How the training went.
     """

@@ -58,7 +58,7 @@ def paint(
 
     Args:
         base: The base model with the LoRA attached; it is left attached and switched on.
-        prompts: What to paint.
+        prompts: One image is painted per prompt.
         seed: Of the noise, which is the same on every machine: it is drawn on the CPU.
         with_lora: Whether the LoRA has an effect.
         resolution: Side of each image in pixels, a multiple of 8.
@@ -115,7 +115,7 @@ def write_samples(
         prompts: The first `MAX_PROMPTS` different ones are painted; none stands for the empty
             prompt.
         seed: The n-th prompt is painted from the noise of `seed` + n, in both columns.
-        folder: Where the file goes.
+        folder: Receives the file.
         resolution: Side of each image in pixels, a multiple of 8.
         steps: Steps of the DDIM sampler (arXiv:2010.02502).
 
@@ -147,8 +147,8 @@ def write_loss_curve(
 
     Args:
         losses: Mean unweighted loss of each epoch, in order; one that is not finite leaves a gap.
-        folder: Where the file goes.
-        probes: Drawn below the losses, on a scale of their own.
+        folder: Receives the file.
+        probes: Drawn below the losses, on their own scale.
         delivered: The epoch that became the model.
 
     Returns:

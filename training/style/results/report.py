@@ -55,11 +55,11 @@ class TrainingResult:
         stopped: Why the run ended early; None for a finished training.
         parameters: Hyper-parameters in force at the end.
         warnings: Sentences for the report.
-        probes: What the probe found, over the whole job.
-        best_epoch: The checkpoint that the probe recommends; None where it found nothing.
+        probes: Measurements of the probe, over the whole job.
+        best_epoch: Epoch with the lowest loss of the probe; None without a measurement.
         delivered_epoch: Epoch of the weights that are on the base now.
         samples: Sample images of checkpoints (see `training.style.results.preview`).
-        probe_seconds, sample_seconds: What probe and samples took of `seconds`.
+        probe_seconds, sample_seconds: Parts of `seconds` for probe and samples.
     """
 
     epochs: int
@@ -88,9 +88,9 @@ def build_report(
     """Gather what docs/protocol.md, section 4, wants in the report, and a little more.
 
     Args:
-        run: What was asked for.
+        run: The run.
         base: The base model that was trained on.
-        dataset: What became of the images.
+        dataset: The images and their entries.
         result: How the training went.
 
     Returns:
@@ -195,7 +195,7 @@ def _counted_reasons(reasons: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What computed: the libraries' versions, Python's, and the device's name."""
+    """The versions that computed: the libraries' versions, Python's, and the device's name."""
     name = platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
