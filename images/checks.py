@@ -16,7 +16,6 @@ from PIL import Image
 
 from images.buckets import MOST_STRETCHED
 from images.colour import UnusableImage
-from images.decoding import MOTIF
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +29,8 @@ LEAST_SHARPNESS = 8.0
 and more; blurred by 1 % of their width, less than 6."""
 GREY = 2.0
 """Mean difference of the colour channels, of 255, below which an image has no colour."""
+MOTIF = 32
+"""Side in pixels of the grey copy that an image's motif is recognised by."""
 SAME_MOTIF = 4
 """Bits of 64 in which the perceptual hashes of two copies of one image differ at most."""
 

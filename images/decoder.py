@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from images.decoding import MOTIF, Ready, Refused, Request, Taken
+from images.checks import MOTIF
+from images.decoding import Ready, Refused, Request, Taken
 from utils.errors import Stopped, StopReason, WorkerCrashed
 from utils.events import decode, encode
 

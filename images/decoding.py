@@ -31,8 +31,6 @@ from utils.events import decode, encode
 
 THUMBNAIL = 320
 """Side of a thumbnail in pixels."""
-MOTIF = 32
-"""Side in pixels of the grey copy that an image's motif is recognised by."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ class Recomputation:
     """Computes a block without keeping what its gradient needs, which is computed again for that.
 
     An argument for `unet.enable_gradient_checkpointing`. torch's own checkpointing must serve any
-    code, and so watches every tensor that is kept, in both passes; here a block's inputs and its few
+    code, and so watches every tensor that is kept, in both passes. Here a block's inputs and few
     trainable weights are all that a gradient can be asked for. At batch 1, where a step is bound by
     what happens around the kernels, that watching was most of what checkpointing costs: see
     docs/benchmarks.md. Gradients are torch's but for the order of additions where a block's input

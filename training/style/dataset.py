@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from images.buckets import Frame
-from images.checks import Looks, motif_of
+from images.checks import MOTIF, Looks, motif_of
 from images.colour import UnusableImage
 from images.decoder import Answer, Decoder
-from images.decoding import MOTIF, Refused, Request
+from images.decoding import Refused, Request
 from jobs.style import TrainingImage, TrainingRun
 from training.style.families.sd15 import BaseModel
 from utils.captions import clean_caption
