@@ -55,7 +55,7 @@ def write_html(
         run: Its images.
         samples: The samples of checkpoints, the base model's first.
         prompts: Of the samples.
-        folder: Where `samples.png` and `loss_curve.png` lie, as far as they could be made; the file
+        folder: Folder of `samples.png` and `loss_curve.png`, if they could be made. The file
             goes there, too.
         thumbnails: JPEG files of the images, by the path of their files.
 
@@ -98,7 +98,7 @@ def _shown(
     images: Sequence[TrainingImage],
     thumbnails: Mapping[str, bytes],
 ) -> list[dict[str, Any]]:
-    """What is said of each image, with its name and its thumbnail."""
+    """The entry of each image, with its name and its thumbnail."""
     return [
         {
             **entry,
@@ -155,7 +155,7 @@ def _small_sheet(path: Path) -> str | None:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             small = image.convert("RGB")
-    except OSError:  # the samples could not be painted, which the report says
+    except OSError:  # the samples could not be painted, which the report states
         return None
     small.thumbnail((SHEET, SHEET))
     buffer = io.BytesIO()

@@ -163,6 +163,18 @@ def test_arrows_between_the_rooms_run_one_way(room: str) -> None:
     assert not wrong
 
 
+def test_the_runtime_of_the_trainer_process_knows_no_kind() -> None:
+    wrong = {
+        f"{path} imports {module}"
+        for path in product_files()
+        if path.parts[:2] == ("training", "runtime")
+        for node in ast.walk(tree_of(path))
+        for module in modules_of(node, path)
+        if f"{module}.".startswith("training.") and module.split(".")[1:2] != ["runtime"]
+    }
+    assert not wrong
+
+
 def test_the_product_imports_no_test_no_sandbox_and_no_tool() -> None:
     wrong = {path for path in product_files() if imports(path) & BESIDE_IT}
     assert not wrong
