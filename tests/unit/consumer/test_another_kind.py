@@ -1,0 +1,142 @@
+"""A second kind of job runs from its message to its webhook, and the worker knows it by its
+registry line only."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consumer.life.stop_signal import StopSignal
+from consumer.pipeline import Pipeline
+from consumer.publishing.model_publisher import ModelPublisher
+from consumer.trainer.trainer_process import TrainerProcess
+from jobs import kinds
+from jobs.addresses import AddressRules, S3Location
+from jobs.kinds import Kinds, Run
+from jobs.style import TrainerOptions
+from services.broker.settlement import Settlement
+from services.records.style_turn import StyleTurns
+from tests.unit.consumer.job_world import STATE, World, delivery
+from tests.unit.jobs.message_samples import BUCKET
+from utils.events import Event, Finished
+
+TOY = "tests.toy.kind:ToyKind"
+OPTIONS = TrainerOptions("none", allow_cpu=True, runner="tests.toy.work:ToyWork")
+
+
+class ToyTrainer:
+    """A trainer process of the toy kind, without the process."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+
+    def run(
+        self, run: Run, on_event: Callable[[Event], None], stop: StopSignal, **_: Any
+    ) -> Finished:
+        self.runs.append(run)
+        runner = kinds.load(run.runner)(OPTIONS)
+        finished: Finished = runner.run(runner.run_type(**run.order), on_event, lambda: stop.reason)
+        return finished
+
+
+@pytest.fixture(name="world")
+def _world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setitem(kinds.REGISTRY, "toy", TOY)
+    world = World(tmp_path / "one")
+    world.s3.write(S3Location(BUCKET, "word.txt"), b"seven letters")
+    yield world
+
+
+def pipeline_of(world: World, trainer: Any) -> Pipeline:
+    """The world's pipeline, serving both kinds, with this trainer and a real publisher."""
+    desk = world.pipeline._desk  # pylint: disable=protected-access
+    s3 = desk.s3
+    turns = StyleTurns(s3, STATE, owner="one", lease_seconds=60.0)
+    publisher = ModelPublisher(
+        s3, s3, model_bucket="models", state_bucket=STATE, url_scheme="s3", turns=turns
+    )
+    both = Kinds(
+        {},
+        addresses=AddressRules(BUCKET, (BUCKET,)),
+        served=("style", "toy"),
+    )
+    values = {name: getattr(desk, name) for name in desk.__dataclass_fields__}
+    return Pipeline(
+        type(desk)(**values | {"kinds": both, "trainer": trainer, "publisher": publisher})
+    )
+
+
+def toy_order(**values: Any) -> bytes:
+    """A message of the toy kind."""
+    data = {"name": "seven", "text": f"s3://{BUCKET}/word.txt"} | values
+    return json.dumps({"task_id": "toy-1", "type": "toy_training", "data": data}).encode()
+
+
+def test_a_job_of_another_kind_runs_from_its_message_to_its_webhook(world: World) -> None:
+    trainer = ToyTrainer()
+    settled = pipeline_of(world, trainer).handle(delivery(toy_order()))
+    assert settled == Settlement.ack()
+    (ending,) = world.backend.endings
+    assert ending.body["letters"] == 13 and ending.body["of"] == "seven"
+    assert (ending.body["kind"], ending.body["subject"]) == ("toy", "seven")
+    model = "models/toy/seven/toy-1/letters.json"
+    assert ending.body["model_url"] == f"s3://models/{model}"
+    assert json.loads(world.s3.objects["models", model].body) == {"letters": 13}
+    assert trainer.runs[0].log_fields == {"kind": "toy", "subject": "seven"}
+
+
+def test_its_record_names_kind_and_subject_and_comes_back_from_s3(world: World) -> None:
+    pipeline_of(world, ToyTrainer()).handle(delivery(toy_order()))
+    stored = json.loads(world.s3.objects[STATE, "jobs/toy-1.json"].body)
+    assert (stored["kind"], stored["subject"]) == ("toy", "seven")
+    assert "style_id" not in stored
+    record = world.record("toy-1")
+    assert (record.kind, record.subject, record.style_id) == ("toy", "seven", None)
+
+
+def test_an_order_of_another_kind_that_is_wrong_is_told_with_its_subject(world: World) -> None:
+    pipeline_of(world, ToyTrainer()).handle(delivery(toy_order(text="/etc/passwd")))
+    (ending,) = world.backend.endings
+    assert (ending.body["kind"], ending.body["subject"]) == ("toy", "seven")
+    assert ending.body["error_code"] == "INVALID_MESSAGE"
+    assert ending.body["error_message"].startswith("data.text: is an absolute path")
+
+
+def test_a_worker_that_does_not_serve_the_kind_refuses_its_type(world: World) -> None:
+    settled = world.pipeline.handle(delivery(toy_order()))
+    (dead,) = settled.publish
+    assert "type: is not model_training" in str(dead.headers)
+    assert not world.backend.endings
+
+
+def test_the_real_trainer_process_does_a_run_of_another_kind_and_imports_no_torch(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "word.txt").write_text("abc")
+    order = {
+        "task_id": "toy-1",
+        "claim": 1,
+        "path": str(tmp_path / "word.txt"),
+        "folder": str(tmp_path),
+        "resume_from": None,
+    }
+    trainer = TrainerProcess(OPTIONS, {"PATH": "/usr/bin:/bin"}, stall_seconds=60)
+    events: list[Event] = []
+    try:
+        run = Run("toy-1", 1, OPTIONS.runner, {}, order)
+        finished = trainer.run(run, events.append, StopSignal(), max_seconds=60)
+    finally:
+        trainer.close()
+    assert finished.done == 3 and finished.files == ("letters.json",)
+    code = (
+        "import sys, training.runtime.child, tests.toy.work\n"
+        "print(sorted({'torch', 'diffusers'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
