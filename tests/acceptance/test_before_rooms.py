@@ -9,33 +9,51 @@ from typing import Any
 import pika
 import pytest
 
+from jobs.hold import decode, encode
 from jobs.record import JobRecord
 from sandbox.worker_process import ROOT
 from tests.acceptance.world import World, log_lines, until
-from tests.fixtures.before_rooms.write import FOLDER, INVALID, LIVE, PENDING, SETTLED, STYLES
+from tests.fixtures.before_rooms.write import (
+    EPOCHS,
+    FOLDER,
+    LIVE,
+    PENDING,
+    SETTLED,
+    STYLES,
+    world_of,
+)
 
 OBJECTS = FOLDER / "objects"
-RECORDS = sorted((OBJECTS / "state").rglob("*.json"))
+RECORDS = sorted((OBJECTS / "state" / "jobs").rglob("*.json"))
 
 
-@pytest.mark.parametrize("path", [each for each in RECORDS if "/jobs/" in str(each)], ids=str)
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem[:8])
 def test_a_record_is_read_and_written_back_without_a_change(path: Path) -> None:
     content = path.read_bytes()
-    assert JobRecord.from_json(content).to_json() == content
+    assert encode(decode(JobRecord, content, path.name)) == content
 
 
 @pytest.fixture(name="old")
-def _old(apart: World) -> World:
+def _old(world: World) -> World:
     """A world with the objects and messages of the fixtures."""
-    for name, bucket in (("state", apart.state), ("media", apart.media)):
+    old = world_of(world.broker, world.s3_server, world.backend, world.base_model, world.folder)
+    metadata = _kept("metadata.json")
+    for name, bucket in (("state", old.state), ("media", old.media)):
         for path in (OBJECTS / name).rglob("*"):
             if path.is_file():
-                key = str(path.relative_to(OBJECTS / name))
-                apart.s3.put_object(Bucket=bucket, Key=key, Body=_here(path.read_bytes(), apart))
-    messages: list[dict[str, Any]] = json.loads((FOLDER / "messages.json").read_text("utf-8"))
-    with apart.channel() as channel:
-        for message in messages:
-            queue = apart.queue + message["queue"]
+                old.s3.put_object(
+                    Bucket=bucket,
+                    Key=str(path.relative_to(OBJECTS / name)),
+                    Body=_here(path.read_bytes(), old),
+                    Metadata=metadata.get(str(path.relative_to(OBJECTS)), {}),
+                )
+    old.photographs = tuple(
+        f"s3://{old.media}/training/{path.name}"
+        for path in sorted((OBJECTS / "media" / "training").iterdir())
+    )
+    with old.channel() as channel:
+        for message in _kept("messages.json"):
+            queue = old.queue + message["queue"]
             channel.queue_declare(queue, durable=True)
             properties = pika.BasicProperties(
                 content_type=message["content_type"],
@@ -43,18 +61,19 @@ def _old(apart: World) -> World:
                 headers=message["headers"],
                 delivery_mode=2,
             )
-            body = _here(json.dumps(message["body"]).encode(), apart)
+            body = _here(json.dumps(message["body"]).encode(), old)
             channel.basic_publish("", queue, body, properties, mandatory=True)
-    return apart
+    return old
 
 
 def _here(content: bytes, world: World) -> bytes:
-    """The content with the names of this world's buckets and the address of its backend."""
-    names: dict[str, str] = json.loads((FOLDER / "world.json").read_text("utf-8"))
-    here = {"media": world.media, "state": world.state, "backend": world.backend.url}
-    for name, value in here.items():
-        content = content.replace(names[name].encode(), value.encode())
-    return content
+    """The content with the address of this world's backend."""
+    backend: str = _kept("world.json")["backend"]
+    return content.replace(backend.encode(), world.backend.url.encode())
+
+
+def _kept(name: str) -> Any:
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
 
 
 def test_jobs_of_the_commit_before_the_rooms_are_finished(old: World) -> None:
@@ -63,14 +82,14 @@ def test_jobs_of_the_commit_before_the_rooms_are_finished(old: World) -> None:
     pending = old.record(PENDING)["ending"]
     (checkpoint,) = old.record(LIVE)["checkpoints"]
     duplicate = old.envelope(style_id=STYLES[SETTLED]) | {"task_id": SETTLED}
-    with old.worker_of(ROOT, CHECKPOINT_INTERVAL="30") as worker:
+    with old.worker_of(ROOT, CHECKPOINT_INTERVAL=str(EPOCHS)) as worker:
         old.publish(duplicate)
         kind, ending = old.ending(PENDING)
         assert (kind, ending) == (pending["kind"], pending["body"])
         (delivered,) = old.backend.endings(PENDING)
         assert delivered.webhook_id == pending["webhook_id"]
         kind, ending = old.ending(LIVE)
-        assert (kind, ending["training_metric"]["epochs"]) == ("complete", 400)
+        assert (kind, ending["training_metric"]["epochs"]) == ("complete", EPOCHS)
         (started,) = log_lines(worker, "training_started")
         assert (started["task_id"], started["epoch"]) == (LIVE, checkpoint["epoch"])
         until(lambda: old.record(LIVE)["delivery"] == "delivered")
@@ -89,19 +108,3 @@ def _assert_reports_agree(world: World) -> None:
         for task in (SETTLED, LIVE)
     )
     assert set(old) <= set(new)
-
-
-def test_a_dead_letter_of_the_commit_before_the_rooms_is_refused_again_once(old: World) -> None:
-    _, body = until(lambda: old.take(f"{old.queue}.dead"))
-    record = JobRecord.from_json(next(_invalid_records(old)))
-    with old.worker_of(ROOT) as worker:
-        old.publish(body)
-        until(lambda: log_lines(worker, "job_ended_before"))
-        assert worker.stop() == 0
-    assert record.ending and record.ending.body["task_id"] == INVALID
-    assert not old.backend.endings(INVALID)
-
-
-def _invalid_records(world: World) -> Any:
-    keys = world.keys(world.state, "jobs/invalid/")
-    return (world.read(world.state, key) for key in keys if key.endswith(".json"))
