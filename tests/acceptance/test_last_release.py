@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import subprocess
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,23 +9,13 @@ import pytest
 from sandbox.backend import COMPLETE, Answer
 from sandbox.worker_process import ROOT
 from tests.acceptance.world import World, log_lines, until
-
-LAST_RELEASE = "1b8d803"
+from tests.releases import LAST_RELEASE, extract
 
 
 @pytest.fixture(name="releases", scope="module")
 def _releases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder of each release's program."""
-    made = subprocess.run(
-        ["git", "archive", "--format=tar", LAST_RELEASE], cwd=ROOT, capture_output=True, check=False
-    )
-    assert made.returncode == 0, (
-        f"the last release is read from git's history, which must reach {LAST_RELEASE}: "
-        f"{made.stderr.decode()}"
-    )
-    folder = tmp_path_factory.mktemp("last-release")
-    with tarfile.open(fileobj=io.BytesIO(made.stdout)) as archive:
-        archive.extractall(folder, filter="data")
+    folder = extract(LAST_RELEASE, tmp_path_factory.mktemp("last-release"))
     return {"last": folder, "this": ROOT}
 
 
