@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 from config import Settings
-from consumer.training_consumer import connect, properties_of, refusal_of, translated
+from services.broker.client import connect, properties_of, refusal_of, translated
 from services.broker.settlement import Publication, Queue
 from services.broker.topology import declaration
 from utils.errors import BrokerError, BrokerRefused

@@ -162,7 +162,7 @@ class Pipeline:
                     headers=job.headers,
                 )
                 if not may_be_claimed:
-                    self._desk.observer.queues.took(job.created_at)
+                    self._desk.observer.queues.took(job.created_at, delivery.queue)
                 with logger.bound(task_id=job.task_id):
                     return self._hold(job, lease)
             case HeldElsewhere(record=record):

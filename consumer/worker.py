@@ -26,7 +26,7 @@ from consumer.pipeline import Desk, Pipeline
 from consumer.publishing.model_publisher import ModelPublisher
 from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
-from consumer.training_consumer import TrainingConsumer
+from consumer.training_consumer import training_consumer
 from services.broker.outbox import Outbox
 from services.records.job_records import JobRecords
 from services.records.style_turn import StyleTurns
@@ -157,7 +157,7 @@ def _take_jobs(
 ) -> None:
     """Consume until the shutdown."""
     s3, observer = desk.state_s3, desk.observer
-    consumer = TrainingConsumer(
+    consumer = training_consumer(
         settings,
         handle=Pipeline(desk).handle,
         handle_ending=desk.endings.handle,

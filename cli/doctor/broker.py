@@ -18,7 +18,7 @@ from cli.broker import NOT_FOUND, BrokerVisit, Refusal
 from cli.doctor.broker_limits import advice
 from cli.doctor.findings import Finding, Verdict, fail, ok, warn
 from config import LOCAL_HOSTS, Settings
-from consumer.training_consumer import NO_ROUTE
+from services.broker.client import NO_ROUTE
 from services.broker.settlement import Queue
 from services.broker.topology import (
     IMPOSSIBLE,
@@ -166,7 +166,10 @@ def _difference(trial: Any) -> str | None:
 
 def _own_queues(settings: Settings, visit: BrokerVisit, queue_type: str | None) -> Finding:
     check = "own queues"
-    wanted = [declaration(settings.training_queue, queue) for queue in Queue]
+    wanted = [
+        declaration(settings.training_queue, queue)
+        for queue in (Queue.TRAINING, Queue.ENDINGS, Queue.DEAD)
+    ]
     wanted += [
         declaration(settings.training_queue, Queue.TRAINING, delay)
         for delay in settings.retry_delays_seconds

@@ -16,7 +16,7 @@ from jobs.record import Ending, EndingKind
 from services.broker.settlement import Delivery, Queue
 from services.records.job_lease import JobLease
 from services.telemetry.tracing import Tracing
-from utils.errors import ErrorCode, StopReason
+from utils.errors import ErrorCode, Refusal, StopReason
 from utils.events import Event, Progress, Stage
 from utils.gpu_monitor import THROTTLE_REASONS, GpuReading
 from utils.metrics import NO_CODE, Metrics
@@ -24,8 +24,8 @@ from utils.metrics import NO_CODE, Metrics
 _SPANS = {Stage.PREPARING: "vet", Stage.TRAINING: "train", Stage.EXPORTING: "export"}
 
 
-class Observer:
-    """The current job, the queues, and the counts since the start.
+class Observer:  # pylint: disable=too-many-public-methods  # one per event
+    """The one job in hand, the queues, and what has been counted since the start.
 
     Args:
         metrics: Receive the counts.
@@ -101,10 +101,10 @@ class Observer:
             self._job.uploaded(name, seconds)
 
     def took(self, delivery: Delivery) -> None:
-        """A message was delivered."""
-        self.metrics.messages.labels(delivery.queue).inc()
+        """A message was handed over."""
+        self.metrics.messages.labels(str(delivery.queue)).inc()
         if delivery.redelivered:
-            self.metrics.redeliveries.labels(delivery.queue).inc()
+            self.metrics.redeliveries.labels(str(delivery.queue)).inc()
 
     def looked(self, queue: Queue, messages: int, consumers: int) -> None:
         """The broker reported a queue's length."""
@@ -121,6 +121,14 @@ class Observer:
         self.metrics.broker_connected.set(0)
         self.metrics.consuming.set(0)
         self.queues.lost_sight()
+
+    def publication_refused(self, refusal: Refusal) -> None:
+        """The broker did not take a publication. It is tried again."""
+        self.metrics.publications_refused.labels(refusal).inc()
+
+    def publication_stuck(self) -> None:
+        """The broker does not take a publication even in its shortest form."""
+        self.metrics.publications_stuck.inc()
 
     def refused(self, code: ErrorCode) -> None:
         """A message can never become a job."""

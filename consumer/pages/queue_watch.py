@@ -1,119 +1,140 @@
-"""The lengths and waiting times of the queues, as far as a worker can know them.
+"""The lengths of the queues, and how long messages wait in them, as far as a worker can know.
 
-A worker can ask for a queue's length, and it sees a message only on delivery. Two bounds follow.
-A message that waits now came after the queue was last seen empty. Since a queue is first in, first
-out, the message was also made after the one that was delivered last. So the oldest message has
-waited no longer than the smaller of the two times.
+AMQP shows a queue's length, and a message only when it is delivered. Two bounds follow. A message
+that waits now came after its queue was last seen empty. And since a queue is first in, first out,
+it was made after the last one that was delivered. So the oldest has waited no longer than the
+smaller of the two.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import statistics
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 
 from services.broker.settlement import Queue
 from utils.metrics import Metrics
 
 _KNOWN_JOBS = 20
-_LONGEST_BELIEVED = 30 * 86400.0  # the time comes from the message
+_LONGEST_BELIEVED = 30 * 86400.0  # seconds; the message itself says when it was made
+
+
+@dataclasses.dataclass
+class _Seen:
+    """What is known of a training queue; each fact None until it is known."""
+
+    length: int | None = None
+    consumers: int = 0
+    empty_at: float | None = None
+    newest_made_at: float | None = None
+
+    def oldest_seconds(self, now: float) -> float | None:
+        """The oldest message has waited at most this long."""
+        since = [at for at in (self.empty_at, self.newest_made_at) if at is not None]
+        if self.length == 0:
+            return 0.0
+        return None if self.length is None or not since else now - max(since)
 
 
 class QueueWatch:
     """The state of the queues. Safe to share between threads.
 
     Args:
-        metrics: Show the state.
-        clock: A monotonic clock in seconds.
+        metrics: Shows it.
+        clock: Seconds that only rise.
     """
 
     def __init__(self, metrics: Metrics, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
         self._clock = clock
         self._lock = threading.Lock()
-        self._lengths: dict[Queue, int] = {}
-        self._consumers = 0
-        self._empty_at: float | None = None
-        self._newest_made_at: float | None = None
+        self._seen: defaultdict[Queue, _Seen] = defaultdict(_Seen)
         self._durations: deque[float] = deque(maxlen=_KNOWN_JOBS)
 
     def looked(self, queue: Queue, messages: int, consumers: int) -> None:
-        """The broker reported the ready messages and the consumers of a queue."""
-        self._metrics.queue_messages.labels(queue).set(messages)
-        self._metrics.queue_consumers.labels(queue).set(consumers)
-        with self._lock:
-            self._lengths[queue] = messages
-            if queue is Queue.TRAINING:
-                self._consumers = consumers
+        """The broker has reported a queue's waiting messages and its consumers."""
+        self._metrics.queue_messages.labels(str(queue)).set(messages)
+        self._metrics.queue_consumers.labels(str(queue)).set(consumers)
+        if queue.is_training:
+            with self._lock:
+                seen = self._seen[queue]
+                seen.length, seen.consumers = messages, consumers
                 if not messages:
-                    self._empty_at = self._clock()
+                    seen.empty_at = self._clock()
         self._show_age()
 
     def lost_sight(self) -> None:
-        """The connection is closed, so the known lengths are out of date."""
+        """The connection is gone: the known lengths hold no longer."""
         with self._lock:
-            self._lengths.clear()
-            self._consumers = 0
-            self._empty_at = None
+            for seen in self._seen.values():
+                seen.length, seen.consumers, seen.empty_at = None, 0, None
         self._metrics.queue_messages.clear()
         self._metrics.queue_consumers.clear()
         self._show_age()
 
-    def took(self, created_at: str | None) -> None:
+    def took(self, created_at: str | None, queue: Queue = Queue.TRAINING) -> None:
         """A training message was delivered for the first time.
 
         Args:
-            created_at: The creation time in the message.
+            created_at: When it was made, as it says itself.
+            queue: The queue that it came from.
         """
         age = age_of(created_at)
         if age is None:
             return
         self._metrics.job_wait_seconds.observe(age)
         with self._lock:
-            self._newest_made_at = self._clock() - age
+            self._seen[queue].newest_made_at = self._clock() - age
         self._show_age()
 
     def finished(self, seconds: float) -> None:
-        """A job took this many seconds from the claim to the model."""
+        """A job was done from claim to model in this time."""
         with self._lock:
             self._durations.append(seconds)
 
     @property
     def length(self) -> int | None:
-        """Training messages that wait; None while the number is unknown."""
-        return self._lengths.get(Queue.TRAINING)
+        """Training messages that wait, over all queues; None while that is not known."""
+        with self._lock:
+            lengths = [seen.length for seen in self._seen.values() if seen.length is not None]
+        return sum(lengths) if lengths else None
 
-    def may_hold_messages(self) -> bool:
-        """Whether training messages may wait; true while their number is unknown."""
-        return self.length != 0
+    def may_hold_messages(self, queue: Queue = Queue.TRAINING) -> bool:
+        """Whether training messages may wait in a queue; also while its length is not known."""
+        with self._lock:
+            return queue not in self._seen or self._seen[queue].length != 0
 
     @property
     def oldest_seconds(self) -> float | None:
-        """The longest possible wait of the oldest training message; None while it is unknown."""
+        """The oldest training message has waited at most this long; None while nothing is known."""
         with self._lock:
-            length = self._lengths.get(Queue.TRAINING)
-            since = [at for at in (self._empty_at, self._newest_made_at) if at is not None]
-            if length == 0:
-                return 0.0
-            if length is None or not since:
-                return None
-            return self._clock() - max(since)
+            now = self._clock()
+            ages = [seen.oldest_seconds(now) for seen in self._seen.values()]
+        return max((age for age in ages if age is not None), default=None)
 
-    def place_at_the_end(self, delay_seconds: float) -> tuple[int, float] | None:
-        """The place of a message that joins the queue after a delay, and when its turn comes.
+    def place_at_the_end(
+        self, delay_seconds: float, queue: Queue = Queue.TRAINING
+    ) -> tuple[int, float] | None:
+        """The place of a message that joins a queue after a delay, and when its turn comes.
+
+        Workers take turns between their queues, so the messages before it are those of its own
+        queue and at most as many of each other one.
 
         Returns:
-            Its place, counted from 1, and the seconds until a worker takes it, by the mean of the
-            jobs that this worker has finished; None while either is unknown.
+            Its place in its queue, counted from 1, and the seconds until a worker takes it, by the
+            mean of the jobs that this worker has finished; None while either is unknown.
         """
         with self._lock:
-            length = self._lengths.get(Queue.TRAINING)
+            length = self._seen[queue].length if queue in self._seen else None
             if length is None or not self._durations:
                 return None
-            rounds = length / max(1, self._consumers)
+            before = sum(min(seen.length or 0, length) for seen in self._seen.values())
+            consumers = sum(seen.consumers for seen in self._seen.values())
+            rounds = before / max(1, consumers)
             return length + 1, delay_seconds + rounds * statistics.fmean(self._durations)
 
     def _show_age(self) -> None:

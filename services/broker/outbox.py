@@ -1,8 +1,8 @@
 """Publications that the broker has not confirmed yet. They outlive every connection.
 
-A publication that the broker refuses lets all others pass, and takes a shorter form after a few
-refusals: first a dead letter with the whole body and no headers but the reasons, then one with the
-first bytes of the body.
+A publication that the broker refuses blocks no other. After a few refusals it takes a shorter form:
+first a dead letter with the whole body and no headers but the reasons, then one with the first
+bytes of the body.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Parcel:
     """One publication on its way.
 
     Attributes:
-        form: The publication as it is to be tried now.
-        confirmed: Done once the broker has taken the message over; cancelled if it never will.
-        due: Not to be tried before this (`time.monotonic`).
-        tries: Refusals so far, whatever their cause.
+        form: The form in which the publication is tried now.
+        confirmed: Done when the broker has confirmed the message; cancelled if it never will.
+        due: It is not tried before this time (`time.monotonic`).
+        tries: Refusals so far, for any cause.
         strikes: Refusals of the present form that are the publication's own fault.
-        is_suspect: The connection was lost while it was published. The fault may be the broker's.
+        is_suspect: The connection was lost during its publication, perhaps by the broker's fault.
         is_cut: The present form is the shortest.
     """
 
@@ -65,7 +65,7 @@ class Parcel:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether no form is left that the broker may take. It is tried on."""
+        """Whether no shorter form is left. It is tried all the same."""
         return self.strikes >= MAX_STRIKES
 
     def strike(self, refusal: Refusal, why: str) -> bool:
@@ -113,7 +113,7 @@ class Outbox:
         self._abandoned = False
 
     def put(self, publication: Publication) -> Future[None]:
-        """Have it published. The future is done when the broker has confirmed it."""
+        """Publish it. The future is done when the broker has confirmed it."""
         parcel = Parcel(publication)
         if self._abandoned:
             parcel.confirmed.cancel()
@@ -122,7 +122,7 @@ class Outbox:
         return parcel.confirmed
 
     def due(self) -> list[Parcel]:
-        """The parcels to be tried now: those that were refused least first, then the oldest."""
+        """The parcels to try now: the least refused first, then the oldest."""
         while not self._arrived.empty():
             self._waiting.append(self._arrived.get())
         now = time.monotonic()
@@ -130,12 +130,12 @@ class Outbox:
         return sorted(found, key=lambda parcel: parcel.tries)
 
     def confirm(self, parcel: Parcel) -> None:
-        """The broker has it."""
+        """The broker has confirmed the parcel."""
         self._waiting.remove(parcel)
         parcel.confirmed.set_result(None)
 
     def put_off(self, parcel: Parcel) -> float:
-        """Try the parcel again later, and let the others pass.
+        """Try the parcel again later, after the others.
 
         Returns:
             The delay in seconds.
@@ -145,7 +145,7 @@ class Outbox:
         return delay
 
     def acquit(self) -> None:
-        """The connection failed by itself: earlier losses say nothing about a publication."""
+        """The connection failed without a publication, so earlier losses were not their fault."""
         for parcel in self._waiting:
             if parcel.is_suspect:
                 parcel.strikes = 0
@@ -155,7 +155,7 @@ class Outbox:
         return not self._waiting and self._arrived.empty()
 
     def abandon(self) -> None:
-        """Publish nothing more: whoever waits for a confirmation learns it."""
+        """Publish nothing more, and cancel what waits for a confirmation."""
         self._abandoned = True
         self.due()
         for parcel in self._waiting:

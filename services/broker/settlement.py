@@ -1,7 +1,7 @@
-"""What a handler is given, and what it answers: facts that say what becomes of a delivery.
+"""Queues, deliveries, publications, and the settlement of a delivery. Plain facts, no connection.
 
-A handler never touches the connection. It returns a `Settlement`; the connection's owner makes its
-publications first (persistent, mandatory, confirmed) and acknowledges the delivery only then.
+A handler gets a `Delivery` and returns a `Settlement`. The connection's owner first makes the
+settlement's publications (persistent, mandatory, confirmed), then acknowledges the delivery.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from utils.errors import ErrorCode
 
@@ -31,9 +32,9 @@ MIN_LEVEL = "x-min-level"
 CARRIED_HEADERS = frozenset(
     {OWN_COPY, PUT_OFFS, PUT_OFF_REASON, CRASHES, MIN_LEVEL, "traceparent", "tracestate"}
 )
-"""The headers that a copy takes along. All others stay behind: a publisher's headers may fill a
-frame, and the broker's own history would make it drop the copy as one that goes in circles."""
-MAX_HEADER = 1024  # characters of a header's text; a longer one stays behind
+"""The headers that a copy keeps. No others: a publisher's headers may fill a frame, and with the
+broker's own history the broker would drop the copy as one that goes in circles."""
+MAX_HEADER = 1024  # characters of a header's text; copies do not keep a longer one
 
 BODY_BYTES = "x-body-bytes"
 """Header of a dead letter whose body was cut: the size of the whole body."""
@@ -44,18 +45,59 @@ CUT_BODY_BYTES = 4096
 _REASONS = frozenset({"x-error-code", "x-error-message", "x-task-id", "x-attempts"})
 
 
-class Queue(enum.StrEnum):
-    """The queues that the worker knows, whatever their names on the broker (see
-    `services.broker.topology`).
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_RESERVED = frozenset({"training", "endings", "dead", "delay", "base", "nowhere"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Queue:
+    """One queue. Its name on the broker is the setting `TRAINING_QUEUE` followed by the suffix.
+
+    `str` gives the name for logs and metrics: `training`, `endings`, `dead`, `llm`, `base.sdxl`.
     """
 
-    TRAINING = "training"
-    ENDINGS = "endings"
-    DEAD = "dead"
+    suffix: str
+
+    TRAINING: ClassVar[Queue]
+    ENDINGS: ClassVar[Queue]
+    DEAD: ClassVar[Queue]
+
+    def __str__(self) -> str:
+        return self.suffix[1:] or "training"
+
+    @classmethod
+    def of_kind(cls, kind: str) -> Queue:
+        """The training queue of a kind of job, for every kind but the first, which has `TRAINING`.
+
+        Raises:
+            ValueError: The kind cannot name a queue, or another queue has this name.
+        """
+        if kind in _RESERVED or not _NAME.fullmatch(kind):
+            raise ValueError(f"a kind named {kind!r} cannot have a queue")
+        return cls(f".{kind}")
+
+    @classmethod
+    def of_base(cls, family: str) -> Queue:
+        """The training queue of jobs that need a base model of this family.
+
+        Raises:
+            ValueError: The family cannot name a queue.
+        """
+        if not _NAME.fullmatch(family):
+            raise ValueError(f"a base family named {family!r} cannot have a queue")
+        return cls(f".base.{family}")
+
+    @property
+    def is_training(self) -> bool:
+        """Whether its messages are jobs to be trained."""
+        return self not in (Queue.ENDINGS, Queue.DEAD)
+
+
+Queue.TRAINING, Queue.ENDINGS, Queue.DEAD = Queue(""), Queue(".endings"), Queue(".dead")
 
 
 class Action(enum.StrEnum):
-    """What is told to the broker about the delivery itself."""
+    """The answer to the broker about the delivery itself."""
 
     ACK = "ack"
     REQUEUE = "requeue"
@@ -70,7 +112,7 @@ class Delivery:
         message_id: AMQP's `message_id` property, if the publisher set one.
         redelivered: The broker has handed this message over before, to this worker or another.
         headers: AMQP headers.
-        queue: Where it came from.
+        queue: The queue that it came from.
     """
 
     body: bytes
@@ -81,7 +123,7 @@ class Delivery:
 
     @property
     def carried_headers(self) -> dict[str, str | int | bool]:
-        """The headers that a copy of the message takes along, those of `CARRIED_HEADERS`."""
+        """The headers of `CARRIED_HEADERS` that the message has. A copy keeps them."""
         return {
             name: value
             for name, value in self.headers.items()
@@ -121,10 +163,10 @@ class Publication:
     Attributes:
         queue: Where it goes.
         body: The message.
-        message_id: The task's id; None only where nobody knows it.
+        message_id: The task's id; None if it is not known.
         headers: Texts, whole numbers and booleans.
-        delay_seconds: It reaches `queue` after so long, by way of a delay queue. Each distinct
-            delay makes a queue that stays, so use few: those of the settings.
+        delay_seconds: The message reaches `queue` after this time, through a delay queue. Each
+            distinct delay makes a queue that stays, so only the delays of the settings are used.
 
     Raises:
         ValueError: AMQP cannot carry the message id or a header.
@@ -154,15 +196,15 @@ class Publication:
         attempts: int = 0,
         min_level: int = 0,
     ) -> Publication:
-        """A message that can go no further, with the reason (docs/protocol.md, section 1).
+        """A dead letter: the message and the reason (docs/protocol.md, section 1).
 
         Args:
             body: The original body.
-            code: One of `utils.errors.ErrorCode`.
+            code: A code of `utils.errors.ErrorCode`.
             message: A sentence for a person; cut to `MAX_ERROR_MESSAGE`.
-            task_id: The task's id, where one could be read.
+            task_id: The task's id, if one could be read.
             attempts: Attempts made.
-            min_level: The protocol level that the message needs, kept for whoever sends it back.
+            min_level: The protocol level that the message needs; kept for `redrive`.
         """
         headers: dict[str, str | int | bool] = {
             "x-error-code": str(code),
@@ -175,18 +217,18 @@ class Publication:
         return cls(Queue.DEAD, body, task_id, headers)
 
     def given_up(self, why: str) -> Publication:
-        """The same body as a dead letter with no other headers than the reasons.
+        """The same body as a dead letter, with no headers but the reasons.
 
         A publication that is a dead letter already keeps its own reasons.
 
         Args:
             why: Why it could not be published as it is; a sentence for a person.
         """
-        if self.queue is not Queue.DEAD:
+        if self.queue != Queue.DEAD:
             return Publication.to_dead(
                 self.body,
                 code=ErrorCode.PUBLICATION_REFUSED,
-                message=f"a message for the queue {self.queue.value} was refused: {why}",
+                message=f"a message for the queue {self.queue} was refused: {why}",
                 task_id=self.message_id,
                 min_level=level_of(self.headers),
             )
@@ -208,16 +250,14 @@ class Publication:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settlement:
-    """What becomes of a delivery: first every publication, in order, each confirmed; then the
-    action.
+    """What happens to a delivery: first each publication, in order and confirmed, then the action.
 
-    Where the delivery's channel is gone meanwhile, the publications are made all the same and the
-    action is dropped: the broker hands the message out again, and the job record makes that
-    harmless.
+    If the delivery's channel is gone by then, the publications are made all the same and the action
+    is dropped: the broker delivers the message again, and the job record makes that harmless.
 
     Attributes:
-        action: `ACK`: done with. `REQUEUE`: back to the queue, for any worker.
-        publish: What to publish before.
+        action: `ACK`: the message is done with. `REQUEUE`: back to its queue, for any worker.
+        publish: The publications that come first.
     """
 
     action: Action
@@ -225,7 +265,7 @@ class Settlement:
 
     @classmethod
     def ack(cls, *publish: Publication) -> Settlement:
-        """The message is done with, once these publications are confirmed."""
+        """The message is done with as soon as these publications are confirmed."""
         return cls(Action.ACK, publish)
 
     @classmethod
@@ -261,8 +301,15 @@ class Settlement:
         headers: Mapping[str, str | int | bool] | None = None,
         queue: Queue = Queue.TRAINING,
     ) -> Settlement:
-        """The message, or another in its place, comes to `queue` after so many seconds."""
+        """The message, or another in its place, reaches `queue` after this many seconds."""
         return cls.ack(Publication(queue, body, message_id, headers or {}, seconds))
+
+    @classmethod
+    def moved(cls, delivery: Delivery, queue: Queue) -> Settlement:
+        """The same message goes to another queue at once. This does not count as putting it off."""
+        own = {OWN_COPY: True} if delivery.redelivered else {}
+        headers = delivery.carried_headers | own
+        return cls.ack(Publication(queue, delivery.body, delivery.message_id, headers))
 
     @classmethod
     def requeue(cls) -> Settlement:
@@ -281,5 +328,5 @@ def _whole(value: Any) -> int:
 
 
 def _encodable(text: str) -> str:
-    """Half a surrogate pair cannot be sent as UTF-8."""
+    """The text without half surrogate pairs, which UTF-8 cannot hold."""
     return text.encode("utf-8", "replace").decode("utf-8")

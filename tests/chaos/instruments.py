@@ -26,9 +26,9 @@ from consumer.life.work_folder import WorkFolder
 from consumer.pipeline import Pipeline
 from consumer.trainer.machine import Machine
 from consumer.trainer.trainer_process import TrainerProcess
-from consumer.training_consumer import TrainingConsumer
 from jobs import hold
-from services.broker import lane, outbox
+from services.broker import outbox
+from services.broker.client import Link, Subscription
 from services.broker.settlement import Action
 from services.records import sweep as record_sweep
 from services.records.job_lease import JobLease
@@ -39,7 +39,6 @@ from services.s3.s3_service import S3Service
 from services.webhooks.webhook_service import RetrySchedule, WebhookService
 from tests.chaos.crash_points import CrashPoints
 from tests.chaos.journal import Journal
-from tests.chaos.timing import CRASH_DELAY
 from utils.events import CheckpointSaved, Progress, Stage, Started
 
 _OVERRATED_SECONDS = 0.1
@@ -73,15 +72,12 @@ def shorten_waits() -> None:
     if importlib.util.find_spec("consumer.trainer.run_watch"):
         stops = importlib.import_module("consumer.trainer.run_watch")
     _shorten(17.0, (stops, "STOP_PATIENCE_SECONDS"), (stops, "_STOP_PATIENCE_SECONDS"))
-    if hasattr(lane, "CRASH_DELAY_SECONDS"):  # the last release's
-        _shorten(CRASH_DELAY, (lane, "CRASH_DELAY_SECONDS"))
-    else:
-        _shorten(5.0, (endings, "_CONFIRM_SECONDS"))
-        _wrap(
-            TrainingConsumer,
-            "__init__",
-            lambda init: lambda *given, **how: init(*given, **how | {"answer_seconds": 3.0}),
-        )
+    _shorten(5.0, (endings, "_CONFIRM_SECONDS"))
+    _wrap(
+        Link,
+        "__init__",
+        lambda init: lambda *given, **how: init(*given, **how | {"answer_seconds": 3.0}),
+    )
     _wrap(outbox.Backoff, "__init__", lambda init: lambda self: init(self, 0.3, 3.0))
 
     def with_short_waits(init: Any) -> Any:
@@ -134,8 +130,8 @@ def add_crash_points(points: CrashPoints) -> None:
     _wrap(S3Service, "delete", _delete_by_folder(points))
     _wrap(S3Service, "list_objects", _list_by_folder(points))
     _wrap(WebhookService, "_exchange", around(lambda _m, _o, kind, *_, **__: f"webhook {kind}"))
-    _wrap(TrainingConsumer, "_publish", around(lambda *_, **__: "publish"))
-    _wrap(TrainingConsumer, "_answer", around(lambda _hand, action: str(action)))
+    _wrap(Link, "publish", around(lambda *_, **__: "publish"))
+    _wrap(Subscription, "answer", around(lambda _tag, action: str(action)))
     assert {str(action) for action in Action} >= {"ack", "requeue"}
 
     def start(original: Any) -> Any:

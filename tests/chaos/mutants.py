@@ -102,7 +102,7 @@ def find(symbol: str) -> tuple[Any, str, Any]:
         raise SymbolGone(f"{symbol} is not there: {error!r}") from error
 
 
-_PUBLISH = "consumer.training_consumer:TrainingConsumer._publish"
+_PUBLISH = "services.broker.client:Link.publish"
 
 MUTANTS = (
     Mutant(
@@ -278,7 +278,7 @@ MUTANTS = (
         "a confirm that never comes stops no worker",
         (
             (
-                "services.broker.answer_limit:AnswerLimit.__call__",
+                "services.broker.client:AnswerLimit.__call__",
                 change.instead(change.without_limit),
             ),
         ),

@@ -7,7 +7,6 @@ RETRY_DELAYS = (0.5, 1.0, 2.0)
 ENDING_DELAYS = (1.0, 2.0, 4.0)
 RETRY_AFTER = 4
 """Seconds that a backend asks for: longer than an ending is tried at once."""
-CRASH_DELAY = 2.0
 WINDOW_SECONDS = 15.0
 """`DEDUPLICATION_WINDOW_SECONDS`: longer than any outage of the suite, so that a message that comes
 back late is never an order of its own."""

@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
 
 # What reaches outside -> the one file that may import it, and that wraps its errors.
 ONE_IMPORTER = {
-    "pika": "consumer/training_consumer.py",
+    "pika": "services/broker/client.py",
     "boto3": "services/s3/client.py",
     "botocore": "services/s3/client.py",
     "requests": "services/webhooks/webhook_service.py",

@@ -79,7 +79,7 @@ class Baseline:
 def unit_tests_of(root: Path, module: str, extra: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """The unit tests that belong to a module.
 
-    Those that are named after it (`test_lane.py`, `test_lane_puts_off.py` for `lane.py`), that
+    Those that are named after it (`test_outbox.py`, `test_outbox_parcels.py` for `outbox.py`), that
     import it, and that `extra` names.
     """
     dotted = module.removesuffix(".py").replace("/", ".")

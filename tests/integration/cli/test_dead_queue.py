@@ -11,12 +11,12 @@ from cli.jobs.redrive import Redrive, Redriven, Waiting
 from config import Settings
 from consumer.kinds import configured_kinds
 from consumer.life.endings import failed
-from consumer.training_consumer import properties_of
 from jobs import message as messages
 from jobs.layout import record_at
 from jobs.record import JobRequest, State
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
+from services.broker.client import properties_of
 from services.broker.settlement import Publication
 from services.records.job_records import Claimed, JobRecords
 from services.s3.s3_service import S3Service

@@ -12,11 +12,11 @@ from cli.jobs.redrive import Redrive
 from config import Settings
 from consumer.kinds import configured_kinds
 from consumer.life.endings import failed, parked
-from consumer.training_consumer import properties_of
 from jobs import message as messages
 from jobs.record import Delivery, Ending, EndingKind, JobRecord, JobRequest, OwedCopy, State
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
+from services.broker.client import properties_of
 from services.broker.settlement import OWN_COPY, Publication
 from services.records.job_lease import JobLease
 from services.records.job_records import Claimed, JobRecords

@@ -15,8 +15,8 @@ from typing import Any
 import pika
 
 from config import Settings
-from consumer.training_consumer import TrainingConsumer
 from sandbox.rabbitmq_node import RabbitMqNode
+from services.broker.connection import BrokerLoop
 from services.broker.settlement import Delivery, Settlement
 
 SOON = 15.0
@@ -118,7 +118,7 @@ class Handler:
 class Worker:
     """A consumer running in a thread of the test."""
 
-    consumer: TrainingConsumer
+    consumer: BrokerLoop
     stop: threading.Event
     thread: threading.Thread
     errors: list[BaseException]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from consumer.training_consumer import TrainingConsumer
+from consumer.training_consumer import training_consumer
 from sandbox.rabbitmq_node import RabbitMqNode
-from services.broker.settlement import Delivery, Settlement
+from services.broker.settlement import Delivery, Queue, Settlement
 from tests.integration.consumer.broker import Client, Start, Worker, make_settings, until
 
 
@@ -37,13 +37,15 @@ def _start(rabbitmq: RabbitMqNode, queue: str) -> Iterator[Start]:
         stop_seconds: float = 5.0,
         once_idle: float | None = None,
         answer_seconds: float = 30.0,
+        queues: Sequence[Queue] = (Queue.TRAINING,),
         **values: Any,
     ) -> Worker:
         stop, errors = threading.Event(), list[BaseException]()
-        consumer = TrainingConsumer(
+        consumer = training_consumer(
             make_settings(rabbitmq, queue, **values),
             handle=handle,
             handle_ending=handle_ending,
+            queues=queues,
             stop=stop,
             stop_seconds=stop_seconds,
             once_idle=once_idle,

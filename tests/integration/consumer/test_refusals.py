@@ -13,8 +13,9 @@ import pika.exceptions
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.training_consumer import ERRORS, TrainingConsumer
+from consumer.training_consumer import training_consumer
 from sandbox.rabbitmq_node import RabbitMqNode
+from services.broker.client import ERRORS
 from tests.integration.consumer.broker import Client, Handler, Start, make_settings, until
 from utils.errors import BrokerError, BrokerRefused
 
@@ -84,7 +85,7 @@ def test_a_broker_that_is_not_there_yet_is_waited_for(rabbitmq: RabbitMqNode, qu
         probe.bind(("127.0.0.1", 0))
         settings = make_settings(rabbitmq, queue, rabbitmq_port=probe.getsockname()[1])
         stop = threading.Event()
-        consumer = TrainingConsumer(settings, handle=Handler(), stop=stop)
+        consumer = training_consumer(settings, handle=Handler(), stop=stop)
         threading.Timer(2.0, stop.set).start()
         with capture_logs() as lines:
             consumer.run()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
 from sandbox.rabbitmq_node import RabbitMqNode
+from services.broker.client import Link
 from services.broker.settlement import (
     BODY_BYTES,
     BODY_SHA256,
@@ -166,18 +168,17 @@ def test_a_message_without_a_queue_becomes_a_dead_letter(
     start: Start, client: Client, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The queue is deleted each time between its declaration and the publication."""
-    worker = start(Handler())
-    consumer = worker.consumer
-    publish_to = consumer._publish_to  # pylint: disable=protected-access
+    publish_to = Link._publish_to  # pylint: disable=protected-access
 
-    def after_the_queue_has_gone(name: str, *how: object) -> None:
+    def after_the_queue_has_gone(link: Link, name: str, *how: Any) -> None:
         if name == f"{queue}.endings":
             with client.channel() as channel:
                 channel.queue_delete(name)
-        publish_to(name, *how)  # type: ignore[arg-type]
+        publish_to(link, name, *how)
 
-    monkeypatch.setattr(consumer, "_publish_to", after_the_queue_has_gone)
-    consumer.publish(Publication(Queue.ENDINGS, b"ending", "t")).result(LONG)
+    monkeypatch.setattr(Link, "_publish_to", after_the_queue_has_gone)
+    worker = start(Handler())
+    worker.consumer.publish(Publication(Queue.ENDINGS, b"ending", "t")).result(LONG)
     properties, body = until(lambda: client.get(f"{queue}.dead"))
     assert body == b"ending"
     assert properties.headers["x-error-code"] == "PUBLICATION_REFUSED"

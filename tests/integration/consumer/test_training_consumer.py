@@ -1,4 +1,4 @@
-"""`TrainingConsumer` on a real RabbitMQ: deliveries, settlements, stopping."""
+"""The training consumer on a real RabbitMQ: deliveries, settlements, stopping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pika.data
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.training_consumer import TrainingConsumer
+from consumer.training_consumer import training_consumer
 from sandbox.rabbitmq_node import RabbitMqNode
 from services.broker.settlement import Delivery, Publication, Queue, Settlement
 from tests.integration.consumer.broker import SOON, Client, Handler, Start, make_settings, until
@@ -403,7 +403,7 @@ def test_a_stop_is_quick_where_no_broker_answers(rabbitmq: RabbitMqNode, queue: 
         stop = threading.Event()
         threading.Timer(0.5, stop.set).start()
         began = time.monotonic()
-        TrainingConsumer(settings, handle=Handler(), stop=stop, stop_seconds=5).run()
+        training_consumer(settings, handle=Handler(), stop=stop, stop_seconds=5).run()
         assert time.monotonic() - began < 2
 
 

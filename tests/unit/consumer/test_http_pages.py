@@ -23,14 +23,14 @@ from consumer.pages.local import local_pages
 from consumer.pages.observer import Observer
 from consumer.trainer.machine import Machine
 from consumer.trainer.trainer_process import TrainerProcess
-from consumer.training_consumer import TrainingConsumer
+from services.broker.connection import BrokerLoop
 from utils.errors import ConfigurationError
 from utils.events import Progress, Stage
 from utils.gpu_monitor import GpuReading
 from utils.metrics import Metrics
 
 
-class Broker(TrainingConsumer):
+class Broker(BrokerLoop):
     # pylint: disable=super-init-not-called
     """A connection in whatever state a test wants."""
 

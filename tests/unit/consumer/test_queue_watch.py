@@ -180,3 +180,51 @@ def test_the_place_in_line_counts_on_one_worker_if_none_is_seen_and_on_the_newes
     for _ in range(20):
         watch.finished(100)
     assert watch.place_at_the_end(5) == (3, 205.0)
+
+
+# ---- several training queues ---------------------------------------------------------------------
+
+LLM = Queue.of_kind("llm")
+
+
+def test_lengths_are_shown_by_queue_and_summed_over_the_training_queues(
+    watch: QueueWatch, metrics: Metrics
+) -> None:
+    watch.looked(Queue.TRAINING, 2, 1)
+    watch.looked(LLM, 3, 1)
+    watch.looked(Queue.ENDINGS, 7, 1)
+    assert shown(metrics, "queue_messages") == {"training": 2, "llm": 3, "endings": 7}
+    assert watch.length == 5
+
+
+def test_the_oldest_message_of_all_queues_is_shown(
+    watch: QueueWatch, metrics: Metrics, clock: Clock
+) -> None:
+    watch.looked(LLM, 0, 1)
+    clock.now += 100
+    watch.looked(LLM, 1, 1)
+    watch.looked(Queue.TRAINING, 0, 1)
+    assert age_shown(metrics) == 100
+    watch.took(ago(30), LLM)
+    assert age_shown(metrics) == pytest.approx(30, abs=2)
+
+
+def test_a_queue_may_hold_messages_until_it_was_seen_empty(watch: QueueWatch) -> None:
+    watch.looked(Queue.TRAINING, 0, 1)
+    assert not watch.may_hold_messages()
+    assert watch.may_hold_messages(LLM), "nobody has looked at it"
+    watch.looked(LLM, 1, 1)
+    assert watch.may_hold_messages(LLM)
+    watch.looked(LLM, 0, 1)
+    assert not watch.may_hold_messages(LLM)
+
+
+def test_as_many_messages_of_each_other_queue_come_before_one_as_of_its_own(
+    watch: QueueWatch,
+) -> None:
+    watch.looked(Queue.TRAINING, 100, 1)
+    watch.looked(LLM, 2, 1)
+    watch.finished(100)
+    assert watch.place_at_the_end(5, LLM) == (3, 205.0)
+    assert watch.place_at_the_end(5) == (101, 5105.0)
+    assert watch.place_at_the_end(5, Queue.of_base("sdxl")) is None

@@ -43,7 +43,7 @@ LABELS_FROM_OUTSIDE = {"instance", "job", "le"}
 STATUSES = {"2xx", "3xx", "4xx", "5xx", "no_answer"}
 VALUES: dict[str, set[str]] = {
     "job": SCRAPED,
-    "queue": set(Queue),
+    "queue": {str(queue) for queue in (Queue.TRAINING, Queue.ENDINGS, Queue.DEAD)},
     "ending": {"complete", "failed"},
     "code": {*ErrorCode, NO_CODE},
     "outcome": STATUSES,

@@ -1,23 +1,23 @@
-"""A broker's side without a broker: a clock that tests move, and a loop whose broker is a list."""
+"""A broker that is a list, a loop on it that tests turn by hand, and a clock that tests move."""
 
-# Tests drive the loop turn by turn instead of running it.
+# Tests turn the loop themselves and put deliveries into its lanes.
 # pylint: disable=protected-access
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from consumer.pages.observer import Observer
 from services.broker import connection as broker_loop
 from services.broker import outbox
-from services.broker.connection import BrokerLoop
-from services.broker.lane import InHand, Lane
+from services.broker.client import Link, Subscription
+from services.broker.connection import BrokerLoop, InHand, Lane
 from services.broker.settlement import Action, Delivery, Publication, Queue, Settlement
 from utils.errors import BrokerError
 
@@ -57,119 +57,205 @@ def clock_fixture(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@dataclasses.dataclass(eq=False)
-class Channel:
-    """A channel of a lane."""
+class FakeSubscription:
+    """A consumer on a broker that is a list.
 
-    is_open: bool = True
-    consumer_tags: list[str] = dataclasses.field(default_factory=lambda: ["tag"])
+    Attributes:
+        act: Notes an act.
+        on_its_way: A message that arrives while the consumer is cancelled.
+    """
+
+    def __init__(
+        self,
+        queue: Queue = Queue.TRAINING,
+        act: Callable[[str], None] = lambda act: None,
+        arrived: Callable[[Subscription, Delivery, int], None] | None = None,
+    ) -> None:
+        self.queue = queue
+        self.is_open = self.is_consuming = True
+        self.on_its_way: Delivery | None = None
+        self.act = act
+        self._arrived = arrived
+
+    def answer(self, tag: int, action: Action) -> None:
+        """Note the answer."""
+        self.act(f"{action} {tag}")
+
+    def cancel(self) -> None:
+        """Note it, and let a message arrive that is on its way."""
+        self.act(f"unsubscribe {self.queue}")
+        self.is_consuming = False
+        if self.on_its_way and self._arrived:
+            self.deliver(self.on_its_way)
+
+    def deliver(self, delivery: Delivery, tag: int = 7) -> None:
+        """Have a message arrive."""
+        assert self._arrived
+        self._arrived(cast(Subscription, self), delivery, tag)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self.is_open = self.is_consuming = False
 
 
-class FakeLoop(BrokerLoop):
-    """A loop that notes its acts.
+class FakeLink:
+    """A connection to a broker that is a list.
 
     Attributes:
         acts: What was done on the broker, in order.
         published: The publications that were taken.
+        waiting: The number of waiting messages per queue.
+        subscriptions: The consumers that were made, the newest last.
         fails: Raises an error instead of an act; given the act's name.
         refuses: Raises an error for a publication.
         survives: Whether the connection stands after an error.
+        woken: Set when the owner's wait was ended.
     """
 
-    def __init__(self, *lanes: Lane, **how: Any) -> None:
-        self.stop = threading.Event()
-        self.observer = Observer()
-        how.setdefault("stop_seconds", 5.0)
-        how.setdefault("observer", self.observer)
-        super().__init__(lanes, self.stop, **how)
+    def __init__(self) -> None:
         self.acts: list[str] = []
         self.published: list[Publication] = []
+        self.waiting: dict[Queue, int] = {Queue.TRAINING: 0}
+        self.subscriptions: list[FakeSubscription] = []
         self.fails: Callable[[str], BaseException | None] = lambda act: None
         self.refuses: Callable[[Publication], BaseException | None] = lambda publication: None
         self.survives = True
+        self.is_open = True
         self.woken = threading.Event()
-        self.events: Callable[[], None] = lambda: None
+        self._next_turn: list[Callable[[], None]] = []
 
-    def _act(self, act: str) -> None:
+    def on_next_turn(self, act: Callable[[], None]) -> None:
+        """Do something once, in the owner's thread."""
+        self._next_turn.append(act)
+
+    @property
+    def queues(self) -> tuple[Queue, ...]:
+        """The queues that are looked at."""
+        return tuple(self.waiting)
+
+    def act(self, act: str) -> None:
+        """Note an act, or fail at it."""
         self.acts.append(act)
         self._fail(self.fails(act))
 
-    def _fail(self, error: BaseException | None) -> None:
-        if isinstance(error, BaseException):
-            self.connected = self.connected and self.survives
-            raise error
+    def connect(self) -> Link:
+        """Connect, unless the test fails it."""
+        self.act("connect")
+        self.is_open = True
+        return cast(Link, self)
 
-    def _connect(self) -> None:
-        self._act("connect")
-        self.connected = True
+    def declare(self) -> None:
+        """All queues are there."""
 
-    def _disconnect(self) -> None:
-        self._act("disconnect")
-        self.connected = self.consuming = False
-        for lane in self._lanes:
-            lane.channel = None
+    def close(self) -> None:
+        """The loop has disconnected."""
+        self.act("disconnect")
+        self.is_open = False
 
-    def _is_connected(self) -> bool:
-        return self.connected
-
-    def _process_events(self) -> None:
+    def process_events(self, seconds: float) -> None:
+        """Let the test do what a broker would."""
+        assert seconds > 0
         self._fail(self.fails("events"))
-        self.events()
+        threading.Event().wait(0.001)  # other threads run
+        while self._next_turn:
+            self._next_turn.pop()()
 
-    def _wake(self) -> None:
-        self.woken.set()
-
-    def _publish(self, publication: Publication) -> None:
+    def publish(self, publication: Publication) -> None:
+        """Take a publication unless the test refuses it."""
         self.acts.append(f"publish {publication.body.decode()[:20]}")
         self._fail(self.refuses(publication))
         self.published.append(publication)
 
-    def _probe(self) -> None:
-        self._act("probe")
+    def probe(self) -> None:
+        """Note the probe."""
+        self.act("probe")
 
-    def _answer(self, hand: InHand, action: Action) -> None:
-        self._act(f"{action} {hand.tag}")
+    def look(self, queue: Queue) -> tuple[int, int] | None:
+        """The number of waiting messages, and one consumer."""
+        self.act(f"look {queue}")
+        return self.waiting[queue], 1
 
-    def _look_at_queues(self) -> None:
-        self._act("look")
+    def subscribe(
+        self, queue: Queue, arrived: Callable[[Subscription, Delivery, int], None]
+    ) -> Subscription:
+        """Make a consumer."""
+        self.act(f"subscribe {queue}")
+        self.subscriptions.append(FakeSubscription(queue, self.act, arrived))
+        return cast(Subscription, self.subscriptions[-1])
 
-    def _subscribe(self, lane: Lane) -> None:
-        self._act(f"subscribe {lane.queue}")
-        lane.channel = Channel()
+    def wake(self) -> None:
+        """Note it."""
+        self.woken.set()
 
-    def _unsubscribe(self, lane: Lane) -> None:
-        self._act(f"unsubscribe {lane.queue}")
-        lane.channel.consumer_tags.clear()
+    def _fail(self, error: BaseException | None) -> None:
+        if isinstance(error, BaseException):
+            self.is_open = self.is_open and self.survives
+            raise error
+
+
+class FakeLoop(BrokerLoop):
+    """A loop on a broker that is a list.
+
+    Attributes:
+        broker: The broker.
+        stop: Stops the loop.
+        observer: Gets the events.
+    """
+
+    def __init__(self, *lanes: Lane, **how: Any) -> None:
+        self.broker = FakeLink()
+        self.stop = threading.Event()
+        self.observer = Observer()
+        how = (
+            dict[str, Any]()
+            | {"stop": self.stop, "stop_seconds": 5.0, "events": self.observer}
+            | how
+        )
+        super().__init__(self.broker.connect, lanes, **how)
+        for each in lanes:
+            if each._subscription:
+                subscription_of(each).act = self.broker.act
 
     def turn(self) -> list[str]:
-        """One turn of a connection; answers what it did."""
-        self.acts.clear()
-        self.connected = True
-        self._turn()
-        return [act for act in self.acts if act != "look"]
-
-    def is_over(self) -> bool:
-        """Whether the owner's thread would end now."""
-        return self._is_over()
-
-    def has_done_its_part(self, idle_seconds: float) -> bool:
-        """Whether a worker of one message would end now."""
-        return self._has_done_its_part(idle_seconds)
+        """One turn of a connection; returns what it did."""
+        self.broker.acts.clear()
+        self.broker.is_open = self.connected = True
+        self._link = cast(Link, self.broker)
+        self._turn(self._link)
+        return [act for act in self.broker.acts if not act.startswith("look")]
 
 
-def lane(queue: Queue = Queue.TRAINING, **how: Any) -> Lane:
-    """A lane that consumes, and whose handler nobody calls."""
-    how.setdefault("observer", Observer())
-    made = Lane(queue, lambda delivery: Settlement.ack(), lambda: None, **how)
-    made.channel = Channel()
+def lane(*queues: Queue, limit: float = math.inf) -> Lane:
+    """A lane that consumes its first queue, and whose handler never returns."""
+    made = Lane(queues or (Queue.TRAINING,), lambda delivery, decide: None, limit)
+    subscribe(made)
+    return made
+
+
+def subscription_of(of: Lane) -> FakeSubscription:
+    """The lane's present subscription."""
+    return cast(FakeSubscription, of._subscription)
+
+
+def subscribe(to: Lane) -> FakeSubscription:
+    """Give a lane a new subscription without the broker's knowledge."""
+    made = FakeSubscription(to._resting_at)
+    to._subscription = cast(Subscription, made)
     return made
 
 
 def hold(of: Lane, settlement: Settlement | None = None, tag: int = 7) -> InHand:
-    """Put a delivery into the lane's hand, whose handler has come to this settlement."""
-    of.in_hand = InHand(Delivery(b"message", queue=of.queue), of.channel, tag)
-    of.in_hand.settlement = settlement
-    return of.in_hand
+    """Put a delivery into a lane's hand, whose handler has returned this settlement."""
+    subscription = cast(Subscription, of._subscription or subscribe(of))
+    hand = of._hand = InHand(Delivery(b"message", queue=of._resting_at), subscription, tag)
+    if settlement:
+        hand.decide(settlement)
+    return hand
+
+
+def release(of: Lane) -> None:
+    """Empty a lane's hand."""
+    of._hand = None
 
 
 def dead(body: bytes = b"letter") -> Publication:

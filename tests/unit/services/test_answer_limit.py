@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from structlog.testing import capture_logs
 
-from services.broker.answer_limit import AnswerLimit
+from services.broker.client import AnswerLimit, AnswerOverdue
 
 
 class Loop:
@@ -57,7 +57,7 @@ def _connection() -> Connection:
 
 @pytest.fixture(name="limit")
 def _limit(connection: Connection) -> AnswerLimit:
-    return AnswerLimit(connection, 30.0, TimeoutError)
+    return AnswerLimit(connection, 30.0)
 
 
 def test_a_request_without_an_answer_ends_the_connection(
@@ -67,7 +67,7 @@ def test_a_request_without_an_answer_ends_the_connection(
         assert [seconds for seconds, _ in connection.ioloop.timers.values()] == [30.0]
         connection.ioloop.expire()
     (error,) = connection.ended
-    assert isinstance(error, TimeoutError) and str(error) == "no answer within 30 seconds"
+    assert isinstance(error, AnswerOverdue) and "no answer within 30 seconds" in repr(error)
     assert not connection.ioloop.timers
 
 

@@ -6,18 +6,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.pages.observer import Observer
 from services.broker import connection as broker_loop
-from services.broker.lane import Lane
+from services.broker.connection import Lane
 from services.broker.outbox import LONGEST_DELAY, MAX_STRIKES, Outbox
 from services.broker.settlement import BODY_BYTES, Delivery, Publication, Queue, Settlement
 from tests.unit.services.fake_broker import (  # noqa: F401  # pylint: disable=unused-import
-    Channel,
     Clock,
     FakeLoop,
     clock_fixture,
@@ -25,7 +24,10 @@ from tests.unit.services.fake_broker import (  # noqa: F401  # pylint: disable=u
     hold,
     lane,
     lost,
+    release,
     soon,
+    subscribe,
+    subscription_of,
 )
 from utils.errors import BrokerError, BrokerRefused, PublicationRefused, Refusal
 
@@ -51,11 +53,11 @@ def test_a_delivery_is_acknowledged_only_after_its_publications_are_confirmed() 
 def test_a_delivery_whose_publication_is_refused_is_not_acknowledged(clock: Clock) -> None:
     training = lane()
     loop = FakeLoop(training)
-    loop.refuses = lambda publication: refused() if publication.body == b"1" else None
+    loop.broker.refuses = lambda publication: refused() if publication.body == b"1" else None
     hold(training, Settlement.ack(dead(b"1"), dead(b"2")))
     assert loop.turn() == ["publish 1", "publish 2"]
     assert training.in_hand is not None
-    loop.refuses = lambda publication: None
+    loop.broker.refuses = lambda publication: None
     clock.now += 1
     assert loop.turn() == ["publish 1", "ack 7"]
 
@@ -63,7 +65,7 @@ def test_a_delivery_whose_publication_is_refused_is_not_acknowledged(clock: Cloc
 def test_a_settlement_is_published_once_however_often_the_loop_turns() -> None:
     training = lane()
     loop = FakeLoop(training)
-    loop.refuses = lambda publication: refused(Refusal.FULL)
+    loop.broker.refuses = lambda publication: refused(Refusal.FULL)
     hold(training, Settlement.ack(dead()))
     loop.turn()
     loop.turn()
@@ -89,11 +91,11 @@ def test_a_delivery_whose_handler_works_is_left_alone() -> None:
 def test_a_tag_of_a_channel_that_is_gone_is_never_acknowledged(gone: str) -> None:
     training = lane()
     loop = FakeLoop(training)
-    hand = hold(training, Settlement.ack(dead()))
+    hold(training, Settlement.ack(dead()))
     if gone == "closed":
-        hand.channel.is_open = False
+        subscription_of(training).close()
     else:
-        training.channel = Channel()
+        subscribe(training)
     with capture_logs() as lines:
         assert loop.turn() == ["publish letter"]
     assert training.in_hand is None
@@ -104,7 +106,7 @@ def test_a_settlement_is_published_without_a_channel_too() -> None:
     training = lane()
     loop = FakeLoop(training)
     hold(training, Settlement.ack(dead()))
-    training.channel = None
+    training.disconnected()
     assert loop.turn() == ["publish letter"]
     assert training.in_hand is None
 
@@ -124,13 +126,12 @@ def test_each_lane_settles_while_another_has_a_job_in_hand() -> None:
 def test_a_lane_without_a_consumer_subscribes_again_after_a_moment(clock: Clock) -> None:
     training = lane()
     loop = FakeLoop(training)
-    training.channel = None
+    training.disconnected()
     assert loop.turn() == ["subscribe training"]
-    assert loop.consuming is True
-    training.channel.consumer_tags.clear()
+    loop.broker.subscriptions[-1].is_consuming = False
     clock.now += broker_loop.RESUBSCRIBE_SECONDS - 0.01
     assert loop.turn() == []
-    assert loop.consuming == bool(training.channel.consumer_tags)
+    assert not loop.consuming
     clock.now += 0.01
     assert loop.turn() == ["subscribe training"]
 
@@ -139,7 +140,7 @@ def test_a_lane_with_a_job_in_hand_does_not_subscribe_again() -> None:
     training = lane()
     loop = FakeLoop(training)
     hand = hold(training)
-    training.channel = None
+    training.disconnected()
     assert loop.turn() == []
     hand.settlement = Settlement.ack()
     assert loop.turn() == []
@@ -156,7 +157,7 @@ def test_consuming_means_the_first_lane() -> None:
     training, endings = lane(), lane(Queue.ENDINGS)
     loop = FakeLoop(training, endings)
     hold(training)
-    training.channel = None
+    training.disconnected()
     loop.turn()
     assert not loop.consuming
 
@@ -166,7 +167,7 @@ def test_a_stop_cancels_every_consumer_and_subscribes_to_nothing() -> None:
     loop = FakeLoop(training, endings)
     loop.stop.set()
     assert loop.turn() == ["unsubscribe training", "unsubscribe endings"]
-    training.channel = None
+    training.disconnected()
     assert loop.turn() == []
 
 
@@ -184,9 +185,162 @@ def test_the_queues_are_looked_at_every_few_seconds(clock: Clock) -> None:
     looks = []
     for _ in range(int(4 * broker_loop.LOOK_SECONDS)):
         loop.turn()
-        looks += [act for act in loop.acts if act == "look"]
+        looks += [act for act in loop.broker.acts if act == "look training"]
         clock.now += 0.5
     assert len(looks) == 2
+
+
+# --- a lane of several queues
+
+LLM = Queue.of_kind("llm")
+SDXL = Queue.of_base("sdxl")
+
+
+class Jobs:
+    """A lane of three queues on a loop that has just connected, whose jobs the test ends."""
+
+    def __init__(self, **waiting: int) -> None:
+        self.decide: Callable[[Settlement], None] = lambda settlement: None
+        self.lane = Lane((Queue.TRAINING, LLM, SDXL), self._start)
+        self.loop = FakeLoop(self.lane)
+        self.broker = self.loop.broker
+        self.broker.waiting = {
+            Queue.TRAINING: waiting.get("training", 0),
+            LLM: waiting.get("llm", 0),
+            SDXL: waiting.get("sdxl", 0),
+        }
+
+    def _start(self, _: Delivery, decide: Callable[[Settlement], None]) -> None:
+        self.decide = decide
+
+    def deliver(self) -> None:
+        """The broker delivers a message of the queue that is consumed."""
+        consumer = self.broker.subscriptions[-1]
+        assert consumer.is_consuming
+        self.broker.waiting[consumer.queue] -= 1
+        consumer.deliver(Delivery(b"order", queue=consumer.queue))
+
+    def served(self, jobs: int) -> list[str]:
+        """Serve so many jobs; returns their queues."""
+        queues = []
+        for _ in range(jobs):
+            while not self.lane.is_consuming() or self.lane.in_hand:
+                self.loop.turn()
+            queues.append(str(self.broker.subscriptions[-1].queue))
+            self.deliver()
+            self.decide(Settlement.ack())
+            self.loop.turn()
+        return queues
+
+
+def test_a_lane_consumes_one_queue_at_a_time() -> None:
+    jobs = Jobs()
+    assert jobs.loop.turn() == ["subscribe training"]
+    jobs.loop.turn()
+    jobs.loop.turn()
+    assert len(jobs.broker.subscriptions) == 1
+
+
+def test_queues_with_waiting_messages_are_served_in_turn() -> None:
+    assert Jobs(training=9, llm=9, sdxl=9).served(7) == [
+        *("training", "llm", "base.sdxl"),
+        *("training", "llm", "base.sdxl", "training"),
+    ]
+
+
+def test_an_empty_queue_costs_no_turn() -> None:
+    assert Jobs(training=9, sdxl=2).served(5) == [
+        *("training", "base.sdxl", "training", "base.sdxl", "training")
+    ]
+
+
+def test_the_consumer_is_cancelled_before_the_acknowledgement_lets_the_broker_send_more() -> None:
+    jobs = Jobs(training=2, llm=1)
+    jobs.loop.turn()
+    jobs.deliver()
+    assert jobs.loop.turn() == [], "a worker with a job stays a consumer of its queue"
+    jobs.decide(Settlement.ack(dead()))
+    assert jobs.loop.turn() == ["publish letter", "unsubscribe training", "ack 7"]
+    assert jobs.loop.turn() == ["subscribe llm"]
+
+
+def test_a_lane_of_one_queue_keeps_its_consumer_from_job_to_job() -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    hold(training, Settlement.ack())
+    assert loop.turn() == ["ack 7"]
+    assert loop.turn() == []
+
+
+def test_an_idle_lane_moves_to_a_queue_with_messages_at_the_next_look(clock: Clock) -> None:
+    jobs = Jobs()
+    jobs.loop.turn()
+    jobs.broker.waiting[SDXL] = 1
+    assert jobs.loop.turn() == []
+    clock.now += broker_loop.LOOK_SECONDS
+    jobs.loop.turn()
+    assert jobs.loop.turn() == ["unsubscribe training", "subscribe base.sdxl"]
+    clock.now += broker_loop.LOOK_SECONDS
+    jobs.broker.waiting[SDXL] = 0
+    jobs.loop.turn()
+    assert jobs.loop.turn() == [], "it rests where it is"
+
+
+def test_a_message_that_arrives_while_an_idle_lane_moves_is_its_job(clock: Clock) -> None:
+    jobs = Jobs()
+    jobs.loop.turn()
+    jobs.broker.waiting[LLM] = 1
+    jobs.broker.subscriptions[0].on_its_way = Delivery(b"on its way")
+    clock.now += broker_loop.LOOK_SECONDS
+    jobs.loop.turn()
+    assert jobs.loop.turn() == ["unsubscribe training"]
+    assert jobs.lane.in_hand and jobs.lane.in_hand.delivery.body == b"on its way"
+    assert jobs.loop.turn() == [], "nothing else is taken while it is in hand"
+    jobs.decide(Settlement.ack())
+    assert jobs.loop.turn() == ["ack 7"]
+    assert jobs.loop.turn() == ["subscribe llm"]
+
+
+def test_a_queue_that_another_worker_emptied_meanwhile_is_not_moved_to(clock: Clock) -> None:
+    jobs = Jobs()
+    jobs.loop.turn()
+    jobs.broker.waiting[LLM] = 1
+    clock.now += broker_loop.LOOK_SECONDS
+    jobs.loop.turn()
+    jobs.broker.waiting[LLM] = 0
+    assert jobs.loop.turn() == ["unsubscribe training", "subscribe training"]
+
+
+def test_one_training_message_ends_a_worker_of_several_queues_that_may_take_one() -> None:
+    jobs = Jobs(training=1, llm=1)
+    jobs.lane._left = 1
+    jobs.loop.turn()
+    jobs.deliver()
+    assert jobs.loop.turn() == ["unsubscribe training"]
+    jobs.decide(Settlement.ack())
+    assert jobs.loop.turn() == ["ack 7"]
+    assert jobs.loop.turn() == []
+    assert jobs.loop._has_done_its_part(60)
+
+
+def test_a_stop_in_mid_job_settles_the_job_and_subscribes_to_no_other_queue() -> None:
+    jobs = Jobs(training=1, llm=1)
+    jobs.loop.turn()
+    jobs.deliver()
+    jobs.loop.stop.set()
+    assert jobs.loop.turn() == ["unsubscribe training"]
+    jobs.decide(Settlement.requeue())
+    assert jobs.loop.turn() == ["requeue 7"]
+    assert jobs.loop._is_over()
+
+
+def test_a_stop_takes_no_message_that_is_on_its_way() -> None:
+    jobs = Jobs()
+    jobs.loop.turn()
+    jobs.broker.subscriptions[0].on_its_way = Delivery(b"on its way")
+    jobs.loop.stop.set()
+    jobs.loop.turn()
+    assert jobs.lane.in_hand is None
 
 
 # --- publications that the broker does not take
@@ -196,7 +350,7 @@ def test_a_refused_publication_lets_the_others_pass_and_is_tried_again_later(
     clock: Clock,
 ) -> None:
     loop = FakeLoop(lane())
-    loop.refuses = lambda publication: refused() if publication.body == b"bad" else None
+    loop.broker.refuses = lambda publication: refused() if publication.body == b"bad" else None
     bad, good = loop.publish(dead(b"bad")), loop.publish(dead(b"good"))
     assert loop.turn() == ["publish bad", "publish good"]
     assert good.done() and not bad.done()
@@ -211,17 +365,17 @@ def test_a_publication_that_costs_the_connection_lets_the_others_pass_on_the_nex
     clock: Clock,
 ) -> None:
     loop = FakeLoop(lane())
-    loop.survives = False
-    loop.refuses = lambda publication: refused() if publication.body == b"bad" else None
+    loop.broker.survives = False
+    loop.broker.refuses = lambda publication: refused() if publication.body == b"bad" else None
     loop.publish(dead(b"bad"))
     good = loop.publish(dead(b"good"))
     with pytest.raises(PublicationRefused):
         loop.turn()
-    assert loop.acts == ["publish bad"]
+    assert loop.broker.acts == ["publish bad"]
     clock.now += 60
     with pytest.raises(PublicationRefused):
         loop.turn()
-    assert loop.acts == ["publish good", "publish bad"]
+    assert loop.broker.acts == ["publish good", "publish bad"]
     assert good.done()
 
 
@@ -235,7 +389,7 @@ def test_a_publication_that_is_refused_again_and_again_is_given_up_whole_then_cu
         tried.append(publication)
         return None if BODY_BYTES in publication.headers else refused()
 
-    loop.refuses = refuses
+    loop.broker.refuses = refuses
     large = Publication(Queue.TRAINING, b"x" * 9000, "task", {"x-put-offs": 1}, 5.0)
     promise = loop.publish(large)
     with capture_logs() as lines:
@@ -263,7 +417,9 @@ def test_a_publication_that_is_refused_in_its_shortest_form_is_reported_and_trie
     clock: Clock,
 ) -> None:
     loop = FakeLoop(lane())
-    loop.refuses = lambda publication: refused() if publication.message_id == "task" else None
+    loop.broker.refuses = lambda publication: (
+        refused() if publication.message_id == "task" else None
+    )
     promise = loop.publish(dead(b"x" * 9000))
     with capture_logs() as lines:
         for _ in range(2 * MAX_STRIKES + 2):
@@ -282,15 +438,15 @@ def test_a_publication_that_is_refused_in_its_shortest_form_is_reported_and_trie
 
 def test_a_message_that_no_queue_takes_becomes_a_whole_dead_letter(clock: Clock) -> None:
     loop = FakeLoop(lane())
-    loop.refuses = lambda publication: (
+    loop.broker.refuses = lambda publication: (
         refused(Refusal.ROUTE) if publication.queue is Queue.TRAINING else None
     )
     promise = loop.publish(Publication(Queue.TRAINING, b"order", "task"))
     while not promise.done():
         loop.turn()
         clock.now += LONGEST_DELAY
-    assert loop.published[0].queue is Queue.DEAD
-    assert loop.published[0].body == b"order"
+    assert loop.broker.published[0].queue is Queue.DEAD
+    assert loop.broker.published[0].body == b"order"
 
 
 @pytest.mark.parametrize("refusal", [Refusal.FULL, Refusal.UNANSWERED])
@@ -298,44 +454,48 @@ def test_a_publication_waits_as_it_is_while_the_fault_is_the_brokers(
     clock: Clock, refusal: Refusal
 ) -> None:
     loop = FakeLoop(lane())
-    loop.refuses = lambda publication: refused(refusal)
+    loop.broker.refuses = lambda publication: refused(refusal)
     order = Publication(Queue.TRAINING, b"order", "task")
     loop.publish(order)
     for _ in range(20):
         loop.turn()
-        assert "probe" not in loop.acts
+        assert "probe" not in loop.broker.acts
         clock.now += LONGEST_DELAY
-    loop.refuses = lambda publication: None
+    loop.broker.refuses = lambda publication: None
     loop.turn()
-    assert loop.published == [order]
+    assert loop.broker.published == [order]
     assert loop.observer.metrics.publications_refused.labels(refusal)._value.get() == 20
 
 
 def test_connections_that_are_lost_over_one_publication_only_are_its_fault(clock: Clock) -> None:
     """The broker takes a probe before it, each time."""
     loop = FakeLoop(lane())
-    loop.survives = False
+    loop.broker.survives = False
     order = Publication(Queue.TRAINING, b"order", "task")
-    loop.refuses = lambda publication: refused(Refusal.LOST) if publication == order else None
+    loop.broker.refuses = lambda publication: (
+        refused(Refusal.LOST) if publication == order else None
+    )
     promise = loop.publish(order)
     acts = []
     for _ in range(1 + MAX_STRIKES):
         with pytest.raises(PublicationRefused):
             loop.turn()
-        acts += loop.acts
+        acts += loop.broker.acts
         clock.now += LONGEST_DELAY
     assert acts == ["publish order"] + ["probe", "publish order"] * MAX_STRIKES
     loop.turn()
     assert promise.done()
-    assert loop.published[0].queue is Queue.DEAD and loop.published[0].body == b"order"
+    assert (
+        loop.broker.published[0].queue is Queue.DEAD and loop.broker.published[0].body == b"order"
+    )
 
 
 def test_an_outage_is_no_publications_fault(clock: Clock) -> None:
     """A connection that is lost without it in between clears it."""
     loop = FakeLoop(lane())
-    loop.survives = False
+    loop.broker.survives = False
     order = Publication(Queue.TRAINING, b"order", "task")
-    loop.refuses = lambda publication: refused(Refusal.LOST)
+    loop.broker.refuses = lambda publication: refused(Refusal.LOST)
     loop.publish(order)
     for round_ in range(30):
         with pytest.raises(BrokerError) as caught:
@@ -343,12 +503,12 @@ def test_an_outage_is_no_publications_fault(clock: Clock) -> None:
         if not isinstance(caught.value, PublicationRefused):
             loop._outbox.acquit()
         clock.now += LONGEST_DELAY
-        loop.fails = lambda act, is_down=round_ % 3 == 0: (  # type: ignore[misc]
+        loop.broker.fails = lambda act, is_down=round_ % 3 == 0: (  # type: ignore[misc]
             lost() if act == "probe" and is_down else None
         )
-    loop.refuses, loop.fails = lambda publication: None, lambda act: None
+    loop.broker.refuses, loop.broker.fails = lambda publication: None, lambda act: None
     loop.turn()
-    assert loop.published == [order]
+    assert loop.broker.published == [order]
 
 
 def test_the_loop_itself_clears_publications_when_the_connection_fails_without_them(
@@ -367,7 +527,7 @@ def test_the_loop_itself_clears_publications_when_the_connection_fails_without_t
         loop._abandoned.set()
         return lost()
 
-    loop.fails = fails
+    loop.broker.fails = fails
     loop._serve()
     assert seen == [2] and parcel.strikes == 0
     loop._abandoned.clear()
@@ -377,7 +537,7 @@ def test_the_loop_itself_clears_publications_when_the_connection_fails_without_t
         loop._abandoned.set()
         return refused(Refusal.LOST)
 
-    loop.survives, loop.fails, loop.refuses = False, lambda act: None, refuses
+    loop.broker.survives, loop.broker.fails, loop.broker.refuses = False, lambda act: None, refuses
     loop._serve()
     assert parcel.strikes == 2
     assert clock.slept == 0
@@ -385,7 +545,7 @@ def test_the_loop_itself_clears_publications_when_the_connection_fails_without_t
 
 def test_a_refused_publication_is_logged_with_its_task_and_its_delay() -> None:
     loop = FakeLoop(lane())
-    loop.refuses = lambda publication: refused(Refusal.FORM)
+    loop.broker.refuses = lambda publication: refused(Refusal.FORM)
     loop.publish(dead())
     with capture_logs() as lines:
         loop.turn()
@@ -404,7 +564,7 @@ def test_a_refused_publication_is_logged_with_its_task_and_its_delay() -> None:
 
 def test_a_refusal_of_the_worker_itself_ends_the_turn_and_lets_the_others_pass() -> None:
     loop = FakeLoop(lane())
-    loop.refuses = lambda publication: (
+    loop.broker.refuses = lambda publication: (
         BrokerRefused("no permission") if publication.body == b"bad" else None
     )
     loop.publish(dead(b"bad"))
@@ -429,26 +589,25 @@ def serve(loop: FakeLoop, clock: Clock, connections: int) -> list[float]:
         if len(pauses) == connections:
             loop._abandoned.set()
 
-    former = loop.fails
+    former = loop.broker.fails
 
     def fails(act: str) -> BaseException | None:
         if act == "connect":
             tried()
         return former(act)
 
-    loop.fails = fails
+    loop.broker.fails = fails
     loop._serve()
     return pauses
 
 
 def test_the_pause_between_two_attempts_doubles(clock: Clock) -> None:
     loop = FakeLoop(lane())
-    loop.fails = lambda act: lost() if act == "connect" else None
+    loop.broker.fails = lambda act: lost() if act == "connect" else None
     with capture_logs() as lines:
         pauses = serve(loop, clock, 8)
     assert pauses == pytest.approx([0, 0.5, 1, 2, 4, 8, 16, 30], abs=0.06)
     assert [line["retry_in"] for line in lines][:4] == [0.5, 1.0, 2.0, 4.0]
-    assert loop.acts.count("disconnect") == 8
     assert clock.slept > 60
 
 
@@ -457,20 +616,20 @@ def test_a_connection_that_lived_for_a_while_makes_the_pause_short_again(
     clock: Clock, lived: float, pause: float
 ) -> None:
     loop = FakeLoop(lane())
-    loop.fails = lambda act: lost() if act in ("connect", "events") else None
+    loop.broker.fails = lambda act: lost() if act in ("connect", "events") else None
     if not lived:
         assert serve(loop, clock, 5)[-1] == pytest.approx(pause, abs=0.06)
         return
 
     def fails(act: str) -> BaseException | None:
         if act == "connect":
-            return lost() if loop.acts.count("connect") < 4 else None
+            return lost() if loop.broker.acts.count("connect") < 4 else None
         if act == "events":
             clock.now += lived
             return lost()
         return None
 
-    loop.fails = fails
+    loop.broker.fails = fails
     assert serve(loop, clock, 5)[-1] == pytest.approx(lived + pause, abs=0.06)
 
 
@@ -484,7 +643,7 @@ def test_connections_after_the_first_are_counted_as_such(clock: Clock) -> None:
             shown.append((act, metrics.broker_connected._value.get()))
         return lost() if act == "events" else None
 
-    loop.fails = fails
+    loop.broker.fails = fails
     serve(loop, clock, 4)
     assert metrics.broker_reconnects._value.get() == 3
     assert set(shown) == {("connect", 0.0), ("events", 1.0)}
@@ -494,7 +653,7 @@ def test_connections_after_the_first_are_counted_as_such(clock: Clock) -> None:
 def test_a_refusal_of_the_worker_ends_it_at_once_unless_a_job_is_in_hand(clock: Clock) -> None:
     training = lane()
     loop = FakeLoop(training)
-    loop.fails = lambda act: BrokerRefused("login refused") if act == "connect" else None
+    loop.broker.fails = lambda act: BrokerRefused("login refused") if act == "connect" else None
     hand = hold(training)
     assert len(serve(loop, clock, 3)) == 3
     loop._abandoned.clear()
@@ -509,11 +668,10 @@ def test_a_settlement_that_needs_no_broker_is_carried_out_while_there_is_none(
 ) -> None:
     training = lane()
     loop = FakeLoop(training)
-    training.channel = Channel()
     hand = hold(training, Settlement.ack())
-    training.channel = None
+    training.disconnected()
     loop._pause(1.0)
-    assert training.in_hand is None and hand.is_collected
+    assert training.in_hand is None and hand.is_settled()
     assert clock.slept == pytest.approx(1.0, abs=0.051)
 
 
@@ -530,16 +688,16 @@ def test_a_pause_ends_when_there_is_nothing_left_to_stop_for(clock: Clock) -> No
 def test_the_owner_stays_until_what_is_in_hand_is_settled() -> None:
     training = lane()
     loop = FakeLoop(training)
-    assert not loop.is_over()
+    assert not loop._is_over()
     loop.stop.set()
-    assert loop.is_over()
+    assert loop._is_over()
     hold(training)
-    assert not loop.is_over()
-    training.in_hand = None
+    assert not loop._is_over()
+    release(training)
     loop.publish(dead())
-    assert not loop.is_over()
+    assert not loop._is_over()
     loop._abandoned.set()
-    assert loop.is_over()
+    assert loop._is_over()
 
 
 def test_turned_within_says_how_long_ago_the_owner_came_round(clock: Clock) -> None:
@@ -555,7 +713,7 @@ def test_turned_within_says_how_long_ago_the_owner_came_round(clock: Clock) -> N
 def test_the_owner_counts_as_turning_while_it_tries_to_connect(clock: Clock) -> None:
     loop = FakeLoop(lane())
     clock.now += 100
-    loop.fails = lambda act: lost() if act == "connect" else None
+    loop.broker.fails = lambda act: lost() if act == "connect" else None
     serve(loop, clock, 2)
     assert loop.turned_within(1.0)
 
@@ -571,7 +729,10 @@ def test_an_outbox_that_others_put_into_is_published_from() -> None:
 def test_a_publication_wakes_the_owner() -> None:
     loop = FakeLoop(lane())
     loop.publish(dead())
-    assert loop.woken.is_set()
+    loop.turn()
+    assert not loop.broker.woken.is_set()
+    loop.publish(dead())
+    assert loop.broker.woken.is_set()
 
 
 # --- one message, then the end
@@ -581,17 +742,17 @@ def test_once_ends_when_its_message_is_settled_and_no_lane_has_anything_in_hand(
     training, endings = lane(limit=1), lane(Queue.ENDINGS)
     loop = FakeLoop(training, endings)
     training._left = 0
-    assert loop.has_done_its_part(60)
+    assert loop._has_done_its_part(60)
     hold(training)
-    assert not loop.has_done_its_part(60)
-    training.in_hand = None
+    assert not loop._has_done_its_part(60)
+    release(training)
     hold(endings)
-    assert not loop.has_done_its_part(60), "an ending is being delivered"
-    endings.in_hand = None
+    assert not loop._has_done_its_part(60), "an ending is being delivered"
+    release(endings)
     promise = loop.publish(dead())
-    assert not loop.has_done_its_part(60)
+    assert not loop._has_done_its_part(60)
     loop.turn()
-    assert promise.done() and loop.has_done_its_part(60)
+    assert promise.done() and loop._has_done_its_part(60)
 
 
 def test_once_ends_after_a_time_in_which_it_could_have_had_a_message(clock: Clock) -> None:
@@ -599,9 +760,9 @@ def test_once_ends_after_a_time_in_which_it_could_have_had_a_message(clock: Cloc
     loop = FakeLoop(training, endings)
     loop.turn()
     clock.now += 59
-    assert not loop.has_done_its_part(60)
+    assert not loop._has_done_its_part(60)
     clock.now += 1
-    assert loop.has_done_its_part(60)
+    assert loop._has_done_its_part(60)
 
 
 @pytest.mark.parametrize("holds_up", ["away", "ending", "outbox"])
@@ -619,13 +780,13 @@ def test_once_counts_no_time_in_which_it_could_not_have_had_a_message(
         case _:
             loop.publish(dead())
     clock.now += 100
-    assert not loop.has_done_its_part(60)
-    endings.in_hand = None
+    assert not loop._has_done_its_part(60)
+    release(endings)
     loop.turn()
     clock.now += 59
-    assert not loop.has_done_its_part(60)
+    assert not loop._has_done_its_part(60)
     clock.now += 1
-    assert loop.has_done_its_part(60)
+    assert loop._has_done_its_part(60)
 
 
 # --- running, by the real clock
@@ -637,8 +798,7 @@ class Running:
     def __init__(self, loop: FakeLoop) -> None:
         self.loop = loop
         self.errors: list[BaseException] = []
-        loop.events = lambda: time.sleep(0.002)
-        self.thread = threading.Thread(target=self._run)
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
@@ -670,18 +830,21 @@ def test_a_stop_waits_for_the_handler_publishes_answers_and_then_disconnects() -
         assert go.wait(5)
         return Settlement.ack(dead())
 
-    training = Lane(Queue.TRAINING, handle, lambda: None, observer=Observer())
-    loop = FakeLoop(training, stop_seconds=60.0)
+    def start(delivery: Delivery, decide: Callable[[Settlement], None]) -> None:
+        threading.Thread(target=lambda: decide(handle(delivery))).start()
+
+    loop = FakeLoop(Lane((Queue.TRAINING,), start), stop_seconds=60.0)
     running = Running(loop)
     soon(lambda: loop.consuming)
-    training.take(Delivery(b"order"), 7)
+    loop.broker.on_next_turn(lambda: loop.broker.subscriptions[0].deliver(Delivery(b"order")))
+    soon(lambda: loop.busy)
     loop.stop.set()
-    soon(lambda: "unsubscribe training" in loop.acts)
+    soon(lambda: "unsubscribe training" in loop.broker.acts)
     running.thread.join(0.1)
     assert running.thread.is_alive()
     go.set()
     running.end()
-    acts = [act for act in loop.acts if act != "look"]
+    acts = [act for act in loop.broker.acts if not act.startswith("look")]
     assert acts == [
         "connect",
         "subscribe training",
@@ -701,7 +864,7 @@ def test_a_handler_that_does_not_return_holds_the_stop_up_no_longer_than_its_bou
     loop = FakeLoop(training, stop_seconds=0.3)
     hold(training)
     promise = loop.publish(dead())
-    loop.refuses = lambda publication: refused(Refusal.FULL)
+    loop.broker.refuses = lambda publication: refused(Refusal.FULL)
     running = Running(loop)
     soon(lambda: loop.connected)
     began = time.monotonic()
@@ -710,7 +873,7 @@ def test_a_handler_that_does_not_return_holds_the_stop_up_no_longer_than_its_bou
     assert 0.25 < time.monotonic() - began < 2
     assert "stopped_with_unsettled_work" in [line["event"] for line in lines]
     soon(promise.cancelled)
-    soon(lambda: loop.acts[-1] == "disconnect")
+    soon(lambda: loop.broker.acts[-1] == "disconnect")
 
 
 @pytest.mark.usefixtures("real_time")
@@ -724,9 +887,9 @@ def test_a_stop_is_quick_and_silent_with_nothing_to_settle_and_no_connection() -
         hangs.wait(5)
         return lost()
 
-    loop.fails = fails
+    loop.broker.fails = fails
     running = Running(loop)
-    soon(lambda: "connect" in loop.acts)
+    soon(lambda: "connect" in loop.broker.acts)
     with capture_logs() as lines:
         running.end(1.0)
     hangs.set()
@@ -737,11 +900,11 @@ def test_a_stop_is_quick_and_silent_with_nothing_to_settle_and_no_connection() -
 def test_the_owners_error_is_raised_to_the_caller_after_it_has_disconnected() -> None:
     loop = FakeLoop(lane())
     promise = loop.publish(Publication(Queue.DEAD, b"x", "t", {}, 5.0))
-    loop.fails = lambda act: BrokerRefused("login refused") if act == "connect" else None
+    loop.broker.fails = lambda act: BrokerRefused("login refused") if act == "events" else None
     running = Running(loop)
     running.thread.join(5)
     assert [type(error) for error in running.errors] == [BrokerRefused]
-    assert loop.acts[-1] == "disconnect"
+    assert loop.broker.acts[-1] == "disconnect"
     assert promise.cancelled()
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from services.broker.declarations import Declarations
 from services.broker.settlement import Queue
 from services.broker.topology import (
     CLASSIC,
@@ -16,6 +15,7 @@ from services.broker.topology import (
     QUORUM,
     STREAM,
     TYPE_TRIAL,
+    Declarations,
     QueueDeclaration,
     declaration,
     different_argument,
@@ -28,14 +28,46 @@ from utils.errors import BrokerError, BrokerRefused
 DELAY = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "q", "x-message-ttl": 1500}
 
 
-def test_the_workers_queues_are_named_after_the_training_queue() -> None:
-    assert [name_of("q", queue) for queue in Queue] == ["q", "q.endings", "q.dead"]
+def test_the_queues_are_named_after_the_training_queue() -> None:
+    queues = (
+        Queue.TRAINING,
+        Queue.ENDINGS,
+        Queue.DEAD,
+        Queue.of_kind("llm"),
+        Queue.of_base("sdxl"),
+    )
+    assert [name_of("q", queue) for queue in queues] == [
+        *("q", "q.endings", "q.dead", "q.llm", "q.base.sdxl")
+    ]
+    assert [str(queue) for queue in queues] == ["training", "endings", "dead", "llm", "base.sdxl"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a.b", "dead", "endings", "delay", "base", "nowhere", "training", "A", "a/b", "수"]
+)
+def test_a_kind_has_no_queue_if_its_name_could_mean_another_one(name: str) -> None:
+    with pytest.raises(ValueError, match="cannot have a queue"):
+        Queue.of_kind(name)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "SDXL", "x" * 65, "a\n"])
+def test_a_base_family_has_no_queue_if_its_name_cannot_be_part_of_one(name: str) -> None:
+    with pytest.raises(ValueError, match="cannot have a queue"):
+        Queue.of_base(name)
 
 
 def test_the_training_queue_is_the_backends_and_has_no_arguments() -> None:
-    assert declaration("q", Queue.TRAINING) == QueueDeclaration("q", {}, ours=False)
+    assert declaration("q", Queue.TRAINING) == QueueDeclaration("q", {}, ours=False, as_found=True)
     assert declaration("q", Queue.DEAD) == QueueDeclaration("q.dead", {}, ours=True)
     assert declaration("q", Queue.ENDINGS) == QueueDeclaration("q.endings", {}, ours=True)
+
+
+def test_a_further_training_queue_is_used_as_it_is_found() -> None:
+    llm = declaration("q", Queue.of_kind("llm"))
+    assert llm == QueueDeclaration("q.llm", {}, ours=True, as_found=True)
+    assert declaration("q", Queue.of_kind("llm"), 1.5) == QueueDeclaration(
+        "q.llm.delay.1500", DELAY | {"x-dead-letter-routing-key": "q.llm"}
+    )
 
 
 def test_a_delay_queue_leads_back_and_has_its_delay_in_its_name() -> None:
@@ -235,6 +267,26 @@ def test_new_queues_of_ours_are_made_of_the_training_queues_type(
         queues.ensure(queue)
         assert broker.queues[queue.name] == queue.variants(queue_type)[0]
     assert broker.queues["q.dead"].get("x-queue-type", CLASSIC) == queue_type
+
+
+@pytest.mark.parametrize("queue_type", [CLASSIC, QUORUM])
+def test_a_missing_queue_of_a_kind_is_made_of_the_backends_queues_type(
+    broker: Broker, queues: Declarations, queue_type: str
+) -> None:
+    broker.queues["q"] = {"x-queue-type": "quorum"} if queue_type == QUORUM else {}
+    queues.begin()
+    llm = queues.of(Queue.of_kind("llm"))
+    queues.ensure(llm)
+    assert broker.queues["q.llm"] == llm.variants(queue_type)[0]
+
+
+def test_an_existing_queue_of_a_kind_may_have_any_arguments(
+    broker: Broker, queues: Declarations
+) -> None:
+    broker.queues = {"q": {}, "q.llm": {"x-max-priority": 3}}
+    queues.begin()
+    queues.ensure(queues.of(Queue.of_kind("llm")))
+    assert broker.asked[-1] == ("q.llm", "passive", None)
 
 
 @pytest.mark.parametrize("training", [{}, {"x-queue-type": "quorum"}])

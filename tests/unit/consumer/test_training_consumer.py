@@ -1,4 +1,4 @@
-"""One queue's deliveries: one in hand, handled in a thread, and a handler that breaks."""
+"""The threads of the handlers, and what happens to the message of a handler that breaks."""
 
 # A counter is read where prometheus_client keeps it.
 # pylint: disable=protected-access
@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future
+from collections.abc import Sequence
 
 import pytest
 from structlog.testing import capture_logs
 
+from consumer import training_consumer
 from consumer.pages.observer import Observer
-from services.broker import lane as lane_module
-from services.broker.lane import CRASH_DELAYS, MAX_CRASHES, InHand, Lane
+from consumer.training_consumer import MAX_CRASHES, HandlerThreads
 from services.broker.settlement import (
     CRASHES,
     MIN_LEVEL,
@@ -25,104 +25,46 @@ from services.broker.settlement import (
     Queue,
     Settlement,
 )
-from tests.unit.services.fake_broker import Channel, soon
+from tests.unit.services.fake_broker import soon
 
-
-def settled(
-    lane: Lane, delivery: Delivery, *, by: list[threading.Event] | None = None
-) -> Settlement:
-    """Have the lane handle a delivery; answers the settlement."""
-    lane.channel = Channel()
-    lane.take(delivery, 3)
-    hand = lane.in_hand
-    assert hand is not None
-    assert (hand.delivery, hand.channel, hand.tag) == (delivery, lane.channel, 3)
-    soon(lambda: hand.settlement)
-    for event in by or ():
-        assert event.wait(5)
-    lane.in_hand = None
-    assert hand.settlement is not None
-    return hand.settlement
+DELAYS = (10.0, 60.0, 600.0)
 
 
 def broken(
-    error: BaseException, delivery: Delivery, queue: Queue = Queue.TRAINING, **how: object
+    error: BaseException,
+    delivery: Delivery,
+    *,
+    crash_delays: Sequence[float] = DELAYS,
+    observer: Observer | None = None,
 ) -> Settlement:
     """The settlement of a delivery whose handler breaks."""
 
     def handle(_: Delivery) -> Settlement:
         raise error
 
-    woken = threading.Event()
-    lane = Lane(queue, handle, woken.set, **({"observer": Observer()} | how))  # type: ignore[arg-type]
-    return settled(lane, delivery, by=[woken])
+    decided: list[Settlement] = []
+    HandlerThreads(handle, crash_delays, observer or Observer()).start(delivery, decided.append)
+    soon(lambda: decided)
+    return decided[0]
 
 
-def test_a_handler_works_in_a_thread_and_wakes_the_owner_with_its_settlement() -> None:
-    go, woken = threading.Event(), threading.Event()
+def test_a_handler_works_in_a_thread_that_is_named_after_the_queue() -> None:
+    go = threading.Event()
     names: list[str] = []
+    decided: list[Settlement] = []
 
     def handle(_: Delivery) -> Settlement:
         names.append(threading.current_thread().name)
         assert go.wait(5)
         return Settlement.requeue()
 
-    lane = Lane(Queue.TRAINING, handle, woken.set, observer=Observer())
-    assert not lane.is_working()
-    lane.channel = Channel()
-    lane.take(Delivery(b"x"), 1)
-    assert lane.is_working() and not woken.is_set()
+    threads = HandlerThreads(handle, DELAYS, Observer())
+    threads.start(Delivery(b"x"), decided.append)
+    assert not decided
     go.set()
-    assert woken.wait(5)
-    assert lane.in_hand and lane.in_hand.settlement == Settlement.requeue()
-    assert not lane.is_working()
+    soon(lambda: decided)
+    assert decided == [Settlement.requeue()]
     assert names == ["training-handler"]
-
-
-def test_a_lane_takes_no_more_than_its_limit() -> None:
-    lane = Lane(
-        Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None, 2, observer=Observer()
-    )
-    assert not lane.is_spent()
-    settled(lane, Delivery(b"1"))
-    assert not lane.is_spent()
-    settled(lane, Delivery(b"2"))
-    assert lane.is_spent()
-
-
-def test_a_lane_without_a_limit_is_never_spent() -> None:
-    lane = Lane(
-        Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None, observer=Observer()
-    )
-    for _ in range(5):
-        settled(lane, Delivery(b"1"))
-    assert not lane.is_spent()
-
-
-def test_a_lane_consumes_while_its_channel_is_open_and_has_a_consumer() -> None:
-    lane = Lane(
-        Queue.TRAINING, lambda delivery: Settlement.ack(), lambda: None, observer=Observer()
-    )
-    assert not lane.is_consuming()
-    lane.channel = Channel()
-    assert lane.is_consuming()
-    lane.channel.is_open = False
-    assert not lane.is_consuming()
-    lane.channel = Channel(consumer_tags=[])
-    assert not lane.is_consuming()
-
-
-def test_a_delivery_is_settled_when_everything_that_was_collected_is_confirmed() -> None:
-    hand = InHand(Delivery(b"x"), None, 1)
-    assert not hand.is_settled()
-    hand.is_collected = True
-    assert hand.is_settled()
-    first, second = Future[None](), Future[None]()
-    hand.confirmations = (first, second)
-    first.set_result(None)
-    assert not hand.is_settled()
-    second.set_result(None)
-    assert hand.is_settled()
 
 
 # --- a handler that breaks
@@ -156,17 +98,16 @@ def test_a_redelivered_message_that_comes_back_is_no_new_order() -> None:
     ("crashes", "delay"), [(0, 10.0), (1, 60.0), (2, 600.0), (MAX_CRASHES - 1, 600.0)]
 )
 def test_the_delay_grows_and_the_last_one_repeats(crashes: int, delay: float) -> None:
-    assert CRASH_DELAYS == (10.0, 60.0, 600.0)
     delivery = Delivery(b"order", headers={CRASHES: crashes, PUT_OFFS: 8})
     (publication,) = broken(ValueError(), delivery).publish
     assert publication.delay_seconds == delay
     assert publication.headers == {CRASHES: crashes + 1, PUT_OFFS: 9}
 
 
-def test_it_comes_back_to_the_queue_that_it_came_from() -> None:
-    delivery = Delivery(b"ending", "id", queue=Queue.ENDINGS)
-    (publication,) = broken(ValueError(), delivery, Queue.ENDINGS).publish
-    assert publication.queue is Queue.ENDINGS
+@pytest.mark.parametrize("queue", [Queue.ENDINGS, Queue.of_kind("llm"), Queue.of_base("sdxl")])
+def test_a_message_comes_back_to_the_queue_that_it_came_from(queue: Queue) -> None:
+    (publication,) = broken(ValueError(), Delivery(b"ending", "id", queue=queue)).publish
+    assert publication.queue == queue
 
 
 def test_after_five_crashes_the_message_is_a_dead_letter_that_names_the_error_only() -> None:
@@ -231,7 +172,7 @@ def test_a_message_goes_back_to_the_broker_if_it_cannot_even_be_put_off(
     def no_copy(*_: object) -> Settlement:
         raise ValueError
 
-    monkeypatch.setattr(lane_module, "put_off", no_copy)
+    monkeypatch.setattr(training_consumer, "put_off", no_copy)
     assert broken(ZeroDivisionError(), Delivery(b"order")) == Settlement.requeue()
     soon(lambda: died)
 
