@@ -129,7 +129,8 @@ def train(name, size=None):
         work_folder=str(folder), checkpoint_interval=1,
     )
     try:
-        trainer.run(Run.of(run, StyleKind.runner, {}), lambda event: None, StopSignal(), max_seconds=120)
+        sent = Run.of(run, StyleKind.runner, {})
+        trainer.run(sent, lambda event: None, StopSignal(), max_seconds=120)
         print(json.dumps([name, "done", ""]))
     except TrainingServerError as error:
         print(json.dumps([name, type(error).__name__, str(error)]))

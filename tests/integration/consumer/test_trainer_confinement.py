@@ -159,7 +159,8 @@ run = TrainingRun(
     parameters=HyperParameters(epochs=1, resolution=64, rank=2),
     work_folder=str(work / "job"), checkpoint_interval=1,
 )
-finished = trainer.run(Run.of(run, StyleKind.runner, {}), lambda event: None, StopSignal(), max_seconds=120)
+sent = Run.of(run, StyleKind.runner, {})
+finished = trainer.run(sent, lambda event: None, StopSignal(), max_seconds=120)
 print("files", json.dumps(finished.files))
 trainer.close()
 """
