@@ -64,6 +64,7 @@ def write_html(
 
     Raises:
         OSError: The disk is full or read-only.
+        ValueError: The template does not fit the report.
     """
     content = {
         **report,
@@ -84,7 +85,10 @@ def write_html(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"duration": _duration, "loss": _loss}
-    text = environment.get_template(TEMPLATE).render(content)
+    try:
+        text = environment.get_template(TEMPLATE).render(content)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"The report cannot be rendered: {error}") from error
     path = folder / HTML_REPORT
     partial = path.with_name(f".{path.name}.partial")
     # Halves of characters, which JSON can spell, are none.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import jinja2
 import transformers
 
 from jobs.layout import STYLE_FILES
@@ -252,7 +251,7 @@ def _write_html(
             folder,
             thumbnails={**held_out_thumbnails, **data.thumbnails},
         )
-    except (ValueError, TypeError, LookupError, jinja2.TemplateError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         log.error("html_report_failed", exc_info=error)
 
 

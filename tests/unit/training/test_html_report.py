@@ -215,6 +215,13 @@ def test_it_is_whole_in_itself_and_forbids_what_it_does_not_need(page: Path) -> 
     assert len(text) < 1_500_000
 
 
+def test_a_report_that_does_not_fit_the_template_is_refused(tmp_path: Path) -> None:
+    report, run, result = make(tmp_path)
+    del report["trigger_word"]
+    with pytest.raises(ValueError, match="cannot be rendered: .trigger_word. is undefined"):
+        written(report, run, result, PROMPTS, tmp_path)
+
+
 def test_thumbnails_carry_nothing_but_the_image(tmp_path: Path) -> None:
     report, run, result = make(tmp_path)
     secret = Image.Exif()
