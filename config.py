@@ -102,7 +102,6 @@ class TrainerSettings(BaseSettings):
     hf_home: AbsolutePath | None = None
     mixed_precision: Literal["fp16", "bf16", "no"] = "fp16"
     gradient_checkpointing: Literal["true", "false", "auto"] = "true"
-    compile_from_steps: int = Field(0, ge=0)
     cuda_visible_devices: str | None = None
     allow_cpu: bool = False
     omp_num_threads: str | None = Field(None, pattern=r"^[1-9]\d*(,[1-9]\d*)*$")
@@ -183,7 +182,6 @@ class TrainerSettings(BaseSettings):
             base_model_revision=self.base_model_revision,
             mixed_precision=self.mixed_precision,
             gradient_checkpointing=self.gradient_checkpointing,
-            compile_from_steps=self.compile_from_steps,
             allow_cpu=self.allow_cpu,
             log_level=self.log_level,
             log_format=self.log_format,

@@ -49,9 +49,6 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of legs that count.")] = 5,
     steps: Annotated[int, typer.Option(min=4, help="Optimizer steps a leg.")] = 60,
     batch_sizes: Annotated[str, typer.Option(help="On a GPU, separated by commas.")] = "1,4,8",
-    compile_blocks: Annotated[
-        bool, typer.Option("--compile", help="Also with COMPILE_FROM_STEPS, and whether it pays.")
-    ] = False,
     quick: Annotated[bool, typer.Option(help="One small case, a pair of short legs.")] = False,
 ) -> None:
     """Measure, print a table, write it as JSON and as a plot."""
@@ -66,9 +63,7 @@ def main(
         cases = _cases(on_gpu, batch_sizes, quick)
         bench = _Bench(Path(place), on_gpu, max(case.images for case in cases), steps, repeats)
         gc.freeze()  # as in the trainer's process, for both loops
-        results = _with_lost_seconds(
-            [bench.measure(case, compile_blocks=compile_blocks) for case in cases]
-        )
+        results = _with_lost_seconds([bench.measure(case) for case in cases])
         document = bench.facts | {"results": results, "peers": bench.ask(peers, results)}
     output.mkdir(parents=True, exist_ok=True)
     (output / "benchmarks.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
@@ -133,7 +128,7 @@ class _Bench:
             "first_step_warm_seconds": warm,
         }
 
-    def measure(self, case: Case, *, compile_blocks: bool) -> dict[str, Any]:
+    def measure(self, case: Case) -> dict[str, Any]:
         """One row: pairs of legs, and what a checkpoint costs."""
         base, folder = self._base, self._place / "work"
         run = loops.run_of(case, self._images, folder, steps=self._steps, every=1000)
@@ -148,9 +143,6 @@ class _Bench:
             done = row["ours"]["images_per_second"] * machine.TERAFLOP[case.checkpointing]
             row["share_of_matrix_rate"] = done / self.facts["matrix_teraflops"]
         row["checkpoint"] = self._checkpoint_cost(case, data)
-        if compile_blocks:
-            usual = row["ours"]["step_seconds"]
-            row["compiled"] = loops.compiled(base, case, run, data, usual)
         return row
 
     def _checkpoint_cost(self, case: Case, data: Dataset) -> dict[str, Any]:
@@ -260,9 +252,6 @@ def _show(document: dict[str, Any]) -> None:
             ]
         table.add_row(*cells)
     console.print(table)
-    for row in document["results"]:
-        if "compiled" in row:
-            console.print(_of_compiling(row), highlight=False)
     for peer in document["peers"]:
         console.print(f"{peer['peer']}, {peer['case']}: we are {peer['ratio']:.2f} x as fast.")
     console.print(
@@ -278,20 +267,6 @@ def _show(document: dict[str, Any]) -> None:
             + "."
         )
         console.print("Without a GPU the ratios alone mean anything; nothing else is a figure.")
-
-
-def _of_compiling(row: dict[str, Any]) -> str:
-    """One row's answer to whether `COMPILE_FROM_STEPS` pays."""
-    found = row["compiled"]
-    if "failure" in found:
-        return str(found["failure"])
-    gain = row["ours"]["step_seconds"] / found["step_seconds"]
-    pays = found["pays_from_steps"]
-    return (
-        f"Batch {row['batch_size']}, compiled: {gain:.2f} x as fast after "
-        f"{found['compile_seconds']:.0f} s of compiling; "
-        + (f"COMPILE_FROM_STEPS={pays} and above pays." if pays else "it never pays.")
-    )
 
 
 def _plot(document: dict[str, Any], file: Path) -> None:

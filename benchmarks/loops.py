@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import statistics
 import tempfile
 import time
@@ -24,7 +23,6 @@ from torch.utils.data import Dataset as TorchDataset
 
 from benchmarks.case import Case
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
-from training.compilation import Compilation
 from training.runtime.device import free_memory, one_run_accelerator, peak_memory_bytes
 from training.style.course import Course
 from training.style.dataset import Dataset, prepare
@@ -114,36 +112,6 @@ def _train(
         base.detach()
         free_memory(base.device)
     return ends.times, result
-
-
-def compiled(
-    base: BaseModel, case: Case, run: TrainingRun, data: Dataset, usual: float
-) -> dict[str, Any]:
-    """What `COMPILE_FROM_STEPS` would gain: the same run with its blocks compiled.
-
-    Args:
-        base, case, run, data: As for `ours`.
-        usual: What a step takes without, in seconds.
-
-    Returns:
-        A step's seconds, the seconds that compiling takes, and the number of steps from which on it
-        pays (None: never); or why it was left out.
-    """
-    before, base.compilation = base.compilation, Compilation(1)
-    began = clock(base.device)()
-    try:
-        ends, result = _train(base, case, run, data)
-    except Exception as error:  # pylint: disable=broad-exception-caught
-        if (sentence := base.compilation.failed_by(error)) is None:
-            raise
-        return {"failure": sentence}
-    finally:
-        base.compilation = before
-    an_epoch = (ends[-1] - ends[0]) / (len(ends) - 1)
-    step = an_epoch * run.parameters.epochs / result.steps
-    compiling = ends[0] - began - an_epoch
-    pays = math.ceil(compiling / (usual - step)) if step < usual else None
-    return {"step_seconds": step, "compile_seconds": compiling, "pays_from_steps": pays}
 
 
 def checkpoint_cost(base: BaseModel, case: Case, run: TrainingRun, data: Dataset) -> dict[str, Any]:

@@ -260,7 +260,6 @@ class TrainerOptions:
         base_model_revision: Hub revision; None for the default branch.
         mixed_precision: `fp16`, `bf16` or `no`; on a CPU always `no`.
         gradient_checkpointing: `true`, `false` or `auto`.
-        compile_from_steps: Jobs of at least so many steps are compiled; 0: none.
         allow_cpu: Train on the CPU where there is no CUDA, instead of failing.
         log_level: Level of the trainer's own log lines.
         log_format: `json` or `text`.
@@ -271,7 +270,6 @@ class TrainerOptions:
     base_model_revision: str | None = None
     mixed_precision: str = "fp16"
     gradient_checkpointing: str = "true"
-    compile_from_steps: int = 0
     allow_cpu: bool = False
     log_level: str = "INFO"
     log_format: str = "json"

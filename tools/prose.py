@@ -35,6 +35,8 @@ LEFT_OUT = (
 )
 COMMENTED = {".sh", ".yaml", ".yml", ".toml", ".conf", ".ini", ".example", ""}
 
+# Findings that are printed for a room above its limit.
+SHOWN = 20
 RELATIVE = "sentence opens with a free relative"
 REMEDIES: Mapping[str, tuple[str, str]] = {
     RELATIVE: (
@@ -290,9 +292,12 @@ def main() -> int:
         return 1 if listed else 0
     allowed = limits()
     over = [room for room in counts if counts[room] > allowed.get(room, 0)]
-    print(*(each for each in findings if each.room in over), sep="\n", end="\n" if over else "")
     for room in over:
-        print(f"{room}: {counts[room]} findings, {allowed.get(room, 0)} allowed")
+        print(*[each for each in findings if each.room == room][:SHOWN], sep="\n")
+        print(
+            f"{room}: {counts[room]} findings, {allowed.get(room, 0)} allowed. "
+            f"`python -m tools.prose {room}` lists all of them."
+        )
     return 1 if over else 0
 
 

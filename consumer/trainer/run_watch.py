@@ -11,8 +11,8 @@ from utils.events import Event, Progress, Stage
 
 # A child that was told to stop and does not (a hung driver) is replaced after this long.
 STOP_PATIENCE_SECONDS = 60.0
-# Loading a base model may mean to download it first, and compiling takes minutes; a child that says
-# nothing for so many times the stall's seconds hangs all the same.
+# Loading a base model may include its download. A child that is silent for this many times the
+# stall's seconds hangs.
 _LONGEST_SILENCE_IN_STALLS = 12
 
 
@@ -55,8 +55,8 @@ class RunWatch:
         if event.stage is not Stage.TRAINING:
             self._step = self._step_at = None
         elif event.done != self._step:
-            # The first report only says where training starts: compiling may take minutes from
-            # there.
+            # The first report only names the step at which training starts: the first step may
+            # take minutes.
             self._step_at = time.monotonic() if self._step is not None else None
             self._step = event.done
 

@@ -1,4 +1,4 @@
-"""docs/operations.md says what the source does: log lines, exit codes, commands, rights."""
+"""docs/operations.md agrees with the source: log lines, exit codes, commands, rights."""
 
 from __future__ import annotations
 

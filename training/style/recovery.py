@@ -90,15 +90,10 @@ def _way_round(
 ) -> tuple[Course, Checkpoint | None]:
     """How to go on after `error`, and from where (None: from the beginning).
 
-    Where it is the compiler that failed: the same way, without it.
-
     Raises:
         GpuOutOfMemory, TrainingDiverged: There is no way left.
         Exception: `error` itself, which is none of these.
     """
-    if sentence := base.compilation.failed_by(error):
-        base.warnings += (sentence,)
-        return course, newest
     changed: Course | None
     if isinstance(error, TrainingDiverged):
         start = newest if newest and newest.is_sound else None

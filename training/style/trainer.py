@@ -46,8 +46,6 @@ MAX_SKIPPED_IN_A_ROW = 10
 UPDATES_BEFORE_CHECK = 3
 """After this many updates every `lora_B` must have left zero."""
 USUAL_STEPS = 4000
-SMALL_SCALE = 256.0
-"""Of a loss whose gradient is looked at once: fp16 neither vanishes nor overflows."""
 
 
 class LoRATrainer:
@@ -144,8 +142,7 @@ class LoRATrainer:
         plan = self._plan
         while True:
             if not plan.inside_epoch(state.step):
-                with self._base.compilation.aside():
-                    seen = self._examiner.examine(state)
+                seen = self._examiner.examine(state)
                 self._curves.draw(state, plan, self._clock)
                 self._save_if_due(state, accelerator)
                 if seen and state.step == plan.total_steps:
@@ -192,25 +189,6 @@ class LoRATrainer:
         weights = list(state.lora.values())  # an iterator would be empty where it is needed
         norm: Tensor = accelerator.clip_grad_norm_(weights, self._parameters.max_grad_norm)
         return norm
-
-    def _a_gradient(self, state: LoopState, accelerator: Accelerator) -> Tensor:
-        """Of the first images of the run, the same each time, all in one; nothing is changed."""
-        weights = list(state.lora.values())
-        devices = [self._base.device] if self._base.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            noise = torch.Generator(self._base.device).manual_seed(0)
-            batch, chance = next(self._parts(self._plan.batches(0), noise))
-            _, weighted = denoising_losses(
-                self._base,
-                self._dataset.batch(batch, 0),
-                chance,
-                empty_text=self._dataset.embeddings[""],
-                weights=self._loss_weights,
-                autocast=accelerator.autocast(),
-            )
-            gradients = torch.autograd.grad(weighted.sum() * SMALL_SCALE, weights)
-        return torch.cat([gradient.flatten() for gradient in gradients])
 
     def _parts(
         self, batches: list[list[int]], noise: torch.Generator
@@ -303,8 +281,6 @@ class LoRATrainer:
                 warnings=self._warnings(state),
             )
         )
-        if self._base.compilation.begin(self._base.unet, self._plan.total_steps):
-            self._base.compilation.prove(lambda: self._a_gradient(state, accelerator))
         if changed:  # whoever resumes from here on must find it so
             self._save(state, accelerator)
         return state

@@ -72,6 +72,7 @@ OLD_NAMES: dict[str, OldName] = {
     "HUGGINGFACE_TOKEN": OldName(("HF_TOKEN",)),
     "HUGGING_FACE_HUB_TOKEN": OldName(("HF_TOKEN",)),
     "DEFAULT_BASE_MODEL": OldName(("BASE_MODEL",)),
+    "COMPILE_FROM_STEPS": OldName((), "has no effect: compilation was removed"),
     "LORA_R": OldName(("LORA_RANK",)),
     "LORA_TARGET_MODULES": OldName(("LORA_TARGET",), "attention, or attention+ff"),
     "NUM_TRAIN_EPOCHS": OldName(("EPOCHS",)),

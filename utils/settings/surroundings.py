@@ -43,7 +43,7 @@ _HIDDEN_BY_NAME = (
 )
 _CACHES = (
     *("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCH_HOME", "CUDA_CACHE_PATH"),
-    *("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR"),
+    *("TRITON_CACHE_DIR", "TMPDIR"),
 )
 _HUB_PORTS = (53, 443)  # names over TCP, and the hub
 
@@ -80,8 +80,6 @@ def trainer_environment(
         made["HF_TOKEN"] = hf_token
     if hf_home:
         made["HF_HOME"] = str(hf_home)
-        # Beside the base model, on its volume: what was compiled outlives a restart.
-        made.setdefault("TORCHINDUCTOR_CACHE_DIR", str(hf_home / "torchinductor"))
     if cuda_visible_devices is not None:
         made["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
     made["OMP_NUM_THREADS"] = threads or str(training_threads())

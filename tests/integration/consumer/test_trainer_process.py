@@ -305,8 +305,7 @@ import json, os, sys, time
 out = int(sys.argv[4])
 for step in (1, 2, 3):
     os.write(out, json.dumps({"kind": "Progress", "task_id": "task-1", "stage": "training",
-        "epoch": 0, "total_epochs": 9, "step": step, "total_steps": 9, "loss": None,
-        "steps_per_second": None}).encode() + b"\\n")
+        "done": step, "total": 9}).encode() + b"\\n")
     time.sleep(0.2)
 time.sleep(60)
 """
@@ -352,7 +351,8 @@ def test_a_trainer_that_hangs_over_a_shutdown_costs_none_of_the_time_left_for_th
     trainer.start()
     began = time.monotonic()
     with pytest.raises(Stopped):
-        _run(trainer, make_run(), stop=stop, max_seconds=60)
+        sent = Run.of(make_run(), StyleKind.runner, {})
+        trainer.run(sent, lambda event: None, stop, max_seconds=60, patience=lambda: 0.0)
     assert time.monotonic() - began < 1.5
     trainer.close()
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from jobs.style import HyperParameters, TrainerOptions
-from training.compilation import Compilation
 from training.runtime.device import choose_device, free_memory, gpu_error, out_of_memory
 from training.style.families.base_files import (
     first_line,
@@ -53,7 +52,6 @@ class BaseModel:
         unet, vae, text_encoder, tokenizer: The parts, in evaluation mode, without gradients.
         scheduler: The base's own noise schedule and prediction type, as a DDPM scheduler.
         warnings: Sentences for the report, about the machine rather than a run.
-        compilation: Compiles the UNet's blocks for long jobs, where that is asked for.
         drifted: True once GPU memory did not come back after a run: the process should be replaced.
     """
 
@@ -65,14 +63,12 @@ class BaseModel:
         device: torch.device,
         dtype: torch.dtype,
         checkpointing: str,
-        compile_from_steps: int,
     ) -> None:
         """Load from a complete local diffusers folder; `load` is the way in."""
         self.name, self.device, self.dtype = name, device, dtype
         self.warnings: tuple[str, ...] = ()
         self.drifted = False
         self._checkpointing = checkpointing
-        self.compilation = Compilation(compile_from_steps)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.scheduler: Any = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         self.text_encoder = load_part(CLIPTextModel, folder, "text_encoder", dtype).to(device)
@@ -99,7 +95,6 @@ class BaseModel:
                 device=device,
                 dtype=dtype,
                 checkpointing=options.gradient_checkpointing,
-                compile_from_steps=options.compile_from_steps,
             )
         except Exception as error:
             if out_of_memory(error):
@@ -225,7 +220,6 @@ class BaseModel:
 
     def take_off(self) -> None:
         """Take the LoRA off, if one is on, with everything that belongs to its training."""
-        self.compilation.end(self.unet)
         if getattr(self.unet, "peft_config", None):
             self.unet.unload_lora()
         self.unet.disable_gradient_checkpointing()
