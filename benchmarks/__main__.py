@@ -2,7 +2,7 @@
 
 On a GPU with SD1.5 in full size, its weights random (speed does not depend on them), 512 pixels,
 fp16. On a CPU with the same layout an eighth as wide, 64 pixels, on one thread, by the time that
-the process computes; there the ratio alone means anything. Legs of both loops alternate (ours,
+the process computes; there only the ratio means anything. Legs of both loops alternate (ours,
 plain, ours, …), so that what drifts falls on both; the first pair warms up and does not count.
 """
 
@@ -153,7 +153,7 @@ class _Bench:
         return loops.checkpoint_cost(self._base, case, run, data)
 
     def ask(self, peers: list[Peer], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The other trainers, case by case; what fails is told, and the rest goes on."""
+        """The other trainers, case by case; a failure is reported, and the other cases go on."""
         names = [field.name for field in dataclasses.fields(Case)]
         found = []
         for peer in peers:
@@ -207,7 +207,7 @@ def _compared(case: Case, pairs: list[tuple[loops.Leg, loops.Leg]]) -> dict[str,
 
 
 def _with_lost_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What an epoch takes besides its steps: by two rows that differ in their images alone."""
+    """The time of an epoch besides its steps: by two rows that differ only in their images."""
     alike: dict[tuple[int, bool], list[dict[str, Any]]] = {}
     for row in rows:
         alike.setdefault((row["batch_size"], row["checkpointing"]), []).append(row)
@@ -266,7 +266,7 @@ def _show(document: dict[str, Any]) -> None:
             + ", ".join(f"{part} {1000 * spent:.1f}" for part, spent in parts.items())
             + "."
         )
-        console.print("Without a GPU the ratios alone mean anything; nothing else is a figure.")
+        console.print("Without a GPU, only the ratios mean anything.")
 
 
 def _plot(document: dict[str, Any], file: Path) -> None:

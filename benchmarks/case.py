@@ -1,4 +1,4 @@
-"""What is measured: one combination of batch, checkpointing and number of images."""
+"""The unit of measurement: one combination of batch, checkpointing and number of images."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ def paint(folder: Path, count: int) -> list[Path]:
     """Write so many JPEG files of 1024 x 1024 pixels, soft colour fields with some grain.
 
     Args:
-        folder: Where; made if need be.
+        folder: Receives the files; created if it is missing.
         count: How many.
     """
     folder.mkdir(parents=True, exist_ok=True)

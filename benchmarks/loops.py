@@ -24,10 +24,10 @@ from torch.utils.data import Dataset as TorchDataset
 from benchmarks.case import Case
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.runtime.device import free_memory, one_run_accelerator, peak_memory_bytes
-from training.style.course import Course
 from training.style.dataset import Dataset, prepare
 from training.style.families.sd15 import BaseModel
-from training.style.results.result import TrainingResult
+from training.style.plan import Course
+from training.style.results.report import TrainingResult
 from training.style.trainer import LoRATrainer
 from utils.events import Event, Progress
 
@@ -40,7 +40,7 @@ class Leg:
 
     Attributes:
         step_seconds: Of one optimizer step, on average, the first epoch left out.
-        peak_bytes: Of the GPU; on a CPU of the whole process, which says nothing of the leg.
+        peak_bytes: Of the GPU; on a CPU of the whole process, which does not describe the leg.
         parts: Of the plain loop on a CPU: the seconds a step spends in each part of it.
     """
 
@@ -50,9 +50,9 @@ class Leg:
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """What a leg is measured by: on a CPU the time that this process computes.
+    """The clock of a leg: on a CPU the time that this process computes.
 
-    Whatever else runs on a machine without a GPU takes turns with the loops there.
+    On a machine without a GPU, other programs take turns with the loops.
     """
     return time.monotonic if device.type == "cuda" else time.process_time
 
@@ -63,7 +63,7 @@ def run_of(case: Case, images: list[Path], folder: Path, *, steps: int, every: i
     Args:
         case: Size and number of its batches.
         images: As many as the case wants, or more.
-        folder: Where it writes.
+        folder: The work folder.
         steps: Optimizer steps after the first epoch, rounded up to whole epochs, at least two.
         every: Epochs between checkpoints.
     """
@@ -115,7 +115,7 @@ def _train(
 
 
 def checkpoint_cost(base: BaseModel, case: Case, run: TrainingRun, data: Dataset) -> dict[str, Any]:
-    """What an epoch takes that follows a checkpoint, over one that does not, in one run.
+    """The time of an epoch that follows a checkpoint, over one that does not, in one run.
 
     The run's `checkpoint_interval` must be 2, so that they alternate. A checkpoint is made behind
     the line `epoch_done`; the probe's mean time is taken off.
@@ -212,7 +212,7 @@ class _Watch:
 
     @contextlib.contextmanager
     def on(self, part: str) -> Iterator[None]:
-        """Whatever is done inside belongs to this part."""
+        """The time of the block belongs to this part."""
         if not self._looks:
             yield
             return
@@ -251,7 +251,7 @@ def plain(base: BaseModel, case: Case, run: TrainingRun) -> Leg:
 
 
 class _PlainLoop:
-    """What the popular script keeps between its steps."""
+    """The state that the popular script keeps between its steps."""
 
     def __init__(
         self, base: BaseModel, case: Case, run: TrainingRun, accelerator: Accelerator
@@ -280,7 +280,7 @@ class _PlainLoop:
         with watch.on("AdamW"):
             self._optimizer.step()
             self._optimizer.zero_grad()
-        loss.item()  # shown beside the progress bar
+        loss.item()  # shown next to the progress bar
 
     def _loss(self, pixels: Tensor, captions: list[str]) -> Tensor:
         base, accelerator = self._base, self._accelerator

@@ -1,4 +1,4 @@
-"""What the figures were measured on, and what the machine can do at most."""
+"""The machine that the figures were measured on, and what the machine can do at most."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Teraflops a second of a large matrix product: the most that any loop could reach.
 
     Args:
-        device: Where; on a CPU the matrices are small.
+        device: The device. On a CPU the matrices are small.
         dtype: Of the matrices.
     """
     side = 8192 if device.type == "cuda" else 1024

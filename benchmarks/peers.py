@@ -24,7 +24,7 @@ _LIMIT_SECONDS = 3600
 
 
 class PeerFailed(Exception):
-    """The other trainer ended with an error, which the text tells."""
+    """The other trainer ended with an error, which the text names."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Peer:
     def step_seconds(
         self, case: Case, model: Path, images: list[Path], folder: Path, *, few: int, many: int
     ) -> float:
-        """What a step of it takes, on average.
+        """Seconds per step, on average.
 
         Raises:
             PeerFailed: It could not be run, or took no longer for more steps.

@@ -1,8 +1,8 @@
 """`python -m benchmarks.scrape_cost`: what twenty requests a second on /metrics cost training.
 
 The whole worker runs, on private servers, with the stand-in model: a real RabbitMQ, an S3 server
-and a backend. The trainer has a core of its own; the front desk, the servers and the scraper share
-another. Stretches with and without scraping alternate (on off, off on, …), so that what drifts
+and a backend. The trainer has its own core; the front desk, the servers and the scraper share
+another. Stretches with and without scraping alternate (on off, off on, …), so that a drift
 falls on both, and each pair is one comparison. Steps are counted between the trainer's own log
 lines.
 
@@ -81,13 +81,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=7.0, help="of one stretch")
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--realtime", action="store_true", help="nobody else on its core (root)")
+    parser.add_argument(
+        "--realtime", action="store_true", help="no other process on its core (root)"
+    )
     parsed = parser.parse_args()
     trainer_core, *rest = sorted(os.sched_getaffinity(0), reverse=True)
     if not rest:
         print("needs two cores", file=sys.stderr)
         return 2
-    os.sched_setaffinity(0, rest)  # and whatever is started from here
+    os.sched_setaffinity(0, rest)  # also for all child processes
     with tempfile.TemporaryDirectory(prefix="scrape-cost-") as name:
         folder = Path(name)
         with RabbitMqNode(folder / "broker") as broker, S3Server() as s3, Backend() as backend:

@@ -37,7 +37,7 @@ def build(folder: Path, divisor: int = 1) -> Path:
     """Write the model as a diffusers folder; the tokenizer and the schedule are the stand-in's.
 
     Args:
-        folder: Where; nothing may be there yet.
+        folder: Receives the model; must not exist yet.
         divisor: Of all widths: 1 for 2 GB in fp16, `NARROW` for 60 MB in fp32.
     """
     model = build_stand_in(folder)

@@ -17,7 +17,7 @@ from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.checkpoint_name import order
 from jobs.kinds import Run
-from jobs.layout import CURVES, STYLE
+from jobs.layout import CURVES, REPORT, STYLE, STYLE_FILES
 from jobs.style import (
     HyperParameters,
     StyleKind,
@@ -33,19 +33,7 @@ from utils.names import is_unicode, printable
 
 log = get_logger(__name__)
 
-REPORT = "training_report.json"
-MADE = frozenset(
-    {
-        REPORT,
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "lora_weights.safetensors",
-        "lora_weights_kohya.safetensors",
-        "loss_curve.png",
-        "samples.png",
-        "training_report.html",
-    }
-)
+MADE = frozenset(STYLE_FILES)
 """The files that a training writes into its output folder."""
 
 _WORK = ".training"

@@ -18,7 +18,7 @@ MOST_STRETCHED = 4
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Frame:
-    """What an image is scaled and cropped to.
+    """The size that an image is scaled and cropped to.
 
     Attributes:
         width, height: In pixels.

@@ -16,7 +16,6 @@ from PIL import Image
 
 from images.buckets import MOST_STRETCHED
 from images.colour import UnusableImage
-from images.intake import MOTIF
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +29,18 @@ LEAST_SHARPNESS = 8.0
 and more; blurred by 1 % of their width, less than 6."""
 GREY = 2.0
 """Mean difference of the colour channels, of 255, below which an image has no colour."""
+MOTIF = 32
+"""Side in pixels of the grey copy that an image's motif is recognised by."""
 SAME_MOTIF = 4
 """Bits of 64 in which the perceptual hashes of two copies of one image differ at most."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Looks:
-    """What one image looks like.
+    """The looks of one image.
 
     Attributes:
-        warnings: What the artist should know, to follow the image's name in a sentence.
+        warnings: Warnings for the artist, to follow the image's name in a sentence.
         is_grey: It has no colour.
         pixels: SHA-256 of its pixels: the same image in another file has the same.
         motif: Its perceptual hash; None where the library is not installed, or none was made.
@@ -66,7 +67,7 @@ def look_at(image: Image.Image, *, resolution: int, size: tuple[int, int] | None
         size: Of the image that `image` is a smaller copy of.
 
     Raises:
-        UnusableImage: There is nothing to learn from it; says why.
+        UnusableImage: There is nothing to learn from it. The message is the reason.
     """
     width, height = size or image.size
     least = max(8, resolution // LEAST_PART)

@@ -14,7 +14,7 @@ from PIL import Image
 from images.profiles import Profile
 
 BACKGROUND = (255, 255, 255)
-"""Transparent parts are laid on white: a declared colour, not whatever the file hides there."""
+"""Transparent parts are laid on white: a fixed colour, not the hidden one."""
 STRIP_PIXELS = 1024 * 1024
 """Converted at a time."""
 
@@ -32,7 +32,7 @@ _GREY = ("1", "L", "LA", "La")
 
 
 class UnusableImage(Exception):
-    """The image cannot be used; the message says why, to follow the image's name in a sentence.
+    """The image cannot be used. The message follows the image's name in a sentence.
 
     Attributes:
         size: Width and height where they could be read.
@@ -50,7 +50,7 @@ class Stored:
     Attributes:
         levels: The 8-bit level of each of 65,536 values of deep greys; None where there are none.
         is_deep: The decoder keeps 8 of 16 bits.
-        is_grey: Its pixels are greys, whatever the mode that they are decoded to.
+        is_grey: Its pixels are greys, even if they are decoded to another mode.
         profile: The colour space of the numbers; None for sRGB.
     """
 
@@ -143,7 +143,7 @@ def _has_grey_palette(image: Image.Image) -> bool:
 def _converter(
     image: Image.Image, stored: Stored, profile: Profile | None
 ) -> Callable[[Image.Image], tuple[Image.Image, Image.Image | None]]:
-    """What makes RGB pixels, and their opacity where there is one, of a part of the image."""
+    """A function from a part of the image to its RGB pixels and their opacity, if it has one."""
     mode = profile.mode if profile else "RGB"
 
     def colours_of(part: Image.Image) -> Image.Image:

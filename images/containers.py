@@ -40,7 +40,7 @@ def refuse_previews(image: Image.Image, content: bytes) -> None:
     """Refuse a file whose first image is a thumbnail of what it holds.
 
     Raises:
-        UnusableImage: Says which kind of file it is.
+        UnusableImage: It is such a file. The message names its kind.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
@@ -104,7 +104,7 @@ def _levels(image: Image.Image) -> tuple[int, ...] | None:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the decoder finds the pixels in the file, such as `RGB;16B`; "" if it does not say."""
+    """How the decoder finds the pixels in the file, such as `RGB;16B`; "" if it is unknown."""
     packed = [part for tile in getattr(image, "tile", ()) for part in tile[-1:]]
     raw = packed[0] if packed else ""
     return str(raw[0] if isinstance(raw, tuple) and raw else raw)
@@ -175,8 +175,8 @@ def _from_gamma(image: Image.Image) -> Profile | None:
 
 
 def _says_adobe_rgb(image: Image.Image) -> bool:
-    """Whether a camera says in its EXIF data that the colours are Adobe RGB's, as they do instead
-    of a profile."""
+    """Whether the EXIF data states that the colours are Adobe RGB. Cameras write that instead of a
+    profile."""
     try:
         exif = image.getexif()
         space = exif.get_ifd(_EXIF_IFD).get(_COLOUR_SPACE)

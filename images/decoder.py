@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from images.intake import MOTIF, Ready, Refused, Request, Taken
+from images.checks import MOTIF
+from images.decoding import Ready, Refused, Request, Taken
 from utils.errors import Stopped, StopReason, WorkerCrashed
 from utils.events import decode, encode
 
@@ -44,7 +45,7 @@ _LONGEST_LINE = 1 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one image.
+    """The answer for one image.
 
     Attributes:
         fact: Whether it can be used, and what it is.
@@ -60,7 +61,7 @@ class Answer:
 
 
 class Decoder:
-    """Decodes images in a process of its own, which starts at once and is replaced if it dies.
+    """Decodes images in a separate process, which starts at once and is replaced if it dies.
 
     Args:
         seconds: Of computing time for each image.
@@ -90,7 +91,7 @@ class Decoder:
         self.close()
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process at once."""
         if self._process:
             self._process.kill()
             self._process = None
@@ -138,8 +139,8 @@ class Decoder:
             self.close()
             if not death.was_ready:
                 raise WorkerCrashed(
-                    f"The image decoder could not be started ({death}); its last log lines say "
-                    "why."
+                    f"The image decoder could not be started ({death}); its last log lines "
+                    "give the reason."
                 ) from death
             log.warning("decoder_died", extra={"reason": str(death)})
             reason = TOO_SLOW.format(seconds=self._seconds) if death.too_slow else CRASHED

@@ -9,6 +9,7 @@ and then the bytes that it announces. It ends with its pipe.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import math
@@ -24,10 +25,78 @@ from PIL import AvifImagePlugin, Image, ImageOps, PngImagePlugin
 
 from images.buckets import frame_for
 from images.checks import look_at, motif_copy
-from images.intake import THUMBNAIL, Ready, Refused, Request, Taken
 from images.profiles import MOST_PROFILE_BYTES
 from images.vetting import UnusableImage, Vetted, vet
 from utils.events import decode, encode
+
+THUMBNAIL = 320
+"""Side of a thumbnail in pixels."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """Ask the decoder for an image.
+
+    Attributes:
+        path: Its file.
+        max_pixels: Larger images are refused.
+        resolution: Side of the training images in pixels.
+    """
+
+    path: str
+    max_pixels: int
+    resolution: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ready:
+    """The decoder has started."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refused:
+    """The image cannot be used.
+
+    Attributes:
+        reason: To follow the image's name in a sentence.
+        width, height: In pixels, where they are known.
+        thumbnail: Bytes of a JPEG that follow.
+    """
+
+    reason: str
+    width: int | None = None
+    height: int | None = None
+    thumbnail: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Taken:
+    """The image can be used.
+
+    Attributes:
+        identity: SHA-256 of the file.
+        width, height: Of the image, upright, in pixels.
+        decoded: Description of the file: format, size as stored, colour mode.
+        notes: Changes to the image.
+        warnings: Warnings about the file, for the artist.
+        looks: Warnings about the content, for the artist.
+        is_grey: It has no colour.
+        pixels: SHA-256 of its pixels.
+        frame: Width and height of the pixels that follow.
+        thumbnail: Bytes of a JPEG that follow the pixels.
+    """
+
+    identity: str
+    width: int
+    height: int
+    decoded: str
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    looks: tuple[str, ...]
+    is_grey: bool
+    pixels: str
+    frame: tuple[int, ...]
+    thumbnail: int
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -37,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments: Seconds of computing time, and bytes of memory, that one image may take.
     """
     seconds, memory = (int(each) for each in arguments)
-    # C libraries print what they please; the pipe is for answers alone.
+    # C libraries print what they please; the pipe is only for answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # threads reserve memory that they do not use
@@ -53,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _limit(memory: int) -> None:
     """Let the process grow by so many bytes, write no file and leave no core."""
-    with contextlib.suppress(OSError):  # Linux says how large it is; elsewhere the trainer watches
+    with contextlib.suppress(OSError):  # only Linux reports the size
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         most = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -41,8 +41,8 @@ class Png:
 def tidied(content: bytes) -> Png:
     """The file with its pixels and what gives them their colours; all else is left out.
 
-    What the decoder judges stays as it is: chunks of the pixels, sound or not, and what follows
-    where the file breaks off.
+    The parts that the decoder judges stay as they are: chunks of the pixels, sound or not, and the
+    end of a truncated file.
     """
     kept: list[memoryview] = [memoryview(SIGNATURE)]
     damaged: list[str] = []

@@ -1,4 +1,4 @@
-"""Colour spaces as ICC profiles, so that LittleCMS alone computes with colours."""
+"""Colour spaces as ICC profiles, so that only LittleCMS computes with colours."""
 
 from __future__ import annotations
 

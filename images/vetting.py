@@ -1,4 +1,4 @@
-"""Whether a file is an image that can be trained on, judged by its content alone."""
+"""Whether a file is an image that can be trained on, judged only by its content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from images.containers import RAW, refuse_previews, stored_in
 __all__ = ["FORMATS", "UnusableImage", "Vetted", "vet"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-"""What may be opened. Pillow knows more, and starts other programs for some of them."""
+"""Formats that may be opened. Pillow knows more, and starts other programs for some of them."""
 MOST_DECODED_BYTES = 512 * 1024**2
 """Memory that the pixels of one image may take in the decoder."""
 LARGE = 32_000_000
@@ -45,9 +45,9 @@ class Vetted:
 
     Attributes:
         image: Upright, 8-bit sRGB; smaller than the file's image if that is larger than `LARGE`.
-        decoded: What the file was: format, size as stored, colour mode.
-        notes: What was done to it.
-        warnings: What the artist should know.
+        decoded: Description of the file: format, size as stored, colour mode.
+        notes: Changes to the image.
+        warnings: Warnings for the artist.
         size: Of the file's image, upright.
     """
 
@@ -66,7 +66,7 @@ def vet(content: bytes, *, max_pixels: int) -> Vetted:
         max_pixels: A header that announces more is refused before anything is decoded.
 
     Raises:
-        UnusableImage: Says why.
+        UnusableImage: It cannot be used. The message is the reason.
     """
     if not content:
         raise UnusableImage("is an empty file")
@@ -183,7 +183,7 @@ def _shrunk(image: Image.Image) -> int:
 def _converted(
     image: Image.Image, stored: Stored, reduced_by: int, size: tuple[int, int]
 ) -> tuple[Image.Image, tuple[str, ...], tuple[str, ...]]:
-    """`to_srgb`, where whatever a rare way of storing colours raises is this image's alone."""
+    """`to_srgb`. Any error of a rare way to store colours makes only this image unusable."""
     try:
         return to_srgb(image, stored, reduced_by=reduced_by)
     except UnusableImage:
@@ -203,13 +203,13 @@ def _decode(image: Image.Image, size: tuple[int, int]) -> None:
     except MemoryError as error:
         raise UnusableImage("is too large to be decoded", size) from error
     except Exception as error:  # decoders raise nearly anything on damaged data
-        if "memory" in str(error):  # as Pillow's own decoders say it
+        if "memory" in str(error):  # the message of Pillow's decoders
             raise UnusableImage("is too large to be decoded", size) from error
         raise UnusableImage("is damaged or cut off: it cannot be decoded", size) from error
 
 
 def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:
-    """How the image lies, as its EXIF data says; unreadable EXIF data does no harm."""
+    """The orientation in the EXIF data, which is ignored if it cannot be read."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # pylint: disable=broad-exception-caught  # damaged metadata, in any way

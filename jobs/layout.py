@@ -35,11 +35,19 @@ ARCHIVE = "archive/"
 
 # Files of a style's model and of its checkpoints. Published names are part of the protocol.
 WEIGHTS = "lora_weights.safetensors"
+KOHYA_WEIGHTS = "lora_weights_kohya.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 REPORT = "training_report.json"
 HTML_REPORT = "training_report.html"
 SAMPLES = "samples.png"
 LOSS_CURVE = "loss_curve.png"
+STYLE_FILES = (
+    *(REPORT, HTML_REPORT, LOSS_CURVE, SAMPLES),
+    *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS),
+)
+"""All files of a published style, in the order of their upload. The last one is the signal that the
+others are in place."""
 CHECKPOINT_WEIGHTS = "lora.safetensors"
 CURVES = "tensorboard"
 """Folder of the event files, in a run's work folder and beside its checkpoints."""

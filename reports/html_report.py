@@ -55,7 +55,7 @@ def write_html(
         run: Its images.
         samples: The samples of checkpoints, the base model's first.
         prompts: Of the samples.
-        folder: Where `samples.png` and `loss_curve.png` lie, as far as they could be made; the file
+        folder: Folder of `samples.png` and `loss_curve.png`, if they could be made. The file
             goes there, too.
         thumbnails: JPEG files of the images, by the path of their files.
 
@@ -64,6 +64,7 @@ def write_html(
 
     Raises:
         OSError: The disk is full or read-only.
+        ValueError: The template does not fit the report.
     """
     content = {
         **report,
@@ -84,7 +85,10 @@ def write_html(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"duration": _duration, "loss": _loss}
-    text = environment.get_template(TEMPLATE).render(content)
+    try:
+        text = environment.get_template(TEMPLATE).render(content)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"The report cannot be rendered: {error}") from error
     path = folder / HTML_REPORT
     partial = path.with_name(f".{path.name}.partial")
     # Halves of characters, which JSON can spell, are none.
@@ -98,7 +102,7 @@ def _shown(
     images: Sequence[TrainingImage],
     thumbnails: Mapping[str, bytes],
 ) -> list[dict[str, Any]]:
-    """What is said of each image, with its name and its thumbnail."""
+    """The entry of each image, with its name and its thumbnail."""
     return [
         {
             **entry,
@@ -155,7 +159,7 @@ def _small_sheet(path: Path) -> str | None:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             small = image.convert("RGB")
-    except OSError:  # the samples could not be painted, which the report says
+    except OSError:  # the samples could not be painted, which the report states
         return None
     small.thumbnail((SHEET, SHEET))
     buffer = io.BytesIO()

@@ -16,13 +16,15 @@ from config import setting_names
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = frozenset({"HF_HOME", "HF_TOKEN", "CUDA_VISIBLE_DEVICES"})
 """What a machine's owner has set about the model hub and the GPU holds here too."""
-_WITH_DEFAULT_SIGHUP = (
-    *(sys.executable, "-ISc"),
-    "import os, signal, sys; "
-    "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
-    "os.execvp(sys.argv[1], sys.argv[1:])",
-)
-"""Runs a command with the default SIGHUP: under nohup this process would pass on an ignored one."""
+_LAUNCHER = """
+import ctypes, os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+"""Runs a command with the default SIGHUP, which a process under nohup would pass on as ignored.
+Under Linux the command is stopped (PR_SET_PDEATHSIG) if this process is killed."""
 
 
 class WorkerProcess:
@@ -103,7 +105,7 @@ class WorkerProcess:
         output: IO[bytes]
         with self.log.open("ab") as output:
             return subprocess.Popen(
-                [*_WITH_DEFAULT_SIGHUP, *self._command],
+                [sys.executable, "-ISc", _LAUNCHER, *self._command],
                 cwd=self._folder,  # where no `.env` lies
                 env=self._environment,
                 stdin=subprocess.DEVNULL,

@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inbox = Inbox(os.fdopen(parsed.runs_fd, "rb", buffering=0))
     inbox.start()
 
-    # What the libraries bring, half a million objects, lives as long as the process: to look at
-    # all of it for garbage takes a fifth of the start, and a third of a second at each freeing.
+    # The half a million objects of the libraries live as long as the process. Checking them for
+    # garbage would take a fifth of the start, and a third of a second at each collection.
     gc.disable()
     from training.runtime.child import Child  # pylint: disable=import-outside-toplevel
     from utils import logger  # pylint: disable=import-outside-toplevel

@@ -2,85 +2,82 @@
 
 from __future__ import annotations
 
-import io
-import subprocess
-import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sandbox.backend import COMPLETE, Answer
-from sandbox.worker_process import ROOT
+from sandbox.worker_process import ROOT, WorkerProcess
 from tests.acceptance.world import World, log_lines, until
-
-LAST_RELEASE = "1b8d803"
+from tests.releases import LAST_RELEASE, extract
 
 
 @pytest.fixture(name="releases", scope="module")
 def _releases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder of each release's program."""
-    made = subprocess.run(
-        ["git", "archive", "--format=tar", LAST_RELEASE], cwd=ROOT, capture_output=True, check=False
-    )
-    assert made.returncode == 0, (
-        f"the last release is read from git's history, which must reach {LAST_RELEASE}: "
-        f"{made.stderr.decode()}"
-    )
-    folder = tmp_path_factory.mktemp("last-release")
-    with tarfile.open(fileobj=io.BytesIO(made.stdout)) as archive:
-        archive.extractall(folder, filter="data")
+    folder = extract(LAST_RELEASE, tmp_path_factory.mktemp("last-release"))
     return {"last": folder, "this": ROOT}
 
 
-@pytest.mark.parametrize(("first", "second"), [("last", "this"), ("this", "last")])
-def test_a_job_that_one_release_began_is_finished_by_the_other(
-    apart: World, releases: dict[str, Path], first: str, second: str
+@pytest.mark.timeout(400)
+def test_each_release_finishes_and_delivers_the_jobs_of_the_other(
+    apart: World, releases: dict[str, Path]
 ) -> None:
-    style_id = 61 if first == "last" else 62
-    message = apart.envelope(style_id=style_id, parameters={"epochs": 24})
-    task_id = message["task_id"]
-    with apart.worker_of(releases[first]) as one:
-        apart.publish(message)
-        until(lambda: apart.keys(apart.state, f"jobs/{task_id}.json"))
-        until(lambda: apart.record(task_id)["checkpoints"])
-        assert one.stop() == 0
-    reached = apart.record(task_id)["checkpoints"][-1]["epoch"]
-    assert reached < 24
-    with apart.worker_of(releases[second]) as two:
-        kind, ending = apart.ending(task_id)
-        assert (kind, ending["training_metric"]["epochs"]) == ("complete", 24)
-        assert [each["epoch"] for each in log_lines(two, "training_started")] == [reached]
-        until(lambda: apart.record(task_id)["delivery"] == "delivered")
-        assert two.stop() == 0
-    with apart.worker_of(releases[first]) as one:
-        apart.publish(message)  # a duplicate, for the release that began
-        until(lambda: log_lines(one, "job_ended_before"))
+    """The last release, this one and again the last release work one after the other, as in a
+    rolling update that is taken back."""
+    begun = [apart.envelope(style_id=61 + each, parameters={"epochs": 24}) for each in range(2)]
+    parked = [apart.envelope(style_id=63 + each) for each in range(2)]
+    with apart.worker_of(releases["last"], ENDING_RETRY_DELAYS_SECONDS="2") as one:
+        _leave(apart, one, parked[0], begun[0])
+    with apart.worker_of(releases["this"], ENDING_RETRY_DELAYS_SECONDS="2") as two:
+        _assert_finished(apart, two, parked[0], begun[0])
+        _leave(apart, two, parked[1], begun[1])
+    with apart.worker_of(releases["last"], ENDING_RETRY_DELAYS_SECONDS="2") as three:
+        _assert_finished(apart, three, parked[1], begun[1])
+        apart.publish(begun[0])  # a duplicate, for the release that began the job
+        until(lambda: log_lines(three, "job_ended_before"))
         until(lambda: apart.waiting(apart.queue) == 0)
-    assert len(apart.backend.endings(task_id)) == 1
+        assert three.stop() == 0
+    assert all(len(apart.backend.endings(each["task_id"])) == 1 for each in begun)
 
 
-@pytest.mark.parametrize(("first", "second"), [("last", "this"), ("this", "last")])
-def test_an_ending_that_one_release_parked_is_delivered_by_the_other(
-    apart: World, releases: dict[str, Path], first: str, second: str
+def _leave(
+    world: World, worker: WorkerProcess, parked: dict[str, Any], begun: dict[str, Any]
 ) -> None:
-    style_id = 63 if first == "last" else 64
-    message = apart.envelope(style_id=style_id)
-    task_id = message["task_id"]
-    apart.backend.answer = lambda request: (
-        Answer(503) if request.path == COMPLETE and request.task_id == task_id else None
+    """Stop the worker while the backend refuses one job's ending and another job trains."""
+    world.backend.answer = lambda request: (
+        Answer(503) if request.path == COMPLETE and request.task_id == parked["task_id"] else None
     )
     try:
-        with apart.worker_of(releases[first], ENDING_RETRY_DELAYS_SECONDS="2") as one:
-            apart.publish(message)
-            until(lambda: apart.keys(apart.state, f"jobs/{task_id}.json"))
-            until(lambda: apart.record(task_id)["delivery"] == "pending")
-            assert one.stop() == 0
+        world.publish(parked)
+        until(lambda: _record(world, parked).get("delivery") == "pending")
+        world.publish(begun)
+        until(lambda: _record(world, begun).get("checkpoints"))
+        assert worker.stop() == 0
     finally:
-        apart.backend.answer = None
-    with apart.worker_of(releases[second], ENDING_RETRY_DELAYS_SECONDS="2") as two:
-        assert apart.ending(task_id)[0] == "complete"
-        until(lambda: apart.record(task_id)["delivery"] == "delivered")
-        assert not log_lines(two, "training_started")
+        world.backend.answer = None
+    assert _record(world, begun)["checkpoints"][-1]["epoch"] < 24
+
+
+def _assert_finished(
+    world: World, worker: WorkerProcess, parked: dict[str, Any], begun: dict[str, Any]
+) -> None:
+    """The parked ending is delivered, and the job goes on at its last checkpoint."""
+    reached = _record(world, begun)["checkpoints"][-1]["epoch"]
+    assert world.ending(parked["task_id"])[0] == "complete"
+    kind, ending = world.ending(begun["task_id"])
+    assert (kind, ending["training_metric"]["epochs"]) == ("complete", 24)
+    until(lambda: _record(world, parked)["delivery"] == "delivered")
+    until(lambda: _record(world, begun)["delivery"] == "delivered")
+    started = [(each["task_id"], each["epoch"]) for each in log_lines(worker, "training_started")]
+    assert started == [(begun["task_id"], reached)]
+
+
+def _record(world: World, message: dict[str, Any]) -> dict[str, Any]:
+    """The job's record; empty before there is one."""
+    task_id = message["task_id"]
+    return world.record(task_id) if world.keys(world.state, f"jobs/{task_id}.json") else {}
 
 
 def test_workers_of_both_releases_take_jobs_from_one_queue(

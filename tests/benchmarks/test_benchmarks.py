@@ -1,4 +1,4 @@
-"""`python -m benchmarks` runs anywhere, measures what it says, and takes in other trainers."""
+"""`python -m benchmarks` runs anywhere, measures its cases, and takes in other trainers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module", name="measured")
 def _measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """What a quick run leaves behind, and what it prints."""
+    """The results of a quick run, and what it prints."""
     output = tmp_path_factory.mktemp("benchmarks")
     done = run(output, "--quick")
     assert done.returncode == 0, done.stderr
@@ -68,7 +68,7 @@ def test_one_command_prints_a_table_and_writes_figures_and_a_plot(
 def test_a_step_is_faster_than_the_plain_loop_s_and_the_rest_is_accounted_for(
     measured: tuple[Path, str],
 ) -> None:
-    """How much faster is docs/benchmarks.md's to say: here other tests run beside it."""
+    """The factor is in docs/benchmarks.md, because other tests run here at the same time."""
     output, printed = measured
     (row,) = json.loads((output / "benchmarks.json").read_text("utf-8"))["results"]
     assert row["ratio"] > 1.15
@@ -76,7 +76,7 @@ def test_a_step_is_faster_than_the_plain_loop_s_and_the_rest_is_accounted_for(
     parts = row["plain"]["parts"]
     assert {loops.READING, "VAE", "text encoder", "AdamW"} < set(parts)
     assert 0.8 < sum(parts.values()) / row["plain"]["step_seconds"] <= 1
-    assert "ratios alone" in printed
+    assert "only the ratios" in printed
 
 
 def test_the_full_model_has_sd15_s_own_size() -> None:
@@ -132,7 +132,7 @@ def test_another_trainer_s_step_is_timed_without_its_start(tmp_path: Path, name:
         assert len(asked["files"]) == 5 and "metadata.jsonl" in asked["files"]
 
 
-def test_a_trainer_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
+def test_a_trainer_that_fails_is_reported_with_its_last_lines(tmp_path: Path) -> None:
     script = tmp_path / DIFFUSERS
     script.write_text("raise SystemExit('no module named datasets')", "utf-8")
     with pytest.raises(PeerFailed, match="no module named datasets"):

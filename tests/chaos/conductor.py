@@ -114,9 +114,7 @@ class Conductor:
     def _redrive(self, task_id: str) -> bool:
         """Send a job back as an operator does; False where it has to be tried again."""
         environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name.upper() not in setting_names()
+            name: value for name, value in os.environ.items() if name.upper() not in setting_names()
         }
         with self._world.broker_turn:
             self._jobs.journal.note("redriven", task=task_id)

@@ -120,9 +120,7 @@ class Slot:
         self._clock_path = folder / f"clock-{number}"
         self._extra = extra
         self._environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name.upper() not in setting_names()
+            name: value for name, value in os.environ.items() if name.upper() not in setting_names()
         } | dict(settings)
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted: tuple[int, ...] = ()

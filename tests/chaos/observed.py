@@ -10,17 +10,18 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from jobs.layout import STYLE_FILES
 from jobs.record import SEQUENCES_PER_CLAIM
 from sandbox.backend import ReceivedRequest
 from tests.chaos.jobs import Job
 from tests.chaos.reference import Facts, Kept, Places
-from tests.chaos.stand_in_trainer import FILES, digest_of
+from tests.chaos.stand_in_trainer import digest_of
 from tests.chaos.timing import DEAD_QUEUE, MEDIA, STATE
 from tests.chaos.world import Message, World
 
 _WEIGHTS = "/lora.safetensors"
 _MANIFEST = "manifest.json"
-NEEDED = set(FILES) - {"samples.png", "loss_curve.png", "training_report.html"}
+NEEDED = set(STYLE_FILES) - {"samples.png", "loss_curve.png", "training_report.html"}
 """Files that every model has, also one that the real trainer made."""
 
 Notes = list[dict[str, Any]]

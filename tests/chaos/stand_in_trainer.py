@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from jobs.layout import STYLE_FILES
 from jobs.style import TrainingRun
 from tests.chaos import full_disk
 from tests.chaos.fates import SEEDS
@@ -47,17 +48,6 @@ from utils.events import (
 )
 
 STEPS_PER_EPOCH = 4
-FILES = (
-    "training_report.json",
-    "training_report.html",
-    "loss_curve.png",
-    "samples.png",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "lora_weights_kohya.safetensors",
-    "lora_weights.safetensors",
-)
-"""Those of `training.style.results.report.FILES`, whose module imports torch."""
 
 _PROGRESS_SECONDS = 0.25
 _DIVERGES_AT = 5
@@ -164,7 +154,7 @@ class StandIn:
         return Finished(
             task_id=run.task_id,
             folder=folder,
-            files=FILES if folder else (),
+            files=STYLE_FILES if folder else (),
             done=step,
             seconds=seconds,
             stopped=stopped,
@@ -175,7 +165,7 @@ class StandIn:
     def _export(self, run: TrainingRun) -> Path:
         folder = Path(run.work_folder) / "output"
         folder.mkdir(parents=True)
-        for name in FILES:
+        for name in STYLE_FILES:
             self._refuse_if_full()
             (folder / name).write_bytes(content_of(name, run.task_id, run.claim))
         return folder

@@ -25,7 +25,7 @@ import PIL
 from PIL import Image, ImageCms, ImageOps
 
 from images.decoder import CRASHED, SECONDS, TOO_SLOW, Decoder
-from images.intake import Refused, Request
+from images.decoding import Refused, Request
 from images.vetting import FORMATS, UnusableImage, vet
 from tests.corpus.storages import srgb_of
 

@@ -71,11 +71,25 @@ SHARED = {
     }
 }
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
-IMAGES = {"numpy", "PIL", "matplotlib", "imagehash", "jinja2"}
 OPTIMIZERS = {"prodigyopt", "bitsandbytes"}
 # Used where somebody has installed it.
 OPTIONAL = {"bitsandbytes"}
-TRAINING_MAY_IMPORT = TORCH | IMAGES | OPTIMIZERS | set(sys.stdlib_module_names)
+# room -> the foreign packages that it may import. The image of a room needs no others.
+PACKAGES: dict[str, set[str]] = {
+    "main": {"typer"},
+    "config": {"pydantic", "pydantic_settings"},
+    "cli": {"huggingface_hub", "rich", "structlog", "typer"},
+    "consumer": {"starlette", "structlog", "uvicorn"},
+    "services": {
+        *("boto3", "botocore", "mypy_boto3_s3", "opentelemetry", "pika", "requests"),
+        *("sentry_sdk", "standardwebhooks", "urllib3"),
+    },
+    "training": {*TORCH, *OPTIMIZERS, "PIL", "matplotlib", "numpy"},
+    "reports": {"PIL", "jinja2"},
+    "images": {"PIL", "imagehash", "numpy"},
+    "jobs": {"pydantic", "pydantic_core"},
+    "utils": {"prometheus_client", "pydantic", "pynvml", "structlog"},
+}
 # What a machine that only trains does not have.
 CLIENTS = (
     *("pika", "boto3", "botocore", "standardwebhooks", "pydantic_settings"),
@@ -169,6 +183,18 @@ def test_arrows_between_the_rooms_run_one_way(room: str) -> None:
     assert not wrong
 
 
+def test_the_runtime_of_the_trainer_process_knows_no_kind() -> None:
+    wrong = {
+        f"{path} imports {module}"
+        for path in product_files()
+        if path.parts[:2] == ("training", "runtime")
+        for node in ast.walk(tree_of(path))
+        for module in modules_of(node, path)
+        if f"{module}.".startswith("training.") and module.split(".")[1:2] != ["runtime"]
+    }
+    assert not wrong
+
+
 def test_the_product_imports_no_test_no_sandbox_and_no_tool() -> None:
     wrong = {path for path in product_files() if imports(path) & BESIDE_IT}
     assert not wrong
@@ -197,22 +223,13 @@ def test_a_foreign_client_has_one_importer(client: str) -> None:
     assert importers <= {ONE_IMPORTER[client]}
 
 
-def test_only_training_imports_torch_and_what_stands_on_it() -> None:
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_its_packages(room: str) -> None:
     wrong = {
         f"{path} imports {name}"
         for path in product_files()
-        if room_of(path) != "training"
-        for name in imports(path) & TORCH
-    }
-    assert not wrong
-
-
-def test_training_imports_what_a_training_machine_has_and_no_more() -> None:
-    wrong = {
-        f"{path} imports {name}"
-        for path in product_files()
-        if room_of(path) == "training"
-        for name in imports(path) - TRAINING_MAY_IMPORT - {"training"} - ARROWS["training"]
+        if room_of(path) == room
+        for name in imports(path) - PACKAGES[room] - {*ROOMS, *sys.stdlib_module_names}
     }
     assert not wrong
 

@@ -1,4 +1,4 @@
-"""How fast a run steps, and when its progress is to be told again."""
+"""How fast a run steps, and when its progress is reported next."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Clock:
         self._left_out_since_warm += seconds
 
     def due(self) -> bool:
-        """Whether progress may be told again; asking counts as telling."""
+        """Whether progress is due. A positive answer restarts the interval."""
         now = time.monotonic()
         if now - self._told < PROGRESS_SECONDS:
             return False

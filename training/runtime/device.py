@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from jobs.style import TrainerOptions
 from utils.errors import GpuBroken, GpuOutOfMemory, TrainingServerError
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ NO_MEMORY = (
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "can't allocate memory",
 )
-"""How the libraries below torch say that memory ran out."""
+"""Messages of the libraries below torch for a lack of memory."""
 NO_DEVICE = (
     "CUDA error",
     "CUDA driver error",
@@ -37,38 +36,40 @@ NO_DEVICE = (
     "CUBLAS_STATUS",
     "NVML",
 )
-"""How they say that the device does not compute."""
+"""Their messages for a device that does not compute."""
 
 MOST_STEPS_AHEAD = 2
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
-def choose_device(options: TrainerOptions) -> tuple[torch.device, torch.dtype, tuple[str, ...]]:
+def choose_device(
+    mixed_precision: str, *, allow_cpu: bool
+) -> tuple[torch.device, torch.dtype, tuple[str, ...]]:
     """The device, the dtype of the frozen base on it, and warnings for the report.
 
     Raises:
         GpuBroken: There is no CUDA device, and the CPU is not allowed.
     """
     if torch.cuda.is_available():
-        if options.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
+        if mixed_precision == "bf16" and not torch.cuda.is_bf16_supported():
             sentence = "This GPU cannot compute in bf16; training runs in fp16 instead."
             log.warning("bf16_unsupported", extra={"reason": sentence})
             return torch.device("cuda"), torch.float16, (sentence,)
-        return torch.device("cuda"), DTYPES[options.mixed_precision], ()
-    if not options.allow_cpu:
+        return torch.device("cuda"), DTYPES[mixed_precision], ()
+    if not allow_cpu:
         raise GpuBroken(
             "No CUDA GPU can be used on this machine. Check the driver with nvidia-smi (in a "
             "container, start it with --gpus all), or set ALLOW_CPU=true to train on the CPU, "
             "which is very slow."
         )
-    # For the report alone: whoever has started this process has logged it.
+    # Only for the report: the front desk logs it.
     sentence = "There is no CUDA GPU: training runs on the CPU in fp32, which is slow."
     return torch.device("cpu"), torch.float32, (sentence,)
 
 
 def gpu_error(error: BaseException) -> TrainingServerError | None:
-    """What an exception says of the device: `GpuOutOfMemory`, `GpuBroken`, or None: nothing."""
+    """The error of the device behind an exception: `GpuOutOfMemory`, `GpuBroken` or None."""
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in NO_MEMORY)
@@ -107,7 +108,7 @@ class Pace:
     The GPU always has the next step's work: nothing waits for nothing to do.
 
     Args:
-        device: Where the steps are computed; on a CPU the host is never ahead.
+        device: The device of the steps. On a CPU the host is never ahead.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -126,19 +127,19 @@ class Pace:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the GPU, or the machine, has too little memory."""
+    """Whether an exception means that the GPU or the machine has too little memory."""
     return isinstance(gpu_error(error), GpuOutOfMemory)
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nobody refers to any more; cycles are broken up first."""
+    """Free the memory of objects that are no longer referenced, after breaking up cycles."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def allocated_bytes(device: torch.device) -> int | None:
-    """What tensors take of the GPU now, by torch's allocator; None without CUDA."""
+    """Bytes of the GPU that tensors use now, by torch's allocator; None without CUDA."""
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
 
 

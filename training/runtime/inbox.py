@@ -1,4 +1,4 @@
-"""What the desk sends to the trainer process: runs, and stops for the run that they mean."""
+"""The messages of the front desk to the trainer process: runs, and stops that name a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DESK_SENT_NONSENSE = 3
 
 
 class Inbox:
-    """Reads the pipe in a thread of its own: a stop, and the end, are seen in mid-training.
+    """Reads the pipe in a separate thread, so that a stop or the end is seen during training.
 
     A stop names its run. If that run is neither in hand nor waiting, the stop came too late and is
     dropped: it never ends another run.
@@ -32,7 +32,7 @@ class Inbox:
         self._in_hand: _Pending | None = None
 
     def start(self) -> None:
-        """Begin to read. When the pipe ends, so does the whole process, whatever it is doing."""
+        """Begin to read. When the pipe ends, the process ends at once."""
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def take(self) -> Run:
@@ -53,12 +53,12 @@ class Inbox:
         return in_hand.stop if in_hand else None
 
     def lay_down(self) -> None:
-        """The run in hand is over, and a stop too late; to be called before its end is told."""
+        """End the run in hand; later stops do not count. Call this before its end is reported."""
         with self._changed:
             self._in_hand = None
 
     def deliver(self, fact: Run | Stop) -> None:
-        """Put in what the pipe brought."""
+        """Take in a message from the pipe."""
         with self._changed:
             if isinstance(fact, Run):
                 self._waiting.append(_Pending(fact))
@@ -74,8 +74,8 @@ class Inbox:
         return next((each for each in known if (each.run.task_id, each.run.claim) == named), None)
 
     def _read(self) -> None:
-        # No clean-up at the end: a training thread cannot be interrupted, and whoever would read
-        # the result is gone.
+        # No clean-up at the end: a training thread cannot be interrupted, and the reader of the
+        # result is gone.
         try:
             for line in self._pipe:
                 self.deliver(decode(line, (Run, Stop)))

@@ -1,7 +1,6 @@
 """The optimizers, and their state as plain tensors.
 
-What an optimizer does is its library's; a library that torch does not need is imported where it is
-asked for.
+Libraries that torch does not need are imported only for jobs that ask for them.
 """
 
 from __future__ import annotations
@@ -12,54 +11,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.style import HyperParameters
 from utils.errors import TrainingFailed
 
 _GROUP = "group"
 
 
 def create(
-    weights: Sequence[torch.nn.Parameter], parameters: HyperParameters
+    name: str,
+    weights: Sequence[torch.nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """The optimizer that the parameters name.
+    """Create an optimizer whose library is installed.
 
     Args:
-        weights: The LoRA's, float32, on the device.
-        parameters: Optimizer, rate, weight decay.
+        name: `adamw`, `adamw8bit` or `prodigy`.
+        weights: Trainable weights, float32, on the device.
+        learning_rate: The first rate. Prodigy finds its own.
+        weight_decay: Decoupled weight decay.
 
     Raises:
-        TrainingFailed: Its library is not here, though it was where the job was taken; or it cannot
-            compute on this device.
+        TrainingFailed: The optimizer cannot compute on this device.
     """
-    try:
-        parameters.require_libraries()
-    except ValueError as error:
-        raise TrainingFailed(f"This job cannot be trained here: {error}.") from error
-    match parameters.optimizer:
+    match name:
         case "adamw8bit":
             if weights[0].device.type != "cuda":
                 raise TrainingFailed(
-                    "The optimizer adamw8bit computes on a GPU only; choose adamw or prodigy."
+                    "The optimizer adamw8bit needs a GPU. Set the optimizer to adamw or prodigy."
                 )
             # pylint: disable-next=import-outside-toplevel,import-error
             from bitsandbytes.optim import AdamW8bit
 
             made: torch.optim.Optimizer = AdamW8bit(
-                weights, lr=parameters.learning_rate, weight_decay=parameters.weight_decay
+                weights, lr=learning_rate, weight_decay=weight_decay
             )
         case "prodigy":
             from prodigyopt import Prodigy  # pylint: disable=import-outside-toplevel
 
             # As its authors advise for fine-tuning with a warm-up.
             made = Prodigy(weights, lr=1.0, use_bias_correction=True, safeguard_warmup=True)
-            # Given to the constructor, it would be printed.
-            made.param_groups[0]["weight_decay"] = parameters.weight_decay
+            # The constructor would print it.
+            made.param_groups[0]["weight_decay"] = weight_decay
         case _:
             made = torch.optim.AdamW(
-                weights,
-                lr=parameters.learning_rate,
-                weight_decay=parameters.weight_decay,
-                fused=True,
+                weights, lr=learning_rate, weight_decay=weight_decay, fused=True
             )
     return made
 

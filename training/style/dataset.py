@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import logging
+import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -14,13 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from images.buckets import Frame
-from images.checks import Looks, motif_of
+from images.checks import MOTIF, Looks, motif_of
 from images.colour import UnusableImage
 from images.decoder import Answer, Decoder
-from images.intake import MOTIF, Refused, Request
+from images.decoding import Refused, Request
 from jobs.style import TrainingImage, TrainingRun
 from training.style.families.sd15 import BaseModel
-from training.style.prompts import orders, with_trigger
 from utils.captions import clean_caption
 from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
 from utils.names import printable, shown_name
@@ -33,21 +33,24 @@ CAPTION_IGNORED = "its caption was ignored: "
 FEW_IMAGES = 10
 """With fewer usable images than this, a style comes out weakly."""
 MUCH_LOST = 0.1
-"""A part of the image; a crop of more is said in the report."""
+"""A part of the image; a crop of more is named in the report."""
+TRAINED_ON = "is one of the training images, too, so it cannot show what was learnt beyond them"
+ORDERS = 8
+"""Of a caption's tags, at most: each is encoded once and kept, 0.1 MB in half precision."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageReport:
-    """What became of one image that was asked for.
+    """The fate of one image of the job.
 
     Attributes:
-        source: Its address as the message spelt it, printable.
+        source: Its address in the message, printable.
         status: `used`, `warned` (used, but the artist should know something), or `left_out`.
-        reasons: Why, and what was done to it, in words an artist understands.
+        reasons: The reasons, and the changes to the image, in words for an artist.
         width, height: In pixels after rotation; None where they are not known.
         caption: The caption it is trained with.
-        decoded: What the file was: format, size as stored, colour mode; None where it was none.
-        trained_as: What it is scaled and cropped to, such as "640 x 384"; None where it is not.
+        decoded: Format, size as stored and colour mode of the file; None if it is no image.
+        trained_as: Size after scaling and cropping, such as "640 x 384"; None if it is left out.
     """
 
     source: str
@@ -91,7 +94,7 @@ class Dataset:
 
     Attributes:
         entries: One an image asked for, in order.
-        usable: What is trained on, in order.
+        usable: The images to train on, in order.
         latents: By the image's identity, never by position: a shuffle cannot pair an image with
             another's caption.
         embeddings: [77, d] by caption, in each of its orders; the empty prompt's is always there.
@@ -118,7 +121,7 @@ class Dataset:
 
     @property
     def names(self) -> dict[str, str]:
-        """What a person calls each of `identities`."""
+        """A readable name for each of `identities`."""
         return {
             identity: shown_name(example.source)
             for identity, example in zip(self.identities, self.usable, strict=True)
@@ -143,7 +146,7 @@ class Dataset:
 
     def batch(self, chosen: Sequence[int], epoch: int = 0) -> tuple[Latents, Tensor]:
         """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of n images of one
-        shape; the order of their tags depends on the epoch alone."""
+        shape; the order of their tags depends only on the epoch."""
         examples = [self.usable[index] for index in chosen]
         latents = [self.latents[example.identity] for example in examples]
         return (
@@ -160,41 +163,57 @@ def prepare(
     *,
     should_stop: Callable[[], StopReason | None] = lambda: None,
     on_image: Callable[[], None] = lambda: None,
-    decoder: Decoder | None = None,
 ) -> Dataset:
-    """Vet and encode a run's images.
+    """Vet and encode a run's images, and its validation images as `held_out`.
+
+    Validation images never fail a run.
 
     Args:
-        run: What is asked for.
-        base: The base model; VAE and text encoder are used.
-        should_stop: Asked before each image and while it is decoded.
-        on_image: Called after each image, so that nobody takes a slow one for the end.
-        decoder: Decodes the images; without one, one is started.
+        run: The run.
+        base: The base model, whose VAE and text encoder are used.
+        should_stop: Called before each image and while it is decoded.
+        on_image: Called after each image, so that the desk sees that the process works.
 
     Raises:
         ImageDownloadFailed: Too few images are usable because too few could be fetched.
-        LowQualityData: Too few images are usable; the message names each that was left out, and
-            why.
+        LowQualityData: Too few images are usable. The message names each image that was left out
+            and the reason.
         Stopped: `should_stop` gave a reason.
         WorkerCrashed: The decoder cannot be started.
     """
+    with Decoder() as decoder:
+        prepare_one = functools.partial(
+            _prepare_one, base=base, decoder=decoder, should_stop=should_stop, on_image=on_image
+        )
+        data = prepare_one(run)
+        if not run.validation_images:
+            return data
+        apart = dataclasses.replace(run, images=run.validation_images, min_images=0, notes=())
+        return dataclasses.replace(data, held_out=_without(prepare_one(apart), data))
+
+
+def _prepare_one(
+    run: TrainingRun,
+    base: BaseModel,
+    decoder: Decoder,
+    *,
+    should_stop: Callable[[], StopReason | None],
+    on_image: Callable[[], None],
+) -> Dataset:
+    """Vet and encode the images of a run without its validation images."""
     entries: list[ImageReport] = []
     usable: list[Example] = []
     found = _Found()
-    with contextlib.ExitStack() as mine:
-        decoder = decoder or mine.enter_context(Decoder())
-        for image, answer in _decoded(run, decoder, should_stop):
-            if reason := should_stop():
-                raise Stopped(reason)
-            entry, example = _take_in(image, answer, run, base, found)
-            entries.append(entry := _with_caption_problem(entry, image))
-            if example:
-                usable.append(example)
-            else:
-                log.warning(
-                    "picture_left_out", extra={"image": _name(entry), "reasons": entry.reasons}
-                )
-            on_image()
+    for image, answer in _decoded(run, decoder, should_stop):
+        if reason := should_stop():
+            raise Stopped(reason)
+        entry, example = _take_in(image, answer, run, base, found)
+        entries.append(entry := _with_caption_problem(entry, image))
+        if example:
+            usable.append(example)
+        else:
+            log.warning("picture_left_out", extra={"image": _name(entry), "reasons": entry.reasons})
+        on_image()
     _refuse_too_few(run, entries, len(usable))
     captions = dict.fromkeys(["", *(caption for each in usable for caption in each.orders)])
     return Dataset(
@@ -207,9 +226,25 @@ def prepare(
     )
 
 
+def _without(others: Dataset, data: Dataset) -> Dataset:
+    """`others` without the images that are also trained on."""
+    trained = {example.identity for example in data.usable}
+    twice = {example.source for example in others.usable if example.identity in trained}
+    entries = tuple(
+        (
+            dataclasses.replace(entry, status="left_out", reasons=(TRAINED_ON,))
+            if entry.source in twice
+            else entry
+        )
+        for entry in others.entries
+    )
+    usable = tuple(example for example in others.usable if example.identity not in trained)
+    return dataclasses.replace(others, entries=entries, usable=usable, warnings=())
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Found:
-    """What the images so far have brought.
+    """Results from the images so far.
 
     Attributes:
         latents: By the image's identity.
@@ -233,7 +268,7 @@ def _warnings(run: TrainingRun, usable: int, found: _Found) -> tuple[str, ...]:
     if all(looks.is_grey for _, looks in found.seen):
         warnings.append(
             "All images are without colour; such a style comes out tinted unless the captions "
-            "say so (black and white, pencil drawing)."
+            "name it (black and white, pencil drawing)."
         )
     return tuple(warnings)
 
@@ -241,7 +276,7 @@ def _warnings(run: TrainingRun, usable: int, found: _Found) -> tuple[str, ...]:
 def _decoded(
     run: TrainingRun, decoder: Decoder, should_stop: Callable[[], StopReason | None]
 ) -> Iterator[tuple[TrainingImage, Answer | None]]:
-    """Each image with what the decoder says of it; None where there is no file."""
+    """Each image with the answer of the decoder; None if there is no file."""
     requests = [
         Request(image.path, run.max_image_pixels, run.parameters.resolution)
         for image in run.images
@@ -305,7 +340,7 @@ def _with_caption_problem(entry: ImageReport, image: TrainingImage) -> ImageRepo
 def _caption(
     image: TrainingImage, run: TrainingRun, base: BaseModel
 ) -> tuple[str, tuple[str, ...]]:
-    """What an image is trained with, and a warning where that is not the whole of its caption."""
+    """The prompt of an image, and a warning if the caption is longer than that."""
     prompt = with_trigger(run.trigger_word, clean_caption(image.caption).text)
     caption = base.fit_prompt(prompt)
     if caption == prompt:
@@ -397,3 +432,29 @@ def _refuse_too_few(run: TrainingRun, entries: list[ImageReport], usable: int) -
 
 def _name(entry: ImageReport) -> str:
     return shown_name(entry.source)
+
+
+def with_trigger(word: str, prompt: str) -> str:
+    """A prompt with the trigger word in front, unless it begins with it already."""
+    if not word or prompt.split(",", 1)[0].strip().casefold() == word.casefold():
+        return prompt
+    return f"{word}, {prompt}" if prompt else word
+
+
+def orders(caption: str, *, first: str, seed: str) -> tuple[str, ...]:
+    """A caption and its tags in other orders.
+
+    Args:
+        caption: Parts of it between commas are tags.
+        first: A tag that stays in front, if the caption begins with it.
+        seed: The same orders come of the same one.
+    """
+    tags = [tag for part in caption.split(",") if (tag := part.strip())]
+    fixed = [tag for tag in tags[:1] if tag.casefold() == first.casefold()]
+    others = tags[len(fixed) :]
+    chance = random.Random(seed)
+    found = {tuple(others): caption}
+    while len(found) < min(ORDERS, math.factorial(len(set(others)))):
+        chance.shuffle(others)
+        found.setdefault(tuple(others), ", ".join(fixed + others))
+    return tuple(found.values())

@@ -1,4 +1,4 @@
-"""What changes while the loop runs: how it begins, goes into a checkpoint, and comes back."""
+"""The variables of the loop: how they begin, go into a checkpoint, and are restored."""
 
 from __future__ import annotations
 
@@ -13,12 +13,89 @@ from torch import Tensor
 
 from jobs.style import HyperParameters
 from training.runtime import optimizer as optimizers
-from training.runtime.checkpoint import Checkpoint, RunState
-from training.style.course import Course
+from training.style.checkpoint import Checkpoint, RunState
 from training.style.families.sd15 import BaseModel
+from training.style.plan import Course
 from training.style.results.probe import Probed
-from training.style.tally import Tally
 from utils.errors import TrainingFailed
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counted:
+    """The values of a tally.
+
+    Attributes:
+        loss_sum, loss_count: Of the finite losses of the epoch in hand.
+        updates: Steps that changed the weights.
+        skipped_in_a_row: Steps without an update up to now.
+        longest_row: The most that were skipped in a row since the last reading.
+    """
+
+    loss_sum: float
+    loss_count: int
+    updates: int
+    skipped_in_a_row: int
+    longest_row: int
+
+
+class Tally:
+    """Sums of the epoch in hand, and which steps changed the weights.
+
+    Args:
+        device: Device of the counters.
+
+    Attributes:
+        loss_sum: [] float32.
+        loss_count: [] int64.
+        updates, skipped_in_a_row: [] int64.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss_sum = torch.zeros((), device=device)
+        self.loss_count, self.updates, self.skipped_in_a_row, self._longest_row = (
+            torch.zeros((), device=device, dtype=torch.int64) for _ in range(4)
+        )
+
+    def add_losses(self, losses: Tensor) -> None:
+        """Count each image's loss, [n]; those that are not finite are left out."""
+        finite = torch.isfinite(losses)
+        self.loss_sum += torch.where(finite, losses, 0.0).sum()
+        self.loss_count += finite.sum()
+
+    def add_step(self, skipped: Tensor) -> None:
+        """Count a step; `skipped` is true if it did not change the weights, [] bool."""
+        self.updates += ~skipped
+        self.skipped_in_a_row += 1
+        self.skipped_in_a_row *= skipped
+        torch.maximum(self._longest_row, self.skipped_in_a_row, out=self._longest_row)
+
+    def start_epoch(self) -> None:
+        """Reset the sums."""
+        self.loss_sum.zero_()
+        self.loss_count.zero_()
+
+    def read(self) -> Counted:
+        """Fetch everything at once. This waits for the steps before it."""
+        numbers = [
+            self.loss_sum,
+            self.loss_count,
+            self.updates,
+            self.skipped_in_a_row,
+            self._longest_row,
+        ]
+        loss_sum, *counts = torch.stack([each.to(torch.float64) for each in numbers]).tolist()
+        self._longest_row.copy_(self.skipped_in_a_row)
+        return Counted(loss_sum, *map(int, counts))
+
+    def restore(
+        self, *, loss_sum: Tensor, loss_count: Tensor, updates: int, skipped_in_a_row: int
+    ) -> None:
+        """Set the counters to those of a checkpoint."""
+        self.loss_sum.copy_(loss_sum)
+        self.loss_count.copy_(loss_count)
+        self.updates.fill_(updates)
+        self.skipped_in_a_row.fill_(skipped_in_a_row)
+        self._longest_row.fill_(skipped_in_a_row)
 
 
 @dataclasses.dataclass(slots=True)
@@ -38,9 +115,9 @@ class LoopState:
         skipped_in_a_row: The last of them without an update in between.
         losses: Mean loss of each completed epoch.
         saved_step: Step of the newest checkpoint.
-        probes: What the probe has found.
+        probes: Measurements of the probe.
         best: The best LoRA so far, on the CPU, where it is to be delivered.
-        samples: Sample images of checkpoints (see `training.style.results.grids`).
+        samples: Sample images of checkpoints (see `training.style.results.preview`).
     """
 
     lora: dict[str, torch.nn.Parameter]
@@ -83,7 +160,7 @@ def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopStat
     weights = base.attach(parameters, checkpointing=course.checkpointing)
     if wrong := {weight.dtype for weight in weights} - {torch.float32}:
         raise TrainingFailed(f"The LoRA's weights are {wrong}, not float32.")
-    optimizer = accelerator.prepare_optimizer(optimizers.create(weights, parameters))
+    optimizer = accelerator.prepare_optimizer(_optimizer(parameters, weights))
     # Two streams: with one seed for both, the dropout masks would follow the noise.
     noise_seed, dropout_seed = np.random.SeedSequence(parameters.seed).generate_state(2)
     torch.manual_seed(int(dropout_seed))
@@ -92,6 +169,21 @@ def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopStat
         optimizer=optimizer,
         noise=torch.Generator(base.device).manual_seed(int(noise_seed)),
         tally=Tally(base.device),
+    )
+
+
+def _optimizer(
+    parameters: HyperParameters, weights: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    try:
+        parameters.require_libraries()
+    except ValueError as error:
+        raise TrainingFailed(f"This job cannot be trained here: {error}.") from error
+    return optimizers.create(
+        parameters.optimizer,
+        weights,
+        learning_rate=parameters.learning_rate,
+        weight_decay=parameters.weight_decay,
     )
 
 
@@ -105,7 +197,7 @@ def update(state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
     """
     skipped = ~torch.isfinite(norm)
     if accelerator.scaler is None and optimizers.heeds_found_inf(state.optimizer):
-        # What the scaler does, too: the step looks at it where the gradients are.
+        # As the scaler does: the step reads it on the device.
         state.optimizer.optimizer.found_inf = skipped.to(torch.float32)
     if accelerator.scaler or optimizers.heeds_found_inf(state.optimizer) or not bool(skipped):
         state.optimizer.step()
@@ -116,7 +208,7 @@ def update(state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
 def capture(
     state: LoopState, about: RunState, accelerator: Accelerator
 ) -> tuple[Checkpoint, Callable[[], None]]:
-    """The loop as a checkpoint of its own memory, on the CPU, which later steps do not change.
+    """A copy of the loop as a checkpoint on the CPU, which later steps do not change.
 
     Args:
         state: The loop, its tally read.

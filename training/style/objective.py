@@ -1,4 +1,4 @@
-"""What the UNet learns: the noise (arXiv:2006.11239) or velocity (arXiv:2202.00512) in a latent."""
+"""The objective: the noise (arXiv:2006.11239) or velocity (arXiv:2202.00512) in a latent."""
 
 from __future__ import annotations
 

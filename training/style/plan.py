@@ -1,4 +1,5 @@
-"""What a run does at each step, which images at which rate: a function of step and seed."""
+"""The plan of a run: images and learning rate of each step, as a function of step and seed; and the
+course: the parameters in force, after the changes that memory and divergence have required."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Hashable
+from typing import Self
 
 import numpy as np
 
@@ -17,9 +19,9 @@ class Plan:
     """A run's steps, numbered from 0 over the whole job: a resumed run follows the same plan.
 
     Attributes:
-        shapes: What each usable image can share a batch by, n of them.
+        shapes: One per usable image. Images of one shape can share a batch.
         parameters: Hyper-parameters (see `Course.planned`).
-        rate_unit: What the optimizer's rates are multiples of (see `Course.rate_unit`).
+        rate_unit: Unit of the optimizer's rates (see `Course.rate_unit`).
     """
 
     shapes: tuple[Hashable, ...]
@@ -45,7 +47,7 @@ class Plan:
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         """An epoch's batches. There are as many in each epoch."""
-        # A generator of its own for each epoch: the order needs no state in a checkpoint.
+        # A new generator for each epoch: the order needs no state in a checkpoint.
         order = np.random.default_rng([self.parameters.seed, epoch]).permutation(len(self.shapes))
         full: list[list[int]] = []
         begun: dict[Hashable, list[int]] = {}
@@ -78,3 +80,98 @@ class Plan:
     def inside_epoch(self, step: int) -> bool:
         """Whether an epoch is begun and not complete after `step` optimizer steps."""
         return step % self.steps_per_epoch != 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Course:
+    """The parameters asked for, those in force, and the changes on the way.
+
+    It is part of every checkpoint, so that a resumed job goes on in the same way. No
+    change touches the images of a step, nor the number of steps: positions stay what they were.
+
+    Attributes:
+        asked: The job's hyper-parameters.
+        parameters: Those in force.
+        checkpointing: Gradient checkpointing is on, regardless of the worker's setting.
+        rate_halved: Training has diverged once already.
+        changes: A sentence for the report for each change.
+    """
+
+    asked: HyperParameters
+    parameters: HyperParameters
+    checkpointing: bool = False
+    rate_halved: bool = False
+    changes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, asked: HyperParameters) -> Self:
+        """The course at the beginning of a job."""
+        return cls(asked, asked)
+
+    @property
+    def planned(self) -> HyperParameters:
+        """Parameters of the plan: smaller batches are parts of those asked for."""
+        return dataclasses.replace(self.asked, learning_rate=self.parameters.learning_rate)
+
+    @property
+    def rate_unit(self) -> float:
+        """The unit of the optimizer's rates: 1; for Prodigy, which multiplies them with
+        the rate that it finds, the one asked for. Schedule and halving act on both alike."""
+        return self.asked.learning_rate if self.parameters.optimizer == "prodigy" else 1.0
+
+    def with_less_memory(self, epoch: int, *, checkpointing_is_on: bool) -> Self | None:
+        """Gradient checkpointing first, which changes only rounding; then smaller batches.
+
+        Args:
+            epoch: The epoch, counted from 1, from which the change is in force.
+            checkpointing_is_on: On the worker that ran out of memory.
+
+        Returns:
+            The next smaller course; None where there is none.
+        """
+        since = f"Memory ran out: from epoch {epoch} on"
+        if not (self.checkpointing or checkpointing_is_on):
+            sentence = f"{since}, gradient checkpointing was on."
+            return dataclasses.replace(self, checkpointing=True, changes=(*self.changes, sentence))
+        size = self.parameters.batch_size
+        if size == 1:
+            return None
+        # Half, or the next smaller part that goes into it evenly: 3 images become 1 + 1 + 1.
+        part = max(each for each in range(1, size // 2 + 1) if size % each == 0)
+        batches = self.parameters.gradient_accumulation_steps * (size // part)
+        sentence = (
+            f"{since}, a batch had {part} instead of {size} images, and a step {batches} batches."
+        )
+        return dataclasses.replace(
+            self,
+            parameters=dataclasses.replace(
+                self.parameters, batch_size=part, gradient_accumulation_steps=batches
+            ),
+            # A job that ran out of memory with it needs it.
+            checkpointing=True,
+            changes=(*self.changes, sentence),
+        )
+
+    def at_half_the_rate(self, epoch: int) -> Self | None:
+        """The one answer to a divergence.
+
+        Args:
+            epoch: The epoch, counted from 1, from which training is repeated.
+
+        Returns:
+            The slower course; None where this one is slower already, or cannot be.
+        """
+        if self.rate_halved:
+            return None
+        rate = self.parameters.learning_rate / 2
+        try:
+            slower = dataclasses.replace(self.parameters, learning_rate=rate)
+        except ValueError:  # below what a learning rate may be
+            return None
+        sentence = (
+            f"Training diverged: from epoch {epoch} on, it was repeated at half the learning rate"
+            f"{'' if self.parameters.optimizer == 'prodigy' else f', {rate:g}'}."
+        )
+        return dataclasses.replace(
+            self, parameters=slower, rate_halved=True, changes=(*self.changes, sentence)
+        )

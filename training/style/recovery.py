@@ -1,9 +1,9 @@
-"""Training that does not give up at once: with less memory, or once at half the learning rate.
+"""Training that recovers: with less memory, or once at half the learning rate.
 
-Each start is a `LoRATrainer` of its own, from the job's newest checkpoint; what failed is taken
-down to its last tensor before that. Its first act is a checkpoint of the changed course, under a
-name of its own: once that is registered, whatever lies beyond it is void, and a job that is resumed
-elsewhere has not forgotten what happened here.
+Each start is a new `LoRATrainer`, from the newest checkpoint of the job, after all tensors of the
+failed one are freed. It first writes a checkpoint of the changed course under a new name. As soon
+as that one is registered, all later checkpoints are void, and a job that is resumed on another
+machine keeps the change.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jobs.style import TrainingRun
-from training.runtime import checkpoint
-from training.runtime.checkpoint import Checkpoint
 from training.runtime.device import free_memory, out_of_memory
-from training.style.course import Course
+from training.style import checkpoint
+from training.style.checkpoint import Checkpoint
 from training.style.dataset import Dataset
 from training.style.families.sd15 import BaseModel
-from training.style.results.result import TrainingResult
+from training.style.plan import Course
+from training.style.results.report import TrainingResult
 from training.style.trainer import LoRATrainer
 from utils.errors import GpuOutOfMemory, StopReason, TrainingDiverged
 from utils.events import Event
@@ -40,14 +40,14 @@ def train(
 ) -> TrainingResult:
     """Train to the last epoch, or to a stop, starting over where that helps.
 
-    Where memory runs out, training goes on from the newest checkpoint with gradient checkpointing,
-    and then with smaller and smaller batches, as many images a step as before. Where it diverges,
+    If memory runs out, training goes on from the newest checkpoint with gradient checkpointing,
+    and then with smaller and smaller batches, as many images a step as before. If it diverges,
     it goes back to the newest checkpoint that is sound, or to the beginning, and on at half the
     rate; once in a job.
 
     Args:
-        run: What is asked for; begins from its `resume_from`.
-        base: The base model. The LoRA stays on it, for the export: whoever calls detaches it.
+        run: The run. It starts from its `resume_from`.
+        base: The base model. The LoRA stays on it, for the export: the caller detaches it.
         dataset: The run's images, prepared.
         emit: Takes `Started`, again at each new start, `Progress` and `CheckpointSaved`.
         should_stop: Asked before every optimizer step.
@@ -72,7 +72,7 @@ def train(
             result = trainer.train()
             break
         except Exception as error:  # pylint: disable=broad-exception-caught
-            # Not swallowed: what there is no way round is raised again.
+            # An error without a way round is raised again.
             course, start = _way_round(error, course, trainer.newest, base)
             # The frames hold the optimizer and the graph, on the GPU; a log handler may hold them.
             traceback.clear_frames(error.__traceback__)
@@ -88,7 +88,7 @@ def train(
 def _way_round(
     error: Exception, course: Course, newest: Checkpoint | None, base: BaseModel
 ) -> tuple[Course, Checkpoint | None]:
-    """How to go on after `error`, and from where (None: from the beginning).
+    """The course after `error`, and the checkpoint to start from (None: the beginning).
 
     Raises:
         GpuOutOfMemory, TrainingDiverged: There is no way left.

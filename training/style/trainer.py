@@ -13,10 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from jobs.checkpoint_name import folder_name
+from jobs.layout import CURVES
 from jobs.style import TrainingRun
-from training.runtime import checkpoint
-from training.runtime.checkpoint import Checkpoint, RunState
-from training.runtime.checkpoint_writer import CheckpointWriter
+from training.runtime.checkpoint import CheckpointWriter
 from training.runtime.clock import Clock
 from training.runtime.curves import Curves
 from training.runtime.device import (
@@ -26,19 +25,18 @@ from training.runtime.device import (
     peak_memory_bytes,
     reserved_bytes,
 )
-from training.style import loop_state
-from training.style.course import Course
+from training.style import checkpoint, loop_state
+from training.style.checkpoint import Checkpoint, RunState
 from training.style.dataset import Dataset
 from training.style.families.sd15 import BaseModel
-from training.style.loop_state import LoopState
+from training.style.loop_state import Counted, LoopState
 from training.style.objective import Chance, denoising_losses, min_snr_weights
-from training.style.plan import Plan
+from training.style.plan import Course, Plan
 from training.style.results.examiner import Examiner
 from training.style.results.probe import Probed, best_of, verdict
-from training.style.results.result import TrainingResult
-from training.style.tally import Counted
+from training.style.results.report import TrainingResult
 from utils.errors import StopReason, TrainingDiverged
-from utils.events import Event, Progress, Stage, Started
+from utils.events import CheckpointSaved, Event, Progress, Stage, Started
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +54,8 @@ class LoRATrainer:
         newest: The newest checkpoint of the job, in memory: on the disk it is its reader's.
 
     Args:
-        run: What is asked for.
-        base: The base model. The LoRA stays on it after `train`, for the export: whoever calls
+        run: The run.
+        base: The base model. The LoRA stays on it after `train`, for the export: the caller
             detaches it.
         dataset: The run's images, prepared.
         course: How it is trained; without one as it is asked for.
@@ -87,7 +85,8 @@ class LoRATrainer:
         self._loss_weights = weights.to(base.device)
         self._clock, self._pace = Clock(), Pace(base.device)
         self._writer = CheckpointWriter(emit)
-        self._curves = Curves(run, start.state.step if start else 0)
+        folder = Path(run.work_folder) / CURVES if run.tensorboard else None
+        self._curves = Curves(folder, first_step=start.state.step if start else 0)
         self._examiner = Examiner(run, base, dataset, should_stop, self._clock)
 
     def train(self) -> TrainingResult:
@@ -131,7 +130,7 @@ class LoRATrainer:
         )
 
     def _choose(self, state: LoopState, best: Probed | None) -> int:
-        """Leave the weights that are asked for on the base, and say of which epoch they are."""
+        """Leave the weights that are asked for on the base; returns their epoch."""
         if self._parameters.deliver != "best" or not best or not state.best:
             return state.epoch
         state.take_the_best()
@@ -144,7 +143,7 @@ class LoRATrainer:
         while True:
             if not plan.inside_epoch(state.step):
                 seen = self._examiner.examine(state)
-                self._curves.draw(state, plan, self._clock)
+                self._curves.draw(self._points(state), state.step)
                 self._save_if_due(state, accelerator)
                 if seen and state.step == plan.total_steps:
                     break
@@ -158,6 +157,18 @@ class LoRATrainer:
         if state.updates < UPDATES_BEFORE_CHECK:
             loop_state.assert_moved(state, self._base, self._parameters)
         return None
+
+    def _points(self, state: LoopState) -> dict[str, float | None]:
+        """The points of the curves at the end of an epoch."""
+        newest = state.probes[-1] if state.probes else None
+        probed = newest if newest and newest.step == state.step else None
+        return {
+            "train/loss": state.losses[-1] if state.losses else None,
+            "train/learning_rate": self._plan.learning_rate(state.step - 1) if state.step else None,
+            "train/steps_per_second": self._clock.steps_per_second,
+            "probe/training": probed.training if probed else None,
+            "probe/held_out": probed.held_out if probed else None,
+        }
 
     def _step(self, state: LoopState, accelerator: Accelerator) -> None:
         """One optimizer step. Nothing in it waits for the device."""
@@ -254,7 +265,7 @@ class LoRATrainer:
                 f"Training diverged: after epoch {epoch} the weights are not finite. Lower "
                 "learning_rate."
             )
-        # What comes between two skipped steps may be the way into a divergence, not a way back.
+        # A checkpoint between two skipped steps may lead into a divergence.
         if not state.skipped_in_a_row or ends:
             self._save(state, accelerator)
 
@@ -282,7 +293,7 @@ class LoRATrainer:
                 warnings=self._warnings(state),
             )
         )
-        if changed:  # whoever resumes from here on must find it so
+        if changed:  # a resumed run must find the change
             self._save(state, accelerator)
         return state
 
@@ -294,7 +305,13 @@ class LoRATrainer:
         )
         folder = Path(self._run.work_folder) / "checkpoints" / name
         captured, ready = loop_state.capture(state, self._about(), accelerator)
-        self._writer.write(folder, captured, ready)
+
+        def save() -> None:
+            ready()
+            checkpoint.save(folder, captured)
+
+        saved = CheckpointSaved(self._run.task_id, name, epoch, state.step, str(folder), 0.0)
+        self._writer.write(saved, save)
         self.newest = captured
         state.saved_step = state.step
         self._clock.leave_out(time.monotonic() - began)

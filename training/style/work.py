@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import jinja2
 import transformers
 
+from jobs.layout import STYLE_FILES
 from jobs.style import TrainerOptions, TrainingRun
 from reports import html_report
 from training.runtime.device import free_memory, gpu_error, out_of_memory
-from training.style import held_out, recovery
-from training.style.dataset import Dataset
+from training.style import recovery
+from training.style.dataset import Dataset, prepare
 from training.style.families.sd15 import BaseModel
 from training.style.results import export, preview, report
 from training.style.results.examiner import prompts_of, sample_steps
-from training.style.results.model_card import model_card
-from training.style.results.result import TrainingResult
+from training.style.results.lora_formats import model_card
+from training.style.results.report import TrainingResult
 from utils.errors import GpuBroken, Stopped, StopReason, TrainingServerError
 from utils.events import BaseModelReady, Event, Finished, Progress, Stage
 
 log = logging.getLogger(__name__)
 
-Tell = Callable[[Event | BaseModelReady], None]
+Emit = Callable[[Event | BaseModelReady], None]
 
 
 @contextlib.contextmanager
@@ -70,34 +70,34 @@ class StyleWork:
         """Whether the base model is loaded and on a GPU."""
         return self._base is not None and self._base.device.type == "cuda"
 
-    def load(self, tell: Tell) -> None:
+    def load(self, emit: Emit) -> None:
         """Load the base model, unless it is loaded.
 
         Args:
-            tell: Receives `BaseModelReady`.
+            emit: Receives `BaseModelReady`.
 
         Raises:
             GpuBroken: There is no usable GPU, and training on the CPU is not allowed.
             BaseModelUnavailable: The model is missing, incomplete or cannot be reached.
         """
-        self._loaded(tell)
+        self._loaded(emit)
 
-    def release(self, tell: Tell) -> None:
+    def release(self, emit: Emit) -> None:
         """Give the memory of the base model back. The next run loads it again."""
         if self._base is not None:
             device, self._base = self._base.device, None
             free_memory(device)
-            tell(BaseModelReady(False))
+            emit(BaseModelReady(False))
 
     @_errors_of_the_device_as_ours()
     def run(
-        self, run: TrainingRun, tell: Tell, should_stop: Callable[[], StopReason | None]
+        self, run: TrainingRun, emit: Emit, should_stop: Callable[[], StopReason | None]
     ) -> Finished:
         """Do one run. The base model has no LoRA afterwards.
 
         Args:
             run: The run.
-            tell: Receives the run's events, except the last one, and `BaseModelReady`.
+            emit: Receives the run's events, except the last one, and `BaseModelReady`.
             should_stop: Returns the reason to stop, or None.
 
         Raises:
@@ -106,23 +106,23 @@ class StyleWork:
         """
         began = time.monotonic()
         try:
-            finished = self._train(run, self._loaded(tell), tell, should_stop)
+            finished = self._train(run, self._loaded(emit), emit, should_stop)
         except Stopped as stop:  # before the first step: there is nothing to save
             finished = Finished(run.task_id, "", (), 0, 0.0, stopped=stop.reason)
         except Exception:
             self._detach_after_failure()
             raise
-        self._detach(tell)
+        self._detach(emit)
         return dataclasses.replace(finished, seconds=time.monotonic() - began)
 
-    def _loaded(self, tell: Tell) -> BaseModel:
+    def _loaded(self, emit: Emit) -> BaseModel:
         if self._base is None:
             began = time.monotonic()
             self._base = BaseModel.load(self._options)
-            tell(BaseModelReady(True, time.monotonic() - began))
+            emit(BaseModelReady(True, time.monotonic() - began))
         return self._base
 
-    def _detach(self, tell: Tell) -> None:
+    def _detach(self, emit: Emit) -> None:
         """Remove the LoRA after a run that did not fail.
 
         Raises:
@@ -137,10 +137,10 @@ class StyleWork:
             if not out_of_memory(error):
                 self.is_usable = False
                 raise
-            self.release(tell)  # The model is made. The base is loaded again.
+            self.release(emit)  # The model is made. The base is loaded again.
         else:
             if self._base.drifted:
-                self.release(tell)
+                self.release(emit)
 
     def _detach_after_failure(self) -> None:
         """Remove the LoRA after a run that failed, whose error is the one to report."""
@@ -157,25 +157,23 @@ class StyleWork:
         self,
         run: TrainingRun,
         base: BaseModel,
-        tell: Tell,
+        emit: Emit,
         should_stop: Callable[[], StopReason | None],
     ) -> Finished:
         """The run from its images to its files."""
         epochs = run.parameters.epochs
         at_the_beginning = {"epoch": 0, "total_epochs": epochs}
         preparing = Progress(run.task_id, Stage.PREPARING, 0, 0, facts=at_the_beginning)
-        tell(preparing)
-        data = held_out.prepare(
-            run, base, should_stop=should_stop, on_image=lambda: tell(preparing)
-        )
-        result = recovery.train(run, base, data, emit=tell, should_stop=should_stop)
+        emit(preparing)
+        data = prepare(run, base, should_stop=should_stop, on_image=lambda: emit(preparing))
+        result = recovery.train(run, base, data, emit=emit, should_stop=should_stop)
         facts = {"epoch": result.epochs, "loss": result.loss}
         finished = Finished(
             run.task_id, "", (), result.steps, 0.0, stopped=result.stopped, facts=facts
         )
         if result.stopped:
             return finished
-        tell(
+        emit(
             Progress(
                 run.task_id,
                 Stage.EXPORTING,
@@ -186,7 +184,7 @@ class StyleWork:
             )
         )
         folder, summary = _write_output(run, base, data, result)
-        files = tuple(name for name in report.FILES if (folder / name).is_file())
+        files = tuple(name for name in STYLE_FILES if (folder / name).is_file())
         return dataclasses.replace(finished, folder=str(folder), files=files, summary=summary)
 
 
@@ -253,12 +251,12 @@ def _write_html(
             folder,
             thumbnails={**held_out_thumbnails, **data.thumbnails},
         )
-    except (ValueError, TypeError, LookupError, jinja2.TemplateError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         log.error("html_report_failed", exc_info=error)
 
 
 def _quieten_libraries() -> None:
-    """Their progress bars and handlers of their own would break the log's lines."""
+    """Turn off progress bars and log handlers that would break the log's lines."""
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.disable_default_handler()

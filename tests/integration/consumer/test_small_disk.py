@@ -32,7 +32,7 @@ from pathlib import Path
 from consumer.life.job_size import require_room
 from consumer.life.stop_signal import StopSignal
 from services.s3.s3_service import S3Service
-from tests.unit.jobs.message_samples import envelope, make_settings, read
+from tests.unit.jobs.message_samples import envelope, make_settings, read, style_kind
 from utils.errors import TrainingServerError
 endpoint, bucket, folder, keys = sys.argv[1:3] + [Path(sys.argv[3])] + [sys.argv[4:]]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512M", "small", folder], check=True)
@@ -42,7 +42,10 @@ job = read(envelope(images=[f"s3://{bucket}/{key}" for key in keys]), settings=s
 for filler in (0, 300):
     (folder / "filler").write_bytes(bytes(filler * 1024**2))
     try:
-        size = require_room(s3, s3, settings, job, folder, StopSignal())
+        size = require_room(
+            s3, s3, style_kind(settings), job, folder, StopSignal(),
+            state_bucket=bucket, max_job_bytes=settings.max_job_bytes,
+        )
         print(json.dumps(["fits", size.images]))
     except TrainingServerError as error:
         print(json.dumps([type(error).__name__, str(error)]))
@@ -102,7 +105,8 @@ from pathlib import Path
 from config import load_local
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.style import HyperParameters, TrainingImage, TrainerOptions, TrainingRun
+from jobs.kinds import Run
+from jobs.style import HyperParameters, StyleKind, TrainingImage, TrainerOptions, TrainingRun
 from utils.errors import TrainingServerError
 model, images, place = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 settings = load_local(_env_file=None)
@@ -125,7 +129,8 @@ def train(name, size=None):
         work_folder=str(folder), checkpoint_interval=1,
     )
     try:
-        trainer.run(run, lambda event: None, StopSignal(), max_seconds=120)
+        sent = Run.of(run, StyleKind.runner, {})
+        trainer.run(sent, lambda event: None, StopSignal(), max_seconds=120)
         print(json.dumps([name, "done", ""]))
     except TrainingServerError as error:
         print(json.dumps([name, type(error).__name__, str(error)]))

@@ -125,7 +125,8 @@ from pathlib import Path
 import config
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.style import HyperParameters, TrainingImage, TrainingRun
+from jobs.kinds import Run
+from jobs.style import HyperParameters, StyleKind, TrainingImage, TrainingRun
 from utils import logger
 
 IDLE = "import os, sys; os.read(int(sys.argv[3]), 1)"  # until its pipe ends
@@ -158,7 +159,8 @@ run = TrainingRun(
     parameters=HyperParameters(epochs=1, resolution=64, rank=2),
     work_folder=str(work / "job"), checkpoint_interval=1,
 )
-finished = trainer.run(run, lambda event: None, StopSignal(), max_seconds=120)
+sent = Run.of(run, StyleKind.runner, {})
+finished = trainer.run(sent, lambda event: None, StopSignal(), max_seconds=120)
 print("files", json.dumps(finished.files))
 trainer.close()
 """

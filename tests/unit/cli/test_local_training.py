@@ -10,7 +10,6 @@ from cli.train import MADE, images_in, train_folder
 from config import load_local
 from consumer.life.stop_signal import StopSignal
 from jobs.style import HyperParameters
-from training.style.results import report
 from utils.errors import ConfigurationError
 
 
@@ -34,10 +33,6 @@ def train(folder: Path, output: Path, *, trigger_word: str = "", **settings: str
         on_event=lambda event: None,
         stop=StopSignal(),
     )
-
-
-def test_what_a_training_writes_is_known_by_name() -> None:
-    assert MADE == set(report.FILES)
 
 
 def test_what_an_earlier_training_left_in_the_folder_is_no_image(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from training.style import objective, trainer
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.plan import Plan
-from training.style.results.model_card import model_card
+from training.style.results.lora_formats import model_card
 
 # ---- frames --------------------------------------------------------------------------------------
 
@@ -75,12 +75,12 @@ def test_a_wide_image_is_encoded_wide_and_what_is_round_in_it_stays_round(
     data = prepare(run, base)
     assert [tuple(pixels.shape) for pixels in seen] == [(1, 3, 64, 256)]
     assert data.shapes == ((4, 8, 32),)
-    bright = seen[0][0, 2] > 0  # blue: the white square alone
+    bright = seen[0][0, 2] > 0  # blue: only the white square
     assert abs(int(bright.any(dim=0).sum()) - int(bright.any(dim=1).sum())) <= 1
     assert seen[0][0, 0, 32, 5] > 0.9 and seen[0][0, 0, 32, -5] < -0.9
 
 
-def test_the_report_says_as_what_each_image_is_trained(
+def test_the_report_names_the_training_size_of_each_image(
     base: BaseModel, make_run: MakeRun, mixed: tuple[TrainingImage, ...], tmp_path: Path
 ) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (100, 250, 3), dtype=np.uint8)
@@ -136,7 +136,7 @@ def test_images_of_several_shapes_teach_every_part_of_the_lora(
     mixed: tuple[TrainingImage, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And each forward pass sees one shape: three wide ones two at a time, two others alone."""
+    """And each forward pass sees one shape: three wide images in pairs, the two others singly."""
     drawn: list[tuple[int, ...]] = []
     losses = objective.denoising_losses
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import re
 import resource
@@ -19,13 +20,14 @@ from PIL import Image
 
 from images.containers import PREVIEW, RAW
 from images.decoder import CRASHED, PATIENCE_SECONDS, Answer, Decoder
-from images.intake import Refused, Request, Taken
+from images.decoding import Refused, Request, Taken
 from images.vetting import UnusableImage, Vetted, vet
 from jobs.style import TrainingImage
 from tests.corpus import files
 from tests.corpus.files import chunk, encoded, iccp, profile
 from tests.corpus.storages import Case, cases, srgb_of
 from tests.unit.training.conftest import MakeRun
+from training.style import dataset
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from utils.errors import Stopped, StopReason, WorkerCrashed
@@ -92,7 +94,7 @@ def test_a_deep_image_in_a_linear_space_is_left_out_since_its_dark_levels_are_go
         ([chunk(b"cICP", bytes([1, 13, 0, 1])), chunk(b"gAMA", struct.pack(">I", 100_000))], None),
     ],
 )
-def test_the_gamma_that_a_png_states_is_heeded_unless_it_says_srgb(
+def test_the_gamma_that_a_png_states_is_heeded_unless_it_is_srgb(
     before: list[bytes], gamma: float | None
 ) -> None:
     found = shown(files.png(RAMP, files.GREY, before=before))[0, :, 0]
@@ -130,7 +132,7 @@ def test_the_colours_of_display_p3_are_converted_however_the_file_names_them() -
     assert np.abs(np.asarray(coded.image).astype(int) - COLOURS).max() > 10
 
 
-def test_a_camera_that_says_adobe_rgb_in_its_exif_data_is_believed() -> None:
+def test_adobe_rgb_in_the_exif_data_of_a_camera_is_used() -> None:
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0xA001] = 2
     plain = Image.fromarray(COLOURS)
@@ -229,7 +231,7 @@ def test_a_profile_of_several_megabytes_is_used(decoder: Decoder, tmp_path: Path
     assert isinstance(fact, Taken) and any("profile 'large'" in note for note in fact.notes)
 
 
-def test_damaged_metadata_that_counts_is_said() -> None:
+def test_damaged_metadata_that_counts_is_reported() -> None:
     content = files.png(COLOURS, files.RGB, before=[iccp(b"x", sound=False)])
     assert vetted(content).notes == ("has damaged metadata (iCCP), which was ignored",)
 
@@ -245,7 +247,7 @@ def decoder() -> Iterator[Decoder]:
 
 
 def taken_in(decoder: Decoder, folder: Path, *contents: bytes) -> Answer:
-    """What the decoder says of the last of these files."""
+    """The answer of the decoder for the last of these files."""
     requests = []
     for number, content in enumerate(contents):
         path = folder / f"{number}.img"
@@ -267,12 +269,12 @@ def test_an_image_that_takes_too_long_is_left_out_and_the_rest_is_used(tmp_path:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert [type(fact) for fact in facts] == [Taken, Refused, Taken]
     assert isinstance(facts[1], Refused) and "longer than 8 seconds" in facts[1].reason
-    # Computing time, since the clock of a busy machine says little; two starts are included.
+    # Computing time, since the clock of a busy machine means little; two starts are included.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 12
 
 
 def test_a_slow_image_does_not_take_the_job_and_each_image_counts_as_progress(
-    base: BaseModel, make_run: MakeRun, tmp_path: Path
+    base: BaseModel, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = tmp_path / "slow.jpg"
     slow.write_bytes(files.jpeg_of_many_scans(1500, 3000))
@@ -280,13 +282,10 @@ def test_a_slow_image_does_not_take_the_job_and_each_image_counts_as_progress(
     first, *others = run.images
     images = (first, TrainingImage("s3://media/slow.jpg", str(slow)), *others)
     progress: list[None] = []
-    with Decoder(seconds=1) as decoder:
-        data = prepare(
-            dataclasses.replace(run, images=images),
-            base,
-            decoder=decoder,
-            on_image=lambda: progress.append(None),
-        )
+    monkeypatch.setattr(dataset, "Decoder", functools.partial(Decoder, seconds=1))
+    data = prepare(
+        dataclasses.replace(run, images=images), base, on_image=lambda: progress.append(None)
+    )
     assert [entry.status for entry in data.entries] == ["used", "left_out", "used", "used"]
     assert "takes longer than 1 seconds to decode" in data.entries[1].reasons[0]
     assert len(progress) == 4 and len(data.usable) == 3

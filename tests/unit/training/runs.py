@@ -17,7 +17,7 @@ from training.style import recovery, trainer
 from training.style.dataset import Dataset, prepare
 from training.style.families.sd15 import BaseModel
 from training.style.objective import denoising_losses
-from training.style.results.result import TrainingResult
+from training.style.results.report import TrainingResult
 from training.style.trainer import LoRATrainer
 from utils.errors import StopReason
 from utils.events import CheckpointSaved, Event
@@ -71,7 +71,7 @@ def trained(
 
 
 def checkpoints(events: list[Event]) -> list[CheckpointSaved]:
-    """The checkpoints that a run told of."""
+    """The checkpoints that a run reported."""
     return [event for event in events if isinstance(event, CheckpointSaved)]
 
 

@@ -54,7 +54,7 @@ def test_a_complete_stand_in_is_left_alone_and_a_half_one_replaced(tmp_path: Pat
     assert weights.is_file()
 
 
-def test_building_a_stand_in_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
+def test_building_a_stand_in_leaves_the_global_random_state_as_it_is(tmp_path: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -62,7 +62,7 @@ def test_building_a_stand_in_leaves_the_global_random_state_alone(tmp_path: Path
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_base_says_its_name_its_hash_and_that_the_cpu_is_slow(
+def test_the_base_has_a_name_a_hash_and_a_warning_that_the_cpu_is_slow(
     base: BaseModel, stand_in: Path
 ) -> None:
     assert base.name == stand_in.name
@@ -89,7 +89,7 @@ def test_the_vaes_scaling_factor_is_applied_exactly_once(base: BaseModel) -> Non
     assert torch.equal(mean, bare.mean * factor) and torch.equal(std, bare.std * factor)
 
 
-def test_without_cuda_and_without_leave_to_use_the_cpu_loading_says_what_to_do(
+def test_without_cuda_and_without_leave_to_use_the_cpu_the_error_of_loading_names_the_remedy(
     stand_in: Path,
 ) -> None:
     with pytest.raises(GpuBroken, match="ALLOW_CPU"):
@@ -243,7 +243,7 @@ def test_two_swapped_weights_are_noticed(options: TrainerOptions) -> None:
         own.detach()
 
 
-def test_gradient_checkpointing_is_as_the_options_say(stand_in: Path) -> None:
+def test_gradient_checkpointing_is_as_in_the_options(stand_in: Path) -> None:
     wishes = {"true": True, "false": False, "auto": False}  # auto: only where a GPU is small
     for wish, expected in wishes.items():
         own = BaseModel.load(
@@ -264,7 +264,7 @@ def test_a_run_may_turn_gradient_checkpointing_on_for_itself(base: BaseModel) ->
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
-def test_where_encoding_runs_out_of_memory_the_unet_makes_room_for_it(
+def test_the_unet_makes_room_if_encoding_runs_out_of_memory(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     def encode() -> Tensor:
@@ -304,7 +304,9 @@ def test_where_encoding_runs_out_of_memory_the_unet_makes_room_for_it(
         (torch.AcceleratorError("CUDA error: unspecified launch failure"), GpuBroken),
     ],
 )
-def test_an_error_of_the_device_is_told_from_any_other(error: Exception, kind: type[Any]) -> None:
+def test_an_error_of_the_device_is_distinguished_from_any_other(
+    error: Exception, kind: type[Any]
+) -> None:
     mapped = gpu_error(error)
     assert mapped is not None and mapped.__class__ is kind
 

@@ -13,15 +13,15 @@ import torch
 
 from jobs.checkpoint_name import folder_name, order
 from jobs.style import HyperParameters
-from training.runtime import checkpoint
-from training.runtime.checkpoint import (
+from training.style import checkpoint
+from training.style.checkpoint import (
     Checkpoint,
     RunState,
     load,
     refuse_another_run,
     save,
 )
-from training.style.course import Course
+from training.style.plan import Course
 from utils import manifest
 from utils.errors import CheckpointUnusable
 
@@ -64,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_was_saved_is_what_is_loaded_bit_for_bit(folder: Path) -> None:
+def test_a_loaded_checkpoint_equals_the_saved_one_bit_for_bit(folder: Path) -> None:
     loaded = load(folder)
     assert loaded.state == STATE
     for kind in ("lora", "optimizer", "random"):
@@ -74,14 +74,14 @@ def test_what_was_saved_is_what_is_loaded_bit_for_bit(folder: Path) -> None:
         assert all(found[name].dtype == expected[name].dtype for name in expected)
 
 
-def test_the_manifest_says_whose_it_is_and_names_every_file(folder: Path) -> None:
+def test_the_manifest_names_the_job_and_every_file(folder: Path) -> None:
     facts = manifest.verify(folder)
     assert (facts["task_id"], facts["claim"], facts["epoch"], facts["step"]) == ("task-1", 3, 7, 15)
     assert set(facts["files"]) == FILES
     assert {path.name for path in folder.iterdir()} == FILES | {"manifest.json"}
 
 
-def test_nothing_lies_beside_a_finished_checkpoint(folder: Path) -> None:
+def test_a_finished_checkpoint_leaves_no_other_file(folder: Path) -> None:
     assert list(folder.parent.iterdir()) == [folder]
 
 
@@ -158,7 +158,7 @@ def test_a_folder_without_a_manifest_was_never_finished(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {"a": 1}}', "\udcff"])
-def test_a_damaged_manifest_is_said_to_be_damaged(folder: Path, content: str) -> None:
+def test_a_damaged_manifest_is_reported_as_damaged(folder: Path, content: str) -> None:
     (folder / "manifest.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointUnusable, match=r"damaged manifest\.json"):
         load(folder)
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_a_changed_course_belongs_to_the_job_that_asked_for_anot
     refuse_another_run(STATE, dataclasses.replace(STATE, course=Course.of(ASKED)))
 
 
-def test_a_name_says_where_training_was_and_how_often_it_had_been_changed() -> None:
+def test_a_name_states_where_training_was_and_how_often_it_had_been_changed() -> None:
     assert folder_name(10, 100, inside_epoch=False) == "epoch-0010"
     assert folder_name(12, 123, inside_epoch=True) == "epoch-0012-step-0123"
     assert folder_name(10, 100, inside_epoch=False, changes=2) == "epoch-0010-retake-2"

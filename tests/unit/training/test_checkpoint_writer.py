@@ -1,4 +1,4 @@
-"""Checkpoints on their way to the disk: beside training, one at a time, none told too early."""
+"""Checkpoints on their way to the disk: during training, one at a time, none reported too early."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from jobs.style import TrainingRun
 from tests.unit.training.conftest import MakeRun
-from training.runtime import checkpoint
-from training.runtime.checkpoint import Checkpoint
+from training.style import checkpoint
+from training.style.checkpoint import Checkpoint
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.trainer import LoRATrainer
@@ -40,7 +40,7 @@ def train(base: BaseModel, run: TrainingRun, hear: Callable[[Event], None]) -> N
         base.detach()
 
 
-def test_training_goes_on_while_the_disk_writes_and_nothing_is_told_before_it_has(
+def test_training_goes_on_while_the_disk_writes_and_no_checkpoint_is_reported_before_it_is_written(
     base: BaseModel, make_run: MakeRun, gate: threading.Event
 ) -> None:
     """The disk waits for the step after the checkpoint: were it the other way round, for ever."""
@@ -60,7 +60,7 @@ def test_training_goes_on_while_the_disk_writes_and_nothing_is_told_before_it_ha
         assert checkpoint.load(Path(each.folder)).state.step == each.step
 
 
-def test_a_disk_that_fails_ends_the_run_and_is_told_of_no_checkpoint(
+def test_a_disk_that_fails_ends_the_run_and_reports_no_checkpoint(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:

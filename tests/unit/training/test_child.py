@@ -191,7 +191,7 @@ def test_every_log_line_of_a_run_carries_its_task_id_and_none_of_another(
     assert [line["task_id"] for line in lines] == sorted(line["task_id"] for line in lines)
 
 
-def test_that_there_is_no_gpu_is_the_desks_to_say(child: Process, make_run: MakeRun) -> None:
+def test_only_the_front_desk_logs_that_there_is_no_gpu(child: Process, make_run: MakeRun) -> None:
     child.send(make_run(epochs=1))
     child.ending()
     assert any(isinstance(fact, CheckpointSaved) for fact in child.seen)
@@ -289,7 +289,7 @@ def test_a_stop_right_behind_a_run_stops_that_run_and_not_the_one_after(
         assert (ending.task_id, ending.stopped) == (task, stopped)
 
 
-def test_a_failed_run_is_told_by_name_and_the_next_one_succeeds(
+def test_a_failed_run_is_reported_by_name_and_the_next_one_succeeds(
     child: Process, make_run: MakeRun, tmp_path: Path
 ) -> None:
     page = tmp_path / "page.jpg"

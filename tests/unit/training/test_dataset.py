@@ -108,7 +108,7 @@ def test_a_bomb_is_refused_before_anything_is_decoded(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_turned_upright_as_its_exif_data_says(orientation: int) -> None:
+def test_a_photograph_is_turned_upright_by_its_exif_data(orientation: int) -> None:
     upright = Image.new("RGB", (80, 64), "blue")
     upright.paste("red", (0, 0, 40, 32))  # the red corner is at the top left
     undo = {
@@ -134,7 +134,7 @@ def test_damaged_exif_data_does_no_harm() -> None:
     assert vetted(content).image.size == (80, 64)
 
 
-def test_transparent_parts_are_laid_on_white_and_the_artist_is_told() -> None:
+def test_transparent_parts_are_laid_on_white_with_a_note_for_the_artist() -> None:
     image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (0, 0, 32, 64))
     result = vetted(encoded(image))
@@ -174,7 +174,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped_to_white() -> None:
         (lambda: encoded(Image.new("RGB", (64, 64), (9, 8, 7)).convert("P")), None),
     ],
 )
-def test_every_colour_mode_becomes_rgb_and_says_so(
+def test_every_colour_mode_becomes_rgb_with_a_note(
     content: Callable[[], bytes], colour: tuple[int, int, int] | None
 ) -> None:
     result = vetted(content())
@@ -192,7 +192,7 @@ def in_16_bits(width: int, height: int) -> bytes:
     return header_of_a_png(width, height, depth=16, rows=rows)
 
 
-def test_an_image_with_16_bits_a_colour_keeps_its_colours_and_says_what_was_done() -> None:
+def test_an_image_with_16_bits_a_colour_keeps_its_colours_with_a_note() -> None:
     result = vetted(in_16_bits(64, 64))
     values = np.asarray(result.image)
     assert values[0, 0, 0] == 0 and values[0, -1, 0] == 255 and not values[..., 1:].any()
@@ -224,7 +224,7 @@ def test_a_phones_image_with_a_second_view_is_a_still_image() -> None:
     assert vetted(both).image.size == (80, 64)
 
 
-def test_of_an_animation_the_first_image_is_used_and_the_artist_is_told() -> None:
+def test_of_an_animation_the_first_image_is_used_with_a_note_for_the_artist() -> None:
     result = vetted(animation())
     assert result.image.getpixel((5, 5)) == (255, 0, 0)
     assert "only the first was used" in result.warnings[0]
@@ -244,7 +244,7 @@ def wide_gamut() -> bytes:
         (wide_gamut(), "has a colour profile for another kind of colours, which was ignored"),
     ],
 )
-def test_a_colour_profile_that_does_not_fit_does_no_harm_and_is_said(
+def test_a_colour_profile_that_does_not_fit_does_no_harm_and_is_noted(
     profile: bytes, note: str
 ) -> None:
     result = vetted(encoded(noise(), "PNG", icc_profile=profile))
@@ -386,7 +386,7 @@ def test_a_shuffle_never_pairs_an_image_with_anothers_latents_or_caption(
     assert set(straight.identities) == set(shuffled.identities)
 
 
-def test_a_batch_holds_what_the_encoders_say_of_its_images(
+def test_a_batch_holds_the_encodings_of_its_images(
     base: BaseModel, make_run: MakeRun, photographs: list[Path]
 ) -> None:
     data = prepare(make_run(count=3), base)
@@ -436,7 +436,7 @@ def test_an_image_is_known_by_its_bytes_and_not_by_its_name(
 
 
 @pytest.mark.parametrize("separator", [", ", " "])
-def test_a_caption_longer_than_can_be_read_is_cut_between_tags_or_words_and_said(
+def test_a_caption_longer_than_can_be_read_is_cut_between_tags_or_words_with_a_note(
     base: BaseModel, make_run: MakeRun, separator: str
 ) -> None:
     run = make_run(count=3)

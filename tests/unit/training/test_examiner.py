@@ -14,9 +14,9 @@ from PIL import Image
 from jobs.style import TrainerOptions
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import checkpoints, same, stop_after, trained
-from training.runtime.checkpoint import load
+from training.style.checkpoint import load
 from training.style.families.sd15 import BaseModel
-from training.style.results import examiner, grids
+from training.style.results import examiner, preview
 from training.style.results.examiner import Examiner
 from training.style.results.probe import Interrupted, Probe, Probed
 
@@ -26,7 +26,7 @@ PLENTY = 1e6  # of time for samples
 
 @pytest.fixture
 def second_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe finds that the second epoch is the best, whatever the weights."""
+    """The probe finds that the second epoch is the best, regardless of the weights."""
     values = {0: 1.0, 1: 0.8, 2: 0.5, 3: 0.6}
 
     def measure(_: Probe, epoch: int, step: int) -> Probed:
@@ -53,7 +53,7 @@ def test_the_best_checkpoint_is_delivered_where_it_is_asked_for(
 
 @pytest.mark.usefixtures("second_is_best")
 @pytest.mark.parametrize("stop", [5, 8])
-def test_a_later_checkpoint_alone_is_enough_to_deliver_an_earlier_one(
+def test_a_later_checkpoint_is_enough_to_deliver_an_earlier_one(
     base: BaseModel, make_run: MakeRun, stop: int
 ) -> None:
     run = make_run(**OFTEN, deliver="best")
@@ -80,7 +80,7 @@ def test_a_run_stopped_and_resumed_has_found_the_same(
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
-def test_a_probe_that_a_stop_cut_short_is_made_again_by_whoever_resumes(
+def test_a_probe_that_a_stop_cut_short_is_made_again_by_the_resumed_run(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     run = make_run(**OFTEN)
@@ -127,8 +127,8 @@ def test_samples_of_checkpoints_are_small_images_that_survive_a_stop(
     rows = [f"{row}/{n}" for row in ("base", 1, 2, 3) for n in (0, 1)]
     assert sorted(whole.samples) == sorted(rows)
     assert whole.sample_seconds > 0 and whole.probe_seconds > 0
-    assert grids.epochs(whole.samples) == [1, 2, 3]
-    with Image.open(io.BytesIO(grids.row_of(whole.samples, "2")[1])) as image:
+    assert preview.sampled_epochs(whole.samples) == [1, 2, 3]
+    with Image.open(io.BytesIO(preview.row_of(whole.samples, "2")[1])) as image:
         assert (image.format, image.size) == ("JPEG", (64, 64))
     # Before the seventh step it is asked before each of the sampler's steps, too: in three rows.
     _, _, events = trained(base, run, should_stop=stop_after(6 + 3 * 2 * 2))
@@ -147,7 +147,7 @@ def test_samples_take_no_more_than_their_share_and_no_long_pause(
     assert not trained(base, make_run(**OFTEN, preview_share=PLENTY))[0].samples
 
 
-def test_a_probe_without_memory_is_told_and_training_goes_on(
+def test_a_probe_without_memory_is_reported_and_training_goes_on(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_large(*_: Any) -> Probed:
@@ -172,7 +172,7 @@ def test_samples_that_cannot_be_painted_cost_nothing_but_themselves(
 def test_too_many_rows_of_samples_are_thinned_and_the_newest_stays() -> None:
     samples: dict[str, torch.Tensor] = {}
     for row in ("base", *(str(epoch) for epoch in range(10, 1010, 10))):
-        samples = grids.with_row(samples, row, [Image.new("RGB", (64, 64))])
-    shown = grids.epochs(samples)
-    assert len(shown) <= grids.MOST_EPOCHS and shown[-1] == 1000 and shown[0] < 500
-    assert grids.row_of(samples, "base")
+        samples = preview.with_row(samples, row, [Image.new("RGB", (64, 64))])
+    shown = preview.sampled_epochs(samples)
+    assert len(shown) <= preview.MOST_SAMPLED_EPOCHS and shown[-1] == 1000 and shown[0] < 500
+    assert preview.row_of(samples, "base")

@@ -17,18 +17,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS
 from jobs.style import ATTENTION, HyperParameters, TrainerOptions
 from training.style.families.lora_config import peft_config
 from training.style.families.sd15 import ADAPTER, BaseModel
 from training.style.results import export
-from training.style.results.lora_formats import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    DIFFUSERS_WEIGHTS,
-    KOHYA_WEIGHTS,
-    MODEL_FILES,
-    lora_layers,
-)
+from training.style.results.lora_formats import MODEL_FILES, lora_layers
 from utils.errors import ExportFailed
 
 Tensors = dict[str, torch.Tensor]
@@ -59,7 +53,7 @@ def rewrite(path: Path, change: Callable[[Tensors], Tensors]) -> None:
 
 
 def paint(unet: Any) -> torch.Tensor:
-    """What a UNet predicts for fixed inputs."""
+    """The prediction of a UNet for fixed inputs."""
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn((2, 4, 8, 8), generator=generator)
     texts = torch.randn((2, 77, 32), generator=generator)
@@ -83,7 +77,7 @@ def through_peft(stand_in: Path, folder: Path, _file: str) -> Any:
 
 
 USERS = {
-    DIFFUSERS_WEIGHTS: through_diffusers,
+    WEIGHTS: through_diffusers,
     KOHYA_WEIGHTS: through_diffusers,
     ADAPTER_WEIGHTS: through_peft,
 }
@@ -93,7 +87,7 @@ USERS = {
 def fixture_exported(
     options: TrainerOptions, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[BaseModel, Path]:
-    """A base of its own with its LoRA still attached, and the folder of its good files."""
+    """A separate base with its LoRA still attached, and the folder of its good files."""
     attached = BaseModel.load(options)
     folder = tmp_path_factory.mktemp("exported")
     export.export(attached, attach(attached), folder, metadata={})
@@ -173,7 +167,7 @@ def test_half_precision_is_used_where_it_keeps_the_effect(
     parameters = attach(base)
     stir(base.unet, strength)
     export.export(base, parameters, tmp_path, metadata={})
-    for file in (DIFFUSERS_WEIGHTS, KOHYA_WEIGHTS, ADAPTER_WEIGHTS):
+    for file in (WEIGHTS, KOHYA_WEIGHTS, ADAPTER_WEIGHTS):
         weights = {k: v for k, v in load_file(tmp_path / file).items() if not k.endswith(".alpha")}
         assert {weight.dtype for weight in weights.values()} == {dtype}
 
@@ -221,12 +215,12 @@ def _not_finite(tensors: Tensors) -> Tensors:
 @pytest.mark.parametrize(
     ("file", "change"),
     [
-        (DIFFUSERS_WEIGHTS, _unfolded),
-        (DIFFUSERS_WEIGHTS, _without_prefix),
-        (DIFFUSERS_WEIGHTS, _without_one_layer),
-        (DIFFUSERS_WEIGHTS, _with_a_stranger),
-        (DIFFUSERS_WEIGHTS, _two_layers_swapped),
-        (DIFFUSERS_WEIGHTS, _not_finite),
+        (WEIGHTS, _unfolded),
+        (WEIGHTS, _without_prefix),
+        (WEIGHTS, _without_one_layer),
+        (WEIGHTS, _with_a_stranger),
+        (WEIGHTS, _two_layers_swapped),
+        (WEIGHTS, _not_finite),
         (KOHYA_WEIGHTS, _alpha_as_rank),
         (KOHYA_WEIGHTS, _kohya_text_encoder_prefix),
         (KOHYA_WEIGHTS, _without_one_layer),
@@ -251,23 +245,23 @@ def test_a_file_that_differs_from_the_live_lora_is_refused_by_name(
         export.verify(base.unet, tmp_path)
 
 
-def test_a_file_with_the_plain_weights_is_refused_even_if_its_metadata_would_mend_it(
+def test_a_file_with_the_plain_weights_is_refused_even_if_its_metadata_would_correct_it(
     exported: tuple[BaseModel, Path], tmp_path: Path
 ) -> None:
     base, folder = exported
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / DIFFUSERS_WEIGHTS
+    file = tmp_path / WEIGHTS
     metadata = {"unet.r": 4, "unet.lora_alpha": 9, "unet.target_modules": list(ATTENTION)}
     save_file(
         _unfolded(load_file(file)), file, metadata={"lora_adapter_metadata": json.dumps(metadata)}
     )
-    with pytest.raises(ExportFailed, match=DIFFUSERS_WEIGHTS):
+    with pytest.raises(ExportFailed, match=WEIGHTS):
         export.verify(base.unet, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", None])
-@pytest.mark.parametrize("file", [ADAPTER_CONFIG, DIFFUSERS_WEIGHTS])
-def test_a_damaged_or_missing_file_is_refused_and_no_path_is_told(
+@pytest.mark.parametrize("file", [ADAPTER_CONFIG, WEIGHTS])
+def test_a_damaged_or_missing_file_is_refused_and_the_error_names_no_path(
     exported: tuple[BaseModel, Path], tmp_path: Path, file: str, content: bytes | None
 ) -> None:
     base, folder = exported
@@ -320,7 +314,9 @@ def test_the_peft_configuration_names_the_base_and_the_true_alpha(
     assert str(stand_in.parent) not in text
 
 
-def test_the_kohya_header_says_what_webuis_sort_by(base: BaseModel, tmp_path: Path) -> None:
+def test_the_kohya_header_has_the_fields_that_webuis_sort_by(
+    base: BaseModel, tmp_path: Path
+) -> None:
     export.export(base, attach(base), tmp_path, metadata={"modelspec.title": "Harbour"})
     with safe_open(tmp_path / KOHYA_WEIGHTS, framework="pt") as opened:
         header = opened.metadata()
@@ -411,10 +407,10 @@ def test_sd15_itself_is_exported_with_the_names_that_kohya_uses(
     assert all(tensors[f"{module}.alpha"] == 8.0 for module in modules)
     paths = sd15_attention_paths()
     diffusers = {f"unet.{path}.lora_{part}.weight" for path in paths for part in "AB"}
-    assert load_file(tmp_path / DIFFUSERS_WEIGHTS).keys() == diffusers
+    assert load_file(tmp_path / WEIGHTS).keys() == diffusers
 
 
-def test_the_diffusers_file_says_too_what_it_is_of_and_is_the_same_each_time(
+def test_the_diffusers_file_names_its_origin_too_and_is_the_same_each_time(
     base: BaseModel, tmp_path: Path
 ) -> None:
     parameters = attach(base)
@@ -422,7 +418,7 @@ def test_the_diffusers_file_says_too_what_it_is_of_and_is_the_same_each_time(
     for number in (1, 2):
         dated = metadata | {"modelspec.date": f"2026-01-0{number}", "ss_network_alpha": "9.0"}
         export.export(base, parameters, tmp_path / str(number), metadata=dated)
-    one, other = (tmp_path / number / DIFFUSERS_WEIGHTS for number in "12")
+    one, other = (tmp_path / number / WEIGHTS for number in "12")
     with safe_open(one, framework="pt") as opened:
         header = opened.metadata()
     assert metadata.items() <= header.items()

@@ -1,5 +1,5 @@
 """The artist's report: whole in one file, readable in a real browser, wide and narrow, and harmless
-whatever a message says."""
+for any message."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ import pytest
 from PIL import Image
 
 from images.decoder import Decoder
-from images.intake import Request
+from images.decoding import Request
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from reports.html_report import write_html
 from tests.unit.training.browser import chromium, look
-from training.style.results import grids
-from training.style.results.preview import write_loss_curve
+from training.style.results.preview import with_row, write_loss_curve
 from training.style.results.probe import Probed
-from training.style.results.report import sample_rows
-from training.style.results.result import TrainingResult
+from training.style.results.report import TrainingResult, sample_rows
 
 EVIL = "<script>document.title='taken'</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}"
 LONG = "averyveryverylongwordwithoutanyplacetobreak" * 8
@@ -68,7 +66,7 @@ def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, Tra
     images[8] = dataclasses.replace(images[8], path=None)
     samples: dict[str, Any] = {}
     for row in ("base", "10", "20", "30", "50"):
-        samples = grids.with_row(samples, row, [image(n) for n in range(3)])
+        samples = with_row(samples, row, [image(n) for n in range(3)])
     parameters = HyperParameters(epochs=50, deliver="best")
     result = TrainingResult(
         epochs=50,
@@ -123,7 +121,7 @@ def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, Tra
 
 
 def thumbnails(run: TrainingRun) -> dict[str, bytes]:
-    """What the decoder makes of the run's images."""
+    """The thumbnails of the run's images."""
     images = (*run.images, *run.validation_images)
     paths = [each.path for each in images if each.path]
     requests = [Request(path, run.max_image_pixels, 64) for path in paths]
@@ -162,7 +160,7 @@ def page(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wide(page: Path) -> dict[str, Any]:
-    """What a browser finds in it on a wide screen."""
+    """The contents that a browser finds on a wide screen."""
     return look(page, width=1280)
 
 
@@ -178,7 +176,7 @@ def test_a_browser_shows_every_image_and_nothing_beyond_the_edge(page: Path, wid
 
 
 @pytest.mark.browser
-def test_what_a_message_says_is_text_and_nothing_else(wide: dict[str, Any]) -> None:
+def test_the_content_of_a_message_is_text_and_nothing_else(wide: dict[str, Any]) -> None:
     found = wide
     assert (found["scripts"], found["handlers"], found["foreign"]) == (0, 0, [])
     assert found["text"].count("alert(1)") >= 10 and "{{ 7*7 }}" in found["text"]
@@ -186,7 +184,7 @@ def test_what_a_message_says_is_text_and_nothing_else(wide: dict[str, Any]) -> N
 
 
 @pytest.mark.browser
-def test_it_says_what_an_artist_asks(wide: dict[str, Any]) -> None:
+def test_it_answers_the_questions_of_an_artist(wide: dict[str, Any]) -> None:
     found = wide
     headings = [text for level, text in found["headings"] if level == "H2"]
     assert headings == [
@@ -215,6 +213,13 @@ def test_it_is_whole_in_itself_and_forbids_what_it_does_not_need(page: Path) -> 
     assert not re.findall(r"https?://", text)
     assert str(page.parent) not in text
     assert len(text) < 1_500_000
+
+
+def test_a_report_that_does_not_fit_the_template_is_refused(tmp_path: Path) -> None:
+    report, run, result = make(tmp_path)
+    del report["trigger_word"]
+    with pytest.raises(ValueError, match="cannot be rendered: .trigger_word. is undefined"):
+        written(report, run, result, PROMPTS, tmp_path)
 
 
 def test_thumbnails_carry_nothing_but_the_image(tmp_path: Path) -> None:

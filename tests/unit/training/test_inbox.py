@@ -16,7 +16,7 @@ from utils.events import Stop
 
 @pytest.fixture(name="inbox")
 def _inbox() -> Inbox:
-    with open("/dev/null", "rb", buffering=0) as pipe:  # what arrives is put in by hand
+    with open("/dev/null", "rb", buffering=0) as pipe:  # messages are put in by hand
         return Inbox(pipe)
 
 
@@ -101,7 +101,7 @@ def test_a_stop_that_comes_after_its_run_was_laid_down_stops_no_other(
     assert inbox.stop_reason() is None
 
 
-def test_a_stop_for_a_waiting_run_leaves_the_one_in_hand_alone(
+def test_a_stop_for_a_waiting_run_does_not_stop_the_one_in_hand(
     inbox: Inbox, first: Run, second: Run
 ) -> None:
     inbox.deliver(first)
@@ -114,7 +114,7 @@ def test_a_stop_for_a_waiting_run_leaves_the_one_in_hand_alone(
     assert inbox.stop_reason() is StopReason.CANCELLED
 
 
-def test_a_stop_of_an_earlier_claim_leaves_the_job_s_next_claim_alone(
+def test_a_stop_of_an_earlier_claim_does_not_stop_the_next_claim_of_the_job(
     inbox: Inbox, make_run: MakeRun
 ) -> None:
     earlier, later = (Run.of(make_run(claim=claim), StyleKind.runner, {}) for claim in (1, 2))

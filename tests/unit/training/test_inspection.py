@@ -1,4 +1,5 @@
-"""What a LoRA file is: the three formats say the same, strangers' files are told, none is run."""
+"""Inspection of LoRA files: the three formats agree, files of other programs are recognised,
+none is executed."""
 
 from __future__ import annotations
 
@@ -11,17 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS
 from jobs.style import HyperParameters
 from training.style.families.sd15 import BaseModel
 from training.style.results import export
 from training.style.results.inspection import NotALora, inspect
-from training.style.results.lora_formats import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    DIFFUSERS_WEIGHTS,
-    KOHYA_WEIGHTS,
-    lora_layers,
-)
+from training.style.results.lora_formats import lora_layers
 
 KNOWN = ("diffusers", "PEFT", "kohya")
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -49,12 +45,12 @@ def exported(warm_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(
     ("file", "kind", "alphas", "prefix"),
     [
-        (DIFFUSERS_WEIGHTS, "diffusers", (4.0,), "unet."),
+        (WEIGHTS, "diffusers", (4.0,), "unet."),
         (ADAPTER_WEIGHTS, "PEFT", (9.0,), "base_model.model."),
         (KOHYA_WEIGHTS, "kohya", (9.0,), "lora_unet_"),
     ],
 )
-def test_every_format_is_told_with_its_rank_its_alpha_and_its_true_norms(
+def test_every_format_is_recognised_with_its_rank_its_alpha_and_its_true_norms(
     exported: Path, file: str, kind: str, alphas: tuple[float, ...], prefix: str
 ) -> None:
     found = inspect(exported / file)
@@ -72,13 +68,13 @@ def test_every_format_is_told_with_its_rank_its_alpha_and_its_true_norms(
     )
 
 
-def test_the_metadata_is_told_and_the_base_with_it(exported: Path) -> None:
+def test_the_metadata_is_shown_with_the_base(exported: Path) -> None:
     found = inspect(exported / KOHYA_WEIGHTS)
     assert found.metadata["modelspec.title"] == "Harbour"
     assert found.base and found.base.startswith("stable-diffusion-v1/lora, sd_v1")
 
 
-def test_a_peft_file_alone_does_not_know_its_alpha(exported: Path, tmp_path: Path) -> None:
+def test_a_peft_file_without_its_configuration_has_no_alpha(exported: Path, tmp_path: Path) -> None:
     copy = tmp_path / ADAPTER_WEIGHTS
     copy.write_bytes((exported / ADAPTER_WEIGHTS).read_bytes())
     found = inspect(copy)
@@ -89,7 +85,7 @@ def test_a_peft_file_alone_does_not_know_its_alpha(exported: Path, tmp_path: Pat
     ("width", "family"),
     [(768, "Stable Diffusion 1"), (1024, "Stable Diffusion 2"), (2048, "Stable Diffusion XL")],
 )
-def test_a_file_that_says_nothing_is_recognised_by_its_shapes(
+def test_a_file_without_metadata_is_recognised_by_its_shapes(
     tmp_path: Path, width: int, family: str
 ) -> None:
     path = tmp_path / "a.safetensors"
@@ -122,7 +118,7 @@ def test_layers_without_effect_broken_ones_and_other_kinds_are_noted(tmp_path: P
 @pytest.mark.parametrize(
     "name", ["dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"]
 )
-def test_a_dora_is_told_in_every_spelling(tmp_path: Path, name: str) -> None:
+def test_a_dora_is_recognised_in_every_spelling(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.safetensors"
     factors = {
         f"{LAYER}.lora_down.weight": torch.ones(2, 4),
@@ -189,9 +185,7 @@ def test_the_factors_are_found_in_every_spelling(
 @pytest.mark.parametrize(
     "prefix", ["base_model.model.", "unet."], ids=["PEFT's file", "a diffusers header"]
 )
-def test_each_layer_has_the_alpha_of_its_own_pattern_and_network(
-    tmp_path: Path, prefix: str
-) -> None:
+def test_each_layer_has_the_alpha_of_its_pattern_and_network(tmp_path: Path, prefix: str) -> None:
     path = tmp_path / "a.safetensors"
     config = {"lora_alpha": 8, "alpha_pattern": {"b.to_k": 2, "^c.to_v$": 1}}
     layers = ("a.to_q", "b.to_k", "c.to_v", "deep.b.to_k")
@@ -265,7 +259,7 @@ def test_the_norms_are_those_that_peft_itself_computes(tmp_path: Path, rs_lora: 
     assert len(norms) == 4 and found == {k: pytest.approx(v, rel=1e-4) for k, v in norms.items()}
 
 
-def test_an_alpha_beside_the_factors_wins_over_any_configuration(tmp_path: Path) -> None:
+def test_an_alpha_next_to_the_factors_wins_over_any_configuration(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     tensors = factors("diffusion_model.a.lora_A.weight", "diffusion_model.a.lora_B.weight")
     save_file(tensors | {"diffusion_model.a.alpha": torch.tensor(2.0)}, path)
@@ -300,7 +294,7 @@ def test_norms_that_are_not_computed_are_not_claimed(tmp_path: Path) -> None:
 
 
 def refusal(path: Path) -> str:
-    """What is said of a file that is no LoRA."""
+    """The description of a file that is no LoRA."""
     with pytest.raises(NotALora) as caught:
         inspect(path)
     return str(caught.value)
@@ -312,7 +306,7 @@ def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
         assert "is a pickle" in refusal(tmp_path / name)
 
 
-def test_a_damaged_file_is_told(exported: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported(exported: Path, tmp_path: Path) -> None:
     content = (exported / KOHYA_WEIGHTS).read_bytes()
     huge = (1 << 62).to_bytes(8, "little") + b"{}"
     path = tmp_path / "a.safetensors"

@@ -1,4 +1,4 @@
-"""What a model file says of itself."""
+"""The metadata of a model file."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from jobs.layout import KOHYA_WEIGHTS
 from tests.unit.training.conftest import MakeRun
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.results import export
-from training.style.results.lora_formats import KOHYA_WEIGHTS
-from training.style.results.model_card import MOST_TAGS, model_card, tag_counts
+from training.style.results.lora_formats import MOST_TAGS, model_card, tag_counts
 from training.style.trainer import LoRATrainer
 
 
-def test_the_file_says_what_it_was_made_of_and_how_to_call_it(
+def test_the_file_names_its_origin_and_its_trigger_word(
     base: BaseModel, make_run: MakeRun, tmp_path: Path
 ) -> None:
     run = make_run(epochs=1, trigger_word="inkstyle")

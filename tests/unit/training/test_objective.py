@@ -17,7 +17,7 @@ from utils.errors import TrainingFailed
 
 
 def scheduler_like(predicts: str, kept: list[float]) -> Any:
-    """What `min_snr_weights` reads of a scheduler."""
+    """The part that `min_snr_weights` reads of a scheduler."""
     config = type("Config", (), {"prediction_type": predicts})()
     return type("Scheduler", (), {"config": config, "alphas_cumprod": torch.tensor(kept)})()
 
@@ -70,7 +70,7 @@ def test_a_base_that_predicts_samples_is_refused(
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
-def test_the_target_is_what_the_scheduler_says_that_the_base_predicts(
+def test_the_target_is_the_prediction_type_of_the_scheduler(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, predicts: str
 ) -> None:
     data = prepare(make_run(), base)

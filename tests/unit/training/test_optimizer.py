@@ -18,10 +18,9 @@ from tests.unit.training.runs import checkpoints, same, spoil, stop_after, train
 from training.runtime import optimizer
 from training.runtime.device import one_run_accelerator
 from training.style import loop_state
-from training.style.course import Course
 from training.style.families.sd15 import BaseModel
 from training.style.loop_state import LoopState
-from training.style.plan import Plan
+from training.style.plan import Course, Plan
 from utils.errors import ConfigurationError, TrainingFailed
 
 
@@ -41,7 +40,7 @@ def test_prodigy_finds_a_rate_and_keeps_it_to_the_last_digit() -> None:
     whole, found = downhill(steps=300)
     halfway, _ = downhill(steps=150)
     resumed, kept = downhill(steps=150, start=halfway)
-    assert found > 1000 * 1e-6  # where it begins
+    assert found > 1000 * 1e-6  # its first rate
     assert kept == found
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
@@ -52,7 +51,7 @@ def downhill(
     """Prodigy on its way to a minimum: its state after some steps, and the rate it has found."""
     place = start["place"].clone() if start else torch.zeros(3)
     weight = torch.nn.Parameter(place)
-    made = optimizer.create([weight], HyperParameters(optimizer="prodigy"))
+    made = optimizer.create("prodigy", [weight], learning_rate=1e-4, weight_decay=1e-2)
     if start:
         state = {key: tensor for key, tensor in start.items() if key != "place"}
         optimizer.restore(made, state, ["w"])
@@ -102,24 +101,31 @@ def test_nested_entries_and_numbers_of_an_optimizer_s_state_come_back_as_they_we
     assert other.param_groups[0]["found"] == 0.1 + 0.2
 
 
-def test_eight_bits_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+def test_eight_bits_need_a_gpu() -> None:
     weights = [torch.nn.Parameter(torch.ones(4))]
-    with pytest.raises(TrainingFailed, match="on a GPU only; choose adamw or prodigy"):
-        optimizer.create(weights, HyperParameters(optimizer="adamw8bit"))
+    with pytest.raises(TrainingFailed, match="needs a GPU. Set the optimizer to adamw or prodigy"):
+        optimizer.create("adamw8bit", weights, learning_rate=1e-4, weight_decay=1e-2)
 
 
 def test_an_optimizer_whose_library_is_missing_is_refused_in_settings_and_parameters_by_its_name(
-    monkeypatch: pytest.MonkeyPatch,
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="library prodigyopt .* is not installed on this worker"):
         HyperParameters(optimizer="prodigy").require_libraries()
     with pytest.raises(TrainingFailed, match="cannot be trained here: .* library prodigyopt"):
-        optimizer.create([], HyperParameters(optimizer="prodigy"))
+        begin(base, "prodigy")
+    base.detach()
     monkeypatch.setenv("OPTIMIZER", "adamw8bit")
     with pytest.raises(ConfigurationError, match="library bitsandbytes .* is not installed"):
         settings()
+
+
+def begin(base: BaseModel, name: str) -> LoopState:
+    """A loop with an optimizer of this name."""
+    course = Course.of(HyperParameters(optimizer=name, rank=2, alpha=4.0))
+    with one_run_accelerator(base.device, base.dtype) as accelerator:
+        return loop_state.begin(base, course, accelerator)
 
 
 def settings() -> LocalSettings:

@@ -35,7 +35,7 @@ def test_every_epoch_sees_every_image_once_in_steps_of_the_right_size(
         assert sorted(i for step in steps for b in step for i in b) == list(range(images))
 
 
-def test_each_epoch_has_an_order_of_its_own_that_depends_on_the_seed_alone() -> None:
+def test_each_epoch_has_its_own_order_that_depends_only_on_the_seed() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         plan = Plan(SQUARE * 20, HyperParameters(epochs=5, seed=seed, batch_size=16))
         return [i for step in (0, 1) for b in plan.batches(epoch * 2 + step) for i in b]

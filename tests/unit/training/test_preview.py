@@ -1,4 +1,4 @@
-"""Samples and loss curve: they show what they say, and training goes on as if nobody had looked."""
+"""Samples and loss curve: they show the right images, and do not change training."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_half_precision_base_with_a_single_precision_lora_paints(
     assert np.abs(full.astype(float) - half).mean() < 8
 
 
-def test_an_image_that_is_not_finite_is_said_and_drawn_black(
+def test_an_image_that_is_not_finite_is_logged_and_drawn_black(
     trained: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with torch.no_grad():

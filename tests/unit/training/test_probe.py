@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import MakeRun
-from training.style import held_out
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.results import probe
@@ -25,7 +24,7 @@ from training.style.results.probe import (
 from training.style.trainer import LoRATrainer
 
 
-def test_the_same_weights_have_the_same_loss_whatever_else_was_drawn(
+def test_the_same_weights_have_the_same_loss_after_any_other_drawing(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     run = make_run(dropout=0.5)
@@ -59,7 +58,7 @@ def test_it_falls_where_training_learns(base: BaseModel, make_run: MakeRun) -> N
     assert not [warning for warning in result.warnings if "learnt next to nothing" in warning]
 
 
-def test_a_rate_that_teaches_nothing_is_told(base: BaseModel, make_run: MakeRun) -> None:
+def test_a_rate_that_teaches_nothing_is_reported(base: BaseModel, make_run: MakeRun) -> None:
     run = make_run(epochs=2, learning_rate=1e-7)
     result = LoRATrainer(run, base, prepare(run, base)).train()
     assert any("learnt next to nothing" in warning for warning in result.warnings)
@@ -122,7 +121,7 @@ def test_held_out_images_are_measured_and_never_trained_on(
 ) -> None:
     everything = make_run(count=6).images
     run = make_run(count=3, epochs=1, validation_images=everything[3:])
-    data = held_out.prepare(run, base)
+    data = prepare(run, base)
     assert data.held_out is not None
     assert [entry.source for entry in data.held_out.entries] == [p.source for p in everything[3:]]
     assert data.identities == prepare(run, base).identities
@@ -138,15 +137,15 @@ def test_a_training_image_among_them_is_left_out_and_a_broken_one_fails_nothing(
     images = make_run(count=4).images
     missing = dataclasses.replace(images[3], path=None, problem="could not be found")
     run = make_run(count=3, validation_images=(images[0], missing))
-    others = held_out.prepare(run, base).held_out
+    others = prepare(run, base).held_out
     assert others is not None and not others.usable and not others.warnings
     assert [entry.status for entry in others.entries] == ["left_out", "left_out"]
     assert "training images" in others.entries[0].reasons[0]
     base.attach(run.parameters)
-    assert Probe(base, held_out.prepare(run, base)).measure(0, 0).held_out is None
+    assert Probe(base, prepare(run, base)).measure(0, 0).held_out is None
 
 
-# ---- what follows from it ------------------------------------------------------------------------
+# ---- consequences ------------------------------------------------------------------------
 
 
 def probes(training: list[float | None], others: list[float] | None = None) -> list[Probed]:

@@ -9,9 +9,8 @@ import torch
 
 from jobs.style import TrainingRun, checked_trigger_word
 from tests.unit.training.conftest import MakeRun
-from training.style.dataset import prepare
+from training.style.dataset import ORDERS, orders, prepare, with_trigger
 from training.style.families.sd15 import BaseModel
-from training.style.prompts import ORDERS, orders, with_trigger
 from training.style.results.examiner import prompts_of
 
 
@@ -37,7 +36,7 @@ def test_a_trigger_word_is_one_short_tag_on_one_line() -> None:
             checked_trigger_word(wrong)
 
 
-def test_orders_have_the_same_tags_behind_the_trigger_word_and_depend_on_the_seed_alone() -> None:
+def test_orders_have_the_same_tags_behind_the_trigger_word_and_depend_only_on_the_seed() -> None:
     caption = "ink, a harbour, dawn, gulls, fog"
     found = orders(caption, first="ink", seed="1")
     assert found[0] == caption and len(set(found)) == len(found) == ORDERS
@@ -48,7 +47,7 @@ def test_orders_have_the_same_tags_behind_the_trigger_word_and_depend_on_the_see
 
 
 @pytest.mark.parametrize("caption", ["", "a harbour", "ink, a harbour"])
-def test_what_has_one_order_stays_as_it_is(caption: str) -> None:
+def test_a_caption_with_one_order_stays_as_it_is(caption: str) -> None:
     assert orders(caption, first="ink", seed="1") == (caption,)
 
 

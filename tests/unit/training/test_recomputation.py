@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from jobs.style import HyperParameters
+from training.runtime.recomputation import Recomputation
 from training.style.families.sd15 import BaseModel
-from training.style.recomputation import Recomputation
 
 ROUNDING = 1e-5
 """Relative. The same numbers are added, in another order where a block's input has other uses."""
@@ -72,7 +72,7 @@ def away(gradient: Tensor, expected: Tensor) -> float:
 
 
 def bytes_kept(base: BaseModel, *, checkpointing: bool) -> int:
-    """What the forward pass keeps for the gradient, apart from the model."""
+    """The tensors that the forward pass keeps for the gradient, apart from the model."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def test_in_mixed_precision_the_second_pass_is_as_precise_as_the_first(
     assert away(gradient, expected) < away(gradient_of(base, checkpointing=False), expected) / 3
 
 
-def test_what_is_kept_for_the_gradient_is_less_than_half(base: BaseModel) -> None:
+def test_the_memory_kept_for_the_gradient_is_less_than_half(base: BaseModel) -> None:
     without = bytes_kept(base, checkpointing=False)
     assert 0 < bytes_kept(base, checkpointing=True) < without / 2
 
@@ -120,7 +120,7 @@ def test_random_numbers_go_on_as_if_nothing_was_computed_twice(base: BaseModel) 
 
 
 class Block(nn.Module):
-    """A frozen layer and a trainable one, and something that is said of them."""
+    """A frozen layer and a trainable one, and a description of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def gradients(compute: Callable[..., Tensor], block: Block, given: Tensor) -> li
     return list(torch.autograd.grad(computed, [given, *block.trained.parameters()]))
 
 
-def test_what_is_no_tensor_passes_through_and_what_needs_a_gradient_gets_it() -> None:
+def test_a_value_that_is_no_tensor_passes_through_and_what_needs_a_gradient_gets_it() -> None:
     block, given = Block(), torch.randn(2, 3, requires_grad=True)
     found = gradients(functools.partial(Recomputation(), block), block, given)
     assert block.calls == 2

@@ -1,4 +1,4 @@
-"""Memory that runs out and numbers that run away: training finds a way round, and says so."""
+"""Memory that runs out and numbers that run away: training finds a way round, and reports it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,11 @@ from tests.unit.training.runs import (
     stop_after,
     trained,
 )
-from training.runtime import checkpoint
-from training.style import recovery, trainer
-from training.style.course import Course
+from training.style import checkpoint, recovery, trainer
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.objective import denoising_losses
-from training.style.plan import Plan
+from training.style.plan import Course, Plan
 from training.style.results import report
 from utils.errors import CheckpointUnusable, GpuOutOfMemory, TrainingDiverged
 from utils.events import Event, Started
@@ -115,7 +113,7 @@ def test_without_memory_checkpointing_comes_first_and_changes_nothing_but_roundi
 def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_images_as_before(
     base: BaseModel, make_run: MakeRun
 ) -> None:
-    """Starting anew, the run is the one that would have been asked for so."""
+    """Started again, the run is the one that would have been asked for so."""
     run = make_run(count=10, batch_size=8, dropout=0.1)
     with SmallMemory(base.unet, images=2)() as seen:
         result, weights, events = trained(base, run)
@@ -171,7 +169,7 @@ def test_smaller_batches_of_several_shapes_change_nothing_but_rounding(
     assert close(weights, expected)
 
 
-def test_nobody_else_needs_the_checkpoint_on_the_disk_for_that(
+def test_recovery_does_not_need_the_checkpoint_on_the_disk(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     """The desk removes each one when it is uploaded."""
@@ -232,10 +230,10 @@ def test_when_not_even_one_image_fits_the_run_fails_for_want_of_memory(
     assert seen == [4, 4, 2, 1]
 
 
-def test_what_ran_out_of_memory_is_freed_before_the_next_start(
+def test_a_run_that_ran_out_of_memory_is_freed_before_the_next_start(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where somebody keeps the exception, as a log handler may."""
+    """Also if the exception is kept, as a log handler may."""
     alive: list[weakref.ref[Any]] = []
     kept: list[Exception] = []
     left: list[int] = []
@@ -254,7 +252,7 @@ def test_what_ran_out_of_memory_is_freed_before_the_next_start(
         return losses, weighted
 
     monkeypatch.setattr(trainer, "denoising_losses", hungry)
-    gc.disable()  # what is broken up must be broken up on purpose
+    gc.disable()  # cycles must be broken up on purpose
     try:
         trained(base, make_run(epochs=1))
     finally:
@@ -333,7 +331,7 @@ def test_the_checkpoint_of_a_resumed_run_is_as_it_was_when_it_is_needed_again(
     assert result.resumed_from == 0 and "from epoch 1 on" in result.warnings[-1]
 
 
-def test_without_a_checkpoint_it_begins_anew_at_half_the_rate(
+def test_without_a_checkpoint_it_begins_again_at_half_the_rate(
     base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit what the lower rate would have given."""

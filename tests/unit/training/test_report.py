@@ -1,4 +1,4 @@
-"""The report says what was asked, what was used, and how it went, in JSON that anybody can read."""
+"""The report: the order, the images used and the course of the training, as plain JSON."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
+from jobs.layout import STYLE_FILES
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.style.dataset import CAPTION_IGNORED, Dataset, ImageReport
 from training.style.families.sd15 import BaseModel
 from training.style.results.lora_formats import MODEL_FILES
 from training.style.results.report import (
-    FILES,
     MOST_REASONS,
+    TrainingResult,
     build_report,
     summary,
     write_report,
 )
-from training.style.results.result import TrainingResult
 
 ENTRIES = (
     ImageReport("s3://media/1/image_0.jpg", "used", (), 640, 480, "바다의 새벽"),
@@ -77,7 +77,7 @@ def test_every_image_that_was_asked_for_has_its_entry_in_order(report: dict[str,
     assert [report[name] for name in counts] == [3, 2, 1]
 
 
-def test_the_hyper_parameters_in_force_stand_beside_those_asked_for(
+def test_the_hyper_parameters_in_force_stand_next_to_those_asked_for(
     report: dict[str, Any],
 ) -> None:
     assert report["hyperparameters"]["batch_size"] == 2
@@ -108,7 +108,7 @@ def test_the_report_has_all_that_the_protocol_lists(
     assert all(report["versions"].values())
 
 
-def test_each_warning_is_told_once_wherever_it_comes_from(
+def test_each_warning_is_listed_once_from_any_source(
     report: dict[str, Any], base: BaseModel
 ) -> None:
     own = ["Few images.", "Twice.", "The batch was halved."]
@@ -131,7 +131,7 @@ def test_the_file_is_strict_json_with_the_artists_own_letters_and_no_local_path(
     assert [file.name for file in tmp_path.iterdir()] == ["training_report.json"]
 
 
-def test_the_summary_is_brief_and_says_why_images_were_left_out(
+def test_the_summary_is_brief_with_the_reasons_for_images_that_were_left_out(
     report: dict[str, Any], base: BaseModel
 ) -> None:
     assert summary(report) == {
@@ -150,7 +150,7 @@ def test_the_summary_is_brief_and_says_why_images_were_left_out(
     }
 
 
-def test_the_summary_says_why_captions_were_ignored_the_most_frequent_reason_first(
+def test_the_summary_has_the_reasons_for_ignored_captions_the_most_frequent_reason_first(
     report: dict[str, Any],
 ) -> None:
     entry = report["pictures"][0]
@@ -168,6 +168,6 @@ def test_the_summary_says_why_captions_were_ignored_the_most_frequent_reason_fir
 
 
 def test_the_model_itself_is_published_last_and_nothing_twice() -> None:
-    assert FILES[-1] == "lora_weights.safetensors"
-    assert len(FILES) == len(set(FILES)) == 8
-    assert set(MODEL_FILES) < set(FILES)
+    assert STYLE_FILES[-1] == "lora_weights.safetensors"
+    assert len(STYLE_FILES) == len(set(STYLE_FILES)) == 8
+    assert set(MODEL_FILES) < set(STYLE_FILES)

@@ -20,10 +20,10 @@ from tests.unit.training.runs import (
     stop_after,
     trained,
 )
-from training.runtime.checkpoint import load
 from training.style import trainer
-from training.style.course import Course
+from training.style.checkpoint import load
 from training.style.families.sd15 import BaseModel
+from training.style.plan import Course
 from utils.errors import CheckpointUnusable, StopReason
 from utils.events import Started
 

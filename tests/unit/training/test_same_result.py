@@ -1,4 +1,4 @@
-"""The fast loop trains what the plain one does: whatever is cached, fused or left on the device."""
+"""The fast loop trains the same as the plain loop, with caches, fusion and work on the device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ additions differs."""
 
 
 def plainly_trained(base: BaseModel, run: TrainingRun) -> tuple[list[float], Weights]:
-    """As the popular scripts do it: every step encodes, computes and reads the loss anew.
+    """As in the popular scripts: every step encodes the image and reads the loss.
 
     Only what is random is drawn as the product draws it: the LoRA's first weights, the order, noise
     and timesteps, and the dropout's masks.
@@ -130,7 +130,7 @@ def test_latents_are_distributed_as_the_vae_s_own_samples(
 def encoded_each_time(
     base: BaseModel, pixels: NDArray[np.uint8], times: int, generator: torch.Generator
 ) -> Tensor:
-    """The image's latents as the VAE samples them, anew each time."""
+    """The image's latents as the VAE samples them, again each time."""
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1.0
     with torch.no_grad():
         posterior = base.vae.encode(image).latent_dist

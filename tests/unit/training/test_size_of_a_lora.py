@@ -12,7 +12,7 @@ from training.style.families.lora_config import peft_config
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_lora_has_as_many_weights_for_each_rank_as_the_estimate_says(target: str) -> None:
+def test_a_lora_has_as_many_weights_for_each_rank_as_estimated(target: str) -> None:
     with torch.device("meta"):  # SD1.5's shapes without their memory
         unet = UNet2DConditionModel(cross_attention_dim=768)
         unet.add_adapter(peft_config(HyperParameters(rank=4, target=target)))
@@ -21,9 +21,9 @@ def test_a_lora_has_as_many_weights_for_each_rank_as_the_estimate_says(target: s
 
 
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])
-def test_a_checkpoint_has_no_more_numbers_for_each_weight_than_the_estimate_says(name: str) -> None:
+def test_a_checkpoint_has_no_more_numbers_for_each_weight_than_estimated(name: str) -> None:
     weight = torch.nn.Parameter(torch.ones(1000))
-    made = optimizer.create([weight], HyperParameters(optimizer=name))
+    made = optimizer.create(name, [weight], learning_rate=1e-4, weight_decay=1e-2)
     weight.grad = torch.ones(1000)
     made.step()
     state = optimizer.state_tensors(made, ["weight"]).values()

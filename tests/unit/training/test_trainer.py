@@ -1,4 +1,4 @@
-"""The training loop: it learns, clips, skips what is not finite, and tells how it went."""
+"""The training loop: it learns, clips, skips what is not finite, and reports its course."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_same_run_twice_gives_the_same_weights_on_a_warm_and_on_a_fresh_base
 ) -> None:
     run = make_run(count=3, epochs=2)
     _, first, _ = trained(base, run)
-    torch.manual_seed(12345)  # what another run left behind
+    torch.manual_seed(12345)  # left behind by another run
     _, again, _ = trained(base, run)
     _, fresh, _ = trained(BaseModel.load(options), run)
     assert same(first, again) and same(first, fresh)
@@ -237,10 +237,10 @@ def test_accumulated_batches_are_one_step_over_all_their_images(
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-7)
 
 
-# ---- what is told --------------------------------------------------------------------------------
+# ---- events --------------------------------------------------------------------------------------
 
 
-def test_events_tell_the_start_the_progress_and_the_end_in_order(
+def test_events_report_the_start_the_progress_and_the_end_in_order(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     result, _, events = trained(base, make_run(epochs=3))
@@ -275,7 +275,7 @@ def test_progress_comes_a_few_times_a_second_at_most(base: BaseModel, make_run: 
     assert 1 <= len(progress) <= result.seconds / 0.25 + 2 < result.steps
 
 
-def test_the_result_says_how_it_went(base: BaseModel, make_run: MakeRun) -> None:
+def test_the_result_describes_the_run(base: BaseModel, make_run: MakeRun) -> None:
     run = make_run(epochs=2)
     result, _, _ = trained(base, run)
     assert (result.epochs, result.steps, result.skipped_steps) == (2, 6, 0)

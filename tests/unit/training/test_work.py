@@ -27,7 +27,7 @@ Told = list[Any]
 
 @pytest.fixture
 def told() -> Told:
-    """The events that the work has told."""
+    """The events that the work has emitted."""
     return []
 
 

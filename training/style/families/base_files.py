@@ -44,7 +44,7 @@ def locate(options: TrainerOptions) -> tuple[Path, str]:
             wanted,
             revision=options.base_model_revision,
             use_safetensors=True,
-            safety_checker=None,  # what is passed is not downloaded: a gigabyte never read
+            safety_checker=None,  # parts that are passed are not downloaded
             feature_extractor=None,
         )
     except Exception as error:
@@ -76,7 +76,7 @@ def hash_of_weights(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
         if ".non_ema" in path.name or ".fp16" in path.name:
-            continue  # variants lie beside the weights that were loaded
+            continue  # variants of the weights that were loaded
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -84,6 +84,6 @@ def hash_of_weights(folder: Path) -> str:
 
 
 def first_line(error: Exception, folder: Path) -> str:
-    """What a foreign error says, without this machine's paths."""
+    """The first line of a foreign error, without paths of this machine."""
     text = (str(error).splitlines() or [""])[0].replace(str(folder), folder.name)
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

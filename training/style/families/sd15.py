@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from jobs.style import HyperParameters, TrainerOptions
 from training.runtime.device import choose_device, free_memory, gpu_error, out_of_memory
+from training.runtime.recomputation import Recomputation
 from training.style.families.base_files import (
     first_line,
     hash_of_weights,
@@ -21,7 +22,6 @@ from training.style.families.base_files import (
     locate,
 )
 from training.style.families.lora_config import peft_config
-from training.style.recomputation import Recomputation
 from utils.errors import BaseModelUnavailable, GpuBroken, TrainingFailed
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ ADAPTER = "default"
 
 MODEL_BYTES, IMAGE_BYTES = 4 * 1024**3, 8 * 1024**3
 """Free memory that training without gradient checkpointing is given: for the model and what is not
-known, and for each image of 512 x 512 pixels in a batch. What autograd keeps of one was counted:
-4 GiB in fp16 at most, the other half is for what passes."""
+known, and for each image of 512 x 512 pixels in a batch. Autograd keeps at most 4 GiB per image in
+fp16 (counted); the rest is for short-lived tensors."""
 DRIFT_BYTES = 64 * 1024**2
 """A detached base that holds this much more GPU memory than a fresh one has leaked."""
 
@@ -46,7 +46,7 @@ class BaseModel:
     Attributes:
         name: Hub name, or the folder's own name where the model is local (never a path).
         hash: SHA-256 of the UNet's weight files, in hexadecimal.
-        device: Where it computes.
+        device: Device of all parts.
         dtype: Of the frozen UNet and text encoder; the VAE is always float32, in half precision it
             gives NaN.
         unet, vae, text_encoder, tokenizer: The parts, in evaluation mode, without gradients.
@@ -86,7 +86,9 @@ class BaseModel:
             GpuBroken: There is no usable CUDA device, and training on the CPU is not allowed.
             BaseModelUnavailable: The model is missing, incomplete or cannot be reached.
         """
-        device, dtype, warnings = choose_device(options)
+        device, dtype, warnings = choose_device(
+            options.mixed_precision, allow_cpu=options.allow_cpu
+        )
         folder, name = locate(options)
         try:
             base = cls(
@@ -99,14 +101,15 @@ class BaseModel:
         except Exception as error:
             if out_of_memory(error):
                 raise GpuBroken(
-                    f"The GPU has too little free memory to load {name}; end whatever else uses it."
+                    f"The GPU has too little free memory to load {name}. End the other programs "
+                    "that use it."
                 ) from error
             if known := gpu_error(error):
                 raise known from error
             raise BaseModelUnavailable(
                 f"The base model {name} is incomplete or damaged ({first_line(error, folder)}). "
                 "It must be a whole diffusers folder of Stable Diffusion 1.5 with safetensors "
-                "weights; download it anew."
+                "weights; download it again."
             ) from error
         base.warnings = warnings
         log.info(
@@ -141,7 +144,7 @@ class BaseModel:
         """The text encoder's last hidden states, as SD1.5's cross-attention reads them.
 
         Args:
-            prompts: n prompts; what is longer than the tokenizer's 77 tokens is cut off.
+            prompts: n prompts; tokens after the 77th are cut off.
 
         Returns:
             [n, 77, d] in the base's dtype on the device.
@@ -186,12 +189,12 @@ class BaseModel:
     ) -> list[torch.nn.Parameter]:
         """Put a fresh LoRA on the UNet and make it ready to train.
 
-        The initial weights depend on the seed alone: they are drawn on the CPU, from a random state
+        The initial weights depend only on the seed: they are drawn on the CPU, from a random state
         that is put back afterwards.
 
         Args:
             parameters: The LoRA's rank, alpha and dropout, and the seed.
-            checkpointing: Turn gradient checkpointing on whatever the options say.
+            checkpointing: Turn gradient checkpointing on regardless of the options.
 
         Returns:
             The LoRA's trainable weights, float32, in the order of the UNet's modules.
@@ -280,7 +283,7 @@ class BaseModel:
         return self._checkpointing == "true"
 
     def _fingerprint(self) -> Fingerprint:
-        """Checksums of the bits of every tensor, computed where it lies: some milliseconds."""
+        """Checksums of the bits of every tensor, computed on its device in some milliseconds."""
         return {
             f"{part}.{name}": sums
             for part in ("unet", "vae", "text_encoder")

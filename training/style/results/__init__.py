@@ -1,1 +1,1 @@
-"""What a style run shows and returns: probe, samples, report and model files."""
+"""Results of a style run: probe, samples, report and model files."""

@@ -1,7 +1,7 @@
 """Looks at the LoRA before its first step and at checkpoints: the probe, and sample images.
 
-What the probe finds depends on nothing but the weights, and decides which checkpoint is best: it is
-always measured, in a fixed number of passes. Samples are for people: they are painted as long as
+The probe depends only on the weights and decides which checkpoint is best, so it is always
+measured, in a fixed number of passes. Samples are for people: they are painted as long as
 they take no more than their share of the time.
 """
 
@@ -17,9 +17,9 @@ from PIL import Image
 
 from training.runtime.clock import Clock
 from training.runtime.device import free_memory, gpu_error, out_of_memory
+from training.style.dataset import with_trigger
 from training.style.loop_state import LoopState, weights_are_finite
-from training.style.prompts import with_trigger
-from training.style.results import grids, preview
+from training.style.results import preview
 from training.style.results.probe import Interrupted, Probe, Probed, best_of
 from utils.errors import GpuBroken, StopReason
 
@@ -40,10 +40,10 @@ class Examiner:
     """Examines a run's LoRA.
 
     Attributes:
-        probe_seconds, sample_seconds: What both have taken of this run.
+        probe_seconds, sample_seconds: Seconds of this run that both have used.
 
     Args:
-        run: What is asked for.
+        run: The run.
         base: The base model with the LoRA.
         dataset: The run's images.
         should_stop: Asked while it works: a stop need not wait for it.
@@ -68,11 +68,11 @@ class Examiner:
     def examine(self, state: LoopState) -> bool:
         """Examine what is due at the end of an epoch, or before the first.
 
-        Whether it is due follows from the state alone, so that a resumed run examines what the
+        Whether it is due follows only from the state, so that a resumed run examines what the
         uninterrupted one does.
 
         Args:
-            state: What is found goes into it.
+            state: Receives the measurement and the samples.
 
         Returns:
             False where a stop was asked for before the probe was through: then nothing is found,
@@ -122,15 +122,15 @@ class Examiner:
 
     def _paint(self, state: LoopState) -> None:
         """Paint a row of samples if there is time for it; no harm is done where it fails."""
-        first = not any(key.startswith(grids.WITHOUT_LORA) for key in state.samples)
+        first = not any(key.startswith(preview.WITHOUT_LORA) for key in state.samples)
         if not self._has_time_for(2 if first else 1):
             return
         try:
             if first:
-                state.samples = grids.with_row(
-                    state.samples, grids.WITHOUT_LORA, self._images(with_lora=False)
+                state.samples = preview.with_row(
+                    state.samples, preview.WITHOUT_LORA, self._images(with_lora=False)
                 )
-            state.samples = grids.with_row(
+            state.samples = preview.with_row(
                 state.samples, str(state.epoch), self._images(with_lora=True)
             )
         except Interrupted:
@@ -172,7 +172,7 @@ class Examiner:
 
 
 def prompts_of(run: TrainingRun, dataset: Dataset) -> list[str]:
-    """What samples are painted of: as the message wishes, else the captions."""
+    """Prompts of the samples: those of the message, else the captions."""
     captions = [example.caption for example in dataset.usable if example.caption]
     asked = [with_trigger(run.trigger_word, prompt) for prompt in run.sample_prompts]
     return asked or captions

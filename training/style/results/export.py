@@ -21,11 +21,9 @@ import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import PeftModel
 
+from jobs.layout import ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS
 from training.style.families.sd15 import ADAPTER
 from training.style.results.lora_formats import (
-    ADAPTER_WEIGHTS,
-    DIFFUSERS_WEIGHTS,
-    KOHYA_WEIGHTS,
     MODEL_FILES,
     Layer,
     kohya_metadata,
@@ -59,7 +57,7 @@ def export(
     Args:
         base: The base model with the trained LoRA attached to its UNet.
         parameters: The hyper-parameters in force at the end, for the kohya file's metadata.
-        folder: Where the files go; made if it is not there.
+        folder: Receives the files; created if it is missing.
         metadata: More header entries, such as `modelspec.title`; they win over the ones made here.
 
     Raises:
@@ -93,7 +91,7 @@ def verify(unet: torch.nn.Module, folder: Path) -> None:
 
     Args:
         unet: The UNet with the trained adapter.
-        folder: Where `export` wrote the files.
+        folder: The folder that `export` wrote.
 
     Raises:
         ExportFailed: A file cannot be loaded, lacks a layer, has one too many, or differs by more
@@ -222,6 +220,6 @@ def _through_older_diffusers(skeleton: Any, folder: Path, file: str) -> Any:
 LOADERS: tuple[tuple[str, Callable[[Any, Path, str], Any]], ...] = (
     (ADAPTER_WEIGHTS, _through_peft),
     (KOHYA_WEIGHTS, _through_diffusers),
-    (DIFFUSERS_WEIGHTS, _through_diffusers),
-    (DIFFUSERS_WEIGHTS, _through_older_diffusers),
+    (WEIGHTS, _through_diffusers),
+    (WEIGHTS, _through_older_diffusers),
 )

@@ -1,7 +1,7 @@
 """Inspects a LoRA file without running any of it: safetensors only.
 
 It is meant for this server's files first. Files of other programs are read as far as their names
-and their headers are certain; the notes say what is not.
+and their headers are certain; the notes name the rest.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 from torch import Tensor
 
-from training.style.results.lora_names import adapters_in, factor_names, file_kind
+from jobs.layout import ADAPTER_CONFIG
 from utils.wording import counted
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""PEFT's name. Not imported from `training.style.results.lora_formats`, which takes seconds."""
 KOHYA, DIFFUSERS, PEFT, OTHER = "kohya", "diffusers", "PEFT", "another program's"
 MOST_CONFIG_BYTES = 1 << 20
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
@@ -36,6 +34,38 @@ _DIFFUSERS_NAMES = re.compile(
 _PLAIN_PATTERN = re.compile(r"[\w.\\^$-]+")
 # Width of the text that cross-attention reads -> the family of models that has it.
 _FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+# Layer, and how the file spells the first factor of it. In order: PEFT and diffusers (also saved
+# with the adapter's name), kohya, diffusers before 0.22 (three spellings), PEFT's embeddings.
+_DOWN = re.compile(
+    r"(.+?)("
+    r"\.lora_A(?:\.default)?\.weight"
+    r"|\.lora_down\.weight"
+    r"|\.lora\.down\.weight"
+    r"|\.lora_linear_layer\.down\.weight"
+    r"|_lora\.down\.weight"
+    r"|\.lora_embedding_A"
+    r")"
+)
+_OTHER_ADAPTERS = (
+    ("LoHa", re.compile(r"\.hada_[wt]\d")),
+    ("LoKr", re.compile(r"\.lokr_[wt]\d")),
+    ("OFT", re.compile(r"\.(?:oft_blocks|oft_diag|oft_R|boft_R)\b")),
+    ("IA3", re.compile(r"\.(?:ia3_l\b|on_input$)")),
+    ("VeRA", re.compile(r"\.vera_lambda_")),
+    ("GLoRA", re.compile(r"\.[ab][12]\.weight$")),
+    ("weight difference", re.compile(r"\.(?:diff|diff_b)$")),
+)
+_MODELS = (
+    ("is a ControlNet", re.compile(r"(?:control_model\.|controlnet_)")),
+    ("is a whole model (checkpoint)", re.compile(r"model\.diffusion_model\.")),
+    ("is a VAE", re.compile(r"(?:first_stage_model\.|decoder\.(?:up_blocks|up|mid)\b)")),
+    (
+        "holds the weights of a whole network",
+        re.compile(r"(?:(?:down|up|mid)_blocks?|double_blocks|transformer_blocks|text_model)\."),
+    ),
+)
+_EMBEDDINGS = frozenset({"emb_params", "clip_l", "clip_g", "t5xxl"})
+_LONGEST_NAME = 80
 
 
 class NotALora(Exception):
@@ -49,8 +79,8 @@ class LayerFacts:
     Attributes:
         name: As the file spells it.
         rank: Rows of its down matrix.
-        alpha: As the file or its configuration says; None where neither does, and then readers take
-            the rank.
+        alpha: From the file or its configuration. None if neither has one; then readers take the
+            rank.
         norm: ‖ΔW‖ (Frobenius), its scaling included; None where a weight is not finite, or where
             the layer has a third factor.
         down_norm, up_norm: Of the two factors.
@@ -66,19 +96,19 @@ class LayerFacts:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a LoRA file is.
+    """Facts about a LoRA file.
 
     Attributes:
         file: Its name.
         format: `diffusers`, `PEFT`, `kohya` or `another program's`.
-        base: What it was made for, as the file says or as its shapes show; None where neither does.
+        base: The model that it was made for, as the file states or as its shapes show, or None.
         ranks, alphas: The different ones, ascending.
         targets: How many layers of each kind there are.
         parameters: Numbers in its tensors.
         dtypes: Of its tensors.
         layers: In the file's order.
         metadata: The file's header, as it is.
-        notes: What somebody who uses the file should know.
+        notes: Notes for users of the file.
     """
 
     file: str
@@ -109,7 +139,7 @@ class Inspection:
         if self.format in (PEFT, KOHYA) and self.alphas != tuple(map(float, self.ranks)):
             return (
                 "This format keeps alpha, and its readers scale by it. If this server made the "
-                "file, the diffusers file of the same model says alpha = rank, because there the "
+                "file, the diffusers file of the same model has alpha = rank, because there the "
                 "scaling is folded into the weights; both change the base model by the same ‖ΔW‖."
             )
         return ""
@@ -125,7 +155,7 @@ def inspect(path: Path) -> Inspection:
     """Read a LoRA file.
 
     Args:
-        path: A safetensors file; beside one of PEFT's, `adapter_config.json` is read, too.
+        path: A safetensors file; next to one of PEFT's, `adapter_config.json` is read too.
 
     Raises:
         NotALora: It is missing, damaged, a pickle, or something else than a LoRA.
@@ -167,7 +197,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if start == b"PK\x03\x04" or start[:1] == b"\x80":
         raise NotALora(
             f"{path.name} is a pickle, as .pt, .ckpt and .bin files are: opening it could run "
-            "whatever it holds, so it is not opened. Convert it to safetensors where that is safe."
+            "code in it, so it is not opened. Convert it to safetensors where that is safe."
         )
     try:
         with safetensors.safe_open(path, framework="pt") as opened:
@@ -212,7 +242,7 @@ class _Scaling:
     """How a layer's factors are scaled.
 
     Attributes:
-        alpha: None where nothing says it.
+        alpha: None if it is unknown.
         by_root: It is divided by the root of the rank (rsLoRA), not by the rank.
     """
 
@@ -273,7 +303,7 @@ def _about_scaling(kind: str, scalings: Mapping[str, _Scaling], path: Path) -> t
     if unknown := sum(scaling.alpha is None for scaling in scalings.values()):
         if kind == PEFT and not _config(path):
             notes.append(
-                f"{ADAPTER_CONFIG} is not beside it: its alpha, and so its strength, is not known. "
+                f"{ADAPTER_CONFIG} is not next to it, so its alpha and its strength are unknown. "
                 "The norms assume a scaling of 1."
             )
         else:
@@ -397,3 +427,48 @@ def _warnings(
             f"{counted(others, 'tensor')} of another kind ({kinds}), not included in the norms."
         )
     return tuple(notes)
+
+
+def factor_names(name: str) -> tuple[str, str] | None:
+    """The layer of a first factor and the name of the second one.
+
+    Returns:
+        None if the tensor is not the first factor of a layer.
+    """
+    if not (match := _DOWN.fullmatch(name)):
+        return None
+    layer, spelling = match.groups()
+    second = spelling.replace("lora_A", "lora_B").replace("down", "up")
+    return layer, layer + second.replace("embedding_A", "embedding_B")
+
+
+def adapters_in(names: Iterable[str]) -> dict[str, int]:
+    """The kinds of adapters other than LoRA, with the number of tensors of each."""
+    counts: dict[str, int] = {}
+    for name in names:
+        for kind, pattern in _OTHER_ADAPTERS:
+            if pattern.search(name):
+                counts[kind] = counts.get(kind, 0) + 1
+                break
+    return counts
+
+
+def file_kind(names: Iterable[str]) -> str:
+    """The kind of a file without LoRA factors, to follow the file's name in a sentence."""
+    names = sorted(names)
+    if not names:
+        return "holds no tensors"
+    if adapters := adapters_in(names):
+        return (
+            f"is an adapter of another kind ({', '.join(adapters)}); inspect reads LoRA factors "
+            "only"
+        )
+    if _EMBEDDINGS.issuperset(names) or (len(names) == 1 and "." not in names[0]):
+        return "is an embedding (textual inversion), not a LoRA"
+    for kind, pattern in _MODELS:
+        if any(pattern.match(name) for name in names):
+            return f"{kind}, not a LoRA"
+    return (
+        f"holds no LoRA factors that inspect knows; the first of its {len(names)} tensors is named "
+        f"{names[0][:_LONGEST_NAME]!r}"
+    )

@@ -4,7 +4,7 @@ They differ in who knows the scaling of a layer's update, ΔW = scaling · up ·
 
 - **diffusers** files have no alpha key. A loader that reads the metadata of newer diffusers takes
   alpha from there; all others take alpha = rank, which is a scaling of 1. So the real scaling is
-  folded into `up`, and the metadata says alpha = rank: both kinds of loader arrive at the same ΔW.
+  folded into `up`, and the metadata has alpha = rank: both kinds of loader arrive at the same ΔW.
 - **PEFT** folders keep the true alpha in `adapter_config.json`.
 - **kohya** files carry one alpha a layer, and readers scale by alpha / rank. It is written as
   scaling · rank: the true alpha of a plain LoRA, the equivalent one of a rank-stabilised LoRA
@@ -18,24 +18,25 @@ import datetime
 import hashlib
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS
 from training.style.families.sd15 import ADAPTER
 
 if TYPE_CHECKING:
-    from jobs.style import HyperParameters
+    from jobs.style import HyperParameters, TrainingRun
+    from training.style.dataset import Dataset
     from training.style.families.sd15 import BaseModel
+    from training.style.results.report import TrainingResult
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-KOHYA_WEIGHTS = "lora_weights_kohya.safetensors"
-DIFFUSERS_WEIGHTS = "lora_weights.safetensors"
 _OPTIMIZERS = {
     "adamw": "torch.optim.AdamW",
     "adamw8bit": "bitsandbytes.optim.AdamW8bit",
@@ -48,7 +49,10 @@ _OF_ANY_FORMAT = (
     *("ss_base_model_version", "ss_new_sd_model_hash", "ss_tag_frequency"),
 )
 """Header entries for every file; not the date: the same weights would change their hash daily."""
-MODEL_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, DIFFUSERS_WEIGHTS)
+MODEL_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS)
+MOST_TAGS = 200
+LONGEST_TAG = 200
+SHOWN_TAGS = 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class Layer:
     Attributes:
         down: PEFT's `lora_A`, [rank, inputs].
         up: PEFT's `lora_B`, [outputs, rank].
-        scaling: What the product is multiplied with: alpha / rank, or alpha / √rank with rsLoRA.
+        scaling: Factor of the product: alpha / rank, or alpha / √rank with rsLoRA.
     """
 
     down: torch.Tensor
@@ -118,7 +122,7 @@ def write_diffusers(
     }
     packed = json.dumps({f"unet.{key}": value for key, value in header.items()}, sort_keys=True)
     _write(
-        folder / DIFFUSERS_WEIGHTS,
+        folder / WEIGHTS,
         _peft_keys(layers, "unet."),
         {"format": "pt", "lora_adapter_metadata": packed}
         | {key: metadata[key] for key in _OF_ANY_FORMAT if key in metadata},
@@ -128,8 +132,7 @@ def write_diffusers(
 def write_peft(layers: dict[str, Layer], config: LoraConfig, base_name: str, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` for
     `PeftModel.from_pretrained(unet, folder)`."""
-    # What equals PEFT's defaults is left out: an older PEFT refuses a configuration with names that
-    # it does not know.
+    # Entries that equal PEFT's defaults are left out: an older PEFT refuses unknown names.
     default = LoraConfig().to_dict()
     entries = {key: value for key, value in config.to_dict().items() if value != default[key]}
     entries |= {
@@ -156,7 +159,7 @@ def write_kohya(layers: dict[str, Layer], metadata: dict[str, str], folder: Path
         tensors[f"{key}.lora_up.weight"] = layer.up
         tensors[f"{key}.alpha"] = torch.tensor(layer.scaling * layer.rank)
     plain = safetensors.torch.save(tensors)
-    # Readers tell models apart by the hash of what follows the header (8 bytes of length, then
+    # Readers distinguish models by the hash of the bytes after the header (8 bytes of length, then
     # JSON).
     digest = hashlib.sha256(plain[8 + int.from_bytes(plain[:8], "little") :]).hexdigest()
     hashes = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
@@ -219,8 +222,7 @@ def _peft_keys(layers: dict[str, Layer], prefix: str) -> dict[str, torch.Tensor]
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    # Not `save_file`: its errors hide the operating system's, which tell a full disk from a broken
-    # file.
+    # Not `save_file`: its errors hide those of the operating system, such as a full disk.
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     path.write_bytes(_with_sorted_metadata(safetensors.torch.save(contiguous, metadata)))
 
@@ -238,3 +240,56 @@ def _with_sorted_metadata(content: bytes) -> bytes:
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + memoryview(content)[start:]
+
+
+def model_card(
+    run: TrainingRun,
+    base: BaseModel,
+    dataset: Dataset,
+    result: TrainingResult,
+) -> dict[str, str]:
+    """Header entries for the kohya file, besides those that `kohya_metadata` makes.
+
+    Args:
+        run: Whose model it is.
+        base: The base model that it was trained on.
+        dataset: The images and their captions.
+        result: How the training went.
+    """
+    tags = tag_counts(example.caption for example in dataset.usable)
+    entries = {
+        "task_id": run.task_id,
+        "style_id": run.style_id,
+        "claim": run.claim,
+        "ss_output_name": f"style_{run.style_id}",
+        "ss_steps": result.steps,
+        "ss_epoch": result.delivered_epoch or result.epochs,
+        "ss_num_train_images": len(dataset.usable),
+        "ss_enable_bucket": True,
+        "ss_bucket_info": json.dumps({"buckets": _frames(dataset)}),
+        "ss_tag_frequency": json.dumps({"training": tags}, ensure_ascii=False),
+        # Of the base's UNet as diffusers keeps it, which is what the LoRA was made for.
+        "ss_new_sd_model_hash": base.hash,
+        "modelspec.title": f"Style {run.style_id or run.trigger_word}".strip(),
+        "modelspec.description": f"A style learnt from {len(dataset.usable)} images.",
+        "modelspec.tags": ", ".join(list(tags)[:SHOWN_TAGS]),
+        "ss_shuffle_caption": run.parameters.shuffle_tags,
+        "modelspec.trigger_phrase": run.trigger_word,
+    }
+    return {name: str(value) for name, value in entries.items() if value != ""}
+
+
+def _frames(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """How many images were trained on in each size, by a number, as kohya's readers expect."""
+    frames = Counter(tuple(8 * side for side in reversed(shape[1:])) for shape in dataset.shapes)
+    return {
+        str(number): {"resolution": list(size), "count": count}
+        for number, (size, count) in enumerate(sorted(frames.items()))
+    }
+
+
+def tag_counts(captions: Iterable[str]) -> dict[str, int]:
+    """How often each part of the captions between commas occurs; the most frequent first."""
+    parts = (" ".join(part.split()) for caption in captions for part in caption.split(","))
+    counts = Counter(part[:LONGEST_TAG] for part in parts if part)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_TAGS])

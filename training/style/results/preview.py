@@ -7,24 +7,22 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from training.style.results.evaluation import evaluating, mixed_precision
-from training.style.results.probe import Interrupted, Probed
+from jobs.layout import LOSS_CURVE, SAMPLES
+from training.style.results.probe import Interrupted, Probed, evaluating, mixed_precision
 
 if TYPE_CHECKING:
     from training.style.families.sd15 import BaseModel
 
 log = logging.getLogger(__name__)
 
-SAMPLES = "samples.png"
-LOSS_CURVE = "loss_curve.png"
 MAX_PROMPTS = 4
 GUIDANCE = 7.5
 """Scale of classifier-free guidance (arXiv:2207.12598)."""
@@ -32,6 +30,10 @@ COLUMNS = ("Without the LoRA", "With the LoRA")
 
 # Measures of the sheet, in pixels.
 MARGIN, LINE, LEAST_CELL, FONT_SIZE = 16, 28, 240, 16
+LARGEST_SAMPLE = 256
+"""Side in pixels."""
+MOST_SAMPLED_EPOCHS = 12
+WITHOUT_LORA = "base"
 
 
 def chosen_prompts(prompts: Sequence[str]) -> list[str]:
@@ -56,25 +58,41 @@ def paint(
 
     Args:
         base: The base model with the LoRA attached; it is left attached and switched on.
-        prompts: What to paint.
+        prompts: One image is painted per prompt.
         seed: Of the noise, which is the same on every machine: it is drawn on the CPU.
         with_lora: Whether the LoRA has an effect.
         resolution: Side of each image in pixels, a multiple of 8.
         steps: Steps of the DDIM sampler (arXiv:2010.02502).
-        should_stop: Asked before each step.
+        should_stop: Called after each step.
 
     Raises:
         Interrupted: A stop was asked for.
     """
     texts = base.encode_prompts(["", *prompts])
-    side = resolution // 8
+    pipeline, side = _pipeline(base), resolution // 8
+
+    def check_stop(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> Any:
+        if should_stop():
+            raise Interrupted
+        return tensors
+
     images = []
     with evaluating(base, with_lora=with_lora):
         for n in range(len(prompts)):
             noise = torch.randn(
                 (1, 4, side, side), generator=torch.Generator().manual_seed(seed + n)
             )
-            images.append(_paint(base, texts[[0, 1 + n]], noise, steps, should_stop))
+            with mixed_precision(base):
+                latents = pipeline(
+                    prompt_embeds=texts[1 + n : 2 + n],
+                    negative_prompt_embeds=texts[:1],
+                    latents=noise,
+                    num_inference_steps=steps,
+                    guidance_scale=GUIDANCE,
+                    output_type="latent",
+                    callback_on_step_end=check_stop,
+                ).images
+            images.append(_decode(base, latents))
     return images
 
 
@@ -97,7 +115,7 @@ def write_samples(
         prompts: The first `MAX_PROMPTS` different ones are painted; none stands for the empty
             prompt.
         seed: The n-th prompt is painted from the noise of `seed` + n, in both columns.
-        folder: Where the file goes.
+        folder: Receives the file.
         resolution: Side of each image in pixels, a multiple of 8.
         steps: Steps of the DDIM sampler (arXiv:2010.02502).
 
@@ -129,8 +147,8 @@ def write_loss_curve(
 
     Args:
         losses: Mean unweighted loss of each epoch, in order; one that is not finite leaves a gap.
-        folder: Where the file goes.
-        probes: Drawn below the losses, on a scale of their own.
+        folder: Receives the file.
+        probes: Drawn below the losses, on their own scale.
         delivered: The epoch that became the model.
 
     Returns:
@@ -189,29 +207,29 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return course
 
 
-def _paint(
-    base: BaseModel,
-    texts: torch.Tensor,
-    noise: torch.Tensor,
-    steps: int,
-    should_stop: Callable[[], bool],
-) -> Image.Image:
-    """One image from `texts`, the states of the empty prompt and of the prompt, [2, 77, d]."""
-    # Clipping is for pixels; latents reach beyond 1, and DDPM's default would cut them off.
-    scheduler = DDIMScheduler.from_config(base.scheduler.config, clip_sample=False)
-    scheduler.set_timesteps(steps, device=base.device)
-    latents = noise.to(base.device) * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        if should_stop():
-            raise Interrupted
-        pair = scheduler.scale_model_input(latents.expand(2, -1, -1, -1), timestep)
-        with mixed_precision(base):
-            prediction = base.unet(
-                pair.to(base.dtype), timestep, encoder_hidden_states=texts, return_dict=False
-            )[0]
-        plain, guided = prediction.float().chunk(2)
-        latents = scheduler.step(plain + GUIDANCE * (guided - plain), timestep, latents).prev_sample
-    return _decode(base, latents)
+def _pipeline(base: BaseModel) -> Any:
+    """The diffusers pipeline on the loaded UNet.
+
+    Prompts are encoded and latents decoded by the base itself, because its encoders wait on the CPU
+    during training and the VAE computes in single precision.
+    """
+    # Imported late: it imports image processors, which log and take time.
+    # pylint: disable-next=import-outside-toplevel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        unet=base.unet,
+        # Clipping is for pixels. Latents reach beyond 1, and DDPM's default would cut them off.
+        scheduler=DDIMScheduler.from_config(base.scheduler.config, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _decode(base: BaseModel, latents: torch.Tensor) -> Image.Image:
@@ -257,3 +275,47 @@ def _save(path: Path, buffer: io.BytesIO) -> Path:
     partial.write_bytes(buffer.getvalue())
     os.replace(partial, path)
     return path
+
+
+def pack(image: Image.Image) -> Tensor:
+    """An image as the bytes of a small JPEG file."""
+    small = image.copy()
+    small.thumbnail((LARGEST_SAMPLE, LARGEST_SAMPLE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def unpack(packed: Tensor) -> bytes:
+    """The JPEG file."""
+    return packed.numpy().tobytes()
+
+
+def with_row(
+    samples: Mapping[str, Tensor], row: str, images: Sequence[Image.Image]
+) -> dict[str, Tensor]:
+    """The samples with a further row, less every second epoch where they have become too many.
+
+    Args:
+        samples: Those that are there.
+        row: An epoch, or `WITHOUT_LORA`.
+        images: One a prompt.
+    """
+    more = dict(samples) | {f"{row}/{n}": pack(image) for n, image in enumerate(images)}
+    shown = sampled_epochs(more)
+    if len(shown) <= MOST_SAMPLED_EPOCHS:
+        return more
+    dropped = {str(epoch) for epoch in shown[-2::-2]}
+    return {key: value for key, value in more.items() if key.partition("/")[0] not in dropped}
+
+
+def sampled_epochs(samples: Mapping[str, Tensor]) -> list[int]:
+    """The epochs of which there are samples, in order."""
+    rows = {key.partition("/")[0] for key in samples}
+    return sorted(int(row) for row in rows if row.isdigit())
+
+
+def row_of(samples: Mapping[str, Tensor], row: str) -> list[bytes]:
+    """A row's JPEG files, one a prompt."""
+    names = [f"{row}/{n}" for n in range(len(samples))]
+    return [unpack(samples[name]) for name in names if name in samples]

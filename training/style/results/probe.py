@@ -1,22 +1,21 @@
 """The probe: the same images, noise and timesteps each time, so that two losses can be compared.
 
-The loss of training jumps about, because each step draws other noise and other timesteps: it says
-little of one checkpoint against another. Here nothing is random.
+The loss of training jumps about, because each step draws other noise and other timesteps: it can
+hardly compare two checkpoints. Here nothing is random.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
-
-from training.style.results.evaluation import evaluating, mixed_precision
 
 if TYPE_CHECKING:
     from training.style.dataset import Dataset, Example
@@ -37,7 +36,7 @@ LEAST_RISE = 0.005
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Probed:
-    """What the probe found.
+    """A measurement of the probe.
 
     Attributes:
         epoch, step: After how much training; 0 is the base model itself.
@@ -59,8 +58,8 @@ class Interrupted(Exception):
 class Probe:
     """Measures how well the attached LoRA denoises given images.
 
-    It draws from no generator but its own, and leaves modes and gradients' flags alone: training
-    goes on to the same bits as if it had not been there.
+    It draws only from its own generator and does not change modes or gradient flags, so that
+    training goes on to the same bits as without it.
 
     Attributes:
         pass_seconds: Of one forward pass, as measured last.
@@ -112,7 +111,7 @@ class Probe:
         schedule = base.scheduler.config.num_train_timesteps
         timestep = torch.tensor([int(LEVELS[level] * schedule)], device=base.device)
         clean = data.latents[example.identity].mean[None]
-        # By the image and not by its place: one image less leaves the others' noise alone.
+        # By the image and not by its place: one image less does not change the noise of the others.
         seed = hashlib.sha256(f"{example.identity}/{level}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
         noise = torch.randn(clean.shape, generator=generator).to(base.device)
@@ -154,7 +153,7 @@ def best_of(probes: Sequence[Probed]) -> Probed | None:
 
 
 def verdict(probes: Sequence[Probed]) -> tuple[str, ...]:
-    """What the artist should know of how training went, as sentences for the report."""
+    """Sentences for the report about the course of the training."""
     measured = [each for each in probes if each.training is not None]
     sentences = []
     if missed := len(probes) - len(measured):
@@ -194,3 +193,32 @@ def _copying(measured: Sequence[Probed], best: Probed) -> str | None:
         f"{last.held_out:.4f}. Fewer epochs are advisable; `deliver: best` takes epoch "
         f"{best.epoch}."
     )
+
+
+@contextlib.contextmanager
+def evaluating(base: BaseModel, *, with_lora: bool = True) -> Iterator[None]:
+    """Evaluation mode without gradients, with the LoRA on or off; afterwards all is as before, and
+    the LoRA on.
+
+    Gradient checkpointing needs no switch: without gradients the UNet does none.
+    """
+    modes = [(module, module.training) for module in base.unet.modules()]
+    trained = [(weight, weight.requires_grad) for weight in base.unet.parameters()]
+    base.unet.eval()
+    if not with_lora:
+        base.unet.disable_adapters()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        base.unet.enable_adapters()
+        for weight, requires_grad in trained:  # the adapter's switch flips these
+            weight.requires_grad_(requires_grad)
+        for module, training in modes:
+            module.training = training
+
+
+def mixed_precision(base: BaseModel) -> torch.autocast:
+    """For a forward pass: the frozen weights may be in half precision, the LoRA is in single."""
+    half = base.dtype != torch.float32
+    return torch.autocast(base.device.type, dtype=base.dtype, enabled=half)

@@ -14,42 +14,72 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from jobs.layout import HTML_REPORT
+from jobs.layout import REPORT
+from jobs.style import HyperParameters
 from reports import html_report
 from training.style.dataset import CAPTION_IGNORED
-from training.style.results import grids
-from training.style.results.lora_formats import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    DIFFUSERS_WEIGHTS,
-    KOHYA_WEIGHTS,
-)
-from training.style.results.preview import LOSS_CURVE, SAMPLES
+from training.style.results.preview import WITHOUT_LORA, row_of, sampled_epochs
+from training.style.results.probe import Probed
+from utils.errors import StopReason
 from utils.names import is_unicode, printable
 
 if TYPE_CHECKING:
     from jobs.style import TrainingRun
     from training.style.dataset import Dataset
     from training.style.families.sd15 import BaseModel
-    from training.style.results.result import TrainingResult
-
-REPORT = "training_report.json"
-FILES = (
-    REPORT,
-    HTML_REPORT,
-    LOSS_CURVE,
-    SAMPLES,
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    KOHYA_WEIGHTS,
-    DIFFUSERS_WEIGHTS,
-)
-"""Everything that a finished run publishes, in that order: where the last one is, all are."""
 
 LONGEST_REASON, MOST_REASONS = 200, 10
 """Characters and number of the reasons in the `complete` webhook."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """How a run went.
+
+    Attributes:
+        epochs, steps: Completed, over the whole job.
+        loss: Mean unweighted loss of the last completed epoch; None before there is one.
+        losses: The same for every completed epoch.
+        seconds: Wall time of this run's training.
+        steps_per_second: Measured over this run (after its last restart), checkpoints not counted;
+            None when it made no step.
+        peak_memory_bytes: Of the GPU, by torch's allocator, since the run's last restart; on the
+            CPU the process's largest resident size.
+        skipped_steps: Steps of the whole job that changed nothing, because their gradient was not
+            finite; those that a restart took back are not among them.
+        resumed_from: Epochs that were complete when this run began from a checkpoint; None for a
+            fresh one.
+        stopped: Why the run ended early; None for a finished training.
+        parameters: Hyper-parameters in force at the end.
+        warnings: Sentences for the report.
+        probes: Measurements of the probe, over the whole job.
+        best_epoch: Epoch with the lowest loss of the probe; None without a measurement.
+        delivered_epoch: Epoch of the weights that are on the base now.
+        samples: Sample images of checkpoints (see `training.style.results.preview`).
+        probe_seconds, sample_seconds: Parts of `seconds` for probe and samples.
+    """
+
+    epochs: int
+    steps: int
+    loss: float | None
+    losses: tuple[float, ...]
+    seconds: float
+    steps_per_second: float | None
+    peak_memory_bytes: int
+    skipped_steps: int
+    resumed_from: int | None
+    stopped: StopReason | None
+    parameters: HyperParameters
+    warnings: tuple[str, ...] = ()
+    probes: tuple[Probed, ...] = ()
+    best_epoch: int | None = None
+    delivered_epoch: int | None = None
+    samples: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    probe_seconds: float = 0.0
+    sample_seconds: float = 0.0
 
 
 def build_report(
@@ -58,9 +88,9 @@ def build_report(
     """Gather what docs/protocol.md, section 4, wants in the report, and a little more.
 
     Args:
-        run: What was asked for.
+        run: The run.
         base: The base model that was trained on.
-        dataset: What became of the images.
+        dataset: The images and their entries.
         result: How the training went.
 
     Returns:
@@ -165,7 +195,7 @@ def _counted_reasons(reasons: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What computed: the libraries' versions, Python's, and the device's name."""
+    """The versions that computed: the libraries' versions, Python's, and the device's name."""
     name = platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -196,14 +226,14 @@ def _json_value(value: Any) -> Any:
 
 def sample_rows(result: TrainingResult) -> tuple[html_report.SampleRow, ...]:
     """The samples of a run for its HTML report."""
-    titles = {grids.WITHOUT_LORA: "Without the LoRA"} | {
-        str(epoch): f"After epoch {epoch}" for epoch in grids.epochs(result.samples)
+    titles = {WITHOUT_LORA: "Without the LoRA"} | {
+        str(epoch): f"After epoch {epoch}" for epoch in sampled_epochs(result.samples)
     }
     return tuple(
         html_report.SampleRow(
             title,
             row == str(result.delivered_epoch),
-            tuple(grids.row_of(result.samples, row)),
+            tuple(row_of(result.samples, row)),
         )
         for row, title in titles.items()
     )

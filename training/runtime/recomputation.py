@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 class Recomputation:
     """Computes a block without keeping what its gradient needs, which is computed again for that.
 
-    What `unet.enable_gradient_checkpointing` takes. torch's own checkpointing must serve any code,
-    and so watches every tensor that is kept, in both passes; here a block's inputs and its few
+    An argument for `unet.enable_gradient_checkpointing`. torch's own checkpointing must serve any
+    code, and so watches every tensor that is kept, in both passes. Here a block's inputs and few
     trainable weights are all that a gradient can be asked for. At batch 1, where a step is bound by
     what happens around the kernels, that watching was most of what checkpointing costs: see
     docs/benchmarks.md. Gradients are torch's but for the order of additions where a block's input
@@ -32,7 +32,7 @@ class Recomputation:
 
         Args:
             block: Returns one tensor. Its trainable weights must be those of the first call.
-            inputs: Of its forward; what is no tensor passes through.
+            inputs: Arguments of its forward. Values that are not tensors pass through.
         """
         weights = self._trainable.get(block)
         if weights is None:
@@ -51,7 +51,7 @@ class _Recomputed(torch.autograd.Function):  # pylint: disable=abstract-method
 
         Args:
             ctx: For the backward pass.
-            block: What is computed.
+            block: The block to compute.
             count: How many of the arguments are its inputs.
             arguments: The inputs, and the block's trainable weights.
         """
@@ -94,7 +94,7 @@ class _Recomputed(torch.autograd.Function):  # pylint: disable=abstract-method
 
 @contextlib.contextmanager
 def _back_at(state: Tensor, generator: torch.Generator) -> Iterator[None]:
-    """What is drawn inside was drawn before: dropout's masks."""
+    """Repeat the random numbers of an earlier pass: dropout's masks."""
     now = generator.get_state()
     generator.set_state(state)
     try:
