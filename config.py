@@ -175,8 +175,13 @@ class Settings(LocalSettings):
     webhooks: WebhookSettings
     telemetry: TelemetrySettings
 
-    def kinds(self) -> Kinds:
-        """All kinds of job, configured."""
+    def kinds(self, *, every: bool = False) -> Kinds:
+        """All kinds of job, configured.
+
+        Args:
+            every: Serve all of them, not only those of `KINDS`: an operator's command deals with
+                the jobs of every worker.
+        """
         addresses = AddressRules(
             default_bucket=self.storage.aws_storage_bucket_name,
             allowed=self.storage.image_buckets,
@@ -190,7 +195,9 @@ class Settings(LocalSettings):
             )
             for name in REGISTRY
         }
-        return Kinds(configured, addresses=addresses, served=self.worker.kinds)
+        return Kinds(
+            configured, addresses=addresses, served=tuple(REGISTRY) if every else self.worker.kinds
+        )
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, with the signing secrets that are derived from the token."""

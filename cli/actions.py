@@ -56,7 +56,7 @@ def publish(
         placed = order.place(
             server.settings.broker,
             server.settings.storage,
-            server.settings.kinds(),
+            server.settings.kinds(every=True),
             server.s3,
             folder,
             state_s3=server.state_s3,
@@ -265,7 +265,7 @@ def redrive(
     work = Redrive(
         server.settings.broker,
         server.settings.storage,
-        server.settings.kinds(),
+        server.settings.kinds(every=True),
         server.state_s3,
         models=server.s3,
     )

@@ -39,6 +39,7 @@ from services.broker.settlement import (
     PUT_OFF_REASON,
     PUT_OFFS,
     Delivery,
+    Queue,
     Settlement,
 )
 from services.records.job_lease import JobLease
@@ -361,7 +362,7 @@ class Pipeline:
     def _tell_place(self, job: Job, lease: JobLease, delay: float) -> None:
         """Tell the artist how long the job waits now, where that can be said; in one attempt."""
         desk = self._desk
-        place = desk.observer.queues.place_at_the_end(delay)
+        place = desk.observer.queues.place_at_the_end(delay, Queue.of_kind(job.kind))
         if place is None or desk.observer.job is None or desk.shutdown.event.is_set():
             return
         report = queued(
@@ -459,7 +460,11 @@ class Pipeline:
         headers = {name: value for name, value in job.headers.items() if name not in counts}
         headers[OWN_COPY] = True
         return Settlement.delayed(
-            job.body, seconds=seconds, message_id=lease.record.task_id, headers=headers
+            job.body,
+            seconds=seconds,
+            message_id=lease.record.task_id,
+            headers=headers,
+            queue=Queue.of_kind(job.kind),
         )
 
 

@@ -24,7 +24,6 @@ from consumer.pipeline import Pipeline
 from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from consumer.training_consumer import training_consumer
-from jobs.kinds import REGISTRY
 from services.broker.outbox import Outbox
 from services.broker.settlement import Queue
 from services.records.sweep import RecordSweep
@@ -203,7 +202,7 @@ def _take_jobs(
         settings.broker,
         handle=Pipeline(desk).handle,
         handle_ending=desk.endings.handle,
-        queues=queues_of(settings.worker.kinds),
+        queues=[Queue.of_kind(kind) for kind in settings.worker.kinds],
         stop=desk.shutdown.event,
         stop_seconds=settings.worker.shutdown_grace_seconds,
         retry_delays=limits.retry_delays_seconds,
@@ -218,7 +217,7 @@ def _take_jobs(
         desk.state_bucket,
         lease_seconds=limits.lease_ttl_seconds,
         clear_up=functools.partial(clear_up, desk.state_s3, desk.state_bucket),
-        may_wait=observer.queues.may_hold_messages,
+        may_wait=lambda record: observer.queues.may_hold_messages(Queue.of_kind(record.kind)),
     )
     with Sweeper(
         sweep,
@@ -231,12 +230,6 @@ def _take_jobs(
         observer=observer,
     ):
         consumer.run()
-
-
-def queues_of(kinds: Sequence[str]) -> tuple[Queue, ...]:
-    """The training queue of each kind; the first registered kind has the backend's queue."""
-    first = next(iter(REGISTRY))
-    return tuple(Queue.TRAINING if kind == first else Queue.of_kind(kind) for kind in kinds)
 
 
 def _log_start(trainer: TrainerSettings, queue: str, machine: Machine, observer: Observer) -> None:

@@ -123,13 +123,3 @@ def place_of(kind: str, subject: str, task_id: str) -> Place:
         turn=f"{RECORDS}{own}.turn",
         checkpoints=f"{CHECKPOINTS}{kind}/{task_id}/",
     )
-
-
-def queue_of(kind: str, training_queue: str) -> str:
-    """The training queue of a kind.
-
-    Args:
-        kind: The kind.
-        training_queue: `TRAINING_QUEUE`.
-    """
-    return training_queue if kind == STYLE else f"{training_queue}.{kind}"

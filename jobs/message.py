@@ -178,6 +178,15 @@ def to_message(kind: JobKind, job: Job) -> bytes:
     return json.dumps({k: v for k, v in message.items() if v is not None}).encode()
 
 
+def kind_of(body: bytes, kinds: Kinds) -> str:
+    """The kind that a message names; the first of the kinds if it names none of them."""
+    try:
+        kind = kinds.of_type(_load(body)[0].get("type"))
+    except WrongField:
+        kind = None
+    return (kind or kinds.of(kinds.served[0])).name
+
+
 def derive_task_id(body: bytes) -> str:
     """The id of a message that has none: the UUIDv5 of its bytes."""
     digest = hashlib.sha1(_BODIES.bytes + body, usedforsecurity=False).digest()

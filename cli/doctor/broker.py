@@ -17,6 +17,7 @@ from typing import Any
 from cli.broker import NOT_FOUND, BrokerVisit, Refusal
 from cli.doctor.broker_limits import advice
 from cli.doctor.findings import Finding, Verdict, fail, ok, warn
+from jobs.layout import STYLE
 from services.broker.client import NO_ROUTE
 from services.broker.settlement import Queue
 from services.broker.topology import (
@@ -36,10 +37,17 @@ from utils.wording import counted
 LOCKED, FORBIDDEN, PRECONDITION = 405, 403, 406
 
 
-def examine(settings: BrokerSettings, limits: JobLimits) -> Iterator[Finding]:
+def examine(
+    settings: BrokerSettings, limits: JobLimits, kinds: Sequence[str] = (STYLE,)
+) -> Iterator[Finding]:
     """Test every host, then everything else on the first host that accepts the worker.
 
     If one host accepts it, a host that is down is only a warning.
+
+    Args:
+        settings: The broker and the queue.
+        limits: The limits of a job.
+        kinds: The kinds of job that the worker serves.
     """
     unreachable: list[Finding] = []
     visit: BrokerVisit | None = None
@@ -60,7 +68,7 @@ def examine(settings: BrokerSettings, limits: JobLimits) -> Iterator[Finding]:
     yield from (dataclasses.replace(each, verdict=Verdict.WARN) for each in unreachable)
     with visit:
         try:
-            yield from _queues(settings, limits, visit)
+            yield from _queues(settings, limits, visit, kinds)
         except BrokerError as error:
             yield fail("broker", f"The connection failed: {error}", "Run the doctor again.")
 
@@ -94,7 +102,9 @@ def _reached(settings: BrokerSettings, host: str, visit: BrokerVisit) -> Finding
     return ok(check, detail)
 
 
-def _queues(settings: BrokerSettings, limits: JobLimits, visit: BrokerVisit) -> Iterator[Finding]:
+def _queues(
+    settings: BrokerSettings, limits: JobLimits, visit: BrokerVisit, kinds: Sequence[str]
+) -> Iterator[Finding]:
     name, dead = settings.training_queue, name_of(settings.training_queue, Queue.DEAD)
     found = visit.count(name)
     trial = _declare(visit, name, TYPE_TRIAL)
@@ -102,7 +112,8 @@ def _queues(settings: BrokerSettings, limits: JobLimits, visit: BrokerVisit) -> 
     queue_type = queue_type_of(trial.text) if is_there and isinstance(trial, Refusal) else None
     check = f"queue {name}"
     yield _training_queue(visit, name, found, queue_type) if is_there else _no_queue(check, found)
-    yield _own_queues(settings, limits.retry_delays_seconds, visit, queue_type)
+    training = [Queue.of_kind(kind) for kind in kinds]
+    yield _own_queues(settings, training, limits.retry_delays_seconds, visit, queue_type)
     yield _permissions(settings, visit, exists=is_there)
     of_the_dead = visit.count(dead)
     if not isinstance(of_the_dead, Refusal) and of_the_dead.method.message_count:
@@ -165,14 +176,20 @@ def _difference(trial: Any) -> str | None:
 
 
 def _own_queues(
-    settings: BrokerSettings, delays: Sequence[float], visit: BrokerVisit, queue_type: str | None
+    settings: BrokerSettings,
+    training: Sequence[Queue],
+    delays: Sequence[float],
+    visit: BrokerVisit,
+    queue_type: str | None,
 ) -> Finding:
     check = "own queues"
     wanted = [
         declaration(settings.training_queue, queue)
-        for queue in (Queue.TRAINING, Queue.ENDINGS, Queue.DEAD)
+        for queue in (*training, Queue.ENDINGS, Queue.DEAD)
     ]
-    wanted += [declaration(settings.training_queue, Queue.TRAINING, delay) for delay in delays]
+    wanted += [
+        declaration(settings.training_queue, queue, delay) for queue in training for delay in delays
+    ]
     for queue in wanted:
         answers = []
         for arguments in queue.variants(queue_type) if queue.ours else ({},):

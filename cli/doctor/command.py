@@ -30,7 +30,7 @@ _GPU_SECONDS = 150.0  # longer than the time limit of the GPU test itself
 
 Check = tuple[str, Callable[[Settings], Iterable[Finding]], float]
 CHECKS: tuple[Check, ...] = (
-    ("broker", lambda all_: broker.examine(all_.broker, all_.limits), _SECONDS),
+    ("broker", lambda all_: broker.examine(all_.broker, all_.limits, all_.worker.kinds), _SECONDS),
     ("storage", lambda all_: storage.examine(all_.storage), _SECONDS),
     ("backend", lambda all_: backend.examine(all_.webhooks), _SECONDS),
     (

@@ -9,7 +9,7 @@ copy, so that looking never costs a message.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from cli.broker import NOT_FOUND, BrokerVisit, Refusal, publish_on
@@ -60,9 +60,7 @@ Judge = Callable[[DeadLetter], Publication | None]
 """Returns the message that replaces a letter; None leaves the letter in its place."""
 
 
-def go_through(
-    settings: BrokerSettings, judge: Judge, *, limit: int, into: Collection[Queue] = ()
-) -> int:
+def go_through(settings: BrokerSettings, judge: Judge, *, limit: int) -> int:
     """Show every message of the dead queue to `judge`, and replace those for which it returns one.
 
     A message leaves the dead queue only after the broker has confirmed what takes its place.
@@ -71,7 +69,6 @@ def go_through(
         settings: The broker and the queue.
         judge: Sees each message, oldest first.
         limit: No more than so many.
-        into: Queues that are made first where they are missing; for looking, none.
 
     Returns:
         How many messages were not looked at.
@@ -91,13 +88,12 @@ def go_through(
             if publication is None and returns >= MOST_RETURNS:
                 publication = _copy(letter)
             if publication is not None:
+                visit.ensure(publication.queue)
                 publish_on(channel, settings, publication)
                 channel.basic_ack(tag)
         return max(0, left - limit)
 
     with BrokerVisit(settings) as visit:
-        for queue in into:
-            visit.ensure(queue)
         answer = visit.attempt(f"going through {dead}", act)
     if isinstance(answer, Refusal):
         if answer.code == NOT_FOUND:

@@ -252,7 +252,7 @@ class Redrive:
             )
             return publication
 
-        more = go_through(self._settings, judge, limit=MOST, into=(Queue.TRAINING, Queue.ENDINGS))
+        more = go_through(self._settings, judge, limit=MOST)
         seen = {each.task_id for each in done}
         if not more:  # else the message may be among those that were not looked at
             for found in look_up(self._s3, self._bucket, dict.fromkeys(chosen or ())):
@@ -302,8 +302,9 @@ class Redrive:
             if found.record is None:
                 raise CannotReopen(_CUT)
             return self._successor_of(found.record)
+        queue = Queue.of_kind(messages.kind_of(letter.body, self._kinds))
         whole = Publication(
-            Queue.TRAINING, letter.body, letter.task_id or None, headers=dict(letter.headers)
+            queue, letter.body, letter.task_id or None, headers=dict(letter.headers)
         )
         if not is_of_a_job(letter):
             return whole, "published as it was, to be judged again"

@@ -451,7 +451,7 @@ def training_copy(record: JobRecord, message: bytes) -> Publication:
     headers: dict[str, str | int | bool] = {OWN_COPY: True}
     if record.min_level:
         headers[MIN_LEVEL] = record.min_level
-    return Publication(Queue.TRAINING, message, record.task_id, headers)
+    return Publication(Queue.of_kind(record.kind), message, record.task_id, headers)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from jobs.layout import STYLE
 from utils.errors import ErrorCode
 
 MAX_ERROR_MESSAGE = 2000  # characters; headers must fit in one frame
@@ -67,11 +68,13 @@ class Queue:
 
     @classmethod
     def of_kind(cls, kind: str) -> Queue:
-        """The training queue of a kind of job, for every kind but the first, which has `TRAINING`.
+        """The training queue of a kind of job. That of the style kind is `TRAINING`.
 
         Raises:
             ValueError: The kind cannot name a queue, or another queue has this name.
         """
+        if kind == STYLE:
+            return cls.TRAINING
         if kind in _RESERVED or not _NAME.fullmatch(kind):
             raise ValueError(f"a kind named {kind!r} cannot have a queue")
         return cls(f".{kind}")

@@ -62,8 +62,8 @@ class RecordSweep:
         bucket: The state bucket.
         lease_seconds: This worker's lease.
         clear_up: Removes what a settled job needs no more; False where it must be tried again.
-        may_wait: Whether messages wait in the training queue: the message of a live record that
-            nobody holds may be one of them.
+        may_wait: Whether messages wait in the training queue of the record's kind: the message of a
+            live record that nobody holds may be one of them.
 
     Attributes:
         census: What the last sweep saw.
@@ -76,7 +76,7 @@ class RecordSweep:
         *,
         lease_seconds: float,
         clear_up: Callable[[JobRecord], bool] = lambda record: True,
-        may_wait: Callable[[], bool] = lambda: False,
+        may_wait: Callable[[JobRecord], bool] = lambda record: False,
     ) -> None:
         self.index = RecordIndex(s3, bucket)
         self.census = Census()
@@ -157,7 +157,7 @@ class RecordSweep:
             record.state is State.LIVE
             and record.hold.released
             and version.age_seconds < _LONGEST_WAIT_SECONDS
-            and self._may_wait()
+            and self._may_wait(record)
         )
 
     def _look_again_at(self, version: Version[JobRecord]) -> float:

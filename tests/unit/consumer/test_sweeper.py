@@ -131,12 +131,14 @@ def test_a_job_that_waits_behind_others_is_left_alone_while_the_queue_is_not_emp
     assert world.pipeline.handle(delivery()) == Settlement.requeue()
     waiting = [True]
     sweep = RecordSweep(
-        cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda: waiting[0]
+        cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda record: waiting[0]
     )
     world.s3.pass_seconds(6 * 3600.0)
     assert not list(sweep.abandoned())
     waiting[0] = False
-    sweep = RecordSweep(cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda: False)
+    sweep = RecordSweep(
+        cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda record: False
+    )
     assert [record.task_id for record in sweep.abandoned()] == ["task-1"]
 
 
@@ -144,14 +146,18 @@ def test_a_queue_that_is_never_empty_hides_a_lost_message_for_a_day_only(world: 
     world.trainer.does = lambda *_: world.shutdown.request()
     world.pipeline.handle(delivery())
     world.s3.pass_seconds(DAY + 1)
-    sweep = RecordSweep(cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda: True)
+    sweep = RecordSweep(
+        cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda record: True
+    )
     assert [record.task_id for record in sweep.abandoned()] == ["task-1"]
 
 
 def test_a_holder_that_died_is_found_though_other_messages_wait(world: World) -> None:
     abandon(world)
     world.s3.pass_seconds(400.0)
-    sweep = RecordSweep(cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda: True)
+    sweep = RecordSweep(
+        cast(Any, world.s3), STATE, lease_seconds=120.0, may_wait=lambda record: True
+    )
     assert [record.task_id for record in sweep.abandoned()] == ["task-1"]
 
 
