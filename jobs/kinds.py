@@ -162,6 +162,7 @@ class JobKind(Protocol):
         options_type: The dataclass of the worker's settings for this kind, or None.
         last_file: The published file that is written when all others are in place.
         max_input_bytes: Larger inputs are not fetched.
+        needs_gpu: A machine without a GPU is unfit for this kind unless `ALLOW_CPU` is set.
     """
 
     name: str
@@ -172,6 +173,7 @@ class JobKind(Protocol):
     options_type: type[Any] | None
     last_file: str
     max_input_bytes: int
+    needs_gpu: bool
 
     def read(self, order: Order) -> Any:
         """Check an order.
