@@ -16,6 +16,7 @@ from consumer.life.stop_signal import StopSignal
 from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.checkpoint_name import order
+from jobs.fields import AUTO
 from jobs.kinds import Run
 from jobs.layout import CURVES, REPORT, STYLE, STYLE_FILES
 from jobs.style import (
@@ -24,6 +25,7 @@ from jobs.style import (
     StyleOptions,
     TrainingImage,
     TrainingRun,
+    auto_epochs,
     checked_trigger_word,
 )
 from utils.errors import ConfigurationError, TrainingServerError
@@ -64,6 +66,9 @@ def folder_run(
         ConfigurationError: The folder or the trigger word is wrong.
     """
     found = _contents(folder)
+    auto = parameters.epochs == AUTO
+    if auto:
+        parameters = dataclasses.replace(parameters, epochs=auto_epochs(len(found.images)))
     options: StyleOptions = settings.options[STYLE]
     return TrainingRun(
         task_id="local",
@@ -75,6 +80,7 @@ def folder_run(
         min_images=options.min_images,
         max_image_pixels=options.max_image_pixels,
         trigger_word=_checked(trigger_word),
+        epochs_auto=auto,
         notes=found.notes,
     )
 

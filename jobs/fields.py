@@ -21,12 +21,16 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 from pydantic import create_model as _create_model
 from pydantic_core import ErrorDetails
 
 from utils.wording import counted
 
+AUTO, AUTO_WORD = 0, "auto"
+"""A parameter that the kind finds itself: in its dataclass, and in messages and settings."""
 MAX_COMPLAINTS = 5
 STRICT = ConfigDict(strict=True, frozen=True, hide_input_in_errors=True)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]+")
@@ -100,6 +104,7 @@ def parameter(
     high: Any = None,
     choices: tuple[str, ...] = (),
     setting: str | None = None,
+    auto: bool = False,
 ) -> Any:
     """The field of a parameter.
 
@@ -107,8 +112,11 @@ def parameter(
         low, high: The limits, inclusive; without `high` there is no upper limit.
         choices: The values that are allowed.
         setting: Name of the setting of its default, in lower case, if that is not the field's.
+        auto: Messages and settings may say `auto`, and the kind finds the value for each job. The
+            dataclass of the defaults then has `AUTO`.
     """
     limits = {"doc": doc, "low": low, "high": high, "choices": choices, "setting": setting}
+    limits["auto"] = auto
     return dataclasses.field(default=default, metadata=limits)  # pylint: disable=invalid-field-call
 
 
@@ -125,6 +133,8 @@ def check_limits(parameters: Any) -> None:
                 f"{field.name} is {value!r}; choose one of {', '.join(limits['choices'])}"
             )
         low, high = limits["low"], limits["high"]
+        if limits["auto"] and value == AUTO:
+            continue
         # The negated comparisons catch NaN too.
         if low is not None and high is None and not low <= value:
             raise ValueError(f"{field.name} is {value}; it must be at least {low}")
@@ -154,7 +164,8 @@ def _parameter_type(field: dataclasses.Field[Any], kind: Any) -> Any:
     if kind is bool:
         return bool
     if kind is int:
-        return Annotated[int, BeforeValidator(_whole), bounds]
+        whole = Annotated[int, BeforeValidator(_whole), bounds]
+        return Annotated[whole, WrapValidator(_or_auto)] if limits["auto"] else whole
     return Annotated[float, Field(allow_inf_nan=False), bounds]
 
 
@@ -164,6 +175,12 @@ def _parameter_type(field: dataclasses.Field[Any], kind: Any) -> Any:
 def _whole(value: Any) -> Any:
     """A whole number may be written `200.0` in JSON."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _or_auto(value: Any, number: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, str) and value != AUTO_WORD:
+        raise ValueError(f'must be a whole number or "{AUTO_WORD}"')
+    return value if value == AUTO_WORD else number(value)
 
 
 def one_line(value: str) -> str:

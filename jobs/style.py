@@ -23,6 +23,8 @@ from jobs.addresses import (
     version_of,
 )
 from jobs.fields import (
+    AUTO,
+    AUTO_WORD,
     STRICT,
     Order,
     WrongField,
@@ -78,7 +80,13 @@ class HyperParameters:
         ValueError: A value is outside its limits; the message names the parameter.
     """
 
-    epochs: int = parameter(100, "passes over the images", low=1, high=1000)
+    epochs: int = parameter(
+        100,
+        "passes over the images; auto: about 3,000 image views in all, at most 500 epochs",
+        low=1,
+        high=1000,
+        auto=True,
+    )
     learning_rate: float = parameter(
         1e-4, "peak learning rate; Prodigy finds its own and does not read it", low=1e-7, high=1e-2
     )
@@ -169,6 +177,17 @@ class HyperParameters:
             )
 
 
+AUTO_VIEWS, AUTO_MOST_EPOCHS = 3000, 500
+"""`epochs: auto`: 500 epochs for up to 6 images, 300 for 10, 100 for 30."""
+AUTO_LEVEL = 1
+"""The protocol level of a message with `epochs: auto`, for its header `x-min-level`."""
+
+
+def auto_epochs(images: int) -> int:
+    """The epochs that `auto` stands for."""
+    return max(1, min(AUTO_MOST_EPOCHS, round(AUTO_VIEWS / max(1, images))))
+
+
 PARAMETER_NAMES = tuple(field.name for field in dataclasses.fields(HyperParameters))
 
 
@@ -249,6 +268,7 @@ class TrainingRun:
         sample_steps: Steps of the sampler; a CPU makes a sketch of fewer.
         preview_share: Part of the training's time that samples at checkpoints may take.
         tensorboard: Draw curves, as event files in the folder `CURVES`.
+        epochs_auto: The epochs were found by the number of images.
         notes: Sentences for the report about files that were sent and are not used.
     """
 
@@ -268,6 +288,7 @@ class TrainingRun:
     sample_steps: int = 25
     preview_share: float = 0.0
     tensorboard: bool = False
+    epochs_auto: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -431,7 +452,10 @@ class StyleOrder(BaseModel):
 
     def given_parameters(self) -> dict[str, Any]:
         """The parameters that the message sets."""
-        return self.parameters.model_dump(exclude_none=True) if self.parameters else {}
+        # Without the serializer, which expects a number where the word `auto` is.
+        return {
+            name: value for name, value in dict(self.parameters or ()).items() if value is not None
+        }
 
 
 # ---- the kind ------------------------------------------------------------------------------------
@@ -463,6 +487,7 @@ class StyleKind:
     parameters_type = HyperParameters
     options_type = StyleOptions
     last_file = WEIGHTS
+    needs_gpu = True
 
     def __init__(self, settings: KindSettings) -> None:
         self._defaults = HyperParameters(**settings.parameters)
@@ -501,7 +526,7 @@ class StyleKind:
             captions=tuple(captions),
             tags=tuple(tag for tag in given.tags or () if tag),
             parameters=parameters,
-            hyper_parameters=self._with_defaults(parameters, order),
+            hyper_parameters=self._with_defaults(parameters, len(images), order),
             validation_images=self._images(
                 given.validation_images or [], order, "validation_images"
             ),
@@ -529,23 +554,34 @@ class StyleKind:
                 order.leave_unused(*(f"{field}.{index}{part}" for part in parts))
         return tuple(images)
 
-    def _with_defaults(self, parameters: dict[str, Any], order: Order) -> HyperParameters:
+    def _with_defaults(
+        self, parameters: dict[str, Any], images: int, order: Order
+    ) -> HyperParameters:
         try:
-            return self.hyper_parameters(parameters)
+            return self.hyper_parameters(parameters, images)
         except ValueError as error:  # a rule beyond a plain limit; its text begins with the name
             name = next((one for one in PARAMETER_NAMES if str(error).startswith(f"{one} ")), None)
             field = f"parameters.{name}" if name else "parameters"
             raise WrongField(order.at(field), str(error)) from None
 
-    def hyper_parameters(self, given: Mapping[str, Any]) -> HyperParameters:
+    def hyper_parameters(self, given: Mapping[str, Any], images: int) -> HyperParameters:
         """The worker's defaults with an order's parameters over them.
+
+        Args:
+            given: The order's parameters.
+            images: The number of the order's images, for `epochs: auto`.
 
         Raises:
             ValueError: A parameter is outside its limits, or needs a library that is not installed.
         """
+        if self._wants_auto(given):
+            given = {**given, "epochs": auto_epochs(images)}
         parameters = dataclasses.replace(self._defaults, **given)
         parameters.require_libraries()
         return parameters
+
+    def _wants_auto(self, given: Mapping[str, Any]) -> bool:
+        return given.get("epochs", self._defaults.epochs) in (AUTO, AUTO_WORD)
 
     def subject_in(self, order: Mapping[str, Any]) -> str | None:
         """The style's id; see `JobKind.subject_in`."""
@@ -558,7 +594,8 @@ class StyleKind:
         """The spec of a record; see `JobKind.restored`."""
         spec = dict(values)
         if "hyper_parameters" not in spec:
-            defaults = self.hyper_parameters(spec.get("parameters", {}))
+            given, images = spec.get("parameters", {}), spec.get("images", ())
+            defaults = self.hyper_parameters(given, len(images))
             spec["hyper_parameters"] = dataclasses.asdict(defaults)
         return from_dict(StyleSpec, spec, tolerant=True)
 
@@ -633,6 +670,7 @@ class StyleKind:
             sample_steps=options.sample_steps,
             preview_share=options.preview_share,
             tensorboard=options.tensorboard,
+            epochs_auto=self._wants_auto(spec.parameters),
         )
 
     # --- webhooks

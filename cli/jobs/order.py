@@ -15,10 +15,11 @@ from cli import broker
 from cli.train import images_in
 from jobs import message as messages
 from jobs.addresses import S3Location
+from jobs.fields import AUTO_WORD
 from jobs.kinds import Kinds
 from jobs.layout import record_at
-from jobs.style import StyleKind, TrainingImage
-from services.broker.settlement import Publication, Queue
+from jobs.style import AUTO_LEVEL, StyleKind, TrainingImage
+from services.broker.settlement import MIN_LEVEL, Publication, Queue
 from services.s3.s3_service import S3Service
 from utils.errors import ConfigurationError, InvalidMessage
 from utils.settings.groups import BrokerSettings
@@ -91,7 +92,8 @@ def place(
         raise ConfigurationError(f"A job {task_id} already exists. Choose another --task-id.")
     broker.check_training_queue(settings)
     _upload(s3, images, places, on_upload)
-    broker.publish(settings, Publication(Queue.TRAINING, body, task_id))
+    headers = {MIN_LEVEL: AUTO_LEVEL} if job.spec.parameters.get("epochs") == AUTO_WORD else {}
+    broker.publish(settings, Publication(Queue.TRAINING, body, task_id, headers=headers))
     return Order(
         task_id, style_id, tuple(each.uri() for each in places), job.spec.hyper_parameters.epochs
     )

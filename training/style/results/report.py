@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from jobs.fields import AUTO_WORD
 from jobs.layout import REPORT
 from jobs.style import HyperParameters
 from reports import html_report
@@ -113,7 +114,8 @@ def build_report(
             for entry in (dataset.held_out.entries if dataset.held_out else ())
         ],
         "hyperparameters": dataclasses.asdict(result.parameters),
-        "hyperparameters_asked": dataclasses.asdict(run.parameters),
+        "hyperparameters_asked": dataclasses.asdict(run.parameters)
+        | ({"epochs": AUTO_WORD} if run.epochs_auto else {}),
         "epochs": result.epochs,
         "steps": result.steps,
         "skipped_steps": result.skipped_steps,
