@@ -112,8 +112,8 @@ def parameter(
         low, high: The limits, inclusive; without `high` there is no upper limit.
         choices: The values that are allowed.
         setting: Name of the setting of its default, in lower case, if that is not the field's.
-        auto: Messages and settings may say `auto`, and the kind finds the value for each job. The
-            dataclass of the defaults then has `AUTO`.
+        auto: The word `auto` is allowed in messages and settings; the kind finds the value for each
+            job. The dataclass of the defaults then has `AUTO`.
     """
     limits = {"doc": doc, "low": low, "high": high, "choices": choices, "setting": setting}
     limits["auto"] = auto

@@ -92,11 +92,16 @@ def place(
         raise ConfigurationError(f"A job {task_id} already exists. Choose another --task-id.")
     broker.check_training_queue(settings)
     _upload(s3, images, places, on_upload)
-    headers = {MIN_LEVEL: AUTO_LEVEL} if job.spec.parameters.get("epochs") == AUTO_WORD else {}
-    broker.publish(settings, Publication(Queue.TRAINING, body, task_id, headers=headers))
+    broker.publish(settings, Publication(Queue.TRAINING, body, task_id, headers=_headers(job)))
     return Order(
         task_id, style_id, tuple(each.uri() for each in places), job.spec.hyper_parameters.epochs
     )
+
+
+def _headers(job: messages.Job) -> dict[str, int]:
+    """The lowest level of the workers that understand the order."""
+    auto = job.spec.parameters.get("epochs") == AUTO_WORD
+    return {MIN_LEVEL: AUTO_LEVEL} if auto else {}
 
 
 def _checked(body: bytes, kinds: Kinds) -> messages.Job:

@@ -106,12 +106,14 @@ def test_an_order_with_auto_epochs_carries_the_level_of_workers_that_know_them(
     order = ("publish", str(images), "--style-id", "62", "--json")
     told = _json(_main(apart, *order, "--parameter", "epochs=auto"))
     assert told["epochs"] == 500
-    properties, body = apart.take(apart.queue) or (None, b"")
+    taken = apart.take(apart.queue)
+    assert taken is not None
+    properties, body = taken
     assert properties.headers == {"x-min-level": 1}
     assert json.loads(body)["data"]["parameters"] == {"epochs": "auto"}
     _json(_main(apart, *order, "--parameter", "epochs=7"))
-    properties, _ = apart.take(apart.queue) or (None, b"")
-    assert not properties.headers
+    taken = apart.take(apart.queue)
+    assert taken is not None and not taken[0].headers
 
 
 def test_a_job_is_cancelled_by_its_id(world: World, worker: WorkerProcess) -> None:
