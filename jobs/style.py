@@ -453,9 +453,8 @@ class StyleOrder(BaseModel):
     def given_parameters(self) -> dict[str, Any]:
         """The parameters that the message sets."""
         # Without the serializer, which expects a number where the word `auto` is.
-        return {
-            name: value for name, value in dict(self.parameters or ()).items() if value is not None
-        }
+        values: dict[str, Any] = dict(self.parameters) if self.parameters else {}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 # ---- the kind ------------------------------------------------------------------------------------
