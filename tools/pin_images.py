@@ -32,7 +32,7 @@ PINNED = "Container images are pinned by digest"
 HUB = "https://huggingface.co"
 DOCKER_HUB = "registry-1.docker.io"
 _IMAGE = re.compile(
-    r"^(?P<before># syntax=|ARG BASE=|\s+image: )"
+    r"^(?P<before># syntax=|ARG (?:FRONT_)?BASE=|\s+image: )"
     r"(?P<name>[a-z0-9./:_-]+):(?P<tag>[\w.-]+)(?P<digest>@sha256:[0-9a-f]{64})?$",
     re.MULTILINE,
 )
