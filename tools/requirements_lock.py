@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT, TESTS, BUILD = "requirements", "requirements-dev", "requirements-build"
 ROOMS = ("requirements-front",)
-"""Parts of the product with a lock of their own; their packages are in the product's lock too."""
+"""Parts of the product that have their own lock; their packages are in the product's lock too."""
 CPU, CUDA = "requirements-cpu", "requirements-cuda"
 CUDA_LIBRARIES = re.compile(r"(nvidia-(?!ml-py$)|cuda-|triton$)")
 """Packages that only torch's CUDA build depends on."""
