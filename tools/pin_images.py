@@ -178,7 +178,7 @@ def changes(root: Path) -> dict[str, str]:
 def main(arguments: list[str], root: Path = ROOT) -> int:
     """Write the pins. Exit code 1: with `--check`, something would change; 2: nothing was asked."""
     parser = argparse.ArgumentParser(prog="scripts/pin-images", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say what would change")
+    parser.add_argument("--check", action="store_true", help="only print the changes")
     options = parser.parse_args(arguments)
     try:
         new = changes(root)

@@ -5,8 +5,8 @@ that the index offers for it. Locks are for CPython 3.11 on Linux (x86-64 and ar
 install them with `--require-hashes --no-deps`.
 
 Both builds of torch are accepted: the index's, which uses CUDA, and the build for CPUs, which
-PyTorch publishes on its own index. The latter also has a lock of its own, so that it can be asked
-for, and so have the CUDA libraries, because it needs none of them.
+PyTorch publishes on its own index. The latter has a separate lock, so that it can be chosen, and
+so have the CUDA libraries, because it needs none of them.
 """
 
 from __future__ import annotations

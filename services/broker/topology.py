@@ -54,7 +54,7 @@ class QueueDeclaration:
     as_found: bool = False
 
     def variants(self, queue_type: str | None) -> tuple[dict[str, Any], ...]:
-        """The arguments that a queue of ours may have.
+        """The arguments that a queue of the worker may have.
 
         The first are those of a new queue. An existing queue may have the others, which differ only
         in the queue's type.
@@ -159,7 +159,7 @@ class Declarations:
         return declaration(self._training_queue, queue, delay_seconds)
 
     def begin(self) -> None:
-        """Declare the backend's queue and find out its type, which new queues of ours get too.
+        """Declare the backend's queue and find out its type, which the worker's new queues get too.
 
         Raises:
             BrokerError: The broker fails; `BrokerRefused` if waiting cannot help.
