@@ -1,5 +1,4 @@
-"""`python main.py train`: the same training on a folder of images, with no broker, no S3 and no
-backend."""
+"""`python main.py train`: the same training on a folder of images, without other servers."""
 
 from __future__ import annotations
 
@@ -210,8 +209,10 @@ def _hand_over(finished: Finished, output: Path) -> None:
 
 
 def _hand_over_curves(made: Path, target: Path) -> None:
-    """Add the curves to those of earlier trainings. TensorBoard shows the newest: steps count
-    from 0 again."""
+    """Add the curves to those of earlier trainings.
+
+    TensorBoard shows the newest: steps count from 0 again.
+    """
     if made.is_dir():
         target.mkdir(exist_ok=True)
         for file in made.iterdir():
@@ -247,8 +248,10 @@ def _refuse_to_overwrite(images: tuple[TrainingImage, ...], folder: Path, output
 
 
 def _refuse_unprintable(output: Path, base_model: str) -> None:
-    """The libraries that write the model's files take no path that is not UTF-8, and would
-    fail only after the training."""
+    """Refuse a path that is not UTF-8: the libraries that write the model's files take none.
+
+    Without this check, they would fail only after the training.
+    """
     for name, path in (("--output", str(output.absolute())), ("BASE_MODEL", base_model)):
         if not is_unicode(path):
             raise ConfigurationError(

@@ -342,8 +342,10 @@ class Pipeline:
         return lease.record.attempts_with_this >= self._limits.max_attempts
 
     def _try_again(self, job: Job, lease: JobLease, error: TrainingServerError) -> Settlement:
-        """Return the message after a delay; the worker that gets it resumes from the last
-        checkpoint."""
+        """Return the message after a delay.
+
+        The worker that gets it resumes from the last checkpoint.
+        """
         delays = self._limits.retry_delays_seconds
         # An attempt that made a checkpoint is not counted; its delay is the first one.
         delay = delays[min(max(1, lease.record.attempts_with_this), len(delays)) - 1]
@@ -457,8 +459,9 @@ class Pipeline:
         return self._after(job, lease, delay)
 
     def _after(self, job: Job, lease: JobLease, seconds: float) -> Settlement:
-        """Return the message of a claimed job after a delay; until then the worker takes other
-        jobs.
+        """Return the message of a claimed job after a delay.
+
+        Until then the worker takes other jobs.
 
         `message_id` is the id of the claimed run. It counts if the body has no id, so that the copy
         means this run and not a later order with the same body.

@@ -538,8 +538,11 @@ class StyleKind:
     def _images(
         self, addresses: Sequence[str | None], order: Order, field: str
     ) -> tuple[ImageRef, ...]:
-        """One entry per image. A broken address costs one image; an address outside the allowed
-        buckets makes the message invalid."""
+        """One entry per image.
+
+        A broken address costs one image; an address outside the allowed buckets makes the
+        message invalid.
+        """
         images = []
         for index, address in enumerate(addresses):
             try:

@@ -273,8 +273,9 @@ def _search_path() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports below the range that outgoing connections take theirs from: the node finds them free
-    after a restart too.
+    """Ports below the range that outgoing connections take theirs from.
+
+    The node finds them free after a restart too.
     """
     found: list[int] = []
     while len(found) < count:
@@ -296,8 +297,9 @@ def _speaks_amqp(port: int) -> bool:
 
 
 def _guard_over(*groups: int) -> subprocess.Popen[bytes]:
-    """A shell that kills these process groups once this process has ended in any way: its standard
-    input then closes.
+    """Start a shell that kills these process groups once this process has ended in any way.
+
+    Its standard input then closes.
     """
     return subprocess.Popen(
         ["/bin/sh", "-c", 'read _; for group; do kill -9 "-$group"; done', "guard"]

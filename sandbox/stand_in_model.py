@@ -96,8 +96,10 @@ def _write_parts(folder: Path) -> None:
 
 
 def _tokenizer() -> Any:
-    """CLIP's rules for single characters: every byte, inside a word and at its end, and no
-    merges."""
+    """CLIP's rules for single characters, without merges.
+
+    They cover every byte, inside a word and at its end.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     # Byte-level BPE (Radford et al., 2019) spells unprintable bytes with characters from 256 on.

@@ -1,5 +1,6 @@
-"""The messages between the front desk and the trainer process: frozen facts, one JSON object per
-line.
+"""The messages between the front desk and the trainer process.
+
+They are frozen facts, one JSON object per line.
 
 The trainer receives a `Run` (see `jobs.kinds`) and a `Stop`. It sends `Started`, `Progress`,
 `CheckpointSaved`, `Finished` and `Failed`, and also between runs `BaseModelReady`. Nothing else
@@ -207,8 +208,9 @@ UNKNOWN = "unknown"
 
 
 def from_dict(cls: type[T], values: dict[str, Any], *, tolerant: bool = False) -> T:
-    """Build a frozen dataclass from JSON values: nested dataclasses, tuples, enums and optionals
-    included.
+    """Build a frozen dataclass from JSON values.
+
+    Nested dataclasses, tuples, enums and optionals are built too.
 
     A dataclass with a field `unknown` keeps the values of names that it does not have there, so
     that a newer version's fields survive being read and written back.

@@ -47,8 +47,9 @@ class GpuReading:
 
 
 class GpuMonitor:
-    """Reads the GPUs on demand. Once started, it reads them every few seconds and logs every
-    minute.
+    """Reads the GPUs on demand.
+
+    Once started, it reads them every few seconds and logs every minute.
 
     A machine without NVIDIA's driver has no readings; that is logged once.
     """
@@ -61,7 +62,8 @@ class GpuMonitor:
         observe: Callable[[list[GpuReading]], None] = lambda readings: None,
         log: logging.Logger | None = None,
     ) -> None:
-        """
+        """Prepare the monitor; `start` begins the readings.
+
         Args:
             interval_seconds: Time between two log lines.
             sample_seconds: Time between two readings; None for the time between two log lines.

@@ -78,8 +78,11 @@ class Redactor:
 
 
 def _spellings(secret: str) -> str:
-    """A pattern for a secret as it is, percent-encoded as in an address, and escaped with
-    backslashes as in a quoted text."""
+    """A pattern for a secret in its three spellings.
+
+    It may stand as it is, percent-encoded as in an address, or escaped with backslashes as in a
+    quoted text.
+    """
     pattern = ""
     for sign in secret:
         if sign.isascii() and sign.isalnum():

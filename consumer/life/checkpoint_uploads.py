@@ -1,5 +1,7 @@
-"""Uploads checkpoints during training: one at a time, the newest first. A checkpoint is registered
-in the job record once all of its files are uploaded."""
+"""Uploads checkpoints during training: one at a time, the newest first.
+
+A checkpoint is registered in the job record once all of its files are uploaded.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ class CheckpointUploads:
         patience: Callable[[], float],
         uploaded: Callable[[str, float], None] = lambda name, seconds: None,
     ) -> None:
-        """Args:
+        """Prepare the uploads of one claim.
+
+        Args:
         job: The job that the checkpoints belong to.
         lease: Registers each checkpoint; once it is lost, nothing more is uploaded.
         s3: The storage.

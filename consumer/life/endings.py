@@ -73,8 +73,10 @@ _LONGEST_WATCH_SECONDS = 1800.0
 def complete(
     kind: JobKind, job: Job, finished: Finished, published: Published, *, sequence: int
 ) -> Ending:
-    """The ending of a job whose model is in place, or in the archive if a later order's model is
-    kept."""
+    """The ending of a job whose model is in place, or in the archive.
+
+    It is in the archive if the style keeps a later order's model.
+    """
     model_url = published.model_url
     body: dict[str, Any] = {
         **kind.identity_fields(job.subject),
@@ -297,8 +299,9 @@ class Endings:
         return answer
 
     def _pay(self, lease: JobLease, original: bytes) -> None:
-        """Send the dead queue the copy that the record owes; once confirmed, the record owes
-        nothing.
+        """Send the dead queue the copy that the record owes.
+
+        Once the broker confirms it, the record owes nothing.
 
         Without a confirmation in time the record still owes it, so the record stays unsettled.
         """

@@ -76,8 +76,9 @@ def download_images(
     max_bytes: int,
     stop: Callable[[], bool],
 ) -> tuple[FetchedImage, ...]:
-    """Download several images at a time into `folder`, under this server's own names (`0000.img`,
-    …).
+    """Download several images at a time into `folder`, under this server's own names.
+
+    The names are `0000.img`, `0001.img` and so on.
 
     An image that is missing, forbidden or too large is reported and not raised: the job may
     continue without it.

@@ -1,5 +1,7 @@
-"""Sends progress webhooks: one at the start of training, then one every
-`PROGRESS_INTERVAL_SECONDS`."""
+"""Sends progress webhooks: one at the start of training, then one at each interval.
+
+The interval is `PROGRESS_INTERVAL_SECONDS`.
+"""
 
 from __future__ import annotations
 
@@ -78,8 +80,10 @@ class ProgressReporter:
         self._every.stop(join_seconds=None if wait else 0)
 
     def saw(self, progress: Progress) -> None:
-        """Take the newest state. The start of training is sent at once, any other at the next
-        interval."""
+        """Take the newest state.
+
+        The start of training is sent at once, any other at the next interval.
+        """
         starts = progress.stage is Stage.TRAINING and self._latest.stage is not Stage.TRAINING
         # After a restart of training there is no measured rate yet; the previous one is kept.
         rate = progress.per_second or self._latest.per_second

@@ -1,5 +1,7 @@
-"""Cooperative stopping: a request to stop a job, with its reason. The job obeys at its next
-step."""
+"""Cooperative stopping: a request to stop a job, with its reason.
+
+The job obeys at its next step.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ _WEIGHT = {
 
 
 class StopSignal:
-    """A request to stop one job. Any thread may make it, also repeatedly; the strongest reason
-    counts."""
+    """A request to stop one job.
+
+    Any thread may make it, also repeatedly; the strongest reason counts.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -55,8 +59,10 @@ class StopSignal:
             listener(reason)
 
     def wait(self, seconds: float) -> bool:
-        """Sleep until a stop is requested, or the time is over. Returns whether one was
-        requested."""
+        """Sleep until a stop is requested, or the time is over.
+
+        Returns whether one was requested.
+        """
         return self._requested.wait(seconds)
 
     def error(self) -> TrainingServerError | None:
@@ -126,8 +132,10 @@ class Shutdown:
                 self._jobs.remove(stop)
 
     def seconds_for_saving(self) -> float:
-        """Seconds that the last checkpoint's upload may still take; unlimited without a
-        shutdown."""
+        """Seconds that the last checkpoint's upload may still take.
+
+        They are unlimited without a shutdown.
+        """
         if self._requested_at is None:
             return float("inf")
         end = self._requested_at + self._grace_seconds - self.RESERVE_SECONDS

@@ -1,5 +1,7 @@
-"""Folders on the worker's disk: one per process, and in it one per job. Folders of dead processes
-are removed."""
+"""Folders on the worker's disk: one per process, and in it one per job.
+
+Folders of dead processes are removed.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ _LOCK = ".lock"
 
 
 class WorkFolder:
-    """This process's folder under `WORK_DIR`. A file lock marks it as in use for as long as the
-    process lives.
+    """This process's folder under `WORK_DIR`.
+
+    A file lock marks it as in use for as long as the process lives.
 
     Args:
         root: `WORK_DIR`; None for a folder in the system's place for temporary files.

@@ -1,5 +1,4 @@
-"""Puts a finished model in its place: staged first, then file by file under `models/`, the weights
-last.
+"""Puts a finished model in its place: staged first, then file by file, the weights last.
 
 Runs of one style take turns (`services.records.style_turn`). A publication goes like this:
 

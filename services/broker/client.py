@@ -520,8 +520,10 @@ class Link:
 
     @contextlib.contextmanager
     def errors(self, doing: str) -> Iterator[None]:
-        """Inside the block, errors are those of this server, and a wait for the broker has a
-        limit."""
+        """Inside the block, errors are those of this server.
+
+        A wait for the broker has a limit.
+        """
         with translated(self._settings, doing), self._limit():
             yield
 

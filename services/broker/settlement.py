@@ -240,8 +240,9 @@ class Publication:
         return dataclasses.replace(self, headers=headers, delay_seconds=None)
 
     def cut(self) -> Publication:
-        """The same message with only the first bytes of its body; headers hold the whole body's
-        size and SHA-256.
+        """The same message with only the first bytes of its body.
+
+        Headers hold the whole body's size and SHA-256.
         """
         headers: dict[str, str | int | bool] = {
             **self.headers,
@@ -253,8 +254,9 @@ class Publication:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settlement:
-    """The decision about a delivery: first each publication, in order and confirmed, then the
-    action.
+    """The decision about a delivery.
+
+    First each publication is made, in order and confirmed, then the action.
 
     If the delivery's channel has closed by then, the publications are still made and the action is
     dropped: the broker delivers the message again, and the job record makes that harmless.

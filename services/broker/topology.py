@@ -112,8 +112,9 @@ def name_of(training_queue: str, queue: Queue) -> str:
 
 
 def queue_type_of(reply: str) -> str | None:
-    """The type of an existing queue, from the broker's answer to `TYPE_TRIAL`; None if the answer
-    does not name it.
+    """The type of an existing queue, from the broker's answer to `TYPE_TRIAL`.
+
+    It is None if the answer does not name it.
     """
     if match := _TYPE.search(reply):
         # Declared without a type, as the backend does on a virtual host without a default.

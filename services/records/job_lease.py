@@ -70,8 +70,10 @@ class JobLease(Lease[JobRecord]):
         self._seen = (epoch, round(loss or 0.0, 6), round(seconds_left or 0.0, 1))
 
     def next_sequence(self) -> int:
-        """The next number of this job's reports; it rises within a claim and from claim to
-        claim."""
+        """The next number of this job's reports.
+
+        It rises within a claim and from claim to claim.
+        """
         with self._counting:
             self._sequence += 1
             return self.claim_number * SEQUENCES_PER_CLAIM + self._sequence

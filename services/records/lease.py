@@ -146,8 +146,10 @@ class Lease(Generic[R]):
         self.update(_anew)
 
     def after_renewal(self) -> None:
-        """Hook for subclasses: called in the renewing thread whenever a renewal was due, also if
-        another change had already renewed the lease."""
+        """Hook for subclasses: called in the renewing thread whenever a renewal was due.
+
+        It is also called if another change had already renewed the lease.
+        """
 
     def _stamped(self, record: R) -> R:
         """Hook for subclasses: the record that is about to be written."""

@@ -124,8 +124,10 @@ class Expiry:
         self._lock = threading.Lock()
 
     def wait_seconds(self, key: str, version: Version[R]) -> float:
-        """Seconds for which the holder keeps the record without a further write; 0.0: it is
-        free."""
+        """Seconds for which the holder keeps the record without a further write.
+
+        0.0 means that it is free.
+        """
         hold = version.record.hold
         if hold.released:
             return 0.0

@@ -93,8 +93,11 @@ def _kept(name: str) -> Any:
 
 
 def test_jobs_of_the_commit_before_the_rooms_are_finished(old: World) -> None:
-    """The put-off copy resumes its checkpoint, the parked ending is delivered under its own id, and
-    a duplicate of a settled job is acknowledged."""
+    """Checkpoint, parked ending and duplicate are taken over.
+
+    The put-off copy resumes its checkpoint, the parked ending is delivered under its own id,
+    and a duplicate of a settled job is acknowledged.
+    """
     pending = old.record(PENDING)["ending"]
     (checkpoint,) = old.record(LIVE)["checkpoints"]
     duplicate = old.envelope(style_id=STYLES[SETTLED]) | {"task_id": SETTLED}

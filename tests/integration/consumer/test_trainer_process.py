@@ -1,5 +1,7 @@
-"""The trainer process: warm across jobs, obedient within a step, replaced when it dies, never an
-orphan."""
+"""The trainer process: warm across jobs, obedient within a step, replaced when it dies.
+
+It is never an orphan.
+"""
 
 from __future__ import annotations
 

@@ -158,8 +158,10 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
-    """The part of the report that the `complete` webhook sends: a few numbers, and the reasons for
-    which images were left out and captions ignored; no captions and no addresses.
+    """The part of the report that the `complete` webhook sends: a few numbers and reasons.
+
+    The reasons say why images were left out and captions ignored. There are no captions and no
+    addresses.
 
     Args:
         report: From `build_report`.
@@ -213,8 +215,11 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _json_value(value: Any) -> Any:
-    """Tuples become lists, numbers that are not finite None, and halves of characters escape
-    sequences: JSON, or its file, can hold none of them."""
+    """A value that JSON and its file can hold.
+
+    Tuples become lists, numbers that are not finite become None, and halves of characters
+    become escape sequences.
+    """
     if isinstance(value, dict):
         return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
