@@ -4,7 +4,10 @@
 # compatibility layer for older drivers, and the check that the host's driver is new enough).
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
-FROM ${BASE} AS build
+# The base of images without training.
+ARG FRONT_BASE=ubuntu:24.04
+
+FROM ${BASE} AS python
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # Ubuntu 24.04 has no Python 3.11; uv installs a relocatable one.
 ENV UV_PYTHON_INSTALL_DIR=/opt/python UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 PATH=/opt/uv/bin:$PATH
@@ -19,11 +22,19 @@ RUN python3 -m venv /opt/uv \
         --requirement /build/requirements-build.lock
 # uv contains the checksums of the Pythons that it installs.
 RUN uv python install 3.11 && uv venv --python 3.11 /opt/venv
-# Before the code, so that this layer, by far the largest, is rebuilt only when a lock changes.
+
+# Before the code, so that these layers, by far the largest, are rebuilt only when a lock changes.
+FROM python AS build
 COPY requirements.lock requirements-cuda.lock /build/
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/venv/bin/python --require-hashes --no-deps --only-binary :all: \
         --requirements /build/requirements.lock --requirements /build/requirements-cuda.lock
+
+FROM python AS build-front
+COPY requirements-front.lock /build/
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --python /opt/venv/bin/python --require-hashes --no-deps --only-binary :all: \
+        --requirements /build/requirements-front.lock
 
 FROM ${BASE} AS runtime
 # Ubuntu's image has a user with this id.
@@ -39,12 +50,28 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/models WORK_DIR=/work MPLCONFIGDIR=/tmp/matplotlib XDG_CACHE_HOME=/tmp/cache
 WORKDIR /app
 
+# The rooms without training: no torch, no CUDA.
+FROM ${FRONT_BASE} AS front
+COPY --from=build-front /opt/python /opt/python
+COPY --from=build-front /opt/venv /opt/venv
+COPY --from=build-front /etc/ssl/certs /etc/ssl/certs
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /app
+
 # A stand-in for the backend, for compose only; it accepts correctly signed webhooks.
-FROM runtime AS stand-in-backend
+FROM front AS stand-in-backend
 COPY sandbox/__init__.py sandbox/backend.py sandbox/backend_server.py sandbox/
 USER 1000:1000
 EXPOSE 8000
 ENTRYPOINT ["python", "-m", "sandbox.backend_server"]
+
+# The operators' commands (publish, jobs, cancel, redrive), for machines without a GPU: --target commands.
+FROM front AS commands
+COPY . .
+RUN rm -r sandbox training
+USER 1000:1000
+ENTRYPOINT ["python", "main.py"]
+CMD ["--help"]
 
 FROM runtime AS worker
 COPY . .

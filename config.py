@@ -203,6 +203,15 @@ class Settings(LocalSettings):
         """Every secret value, with the signing secrets that are derived from the token."""
         return super().secrets() + self.webhooks.signing_secrets()
 
+    def trainer_options(self) -> TrainerOptions:
+        """The options of the worker's trainer, which loads the base model of the first kind."""
+        first = job_kinds.load(REGISTRY[self.worker.kinds[0]])
+        return dataclasses.replace(super().trainer_options(), runner=first.runner)
+
+    def may_use_cpu(self) -> bool:
+        """Whether a machine without a GPU may take the jobs of `KINDS`."""
+        return self.trainer.allow_cpu or not any(kind.needs_gpu for kind in self.kinds())
+
 
 # ---- reading them --------------------------------------------------------------------------------
 

@@ -26,6 +26,17 @@ Yes = Annotated[bool, typer.Option("--yes", help="Answer yes to all questions.")
 _SHORT = "The first characters of an id are enough if they match one id only."
 
 
+def _epochs(given: str) -> int:
+    """A number, or `auto` as `jobs.fields.AUTO`."""
+    from jobs.fields import AUTO, AUTO_WORD
+
+    if given == AUTO_WORD:
+        return AUTO
+    if not given.isdecimal() or int(given) == AUTO:
+        raise typer.BadParameter("must be a whole number from 1, or auto")
+    return int(given)
+
+
 def add_commands(app: typer.Typer) -> None:
     """Add all commands to the program."""
     for command in (worker, doctor, inspect, train, publish, jobs, cancel, redrive):
@@ -101,7 +112,14 @@ def train(  # pylint: disable=too-many-locals  # one for each option
     output: Annotated[
         Path | None, typer.Option(help="Folder that receives the model, report and samples.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            parser=_epochs,
+            metavar="N|auto",
+            help="Passes over the images; auto: by the number of images.",
+        ),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the training images.")] = None,

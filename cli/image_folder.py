@@ -1,5 +1,4 @@
-"""A local folder of images: which of its files are images, which caption belongs to which, and
-which files are of no use."""
+"""A local folder of images: its images, their captions, and the files that are of no use."""
 
 from __future__ import annotations
 

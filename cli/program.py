@@ -62,8 +62,9 @@ def _print_problem(sentence: str) -> None:
 
 
 def on_stop_signals(first: Callable[[], None]) -> None:
-    """Call `first` in a new thread at SIGTERM, SIGINT or SIGHUP; a second SIGTERM or SIGINT ends
-    the process at once.
+    """Call `first` in a new thread at SIGTERM, SIGINT or SIGHUP.
+
+    A second SIGTERM or SIGINT ends the process at once.
 
     The signals are blocked and waited for, so no handler interrupts a thread that holds a lock. A
     closing terminal sends SIGHUP twice, from the kernel and from the shell, so a second SIGHUP does

@@ -1,5 +1,4 @@
-"""`python main.py train`: the same training on a folder of images, with no broker, no S3 and no
-backend."""
+"""`python main.py train`: the same training on a folder of images, without other servers."""
 
 from __future__ import annotations
 
@@ -16,6 +15,7 @@ from consumer.life.stop_signal import StopSignal
 from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.checkpoint_name import order
+from jobs.fields import AUTO
 from jobs.kinds import Run
 from jobs.layout import CURVES, REPORT, STYLE, STYLE_FILES
 from jobs.style import (
@@ -24,6 +24,7 @@ from jobs.style import (
     StyleOptions,
     TrainingImage,
     TrainingRun,
+    auto_epochs,
     checked_trigger_word,
 )
 from utils.errors import ConfigurationError, TrainingServerError
@@ -64,6 +65,9 @@ def folder_run(
         ConfigurationError: The folder or the trigger word is wrong.
     """
     found = _contents(folder)
+    auto = parameters.epochs == AUTO
+    if auto:
+        parameters = dataclasses.replace(parameters, epochs=auto_epochs(len(found.images)))
     options: StyleOptions = settings.options[STYLE]
     return TrainingRun(
         task_id="local",
@@ -75,6 +79,7 @@ def folder_run(
         min_images=options.min_images,
         max_image_pixels=options.max_image_pixels,
         trigger_word=_checked(trigger_word),
+        epochs_auto=auto,
         notes=found.notes,
     )
 
@@ -204,8 +209,10 @@ def _hand_over(finished: Finished, output: Path) -> None:
 
 
 def _hand_over_curves(made: Path, target: Path) -> None:
-    """Add the curves to those of earlier trainings. TensorBoard shows the newest: steps count
-    from 0 again."""
+    """Add the curves to those of earlier trainings.
+
+    TensorBoard shows the newest: steps count from 0 again.
+    """
     if made.is_dir():
         target.mkdir(exist_ok=True)
         for file in made.iterdir():
@@ -241,8 +248,10 @@ def _refuse_to_overwrite(images: tuple[TrainingImage, ...], folder: Path, output
 
 
 def _refuse_unprintable(output: Path, base_model: str) -> None:
-    """The libraries that write the model's files take no path that is not UTF-8, and would
-    fail only after the training."""
+    """Refuse a path that is not UTF-8: the libraries that write the model's files take none.
+
+    Without this check, they would fail only after the training.
+    """
     for name, path in (("--output", str(output.absolute())), ("BASE_MODEL", base_model)):
         if not is_unicode(path):
             raise ConfigurationError(

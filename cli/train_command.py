@@ -93,7 +93,8 @@ def validate(
 
     settings, parameters = _read(overrides, config_file)
     logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
-    report = intake.validate(folder_run(folder, settings, parameters, trigger_word))
+    run_ = folder_run(folder, settings, parameters, trigger_word)
+    report = intake.validate(run_)
     out = Console(highlight=False)
     _print_images("Images", report, out)
     if validation:
@@ -103,7 +104,7 @@ def validate(
         out.print(f"{size} pixels: {counted(count, 'image')}", markup=False)
     for warning in report.warnings:
         out.print(f"note: {warning}", style="yellow", markup=False)
-    return _print_verdict(report, settings.options[STYLE].min_images, parameters.epochs, out)
+    return _print_verdict(report, settings.options[STYLE].min_images, run_.parameters.epochs, out)
 
 
 def _print_verdict(report: Validation, min_images: int, epochs: int, out: Console) -> int:

@@ -1,4 +1,4 @@
-"""A job's life, top to bottom: claim, fetch, train, publish, tell, settle.
+"""The steps of a job, in order: claim, fetch, train, publish, notify the backend, settle.
 
 Runs in the job thread of the front desk, one job at a time. It never touches the connection: it
 returns a `Settlement`, which the connection's owner carries out.
@@ -68,8 +68,8 @@ from utils.errors import (
 log = logger.get_logger(__name__)
 
 _MOST_REJECTIONS = 10
-"""A job that was rejected so often in a row, for whatever reason, is at fault itself. It may be one
-worker each time, where there is no other."""
+"""After this many rejections in a row, for any reason, the job itself is at fault. If there is only
+one worker, it may be the same one each time."""
 _OF_THE_ORDER = (
     ErrorCode.IMAGE_DOWNLOAD_FAILED,
     ErrorCode.LOW_QUALITY_DATA,
@@ -79,7 +79,7 @@ _OF_THE_ORDER = (
 
 
 class Pipeline:
-    """Takes deliveries of the training queue and says what becomes of them."""
+    """Handles deliveries of the training queue and decides how each is settled."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -87,10 +87,10 @@ class Pipeline:
         self._put_offs = desk.put_offs
 
     def handle(self, delivery: Delivery) -> Settlement:
-        """Do what a message asks for, unless its record says that there is nothing to do."""
+        """Do the job that a message orders, unless its record shows that nothing is left to do."""
         if (needed := delivery.min_level) > PROTOCOL_LEVEL:
             detail = (
-                f"the message needs a worker of protocol level {needed} and this one has level "
+                f"the message requires protocol level {needed}, but this worker has level "
                 f"{PROTOCOL_LEVEL}; update the worker"
             )
             return self._put_offs.put_off(delivery, Why.NEWER_MESSAGE, detail)
@@ -103,7 +103,7 @@ class Pipeline:
             try:
                 return self._handle_job(job, delivery)
             except StorageError as error:
-                # Nothing can be known of the job now, not even whether it was ever claimed.
+                # The job's record cannot be read now, so it is unknown whether the job was claimed.
                 return self._put_offs.put_off(
                     delivery, why_of(error), str(error), task_id=job.task_id
                 )
@@ -125,8 +125,8 @@ class Pipeline:
         )
         match claim:
             case Claimed(lease=lease):
-                # The record is the truth: its id may have got a count, and another worker's
-                # defaults may differ from ours. The message stays what was sent.
+                # The record is the source of truth: its id may have a count, and the defaults of
+                # the worker that wrote it may differ. The message stays as it was sent.
                 job = dataclasses.replace(
                     self._as_recorded(lease.record, job),
                     task_id=lease.record.task_id,
@@ -154,7 +154,7 @@ class Pipeline:
                 return self._desk.endings.refuse(delivery, error)
 
     def _hold(self, job: Job, lease: JobLease) -> Settlement:
-        """Work on a job under its lease; once that is lost, only watch over the job's message."""
+        """Work on a job under its lease; once the lease is lost, only keep the job's message."""
         try:
             with lease, self._desk.observer.holding(self._kind(job), job, lease):
                 return self._work(job, lease)
@@ -163,7 +163,7 @@ class Pipeline:
             return self._watch(job, lease)
 
     def _as_recorded(self, record: JobRecord, job: Job) -> Job:
-        """The job as it was understood first; as it is understood now where that cannot be read."""
+        """The job as its record has it; if the record cannot be read, as the message has it."""
         try:
             return from_understood(self._kind(job), record.message)
         except ValueError as error:  # damaged, or written by another version
@@ -171,7 +171,7 @@ class Pipeline:
             return job
 
     def _work(self, job: Job, lease: JobLease) -> Settlement:
-        """From a claim to an ending, or back to the queue."""
+        """Train and publish a claimed job, then end it, retry it or return it to the queue."""
         stop = StopSignal()
         try:
             with self._desk.shutdown.covering(stop), relayed(lease, stop):
@@ -189,10 +189,10 @@ class Pipeline:
                 return self._try_again(job, lease, error)
             return self._fail(job, lease, error)
         except Exception as error:  # pylint: disable=broad-exception-caught
-            # A bug of ours must not cost the artist the ending; the stack trace is in the log.
+            # A bug in the worker must still lead to an ending; the stack trace is in the log.
             log.exception("job_broke")
             ours = TrainingFailed(
-                f"internal error ({type(error).__name__}); the worker's log says more"
+                f"internal error ({type(error).__name__}); the worker's log has the stack trace"
             )
             return self._fail(job, lease, ours)
         return self._settle(job, lease, ending, None)
@@ -212,8 +212,10 @@ class Pipeline:
     def _settle(
         self, job: Job, lease: JobLease, ending: Ending, owed: OwedCopy | None
     ) -> Settlement:
-        """The ending, and what the dead queue is owed, are durable before anybody is told; the
-        message is acknowledged after that."""
+        """Write the ending and the copy for the dead queue into the record, then send them.
+
+        The message is acknowledged only after that.
+        """
         lease.end(ending, owed)
         if ending.kind is EndingKind.COMPLETE:
             self._desk.publisher.confirm(_place(job), job.task_id, lease)
@@ -287,7 +289,7 @@ class Pipeline:
     def _fetched_run(
         self, kind: JobKind, job: Job, lease: JobLease, folder: Path, stop: StopSignal
     ) -> KindRun:
-        """The trainer's order, with everything that it needs in the job's folder."""
+        """The run for the trainer, with all files that it needs in the job's folder."""
         desk = self._desk
         require_room(
             desk.s3,
@@ -317,33 +319,35 @@ class Pipeline:
         return self._kind(job).identity_fields(job.subject)
 
     def _require_time(self, job: Job, lease: JobLease) -> None:
-        """The limits of a whole job: how long it was worked on, and how long it has waited.
+        """Check the time limits of a whole job: the work on it, and its wait in the queue.
 
         Raises:
-            TimeLimit: One of them is over.
+            TimeLimit: One of them is exceeded.
         """
         limit = self._limits.max_job_seconds
         if lease.seconds_run >= limit:
             raise TimeLimit(
-                f"workers have spent {lease.seconds_run:.0f} seconds on the job in all, and "
-                f"{limit:.0f} are allowed"
+                f"workers have spent {lease.seconds_run:.0f} seconds on the job in all; "
+                f"the limit is {limit:.0f} (MAX_JOB_SECONDS)"
             )
         longest = self._limits.max_wait_seconds
         waited = age_of(job.created_at) if lease.claim_number == 1 else None
         if longest is not None and waited is not None and waited > longest:
             raise TimeLimit(
-                f"the job has waited {waited:.0f} seconds in the queue, and {longest:.0f} are "
-                "allowed; nothing was trained"
+                f"the job has waited {waited:.0f} seconds in the queue; the limit is {longest:.0f} "
+                "(MAX_WAIT_SECONDS); nothing was trained"
             )
 
     def _is_last_attempt(self, lease: JobLease) -> bool:
         return lease.record.attempts_with_this >= self._limits.max_attempts
 
     def _try_again(self, job: Job, lease: JobLease, error: TrainingServerError) -> Settlement:
-        """The message comes back after a while; whoever gets it resumes from the last
-        checkpoint."""
+        """Return the message after a delay.
+
+        The worker that gets it resumes from the last checkpoint.
+        """
         delays = self._limits.retry_delays_seconds
-        # An attempt that made a checkpoint counts as none, and waits like the first.
+        # An attempt that made a checkpoint is not counted; its delay is the first one.
         delay = delays[min(max(1, lease.record.attempts_with_this), len(delays)) - 1]
         log.warning(
             "job_will_be_tried_again",
@@ -360,7 +364,7 @@ class Pipeline:
         return self._after(job, lease, delay)
 
     def _tell_place(self, job: Job, lease: JobLease, delay: float) -> None:
-        """Tell the artist how long the job waits now, where that can be said; in one attempt."""
+        """Send the expected waiting time in a progress webhook, if it is known; in one attempt."""
         desk = self._desk
         place = desk.observer.queues.place_at_the_end(delay, Queue.of_kind(job.kind))
         if place is None or desk.observer.job is None or desk.shutdown.event.is_set():
@@ -385,11 +389,12 @@ class Pipeline:
         )
         if not is_retryable(error):
             return ending, None
-        # Given up, though another attempt might have helped: kept for a person to send back.
+        # A further attempt might help, so the dead queue keeps a copy that an operator can send
+        # back.
         return ending, OwedCopy(str(code), str(error), attempts)
 
     def _give_back(self, job: Job, lease: JobLease, stopped: Stopped) -> Settlement:
-        """The worker shuts down, or the job is another's: no attempt is counted."""
+        """Return a job because of a shutdown or a lost lease; no attempt is counted."""
         log.info("job_given_back", reason=str(stopped.reason))
         self._desk.observer.given_back(stopped.reason)
         if stopped.reason is StopReason.LEASE_LOST:
@@ -399,12 +404,12 @@ class Pipeline:
         return Settlement.requeue()
 
     def _watch(self, job: Job, lease: JobLease) -> Settlement:
-        """The job is another worker's; its message is looked at until the job is settled."""
+        """Leave a job to another worker; its message is checked until the job is settled."""
         self._desk.observer.lease_lost()
         return Settlement.ack(self._desk.endings.watched(lease.record, job.body))
 
     def _is_unfit(self, error: MachineError) -> bool:
-        """Whether the machine is to blame. A job that breaks every GPU in turn must end, too."""
+        """Whether the machine is at fault. A job that breaks every GPU must end, too."""
         if not isinstance(error, GpuBroken):
             return True
         try:
@@ -417,23 +422,26 @@ class Pipeline:
     def _rejected_too_often(
         self, lease: JobLease, error: MachineError
     ) -> TrainingServerError | None:
-        """Why the job ends after too many machines could not do it; None while it goes on."""
+        """The error that ends a job after too many rejections; None if it may go on."""
         rejections = lease.record.rejections + 1
         if isinstance(error, (DiskFull, NoRoomForJob)):
             workers = len(lease.record.rejecters_with_this)
             if workers >= self._limits.max_machines or rejections >= _MOST_REJECTIONS:
                 return JobTooLarge(
-                    f"no worker has enough disk space for it; {workers} tried, {rejections} times "
-                    f"in all: {error}"
+                    f"no worker has enough disk space for the job; {workers} workers tried "
+                    f"{rejections} times in all: {error}"
                 )
         elif rejections >= _MOST_REJECTIONS:
-            return WorkerCrashed(f"{rejections} machines could not train it: {error}")
+            return WorkerCrashed(f"{rejections} machines could not train the job: {error}")
         return None
 
     def _leave_to_another_machine(
         self, job: Job, lease: JobLease, error: MachineError
     ) -> Settlement:
-        """No attempt is counted. A worker whose machine is unfit takes no further job."""
+        """Return a job that this machine cannot do; no attempt is counted.
+
+        A worker whose machine is unfit takes no further job.
+        """
         if isinstance(error, NoRoomForJob):
             log.warning("job_rejected", reason=str(error))
         else:
@@ -451,10 +459,12 @@ class Pipeline:
         return self._after(job, lease, delay)
 
     def _after(self, job: Job, lease: JobLease, seconds: float) -> Settlement:
-        """The message of a claimed job comes back after a while; until then the GPU takes another.
+        """Return the message of a claimed job after a delay.
 
-        The id of the run that was claimed rides in `message_id`, which counts where the body has
-        none: the copy means this run, and never a later order of the same body.
+        Until then the worker takes other jobs.
+
+        `message_id` is the id of the claimed run. It counts if the body has no id, so that the copy
+        means this run and not a later order with the same body.
         """
         counts = (PUT_OFFS, PUT_OFF_REASON, CRASHES)  # of this attempt's message
         headers = {name: value for name, value in job.headers.items() if name not in counts}
@@ -473,7 +483,7 @@ def _place(job: Job) -> Place:
 
 
 def _log_failure(code: ErrorCode, reason: str, attempts: int) -> None:
-    """What is wrong with the order is no fault of the service: errors page somebody."""
+    """Log a failed job: as a warning if the order is at fault, since an error pages an operator."""
     level = log.error
     if code is ErrorCode.CANCELLED:
         level = log.info
@@ -489,7 +499,7 @@ def _of_the_disk(error: OSError) -> MachineError:
 
 
 def _given_up(lease: JobLease) -> TrainingServerError:
-    """Why a job is not tried once more: its workers died of it, or its last error says."""
+    """The error of a job that has no attempts left."""
     last = lease.record.last_error
     detail = f"; the last error was: {last.message}" if last else ""
     return WorkerCrashed(

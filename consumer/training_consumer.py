@@ -1,6 +1,6 @@
 """The worker's side of the broker: which queues it serves, and the threads of its handlers.
 
-`services.broker.connection` owns the connection. A handler works in a thread of its own, does no
+`services.broker.connection` owns the connection. A handler runs in a separate thread, uses no
 AMQP and returns a `Settlement`. The message of a handler that breaks is put off, and becomes a dead
 letter if that happens too often.
 """
@@ -60,7 +60,7 @@ def training_consumer(
         observer: Gets connections, deliveries and the queues' lengths.
         once_idle: Take one training message and stop, or stop after this many seconds without one.
         answer_seconds: The longest wait for a confirm or any other answer of the broker.
-        outbox: Where threads other than the handlers put publications; a new one if None.
+        outbox: Takes publications from threads other than the handlers'; a new one if None.
     """
     observer = observer or Observer()
     jobs = HandlerThreads(handle, retry_delays, observer)

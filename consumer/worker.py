@@ -152,7 +152,7 @@ def _serve(
 def _machine_test(settings: Settings) -> Callable[[], Machine]:
     """The test of the GPU, which raises `GpuBroken` if this machine cannot train."""
     return functools.partial(
-        require_fit, settings.trainer_environment(), allow_cpu=settings.trainer.allow_cpu
+        require_fit, settings.trainer_environment(), allow_cpu=settings.may_use_cpu()
     )
 
 
@@ -241,7 +241,7 @@ def _log_start(trainer: TrainerSettings, queue: str, machine: Machine, observer:
         base_model=trainer.base_model,
         mixed_precision=trainer.mixed_precision if machine.cuda else "no",
     )
-    if not machine.cuda:
+    if not machine.cuda and trainer.allow_cpu:
         log.warning("training_on_cpu", reason="no CUDA, and ALLOW_CPU=true: fp32 and slow")
     if reason := not_pinned(trainer.base_model, trainer.base_model_revision):
         log.warning("base_model_not_pinned", reason=reason)

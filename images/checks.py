@@ -105,8 +105,10 @@ def motif_copy(image: Image.Image) -> Image.Image:
 
 
 def _sharpness(image: Image.Image) -> float:
-    """Variance of the Laplacian in the sharpest twentieth of the image's parts: a sharp subject
-    before a soft background is a sharp image."""
+    """Variance of the Laplacian in the sharpest twentieth of the image's parts.
+
+    A sharp subject before a soft background is a sharp image.
+    """
     grey = image.convert("L")
     grey.thumbnail((512, 512), Image.Resampling.LANCZOS)
     values = np.asarray(grey).astype(np.float32)

@@ -175,8 +175,10 @@ def _from_gamma(image: Image.Image) -> Profile | None:
 
 
 def _says_adobe_rgb(image: Image.Image) -> bool:
-    """Whether the EXIF data states that the colours are Adobe RGB. Cameras write that instead of a
-    profile."""
+    """Whether the EXIF data states that the colours are Adobe RGB.
+
+    Cameras write that instead of a profile.
+    """
     try:
         exif = image.getexif()
         space = exif.get_ifd(_EXIF_IFD).get(_COLOUR_SPACE)

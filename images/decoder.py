@@ -1,5 +1,7 @@
-"""The decoder process as the trainer sees it: images go in by path and come out as pixels, or
-with the reason why not."""
+"""The decoder process as the trainer sees it.
+
+Images go in by path and come out as pixels, or with the reason why not.
+"""
 
 from __future__ import annotations
 
@@ -222,8 +224,10 @@ class _Process:
         return Answer(fact, pixels, motif, thumbnail)
 
     def log_native_lines(self) -> None:
-        """Log the first lines that the process has printed on its standard error since the last
-        call: C libraries report there in which way a file is damaged."""
+        """Log the first lines that the process has printed on standard error since the last call.
+
+        C libraries report there in which way a file is damaged.
+        """
         printed = bytearray()
         with contextlib.suppress(BlockingIOError):
             while content := os.read(self._errors, 1 << 16):

@@ -61,8 +61,10 @@ def tidied(content: bytes) -> Png:
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Each chunk's name and its bytes, length and checksum included; the rest of a broken file
-    comes as one of its pixels."""
+    """Each chunk's name and its bytes, length and checksum included.
+
+    The rest of a broken file comes as one chunk of pixels.
+    """
     view, place = memoryview(content), len(SIGNATURE)
     while place < len(view):
         if place + 12 > len(view):
@@ -80,8 +82,7 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _says_how_it_lies(name: bytes, chunk: memoryview) -> bool:
-    """Whether it is a text in which other programs keep the image's orientation, and of a
-    bounded length."""
+    """Whether it is a short text in which other programs keep the image's orientation."""
     if name not in (b"tEXt", b"zTXt", b"iTXt") or not _is_sound(chunk):
         return False
     keyword, _, rest = bytes(chunk[8:-4]).partition(b"\0")

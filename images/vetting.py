@@ -215,7 +215,7 @@ def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:
     except Exception:  # pylint: disable=broad-exception-caught  # damaged metadata, in any way
         return 1, ("has damaged EXIF data, which was ignored",)
     if isinstance(orientation, int) and 2 <= orientation <= 8:
-        return orientation, ("was turned upright as its EXIF data says",)
+        return orientation, ("was turned upright by its EXIF data",)
     return 1, ()
 
 

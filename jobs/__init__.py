@@ -1,1 +1,1 @@
-"""What a job is: kinds, messages, records, addresses. Pure: no torch, no network."""
+"""The domain of jobs: kinds, messages, records, addresses. Pure: no torch, no network."""

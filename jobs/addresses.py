@@ -1,7 +1,7 @@
-"""Where an image lies, read from the many ways of writing it down.
+"""Reads an image's address, in any of its spellings, as a bucket and a key.
 
-An address only names a bucket and a key; the object is always fetched through the configured S3
-endpoint, never from a host that a message names.
+The object is always fetched through the configured S3 endpoint, never from a host that a message
+names.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _AWS_HOST = re.compile(
     rf"(?:(?P<bucket>.+)\.)?"
     rf"s3(?:-fips)?(?:-accelerate)?(?:\.dualstack)?(?:[.-]{_REGION})?\.amazonaws\.com(?:\.cn)?"
 )
-# https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html: what a presigned address
-# carries, and headers that it asks for. None of them changes the object.
+# https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html: the query of a presigned
+# address, and the headers that it may request. None of them changes the object.
 _HARMLESS = re.compile(
     r"x-(?:amz|goog)-[a-z0-9-]+|x-id|awsaccesskeyid|googleaccessid|key-pair-id|policy|signature"
     r"|expires|response-[a-z-]+",
     re.IGNORECASE,
 )
-# These ask for another object, a part of it, or something about it.
+# These request another object, a part of the object, or facts about it.
 _OTHER_OBJECT = frozenset(
     {
         "acl",
@@ -50,7 +50,7 @@ _UNSAFE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class S3Location:
-    """Where an object lies."""
+    """The location of an object on S3."""
 
     bucket: str
     key: str
@@ -60,7 +60,7 @@ class S3Location:
         return f"{scheme}://{self.bucket}/{self.key}"
 
     def with_suffix(self, suffix: str) -> S3Location:
-        """The object beside this one: for `.txt`, both `a/b.jpg` and `a/b` give `a/b.txt`."""
+        """The object next to this one: for `.txt`, both `a/b.jpg` and `a/b` give `a/b.txt`."""
         folder, slash, name = self.key.rpartition("/")
         stem = name.rpartition(".")[0] or name
         return S3Location(self.bucket, f"{folder}{slash}{stem}{suffix}")
@@ -68,7 +68,7 @@ class S3Location:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AddressRules:
-    """Where addresses may lead.
+    """The buckets and hosts that addresses may name.
 
     Attributes:
         default_bucket: Bucket of a bare key.
@@ -82,7 +82,7 @@ class AddressRules:
 
 
 class BrokenAddress(ValueError):
-    """It asks for nothing that is forbidden, only nothing can lie there: one image less."""
+    """No object can have this address. It is not forbidden, so it only costs one image."""
 
 
 def read_address(address: str, rules: AddressRules) -> tuple[str, S3Location]:
@@ -92,15 +92,15 @@ def read_address(address: str, rules: AddressRules) -> tuple[str, S3Location]:
         address: `s3://bucket/key`, `gs://bucket/key`, an https address of S3 or of the endpoint
             (virtual-hosted or path style, percent-encoded; of its query only a version counts: the
             rest may be a signature, and `unused_parts` names what is neither), or a bare key.
-        rules: Where it may lead.
+        rules: The buckets and hosts that it may name.
 
     Returns:
-        The address as it may be shown (of its query the version alone), and the location.
+        The address as it may be shown (of its query only the version), and the location.
 
     Raises:
         BrokenAddress: No object of S3 can have it.
-        ValueError: It points elsewhere: to another bucket, another host, a local file. The text
-            goes behind the field's name and never repeats a query.
+        ValueError: It names another bucket, another host or a local file. The text follows the
+            field's name and never repeats a query.
     """
     if len(address) > MAX_ADDRESS:
         raise BrokenAddress(f"is longer than {MAX_ADDRESS} characters")
@@ -124,7 +124,7 @@ def read_address(address: str, rules: AddressRules) -> tuple[str, S3Location]:
 def version_of(address: str) -> str | None:
     """The object's version that an https address of `read_address` names; None for the present one.
 
-    An `s3://` address has none: there a question mark is part of the key.
+    An `s3://` address has none: its question mark is a part of the key.
     """
     if not _is_url(address):
         return None
@@ -132,10 +132,10 @@ def version_of(address: str) -> str | None:
 
 
 def unused_parts(address: str) -> tuple[str, ...]:
-    """Names of the parts of an https address that mean nothing here and are no signature.
+    """Names of the parts of an https address that have no effect and are not a signature.
 
     Args:
-        address: One that `read_address` takes.
+        address: An address that `read_address` accepts.
     """
     if not _is_url(address.strip()):
         return ()
@@ -210,7 +210,7 @@ def _version(query: str) -> str | None:
 
 
 def _bucket_in_host(parts: SplitResult, port: int | None, endpoint: str | None) -> str | None:
-    """The bucket of a virtual-hosted address; None where it is the first part of the path."""
+    """The bucket of a virtual-hosted address; None if it is the first part of the path."""
     host = parts.hostname or ""
     if endpoint:
         own = urlsplit(endpoint)
@@ -232,6 +232,6 @@ def _check_key(key: str) -> None:
         raise BrokenAddress("contains a control character")
     if len(key.encode()) > MAX_KEY_BYTES:
         raise BrokenAddress(f"has a key of more than {MAX_KEY_BYTES} bytes")
-    # A proxy that tidies paths would take these out of the bucket that was checked.
+    # A proxy that normalises paths would resolve these to a place outside the checked bucket.
     if any(part in (".", "..") for part in key.split("/")):
         raise BrokenAddress("has a key with `.` or `..` in it")

@@ -1,4 +1,4 @@
-"""Checks of an order's fields, and problems in words that name the field.
+"""Checks the fields of an order, with error texts that name the field.
 
 A kind states its parameters once, as a dataclass whose fields carry limits and a description
 (`parameter`). The dataclass checks every instance (`check_limits`), and the check of messages
@@ -21,12 +21,16 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 from pydantic import create_model as _create_model
 from pydantic_core import ErrorDetails
 
 from utils.wording import counted
 
+AUTO, AUTO_WORD = 0, "auto"
+"""A parameter that the kind finds itself: in its dataclass, and in messages and settings."""
 MAX_COMPLAINTS = 5
 STRICT = ConfigDict(strict=True, frozen=True, hide_input_in_errors=True)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]+")
@@ -39,7 +43,7 @@ class WrongField(Exception):
 
     Args:
         field: The field, in the message's own spelling.
-        reason: What is wrong with it, to stand behind the name.
+        reason: The problem, as a text that follows the name.
     """
 
     def __init__(self, field: str, reason: str) -> None:
@@ -52,7 +56,7 @@ class Order:
 
     Args:
         values: The fields by name.
-        prefix: What stands in front of the names in the message: `data.` or nothing.
+        prefix: The prefix of the names in the message: `data.` or nothing.
     """
 
     def __init__(self, values: Mapping[str, Any], prefix: str) -> None:
@@ -62,7 +66,7 @@ class Order:
         self._unused: list[str] = []
 
     def has(self, name: str) -> bool:
-        """Whether a field is there. A field that is null counts as absent."""
+        """Whether the order has a field. A field that is null counts as absent."""
         return self._values.get(name) is not None
 
     def get(self, name: str) -> Any:
@@ -80,7 +84,7 @@ class Order:
 
     @property
     def understood(self) -> frozenset[str]:
-        """Names of the fields that were asked for."""
+        """Names of the fields that the kind has read."""
         return frozenset(self._understood)
 
     @property
@@ -100,15 +104,19 @@ def parameter(
     high: Any = None,
     choices: tuple[str, ...] = (),
     setting: str | None = None,
+    auto: bool = False,
 ) -> Any:
     """The field of a parameter.
 
     Args:
         low, high: The limits, inclusive; without `high` there is no upper limit.
-        choices: The values that are allowed.
-        setting: Name of the setting of its default, in lower case, if that is not the field's.
+        choices: The allowed values.
+        setting: Name of its default's setting, in lower case, if it differs from the field's name.
+        auto: The word `auto` is allowed in messages and settings; the kind finds the value for each
+            job. The dataclass of the defaults then has `AUTO`.
     """
     limits = {"doc": doc, "low": low, "high": high, "choices": choices, "setting": setting}
+    limits["auto"] = auto
     return dataclasses.field(default=default, metadata=limits)  # pylint: disable=invalid-field-call
 
 
@@ -125,11 +133,13 @@ def check_limits(parameters: Any) -> None:
                 f"{field.name} is {value!r}; choose one of {', '.join(limits['choices'])}"
             )
         low, high = limits["low"], limits["high"]
+        if limits["auto"] and value == AUTO:
+            continue
         # The negated comparisons catch NaN too.
         if low is not None and high is None and not low <= value:
             raise ValueError(f"{field.name} is {value}; it must be at least {low}")
         if low is not None and high is not None and not low <= value <= high:
-            raise ValueError(f"{field.name} is {value}; it must lie between {low} and {high}")
+            raise ValueError(f"{field.name} is {value}; it must be between {low} and {high}")
 
 
 def parameters_model(kind: type[Any]) -> type[BaseModel]:
@@ -154,7 +164,8 @@ def _parameter_type(field: dataclasses.Field[Any], kind: Any) -> Any:
     if kind is bool:
         return bool
     if kind is int:
-        return Annotated[int, BeforeValidator(_whole), bounds]
+        whole = Annotated[int, BeforeValidator(_whole), bounds]
+        return Annotated[whole, WrapValidator(_or_auto)] if limits["auto"] else whole
     return Annotated[float, Field(allow_inf_nan=False), bounds]
 
 
@@ -164,6 +175,12 @@ def _parameter_type(field: dataclasses.Field[Any], kind: Any) -> Any:
 def _whole(value: Any) -> Any:
     """A whole number may be written `200.0` in JSON."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _or_auto(value: Any, number: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, str) and value != AUTO_WORD:
+        raise ValueError(f'must be a whole number or "{AUTO_WORD}"')
+    return value if value == AUTO_WORD else number(value)
 
 
 def one_line(value: str) -> str:
@@ -197,14 +214,14 @@ def checked(
 
     Args:
         model: The pydantic model of the fields.
-        values: The fields that are there.
-        order: Where they come from.
+        values: The fields of the order.
+        order: The order that the fields come from.
         parameters: Names of all parameters.
-        left_out: Why parameters that people ask for do not exist, by their names.
-        spelt: The message's own names of fields that the model calls otherwise.
+        left_out: For parameters that users may expect but that do not exist: the reason, by name.
+        spelt: The names in the message of fields that have another name in the model.
 
     Raises:
-        WrongField: Names the first field that is wrong, and the problems of the first few.
+        WrongField: Names the first wrong field, and the problems of the first few.
     """
     try:
         return model.model_validate(values)
@@ -219,7 +236,7 @@ def checked(
 
 
 def printable(name: str) -> str:
-    """A name from a message, fit for a log line and a header."""
+    """A name from a message, made safe for a log line and a header."""
     shown = repr(name)[1:-1]
     return shown if len(shown) <= 80 else shown[:77] + "..."
 

@@ -1,8 +1,8 @@
-"""Who holds a record on S3, under which claim; and how a record becomes JSON.
+"""The hold of a worker on a record on S3, and the record's form as JSON.
 
-A record is one JSON object on S3 that at most one worker may change at a time. Everything here is
-pure: reading and writing is `services.records.record_object`, keeping a hold alive is
-`services.records.lease`.
+A record is one JSON object on S3 that at most one worker may change at a time. This module is pure:
+`services.records.record_object` reads and writes records, and `services.records.lease` renews a
+hold.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from utils.errors import DamagedRecord, NewerRecord
 from utils.events import UNKNOWN, from_dict
 
 VERSION = 1
-"""The version of the records' form that this worker writes, and the highest that it reads."""
+"""The version of the record format that this worker writes, and the highest that it reads."""
 
 
 def later(default: Any) -> Any:
     """A field that the first release of the records does not have and refuses to read.
 
-    It is written only where it differs from its default, so that an older worker can take over
-    every record that does not need it.
+    It is written only if it differs from its default, so that an older worker can take over every
+    record that does not need it.
     """
     # pylint: disable-next=invalid-field-call  # called where a field is declared
     return dataclasses.field(default=default, metadata={"later": True})
 
 
 def beside(default: float | str) -> Any:
-    """A number or a short text that is kept in the object's own metadata, beside the record.
+    """A number or a short text that is stored in the object's metadata, not in the record's body.
 
     Older workers read the record without it, and drop it when they write.
     """
@@ -42,13 +42,13 @@ def beside(default: float | str) -> Any:
 
 
 def unknown_fields() -> Any:
-    """The field that keeps what a newer version wrote and this one does not know."""
+    """The field that keeps values of a newer version that this version does not know."""
     # pylint: disable-next=invalid-field-call
     return dataclasses.field(default_factory=dict, metadata={"later": True}, repr=False)
 
 
 def utc_now() -> str:
-    """The time, for people to read. No decision rests on it: clocks differ between workers."""
+    """The present time, for people. No decision depends on it: the workers' clocks differ."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
@@ -58,16 +58,16 @@ class Hold:
 
     Attributes:
         owner: Name of the worker that holds the record, or held it last.
-        claim: Raised each time the record is taken; everything that is written under a claim
-            carries it.
-        lease_seconds: What the holder promises: it writes the record at least this often, and stops
-            when it cannot.
-        released: Nobody holds the record; it may be taken at once.
-        quiet_seconds: After a release: how long it is normal that nobody takes the record (a
+        claim: Number that rises each time the record is claimed; every write under a claim carries
+            it.
+        lease_seconds: The holder writes the record at least this often, and stops its work when it
+            cannot.
+        released: No worker holds the record; it may be claimed at once.
+        quiet_seconds: After a release: the expected time until a worker claims the record (a
             retry's delay).
-        revision: Raised by each write.
-        nonce: Fresh for each write. It changes the ETag, and it tells a worker its own write when
-            the answer was lost and the retry is refused.
+        revision: Number that rises with each write.
+        nonce: New for each write. It changes the ETag. If an answer was lost and the retry is
+            refused, a worker recognises its own write by it.
         written_at: The writer's clock, for people.
     """
 
@@ -98,11 +98,11 @@ class Hold:
         )
 
     def dropped(self, quiet_seconds: float = 0.0) -> Hold:
-        """The same claim, given up."""
+        """The same claim, released."""
         return dataclasses.replace(self, released=True, quiet_seconds=quiet_seconds)
 
     def stamped(self) -> Hold:
-        """As it is about to be written: with a nonce of its own."""
+        """The hold for the next write, with a new nonce."""
         return dataclasses.replace(
             self, revision=self.revision + 1, nonce=uuid.uuid4().hex, written_at=utc_now()
         )
@@ -110,7 +110,7 @@ class Hold:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HeldRecord:
-    """What every record has: its hold, and the version of its form.
+    """The part that every record has: its hold, and the version of its format.
 
     A later version may add fields with defaults (`later`). A reader keeps the fields that it does
     not know and writes them back. A change that an older worker must not touch raises `version`.
@@ -122,7 +122,7 @@ class HeldRecord:
 
     @classmethod
     def to_stored(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The form in which a record's JSON values are stored; `from_stored` reads it."""
+        """The record's JSON values in the stored form, which `from_stored` reads."""
         return values
 
     @classmethod
@@ -135,17 +135,17 @@ R = TypeVar("R", bound=HeldRecord)
 
 
 def stamped(record: R) -> R:
-    """The record as it is about to be written, with a nonce of its own."""
+    """The record for the next write, with a new nonce."""
     return dataclasses.replace(record, hold=record.hold.stamped())
 
 
 def encode(record: HeldRecord) -> bytes:
-    """The record as JSON that a person can read too, less what is kept beside it."""
+    """The record as JSON in a readable layout, without the fields of the object's metadata."""
     return json.dumps(record.to_stored(_plain(record)), indent=1, ensure_ascii=False).encode()
 
 
 def values_beside(record: HeldRecord) -> dict[str, str]:
-    """What is kept of the record in the object's metadata, by its names there."""
+    """The record's values that are stored in the object's metadata, by their names there."""
     return {
         _metadata_name(field): value if isinstance(value, str) else repr(value)
         for field in dataclasses.fields(record)
@@ -160,7 +160,7 @@ def decode(kind: type[R], body: bytes, key: str, metadata: Mapping[str, str] | N
         kind: The record's class.
         body: The object's bytes.
         key: Its key, for the message.
-        metadata: The object's own metadata, with what is kept beside the record.
+        metadata: The object's metadata, which holds some of the record's values.
 
     Raises:
         NewerRecord: A newer worker wrote it in a form that this one must not touch.
@@ -180,7 +180,7 @@ def decode(kind: type[R], body: bytes, key: str, metadata: Mapping[str, str] | N
 
 
 def _plain(value: Any) -> Any:
-    """JSON values of a record: without what an older version need not know, with the unknown."""
+    """JSON values of a record: without defaults of later fields, with the unknown values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {}
         for field in dataclasses.fields(value):
@@ -204,7 +204,7 @@ def _values_beside(kind: type[HeldRecord], metadata: Mapping[str, str]) -> dict[
             try:
                 found[field.name] = _read(field.default, text)
             except ValueError:
-                continue  # it only counts; the record itself is whole
+                continue  # the value is only a count; the record itself is complete
     return found
 
 

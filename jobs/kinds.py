@@ -1,7 +1,7 @@
 """The kinds of job: what the worker, the records and the commands know of a kind, and a registry.
 
-A kind is one file beside this one and one folder of training code. `REGISTRY` names each by the
-place of its class, so that nothing is imported before it is needed.
+A kind is one file in this folder and one folder of training code. `REGISTRY` names the module and
+the class of each, so that nothing is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Input:
     """One object that a job reads.
 
     Attributes:
-        source: Its address as a person will recognise it.
+        source: Its address, in a form that its sender recognises.
         location: Bucket and key; None if no object can have this address.
         version_id: The object's version; None for the present one.
         problem: Why there is no location; None if there is one.
-        role: The kind's name for this sort of input; each role has a folder of its own.
+        role: The kind's name for this sort of input; each role has a separate folder.
         caption: The text that belongs to it; None if the order gives none.
     """
 
@@ -59,14 +59,14 @@ class Input:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fetched:
-    """What became of an `Input`.
+    """The result of fetching an `Input`.
 
     Attributes:
         input: The input.
         path: The local file; None if the object could not be fetched.
-        caption: The input's caption, or the text file that lies beside the object.
-        problem: Why there is no file, in words for the customer; None if there is one.
-        caption_problem: Why the text beside the object is ignored; None if it is not.
+        caption: The input's caption, or the content of the text file next to the object.
+        problem: The reason if there is no file, for the customer; None if there is one.
+        caption_problem: Why the text file next to the object is ignored; None if it is used.
     """
 
     input: Input
@@ -94,12 +94,12 @@ class KindRun(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Run:
-    """One claim's worth of work, on its way to the trainer process.
+    """The work of one claim, as it is sent to the trainer process.
 
     Attributes:
         task_id: The job.
         claim: Number of the claim under which the run is done.
-        runner: Place of the class that does it, `module:class`; see `training.runtime.child`.
+        runner: The class that does it, as `module:class`; see `training.runtime.child`.
         log_fields: Fields for every log line of the run.
         order: The kind's own run as JSON values.
     """
@@ -112,7 +112,7 @@ class Run:
 
     @classmethod
     def of(cls, own: KindRun, runner: str, log_fields: dict[str, Any]) -> Run:
-        """A kind's own run, on its way to a runner."""
+        """Wrap a kind's own run for its runner."""
         order = json.dumps(dataclasses.asdict(own))  # type: ignore[call-overload]  # a dataclass
         return cls(own.task_id, own.claim, runner, log_fields, json.loads(order))
 
@@ -136,12 +136,12 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KindSettings:
-    """What a kind is configured with.
+    """The configuration of a kind.
 
     Attributes:
         parameters: Defaults of the order's parameters, by name.
         options: Settings of the worker for this kind, by name.
-        addresses: Where inputs may be read from.
+        addresses: The buckets and hosts that inputs may be read from.
     """
 
     addresses: AddressRules
@@ -155,13 +155,14 @@ class JobKind(Protocol):
     Attributes:
         name: The kind's name in records, settings and queue names.
         message_type: The `type` of its messages.
-        runner: Place of the class that does its runs, `module:class`.
+        runner: The class that does its runs, as `module:class`.
         spec_type: The dataclass of its specs.
         parameters_type: The dataclass of its parameters, or None. The settings `{KIND}_{FIELD}` are
             the defaults of its fields.
         options_type: The dataclass of the worker's settings for this kind, or None.
         last_file: The published file that is written when all others are in place.
         max_input_bytes: Larger inputs are not fetched.
+        needs_gpu: A machine without a GPU is unfit for this kind unless `ALLOW_CPU` is set.
     """
 
     name: str
@@ -172,6 +173,7 @@ class JobKind(Protocol):
     options_type: type[Any] | None
     last_file: str
     max_input_bytes: int
+    needs_gpu: bool
 
     def read(self, order: Order) -> Any:
         """Check an order.
@@ -181,7 +183,7 @@ class JobKind(Protocol):
         """
 
     def subject_in(self, order: Mapping[str, Any]) -> str | None:
-        """The subject of an order that may be wrong otherwise; None if it cannot be read."""
+        """The subject of an order that may have other errors; None if it cannot be read."""
 
     def restored(self, values: Mapping[str, Any]) -> Any:
         """The spec that a record holds.
@@ -197,13 +199,13 @@ class JobKind(Protocol):
         """The objects to fetch."""
 
     def output_bytes(self, spec: Any) -> int:
-        """The most that the run writes into its folder at one time, estimated from above."""
+        """An upper estimate of the bytes that the run has in its folder at one time."""
 
     def run(self, spec: Any, fetched: Sequence[Fetched], claim: Claim) -> KindRun:
-        """What the trainer process is given.
+        """The run for the trainer process.
 
         Raises:
-            JobError: The inputs do not suffice.
+            JobError: There are too few usable inputs.
         """
 
     def identity_fields(self, subject: str) -> dict[str, Any]:
@@ -223,10 +225,10 @@ class Kinds:
     """The registered kinds, configured for one worker.
 
     Args:
-        settings: What each kind is configured with. A kind without settings is used with its
-            defaults: this worker does not serve it, but it may meet its records.
+        settings: The configuration of each kind. A kind without one has its defaults: this worker
+            does not serve it, but may find its records.
         served: Names of the kinds that this worker serves.
-        addresses: Where inputs may be read from.
+        addresses: The buckets and hosts that inputs may be read from.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Every S3 key and every published file name.
 
-    state bucket   jobs/{task_id}.json, .cancel, .settled     the record and files beside it
+    state bucket   jobs/{task_id}.json, .cancel, .settled     the record and its marks
                    jobs/live/{task_id}                        index of the unsettled records
-                   jobs/{place}.turn                          who publishes into a folder
+                   jobs/{place}.turn                          the publisher of a folder
                    checkpoints/{place}/{task_id}/             checkpoints and curves
                    staging/{task_id}/{claim}/                 a model that is about to be published
                    archive/{place}/{task_id}/                 models that were replaced
@@ -50,7 +50,7 @@ STYLE_FILES = (
 others are in place."""
 CHECKPOINT_WEIGHTS = "lora.safetensors"
 CURVES = "tensorboard"
-"""Folder of the event files, in a run's work folder and beside its checkpoints."""
+"""Folder of the event files, in a run's work folder and among its checkpoints."""
 
 
 def record_at(bucket: str, task_id: str) -> S3Location:
@@ -85,7 +85,7 @@ class Place:
     Attributes:
         models: Folder of the published model, in the model bucket.
         archive: Folder of the models that the folder had before, in the state bucket.
-        turn: Key of the record of who publishes into the folder.
+        turn: Key of the record of the folder's publisher.
         checkpoints: Folder of the job's checkpoints, in the state bucket.
     """
 

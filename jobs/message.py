@@ -1,9 +1,9 @@
 """Messages: bytes to a `Job`, or `InvalidMessage` naming the field (docs/protocol.md, section 2).
 
-Two dialects, one meaning. A message with something in `data` is the envelope, and order fields
-beside `data` are ignored. Every other message is flat. A field that is null, and an empty list of
-captions, count as absent. Whole numbers may be written `200` or `200.0`. Text and booleans are
-never taken for numbers.
+A message has one of two forms with the same meaning. With content in `data` it is an envelope, and
+order fields outside `data` are ignored. Every other message is flat. A field that is null, and an
+empty list of captions, count as absent. Whole numbers may be written `200` or `200.0`. Text and
+booleans are never taken for numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from utils.logger import get_logger
 
 log = get_logger(__name__)
 
-MAX_BODY = 2 * 1024**2  # bytes; 200 long addresses with 200 long captions take less
+MAX_BODY = 2 * 1024**2  # bytes; 200 long addresses with 200 long captions need less
 MAX_DIGITS = 400  # of a whole number; Python refuses to read more than 4300
 MAX_WEBHOOK_URL = 2048
 MAX_CREATED_AT = 64
@@ -36,14 +36,14 @@ _BODIES = uuid.UUID("8c1f4f3e-2b77-5d0a-9f0e-6a3d8c5b1e42")  # namespace of ids 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """What one message asks for: the envelope, and the kind's own order as a spec.
+    """The order of one message: the envelope, and the kind's own part as a spec.
 
     Attributes:
         kind: Name of the kind.
         task_id: The message's id, else AMQP's `message_id`, else an id made from the body.
         spec: The understood order (see `jobs.kinds.Spec`).
-        webhook_url: As given. The webhook service judges whether its origin may be used.
-        created_at: As given.
+        webhook_url: As in the message. The webhook service decides whether its origin may be used.
+        created_at: As in the message.
         id_is_derived: The id was made from the body: the publisher gave none.
         ignored_fields: Names of fields that have no effect here (the first few).
         body: The message itself.
@@ -77,7 +77,7 @@ class Job:
     def understood(self) -> dict[str, Any]:
         """The job as JSON values, for the job record; `from_understood` reads them.
 
-        The fields of the envelope and of the spec stand side by side.
+        The fields of the envelope and of the spec are on one level.
         """
         values = {
             "task_id": self.task_id,
@@ -94,7 +94,7 @@ def parse(body: bytes, *, message_id: str | None, kinds: Kinds) -> Job:
     """Read a message.
 
     Args:
-        body: The message: any bytes at all.
+        body: The message: any bytes.
         message_id: AMQP's `message_id`; one that could not be a task id counts as absent.
         kinds: The kinds that are served, with their defaults.
 
@@ -112,7 +112,7 @@ def parse(body: bytes, *, message_id: str | None, kinds: Kinds) -> Job:
             order, prefix = message["data"], "data."
         task_id = _readable_task_id(message, message_id)
         kind = _kind(message, kinds, task_id)
-        # If `type` or `data` stands twice, the subject is uncertain.
+        # If `type` or `data` occurs twice, the subject is uncertain.
         if not {"type", "data"} & set(repeated):
             known = {
                 "task_id": task_id,
@@ -135,14 +135,14 @@ def parse(body: bytes, *, message_id: str | None, kinds: Kinds) -> Job:
 
 
 def from_understood(kind: JobKind, values: Mapping[str, Any]) -> Job:
-    """The job that `Job.understood` wrote down, with the parameters that it was understood with.
+    """The job that `Job.understood` stored, with the parameters of that time.
 
-    Fields of a newer version have no meaning here: a job that depends on them says so by its
-    record's `min_level`.
+    Fields of a newer version are ignored: the record of a job that depends on them has a higher
+    `min_level`.
 
     Args:
         kind: The record's kind.
-        values: From the job record.
+        values: The message in the job record.
 
     Raises:
         ValueError: The values are not a job's.
@@ -167,7 +167,7 @@ def from_understood(kind: JobKind, values: Mapping[str, Any]) -> Job:
 
 
 def to_message(kind: JobKind, job: Job) -> bytes:
-    """A body that is read as the same job, with the id written in it."""
+    """A message body for the same job, with its id in it."""
     message = {
         "task_id": job.task_id,
         "type": kind.message_type,
@@ -194,7 +194,7 @@ def derive_task_id(body: bytes) -> str:
 
 
 def _load(body: bytes) -> tuple[dict[str, Any], list[str]]:
-    """The JSON object, less the names that stand twice in one of its objects, and those names."""
+    """The JSON object without the names that occur twice in one object, and those names."""
     if len(body) > MAX_BODY:
         raise WrongField("body", f"has {len(body):,} bytes; at most {MAX_BODY:,} are read")
     repeated: list[str] = []

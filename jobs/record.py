@@ -1,30 +1,30 @@
-"""What is known of a job: facts and their transitions, nothing else.
+"""The record of a job: its facts and their transitions.
 
-The record is the truth and a queue message only a hint to look at it (docs/protocol.md, section 4).
-A record lives like this, each arrow one conditional write:
+The record is the source of truth, and a queue message only a hint to look at it (docs/protocol.md,
+section 4). A record has these states; each arrow is one conditional write:
 
     new ──▶ held ──▶ checkpoint … ──▶ ended, delivery pending ──▶ delivered or set aside
              │ ▲                              │ ▲
              ▼ │ claim                        ▼ │ claim (the ending stays as it is)
            released                         released
 
-A person may send a job back: one that failed, and of which the backend has heard, is released as it
-was before its ending; an ending that was set aside has its delivery pending again.
+An operator may send a job back. A job whose failure the backend knows is released again without its
+ending. An ending that was set aside becomes pending again.
 
-A copy of the message that belongs in the dead queue is owed (`owed`) from the write that decides on
-it until the broker has confirmed it. A record that owes one is not settled, so that any worker
-makes up for a worker that died in between.
+If a copy of the message belongs in the dead queue, the record owes it (`owed`) from the write that
+decides on it until the broker has confirmed it. A record that owes a copy is not settled, so
+another worker sends the copy if this one dies.
 
 **How attempts are counted.** `attempts` is the number of attempts in a row that are over and made
 no new checkpoint. An attempt is judged when it is over, not when it begins:
 
 - a release after an error counts it, a release for a shutdown does not: being preempted is not a
   failure;
-- a holder that went silent (killed, or it took its machine down) is counted by whoever takes the
-  record from it, unless that is itself: then it was S3 that was silent;
-- a checkpoint beyond the furthest step that any attempt reached sets the count to 0, and its
-  attempt is not counted, however it ends. A repeated checkpoint (the last one was damaged, so
-  training went one back) is no progress.
+- if a holder stopped writing (it was killed, or its machine failed), the worker that takes the
+  record over counts it, unless that is the same worker: then S3 did not answer;
+- a checkpoint beyond the furthest step of all attempts sets the count to 0, and its attempt is not
+  counted, however it ends. A repeated checkpoint (the last one was damaged, so training went back
+  to the one before) is no progress.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from jobs.layout import INVALID_PREFIX, STYLE
 CHECKPOINTS_KEPT = 3
 SEQUENCES_PER_CLAIM = 1_000_000
 PROTOCOL_LEVEL = 1
-"""The newest features of messages and records that this worker understands. A message that needs
-newer ones says so in the header `x-min-level`, and its record in `min_level`."""
+"""The level of the newest features of messages and records that this worker understands. A message
+that needs a higher level has it in the header `x-min-level`, and its record in `min_level`."""
 _RUNS = uuid.UUID("6f1d3a52-3a0e-5a6c-9d27-5b0f6b6f3f4e")
 _SWEEP_GROWTH = 8
 _LONGEST_SILENCE_SECONDS = 86_400.0
@@ -55,7 +55,7 @@ class State(enum.StrEnum):
 
 
 class Delivery(enum.StrEnum):
-    """Whether the backend has heard of the ending."""
+    """Whether the backend has accepted the ending."""
 
     NONE = "none"
     PENDING = "pending"
@@ -67,7 +67,7 @@ _FINAL = (Delivery.DELIVERED, Delivery.SET_ASIDE)
 
 
 class EndingKind(enum.StrEnum):
-    """The job's last word; also the last part of its webhook's address."""
+    """The kind of a job's ending; also the last part of its webhook's address."""
 
     COMPLETE = "complete"
     FAILED = "failed"
@@ -75,7 +75,7 @@ class EndingKind(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that lies complete on S3.
+    """A checkpoint that is complete on S3.
 
     Attributes:
         name: `epoch-0010`, `epoch-0012-step-0123` inside an epoch, with
@@ -96,13 +96,13 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ending:
-    """The job's last word, exactly as the backend is to hear it.
+    """The job's ending, exactly as it is sent to the backend.
 
     Attributes:
-        webhook_id: The same on every attempt to deliver it, by whichever worker.
+        webhook_id: The webhook's id, the same for every attempt to deliver it, on any worker.
         body: The webhook's body (JSON values only).
-        code: The error code of a `failed` one.
-        at: When, by the worker's clock; for people.
+        code: The error code of a `failed` ending.
+        at: The time of the decision by the worker's clock, for people.
     """
 
     kind: EndingKind
@@ -115,7 +115,7 @@ class Ending:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LastError:
-    """Why the last attempt ended without an ending."""
+    """The error of the last attempt, which did not end the job."""
 
     code: str
     message: str
@@ -126,11 +126,11 @@ class LastError:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OwedCopy:
-    """A copy of the message that the dead queue is to get, and does not have for certain.
+    """A copy of the message for the dead queue that the broker has not confirmed yet.
 
     Attributes:
         code: One of `utils.errors.ErrorCode`.
-        message: Why, for a person.
+        message: The reason, for operators.
         attempts: Attempts made.
     """
 
@@ -142,17 +142,18 @@ class OwedCopy:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobRequest:
-    """What one message asks for.
+    """The order of one message.
 
     Attributes:
         task_id: The job's id, and its record's name.
         kind: The kind of the job.
         subject: The thing that the job makes, such as a style's id.
-        identity: Hash of the understood message: the same id with another identity is another body.
+        identity: Hash of the understood message. The same id with another identity is another
+            order.
         message: The understood message itself (JSON values only), enough to publish it again.
-        webhook_url: Where the backend wants to hear of it, as allowed.
+        webhook_url: The message's webhook address, not checked.
         id_is_derived: The id was derived from the body, so the same body later may be a new job.
-        ending: For a message that can never become a job: its ending, known from the start.
+        ending: The ending of a message that can never become a job.
         min_level: The lowest protocol level of a worker that understands the message.
     """
 
@@ -188,26 +189,26 @@ def derived_task_id(first_id: str, count: int) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord(HeldRecord):
-    """Everything that any worker needs to take a job over.
+    """Everything that a worker needs to take a job over.
 
     Attributes:
         kind: The kind of the job.
         subject: The thing that the job makes, such as a style's id.
         message: The understood order (see `jobs.message.Job.understood`).
-        attempts: Attempts in a row that are over and made no new checkpoint; the one in hand is not
-            among them.
-        fruitful: The attempt in hand made a new checkpoint.
+        attempts: Attempts in a row that are over and made no new checkpoint; the present one is not
+            counted.
+        fruitful: The present attempt made a new checkpoint.
         furthest_step: The furthest step of any registered checkpoint.
         checkpoints: The last few to resume from, newest last.
-        sweeps: How often the record was found abandoned since somebody last claimed it.
-        ended_at: For people. How long ago it ended is judged by S3's dates.
-        owed: The copy that the dead queue is still to get.
+        sweeps: How often the record was found abandoned since its last claim.
+        ended_at: The time of the ending, for people. Decisions use S3's dates.
+        owed: The copy that the dead queue has not got yet.
         min_level: The lowest protocol level of a worker that may claim the job.
-        seconds_run: How long workers have held the live job in all, up to the last write.
+        seconds_run: Seconds that workers have held the live job in all, up to the last write.
         rejections: How often in a row a machine could not do the job and left it to another.
-        rejected_by: The workers that did, separated by commas, each once.
-        epoch_seen, loss_seen, seconds_left: How far the live job was at the last write, for people:
-            completed epochs, the loss, and the time that was left. 0 where it is not known.
+        rejected_by: The workers that rejected it, separated by commas, each once.
+        epoch_seen, loss_seen, seconds_left: Progress of the live job at the last write, for people:
+            completed epochs, the loss, and the remaining time. 0 if unknown.
     """
 
     task_id: str
@@ -240,7 +241,7 @@ class JobRecord(HeldRecord):
 
     @classmethod
     def new(cls, request: JobRequest, owner: str, lease_seconds: float) -> JobRecord:
-        """The record of a job that nobody has seen before, held under claim 1."""
+        """The record of a new job, held under claim 1."""
         record = cls(
             hold=Hold(owner=owner, claim=1, lease_seconds=lease_seconds),
             task_id=request.task_id,
@@ -257,7 +258,7 @@ class JobRecord(HeldRecord):
 
     @classmethod
     def to_stored(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The first release knows styles only: their records hold `style_id` and no kind."""
+        """The first release has only styles: its records have `style_id` and no kind."""
         if values["kind"] != STYLE:
             return values
         names = {"subject": "style_id"}
@@ -295,30 +296,31 @@ class JobRecord(HeldRecord):
 
     @property
     def attempts_with_this(self) -> int:
-        """What `attempts` becomes if the attempt in hand fails now."""
+        """The value of `attempts` if the present attempt fails now."""
         return self.attempts + (0 if self.fruitful else 1)
 
     @property
     def ordered_at(self) -> str:
-        """When the job was ordered: as its message says, else when it was claimed first."""
+        """The time of the order: from the message, or else that of the first claim."""
         said = self.message.get("created_at")
         return said if isinstance(said, str) and said else self.created_at
 
     @property
     def is_settled(self) -> bool:
-        """Nothing is written to this record again, unless a person sends the job back."""
+        """Whether the record is final: it changes only if an operator sends the job back."""
         return self.delivery in _FINAL and self.owed is None
 
     @property
     def rejecters_with_this(self) -> tuple[str, ...]:
-        """The workers that have rejected the job once its present holder does, each once."""
+        """The workers that have rejected the job, including its present holder, each once."""
         before = tuple(filter(None, self.rejected_by.split(",")))
         return tuple(dict.fromkeys((*before, self.hold.owner)))
 
     def claimed(self, owner: str, lease_seconds: float) -> JobRecord:
-        """Taken by `owner`: when it was released, or when its holder has gone silent.
+        """The record claimed by `owner`, after a release or after its lease expired.
 
-        A holder that takes it again was not dead: it could not reach S3, and the job is innocent.
+        If the same holder claims it again, the holder was not dead but could not reach S3, and the
+        attempt is not counted.
         """
         free = self
         if not self.hold.released:
@@ -335,10 +337,10 @@ class JobRecord(HeldRecord):
         )
 
     def with_checkpoint(self, checkpoint: Checkpoint) -> JobRecord:
-        """A checkpoint is complete on S3.
+        """The record with a further checkpoint, which is complete on S3.
 
-        Those at or beyond its step belong to a line that training has left (the newest was
-        damaged): they go.
+        Checkpoints at or beyond its step are removed: training went back before them because the
+        newest was damaged.
         """
         older = tuple(known for known in self.checkpoints if known.step < checkpoint.step)
         further = checkpoint.step > self.furthest_step
@@ -353,11 +355,11 @@ class JobRecord(HeldRecord):
         )
 
     def ended(self, ending: Ending, owed: OwedCopy | None = None) -> JobRecord:
-        """The job's last word; a job has one, so that of an ended job stays.
+        """The record with an ending. A job has one ending, so that of an ended job stays.
 
         Args:
-            ending: The last word.
-            owed: The copy of the message that the dead queue is to get.
+            ending: The ending.
+            owed: The copy of the message that the dead queue will get.
         """
         if self.state is State.ENDED:
             return self
@@ -373,14 +375,14 @@ class JobRecord(HeldRecord):
     def settled(
         self, delivery: Delivery, detail: str | None = None, owed: OwedCopy | None = None
     ) -> JobRecord:
-        """The ending was delivered, or set aside where nobody takes it.
+        """The record after its ending was delivered, or set aside because the backend refuses it.
 
-        The record is finished and free, unless it owes the dead queue a copy.
+        The record is final and released, unless it owes the dead queue a copy.
 
         Args:
-            delivery: How it ended up.
-            detail: What the backend answered.
-            owed: The copy that the dead queue is to get of an ending that is set aside.
+            delivery: The result.
+            detail: The backend's answer.
+            owed: The copy that the dead queue will get of an ending that is set aside.
 
         Raises:
             ValueError: The job has not ended, or `delivery` settles nothing.
@@ -396,21 +398,21 @@ class JobRecord(HeldRecord):
         )
 
     def paid(self) -> JobRecord:
-        """The dead queue has the copy that it was owed."""
+        """The record after the broker confirmed the copy for the dead queue."""
         if self.owed is None:
             return self
         return _free_if_settled(dataclasses.replace(self, owed=None))
 
     def reopened(self) -> JobRecord:
-        """A failed job, sent back for a fresh attempt, from the newest checkpoint that is left.
+        """The record of a failed job that is sent back: it resumes from its newest checkpoint.
 
         The new attempt has a separate ending with a separate id, and the number of the next claim
         makes its `sequence` a later one.
 
-        A copy that the dead queue was still owed is owed no more.
+        A copy that the record still owed is no longer owed.
 
         Raises:
-            ValueError: The job has not failed, or the backend has yet to hear that it did.
+            ValueError: The job has not failed, or the backend does not know yet that it did.
         """
         ending = self.ending
         told = self.delivery in _FINAL
@@ -439,13 +441,13 @@ class JobRecord(HeldRecord):
         )
 
     def to_be_told_again(self) -> JobRecord:
-        """The same ending, which the backend had refused for good, on its way once more.
+        """The record with the delivery of its refused ending pending again.
 
         Raises:
             ValueError: It was not set aside.
         """
         if self.delivery is not Delivery.SET_ASIDE:
-            raise ValueError(f"an ending that is {self.delivery} cannot be told again")
+            raise ValueError(f"an ending that is {self.delivery} cannot be sent again")
         return dataclasses.replace(
             self,
             hold=self.hold.dropped(),
@@ -463,12 +465,12 @@ class JobRecord(HeldRecord):
         quiet_seconds: float = 0.0,
         rejected: bool = False,
     ) -> JobRecord:
-        """Given back by its holder; see the module's text for what counts.
+        """The record released by its holder; the module's docstring defines how attempts count.
 
         Args:
             count_attempt: The attempt failed.
-            error: Why.
-            quiet_seconds: How long it is normal that nobody takes the record.
+            error: The reason, as (code, message).
+            quiet_seconds: The expected time until a worker claims the record.
             rejected: The machine could not do the job and leaves it to another.
         """
         if self.hold.released:
@@ -484,10 +486,10 @@ class JobRecord(HeldRecord):
         )
 
     def swept(self) -> JobRecord:
-        """Found abandoned, and about to be published again.
+        """The record after a sweep found it abandoned; its message is published again next.
 
-        The silence that is normal afterwards grows eightfold each time, up to a day: the message
-        may be waiting behind hours of other jobs, and each copy of it may start a worker.
+        The expected silence afterwards grows eightfold each time, up to a day: the message may wait
+        behind hours of other jobs, and each copy of it may start a worker.
         """
         free = self.released(count_attempt=True)
         quiet = free.hold.lease_seconds * _SWEEP_GROWTH ** min(free.sweeps, 10)

@@ -23,6 +23,8 @@ from jobs.addresses import (
     version_of,
 )
 from jobs.fields import (
+    AUTO,
+    AUTO_WORD,
     STRICT,
     Order,
     WrongField,
@@ -57,7 +59,7 @@ MAX_TRIGGER_WORD = 64
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TARGETS = {"attention": ATTENTION, "attention+ff": (*ATTENTION, "ff.net.0.proj", "ff.net.2")}
-"""Which of the UNet's layers get a LoRA: 128 of SD1.5's, or with the feed-forward ones 160."""
+"""The UNet's layers that get a LoRA: 128 in SD1.5, or 160 with the feed-forward ones."""
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 """The library of each optimizer that torch does not have."""
@@ -66,7 +68,7 @@ LEFT_OUT = {
     "things of DoRA's dora_scale, or drop it, so that one style would have several looks; leave it "
     "out, or set rslora or target for more capacity"
 }
-"""Parameters that people may well ask for, and why there are none of that name."""
+"""Parameters that users may expect but that do not exist, each with the reason."""
 LR_SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -78,7 +80,13 @@ class HyperParameters:
         ValueError: A value is outside its limits; the message names the parameter.
     """
 
-    epochs: int = parameter(100, "passes over the images", low=1, high=1000)
+    epochs: int = parameter(
+        100,
+        "passes over the images; auto: about 3,000 image views in all, at most 500 epochs",
+        low=1,
+        high=1000,
+        auto=True,
+    )
     learning_rate: float = parameter(
         1e-4, "peak learning rate; Prodigy finds its own and does not read it", low=1e-7, high=1e-2
     )
@@ -156,7 +164,7 @@ class HyperParameters:
     def require_libraries(self) -> None:
         """Refuse what this machine's libraries cannot do, without importing them.
 
-        Not a part of the limits: what another machine trained can be read here.
+        This is not a part of the limits: results that another machine trained can be read here.
 
         Raises:
             ValueError: Names the library that is not installed.
@@ -167,6 +175,17 @@ class HyperParameters:
                 f"optimizer is {self.optimizer!r}, and the library {library} that it needs is not "
                 "installed on this worker; choose adamw, or install it"
             )
+
+
+AUTO_VIEWS, AUTO_MOST_EPOCHS = 3000, 500
+"""`epochs: auto`: 500 epochs for up to 6 images, 300 for 10, 100 for 30."""
+AUTO_LEVEL = 1
+"""The protocol level of a message with `epochs: auto`, for its header `x-min-level`."""
+
+
+def auto_epochs(images: int) -> int:
+    """The epochs that `auto` stands for."""
+    return max(1, min(AUTO_MOST_EPOCHS, round(AUTO_VIEWS / max(1, images))))
 
 
 PARAMETER_NAMES = tuple(field.name for field in dataclasses.fields(HyperParameters))
@@ -214,11 +233,11 @@ class TrainingImage:
     """One image that the message asked for.
 
     Attributes:
-        source: Its address as the message spelt it: what a person will recognise in the report.
-        path: Local file, or None where it could not be fetched.
+        source: Its address as in the message, so that the sender recognises it in the report.
+        path: Local file, or None if it could not be fetched.
         caption: Caption, or the empty string.
-        problem: Why there is no file, in words an artist understands; None where there is one.
-        caption_problem: Why a caption that was there is ignored; None where none was ignored.
+        problem: The reason if there is no file, for an artist to read; None if there is one.
+        caption_problem: Why a caption is ignored; None if none is ignored.
     """
 
     source: str
@@ -230,7 +249,7 @@ class TrainingImage:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """One claim's worth of training.
+    """The training run of one claim.
 
     Attributes:
         task_id: The job.
@@ -243,13 +262,14 @@ class TrainingRun:
         min_images: Fewer usable images than this fail the run.
         max_image_pixels: Larger images are left out.
         checkpoint_interval: Epochs between checkpoints.
-        validation_pictures: Never trained on: the probe looks at them.
+        validation_pictures: Images for the probe, which are never trained on.
         sample_prompts: Prompts of the samples; without any, the captions.
-        trigger_word: In front of every prompt, or the empty string.
-        sample_steps: Steps of the sampler; a CPU makes a sketch of fewer.
+        trigger_word: Word in front of every prompt, or the empty string.
+        sample_steps: Steps of the sampler; a CPU uses fewer.
         preview_share: Part of the training's time that samples at checkpoints may take.
-        tensorboard: Draw curves, as event files in the folder `CURVES`.
-        notes: Sentences for the report about files that were sent and are not used.
+        tensorboard: Write curves as event files into the folder `CURVES`.
+        epochs_auto: The epochs were found by the number of images.
+        notes: Sentences for the report about files that were sent but are not used.
     """
 
     task_id: str
@@ -268,6 +288,7 @@ class TrainingRun:
     sample_steps: int = 25
     preview_share: float = 0.0
     tensorboard: bool = False
+    epochs_auto: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -280,10 +301,10 @@ class TrainerOptions:
         base_model_revision: Hub revision; None for the default branch.
         mixed_precision: `fp16`, `bf16` or `no`; on a CPU always `no`.
         gradient_checkpointing: `true`, `false` or `auto`.
-        allow_cpu: Train on the CPU where there is no CUDA, instead of failing.
+        allow_cpu: Train on the CPU if there is no CUDA, instead of failing.
         log_level: Level of the trainer's own log lines.
         log_format: `json` or `text`.
-        runner: Place of the class whose base model is loaded ahead of the first run.
+        runner: The class whose base model is loaded before the first run, as `module:class`.
     """
 
     base_model: str
@@ -301,13 +322,13 @@ class TrainerOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One image that the message asks for.
+    """One image that the message names.
 
     Attributes:
-        source: Its address as the message spelt it, less a query (which may be a signature) but for
-            the version that it names.
-        location: Bucket and key; None where no object can have this address.
-        problem: Why there is none, in words an artist understands; None where there is one.
+        source: Its address as in the message. Of a query, which may hold a signature, only the
+            version is kept.
+        location: Bucket and key; None if no object can have this address.
+        problem: The reason if there is no location, for an artist to read; None if there is one.
     """
 
     source: str
@@ -316,7 +337,7 @@ class ImageRef:
 
     @property
     def version_id(self) -> str | None:
-        """The object's version that is meant; None for the present one.
+        """The object's version that the address names; None for the present one.
 
         Part of the source, and no field: earlier releases refuse a record with unknown fields.
         """
@@ -333,10 +354,11 @@ class StyleSpec:
         captions: One per image; None if the message gives none.
         tags: In the message's order.
         parameters: The hyper-parameters that the message sets.
-        hyper_parameters: All of them: the worker's defaults with the message's over them.
+        hyper_parameters: All hyper-parameters: the message's values, otherwise the worker's
+            defaults.
         validation_images: Images that are never trained on.
         sample_prompts: Prompts of the samples; without any, the captions.
-        trigger_word: In front of every prompt, or the empty string.
+        trigger_word: Word in front of every prompt, or the empty string.
     """
 
     style_id: int
@@ -390,7 +412,7 @@ def _places(images: tuple[ImageRef, ...]) -> list[Any]:
 
 
 def checked_trigger_word(given: str) -> str:
-    """A trigger word as it may be used, on one line.
+    """A trigger word on one line, with its limits checked.
 
     Raises:
         ValueError: It is too long, or would be several tags.
@@ -401,7 +423,7 @@ def checked_trigger_word(given: str) -> str:
     if clean_caption(word).problem:
         raise ValueError("must be valid Unicode text without control characters")
     if "," in word:
-        raise ValueError("must be without commas, which part tags")
+        raise ValueError("must have no comma, because commas separate tags")
     return word
 
 
@@ -431,7 +453,9 @@ class StyleOrder(BaseModel):
 
     def given_parameters(self) -> dict[str, Any]:
         """The parameters that the message sets."""
-        return self.parameters.model_dump(exclude_none=True) if self.parameters else {}
+        # Without the serializer, which expects a number where the word `auto` is.
+        values: dict[str, Any] = dict(self.parameters) if self.parameters else {}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 # ---- the kind ------------------------------------------------------------------------------------
@@ -439,14 +463,15 @@ class StyleOrder(BaseModel):
 IMAGES = "images"
 VALIDATION = "validation"
 WEIGHTS_PER_RANK = {"attention": 199_296, "attention+ff": 374_016}
-"""Trained numbers of a LoRA of rank 1 on SD1.5's UNet."""
+"""The number of trained values of a LoRA of rank 1 on SD1.5's UNet."""
 NUMBERS_PER_WEIGHT = {"adamw": 3, "adamw8bit": 2, "prodigy": 5}
-"""Of four bytes each in a checkpoint: the weight and its optimizer's state, rounded up."""
+"""Values of four bytes per trained value in a checkpoint: weight and optimizer state, rounded
+up."""
 CHECKPOINTS_AT_ONCE = 3
-"""One is being uploaded, one waits for it, and one is being written."""
+"""Checkpoints on the disk at once: one is uploaded, one waits, and one is written."""
 MODEL_FORMATS = 3
 OTHER_FILES_BYTES = 256 * 1024**2
-"""Report, sample images, curves, temporary files: generously, since other programs write, too."""
+"""Bytes for the report, samples, curves and temporary files, with a reserve for other programs."""
 
 
 class StyleKind:
@@ -463,6 +488,7 @@ class StyleKind:
     parameters_type = HyperParameters
     options_type = StyleOptions
     last_file = WEIGHTS
+    needs_gpu = True
 
     def __init__(self, settings: KindSettings) -> None:
         self._defaults = HyperParameters(**settings.parameters)
@@ -501,7 +527,7 @@ class StyleKind:
             captions=tuple(captions),
             tags=tuple(tag for tag in given.tags or () if tag),
             parameters=parameters,
-            hyper_parameters=self._with_defaults(parameters, order),
+            hyper_parameters=self._with_defaults(parameters, len(images), order),
             validation_images=self._images(
                 given.validation_images or [], order, "validation_images"
             ),
@@ -512,8 +538,11 @@ class StyleKind:
     def _images(
         self, addresses: Sequence[str | None], order: Order, field: str
     ) -> tuple[ImageRef, ...]:
-        """One entry per image. A broken address costs one image; an address outside the allowed
-        buckets makes the message invalid."""
+        """One entry per image.
+
+        A broken address costs one image; an address outside the allowed buckets makes the
+        message invalid.
+        """
         images = []
         for index, address in enumerate(addresses):
             try:
@@ -529,23 +558,34 @@ class StyleKind:
                 order.leave_unused(*(f"{field}.{index}{part}" for part in parts))
         return tuple(images)
 
-    def _with_defaults(self, parameters: dict[str, Any], order: Order) -> HyperParameters:
+    def _with_defaults(
+        self, parameters: dict[str, Any], images: int, order: Order
+    ) -> HyperParameters:
         try:
-            return self.hyper_parameters(parameters)
+            return self.hyper_parameters(parameters, images)
         except ValueError as error:  # a rule beyond a plain limit; its text begins with the name
             name = next((one for one in PARAMETER_NAMES if str(error).startswith(f"{one} ")), None)
             field = f"parameters.{name}" if name else "parameters"
             raise WrongField(order.at(field), str(error)) from None
 
-    def hyper_parameters(self, given: Mapping[str, Any]) -> HyperParameters:
-        """The worker's defaults with an order's parameters over them.
+    def hyper_parameters(self, given: Mapping[str, Any], images: int) -> HyperParameters:
+        """The parameters of an order, with the worker's defaults for the others.
+
+        Args:
+            given: The order's parameters.
+            images: The number of the order's images, for `epochs: auto`.
 
         Raises:
             ValueError: A parameter is outside its limits, or needs a library that is not installed.
         """
+        if self._wants_auto(given):
+            given = {**given, "epochs": auto_epochs(images)}
         parameters = dataclasses.replace(self._defaults, **given)
         parameters.require_libraries()
         return parameters
+
+    def _wants_auto(self, given: Mapping[str, Any]) -> bool:
+        return given.get("epochs", self._defaults.epochs) in (AUTO, AUTO_WORD)
 
     def subject_in(self, order: Mapping[str, Any]) -> str | None:
         """The style's id; see `JobKind.subject_in`."""
@@ -558,7 +598,8 @@ class StyleKind:
         """The spec of a record; see `JobKind.restored`."""
         spec = dict(values)
         if "hyper_parameters" not in spec:
-            defaults = self.hyper_parameters(spec.get("parameters", {}))
+            given, images = spec.get("parameters", {}), spec.get("images", ())
+            defaults = self.hyper_parameters(given, len(images))
             spec["hyper_parameters"] = dataclasses.asdict(defaults)
         return from_dict(StyleSpec, spec, tolerant=True)
 
@@ -633,6 +674,7 @@ class StyleKind:
             sample_steps=options.sample_steps,
             preview_share=options.preview_share,
             tensorboard=options.tensorboard,
+            epochs_auto=self._wants_auto(spec.parameters),
         )
 
     # --- webhooks

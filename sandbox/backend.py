@@ -1,7 +1,7 @@
-"""A stand-in for the platform's backend that checks every request as the contract says.
+"""A stand-in for the platform's backend that checks every request against the contract.
 
-It verifies bearer, source and Standard Webhooks signature (docs/protocol.md, section 3), keeps all
-that it was told, and can be told to answer otherwise: late, wrongly, drop by drop or not at all.
+It verifies bearer token, source and Standard Webhooks signature (docs/protocol.md, section 3) and
+keeps every request. A test can set other answers: late, wrong, byte by byte or none.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ ROUTES: dict[str, tuple[str, frozenset[str]]] = {
     ),
     FAILED: ("POST", frozenset({"style_id", "error_message", "error_code"})),
 }
+_OF_STYLES = frozenset({"style_id", "metadata", "training_metric"})
 _WANTED_HEADERS = {"x-request-source": "training-server", "content-type": "application/json"}
 _KEPT_HEADERS = (
     "content-type",
@@ -56,11 +57,11 @@ class ReceivedRequest:
         path: Its path.
         method: Its method.
         headers: Some of its headers, names in lower case; never the token.
-        body: Its JSON body; None where it had none that can be read.
+        body: Its JSON body; None if it has none that can be read.
         received_at: Seconds on `time.monotonic`.
         webhook_id: Its `webhook-id`.
-        status: What it was answered; 0 for a connection that was reset instead.
-        reason: Why it was refused; empty otherwise.
+        status: Status of the answer; 0 if the connection was reset instead.
+        reason: The reason for a refusal; empty otherwise.
     """
 
     path: str
@@ -74,7 +75,7 @@ class ReceivedRequest:
 
     @property
     def task_id(self) -> str | None:
-        """The task that it is about."""
+        """The id of its task."""
         return self.body.get("task_id") if isinstance(self.body, dict) else None
 
     @property
@@ -84,7 +85,7 @@ class ReceivedRequest:
 
 
 class Answer(NamedTuple):
-    """What to answer.
+    """An answer to a request.
 
     Attributes:
         status: HTTP status.
@@ -109,14 +110,14 @@ class Backend:
     Args:
         token: The bearer token that it accepts.
         secrets: Signing secrets; a request must verify with every one of them.
-        answer: Asked for each verified request; None answers as the real backend does. A plain
-            (status, headers, body) does as well.
-        on_request: Told of each verified request.
-        host, port: Where it listens; port 0 takes any free one.
+        answer: Called for each verified request; None gives the real backend's answer. It may also
+            return a plain (status, headers, body).
+        on_request: Called with each verified request.
+        host, port: The address to listen on; port 0 takes any free one.
 
     Attributes:
         url: Its origin, `http://127.0.0.1:port`.
-        answer: May be exchanged at any time.
+        answer: The answers; may be replaced at any time.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Backend:
 
     @property
     def rejected(self) -> tuple[ReceivedRequest, ...]:
-        """Every request that was not as the contract wants it."""
+        """Every request that violated the contract."""
         with self._changed:
             return tuple(self._rejected)
 
@@ -177,7 +178,7 @@ class Backend:
         """The first ending of a task that was accepted.
 
         Raises:
-            TimeoutError: There was none in time; the text says what there was.
+            TimeoutError: There was none in time; the text lists the requests that came.
         """
 
         def accepted() -> list[ReceivedRequest]:
@@ -197,7 +198,7 @@ class Backend:
         )
 
     def handle(self, method: str, path: str, headers: Mapping[str, str], raw: bytes) -> Answer:
-        """Judge one request, remember it, and say what to answer."""
+        """Check one request, store it, and return the answer."""
         headers = {name.lower(): value for name, value in headers.items()}
         request = ReceivedRequest(
             path=path,
@@ -228,7 +229,7 @@ class Backend:
     ) -> tuple[int, str] | None:
         bearer = headers.get("authorization", "").encode()
         if not hmac.compare_digest(bearer, f"Bearer {self._token}".encode()):
-            return 401, "the bearer token is not the right one"
+            return 401, "the bearer token is wrong"
         for name, wanted in _WANTED_HEADERS.items():
             if headers.get(name) != wanted:
                 return 400, f"{name} is not {wanted}"
@@ -243,9 +244,12 @@ class Backend:
 
 
 def _usual(request: ReceivedRequest) -> Answer:
-    """What the real backend answers to a verified request."""
+    """The real backend's answer to a verified request."""
     present = set(request.body) if isinstance(request.body, dict) else set()
-    if missing := ROUTES[request.path][1] - present:
+    wanted = ROUTES[request.path][1]
+    if "kind" in present:  # Only jobs of other kinds than styles name their kind.
+        wanted = wanted - _OF_STYLES | {"subject"}
+    if missing := wanted - present:
         return Answer(400, body=json.dumps({"missing": sorted(missing)}).encode())
     return Answer()
 
@@ -265,7 +269,7 @@ class _Server(ThreadingHTTPServer):
         self.backend = backend
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: clients that hang up are what some tests are about."""
+        """Print nothing: some tests let clients hang up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -273,14 +277,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:  # pylint: disable=redefined-builtin
-        """Say nothing."""
+        """Print nothing."""
 
     def _answer(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         answer = self.server.backend.handle(self.command, self.path, dict(self.headers), raw)
         self.server.backend.closing.wait(answer.delay)
         if answer.reset:
-            # A linger time of nought turns the close into a reset.
+            # A linger time of zero turns the close into a reset.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True

@@ -1,7 +1,7 @@
-"""The stand-in backend as a program of its own: `python -m sandbox.backend_server [HOST] [PORT]`.
+"""The stand-in backend as a program: `python -m sandbox.backend_server [HOST] [PORT]`.
 
-It checks token and signature as the contract says, and prints a line for each request. The token
-and the secret are those of the environment, else the sandbox's own.
+It checks token and signature by the contract, and prints a line for each request. The token and the
+secret are those of the environment, or else the sandbox's.
 """
 
 from __future__ import annotations

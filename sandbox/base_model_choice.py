@@ -1,4 +1,4 @@
-"""What the demo trains: Stable Diffusion 1.5 where that can be, else a stand-in of its shape."""
+"""The demo's base model: Stable Diffusion 1.5 if possible, otherwise a stand-in of its shape."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ HUB_SECONDS = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class BaseModelChoice:
-    """What is trained, and how.
+    """The base model of the demo, and the settings that follow from it.
 
     Attributes:
-        words: What a person is told about it, a line each.
-        settings: What follows for the worker's environment, by name.
-        minutes: A job that is not over by then has failed.
+        words: Lines that describe it to the user.
+        settings: Settings of the worker, by name.
+        minutes: A job that takes longer has failed.
     """
 
     words: tuple[str, ...]
@@ -34,37 +34,37 @@ class BaseModelChoice:
 
 
 def choose_base_model(folder: Path) -> BaseModelChoice:
-    """Decide by what is here; the stand-in is written into `folder` where it is needed."""
+    """Choose by this machine's equipment; if needed, the stand-in is written into `folder`."""
     name = os.environ.get("BASE_MODEL") or DEFAULT
     cuda = torch.cuda.is_available()
     if cuda and _is_at_hand(name):
         gpu = torch.cuda.get_device_name(0)
         words: tuple[str, ...] = (f"base model: Stable Diffusion 1.5 itself ({name}), on {gpu}",)
-        # The worker runs in another folder.
+        # Absolute, because the worker runs in another folder.
         where = str(Path(name).resolve()) if Path(name).is_dir() else name
         return BaseModelChoice(words, {"BASE_MODEL": where}, minutes=60)
-    missing = f"the base model {name} is not to be had here" if cuda else "this machine has no CUDA"
+    missing = f"the base model {name} is not available here" if cuda else "this machine has no CUDA"
     words = (
         f"base model: a tiny stand-in of Stable Diffusion 1.5's shape, because {missing}:",
         "its images will be noise; everything else is real",
     )
-    transformers.utils.logging.disable_progress_bar()  # the demo has a bar of its own
+    transformers.utils.logging.disable_progress_bar()  # the demo has its own progress bar
     settings = {
         "BASE_MODEL": str(build_stand_in(folder)),
         "RESOLUTION": "64",
         "ALLOW_CPU": "true",
-        # A second thread gains nothing on a model so small, and on a busy machine the two wait for
-        # each other a hundred times as long as they compute.
+        # A second thread does not help such a small model. On a busy machine the threads would wait
+        # for each other a hundred times as long as they compute.
         "OMP_NUM_THREADS": "1",
     }
     return BaseModelChoice(words, settings, minutes=10)
 
 
 def _is_at_hand(name: str) -> bool:
-    """Whether the model is a local folder, lies in the hub's cache, or can be fetched."""
+    """Whether the model is a local folder, is in the hub's cache, or can be downloaded."""
     if Path(name).is_dir():
         return True
-    # Weights, not a small file: an interrupted download leaves those of some parts only.
+    # Weights, not a small file: an interrupted download leaves the weights of only some parts.
     parts = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
     suffixes = (".safetensors", ".fp16.safetensors")
     try:
@@ -78,5 +78,5 @@ def _is_at_hand(name: str) -> bool:
         address = f"{constants.ENDPOINT}/api/models/{name}"
         with urllib.request.urlopen(address, timeout=HUB_SECONDS):
             return True
-    except (OSError, ValueError, HTTPException):  # no such name, no such model, no way there
+    except (OSError, ValueError, HTTPException):  # an invalid name, no such model, or no connection
         return False

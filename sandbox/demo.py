@@ -1,8 +1,8 @@
-"""The main job, whole, on this machine: `scripts/demo`.
+"""The whole main job on this machine: `scripts/demo`.
 
-A private RabbitMQ node, an S3 server and a backend are started on free ports; the worker is started
-as ops would, by its environment alone; one training message is published as the backend publishes
-it; what happens is shown, and checked.
+The demo starts a private RabbitMQ node, an S3 server and a backend on free ports. It starts the
+worker as an operator would, configured only by its environment, and publishes one training message
+as the backend does. It shows and checks every step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ OUTPUT = Path(__file__).resolve().parent.parent / "demo-output"
 
 
 def main() -> int:
-    """The command; its exit code is 0 only where everything happened as it should."""
-    parser = argparse.ArgumentParser(description="The main job, whole, on this machine.")
+    """Run the demo. The exit code is 0 only if every check succeeded."""
+    parser = argparse.ArgumentParser(description="Run the whole main job on this machine.")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
     output: Path = parser.parse_args().output.absolute()
     shutil.rmtree(output, ignore_errors=True)
@@ -36,15 +36,15 @@ def main() -> int:
         signal.signal(number, interrupt)
     with Screen() as screen:
         try:
-            # Imported here: torch takes seconds, in which a Ctrl-C is as welcome as later.
+            # Imported here: the import of torch takes seconds, in which Ctrl-C must work.
             # pylint: disable-next=import-outside-toplevel
             from sandbox.demo_parts import play
 
             screen.conclude(play(screen, output))
             return 0
         except (KeyboardInterrupt, Exception) as error:  # pylint: disable=broad-exception-caught
-            if interrupted.is_set():  # a library that is being imported makes another error of it
-                screen.console.print("Stopped; everything that was started has ended.")
+            if interrupted.is_set():  # a library that is being imported turns it into another error
+                screen.console.print("Stopped. All started programs have ended.")
                 return 130
             if not isinstance(error, (DemoFailed, RuntimeError, OSError)):
                 raise

@@ -1,4 +1,4 @@
-"""The demo's one job: published as the backend does it, watched, checked, and its model fetched."""
+"""The demo's job: publishes it like the backend, follows and checks it, and downloads the model."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ MODEL_FILES = (
 
 
 class DemoJob:
-    """One job on servers that are running already.
+    """One job on servers that run already.
 
     Args:
-        screen: Where it is told.
-        rabbit, s3, backend, worker: The parts, started.
+        screen: Shows the progress.
+        rabbit, s3, backend, worker: The started parts.
         output: Folder that receives the model.
-        minutes: After that the job has failed.
+        minutes: A job that takes longer has failed.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class DemoJob:
         self._seen: set[str] = set()
 
     def run(self) -> dict[str, str]:
-        """Publish, watch, check, fetch.
+        """Publish the job, follow it, check it and download its model.
 
         Returns:
             The last lines: name -> text.
 
         Raises:
-            DemoFailed: Says what did not happen as it should.
+            DemoFailed: A check failed; the message names it.
         """
         began = time.monotonic()
         self._upload_photographs()
@@ -99,7 +99,7 @@ class DemoJob:
         self._screen.say(f"ten photographs, {captions} with a caption, are in s3://{MEDIA}")
 
     def _publish(self) -> None:
-        """As the backend does it: a durable queue without arguments, a persistent message."""
+        """Like the backend: a durable queue without arguments, a persistent message."""
         task_id = str(uuid.uuid4())
         names = [photograph.name for photograph in photographs()]
         message = {
@@ -134,11 +134,11 @@ class DemoJob:
                 connection.close()
 
     def _watch(self, deadline: float) -> ReceivedRequest:
-        """Show webhooks and new objects on S3 until the job's ending, which it gives back."""
+        """Show webhooks and new objects on S3 until the job's ending, which is returned."""
         while True:
-            # An ending that is there already speaks before a worker that is gone.
+            # An ending that has arrived counts before an ended worker.
             exit_code = self._worker.exit_code
-            # What the backend has heard of is on S3 by now, so S3's news are told first.
+            # Objects that the backend knows of are on S3 by now, so S3 is shown first.
             news = self._news()
             self._look_at_s3()
             ending = self._show(news)
@@ -147,7 +147,7 @@ class DemoJob:
             if exit_code is not None:
                 raise DemoFailed(
                     f"the worker ended with exit code {exit_code}. "
-                    f"Its last words:\n{self._worker.last_words()}"
+                    f"The end of its log:\n{self._worker.last_words()}"
                 )
             if time.monotonic() > deadline:
                 raise DemoFailed(f"the job was not over after {self._minutes:.0f} minutes")
@@ -168,7 +168,7 @@ class DemoJob:
         return news
 
     def _show(self, news: Sequence[ReceivedRequest]) -> ReceivedRequest | None:
-        """Show webhooks; the ending is given back."""
+        """Show webhooks; the ending is returned."""
         for webhook in news:
             if "progress" not in webhook.body:
                 name = webhook.path.rsplit("/", 1)[-1]
@@ -180,7 +180,7 @@ class DemoJob:
         return None
 
     def _look_at_s3(self) -> None:
-        """Tell each checkpoint and each of the model's files once, when it is there."""
+        """Report each checkpoint and each of the model's files once, when it exists."""
         for bucket, prefix in ((STATE, "checkpoints/"), (MODELS, "models/")):
             listing = self._s3.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
             for entry in sorted(listing, key=lambda entry: entry["LastModified"]):
@@ -191,7 +191,7 @@ class DemoJob:
                 if bucket == MODELS:
                     size = max(1, round(entry["Size"] / 1024))
                     self._screen.say(f"model file on S3: s3://{bucket}/{key} ({size} kB)")
-                elif key.endswith("/manifest.json"):  # written last: the checkpoint is whole
+                elif key.endswith("/manifest.json"):  # written last: the checkpoint is complete
                     name = key.split("/")[-2]
                     self._screen.say(f"checkpoint {name} is on S3, in s3://{bucket}")
 
@@ -214,7 +214,7 @@ class DemoJob:
         self._screen.say("SIGTERM: the worker ended with exit code 0", good=True)
 
     def _check_queues(self) -> None:
-        """With the worker gone, what it had not acked would be back in the queue."""
+        """The worker has ended, so messages that it had not acknowledged would be in the queue."""
         left = {name: self._messages_in(name) for name in (QUEUE, f"{QUEUE}.dead")}
         if any(left.values()):
             raise DemoFailed(f"messages are left in the queues: {left}")

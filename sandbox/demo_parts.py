@@ -1,4 +1,4 @@
-"""The demo's parts, started in their order and ended whatever happens."""
+"""The demo's parts: starts them in order, and ends them in any case."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sandbox.worker_process import WorkerProcess
 def settings_of_the_worker(
     *, rabbit: RabbitMqNode, s3: S3Server, backend: Backend, token: str, folder: Path
 ) -> dict[str, str]:
-    """All that the worker is told, but for the base model."""
+    """All settings of the worker, except those of the base model."""
     return {
         "RABBITMQ_HOST": rabbit.host,
         "RABBITMQ_PORT": str(rabbit.port),
@@ -39,14 +39,14 @@ def settings_of_the_worker(
         "INTERNAL_API_TOKEN": token,
         "PROGRESS_INTERVAL_SECONDS": "1",
         "CHECKPOINT_INTERVAL": "10",
-        "MAX_ATTEMPTS": "1",  # whoever looks on wants to know at once
+        "MAX_ATTEMPTS": "1",  # the user wants a report soon
         "HTTP_PORT": "0",
         "WORK_DIR": str(folder / "work"),
     }
 
 
 def play(screen: Screen, output: Path) -> dict[str, str]:
-    """Start the parts, run the job, end the parts whatever happens.
+    """Start the parts, run the job, and end the parts in any case.
 
     Returns:
         The last lines: name -> text.
@@ -83,7 +83,7 @@ def play(screen: Screen, output: Path) -> dict[str, str]:
         try:
             return job.run()
         except KeyboardInterrupt:
-            # The parts end in their order; a second Ctrl-C must not leave any of them behind.
+            # The parts end in order; a second Ctrl-C must not leave any of them running.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             screen.finish_bar()
             screen.say("stopping: first the worker, then the servers")
@@ -91,7 +91,7 @@ def play(screen: Screen, output: Path) -> dict[str, str]:
 
 
 def signing_secret(token: str) -> str:
-    """What both sides derive where no WEBHOOK_SIGNING_SECRET is set: docs/protocol.md, 3."""
+    """The secret that both sides derive without WEBHOOK_SIGNING_SECRET: docs/protocol.md, 3."""
     digest = hmac.new(
         token.encode(), b"training-server webhook signing v1", hashlib.sha256
     ).digest()

@@ -1,4 +1,4 @@
-"""What a person sees of the demo: a line for each noteworthy thing, and a bar for the training."""
+"""The demo's output: a line for each event, and a bar for the training."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 
 class DemoFailed(Exception):
-    """Something did not happen as it should; the message says what."""
+    """A check of the demo failed; the message names it."""
 
 
 class Screen:
-    """A context manager: the bar, once there is one, stays below the lines until the block ends."""
+    """A context manager: the bar, once shown, stays below the lines until the block ends."""
 
     def __init__(self) -> None:
-        # Addresses and paths are for copying: no colours by guess, no breaks in the middle.
+        # Users copy addresses and paths: no guessed colours, no line breaks inside them.
         self.console = Console(highlight=False, soft_wrap=True)
         self._began = time.monotonic()
         self._bar = Progress(
@@ -46,13 +46,13 @@ class Screen:
         self.finish_bar()
 
     def say(self, text: str, *, good: bool = False) -> None:
-        """One line, with the seconds since the beginning before it."""
+        """Print one line, after the seconds since the start."""
         mark = "[green]✔[/]" if good else "[blue]•[/]"
         seconds = time.monotonic() - self._began
         self.console.print(f"[dim]{seconds:5.1f} s[/] {mark} {escape(text)}")
 
     def show_progress(self, progress: dict[str, Any]) -> None:
-        """Move the bar to what a progress webhook says.
+        """Move the bar to the state in a progress webhook.
 
         Args:
             progress: The webhook's `progress` object.
@@ -64,7 +64,7 @@ class Screen:
         loss, left = progress.get("loss"), progress.get("estimated_seconds")
         epoch, total = progress["current_epoch"], progress["total_epochs"]
         loss_text = "" if loss is None else f"loss {loss:.4f}"
-        left_text = f"{left} s left" if left and epoch else ""  # before that nobody knows
+        left_text = f"{left} s left" if left and epoch else ""  # unknown before that
         self._bar.update(
             self._task,
             completed=epoch,
@@ -73,25 +73,25 @@ class Screen:
             loss=loss_text,
             left=left_text,
         )
-        # Into a file or a pipe no bar is drawn: a line for every fifth of the way instead.
+        # In a file or a pipe, a line per fifth of the training replaces the bar.
         if not self.console.is_terminal and epoch >= self._told_epoch + total / 5:
             self._told_epoch = epoch
             facts = (f"epoch {epoch} of {total}", loss_text, left_text)
             self.say(", ".join(fact for fact in facts if fact))
 
     def finish_bar(self) -> None:
-        """Leave the bar as it is and draw no further."""
+        """Leave the bar as it is, and draw it no more."""
         if self._bar.live.is_started:
             self._bar.stop()
 
     def conclude(self, rows: dict[str, str]) -> None:
-        """The last lines: a name and what it stands for, each."""
+        """Print the last lines, each a name and its text."""
         self.console.print()
         for name, text in rows.items():
             self.console.print(f"[bold]{name:14}[/]{escape(text)}")
 
     def fail(self, reason: str, log: Path) -> None:
-        """Why it did not work, and where to read more."""
+        """Print the reason for a failure, and the address of the worker's log."""
         self.console.print(f"\n[bold red]The demo failed:[/] {escape(reason)}")
         if log.exists():
             self.console.print(f"The worker's log: {log}")

@@ -1,4 +1,4 @@
-"""Ten real photographs, as files: they come inside scikit-image, so nothing has to be fetched."""
+"""Ten real photographs as files. scikit-image includes them, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Photograph:
     Attributes:
         name: File name.
         content: The file: JPEG or PNG, by the name's suffix.
-        caption: What is to be seen, or None where nobody said.
+        caption: A description, or None if there is none.
     """
 
     name: str

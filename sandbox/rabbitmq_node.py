@@ -1,8 +1,8 @@
-"""A private RabbitMQ node in a folder of its own, for the demo and the tests.
+"""A private RabbitMQ node in a separate folder, for the demo and the tests.
 
-Nothing of the machine's own broker is touched: the node has its own name, ports, cookie, data, log,
-configuration and its own `epmd` (Erlang's name server), all bound to the loopback interface, and
-everything ends with this process, even if it is killed.
+It does not use the machine's own broker: the node has its own name, ports, cookie, data, log,
+configuration and `epmd` (Erlang's name server), all bound to the loopback interface. Everything
+ends with this process, even if it is killed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from types import TracebackType
 HOST = "127.0.0.1"
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
-# Debian and the generic tarball keep the real script here; the one in PATH is often a wrapper that
-# insists on the account `rabbitmq` and on /var/lib/rabbitmq.
+# Debian and the generic tarball have the real script here. The one in PATH is often a wrapper that
+# requires the account `rabbitmq` and /var/lib/rabbitmq.
 _USUAL_FOLDERS = (
     "/usr/lib/rabbitmq/bin",
     "/usr/lib/rabbitmq/lib/*/sbin",
@@ -42,11 +42,11 @@ class RabbitMqNode:
     """A broker that belongs to one `with` block.
 
     Args:
-        folder: Where data, log and configuration go; made if it is not there.
-        consumer_timeout_ms: The broker's delivery-ack time-out, looked at every second; None leaves
+        folder: Folder of data, log and configuration; made if it is missing.
+        consumer_timeout_ms: The broker's delivery-ack time-out, checked every second; None keeps
             30 minutes.
-        configuration: More lines of `rabbitmq.conf`; they win.
-        plugins: Plugins that are switched on.
+        configuration: More lines of `rabbitmq.conf`; they take precedence.
+        plugins: Plugins to enable.
 
     Attributes:
         host: Always the loopback address.
@@ -54,7 +54,8 @@ class RabbitMqNode:
         url: `amqp://guest:guest@host:port/`, for any client.
 
     Raises:
-        RabbitMqMissing: From the constructor: no RabbitMQ on this machine, and how to install it.
+        RabbitMqMissing: From the constructor: this machine has no RabbitMQ. The message has the
+            command that installs it.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class RabbitMqNode:
         self.stop()
 
     def start(self) -> None:
-        """Start the node, with the data it had before, and wait until it speaks AMQP.
+        """Start the node with its earlier data, and wait until it answers AMQP.
 
         Raises:
             RuntimeError: It ended or did not answer in time; the message has the end of its log.
@@ -118,7 +119,7 @@ class RabbitMqNode:
             self._epmd = None
 
     def kill(self) -> None:
-        """Pull the plug: SIGKILL. `start` brings the node back with what it had written to disk."""
+        """Kill the node with SIGKILL. `start` starts it again with the data on its disk."""
         self._dismiss_guard()
         if self._server is not None:
             _kill_group(self._server)
@@ -138,10 +139,10 @@ class RabbitMqNode:
         """Run `rabbitmqctl` on this node.
 
         Returns:
-            What it printed.
+            The output of the command.
 
         Raises:
-            RuntimeError: It failed; the message has what it said.
+            RuntimeError: The command failed; the message has its output.
         """
         done = subprocess.run(
             [str(self._scripts / "rabbitmqctl"), "--quiet", "-n", self.name, *arguments],
@@ -160,7 +161,7 @@ class RabbitMqNode:
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {
             "rabbitmq.conf": f"listeners.tcp.1 = {HOST}:{self.port}\n"
-            "disk_free_limit.absolute = 1MB\n"  # the default stops publishers on a small disk
+            "disk_free_limit.absolute = 1MB\n"  # the default would block publishers on a small disk
             "log.file.level = info\n" + self._more_configuration,
             "advanced.config": self._advanced_configuration(),
             "enabled_plugins": f"[{','.join(self._plugins)}].\n",
@@ -184,7 +185,7 @@ class RabbitMqNode:
 
     def _environment(self) -> dict[str, str]:
         own = {
-            "HOME": self.folder,  # Erlang looks for its cookie there
+            "HOME": self.folder,  # Erlang reads its cookie there
             "ERL_EPMD_PORT": self._epmd_port,
             "ERL_EPMD_ADDRESS": HOST,
             "RABBITMQ_NODENAME": self.name,
@@ -200,11 +201,11 @@ class RabbitMqNode:
             "RABBITMQ_GENERATED_CONFIG_DIR": self.folder / "generated",
             "RABBITMQ_FEATURE_FLAGS_FILE": self.folder / "feature_flags",
             "RABBITMQ_PID_FILE": self.folder / "server.pid",
-            # One scheduler and no busy waiting: the node shares its machine with what is being
-            # tested.
+            # One scheduler and no busy waiting: the node shares the machine with the tested
+            # program.
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} "
             "+S 1:1 +SDio 4 +sbwt none +sbwtdcpu none +sbwtdio none",
-            # The script then becomes the Erlang machine instead of standing before it as a shell.
+            # The script then becomes the Erlang machine instead of its parent shell.
             "RUNNING_UNDER_SYSTEMD": "true",
         }
         kept = {
@@ -258,7 +259,7 @@ def _find_scripts() -> Path:
     if found := shutil.which("rabbitmq-server", path=_search_path()):
         folders.append(Path(found).resolve().parent)
     for folder in folders:
-        # `rabbitmq-env` lies beside the real scripts only, never beside a distribution's wrapper.
+        # `rabbitmq-env` is next to the real scripts, but not next to a distribution's wrapper.
         if all((folder / name).exists() for name in ("rabbitmq-server", "rabbitmq-env")):
             return folder
     raise RabbitMqMissing(
@@ -272,8 +273,9 @@ def _search_path() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports below the range that outgoing connections take theirs from: the node finds them free
-    after a restart too.
+    """Ports below the range that outgoing connections take theirs from.
+
+    The node finds them free after a restart too.
     """
     found: list[int] = []
     while len(found) < count:
@@ -295,8 +297,9 @@ def _speaks_amqp(port: int) -> bool:
 
 
 def _guard_over(*groups: int) -> subprocess.Popen[bytes]:
-    """A shell that kills these process groups when this process is gone, however it went: its
-    standard input ends.
+    """Start a shell that kills these process groups once this process has ended in any way.
+
+    Its standard input then closes.
     """
     return subprocess.Popen(
         ["/bin/sh", "-c", 'read _; for group; do kill -9 "-$group"; done', "guard"]

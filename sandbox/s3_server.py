@@ -1,8 +1,8 @@
-"""An S3 server of one's own: moto in a process of its own, on a free port of this machine.
+"""A private S3 server: moto in a separate process, on a free port of this machine.
 
-moto checks an `If-Match` and writes afterwards without a lock in between, so two writers can both
-win, and a listing breaks over an object that is deleted meanwhile. Here every request that changes
-or lists something waits for its turn, so that a race has one winner, as on S3 itself.
+moto checks an `If-Match` and then writes, without a lock. So two writers can both win, and a
+listing fails if an object is deleted meanwhile. Here requests that change or list something run one
+at a time, so that a race has one winner, as on S3.
 
 moto also ignores `x-amz-copy-source-if-match`; here a copy of another version is refused, as on S3.
 """
@@ -36,7 +36,7 @@ _Application = Callable[[_Environ, Callable[..., Any]], Iterable[bytes]]
 
 
 class S3Server:
-    """A context manager: the server runs while the block does, and forgets everything afterwards.
+    """A context manager: the server runs during the block, and its data are lost afterwards.
 
     Attributes:
         endpoint: Its address, `http://127.0.0.1:port`.
@@ -55,13 +55,13 @@ class S3Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C ends whoever uses this server first, then the server
+            start_new_session=True,  # Ctrl-C goes to the parent, which ends the server
         )
         assert self._process.stdout
         self.endpoint = self._process.stdout.readline().strip()
         if not self.endpoint:
             self.__exit__()
-            raise RuntimeError("the S3 server did not start; its own words are above")
+            raise RuntimeError("the S3 server did not start; its output is above")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,7 +71,7 @@ class S3Server:
             self._process = None
 
     def client(self) -> S3Client:
-        """A boto3 client of this server; always the same one, which threads may share."""
+        """The boto3 client of this server, which threads may share."""
         self._client = self._client or boto3.session.Session().client(
             "s3",
             region_name=REGION,
@@ -88,7 +88,7 @@ class S3Server:
 
 
 class OneWriterAtATime:
-    """WSGI middleware: what changes or lists is done alone, and a body must match its SHA-256."""
+    """WSGI middleware: changes and listings run one at a time; a body must match its SHA-256."""
 
     def __init__(self, application: _Application) -> None:
         self._application = application
@@ -98,7 +98,7 @@ class OneWriterAtATime:
         lists = "list-type=" in environ.get("QUERY_STRING", "")
         if environ["REQUEST_METHOD"] in ("GET", "HEAD") and not lists:
             return self._application(environ, start_response)
-        # The body is read before the turn begins: a slow sender keeps nobody waiting.
+        # The body is read before the turn begins, so that a slow sender blocks no other request.
         body = _read_body(environ)
         environ["wsgi.input"] = io.BytesIO(body)
         environ["CONTENT_LENGTH"] = str(len(body))
@@ -146,7 +146,7 @@ def _end_with_standard_input() -> None:
 
 def main() -> None:
     """Serve until standard input closes; the first line on standard output is the address."""
-    # Imported here: whoever only starts the server has no need of moto.
+    # Imported here: the process that starts the server does not need moto.
     from moto.moto_server.werkzeug_app import (  # pylint: disable=import-outside-toplevel
         DomainDispatcherApplication,
         MotoRequestHandler,
@@ -158,7 +158,7 @@ def main() -> None:
         """Serves without a line for each request."""
 
         def log(self, *_: object) -> None:
-            """Say nothing."""
+            """Print nothing."""
 
     application = OneWriterAtATime(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=QuietHandler)

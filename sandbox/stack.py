@@ -1,8 +1,8 @@
-"""A stack for trying things out, without Docker: `python -m sandbox.stack [FOLDER]`.
+"""A stack for trying the commands, without Docker: `python -m sandbox.stack [FOLDER]`.
 
-A private RabbitMQ node, an S3 server, and a backend that checks every signature; the base model as
-the demo chooses it. All that the worker and the commands are told is in `FOLDER/env`, to be sourced
-by a shell; photographs to train on are in `FOLDER/images`. Everything ends with this program.
+It has a private RabbitMQ node, an S3 server, a backend that checks every signature, and the demo's
+base model. `FOLDER/env` has all settings of the worker and the commands, for a shell to source;
+`FOLDER/images` has photographs to train on. Everything ends with this program.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sandbox.s3_server import S3Server
 
 
 def main(folder: Path) -> None:
-    """Start everything, and stay until told to stop by Ctrl-C or SIGTERM."""
+    """Start everything, and wait for Ctrl-C or SIGTERM."""
     stopped = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, stopped)
     token = secrets.token_hex(24)
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
 
 
 def _write(path: Path, values: dict[str, str]) -> None:
-    """For a shell to read, and for nobody else: there are secrets in it."""
+    """Readable only by its owner, because it holds secrets."""
     path.unlink(missing_ok=True)
     with open(
         os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"

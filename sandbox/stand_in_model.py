@@ -1,8 +1,8 @@
 """A tiny stand-in for Stable Diffusion 1.5, for machines without the model hub or without CUDA.
 
-It has SD1.5's parts and manners (the same kinds of blocks and attention layers, eight pixels to a
-latent, the tokenizer's rules, the noise schedule) with few channels and random weights. It paints
-noise: it proves the way through a whole training, not the taste of the result.
+It has SD1.5's structure (the same kinds of blocks and attention layers, eight pixels per latent,
+the tokenizer's rules, the noise schedule) with few channels and random weights. Its samples are
+noise: it tests the whole course of a training, not the quality of the result.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 TEXT_WIDTH = 32
 MAX_TOKENS = 77
 COMPLETE = "stand-in.json"
-"""Written last: a folder with this file is whole."""
+"""Written last: a folder with this file is complete."""
 LAYOUT = 1
-"""To be raised with every change of what is written below."""
+"""Raise it with every change of the files that are written below."""
 
-# By hand, as SD1.5's is spelt: a pipeline object would load all of diffusers' pipelines.
+# Written by hand in SD1.5's form: a pipeline object would load all of diffusers' pipelines.
 _MODEL_INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
@@ -43,11 +43,11 @@ _MODEL_INDEX: dict[str, Any] = {
 def build_stand_in(folder: Path, *, seed: int = 0) -> Path:
     """Write the stand-in as a folder for `StableDiffusionPipeline.from_pretrained`.
 
-    Does nothing where a stand-in of the same seed is complete already. The global random state is
-    left alone.
+    Does nothing if the folder has a complete stand-in of the same seed. The global random state
+    does not change.
 
     Args:
-        folder: Where the model is to lie; a half-written one there is replaced.
+        folder: Folder of the model; an incomplete model there is replaced.
         seed: Seed of the weights: the same seed gives the same files.
 
     Returns:
@@ -70,7 +70,7 @@ def build_stand_in(folder: Path, *, seed: int = 0) -> Path:
         try:
             os.replace(half, folder)
         except OSError:
-            if not mark.is_file():  # else another process was faster, and wrote the same
+            if not mark.is_file():  # otherwise another process was faster, and wrote the same
                 raise
     finally:
         shutil.rmtree(half, ignore_errors=True)
@@ -96,7 +96,10 @@ def _write_parts(folder: Path) -> None:
 
 
 def _tokenizer() -> Any:
-    """CLIP's rules over single characters: every byte, alone and at a word's end, and no merges."""
+    """CLIP's rules for single characters, without merges.
+
+    They cover every byte, inside a word and at its end.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     # Byte-level BPE (Radford et al., 2019) spells unprintable bytes with characters from 256 on.

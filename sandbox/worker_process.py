@@ -1,4 +1,4 @@
-"""The worker as ops start it: `python main.py worker`, configured by its environment alone."""
+"""The worker as operators start it: `python main.py worker`, configured only by its environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from config import setting_names
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = frozenset({"HF_HOME", "HF_TOKEN", "CUDA_VISIBLE_DEVICES"})
-"""What a machine's owner has set about the model hub and the GPU holds here too."""
+"""The machine's settings of the model hub and the GPU also apply here."""
 _LAUNCHER = """
 import ctypes, os, signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -28,14 +28,14 @@ Under Linux the command is stopped (PR_SET_PDEATHSIG) if this process is killed.
 
 
 class WorkerProcess:
-    """A context manager; where the block ends early the worker is asked to stop, then made to.
+    """A context manager; at the block's end a running worker gets SIGTERM, then SIGKILL.
 
     Args:
-        settings: All of the worker's settings, by their names: what this process's environment and
-            the project's `.env` say of others does not reach it, but for `KEPT`.
+        settings: All of the worker's settings by name. Settings of this process's environment and
+            of the project's `.env` do not reach it, except `KEPT`.
         folder: Folder in which the worker runs.
-        log: File that receives all that the worker writes.
-        code: Folder of the program; another release's, to run two of them side by side.
+        log: File that receives the worker's output.
+        code: Folder of the program; another release's folder runs two releases together.
         launcher: Command that starts the worker, such as `nohup`.
     """
 
@@ -85,7 +85,7 @@ class WorkerProcess:
         """Send SIGTERM and wait; after `seconds`, SIGKILL.
 
         Returns:
-            The exit code: 0 where it ended as it should.
+            The exit code; 0 after a regular end.
         """
         assert self._process, "the worker was never started"
         if self._process.poll() is None:
@@ -106,7 +106,7 @@ class WorkerProcess:
         with self.log.open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-ISc", _LAUNCHER, *self._command],
-                cwd=self._folder,  # where no `.env` lies
+                cwd=self._folder,  # without a `.env` in it
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

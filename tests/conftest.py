@@ -1,5 +1,7 @@
-"""Real servers for the tests, each private to this run. One that does not start is a failure, never
-a skip."""
+"""Real servers for the tests, each private to this run.
+
+One that does not start is a failure, never a skip.
+"""
 
 from __future__ import annotations
 

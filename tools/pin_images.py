@@ -32,7 +32,7 @@ PINNED = "Container images are pinned by digest"
 HUB = "https://huggingface.co"
 DOCKER_HUB = "registry-1.docker.io"
 _IMAGE = re.compile(
-    r"^(?P<before># syntax=|ARG BASE=|\s+image: )"
+    r"^(?P<before># syntax=|ARG (?:FRONT_)?BASE=|\s+image: )"
     r"(?P<name>[a-z0-9./:_-]+):(?P<tag>[\w.-]+)(?P<digest>@sha256:[0-9a-f]{64})?$",
     re.MULTILINE,
 )
@@ -178,7 +178,7 @@ def changes(root: Path) -> dict[str, str]:
 def main(arguments: list[str], root: Path = ROOT) -> int:
     """Write the pins. Exit code 1: with `--check`, something would change; 2: nothing was asked."""
     parser = argparse.ArgumentParser(prog="scripts/pin-images", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say what would change")
+    parser.add_argument("--check", action="store_true", help="only print the changes")
     options = parser.parse_args(arguments)
     try:
         new = changes(root)

@@ -5,8 +5,8 @@ that the index offers for it. Locks are for CPython 3.11 on Linux (x86-64 and ar
 install them with `--require-hashes --no-deps`.
 
 Both builds of torch are accepted: the index's, which uses CUDA, and the build for CPUs, which
-PyTorch publishes on its own index. The latter also has a lock of its own, so that it can be asked
-for, and so have the CUDA libraries, because it needs none of them.
+PyTorch publishes on its own index. The latter has a separate lock, so that it can be chosen, and
+so have the CUDA libraries, because it needs none of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT, TESTS, BUILD = "requirements", "requirements-dev", "requirements-build"
+ROOMS = ("requirements-front",)
+"""Parts of the product that have their own lock; their packages are in the product's lock too."""
 CPU, CUDA = "requirements-cpu", "requirements-cuda"
 CUDA_LIBRARIES = re.compile(r"(nvidia-(?!ml-py$)|cuda-|triton$)")
 """Packages that only torch's CUDA build depends on."""
@@ -144,18 +146,25 @@ def main() -> None:
         TESTS: [each for each in everything if each.pin not in pins],
         BUILD: resolve(BUILD, old[BUILD]),
     }
+    made |= {room: _part(room, product) for room in ROOMS}
     also = {
         PRODUCT: [],
         CUDA: ["The libraries of torch's CUDA build; its build for CPUs needs none of them."],
         CPU: ["torch's build for CPUs, in place of the one in requirements.lock."],
         TESTS: ["The packages that the tests need in addition to requirements.lock."],
         BUILD: [],
-    }
+    } | {room: [f"The part of requirements.lock that {room}.txt needs."] for room in ROOMS}
     for name, packages in made.items():
         head = "Made by scripts/lock, for CPython 3.11 on Linux. Do not edit."
         text = render(packages, head, *also[name])
         (ROOT / f"{name}.lock").write_text(text, encoding="utf-8")
         print(f"{name}.lock: {len(packages)} packages")
+
+
+def _part(room: str, product: list[Package]) -> list[Package]:
+    """The packages of one room, as the product has them."""
+    names = {package.name for package in resolve(room, render(product))}
+    return [package for package in product if package.name in names]
 
 
 def _read(name: str) -> str:

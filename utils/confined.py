@@ -4,7 +4,7 @@ Run as a script: `python -I -S utils/confined.py CONFINEMENT_AS_JSON PROGRAM ARG
 script confines itself and then becomes the program, so no line of the program runs before that,
 and its process id stays. It needs only the standard library.
 
-Three mechanisms, each closing gaps of the others:
+There are three mechanisms; each closes gaps of the others:
 
 - The parent calls `hide_own_memory`: a process that is not dumpable shows its environment, memory
   and open files only to root.
@@ -34,7 +34,7 @@ _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # system calls, on e
 _VERSION_FLAG = 1
 _PATH_RULE, _PORT_RULE = 1, 2
 
-# Access rights. Those that are not handled stay free: running programs, listing folders, ioctl.
+# Access rights. Rights that are not listed stay allowed: running programs, listing folders, ioctl.
 _WRITE_FILE, _READ_FILE = 1 << 1, 1 << 2
 _CHANGE_FOLDER = sum(1 << bit for bit in range(4, 13))  # remove and make entries of every kind
 _MOVE, _TRUNCATE = 1 << 13, 1 << 14
@@ -46,7 +46,7 @@ _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 2
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 _LAST_CAPABILITY = 63
-# For files of other owners and memory that is locked for the GPU. No more: with SYS_PTRACE,
+# For files of other owners, and for memory that is locked for the GPU. Not more: with SYS_PTRACE,
 # SYS_ADMIN, SYS_RAWIO or DAC_READ_SEARCH root could read the parent's memory, or any file.
 _KEPT_CAPABILITIES = frozenset({0, 1, 3, 14, 23})  # CHOWN, DAC_OVERRIDE, FOWNER, IPC_LOCK, SYS_NICE
 
@@ -84,7 +84,7 @@ def landlock_version() -> int:
 def hide_own_memory() -> None:
     """Deny other processes of this user the environment, memory and open files of this one.
 
-    A crash writes no core file either, here and in what is started from here: it would hold every
+    A crash writes no core file either, in this process and its children: the file would hold every
     secret.
     """
     _libc().prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -95,7 +95,7 @@ def hide_own_memory() -> None:
 def confine(confinement: Confinement) -> None:
     """Confine this thread and everything that it starts; nothing can undo it.
 
-    Without Landlock (see `landlock_version`) the rest is done.
+    Without Landlock (see `landlock_version`) the other two mechanisms still apply.
 
     Raises:
         OSError: Landlock is there and refuses. The rest is in place.
@@ -118,10 +118,10 @@ def confine(confinement: Confinement) -> None:
 
 
 def _allowed(confinement: Confinement) -> Iterator[tuple[str, bool]]:
-    """Everything that stays allowed, each with whether it is for reading only.
+    """The paths that stay allowed, each with whether it is read-only.
 
-    Landlock knows no exceptions from what is allowed: of a folder with an exception in it, each
-    entry is allowed by itself. Entries that are made there later are not.
+    Landlock has no exceptions inside an allowed folder. If a folder contains an exception, each of
+    its other entries is allowed separately; entries that are made later are not.
     """
     hidden = {os.path.realpath(path) for path in confinement.hidden}
     read_only = {os.path.realpath(path) for path in confinement.read_only}
@@ -147,7 +147,7 @@ def _parents(path: str) -> Iterator[str]:
 
 
 def _entries(folder: str) -> list[str]:
-    """Without symbolic links: what they lead to is judged where it is."""
+    """Without symbolic links: their targets are judged at their own places."""
     try:
         with os.scandir(folder) as found:
             return [entry.path for entry in found if not entry.is_symlink()]
@@ -156,7 +156,7 @@ def _entries(folder: str) -> list[str]:
 
 
 def _files(version: int) -> int:
-    """All rights that are handled."""
+    """All access rights that the rules list."""
     rights = _READ_FILE | _WRITE_FILE | _CHANGE_FOLDER | _MOVE
     return rights | (_TRUNCATE if version >= _TRUNCATE_ABI else 0)
 
@@ -173,7 +173,7 @@ def _ruleset(version: int) -> int:
 def _allow_path(ruleset: int, path: str, rights: int) -> None:
     try:
         handle = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:  # gone since it was listed, or closed to this user anyway
+    except OSError:  # removed since it was listed, or closed to this user in any case
         return
     try:
         if not os.path.isdir(path):
@@ -190,12 +190,12 @@ def _add_rule(ruleset: int, kind: int, rule: bytes) -> int:
 
 
 def _drop_capabilities() -> None:
-    """Leave root the few that training can want; a user without any keeps none."""
+    """Leave root the few capabilities that training may need; a user without any keeps none."""
     libc = _libc()
     for capability in set(range(_LAST_CAPABILITY + 1)) - _KEPT_CAPABILITIES:
         libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
     libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    # The inheritable ones would come back with the program.
+    # Inheritable capabilities would return with the program.
     header = struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, 0)
     held = ctypes.create_string_buffer(24)  # effective, permitted and inheritable, twice 32 bits
     if libc.capget(header, held) == 0:

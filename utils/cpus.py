@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 MOST_THREADS = 16
-"""With more threads the tensors of a few images are too small to be shared out."""
+"""The tensors of a few images are too small for more threads."""
 
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -36,7 +36,7 @@ def _siblings(cpu: int) -> str:
 
 
 def _quota() -> float:
-    """CPUs' worth of time that the container and every group around it may use."""
+    """The CPUs that the container's quota allows, with all groups around it."""
     folders = [_CGROUPS, _CGROUPS / "cpu"]
     try:
         for line in _OWN_CGROUP.read_text("utf-8").splitlines():

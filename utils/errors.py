@@ -3,7 +3,7 @@
     TrainingServerError
     ├── ConfigurationError            the settings are wrong; nothing can start
     ├── InvalidMessage                a message that can never become a job
-    │   └── UnknownType               a message that is meant for another worker
+    │   └── UnknownType               a message of a type that this worker does not serve
     ├── JobError                      a job that ends in `failed`
     │   ├── ImageDownloadFailed       too few images could be fetched
     │   ├── LowQualityData            too few of the fetched images are usable
@@ -14,25 +14,25 @@
     │   │   └── CheckpointUnusable    damaged, or of another run: try an older one
     │   ├── TimeLimit
     │   ├── JobTooLarge               it needs more disk space than the workers have
-    │   ├── ExportFailed              the written files do not act as the weights
+    │   ├── ExportFailed              the written files do not give the trained weights
     │   ├── WorkerCrashed             the trainer process died
     │   └── Cancelled
-    ├── MachineError                  this machine is unfit; the job is innocent
+    ├── MachineError                  this machine is unfit; the job is not at fault
     │   ├── GpuBroken
     │   ├── DiskFull
-    │   └── NoRoomForJob              the job needs more disk than is free here; the worker goes on
+    │   └── NoRoomForJob              the job needs more disk than is free; the worker continues
     ├── StorageError                  S3
     │   ├── ObjectNotFound
     │   ├── AccessDenied
     │   ├── ObjectTooLarge
-    │   ├── DamagedRecord             a record that cannot be read; waiting cannot help
-    │   ├── NewerRecord               a record for a newer worker
+    │   ├── DamagedRecord             a record that cannot be read; waiting does not help
+    │   ├── NewerRecord               a record that a newer worker wrote
     │   └── PreconditionFailed        a conditional write found another version
     ├── BrokerError                   RabbitMQ
-    │   ├── BrokerRefused             waiting cannot help: credentials, conflicting queues
+    │   ├── BrokerRefused             waiting does not help: credentials, conflicting queues
     │   └── PublicationRefused        the broker does not take one message; the connection may work
-    └── Stopped                       not a fault: the run was asked to stop, with a reason
-        └── LeaseLost                 another worker owns the job now
+    └── Stopped                       no fault: a stop of the run was requested, with a reason
+        └── LeaseLost                 another worker has the job now
 
 A class's docstring is its default message. `CODES` is the one table of the error code for the
 backend and of whether a retry can help.
@@ -66,7 +66,7 @@ class ErrorCode(enum.StrEnum):
 
 
 class StopReason(enum.StrEnum):
-    """Why a run was asked to stop."""
+    """The reason for a stop of a run."""
 
     CANCELLED = "cancelled"
     SHUTDOWN = "shutdown"
@@ -75,27 +75,27 @@ class StopReason(enum.StrEnum):
 
 
 class TrainingServerError(Exception):
-    """Something went wrong in the training server."""
+    """The training server failed. The log of the worker has the details."""
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or inspect.cleandoc(type(self).__doc__ or "").splitlines()[0])
 
 
 class ConfigurationError(TrainingServerError):
-    """The settings are wrong."""
+    """The settings are wrong. Run `main.py doctor` for the problems and their remedies."""
 
 
 class InvalidMessage(TrainingServerError):
-    """The message cannot become a job.
+    """The message cannot become a job. Compare it with docs/protocol.md, section 2.
 
     Attributes:
         field: The field that is wrong, in the message's own spelling (`data.parameters.epochs`), or
             `body`.
-        task_id: The task's id where one could be read.
+        task_id: The task's id, if it could be read.
         kind: The kind of job.
         subject: The subject of the order if it could be read, such as a style's id; then the
             backend gets a `failed` webhook.
-        webhook_url: The message's webhook address where one could be read (not yet checked).
+        webhook_url: The message's webhook address, if it could be read; not checked.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class InvalidMessage(TrainingServerError):
 
 
 class UnknownType(InvalidMessage):
-    """The message's type is not one that this worker does."""
+    """The message's type is none that this worker serves. The setting KINDS names the kinds."""
 
 
 class JobError(TrainingServerError):
@@ -149,11 +149,11 @@ class TrainingFailed(JobError):
 
 
 class CheckpointUnusable(TrainingFailed):
-    """The checkpoint cannot be used to go on."""
+    """The checkpoint cannot be used to resume training."""
 
 
 class TimeLimit(JobError):
-    """The job took longer than it may."""
+    """The job exceeded its time limit (MAX_JOB_SECONDS)."""
 
 
 class JobTooLarge(JobError):
@@ -173,7 +173,7 @@ class Cancelled(JobError):
 
 
 class MachineError(TrainingServerError):
-    """This machine cannot train at the moment."""
+    """This machine cannot train now."""
 
 
 class GpuBroken(MachineError):
@@ -209,7 +209,7 @@ class DamagedRecord(StorageError):
 
 
 class NewerRecord(StorageError):
-    """The record was written for a newer worker. Update this one."""
+    """A newer worker wrote the record. Update this worker."""
 
 
 class PreconditionFailed(StorageError):
@@ -221,11 +221,11 @@ class BrokerError(TrainingServerError):
 
 
 class BrokerRefused(BrokerError):
-    """RabbitMQ refuses this worker, and waiting will not help."""
+    """RabbitMQ refuses this worker, and waiting does not help."""
 
 
 class Refusal(enum.StrEnum):
-    """Why a publication was not taken."""
+    """The reason why a publication was not accepted."""
 
     FORM = "form"
     """Its headers or its size: the broker or the client refuses the message itself."""
@@ -240,10 +240,10 @@ class Refusal(enum.StrEnum):
 
 
 class PublicationRefused(BrokerError):
-    """RabbitMQ does not take this message.
+    """RabbitMQ does not accept this message.
 
     Attributes:
-        refusal: Why.
+        refusal: The reason.
     """
 
     def __init__(self, message: str | None = None, refusal: Refusal = Refusal.LOST) -> None:
@@ -252,7 +252,7 @@ class PublicationRefused(BrokerError):
 
 
 class Stopped(TrainingServerError):
-    """The run was asked to stop."""
+    """A stop of the run was requested."""
 
     def __init__(self, reason: StopReason, message: str | None = None) -> None:
         super().__init__(message)
@@ -260,7 +260,7 @@ class Stopped(TrainingServerError):
 
 
 class LeaseLost(Stopped):
-    """Another worker owns the job now."""
+    """Another worker has the job now."""
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(StopReason.LEASE_LOST, message)
@@ -283,8 +283,8 @@ CODES: dict[type[TrainingServerError], tuple[ErrorCode, bool]] = {
     Cancelled: (ErrorCode.CANCELLED, False),
     MachineError: (ErrorCode.WORKER_CRASHED, True),
     StorageError: (ErrorCode.STORAGE_FAILED, True),
-    # A missing or forbidden object is retried like any problem of S3: both happen to whole buckets
-    # while a policy is being corrected. A size stays.
+    # A missing or forbidden object is retried like any problem of S3: a whole bucket can be missing
+    # or forbidden until an operator corrects a policy. An object's size does not change.
     ObjectTooLarge: (ErrorCode.STORAGE_FAILED, False),
 }
 
@@ -306,8 +306,8 @@ def _entry(error: BaseException) -> tuple[ErrorCode, bool]:
     return CODES[TrainingFailed]
 
 
-# The errors that the trainer process may report, by class name: what crosses the pipe is a name,
-# never an object.
+# The errors that the trainer process may report, by class name: the pipe carries the name, never an
+# object.
 REPORTABLE: dict[str, type[TrainingServerError]] = {
     cls.__name__: cls
     for cls in (

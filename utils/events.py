@@ -1,8 +1,9 @@
-"""The vocabulary between the front desk and the trainer process: frozen facts, one JSON object a
-line.
+"""The messages between the front desk and the trainer process.
 
-In go a `Run` (see `jobs.kinds`) and a `Stop`; out come `Started`, `Progress`,
-`CheckpointSaved`, `Finished` and `Failed`, and between runs too `BaseModelReady`. Nothing else
+They are frozen facts, one JSON object per line.
+
+The trainer receives a `Run` (see `jobs.kinds`) and a `Stop`. It sends `Started`, `Progress`,
+`CheckpointSaved`, `Finished` and `Failed`, and also between runs `BaseModelReady`. Nothing else
 crosses the pipe, and nothing is pickled.
 """
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 
 class Stage(enum.StrEnum):
-    """What a job is doing; `progress.stage` on the wire."""
+    """The stage of a job; `progress.stage` on the wire."""
 
     QUEUED = "queued"
     PREPARING = "preparing"
@@ -36,8 +37,8 @@ class Stop:
     """Ask one run to stop at the next optimizer step.
 
     Attributes:
-        reason: Why.
-        task_id, claim: The run that is meant; for any other the stop comes too late.
+        reason: The reason.
+        task_id, claim: The run to stop. Any other run ignores the request.
     """
 
     reason: StopReason
@@ -46,7 +47,7 @@ class Stop:
 
 
 def _facts() -> Any:
-    """The field for what only the kind of the job knows (JSON values)."""
+    """The field for facts of the job's kind (JSON values)."""
     return dataclasses.field(default_factory=dict)  # pylint: disable=invalid-field-call
 
 
@@ -55,10 +56,10 @@ class Started:
     """The inputs are ready; the work itself follows.
 
     Attributes:
-        done: Units of work that earlier runs of the job did, else 0.
+        done: Units of work that earlier runs of the job did; 0 if there were none.
         total: Units of work of the whole job.
         unit: Name of one unit, such as `step`.
-        facts: What the kind of the job adds, such as epochs.
+        facts: Facts of the job's kind, such as epochs.
         warnings: Sentences for the report.
     """
 
@@ -72,7 +73,7 @@ class Started:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the run is. Sent when a stage begins and at most a few times a second afterwards.
+    """The progress of a run. Sent when a stage begins, then at most a few times per second.
 
     Attributes:
         done: Completed units of work of the job.
@@ -81,7 +82,7 @@ class Progress:
         per_second: Units per second, measured over this run; None before there is a measurement.
         gpu_memory_allocated: Bytes of the GPU that the trainer's tensors use; None without a GPU.
         gpu_memory_reserved: Bytes of the GPU that the trainer holds, free ones included.
-        facts: What the kind of the job adds, such as `epoch` and `loss`.
+        facts: Facts of the job's kind, such as `epoch` and `loss`.
     """
 
     task_id: str
@@ -96,14 +97,13 @@ class Progress:
 
     @property
     def seconds_left(self) -> int | None:
-        """The time that is left, by the measured rate; None before there is one."""
+        """The remaining seconds by the measured rate; None before there is one."""
         return round((self.total - self.done) / self.per_second) if self.per_second else None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CheckpointSaved:
-    """A complete checkpoint lies in `folder` (its manifest is written) and is nobody else's to
-    change.
+    """A complete checkpoint is in `folder`, with its manifest. The trainer no longer changes it.
 
     Attributes:
         name: Its folder's name: `epoch-0010`, `epoch-0012-step-0123` inside an epoch, with
@@ -111,7 +111,7 @@ class CheckpointSaved:
         epoch: Completed epochs.
         step: Completed optimizer steps of the job.
         folder: The checkpoint's absolute local folder.
-        seconds: How long training stood still for it.
+        seconds: Seconds for which training paused.
     """
 
     task_id: str
@@ -124,15 +124,15 @@ class CheckpointSaved:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
-    """The run is over and nothing failed: its results are exported, or a stop was obeyed.
+    """The run ended without an error: its results are exported, or it obeyed a stop.
 
     Attributes:
         folder: Folder of the files to publish; empty after a stop.
-        files: File names in `folder`, in the order in which they are to be published.
+        files: File names in `folder`, in the order of their publication.
         done: Completed units of work of the job.
         seconds: Wall time of the run in the trainer process.
-        stopped: Why the run stopped early; None for a finished run.
-        facts: What the kind of the job adds, such as `epoch` and `loss`.
+        stopped: The reason for an early stop; None for a finished run.
+        facts: Facts of the job's kind, such as `epoch` and `loss`.
         summary: A short report for the `complete` webhook (JSON values only).
     """
 
@@ -152,8 +152,8 @@ class Failed:
 
     Attributes:
         error: Class name of the error, one of `utils.errors.REPORTABLE`.
-        message: A sentence for a person: no stack trace, no path of this machine's disk.
-        trainer_usable: False when the process must be replaced before the next run (a broken CUDA
+        message: A sentence for people, without a stack trace or a path of this machine's disk.
+        trainer_usable: False if the process must be replaced before the next run (a broken CUDA
             context).
     """
 
@@ -165,11 +165,11 @@ class Failed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BaseModelReady:
-    """The base model has been loaded, or been given up to be loaded anew: of no run in particular.
+    """The base model has been loaded, or dropped to be loaded again. It belongs to no run.
 
     Attributes:
-        ready: Whether a run finds it in memory.
-        seconds: How long loading took.
+        ready: Whether the base model is in memory.
+        seconds: Seconds that loading took.
     """
 
     ready: bool
@@ -204,12 +204,13 @@ def decode(line: bytes, kinds: tuple[type[Any], ...]) -> Any:
 
 
 UNKNOWN = "unknown"
-"""Name of the field in which a dataclass keeps what it does not know; see `from_dict`."""
+"""Name of the field in which a dataclass keeps unknown values; see `from_dict`."""
 
 
 def from_dict(cls: type[T], values: dict[str, Any], *, tolerant: bool = False) -> T:
-    """Build a frozen dataclass from JSON values: nested dataclasses, tuples, enums and optionals
-    included.
+    """Build a frozen dataclass from JSON values.
+
+    Nested dataclasses, tuples, enums and optionals are built too.
 
     A dataclass with a field `unknown` keeps the values of names that it does not have there, so
     that a newer version's fields survive being read and written back.
@@ -263,7 +264,7 @@ def _value(  # pylint: disable=too-many-return-statements
         return hint(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    # A bool is an int to Python, and not to us.
+    # In Python a bool is an int; here it is not.
     if (
         isinstance(hint, type)
         and isinstance(value, hint)

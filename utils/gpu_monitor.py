@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.threads import Every
 
-# Bits of NVML's clocks-event reasons that hold a busy GPU down, by the part to check.
+# Bits of NVML's clocks-event reasons that slow a busy GPU, by the part to check.
 _THROTTLES = {
     "power": 0x4 | 0x80,  # the software's cap, the hardware's brake
     "heat": 0x20 | 0x40,  # the software's and the hardware's limit
@@ -26,13 +26,13 @@ class GpuReading:
 
     Attributes:
         index: NVML's index, which CUDA_VISIBLE_DEVICES does not change.
-        name: As the driver calls it.
-        memory_used_bytes, memory_total_bytes: Of all processes.
+        name: The driver's name of the GPU.
+        memory_used_bytes, memory_total_bytes: Memory used by all processes, and in all.
         utilisation_percent: Part of the last sample period in which a kernel ran; None if it
             cannot be read.
-        temperature_celsius: Of the chip; None if it cannot be read.
-        power_watts: Drawn now; None if it cannot be read.
-        throttled: Why it holds its clocks down, of `THROTTLE_REASONS`; None where it cannot be
+        temperature_celsius: Temperature of the chip; None if it cannot be read.
+        power_watts: Present power; None if it cannot be read.
+        throttled: The reasons for reduced clocks, of `THROTTLE_REASONS`; None if they cannot be
             read.
     """
 
@@ -47,7 +47,9 @@ class GpuReading:
 
 
 class GpuMonitor:
-    """Reads the GPUs on demand; once started, every few seconds, and logs them every minute.
+    """Reads the GPUs on demand.
+
+    Once started, it reads them every few seconds and logs every minute.
 
     A machine without NVIDIA's driver has no readings; that is logged once.
     """
@@ -60,12 +62,13 @@ class GpuMonitor:
         observe: Callable[[list[GpuReading]], None] = lambda readings: None,
         log: logging.Logger | None = None,
     ) -> None:
-        """
+        """Prepare the monitor; `start` begins the readings.
+
         Args:
             interval_seconds: Time between two log lines.
-            sample_seconds: Time between two readings; None for that between two log lines.
+            sample_seconds: Time between two readings; None for the time between two log lines.
             observe: Receives every reading.
-            log: The logger; that of this module by default.
+            log: The logger; this module's logger by default.
         """
         self._interval = interval_seconds
         self._sample = sample_seconds or interval_seconds
@@ -79,7 +82,7 @@ class GpuMonitor:
         self._every: Every | None = None
 
     def start(self) -> None:
-        """Read and log from a daemon thread, from now on; once is enough."""
+        """Start to read and log in a daemon thread; further calls have no effect."""
         if self._every is None:
             self._every = Every(self._sample, self._look, name="gpu-monitor")
             self._every.start()
@@ -95,7 +98,7 @@ class GpuMonitor:
                 self._nvml = None
 
     def read(self) -> list[GpuReading]:
-        """Every GPU of the machine, now; empty if none answers."""
+        """Present readings of every GPU of the machine; empty if none answers."""
         with self._lock:
             nvml = self._opened()
             if nvml is None:
@@ -118,7 +121,7 @@ class GpuMonitor:
             return _optional(nvml, nvml.nvmlSystemGetDriverVersion) if nvml else None
 
     def log_now(self) -> None:
-        """One log line a GPU."""
+        """Write one log line per GPU."""
         self._write(self.read())
 
     def _write(self, readings: list[GpuReading]) -> None:
@@ -130,7 +133,7 @@ class GpuMonitor:
     def _look(self) -> None:
         readings = self.read()
         self._observe(readings)
-        # A little early is on time: the waits are as long as the samples are apart.
+        # Slightly early is on time: the waits are as long as the time between two samples.
         if (now := time.monotonic()) - self._logged_at > self._interval - self._sample / 2:
             self._logged_at = now
             self._write(readings)
@@ -139,7 +142,7 @@ class GpuMonitor:
 
     def _opened(self) -> Any:
         if self._nvml is None and not self._absent:
-            # Needless where nothing is read.
+            # Not needed if nothing is read.
             import pynvml  # pylint: disable=import-outside-toplevel
 
             try:

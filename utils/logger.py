@@ -1,4 +1,4 @@
-"""The log: one line of JSON per event, or coloured text; the job is bound once; secrets are masked.
+"""The log: one line of JSON per event, or coloured text. Lines name their job; secrets are masked.
 
 Modules of the desk call `get_logger`; `training/` and third parties use the standard library's
 loggers. Both go through the same processors to standard error.
@@ -41,8 +41,8 @@ class Redactor:
     """Replaces secrets in everything that is logged: by value, by key and by shape."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        # Long ones first: one secret may contain another. A very short one would mask half of every
-        # line.
+        # Long secrets first: one secret may contain another. A very short secret would mask half of
+        # every line.
         values = sorted({s for s in secrets if len(s) >= 6}, key=len, reverse=True)
         self._values = re.compile("|".join(map(_spellings, values))) if values else None
 
@@ -51,7 +51,7 @@ class Redactor:
         return cast(EventDict, self.clean(event))
 
     def clean(self, value: Any) -> Any:
-        """The value with every secret in it masked; containers are walked."""
+        """The value with every secret masked, also inside containers."""
         if isinstance(value, str):
             return self._text(value)
         if isinstance(value, dict):
@@ -78,8 +78,11 @@ class Redactor:
 
 
 def _spellings(secret: str) -> str:
-    """A pattern of a secret as it is, as it stands in an address (percent-encoded), and within
-    quotation marks (after backslashes)."""
+    """A pattern for a secret in its three spellings.
+
+    It may stand as it is, percent-encoded as in an address, or escaped with backslashes as in a
+    quoted text.
+    """
     pattern = ""
     for sign in secret:
         if sign.isascii() and sign.isalnum():
@@ -159,7 +162,7 @@ def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    """A logger of the desk: `log.info("event_slug", image=3)`."""
+    """A logger for the front desk: `log.info("event_slug", image=3)`."""
     logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
     return logger
 
@@ -170,5 +173,5 @@ def bound(**values: Any) -> AbstractContextManager[None]:
 
 
 def bound_value(name: str) -> str:
-    """The value that `bound` has bound under a name in this thread; empty without one."""
+    """The value that `bound` has set for a name in this thread; empty if there is none."""
     return str(structlog.contextvars.get_contextvars().get(name, ""))

@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
-    """Write `files` and a manifest that names them, so that `folder` appears whole or not at all.
+    """Write `files` and a manifest that names them, so that `folder` is complete or absent.
 
     The files are written and synced to a temporary folder next to `folder`, the manifest last; then
     the folder is renamed. A folder of the same name is replaced.
@@ -54,7 +54,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], facts: Mapping[str, A
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Read the manifest and prove that every file it names is there, whole and unaltered.
+    """Read the manifest and check that every file in it exists, complete and unchanged.
 
     Returns:
         The manifest.

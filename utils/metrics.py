@@ -2,7 +2,7 @@
 
 The only importer of prometheus_client. The metrics have their own registry, made once per worker
 and passed to the parts that count. Names and units follow Prometheus' conventions:
-seconds, bytes, ratios from 0 to 1; what only rises ends in `_total`.
+seconds, bytes, ratios from 0 to 1; a counter ends in `_total`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ NO_CODE = "none"
 """The label `code` of a job that did not fail."""
 
 READINESS = ("broker", "s3", "gpu", "base_model")
-"""The parts of readiness: the label `check`, and what `/ready` names."""
+"""The parts of readiness: the label `check`, and the names in `/ready`."""
 
 WASTE = ("failed", "retry", "machine", "lease_lost", "shutdown", "cancelled")
-"""Why GPU time led to nothing: the label `reason` of `wasted_gpu_seconds_total`."""
+"""Reasons for wasted GPU time: the label `reason` of `wasted_gpu_seconds_total`."""
 
 PUT_OFFS = ("storage", "damaged_record", "newer_record", "newer_message", "crash")
-"""Why a message is put off: the label `reason` of `messages_put_off_total`."""
+"""Reasons to put a message off: the label `reason` of `messages_put_off_total`."""
 
 _QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SAVING = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -38,11 +38,11 @@ _OPENMETRICS = "application/openmetrics-text"
 class Metrics:
     """One worker's metrics. Safe to share between threads.
 
-    Attributes are named as the metrics are, without the prefix and, of what only rises, `_total`.
+    An attribute has its metric's name without the prefix, and without the `_total` of counters.
     """
 
     def __init__(self) -> None:
-        # The times of making: half of all series, and of no use to alerts.
+        # Without creation times: they are half of all series, and no alert uses them.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self.registry)
@@ -59,20 +59,20 @@ class Metrics:
         )
         self.job_in_hand = self._gauge("job_in_hand", "1 while the worker holds a job")
         self.job_duration_seconds = self._histogram(
-            "job_duration_seconds", "From a claim to the job's ending", _JOBS, "ending"
+            "job_duration_seconds", "Time from a claim to the job's ending", _JOBS, "ending"
         )
         self.job_wait_seconds = self._histogram(
-            "job_wait_seconds", "From a message's making (created_at) to its first delivery", _JOBS
+            "job_wait_seconds", "Time from a message's creation to its first delivery", _JOBS
         )
         self.job_retries = self._counter(
-            "job_retries", "Attempts that failed and are to be made again, by error code", "code"
+            "job_retries", "Attempts that failed and are retried, by error code", "code"
         )
         self.jobs_given_back = self._counter(
-            "jobs_given_back", "Jobs that this worker gave back unfinished, by reason", "reason"
+            "jobs_given_back", "Jobs that this worker returned unfinished, by reason", "reason"
         )
         self.messages = self._counter("messages", "Messages taken from a queue", "queue")
         self.redeliveries = self._counter(
-            "redeliveries", "Messages that the broker had handed over before", "queue"
+            "redeliveries", "Messages that the broker had delivered before", "queue"
         )
         self.messages_refused = self._counter(
             "messages_refused", "Messages that can never become a job, by error code", "code"
@@ -83,12 +83,12 @@ class Metrics:
         self.messages_dead_lettered = self._counter(
             "messages_dead_lettered", "Messages given up and put in the dead queue, by code", "code"
         )
-        self.leases_lost = self._counter("leases_lost", "Holds on a job that were lost")
+        self.leases_lost = self._counter("leases_lost", "Leases on a job that were lost")
         self.records_swept = self._counter(
             "records_swept", "Records that no message pointed to, published again by the sweep"
         )
         self.endings_pending = self._gauge(
-            "endings_pending", "Endings that the backend has not taken yet, at the last sweep"
+            "endings_pending", "Endings that the backend has not accepted yet, at the last sweep"
         )
         self.oldest_pending_ending_age_seconds = self._gauge(
             "oldest_pending_ending_age_seconds",
@@ -107,20 +107,23 @@ class Metrics:
             "attempt that broke off, or all of a run whose job failed",
             "reason",
         )
-        self.steps_per_second = self._gauge("steps_per_second", "Speed of the run in hand")
+        self.steps_per_second = self._gauge("steps_per_second", "Speed of the current run")
         self.loss = self._gauge("loss", "Mean loss of the last epoch of the newest run")
-        self.job_progress_ratio = self._gauge("job_progress_ratio", "Steps done of the job in hand")
+        self.job_progress_ratio = self._gauge(
+            "job_progress_ratio", "Completed part of the current job"
+        )
         self.job_remaining_seconds = self._gauge(
-            "job_remaining_seconds", "Estimated training time that the job in hand still needs"
+            "job_remaining_seconds", "Estimated remaining training time of the current job"
         )
         self.lease_remaining_seconds = self._gauge(
-            "lease_remaining_seconds", "Until the hold on the job in hand runs out unless renewed"
+            "lease_remaining_seconds",
+            "Time until the lease on the current job expires unless renewed",
         )
         self.checkpoint_save_seconds = self._histogram(
-            "checkpoint_save_seconds", "How long training stood still for a checkpoint", _SAVING
+            "checkpoint_save_seconds", "Time for which training paused for a checkpoint", _SAVING
         )
         self.checkpoint_upload_seconds = self._histogram(
-            "checkpoint_upload_seconds", "From upload to registration of a checkpoint", _SAVING
+            "checkpoint_upload_seconds", "Time from upload to registration of a checkpoint", _SAVING
         )
         self.trainer_up = self._gauge("trainer_up", "1 while the trainer process lives")
         self.trainer_restarts = self._counter(
@@ -132,7 +135,7 @@ class Metrics:
 
     def _add_queues(self) -> None:
         self.queue_messages = self._gauge(
-            "queue_messages", "Messages ready in a queue, those in hand not counted", "queue"
+            "queue_messages", "Messages ready in a queue, without those being handled", "queue"
         )
         self.queue_consumers = self._gauge("queue_consumers", "Consumers of a queue", "queue")
         self.queue_oldest_message_age_seconds = self._gauge(
@@ -141,12 +144,12 @@ class Metrics:
             "no number while nothing is known",
         )
         self.broker_connected = self._gauge("broker_connected", "1 while connected to RabbitMQ")
-        self.consuming = self._gauge("consuming", "1 while a training message would be taken")
+        self.consuming = self._gauge("consuming", "1 while the worker takes training messages")
         self.broker_reconnects = self._counter(
             "broker_reconnects", "Connections to RabbitMQ after the first"
         )
         self.publications_refused = self._counter(
-            "publications_refused", "Publications that RabbitMQ did not take", "refusal"
+            "publications_refused", "Publications that RabbitMQ did not accept", "refusal"
         )
         self.publications_stuck = self._counter(
             "publications_stuck", "Refusals of a publication in its shortest form"
@@ -191,15 +194,17 @@ class Metrics:
             "reason",
         )
         self.disk_free_bytes = self._gauge(
-            "disk_free_bytes", "Free space of the worker's folders", "folder"
+            "disk_free_bytes", "Free disk space at the worker's folders", "folder"
         )
-        self.disk_size_bytes = self._gauge("disk_size_bytes", "Size of their disks", "folder")
+        self.disk_size_bytes = self._gauge(
+            "disk_size_bytes", "Size of the disks of these folders", "folder"
+        )
         self.ready = self._gauge("ready", "1 while /ready answers 200")
         self.ready_check = self._gauge("ready_check", "1 while this part is ready", "check")
         self.worker = Info(f"{PREFIX}_worker", "Facts about this worker", registry=self.registry)
 
     def _start_at_zero(self) -> None:
-        """A series that appears with its first event hides that event from `increase()`."""
+        """`increase()` does not count the first event of a series that appears with it."""
         self.jobs.labels("complete", NO_CODE)
         for code in ErrorCode:
             self.jobs.labels("failed", code)
@@ -229,9 +234,9 @@ class Metrics:
             accept: The request's `Accept` header.
 
         Returns:
-            The text, and its content type: OpenMetrics where that was asked for.
+            The text, and its content type: OpenMetrics if the request accepts it.
         """
-        # Not `choose_encoder`, which would read versions and escapings off a stranger's header.
+        # Not `choose_encoder`, which would take versions and escapings from an untrusted header.
         if _OPENMETRICS in _kinds(accept):
             encode: Callable[[CollectorRegistry], bytes] = openmetrics.generate_latest
             return encode(self.registry), openmetrics.CONTENT_TYPE_LATEST

@@ -1,4 +1,4 @@
-"""Names of files and images as people may read them: always valid Unicode, on one line."""
+"""Names of files and images for people: always valid Unicode, on one line."""
 
 from __future__ import annotations
 

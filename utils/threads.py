@@ -102,7 +102,7 @@ class Every:
             self._due.wait(self._seconds())
         while not self._stopping.is_set():
             self._due.clear()
-            # A stop between the loop's test and the line above must not be overlooked.
+            # Do not miss a stop between the loop's test and the line above.
             if self._stopping.is_set():
                 return
             try:

@@ -1,4 +1,4 @@
-"""Addresses: whose host is it really?"""
+"""Reads http(s) addresses: the origin, the path, and a form for the log."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def base_of(url: str) -> str:
     origin = origin_of(url)
     parts = urlsplit(url.strip())
     if "?" in url or "#" in url:
-        raise ValueError("must not have a query or a fragment: it would be in front of the path")
+        raise ValueError("must not have a query or a fragment: a path is appended to the address")
     path = parts.path.rstrip("/")
     if not _PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
         raise ValueError("must have a plain path, like https://api.example.com/prod")
@@ -66,7 +66,7 @@ def shown(url: str) -> str:
 def _port(parts: SplitResult) -> str:
     try:
         port = parts.port
-    except ValueError:  # its text shows what stands there, which may be half a password
+    except ValueError:  # the error's text shows the value, which may be half a password
         raise ValueError("has a port that is not a number from 0 to 65535") from None
     return "" if port in (None, _DEFAULT_PORTS[parts.scheme]) else f":{port}"
 

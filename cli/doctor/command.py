@@ -36,7 +36,9 @@ CHECKS: tuple[Check, ...] = (
     (
         "GPU",
         lambda all_: machine.examine_gpu(
-            all_.trainer_environment(), allow_cpu=all_.trainer.allow_cpu
+            all_.trainer_environment(),
+            allow_cpu=all_.trainer.allow_cpu,
+            needed=any(kind.needs_gpu for kind in all_.kinds()),
         ),
         _GPU_SECONDS,
     ),

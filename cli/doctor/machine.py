@@ -27,12 +27,15 @@ _CGROUP_LIMITS = (
 _NO_GPU = "Start the container with a GPU (docker run --gpus all, or a GPU pod)"
 
 
-def examine_gpu(environment: Mapping[str, str], *, allow_cpu: bool) -> Iterator[Finding]:
+def examine_gpu(
+    environment: Mapping[str, str], *, allow_cpu: bool, needed: bool = True
+) -> Iterator[Finding]:
     """Compute on the GPU, in a process like the trainer's, and read its free memory.
 
     Args:
         environment: The trainer process's environment.
         allow_cpu: Whether training on the CPU is allowed.
+        needed: Whether a kind of `KINDS` needs a GPU.
     """
     check = "GPU"
     try:
@@ -50,6 +53,8 @@ def examine_gpu(environment: Mapping[str, str], *, allow_cpu: bool) -> Iterator[
     elif machine.cuda:
         yield _capability(machine)
         yield from _gpu_memory()
+    elif not needed:
+        yield ok(check, "No GPU was found, and no kind of KINDS needs one.")
     elif allow_cpu:
         detail = "No GPU was found. ALLOW_CPU=true trains on the CPU, in fp32 and very slowly."
         yield warn(check, detail, f"{_NO_GPU}.")

@@ -17,7 +17,8 @@ class JobView:
 
     Attributes:
         task_id: Its id.
-        style_id: Its style; None where the record cannot be read.
+        style_id: Its style; None for another kind of job, and if the record cannot be read.
+        kind, subject: The kind of the job, and the thing that it makes.
         state: `waiting` (for its message to be taken again), `held`, `silent` (its holder's lease
             has run out), `ended`, `dead` (a message in the dead queue, without a record), or
             `unknown`.
@@ -41,6 +42,8 @@ class JobView:
 
     task_id: str
     style_id: int | None = None
+    kind: str = ""
+    subject: str = ""
     state: str = "unknown"
     owner: str = ""
     claim: int = 0
@@ -70,6 +73,8 @@ def view(found: Found) -> JobView:
     return JobView(
         task_id=record.task_id,
         style_id=record.style_id,
+        kind=record.kind,
+        subject=record.subject,
         state=state,
         owner=record.hold.owner,
         claim=record.claim,

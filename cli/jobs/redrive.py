@@ -47,7 +47,8 @@ class Waiting:
 
     Attributes:
         task_id: The task's id; empty if the message has none.
-        style_id: Its style; None where it is not known.
+        kind, subject: The kind of the job, and the thing that it makes; empty if unknown.
+        style_id: Its style; None for another kind of job, and if it is not known.
         code: Why it is there, an `utils.errors.ErrorCode`; empty for a message that the broker
             itself has moved to the dead queue.
         reason: The same, in words.
@@ -60,6 +61,8 @@ class Waiting:
     """
 
     task_id: str
+    kind: str
+    subject: str
     style_id: int | None
     code: str
     reason: str
@@ -349,9 +352,12 @@ class Redrive:
         return self._later.after(found.record) if found.record else None
 
     def _of_letter(self, letter: DeadLetter, record: JobRecord | None) -> Waiting:
+        kind, subject = (record.kind, record.subject) if record else _ordered(letter, self._kinds)
         waiting = Waiting(
             task_id=letter.task_id,
-            style_id=record.style_id if record else _style_id(letter, self._kinds),
+            kind=kind,
+            subject=subject,
+            style_id=int(subject) if kind == STYLE and subject else None,
             code=letter.code,
             reason=letter.reason,
             attempts=letter.attempts,
@@ -366,6 +372,8 @@ class Redrive:
             self._with_style(
                 Waiting(
                     task_id=record.task_id,
+                    kind=record.kind,
+                    subject=record.subject,
                     style_id=record.style_id,
                     code=(record.ending.code or "") if record.ending else "",
                     reason=reason_of(record),
@@ -411,13 +419,13 @@ def _names_a_record(task_id: str) -> bool:
     return _RECORD_NAME.fullmatch(task_id) is not None
 
 
-def _style_id(letter: DeadLetter, kinds: Kinds) -> int | None:
+def _ordered(letter: DeadLetter, kinds: Kinds) -> tuple[str, str]:
+    """Kind and subject of the message; empty if they cannot be read."""
     try:
         job = messages.parse(letter.body, message_id=letter.task_id or None, kinds=kinds)
-        kind, subject = job.kind, job.subject
     except InvalidMessage as error:
-        kind, subject = error.kind, error.subject or ""
-    return int(subject) if kind == STYLE and subject else None
+        return error.kind, error.subject or ""
+    return job.kind, job.subject
 
 
 def _fresh_attempt(reopened: JobRecord) -> str:

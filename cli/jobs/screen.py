@@ -15,7 +15,7 @@ from rich.text import Text
 from cli.jobs.job_view import JobView
 from cli.jobs.redrive import Redriven, Waiting
 from cli.jobs.task_ids import short_ids
-from jobs.layout import INVALID_PREFIX
+from jobs.layout import INVALID_PREFIX, STYLE
 from jobs.record import Delivery
 from utils.wording import counted
 
@@ -92,7 +92,7 @@ def _print_waiting(found: Sequence[Waiting], short: dict[str, str], console: Con
             "  ",
             (short.get(each.task_id, "–"), "bold"),
             "  ",
-            "" if each.style_id is None else f"style {each.style_id}  ",
+            printable(f"{each.kind} {each.subject}  " if each.subject else ""),
             (each.code or "moved by the broker", "red"),
             f"  {counted(each.attempts, 'attempt')}" if each.attempts else "",
             "" if each.trains else "  (only its ending is sent again)",
@@ -147,7 +147,7 @@ def print_jobs(jobs: Sequence[JobView], known: Iterable[str], console: Console) 
     short = short_ids(names.values(), {each.removeprefix(INVALID_PREFIX) for each in known})
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     table.add_column("TASK", no_wrap=True, min_width=8)
-    table.add_column("STYLE", no_wrap=True, justify="right")
+    table.add_column("SUBJECT", no_wrap=True, justify="right")
     table.add_column("STATE")
     table.add_column("EPOCHS", no_wrap=True, justify="right")
     table.add_column("TOLD", no_wrap=True)
@@ -158,7 +158,7 @@ def print_jobs(jobs: Sequence[JobView], known: Iterable[str], console: Console) 
     for job in jobs:
         cells: list[Text | str] = [
             printable(short[names[job.task_id]]),
-            "" if job.style_id is None else str(job.style_id),
+            _one_line(printable(_subject(job))),
             _one_line(_state(job)),
             _epochs(job),
             Text(_TOLD.get(job.delivery, job.delivery), "red" if _refused(job) else ""),
@@ -220,7 +220,7 @@ def _details(job: JobView) -> Collection[tuple[str, Text]]:
     tries = counted(job.attempts, "attempt") + " in a row without a new checkpoint"
     written = f"{age(job.seconds_since_written)} ago, by the clock of S3"
     return (
-        ("style", Text("" if job.style_id is None else str(job.style_id))),
+        (job.kind, printable(job.subject)),
         ("task id in the message", printable(job.message_task_id)),
         ("state", state),
         ("progress", Text(progress(job))),
@@ -238,6 +238,10 @@ def _details(job: JobView) -> Collection[tuple[str, Text]]:
 
 def _name(job: JobView) -> str:
     return job.message_task_id or job.task_id.removeprefix(INVALID_PREFIX)
+
+
+def _subject(job: JobView) -> str:
+    return job.subject if job.kind == STYLE else f"{job.kind} {job.subject}".strip()
 
 
 def _state(job: JobView) -> Text:

@@ -1,5 +1,7 @@
-"""Checkpoints go up beside training: one at a time, the newest first, each registered in the job
-record when it is whole."""
+"""Uploads checkpoints during training: one at a time, the newest first.
+
+A checkpoint is registered in the job record once all of its files are uploaded.
+"""
 
 from __future__ import annotations
 
@@ -43,15 +45,14 @@ _KEPT_IN_FULL = 2
 
 
 def place(job: Job | JobRecord) -> Place:
-    """Where the files of a job are."""
+    """The S3 addresses of a job's files."""
     return place_of(job.kind, job.subject, job.task_id)
 
 
 class CheckpointUploads:
-    """Uploads a job's checkpoints in a thread of its own and prunes the old ones.
+    """Uploads a job's checkpoints in a separate thread and prunes the old ones.
 
-    While one goes up, newer ones replace each other in waiting: what counts is that the newest
-    arrives.
+    During an upload only the newest finished checkpoint waits; it replaces an older one that waits.
     """
 
     def __init__(
@@ -65,14 +66,17 @@ class CheckpointUploads:
         patience: Callable[[], float],
         uploaded: Callable[[str, float], None] = lambda name, seconds: None,
     ) -> None:
-        """Args:
-        job: Whose checkpoints.
-        lease: Registers each; once it is lost nothing more is uploaded.
+        """Prepare the uploads of one claim.
+
+        Args:
+        job: The job that the checkpoints belong to.
+        lease: Registers each checkpoint; once it is lost, nothing more is uploaded.
         s3: The storage.
         bucket: The state bucket.
-        curves: Where the trainer writes event files, if any are wanted: they go up with each.
-        patience: Seconds that may be waited for the last one, asked when it comes to that.
-        uploaded: Is told of each that is registered: its name, and how long it took.
+        curves: Folder of the trainer's event files, which are uploaded with each checkpoint; it
+                may be missing.
+        patience: Returns the seconds that `settle` may wait for the last upload.
+        uploaded: Called for each registered checkpoint, with its name and the seconds it took.
         """
         self._uploaded = uploaded
         self._job = job
@@ -96,7 +100,7 @@ class CheckpointUploads:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # After an error, too: a checkpoint that was made before it is what the next attempt needs.
+        # After an error, too: the next attempt resumes from the checkpoint that was made before it.
         if self.settle() and math.isinf(self._patience()):  # a shutdown has no time for more
             self._curves.upload()
         with self._changed:
@@ -113,17 +117,17 @@ class CheckpointUploads:
             self._changed.notify_all()
 
     def settle(self) -> bool:
-        """Wait until everything that was handed over is uploaded and registered.
+        """Wait until every checkpoint that was handed over is uploaded and registered.
 
         Returns:
-            False when the lease was lost or the patience was over first.
+            False if the lease was lost or the time was over first.
         """
         began = time.monotonic()
         with self._changed:
             while self._waiting is not None or self._busy:
                 if self._lease.lost.is_set():
                     return False
-                # Asked anew each time: a shutdown may begin while we wait.
+                # Read in each round: a shutdown may begin during the wait.
                 if time.monotonic() - began > min(self._patience(), _LONGEST_SETTLE_SECONDS):
                     log.warning("last_checkpoint_not_uploaded", reason="it took too long")
                     return False
@@ -142,7 +146,8 @@ class CheckpointUploads:
             try:
                 self._upload_until_done(saved)
             except TrainingServerError as error:
-                # The lease is lost or the worker's disk fails: the run learns of either by itself.
+                # The lease is lost or the worker's disk fails; the run finds out about either
+                # without this thread.
                 log.warning("checkpoint_not_uploaded", checkpoint=saved.name, reason=str(error))
             finally:
                 shutil.rmtree(saved.folder, ignore_errors=True)
@@ -158,7 +163,7 @@ class CheckpointUploads:
             except StorageError as error:
                 log.warning("checkpoint_upload_failed", checkpoint=saved.name, reason=str(error))
             with self._changed:
-                # A newer one makes this one pointless.
+                # A newer checkpoint replaces this one.
                 if self._changed.wait_for(
                     lambda: self._closed or self._waiting is not None, _RETRY_SECONDS
                 ):
@@ -208,16 +213,16 @@ def prune(
 ) -> None:
     """Reduce the checkpoints that were made before all of the kept ones to the LoRA's weights.
 
-    A worker that slept here may find that the job went on without it. So only checkpoints are
-    touched whose files are all of this claim or an earlier one, and the lease is renewed directly
-    before the deletion. Files beside the checkpoints stay.
+    Another worker may have continued the job while this process was suspended. So a checkpoint is
+    reduced only if all of its files are from this claim or an earlier one, and the lease is renewed
+    directly before the deletion. Files that belong to no checkpoint stay.
 
-    What cannot be removed now is logged and removed another time: a job never fails of it.
+    A failure is logged, and the next call tries again; the job does not fail because of it.
 
     Args:
         s3: The storage.
         bucket: The state bucket.
-        prefix: Where the job's checkpoints are.
+        prefix: Key prefix of the job's checkpoints.
         kept: Names of the checkpoints that stay in full; without any, nothing is removed.
         lease: The hold on the job.
     """
@@ -253,11 +258,14 @@ def _claim_of(s3: S3Service, bucket: str, key: str) -> int:
 
 
 def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
-    """After the ending: of a completed job the LoRA's weights of each checkpoint stay, of a failed
-    one the newest in full, in case it is sent back, of both the curves; of a cancelled one nothing.
+    """Delete the checkpoint files that an ended job no longer needs.
+
+    A completed job keeps the LoRA's weights of each checkpoint, and a failed one keeps its newest
+    checkpoint in full, in case it is sent back. Both keep their curves. A cancelled job keeps
+    nothing.
 
     Returns:
-        Whether all is gone that should be; what is not is logged, and left for the sweep.
+        Whether everything was deleted. A failure is logged, and the sweep tries again.
     """
     ending = record.ending
     assert ending is not None  # an ended record has one
@@ -282,7 +290,7 @@ def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
 
 
 def _newest(record: JobRecord, prefix: str, keys: Collection[str]) -> str:
-    """Prefix of the checkpoint from which the job goes on if it is sent back."""
+    """Prefix of the checkpoint that the job resumes from if it is sent back."""
     if record.checkpoint:
         return record.checkpoint.prefix
     names = {key.removeprefix(prefix).partition("/")[0] for key in keys}
@@ -290,10 +298,10 @@ def _newest(record: JobRecord, prefix: str, keys: Collection[str]) -> str:
 
 
 def _delete_of_ended(s3: S3Service, bucket: str, record: JobRecord, keys: Collection[str]) -> None:
-    """Delete files of an ended job unless its record has another ending by now, or none.
+    """Delete files of an ended job, unless its record has another ending now, or none.
 
-    The record is read directly before: a person may have sent the job back while this worker slept,
-    and then its files are needed again.
+    The record is read directly before the deletion: an operator may have sent the job back while
+    this process was suspended, and then its files are needed again.
     """
     if not keys:
         return
@@ -305,10 +313,10 @@ def _delete_of_ended(s3: S3Service, bucket: str, record: JobRecord, keys: Collec
 
 
 def delete_all_of(s3: S3Service, bucket: str, record: JobRecord) -> bool:
-    """Delete everything that a job has in the state bucket beside its record.
+    """Delete everything that a job has in the state bucket, except its record.
 
     Returns:
-        Whether all is gone; what is not is logged.
+        Whether everything was deleted; a failure is logged.
     """
     try:
         for prefix in (place(record).checkpoints, staging_of(record.task_id)):
@@ -323,19 +331,20 @@ def delete_all_of(s3: S3Service, bucket: str, record: JobRecord) -> bool:
 def newest_usable_checkpoint(
     s3: S3Service, bucket: str, record: JobRecord, folder: Path
 ) -> str | None:
-    """Download the newest registered checkpoint that is whole, going back where one is damaged.
+    """Download the newest registered checkpoint that is complete; damaged ones are skipped.
 
     Args:
         s3: The storage.
         bucket: The state bucket.
-        record: Says which checkpoints there are.
+        record: Lists the checkpoints.
         folder: The job's folder.
 
     Returns:
-        Its absolute local folder; None where training starts from the beginning.
+        Its absolute local folder; None if there is none, and training starts from the beginning.
 
     Raises:
-        StorageError: S3 cannot be used: better to try again later than to train from the beginning.
+        StorageError: S3 cannot be used. The caller retries later instead of training from the
+            beginning.
     """
     for checkpoint in reversed(record.checkpoints):
         target = folder / "resume" / checkpoint.name

@@ -1,4 +1,4 @@
-"""A run's event files for TensorBoard go up beside its checkpoints, as far as they have grown."""
+"""Uploads a run's event files for TensorBoard, each time as far as they have grown."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ log = get_logger(__name__)
 class CurveUploads:
     """Uploads one claim's event files.
 
-    Each claim writes objects of its own, in the order of which TensorBoard reads them: a late write
-    of a claim that is over changes nothing that a newer one has drawn.
+    Each claim writes its own objects, whose names sort in the order of the claims, as TensorBoard
+    reads them. So a late write of an earlier claim changes nothing of a newer one.
 
     Args:
-        folder: Where the trainer writes them; not there where none are wanted.
+        folder: The trainer's folder of event files; it is missing if none are written.
         s3: The storage.
         bucket: The state bucket.
-        prefix: Where to.
-        lease: Once it is lost nothing more is uploaded.
+        prefix: Key prefix of the objects.
+        lease: Once it is lost, nothing more is uploaded.
     """
 
     def __init__(
@@ -38,8 +38,10 @@ class CurveUploads:
         self._uploaded: dict[str, int] = {}
 
     def upload(self) -> None:
-        """Upload what has changed since the last time. A job never fails of it: what cannot be
-        uploaded is logged, and tried again the next time."""
+        """Upload the files that have grown since the last call.
+
+        A failure is logged, and the next call tries again; the job does not fail because of it.
+        """
         try:
             for path in sorted(self._folder.glob("*")):
                 content = path.read_bytes()  # at once: the trainer goes on writing

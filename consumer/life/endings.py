@@ -1,9 +1,9 @@
-"""A job's last word: how it is phrased, sent, and parked while the backend cannot take it.
+"""A job's ending: its text, its delivery, and its parking while the backend cannot accept it.
 
-An ending is in its record before anything is sent, so nothing here can lose it. What the backend
-does not take within a minute rides on `<queue>.endings`, while the GPU takes the next job. So does
-whatever else is left to do for a record, and a message whose job another worker holds: a message is
-acknowledged without a successor only when its record is settled.
+An ending is in its record before anything is sent, so nothing here can lose it. If the backend does
+not accept an ending within a minute, the ending waits on `<queue>.endings`, and the GPU takes the
+next job. A record with other work left, and a message whose job another worker holds, wait on the
+same queue: a message is acknowledged without a successor only if its record is settled.
 """
 
 from __future__ import annotations
@@ -62,18 +62,21 @@ from utils.events import Finished
 log = logger.get_logger(__name__)
 
 DELIVER_AT_ONCE_SECONDS = 60.0
-# How long a copy for the dead queue is waited for; it is owed until then, and if it does not come.
+# The longest wait for the broker's confirmation of a copy for the dead queue. The record owes the
+# copy until the confirmation, so nothing is lost if it does not come.
 _CONFIRM_SECONDS = 30.0
 _CONFIRM_SECONDS_AT_A_STOP = 1.0
-# A message that may be a job's only one is looked at again after so long at most.
+# The longest time until a message is checked again that may be the only one of its job.
 _LONGEST_WATCH_SECONDS = 1800.0
 
 
 def complete(
     kind: JobKind, job: Job, finished: Finished, published: Published, *, sequence: int
 ) -> Ending:
-    """The ending of a job whose model is in place, or in the archive if a later order's model is
-    kept."""
+    """The ending of a job whose model is in place, or in the archive.
+
+    It is in the archive if the style keeps a later order's model.
+    """
     model_url = published.model_url
     body: dict[str, Any] = {
         **kind.identity_fields(job.subject),
@@ -121,18 +124,19 @@ def failed(
 
 
 class Endings:
-    """Delivers endings, now or later, and makes up for what a record owes the dead queue.
+    """Delivers endings, now or later, and sends the dead queue the copies that records owe it.
 
     Args:
-        webhooks: Who sends.
-        records: Where endings are kept.
-        publish: Publishes; the future is done once the broker has confirmed it.
+        webhooks: Sends the endings.
+        records: The job records, which hold the endings.
+        publish: Publishes a message; its future is done once the broker has confirmed it.
         put_offs: Puts messages off.
         kinds: Name the subject of a refused message.
         retry_delays: Seconds before each further try of a parked ending; the last repeats.
-        deduplication_seconds: An invalid message told longer ago than this is told again.
+        deduplication_seconds: An invalid message that comes again after this time is reported
+            again.
         stop: Ends waiting when the worker shuts down.
-        observer: Is told of refused messages.
+        observer: Counts refused messages.
     """
 
     def __init__(
@@ -161,7 +165,7 @@ class Endings:
     def deliver(
         self, lease: JobLease, *, original: bytes, for_seconds: float, tries: int = 0
     ) -> tuple[Publication, ...]:
-        """Send the ending of a record that has one, and settle the record where that can be done.
+        """Send the ending of a record that has one, and settle the record if possible.
 
         Args:
             lease: The hold on the record.
@@ -170,11 +174,11 @@ class Endings:
             tries: How often the ending was parked before.
 
         Returns:
-            What must be published before the message is acknowledged: nothing once the record is
-            settled, else the parked ending.
+            The messages to publish before the acknowledgement: none once the record is settled,
+            otherwise the parked ending.
 
         Raises:
-            LeaseLost: Somebody else delivers it now.
+            LeaseLost: Another worker delivers it now.
         """
         self._pay(lease, original)
         delay, tried = self._retry_delays[0], tries
@@ -195,26 +199,25 @@ class Endings:
         return (parked(record.task_id, original, tries=tried, delay=delay),)
 
     def watched(self, record: JobRecord, original: bytes, *, looks: int = 0) -> Publication:
-        """A message of a job that another worker holds, on its way through the endings' queue.
+        """The message of a job that another worker holds, as a message of the endings' queue.
 
-        Every worker reads that queue, also while it trains, so that the copy starts no worker. It
-        goes on coming back until the job is settled, and is published to the training queue if its
-        holder vanishes.
+        Every worker reads that queue, also while it trains, so no worker is started for the copy.
+        The message returns until the job is settled. If the holder dies, the message is published
+        to the training queue.
 
         Args:
             record: The job's record.
             original: The message.
-            looks: How often it has come back.
+            looks: How often it has returned.
         """
         delays = [one for one in self._retry_delays if one <= _LONGEST_WATCH_SECONDS]
         lease = record.hold.lease_seconds
-        # The first look comes when a holder that was killed just now has lost the job.
+        # The first check comes after the lease of a holder that was killed just now.
         delay = _at_least(lease, delays or self._retry_delays[:1], looks - 1) if looks else lease
         return parked(record.task_id, original, tries=0, delay=delay, looks=looks + 1)
 
     def handle(self, delivery: settlement.Delivery) -> Settlement:
-        """Look at a job again whose ending or message is parked; the handler of
-        `<queue>.endings`."""
+        """Check a job whose ending or message is parked: the handler of `<queue>.endings`."""
         try:
             one = _unpark(delivery.body)
         except (ValueError, KeyError, TypeError) as error:
@@ -236,9 +239,9 @@ class Endings:
                 )
 
     def deliver_what_is_left(self, task_id: str, original: bytes) -> Settlement:
-        """A job that has ended is not trained again, whatever the queue says.
+        """Finish the work that is left for an ended job; a job that has ended is not trained again.
 
-        Its message is acknowledged once nothing is left to do, or once that is parked.
+        Its message is acknowledged once nothing is left to do, or once the rest is parked.
 
         Raises:
             StorageError: S3 cannot be used.
@@ -260,12 +263,12 @@ class Endings:
                 return Settlement.ack(one.again(_at_least(seconds, self._retry_delays)))
             case Unclaimed(record=record, seconds_silent=seconds):
                 if record.hold.released and seconds < record.hold.quiet_seconds:
-                    # Given back in good order: its message is in a delay queue.
+                    # Released by its worker: its message is in a delay queue.
                     return Settlement.ack(self.watched(record, one.message, looks=one.looks))
                 log.warning("holder_vanished", claim=record.claim, holder=record.hold.owner)
                 return Settlement.ack(training_copy(record, one.message))
             case Claimed(lease=lease):
-                # One attempt: endings of other jobs wait behind this one.
+                # A single attempt: endings of other jobs wait behind this one.
                 with lease, logger.bound(**self._identity(lease.record)):
                     left = self.deliver(lease, original=one.message, for_seconds=0, tries=one.tries)
                 return Settlement.ack(*left)
@@ -296,9 +299,11 @@ class Endings:
         return answer
 
     def _pay(self, lease: JobLease, original: bytes) -> None:
-        """Give the dead queue the copy that the record owes, and strike it off once confirmed.
+        """Send the dead queue the copy that the record owes.
 
-        Without a confirmation in time the record goes on owing it, and so stays unsettled.
+        Once the broker confirms it, the record owes nothing.
+
+        Without a confirmation in time the record still owes it, so the record stays unsettled.
         """
         owed = lease.record.owed
         if owed is None:
@@ -332,8 +337,10 @@ class Endings:
         return False
 
     def refuse(self, delivery: settlement.Delivery, error: InvalidMessage) -> Settlement:
-        """A message that can never become a job: to the dead queue, and `failed` where a style can
-        be named."""
+        """Send a message that can never become a job to the dead queue.
+
+        If the message names its subject, the backend also gets a `failed` webhook.
+        """
         code = code_of(error)
         log.warning("message_refused", code=str(code), field=error.field, reason=str(error))
         self._observer.refused(code)
@@ -349,7 +356,7 @@ class Endings:
         try:
             return Settlement.ack(dead, *self._tell_refused(delivery, error, error.subject))
         except (StorageError, LeaseLost) as trouble:
-            # Its record could not be written: the message comes back, and nothing was said yet.
+            # Its record could not be written. Nothing was sent yet; the message is retried later.
             why = why_of(trouble) if isinstance(trouble, StorageError) else Why.STORAGE
             return self._put_offs.put_off(delivery, why, str(trouble), task_id=error.task_id)
 
@@ -385,19 +392,22 @@ class Endings:
                 delay = self._retry_delays[0]
                 return (parked(claim.record.task_id, delivery.body, tries=0, delay=delay),)
             case Ended():
-                return ()  # told before
+                return ()  # reported before
             case _:
                 raise AssertionError(claim)
 
     def _is_refused_for_good(self, answer: EndingAnswer, tries: int) -> bool:
-        """Whether a person has to see to it. A 404 may come from a router while the backend is
-        deployed: it counts only if the backend itself still says so after the last delay."""
+        """Whether the backend will never accept the ending, so that an operator has to act.
+
+        A router may answer 404 while the backend is deployed, so a 404 counts only if the backend
+        itself gives it after the last delay.
+        """
         if answer.outcome is EndingOutcome.RETRY_A_FEW:
             return answer.by_json and tries >= len(self._retry_delays)
         return answer.outcome is EndingOutcome.REJECTED
 
     def _set_aside(self, lease: JobLease, answer: EndingAnswer) -> None:
-        """The backend refuses the ending for good: the dead queue keeps it, for a person."""
+        """Keep an ending that the backend refuses for good in the dead queue, for an operator."""
         detail = f"the backend answered {answer.status}: {answer.detail}"
         log.error("ending_set_aside", reason=detail)
         lease.set_aside(
@@ -406,15 +416,15 @@ class Endings:
 
 
 def parking_delay(delays: Sequence[float], tries: int, answer: EndingAnswer) -> float:
-    """Seconds until a parked ending is tried again: one of the configured delays.
+    """Seconds until a parked ending is retried: one of the configured delays.
 
-    A backend that refuses the token is tried more slowly, since keys may be rotating. One that
-    names a time (`Retry-After`) is left alone for the first delay that is not shorter.
+    A backend that refuses the token is retried more slowly, since keys may be rotating. If the
+    backend names a time (`Retry-After`), the first delay that is not shorter is used.
 
     Args:
         delays: `ENDING_RETRY_DELAYS_SECONDS`.
         tries: How often the ending was parked before.
-        answer: What the backend said last.
+        answer: The backend's last answer.
     """
     slower = 1 if answer.outcome is EndingOutcome.RETRY_SLOWLY else 0
     return _at_least(answer.retry_after or 0.0, delays, tries + slower)
@@ -429,14 +439,14 @@ def _at_least(seconds: float, delays: Sequence[float], index: int = 0) -> float:
 def parked(
     task_id: str, original: bytes, *, tries: int, delay: float | None, looks: int = 0
 ) -> Publication:
-    """An ending, or a job to look at again, on its way through `<queue>.endings`.
+    """The message of `<queue>.endings` for an ending to deliver or a job to check.
 
     Args:
-        task_id: Its record.
+        task_id: The id of its record.
         original: The job's message.
         tries: How often the ending was parked, this time included.
-        delay: Seconds until it is looked at again; None for at once.
-        looks: How often the job was looked at while it was live.
+        delay: Seconds until it is checked again; None for at once.
+        looks: How often the job was checked while it was live.
     """
     body = {"task_id": task_id, "tries": tries, "message": original.decode(errors="replace")}
     if looks:
@@ -447,7 +457,7 @@ def parked(
 
 
 def training_copy(record: JobRecord, message: bytes) -> Publication:
-    """A live job's message, for whichever worker is free."""
+    """A live job's message, for any free worker."""
     headers: dict[str, str | int | bool] = {OWN_COPY: True}
     if record.min_level:
         headers[MIN_LEVEL] = record.min_level
@@ -456,7 +466,7 @@ def training_copy(record: JobRecord, message: bytes) -> Publication:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Parked:
-    """What `parked` wrote."""
+    """The values that `parked` wrote into a message."""
 
     task_id: str
     message: bytes
@@ -464,7 +474,7 @@ class _Parked:
     looks: int
 
     def again(self, delay: float) -> Publication:
-        """The same once more."""
+        """The same entry, for the next attempt."""
         return parked(self.task_id, self.message, tries=self.tries, delay=delay, looks=self.looks)
 
 

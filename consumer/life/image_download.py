@@ -34,7 +34,7 @@ class ImageRequest:
     Attributes:
         source: The image's address as the message spells it, for the report.
         location: The object.
-        caption: Its caption; None looks for a caption file beside the image.
+        caption: Its caption; with None, a caption file next to the image is looked for.
         version_id: The object's version; None for the current one.
     """
 
@@ -51,10 +51,10 @@ class FetchedImage:
     Attributes:
         source: As in the request.
         path: The local file; None if the image could not be fetched.
-        caption: The request's caption, or the text found beside the image, or None.
+        caption: The request's caption, or the text found next to the image, or None.
         problem: Why the image could not be fetched, for an artist to read ("could not be found in
             storage"); otherwise None.
-        caption_problem: Why the caption found beside the image is ignored; None if it is used.
+        caption_problem: Why the caption found next to the image is ignored; None if it is used.
     """
 
     source: str
@@ -76,7 +76,9 @@ def download_images(
     max_bytes: int,
     stop: Callable[[], bool],
 ) -> tuple[FetchedImage, ...]:
-    """Fetch images side by side into `folder`, under this server's own names (`0000.img`, …).
+    """Download several images at a time into `folder`, under this server's own names.
+
+    The names are `0000.img`, `0001.img` and so on.
 
     An image that is missing, forbidden or too large is reported and not raised: the job may
     continue without it.

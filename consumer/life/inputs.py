@@ -18,7 +18,7 @@ log = get_logger(__name__)
 def fetch_inputs(
     s3: S3Service, inputs: Sequence[Input], folder: Path, *, max_bytes: int, stop: StopSignal
 ) -> tuple[Fetched, ...]:
-    """Download a job's inputs, one role after the other, each into a folder of its own.
+    """Download a job's inputs, one role after the other, into a separate folder per role.
 
     Args:
         s3: The storage.

@@ -22,12 +22,13 @@ log = get_logger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobSize:
-    """What a job takes on the worker's disk, in bytes.
+    """The disk space that a job needs on the worker, in bytes.
 
     Attributes:
-        images: Those that will be downloaded, validation images included.
-        checkpoint: The one to resume from; 0 without.
-        output: What training writes, as estimated: checkpoints, the model in its formats, report.
+        images: The images that are downloaded, validation images included.
+        checkpoint: The checkpoint to resume from; 0 if there is none.
+        output: The files that training writes, as estimated: checkpoints, the model's formats,
+            report.
     """
 
     images: int
@@ -36,7 +37,7 @@ class JobSize:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of these together."""
         return self.images + self.checkpoint + self.output
 
 
@@ -54,9 +55,9 @@ def require_room(
 ) -> JobSize:
     """Refuse a job that is too large, before anything is downloaded.
 
-    An image that is missing, forbidden or larger than `MAX_IMAGE_BYTES` counts nothing: it is not
-    going to be downloaded. The checkpoint counts for the disk only: a job that was allowed to begin
-    is allowed to go on.
+    An image that is missing, forbidden or larger than `MAX_IMAGE_BYTES` counts as 0, because it is
+    not downloaded. The checkpoint counts for the disk space only: a job that was allowed to begin
+    is allowed to continue.
 
     Args:
         s3: The storage of the images.
@@ -66,14 +67,14 @@ def require_room(
         folder: The job's folder.
         stop: Ends the look-up.
         state_bucket: Bucket of the checkpoints.
-        max_job_bytes: The most that the inputs may have together.
-        checkpoints: Those that are registered, newest last.
+        max_job_bytes: The largest size of all inputs together.
+        checkpoints: The registered checkpoints, newest last.
 
     Raises:
         JobTooLarge: The images have more than `MAX_JOB_BYTES`.
         NoRoomForJob: The disk of this machine has too little room.
-        StorageError: S3 as a whole is in trouble.
-        Stopped, Cancelled: A stop was asked for.
+        StorageError: S3 as a whole cannot be used.
+        Stopped, Cancelled: A stop was requested.
     """
     inputs = kind.inputs(job.spec)
     sizes = object_sizes(

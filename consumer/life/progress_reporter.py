@@ -1,5 +1,7 @@
-"""Progress webhooks by the clock: at once when training starts, then every
-`PROGRESS_INTERVAL_SECONDS`."""
+"""Sends progress webhooks: one at the start of training, then one at each interval.
+
+The interval is `PROGRESS_INTERVAL_SECONDS`.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,16 @@ _NO_ENDING_FOLLOWS = (StopReason.SHUTDOWN, StopReason.LEASE_LOST)
 
 
 class ProgressReporter:
-    """Sends the newest state of one job, in a thread of its own; never queues an older one, never
-    outlives `close`.
+    """Sends the newest state of one job in a separate thread, until `close`.
+
+    Older states are dropped, not queued.
 
     Args:
         kind: The kind of the job.
         job: The job.
-        webhooks: Who sends.
+        webhooks: Sends the reports.
         next_sequence: Gives each report its number.
-        stop: Is asked to cancel when the backend says so.
+        stop: Requested if the backend answers that the job is cancelled.
         interval_seconds: Time between two reports.
     """
 
@@ -64,23 +67,25 @@ class ProgressReporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Where no ending follows, nothing has to wait for a backend that hangs: a shutdown has
-        # seconds to give the job back.
+        # If no ending follows, do not wait for a backend that hangs: a shutdown has only seconds
+        # to return the job.
         self.close(wait=not (isinstance(error, Stopped) and error.reason in _NO_ENDING_FOLLOWS))
 
     def close(self, *, wait: bool = True) -> None:
-        """No report is begun after this.
+        """Begin no further report.
 
         Args:
-            wait: For the report in hand, so that it cannot arrive after an ending.
+            wait: Wait for the report that is being sent, so that it cannot arrive after an ending.
         """
         self._every.stop(join_seconds=None if wait else 0)
 
     def saw(self, progress: Progress) -> None:
-        """Take the newest state. The start of training is reported at once, everything else by the
-        clock."""
+        """Take the newest state.
+
+        The start of training is sent at once, any other at the next interval.
+        """
         starts = progress.stage is Stage.TRAINING and self._latest.stage is not Stage.TRAINING
-        # Training that starts over is not measured yet; the rate before that is the best there is.
+        # After a restart of training there is no measured rate yet; the previous one is kept.
         rate = progress.per_second or self._latest.per_second
         self._latest = dataclasses.replace(progress, per_second=rate)
         if starts:
@@ -88,7 +93,7 @@ class ProgressReporter:
 
     def _report(self) -> None:
         answer = self._webhooks.send_progress(self._origin, self._body())
-        # Only on the backend's own word: a router answers 404 while the backend is deployed.
+        # Only if the backend itself answers: a router answers 404 while the backend is deployed.
         if answer is ProgressAnswer.CANCEL:
             log.info("job_cancelled_by_backend", answer=answer.name)
             self._stop.request(StopReason.CANCELLED)
@@ -106,10 +111,10 @@ def queued(
     Args:
         kind: The kind of the job.
         job: The job.
-        latest: How far it was; None where nothing was trained.
-        place: In the queue, counted from 1.
-        seconds: Until it is expected to be taken.
-        sequence: Its number among the job's news.
+        latest: Its newest progress; None if nothing was trained.
+        place: Its place in the queue, counted from 1.
+        seconds: Expected seconds until a worker takes it.
+        sequence: Number of this report among the job's reports.
     """
     latest = latest or beginning(kind, job)
     waiting = {

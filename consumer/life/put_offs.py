@@ -1,8 +1,8 @@
-"""Putting a message off, and giving it up: every reason to put one off has a limit.
+"""Puts a message off until later; after a limited number of times it goes to the dead queue.
 
-The delays between two looks are those of `RETRY_DELAYS_SECONDS`, the last one again and again. A
-copy carries how often the message was put off (`x-put-offs`); at its reason's limit the message
-goes to the dead queue with that reason, where a person finds it.
+The delays between two attempts are those of `RETRY_DELAYS_SECONDS`; the last one repeats. The copy
+carries the number of times that the message was put off (`x-put-offs`). At the limit of its reason
+the message goes to the dead queue with that reason, where an operator finds it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class _Rule:
     code: ErrorCode
 
 
-_LIMIT = 200  # whatever the reasons, unless one has none
+_LIMIT = 200  # for all reasons together, except those without a limit
 
-# With the default delays 200 are a day and a half of an S3 that is away. A damaged record does not
-# mend itself. A record of a newer worker is sound: its message waits for an update, with an alert.
+# With the default delays, 200 times are a day and a half without S3. A damaged record does not
+# recover, so its limit is lower. A record of a newer worker is intact: its message waits without a
+# limit until this worker is updated, and an alert fires.
 _RULES = {
     Why.STORAGE: _Rule(_LIMIT, ErrorCode.STORAGE_FAILED),
     Why.DAMAGED_RECORD: _Rule(5, ErrorCode.STORAGE_FAILED),
@@ -49,18 +50,18 @@ _RULES = {
 
 
 def why_of(error: StorageError) -> Why:
-    """Why a message is put off whose record met this error."""
+    """The reason to put off a message whose record raised this error."""
     if isinstance(error, DamagedRecord):
         return Why.DAMAGED_RECORD
     return Why.NEWER_RECORD if isinstance(error, NewerRecord) else Why.STORAGE
 
 
 class PutOffs:
-    """Puts messages off.
+    """Puts messages off, and gives them up at their reason's limit.
 
     Args:
-        delays: Seconds before the first further look, the second, …; the last one repeats.
-        observer: Counts them.
+        delays: Seconds before the first further attempt, the second, …; the last one repeats.
+        observer: Counts the messages.
     """
 
     def __init__(self, delays: Sequence[float], observer: Observer) -> None:
@@ -70,16 +71,15 @@ class PutOffs:
     def put_off(
         self, delivery: Delivery, why: Why, detail: str, *, task_id: str | None = None
     ) -> Settlement:
-        """The same message again in a while, or in the dead queue once that has been often enough.
+        """Settle a delivery by a delayed copy, or by a dead letter at the reason's limit.
 
-        The copy means what the delivery meant: it keeps its `message_id`, and counts as a worker's
-        own copy only if the delivery may have been claimed before. An order that was never claimed
-        stays a new order.
+        The copy keeps its `message_id`. It counts as a worker's own copy only if the delivery may
+        have been claimed before, so an order that was never claimed stays a new order.
 
         Args:
             delivery: The message.
             why: The reason.
-            detail: The same in words, for the log and the dead queue.
+            detail: The reason as a sentence, for the log and the dead queue.
             task_id: The task's id, for the dead queue.
         """
         rule, count = _RULES[why], delivery.put_offs

@@ -1,4 +1,4 @@
-"""A run and its events: the newest state is reported, checkpoints are uploaded."""
+"""Runs the trainer for a job and passes its events on, to reports and checkpoint uploads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = get_logger(__name__)
 def dispatch(
     event: Event, observer: Observer, reporter: ProgressReporter, uploads: CheckpointUploads
 ) -> None:
-    """Hand one event of the trainer to whom it concerns."""
+    """Pass one event of the trainer to the parts that handle it."""
     observer.saw(event)
     match event:
         case Started():
@@ -38,7 +38,7 @@ def dispatch(
         case CheckpointSaved():
             uploads.submit(event)
         case _:
-            pass  # how the run ended is the caller's to see
+            pass  # the caller handles the end of the run
 
 
 def continued_or_from_the_beginning(
@@ -54,8 +54,8 @@ def continued_or_from_the_beginning(
 ) -> Finished:
     """Train, from the run's checkpoint if it has one.
 
-    A sound checkpoint may be of no use all the same: images or base model are others by now, or
-    another version wrote it. That costs the epochs so far, and not the job.
+    An intact checkpoint may still be unusable: the images or the base model have changed, or
+    another version wrote it. Training then starts from the beginning, and the job continues.
 
     Raises:
         As `TrainerProcess.run`.

@@ -1,4 +1,4 @@
-"""No job without a guarded record: the state bucket must honour conditional writes."""
+"""Tests the state bucket: no job is taken unless its store honours conditional writes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class StateGuard:
         self._tested = False
 
     def test(self) -> bool:
-        """Test the bucket unless that is done. False: S3 does not answer now.
+        """Test the bucket unless it was tested. Returns False if S3 does not answer now.
 
         Raises:
             ConfigurationError: The store does not honour conditional writes, and no setting allows
@@ -63,7 +63,7 @@ class StateGuard:
         return True
 
     def wait(self, stop: threading.Event, *, at_most: float | None = None) -> bool:
-        """Wait until the bucket was tested.
+        """Wait until the bucket has been tested.
 
         Args:
             stop: Ends the waiting.

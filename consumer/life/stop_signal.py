@@ -1,5 +1,7 @@
-"""Cooperative stopping: who wants a job to stop says so here, with the reason; the job obeys at its
-next step."""
+"""Cooperative stopping: a request to stop a job, with its reason.
+
+The job obeys at its next step.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 from utils.errors import Cancelled, LeaseLost, Stopped, StopReason, TimeLimit, TrainingServerError
 
-# A lost lease beats everything: whoever lost it may not write any more, not even that the job was
-# cancelled. A cancelled job has an ending, so it beats a shutdown, which has none.
+# A lost lease comes first: the worker that lost it may not write any more, not even that the job
+# was cancelled. A cancelled job has an ending, so it comes before a shutdown, which has none.
 _WEIGHT = {
     StopReason.SHUTDOWN: 1,
     StopReason.TIME_LIMIT: 2,
@@ -21,8 +23,10 @@ _WEIGHT = {
 
 
 class StopSignal:
-    """One job's request to stop; may be made by any thread, more than once, the weightiest reason
-    counting."""
+    """A request to stop one job.
+
+    Any thread may make it, also repeatedly; the strongest reason counts.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,7 +36,7 @@ class StopSignal:
 
     @property
     def reason(self) -> StopReason | None:
-        """Why the job should stop; None while it should not."""
+        """The reason to stop the job; None without a request."""
         return self._reason
 
     def request(self, reason: StopReason) -> None:
@@ -55,7 +59,10 @@ class StopSignal:
             listener(reason)
 
     def wait(self, seconds: float) -> bool:
-        """Sleep, but wake up when asked to stop. Returns whether a stop was asked for."""
+        """Sleep until a stop is requested, or the time is over.
+
+        Returns whether one was requested.
+        """
         return self._requested.wait(seconds)
 
     def error(self) -> TrainingServerError | None:
@@ -78,7 +85,7 @@ class StopSignal:
         Raises:
             Cancelled: The job was cancelled.
             TimeLimit: The job took too long.
-            LeaseLost: Another worker owns the job.
+            LeaseLost: Another worker holds the job.
             Stopped: The worker shuts down.
         """
         if error := self.error():
@@ -86,13 +93,13 @@ class StopSignal:
 
 
 class Shutdown:
-    """The whole worker's request to stop, made by SIGTERM or Ctrl-C; jobs in hand learn of it.
+    """A request to stop the whole worker, by SIGTERM or Ctrl-C. It stops the current job, too.
 
     Args:
         grace_seconds: Time between SIGTERM and SIGKILL (`SHUTDOWN_GRACE_SECONDS`).
     """
 
-    # Left over at the end for releasing the lease and returning the message.
+    # Seconds reserved at the end for releasing the lease and returning the message.
     RESERVE_SECONDS = 1.5
 
     def __init__(self, grace_seconds: float) -> None:
@@ -103,7 +110,7 @@ class Shutdown:
         self.event = threading.Event()
 
     def request(self) -> None:
-        """Stop taking jobs; stop the one in hand at its next step."""
+        """Take no further job, and stop the current one at its next step."""
         with self._lock:
             self._requested_at = self._requested_at or time.monotonic()
             self.event.set()
@@ -125,8 +132,10 @@ class Shutdown:
                 self._jobs.remove(stop)
 
     def seconds_for_saving(self) -> float:
-        """How long the last checkpoint's upload may still take; unlimited while nobody shuts
-        down."""
+        """Seconds that the last checkpoint's upload may still take.
+
+        They are unlimited without a shutdown.
+        """
         if self._requested_at is None:
             return float("inf")
         end = self._requested_at + self._grace_seconds - self.RESERVE_SECONDS

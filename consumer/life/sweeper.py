@@ -1,4 +1,4 @@
-"""Publishes again what no message points to any more: at start, and now and then."""
+"""Publishes the messages of abandoned job records again: at the start, then at an interval."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SECONDS_PER_DAY = 86_400.0
 
 
 class Sweeper:
-    """Looks through the job records in a thread of its own.
+    """Sweeps the job records in a separate thread.
 
     Args:
         sweep: Finds the abandoned records.
@@ -94,7 +94,7 @@ class Sweeper:
 
     def _message(self, record: JobRecord) -> bytes:
         if not record.message:
-            return b""  # an invalid message: only its ending is left to tell
+            return b""  # an invalid message: only its ending is left to deliver
         return from_understood(self._kinds.of(record.kind), record.message).body
 
     def _delete_what_is_left(self, record: JobRecord) -> bool:

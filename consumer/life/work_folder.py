@@ -1,5 +1,7 @@
-"""Folders on the worker's disk: one a process, one a job in it; what a dead process left behind is
-removed."""
+"""Folders on the worker's disk: one per process, and in it one per job.
+
+Folders of dead processes are removed.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ _LOCK = ".lock"
 
 
 class WorkFolder:
-    """This process's folder under `WORK_DIR`. A file lock marks it as in use for as long as the
-    process lives.
+    """This process's folder under `WORK_DIR`.
+
+    A file lock marks it as in use for as long as the process lives.
 
     Args:
         root: `WORK_DIR`; None for a folder in the system's place for temporary files.
@@ -42,7 +45,7 @@ class WorkFolder:
             self.path = Path(tempfile.mkdtemp(prefix="worker-", dir=self._root))
             self.temporary = self.path / "tmp"
             self.temporary.mkdir()
-            # Held open on purpose; the kernel lets go of the lock however the process ends.
+            # Held open on purpose: the kernel releases the lock however the process ends.
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -57,9 +60,9 @@ class WorkFolder:
 
     @contextlib.contextmanager
     def job(self) -> Iterator[Path]:
-        """An empty folder for one job, removed afterwards whatever happened.
+        """An empty folder for one job, removed at the end of the block.
 
-        The name says nothing of the job: nothing that a message says becomes a path.
+        Its name does not depend on the job: no text from a message becomes a path.
         """
         folder = Path(tempfile.mkdtemp(prefix="job-", dir=self.path))
         try:

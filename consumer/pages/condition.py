@@ -100,7 +100,7 @@ class Condition:
             self._trainer.revive()
 
     def health(self) -> dict[str, Any]:
-        """Whether the process should live on; `problem` says why not.
+        """Whether the process should go on; `problem` is the reason if not.
 
         A broker that does not answer is named under `broker`. It is no reason for a restart: the
         worker ends that connection.

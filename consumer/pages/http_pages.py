@@ -43,7 +43,7 @@ class Answers(Protocol):
     """The contents of the pages: a worker's condition, or that of a local training."""
 
     def health(self) -> dict[str, Any]:
-        """Whether the process should live on; a key `problem` says why not."""
+        """Whether the process should go on; the key `problem` is the reason if not."""
 
     def ready(self) -> dict[str, Any]:
         """Whether a job can be taken: `ready`, and a sentence for each of `checks`."""
@@ -212,7 +212,7 @@ def _guarded(page: _Page) -> _Page:
             return await page(request)
         except Exception:  # pylint: disable=broad-exception-caught  # logged
             log.exception("page_broke", page=request.scope["path"])
-            return _json({"error": "the worker's log says more"}, status=500)
+            return _json({"error": "internal error: see the worker's log"}, status=500)
 
     return answer
 

@@ -20,12 +20,12 @@ from services.broker.settlement import Queue
 from utils.metrics import Metrics
 
 _KNOWN_JOBS = 20
-_LONGEST_BELIEVED = 30 * 86400.0  # seconds; the message itself says when it was made
+_LONGEST_BELIEVED = 30 * 86400.0  # seconds; the creation time comes from the message
 
 
 @dataclasses.dataclass
 class _Seen:
-    """What is known of a training queue; each fact None until it is known."""
+    """The known facts about a training queue; each is None until it is known."""
 
     length: int | None = None
     consumers: int = 0
@@ -121,7 +121,7 @@ class QueueWatch:
     ) -> tuple[int, float] | None:
         """The place of a message that joins a queue after a delay, and when its turn comes.
 
-        Workers take turns between their queues, so the messages before it are those of its own
+        Workers take turns between their queues, so the messages before it are those of the same
         queue and at most as many of each other one.
 
         Returns:

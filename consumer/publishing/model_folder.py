@@ -2,8 +2,8 @@
 
 Every pass looks at the folder, proves by a write that the job and the style's turn are still this
 publisher's, and then writes only over the versions that it has seen (`If-Match`, `If-None-Match`).
-A successor takes the turn before it writes, so a publisher that slept changes nothing that a later
-one has made, wherever it slept and whatever its clock says.
+A successor takes the turn before it writes, so a publisher that was suspended at any point changes
+nothing that a later one has made. Its clock does not matter.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ class ModelFolder:
         """Copy the folder's files into the archive, each under the run that published it.
 
         Returns:
-            What the folder has, for `restore`; None if a file changed meanwhile, so that the folder
-            must be looked at again.
+            The folder's files, for `restore`; None if a file changed meanwhile, so that the caller
+            has to look at the folder again.
 
         Raises:
             LeaseLost, StorageError: The job, the turn or S3 is lost.

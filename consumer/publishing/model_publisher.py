@@ -1,5 +1,4 @@
-"""Puts a finished model in its place: staged first, then file by file under `models/`, the weights
-last.
+"""Puts a finished model in its place: staged first, then file by file, the weights last.
 
 Runs of one style take turns (`services.records.style_turn`). A publication goes like this:
 
@@ -9,7 +8,7 @@ Runs of one style take turns (`services.records.style_turn`). A publication goes
    Otherwise the archive gets a copy of the model that is about to be replaced.
 3. The turn notes that the folder is being replaced, and what it had before. Until here a cancel, a
    time limit or a shutdown stops the publication; from here on it is finished.
-4. The files are written, and the note says so.
+4. The files are written, and the note records it.
 5. Once the job's ending is durable, the note is removed (`ModelPublisher.confirm`). A job that is
    cancelled or fails before that leaves the folder as it was.
 
@@ -51,13 +50,13 @@ _LOOKS = 5
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Published:
-    """Where a run's model is.
+    """The addresses of a run's model.
 
     Attributes:
         model_url: The style's model, `model_url` on the wire.
         superseded_by: The job with a later order whose model the style keeps; None if the style's
             model is this run's.
-        archived_url: Where this run's model is if the style keeps another one; else None.
+        archived_url: This run's model if the style keeps another one; otherwise None.
     """
 
     model_url: str
@@ -121,7 +120,7 @@ class ModelPublisher:
         Args:
             folder: Local folder of the files.
             files: Their names. The last one is written when all others are in place.
-            place: Where they belong.
+            place: The keys of the job's results.
             lease: Checked before every write.
             stop: Checked until the first file is written; from then on the publication is finished.
             ordered_at: ISO time of the order. The later order wins. A time that cannot be read, or
@@ -131,7 +130,7 @@ class ModelPublisher:
             LeaseLost: The job is another worker's now; nothing more was written.
             Stopped, Cancelled, TimeLimit: `stop` asked for it; the style's folder is unchanged.
             StorageError, MachineError: S3 or the disk failed. The folder is as it was, or the
-                turn's note says that it has to be repaired.
+                turn's note records that it has to be repaired.
         """
         task_id = lease.record.task_id
         mark = {
@@ -192,7 +191,7 @@ class ModelPublisher:
         If S3 fails, or another run has the turn, the next publisher of the style does it.
 
         Args:
-            place: Where the job's results belong.
+            place: The keys of the job's results.
             task_id: The job.
             lease: The hold on the job.
 
@@ -217,7 +216,7 @@ class ModelPublisher:
         has given up the turn without writing all files.
 
         Args:
-            place: Where the job's results belong.
+            place: The keys of the job's results.
             task_id: The job.
             lease: The hold on the job; checked before every write.
 

@@ -72,7 +72,7 @@ class RunWatch:
             )
         if now - self._heard_at > (silence := self._stall_seconds * _LONGEST_SILENCE_IN_STALLS):
             self.verdict = (
-                f"the trainer said nothing for {silence:.0f} seconds and was replaced "
+                f"the trainer sent no event for {silence:.0f} seconds and was replaced "
                 f"({_LONGEST_SILENCE_IN_STALLS} times STALL_SECONDS)"
             )
         if self._stop.reason:

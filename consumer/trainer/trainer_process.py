@@ -270,7 +270,7 @@ class _Child:
             if heard is None:
                 return
             if isinstance(heard, ValueError):
-                watch.verdict = f"the trainer said something that is no event: {heard}"
+                watch.verdict = f"the trainer sent a line that is not an event: {heard}"
                 return
             yield heard
 
@@ -309,7 +309,7 @@ class _Child:
             )
         if code < 0:
             return f"the trainer crashed ({signal.Signals(-code).name})"
-        return f"the trainer ended by itself with exit code {code}; its last log lines say why"
+        return f"the trainer ended by itself with exit code {code}; see its last log lines"
 
     def kill(self) -> None:
         """Kill the process."""

@@ -1,15 +1,15 @@
 """RabbitMQ's client: connections, publications, subscriptions. The only importer of pika.
 
-pika raises its own errors and the network's; `ERRORS` maps each of them to one of ours. Three gaps
-of pika are closed here, in the connection that `connect` makes and nowhere else:
+pika raises its own errors and the network's; `ERRORS` maps each of them to an error of this server.
+Three gaps of pika are closed here, in the connection that `connect` makes and nowhere else:
 
-- An answer of the broker is waited for without a limit, in a loop that also reads heartbeats
+- pika waits for an answer of the broker without a limit, in a loop that also reads heartbeats
   (`AnswerLimit`).
 - A header with a time beyond Python's calendar breaks the connection in the middle of a frame
   (`_Wire`).
-- Cancelling a consumer rejects the message that is on its way (`Subscription.cancel`).
+- Cancelling a consumer rejects a message that arrives meanwhile (`Subscription.cancel`).
 
-They need private names of pika; tests hold them against the pinned version.
+The repairs use private names of pika; tests check them against the pinned version.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from utils.settings.groups import BrokerSettings
 log = get_logger(__name__)
 
 CONNECT_SECONDS = 10.0
-BLOCKED_SECONDS = 120.0  # a broker out of memory or disk stops reading; then another one is tried
+BLOCKED_SECONDS = 120.0  # a broker out of memory or disk stops reading; the next host is tried
 ANSWER_SECONDS = 30.0  # the longest wait for a confirm or any other answer of the broker
 CANCEL_TURN_SECONDS = 0.01
 NO_ROUTE = 312  # AMQP's code for a message that no queue takes
@@ -51,11 +51,12 @@ class AnswerOverdue(exceptions.AMQPConnectionError):
     """The broker has left a request without an answer, and the connection was ended."""
 
 
-# Rows are tried from the top: pika's class, a pattern of its text, our class, and our sentence.
+# The first row that matches counts: pika's class, a pattern of its text, this server's class, and
+# the message.
 ERRORS: tuple[tuple[type[Exception], str, type[BrokerError], str], ...] = (
     (
         exceptions.ProbableAuthenticationError,
-        # Without the broker's own word the broker may have restarted during the handshake.
+        # Without a reply of the broker, the cause may be a restart during the handshake.
         r"\(403\)",
         BrokerRefused,
         "RabbitMQ refuses the login of user {user!r}: check RABBITMQ_USER and RABBITMQ_PASS",
@@ -89,7 +90,7 @@ ERRORS: tuple[tuple[type[Exception], str, type[BrokerError], str], ...] = (
 
 @contextlib.contextmanager
 def translated(settings: BrokerSettings, doing: str) -> Iterator[None]:
-    """Inside the block, an error of pika or of the network becomes one of ours."""
+    """Inside the block, an error of pika or of the network becomes an error of this server."""
     try:
         yield
     except Exception as error:
@@ -324,7 +325,7 @@ Arrived = Callable[["Subscription", Delivery, int], None]
 
 
 class Subscription:
-    """One consumer on a channel of its own, with at most one unacknowledged message.
+    """One consumer on a separate channel, with at most one unacknowledged message.
 
     Args:
         link: The connection.
@@ -452,7 +453,7 @@ class Link:
         log.info("broker_connected", queue=self._settings.training_queue)
 
     def close(self) -> None:
-        """Close the connection. An error does not matter any more."""
+        """Close the connection; an error is only logged."""
         if self.is_open:
             with contextlib.suppress(BrokerError), self.errors("closing the connection"):
                 self.connection.close()
@@ -519,7 +520,10 @@ class Link:
 
     @contextlib.contextmanager
     def errors(self, doing: str) -> Iterator[None]:
-        """Inside the block errors are ours, and waiting for the broker has its limit."""
+        """Inside the block, errors are those of this server.
+
+        A wait for the broker has a limit.
+        """
         with translated(self._settings, doing), self._limit():
             yield
 

@@ -7,10 +7,10 @@
 One thread owns the connection and does nothing else, so heartbeats go on through a job of any
 length. Handlers work in other threads and never touch the connection.
 
-A connection, channel or consumer that goes away stops no job. The owner reconnects at once, so that
-the job's publications can be made, but subscribes again only when the job in hand has ended: until
+A job goes on if the connection, its channel or its consumer closes. The owner reconnects at once,
+so that the job's publications can be made, but subscribes again only after the job has ended. Until
 then the broker may deliver the message to another worker, which finds the job's record. A tag of a
-channel that is gone is never acknowledged.
+closed channel is never acknowledged.
 
 A lane serves one or several queues and holds at most one delivery over all of them. RabbitMQ has no
 such limit for quorum queues (`basic.qos` with `global` is refused), so a lane has one consumer at a
@@ -40,7 +40,7 @@ from utils.logger import get_logger
 
 log = get_logger(__name__)
 
-STEADY_SECONDS = 5.0  # after a connection that lived so long the back-off starts again
+STEADY_SECONDS = 5.0  # a connection that lives so long resets the back-off
 STOP_CHECK_SECONDS = 0.1
 TURN_SECONDS = 0.25
 RESUBSCRIBE_SECONDS = 1.0  # no hot loop with a broker that cancels each consumer
@@ -77,7 +77,7 @@ class InHand:
 
     Attributes:
         delivery: The message.
-        subscription: Where it came from; its tag means nothing anywhere else.
+        subscription: The subscription that delivered it; the tag is valid only there.
         tag: AMQP's delivery tag.
         settlement: The handler's decision; None while it works.
     """
@@ -90,7 +90,7 @@ class InHand:
         self._confirmations: tuple[Future[None], ...] | None = None
 
     def decide(self, settlement: Settlement) -> None:
-        """The handler has returned this."""
+        """Store the settlement that the handler returned."""
         self.settlement = settlement
 
     def collect(self, outbox: Outbox) -> None:
@@ -239,7 +239,7 @@ class BrokerLoop:
         events: Gets the connection's events.
         idle_seconds: Stop when the first lane has taken and settled all that it may take, and after
             this many seconds without a message; None: only when stopped.
-        outbox: Where publications of other threads come from; a new one if None.
+        outbox: Holds publications of other threads; a new one if None.
 
     Attributes:
         connected: Whether the connection is up.
@@ -344,8 +344,7 @@ class BrokerLoop:
                 while not self._is_over():
                     self._turn(link)
             except BrokerError as error:
-                # A job in hand is trained to its end all the same: its record and its model need no
-                # broker.
+                # A job that runs is trained to its end: its record and its model need no broker.
                 if isinstance(error, BrokerRefused) and not self._is_working():
                     raise
                 if not isinstance(error, PublicationRefused):

@@ -164,7 +164,7 @@ class Publication:
     """One message to be published, persistent, mandatory and confirmed.
 
     Attributes:
-        queue: Where it goes.
+        queue: The queue to publish to.
         body: The message.
         message_id: The task's id; None if it is not known.
         headers: Texts, whole numbers and booleans.
@@ -240,8 +240,9 @@ class Publication:
         return dataclasses.replace(self, headers=headers, delay_seconds=None)
 
     def cut(self) -> Publication:
-        """The same message with only the first bytes of its body; headers hold the whole body's
-        size and SHA-256.
+        """The same message with only the first bytes of its body.
+
+        Headers hold the whole body's size and SHA-256.
         """
         headers: dict[str, str | int | bool] = {
             **self.headers,
@@ -253,10 +254,12 @@ class Publication:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settlement:
-    """What happens to a delivery: first each publication, in order and confirmed, then the action.
+    """The decision about a delivery.
 
-    If the delivery's channel is gone by then, the publications are made all the same and the action
-    is dropped: the broker delivers the message again, and the job record makes that harmless.
+    First each publication is made, in order and confirmed, then the action.
+
+    If the delivery's channel has closed by then, the publications are still made and the action is
+    dropped: the broker delivers the message again, and the job record makes that harmless.
 
     Attributes:
         action: `ACK`: the message is done with. `REQUEUE`: back to its queue, for any worker.

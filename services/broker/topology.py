@@ -54,7 +54,7 @@ class QueueDeclaration:
     as_found: bool = False
 
     def variants(self, queue_type: str | None) -> tuple[dict[str, Any], ...]:
-        """The arguments that a queue of ours may have.
+        """The arguments that a queue of the worker may have.
 
         The first are those of a new queue. An existing queue may have the others, which differ only
         in the queue's type.
@@ -112,8 +112,9 @@ def name_of(training_queue: str, queue: Queue) -> str:
 
 
 def queue_type_of(reply: str) -> str | None:
-    """The type of an existing queue, from the broker's answer to `TYPE_TRIAL`; None if the answer
-    does not name it.
+    """The type of an existing queue, from the broker's answer to `TYPE_TRIAL`.
+
+    It is None if the answer does not name it.
     """
     if match := _TYPE.search(reply):
         # Declared without a type, as the backend does on a virtual host without a default.
@@ -159,7 +160,7 @@ class Declarations:
         return declaration(self._training_queue, queue, delay_seconds)
 
     def begin(self) -> None:
-        """Declare the backend's queue and find out its type, which new queues of ours get too.
+        """Declare the backend's queue and find out its type, which the worker's new queues get too.
 
         Raises:
             BrokerError: The broker fails; `BrokerRefused` if waiting cannot help.

@@ -1,4 +1,4 @@
-"""Does this store honour conditional writes? Every promise about claims stands on it: try it."""
+"""Tests whether a store honours conditional writes, which every claim on a job depends on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TRIES = 3
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConditionalSupport:
-    """What the store was seen to do.
+    """The conditions that the store honoured in the test.
 
     Attributes:
         create: `If-None-Match: *` refuses to overwrite.
@@ -33,39 +33,39 @@ class ConditionalSupport:
 
     @property
     def complete(self) -> bool:
-        """Whether records are safe here."""
+        """Whether job records are safe in this store."""
         return self.create and self.replace
 
     @property
     def missing(self) -> str:
-        """The conditions that are not honoured, by their headers; empty where there are none."""
+        """The headers of the conditions that are not honoured; empty if all are."""
         conditions = (("If-None-Match", self.create), ("If-Match", self.replace))
         return " and ".join(name for name, works in conditions if not works)
 
     def explain(self) -> str:
-        """What follows from it, in a sentence for ops."""
+        """The consequence, in a sentence for operators."""
         if self.complete:
             return "The store honours conditional writes: no job is trained by two workers at once."
         return (
             f"The store does not honour {self.missing}. With more than one worker "
-            "a job may be trained twice, and a worker that slept may overwrite another's record. "
+            "a job may be trained twice, and a suspended worker may overwrite another's record. "
             "Use a store that honours conditional writes (AWS S3, MinIO, Cloudflare R2, Ceph from "
             "Squid on)."
         )
 
 
 def probe(s3: S3Service, bucket: str, prefix: str = "jobs/") -> ConditionalSupport:
-    """Try the conditions on an object of the probe's own, and remove it.
+    """Try the conditions on an object made for the test, and remove it.
 
     Args:
         s3: The storage.
-        bucket: Where.
-        prefix: Under which the worker may write there.
+        bucket: The bucket.
+        prefix: Key prefix under which the worker may write.
 
     Raises:
         StorageError: The bucket cannot be read and written at all.
     """
-    # No task id begins with a dot, and the sweep looks at `.json` alone.
+    # No task id begins with a dot, and the sweep reads only `.json`.
     location = S3Location(bucket, f"{prefix}.probe-{uuid.uuid4()}")
     try:
         create, first = _creates(s3, location)
@@ -79,7 +79,7 @@ def probe(s3: S3Service, bucket: str, prefix: str = "jobs/") -> ConditionalSuppo
 
 
 def _creates(s3: S3Service, location: S3Location) -> tuple[bool, str]:
-    """Whether a second `create` is refused, and the version that the object has had first."""
+    """Whether a second `create` is refused, and the object's first version."""
     try:
         first = s3.create(location, b"first")
     except NotSupported:  # the store knows the header, and refuses it

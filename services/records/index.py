@@ -1,12 +1,12 @@
-"""Where job records lie, and which of them still have something to do.
+"""The index of the job records that are not settled, and the daily inventory of all records.
 
-Beside the records, `jobs/{task_id}.json`, lies an index of those that are not settled: an empty
-object `jobs/live/{task_id}`, made before the record and removed after the record is settled. The
-sweep lists the index alone, so that its cost follows the live jobs and not the history.
+The records are `jobs/{task_id}.json`. A record that is not settled has an entry in the index: an
+empty object `jobs/live/{task_id}`, made before the record and removed after the record is settled.
+The sweep lists only the index, so its cost depends on the live jobs and not on the history.
 
-A record that is settled gets an empty `jobs/{task_id}.settled`, by which the inventory knows it
-without reading it. The inventory lists every record, once a day and by one worker: it puts on the
-index what an older worker left off it, and deletes what has ended longer ago than the retention.
+A settled record gets an empty object `jobs/{task_id}.settled`, so that the inventory need not read
+it. The inventory lists every record, once a day and on one worker. It adds records to the index
+that an older worker did not add, and deletes records that ended longer ago than the retention.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ INVENTORY_SECONDS = 86_400.0
 
 _DONE = b"done "
 _UNFINISHED_SECONDS = 600.0
-"""An inventory that was begun so long ago is not going to be finished."""
+"""An inventory that began longer ago than this is taken to be abandoned."""
 
 
 class RecordIndex:
-    """Which records of a state bucket are not settled.
+    """The index of the unsettled records of a state bucket.
 
     Args:
         s3: As for `JobRecords`.
@@ -54,7 +54,7 @@ class RecordIndex:
         self._bucket = bucket
 
     def add(self, task_id: str) -> None:
-        """Put a record on the index; before it is made, or made live again.
+        """Add a record to the index, before it is made, or made live again.
 
         Raises:
             StorageError: S3 cannot be used.
@@ -62,16 +62,16 @@ class RecordIndex:
         self._s3.write(live_mark_at(self._bucket, task_id), b"")
 
     def remove(self, task_id: str) -> None:
-        """Take a settled record off the index.
+        """Remove a settled record from the index.
 
-        A person may send the job back at this moment, so the record is read once more: whichever
-        comes last, a record that lives again is on the index.
+        An operator may send the job back at this moment, so the record is read once more. In either
+        order, a record that is live again is on the index.
 
         Raises:
             StorageError: S3 cannot be used.
         """
         settled = settled_mark_at(self._bucket, task_id)
-        with contextlib.suppress(PreconditionFailed):  # then somebody else has marked it
+        with contextlib.suppress(PreconditionFailed):  # then another process has marked it
             self._s3.create(settled, b"")
         self._delete(live_mark_at(self._bucket, task_id))
         version = self.record(task_id).read()
@@ -80,7 +80,7 @@ class RecordIndex:
             self._delete(settled)
 
     def reopen(self, task_id: str) -> None:
-        """Put a record on the index that was settled; after it was made live again.
+        """Add a formerly settled record to the index, after it was made live again.
 
         Raises:
             StorageError: S3 cannot be used.
@@ -89,7 +89,7 @@ class RecordIndex:
         self._delete(settled_mark_at(self._bucket, task_id))
 
     def forget(self, task_id: str) -> None:
-        """Take a name off the index that has no record.
+        """Remove an id from the index that has no record.
 
         Raises:
             StorageError: S3 cannot be used.
@@ -112,17 +112,17 @@ class RecordIndex:
     def take_inventory(
         self, retention_seconds: float | None, expired: Callable[[JobRecord], bool]
     ) -> bool:
-        """Look through all records, if nobody has for a day.
+        """Take the inventory of all records, if no worker has within a day.
 
         Args:
             retention_seconds: Records that were settled longer ago are deleted; None keeps all.
-            expired: Deletes what else a record that goes has left; False where that failed.
+            expired: Deletes the other objects of a record; returns False if that failed.
 
         Returns:
-            Whether this call did it.
+            Whether this call took it.
 
         Raises:
-            StorageError: S3 cannot be used. The inventory is begun anew after ten minutes, also if
+            StorageError: S3 cannot be used. The inventory begins again after ten minutes, also if
                 this process ends before it is done.
         """
         begun = self._begin_inventory()
@@ -170,8 +170,8 @@ class RecordIndex:
             version = self.record(task_id).read()
             if version is None or not version.record.is_settled or not expired(version.record):
                 return False
-            # The record goes first: a mark without a record harms nobody. Only this version goes:
-            # a person may send the job back at this moment.
+            # The record is deleted first: a mark without a record is harmless. Only this version
+            # is deleted: an operator may send the job back at this moment.
             self._s3.delete_version(record_at(self._bucket, task_id), version.etag)
             self._delete(cancel_file_at(self._bucket, task_id))
             self._delete(settled_mark_at(self._bucket, task_id))
@@ -185,7 +185,7 @@ class RecordIndex:
 
 
 def _now() -> bytes:
-    # A body of its own each time, so that each inventory has an ETag of its own.
+    # A different body each time, so that each inventory has its own ETag.
     return datetime.datetime.now(datetime.UTC).isoformat().encode()
 
 

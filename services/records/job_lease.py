@@ -1,4 +1,4 @@
-"""What a worker may do with a job that it holds: durable changes under one claim."""
+"""A worker's hold on a job: durable changes of its record under one claim."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ log = get_logger(__name__)
 
 
 class JobLease(Lease[JobRecord]):
-    """A hold on a job, renewed while the block runs, after its ending too until that is settled.
+    """A hold on a job, renewed while the block runs, also after its ending until that is settled.
 
-    Every method that changes the record raises `LeaseLost` once the job is another worker's, and
-    tries again through S3's troubles until then.
+    Every method that changes the record retries while S3 fails, and raises `LeaseLost` once another
+    worker holds the job.
 
     Attributes:
-        cancelled: Set once `jobs/{task_id}.cancel` was seen; looked for when claiming and at each
-            renewal.
+        cancelled: Set once `jobs/{task_id}.cancel` exists, which is checked by the claim and at
+            each renewal.
     """
 
     def __init__(
@@ -56,35 +56,38 @@ class JobLease(Lease[JobRecord]):
 
     @property
     def seconds_run(self) -> float:
-        """How long the job has been held in all, by this claim and those before it."""
+        """Seconds that workers have held the job, in this claim and all earlier ones."""
         return self._run_before + time.monotonic() - self._claimed_at
 
     def saw(self, *, epoch: int, loss: float | None, seconds_left: float | None) -> None:
-        """Take note of how far the job is, for people; the next write of the record carries it.
+        """Note the job's progress for operators; the next write of the record includes it.
 
         Args:
             epoch: Completed epochs.
             loss: The training loss; None before there is one.
-            seconds_left: The time that is left; None before it can be measured.
+            seconds_left: The remaining time; None before it can be measured.
         """
         self._seen = (epoch, round(loss or 0.0, 6), round(seconds_left or 0.0, 1))
 
     def next_sequence(self) -> int:
-        """The next number of this job's news: it rises within a claim and from claim to claim."""
+        """The next number of this job's reports.
+
+        It rises within a claim and from claim to claim.
+        """
         with self._counting:
             self._sequence += 1
             return self.claim_number * SEQUENCES_PER_CLAIM + self._sequence
 
     def register_checkpoint(self, checkpoint: Checkpoint) -> JobRecord:
-        """From here on the job resumes from this checkpoint. Its files must lie complete on S3."""
+        """Register a checkpoint, from which the job resumes. All of its files must be on S3."""
         return self.update(lambda record: record.with_checkpoint(checkpoint))
 
     def end(self, ending: Ending, owed: OwedCopy | None = None) -> Ending:
-        """Make the ending durable and its delivery pending, in one write, before anybody is told.
+        """Make the ending durable and its delivery pending, in one write, before it is sent.
 
         Args:
-            ending: The job's last word.
-            owed: The copy of the message that the dead queue is to get.
+            ending: The job's ending.
+            owed: The copy of the message that the dead queue will get.
 
         Returns:
             The job's ending: this one, or the one that it already had.
@@ -94,20 +97,20 @@ class JobLease(Lease[JobRecord]):
         return kept
 
     def mark_delivered(self, detail: str | None = None) -> None:
-        """The backend has the ending, or wants to hear no more of it; the job is over."""
+        """Note that the backend has the ending, or no longer wants it; the job is settled."""
         self.update(lambda record: record.settled(Delivery.DELIVERED, detail))
 
     def set_aside(self, detail: str, owed: OwedCopy) -> None:
-        """The backend refuses the ending for good; the dead queue is to keep the message.
+        """Note that the backend refuses the ending for good; the dead queue will keep the message.
 
         Args:
-            detail: What the backend answered.
-            owed: The copy that the dead queue is to get.
+            detail: The backend's answer.
+            owed: The copy that the dead queue will get.
         """
         self.update(lambda record: record.settled(Delivery.SET_ASIDE, detail, owed))
 
     def paid(self) -> None:
-        """The broker has confirmed the copy that was owed."""
+        """Note that the broker has confirmed the copy that the record owed."""
         self.update(lambda record: record.paid())
 
     def release(
@@ -119,17 +122,16 @@ class JobLease(Lease[JobRecord]):
         rejected: bool = False,
         within: float | None = None,
     ) -> None:
-        """Give the job back: it may be claimed at once, and this claim writes nothing more.
+        """Release the job: it may be claimed at once, and this claim writes nothing more.
 
         Args:
             count_attempt: The attempt failed. False for a shutdown and for errors that are the
                 machine's own.
-            error: Why, as (code, message).
-            quiet_seconds: How long the message will wait before it comes back, so that the sweep
-                leaves it alone.
+            error: The reason, as (code, message).
+            quiet_seconds: Delay before the message returns; the sweep does not publish the record
+                before that.
             rejected: The machine could not do the job and leaves it to another.
-            within: Give up after so many seconds (a shutdown's grace); then the lease runs out by
-                itself.
+            within: Give up after this many seconds (a shutdown's grace); then the lease expires.
         """
         last = LastError(*error, claim=self.claim_number, at=utc_now()) if error else None
         self.update(
@@ -155,11 +157,11 @@ class JobLease(Lease[JobRecord]):
         return stamped(record)
 
     def after_renewal(self) -> None:
-        """Look whether somebody wants the job cancelled."""
+        """Check whether the job is to be cancelled."""
         self.look_for_cancel()
 
     def look_for_cancel(self) -> None:
-        """Set `cancelled` if the cancel file is there; S3's troubles put it off to a renewal."""
+        """Set `cancelled` if the cancel file exists. If S3 fails, the next renewal checks again."""
         if self.cancelled.is_set():
             return
         try:

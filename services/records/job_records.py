@@ -1,7 +1,7 @@
-"""The job records of all workers: claiming a job, adopting an ending, finding what was abandoned.
+"""The job records of all workers: claiming a job, and taking over an ending for delivery.
 
-Built on `jobs/{task_id}.json` in the state bucket and S3's conditional writes alone: there is no
-other lock, and no worker's clock is trusted but one's own monotonic one.
+Records are `jobs/{task_id}.json` in the state bucket, changed only by S3's conditional writes.
+There is no other lock, and a worker trusts no clock except its own monotonic one.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _RACES = 10
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Claimed:
-    """The job is this worker's; enter the lease at once, for it already runs."""
+    """This worker has the job; enter the lease at once, because its time already runs."""
 
     lease: JobLease
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HeldElsewhere:
-    """Somebody else has the job; look again in `wait_seconds`, no longer than a lease."""
+    """Another worker has the job; check again in `wait_seconds`, which is at most a lease."""
 
     record: JobRecord
     wait_seconds: float
@@ -56,7 +56,7 @@ class HeldElsewhere:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unclaimed:
-    """The job is live and nobody holds it; `seconds_silent`: since the last write, by S3."""
+    """The job is live and no worker holds it. `seconds_silent`: since the last write, by S3."""
 
     record: JobRecord
     seconds_silent: float
@@ -64,7 +64,7 @@ class Unclaimed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ended:
-    """The job is over; its delivery may be open. `seconds_ago`: since the last write, by S3."""
+    """The job has ended; its delivery may be open. `seconds_ago`: since the last write, by S3."""
 
     record: JobRecord
     seconds_ago: float
@@ -84,11 +84,11 @@ class JobRecords:
     """All records of one state bucket, as one worker sees them. Safe to share between threads.
 
     Args:
-        s3: With time-outs that let a request fail, and be made again, well within a quarter of the
-            lease.
+        s3: The storage. Its time-outs let a request fail and be repeated well within a quarter of
+            the lease.
         bucket: The state bucket.
-        owner: This process's name, like no other's: a holder that finds its own name on a record
-            knows that it was not dead. What protects a claim is its nonce.
+        owner: This process's unique name: a holder that finds its own name on a record knows that
+            it was not dead. The nonce protects a claim.
         lease_seconds: The lease of this worker's claims.
     """
 
@@ -99,13 +99,13 @@ class JobRecords:
         self._lease_seconds = lease_seconds
         self._expiry = Expiry()
         self._index = RecordIndex(s3, bucket)
-        # Claims of this process whose answer never came: key -> nonce. Should one turn up, it is
-        # ours and unattended.
+        # Claims of this process that S3 did not answer: key -> nonce. A record with one of them
+        # is this process's own and not worked on.
         self._unanswered: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def read(self, task_id: str) -> JobRecord | None:
-        """The job's record as it is now; None where there is none.
+        """The job's present record; None if there is none.
 
         Raises:
             StorageError: S3 cannot be used, or the record cannot be read.
@@ -114,13 +114,13 @@ class JobRecords:
         return version.record if version else None
 
     def claim(self, request: JobRequest, *, new_run_after: float | None = None) -> Claim:
-        """Take the job that a message asks for, if it is to be had.
+        """Claim the job that a message orders, if it is free.
 
-        A job whose id was derived from its body may have been asked for before. Its runs have ids
-        of their own (docs/protocol.md, section 2); the newest is the one that the message means.
+        A job whose id was derived from its body may have been ordered before. Each of its runs has
+        a separate id (docs/protocol.md, section 2); the message means the newest one.
 
         Args:
-            request: What the message asks for.
+            request: The order of the message.
             new_run_after: The deduplication window in seconds; a derived id whose newest run ended
                 longer ago is a new job then. None for a message that was redelivered or is a
                 worker's own copy: never.
@@ -154,17 +154,17 @@ class JobRecords:
         webhook_url: str | None = None,
         new_run_after: float | None = None,
     ) -> Claim:
-        """Make the `failed` of a message that can never be a job durable, and take it for delivery.
+        """Make the `failed` ending of an invalid message durable, and claim it for delivery.
 
         The record is named after the body's hash, since the message's task id may be unreadable or
         another job's. Its `task_id` is `invalid/{sha256}`, which no message can carry.
 
         Args:
-            body_sha256: In hexadecimal.
+            body_sha256: The body's hash, in hexadecimal.
             ending: Its ending; one that the record already has stays.
-            kind, subject: What the backend hears of.
+            kind, subject: The kind and the subject, for the webhook.
             webhook_url: As for a job.
-            new_run_after: As for `claim`: the same body published again later is told again.
+            new_run_after: As for `claim`: the same body published again later is reported again.
 
         Raises:
             StorageError: S3 cannot be used.
@@ -186,11 +186,11 @@ class JobRecords:
         return outcome
 
     def adopt_ending(self, task_id: str) -> Claimed | HeldElsewhere | Unclaimed | None:
-        """Take an ended job to deliver its ending, which stays as it is, and what else it owes.
+        """Claim an ended job, to deliver its unchanged ending and the copy that it owes.
 
         Returns:
-            `Claimed` for an ended job that is not settled. `HeldElsewhere` and `Unclaimed` for a
-            live job too, which is left alone. None where there is nothing to do: no record, or a
+            `Claimed` for an ended job that is not settled. `HeldElsewhere` and `Unclaimed` also for
+            a live job, which is not claimed. None if there is nothing to do: no record, or a
             settled one.
 
         Raises:
@@ -212,12 +212,12 @@ class JobRecords:
         raise StorageError(f"The record {target.location.key} changes too fast; try again.")
 
     def forget(self, task_id: str) -> None:
-        """Take a settled record off the index; what fails here is left for the sweep."""
+        """Remove a settled record from the index; if that fails, the sweep does it."""
         with contextlib.suppress(StorageError):
             self._index.remove(task_id)
 
     def cancel_requested(self, task_id: str) -> bool:
-        """Whether somebody has put `jobs/{task_id}.cancel` there.
+        """Whether `jobs/{task_id}.cancel` exists.
 
         Raises:
             StorageError: S3 cannot be used.
@@ -269,7 +269,7 @@ class JobRecords:
                 claim=record.claim,
                 age_seconds=version.age_seconds,
             )
-        # A worker of the first release, which knows no index, may have made the record.
+        # The record may be from a worker of the first release, which has no index.
         self._index.add(record.task_id)
         return self._write_claim(
             target, record.claimed(self._owner, self._lease_seconds), version.etag
@@ -284,7 +284,7 @@ class JobRecords:
         try:
             written = target.write(record, etag)
         except PreconditionFailed:
-            return None  # somebody was faster; the record says who
+            return None  # another worker was faster; the record names it
         except StorageError:
             with self._lock:
                 self._unanswered[key] = record.hold.nonce

@@ -1,9 +1,9 @@
-"""Keeping a hold on a record alive, and noticing at once when it is lost.
+"""Renews the hold on a record, and notices its loss at once.
 
-The holder writes the record at least every quarter of its lease. It has lost it when a conditional
-write finds that somebody else has written, or when so much time has passed since the last write
-that succeeded *began* that another worker may by now judge the lease to have run out. From then on
-nothing more is written under this claim.
+The holder writes the record at least every quarter of its lease. It has lost the lease if a
+conditional write finds another process's write, or if the last successful write *began* so long ago
+that another worker may consider the lease expired. From then on nothing more is written under this
+claim.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = get_logger(__name__)
 
 RENEWALS_PER_LEASE = 4
 SAFE_PART = 0.9
-"""The holder gives up at this part of its lease: what it was doing is over when others begin."""
+"""The holder gives up at this part of its lease, so that its work is over when another begins."""
 
 _LONGEST_PAUSE_SECONDS = 2.0
 _LONGEST_JOIN_SECONDS = 0.5
@@ -34,17 +34,17 @@ _LONGEST_JOIN_SECONDS = 0.5
 class Lease(Generic[R]):
     """A hold on a record; a context manager that renews it while the block runs.
 
-    Leaving the block ends the renewals and nothing else: a record that was neither released nor
-    settled by then is free when its lease has run out, as after a crash.
+    Leaving the block only ends the renewals. A record that was neither released nor settled by then
+    is free when its lease expires, as after a crash.
 
     Args:
         target: The record's object.
-        record: As it was written when it was claimed.
-        etag: That version.
+        record: The record that the claim wrote.
+        etag: The version of that write.
         began_at: This process's monotonic clock before that write began.
 
     Attributes:
-        lost: Set once this claim is over against the holder's will; long work watches it.
+        lost: Set once the claim is lost; long work watches it.
     """
 
     def __init__(self, target: RecordObject[R], record: R, etag: str, began_at: float) -> None:
@@ -60,17 +60,17 @@ class Lease(Generic[R]):
 
     @property
     def record(self) -> R:
-        """The record as this holder wrote it last."""
+        """The record of this holder's last write."""
         return self._record
 
     @property
     def claim_number(self) -> int:
-        """The claim that everything written under this lease carries."""
+        """The number of this claim, which every write under this lease carries."""
         return self._record.hold.claim
 
     @property
     def remaining(self) -> float:
-        """Seconds for which the hold is certain; negative once it is not."""
+        """Seconds for which the hold is still certain; negative if it is not."""
         safe = self._record.hold.lease_seconds * SAFE_PART
         return self._began_at + safe - time.monotonic()
 
@@ -91,7 +91,7 @@ class Lease(Generic[R]):
         self.close()
 
     def close(self) -> None:
-        """End the renewals. One that hangs in the network is not waited for."""
+        """End the renewals, without waiting for one that hangs in the network."""
         self._stopping.set()
         for thread in self._threads:
             thread.join(timeout=_LONGEST_JOIN_SECONDS)
@@ -101,7 +101,7 @@ class Lease(Generic[R]):
         """Make sure that the hold is certain at this moment.
 
         Raises:
-            LeaseLost: It is not: stop, and write nothing more.
+            LeaseLost: It is not. Stop, and write nothing more.
         """
         if self._record.hold.released:
             raise LeaseLost(
@@ -117,14 +117,14 @@ class Lease(Generic[R]):
 
         Args:
             change: Makes the new record from the present one. Returning it as it is writes nothing.
-            within: Give up after so many seconds. Whether the write took place is unknown then, so
-                the lease is lost.
+            within: Give up after this many seconds. It is then unknown whether the write took
+                place, so the lease is lost.
 
         Returns:
             The record as it is now.
 
         Raises:
-            LeaseLost: Somebody else has it, or the time is over.
+            LeaseLost: Another worker has it, or the time is over.
         """
         deadline = math.inf if within is None else time.monotonic() + within
         self._wait_for_turn(deadline)
@@ -138,7 +138,7 @@ class Lease(Generic[R]):
             self._writing.release()
 
     def renew(self) -> None:
-        """Prove the hold by a write, as before something that cannot be undone.
+        """Prove the hold by a write, before an act that cannot be undone.
 
         Raises:
             LeaseLost: See `update`.
@@ -146,11 +146,13 @@ class Lease(Generic[R]):
         self.update(_anew)
 
     def after_renewal(self) -> None:
-        """Called in the renewing thread when a renewal was due, also where some other change had
-        made it; for subclasses."""
+        """Hook for subclasses: called in the renewing thread whenever a renewal was due.
+
+        It is also called if another change had already renewed the lease.
+        """
 
     def _stamped(self, record: R) -> R:
-        """The record as it is about to be written; for subclasses."""
+        """Hook for subclasses: the record that is about to be written."""
         return stamped(record)
 
     def _wait_for_turn(self, deadline: float) -> None:
@@ -229,5 +231,5 @@ class Lease(Generic[R]):
 
 
 def _anew(record: R) -> R:
-    """The same record, as a change of its own."""
+    """The same record as a new value, so that it is written."""
     return dataclasses.replace(record)

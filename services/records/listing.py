@@ -1,9 +1,7 @@
-"""Job records for people to look at: found by id, by the beginning of an id or by style, and never
-written.
+"""Finds job records for operators by id, by the beginning of an id or by style; writes nothing.
 
-S3 finds objects by the beginning of their key only, so a style's records are found by reading
-those that can be its own: the unsettled ones, those that its checkpoints and archived models name,
-and the newest of all others.
+S3 finds objects only by the beginning of their key. So a style's records are searched among the
+unsettled ones, those that the style's checkpoints and archived models name, and the newest others.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from utils.errors import StorageError
 MOST_MATCHES = 20
 """Ids that `beginning_with` returns at most."""
 SETTLED_LOOKED_AT = 500
-"""Settled records that are read in search of a style's, or of those to send back; the newest."""
+"""The number of settled records, newest first, that a search reads."""
 
 _SIDE_BY_SIDE = 8
 _REFUSALS_LOOKED_AT = 500
@@ -40,11 +38,11 @@ _KEYS_LOOKED_AT = 5000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Found:
-    """What lies under a job's id.
+    """The result of reading a job's record.
 
     Attributes:
-        version: The record and its age; None where there is none that can be read.
-        problem: Why there is none.
+        version: The record and its age; None if there is no readable record.
+        problem: The reason if there is none.
     """
 
     task_id: str
@@ -53,14 +51,14 @@ class Found:
 
     @property
     def record(self) -> JobRecord | None:
-        """The record; None where there is none that can be read."""
+        """The record; None if there is no readable record."""
         return self.version.record if self.version else None
 
 
 def look_up(s3: S3Service, bucket: str, task_ids: Iterable[str]) -> list[Found]:
     """The records of these tasks, in their order.
 
-    A record that cannot be read is reported as such, and costs the others nothing.
+    A record that cannot be read is reported with its problem; the others are still returned.
     """
 
     def read(task_id: str) -> Found:
@@ -98,7 +96,7 @@ def beginning_with(s3: S3Service, bucket: str, beginning: str) -> list[str]:
 def refusals_of(s3: S3Service, bucket: str, task_id: str) -> list[Found]:
     """The records of refused messages that gave a task id that begins like this, newest first.
 
-    Such a record is named after the message's hash, since the id may belong to a sound job. The
+    Such a record is named after the message's hash, since the id may belong to a valid job. The
     newest 500 of them are read.
 
     Raises:
@@ -142,7 +140,7 @@ class RecordListing:
 
     @functools.cached_property
     def unsettled(self) -> tuple[Found, ...]:
-        """The records with something left to do, as far as the sweep has found: all of them."""
+        """All records that are not settled, by the sweep's index."""
         names = [name for name, settled in self._settled_by_id.items() if not settled]
         return tuple(look_up(self._s3, self._bucket, names))
 
@@ -166,12 +164,12 @@ class RecordListing:
         return look_up(self._s3, self._bucket, itertools.islice(names, limit))
 
     def of_style(self, style_id: int, *, limit: int = SETTLED_LOOKED_AT) -> tuple[list[Found], int]:
-        """A style's records, and how many records were not read and may be the style's, too.
+        """A style's records, and the number of records that were not read and may belong to it.
 
         Args:
             style_id: The style.
-            limit: Settled records that are read at most, beside those that the style's checkpoints
-                and archived models name.
+            limit: The most settled records to read, in addition to those that the style's
+                checkpoints and archived models name.
         """
         named = self._named_by(style_id)
         settled = [name for name, is_settled in self._settled_by_id.items() if is_settled]
@@ -197,10 +195,10 @@ class RecordListing:
         }
 
     def _named_by(self, style_id: int) -> set[str]:
-        """The ids of jobs of which checkpoints or archived models of a style are there."""
+        """The ids of the jobs that have checkpoints or archived models under a style."""
         names = set()
         place = place_of(STYLE, str(style_id), "")
-        # Without a task id the folder of checkpoints is the style's, with one slash too many.
+        # Without a task id, the checkpoints' folder is the style's folder with an extra slash.
         for prefix in (place.checkpoints.removesuffix("/"), place.archive):
             for info in self._s3.list_objects(self._bucket, prefix):
                 names.add(info.key.removeprefix(prefix).partition("/")[0])

@@ -1,7 +1,7 @@
-"""One record on S3: read whole, changed by conditional writes; and whether its lease ran out.
+"""One record on S3: reads, conditional writes, and the test of its lease's expiry.
 
-S3 compares and writes as one act (`If-None-Match: *` to create, `If-Match` to change), so of
-several workers that change the same version exactly one succeeds.
+S3 compares and writes in one step (`If-None-Match: *` to create, `If-Match` to change). If several
+workers change the same version, exactly one succeeds.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _REMEMBERED = 10_000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Version(Generic[R]):
-    """A record as it was read.
+    """A record and the times of its reading.
 
     Attributes:
-        age_seconds: From its last write to this read, both by S3's own dates.
+        age_seconds: Seconds from its last write to this read, both by S3's own dates.
         asked_at: This process's monotonic clock before the read.
-        seen_at: The same clock after it.
+        seen_at: The same clock after the read.
     """
 
     record: R
@@ -51,7 +51,7 @@ class RecordObject(Generic[R]):
         self._kind = kind
 
     def read(self) -> Version[R] | None:
-        """The record as it is now; None where there is none.
+        """The present record; None if there is none.
 
         Raises:
             DamagedRecord, NewerRecord: The object is not a record that this worker can use.
@@ -71,20 +71,20 @@ class RecordObject(Generic[R]):
         )
 
     def write(self, record: R, etag: str | None) -> str:
-        """Write the record where the object is still at `etag`, or does not exist (None).
+        """Write the record if the object is still at `etag`, or does not exist (None).
 
-        Safe to repeat with the same record: one's own write, whose answer was lost, is recognised
-        by its nonce.
+        The call can be repeated with the same record: if S3's answer was lost, the write is
+        recognised by its nonce.
 
         Args:
-            record: Stamped (`jobs.hold.stamped`).
-            etag: The version that the change was made from.
+            record: The record, stamped (`jobs.hold.stamped`).
+            etag: The version that was changed.
 
         Returns:
             The new version's ETag.
 
         Raises:
-            PreconditionFailed: Somebody else changed, made or removed the object.
+            PreconditionFailed: Another process changed, made or removed the object.
             StorageError: It is not known whether the record was written; the same call may be made
                 again.
         """
@@ -101,22 +101,22 @@ class RecordObject(Generic[R]):
                 log.info("own_write_recognised", key=self.location.key, claim=record.hold.claim)
                 return found.etag
             if (found.etag if found else None) == etag:
-                # S3 answers 409 while another write of the same key is in flight; that write may
-                # yet fail.
+                # S3 answers 409 while another write of the same key is under way; that write may
+                # still fail.
                 raise StorageError(
-                    f"S3 refused to write {self.location.key} though nobody has changed it; "
-                    "it can be tried again."
+                    f"S3 refused to write {self.location.key}, although no other write changed it. "
+                    "Try again."
                 ) from error
             raise PreconditionFailed(
-                f"The record {self.location.key} was changed by somebody else."
+                f"The record {self.location.key} was changed by another process."
             ) from error
 
 
 class Expiry:
-    """Judges whether a lease has run out, without trusting any other machine's clock.
+    """Judges whether a lease has expired, without trusting another machine's clock.
 
-    A lease is over when S3's own dates say so, or when this process has seen the same ETag for a
-    whole lease of its own monotonic clock: a holder that lives would have written meanwhile.
+    A lease has expired if S3's own dates show it, or if this process has seen the same ETag for a
+    whole lease on its monotonic clock: a live holder would have written in that time.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,10 @@ class Expiry:
         self._lock = threading.Lock()
 
     def wait_seconds(self, key: str, version: Version[R]) -> float:
-        """How long the record is its holder's if nothing more is written; 0.0: it may be taken."""
+        """Seconds for which the holder keeps the record without a further write.
+
+        0.0 means that it is free.
+        """
         hold = version.record.hold
         if hold.released:
             return 0.0
@@ -139,7 +142,7 @@ class Expiry:
                 since = now
             self._seen[key] = (etag, since)
             while len(self._seen) > _REMEMBERED:
-                # The oldest goes first; forgetting only means that its lease is judged by the dates
-                # alone for a while.
+                # The oldest is forgotten first; its lease is then judged only by the dates for a
+                # while.
                 self._seen.pop(next(iter(self._seen)))
             return since

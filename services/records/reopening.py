@@ -1,9 +1,9 @@
-"""A person sends back a job that has ended: the only change that a settled record ever sees.
+"""Sends back a job that has ended, on an operator's request: the only change of a settled record.
 
-By conditional writes, as everything that changes a record: a worker that comes in between wins, and
-the record is read again. The record is put on the index of live ones and written, and its
-`.settled` mark removed after it (see `services.records.index`), the message published last: whoever
-dies in between leaves a record that the sweep publishes, or one that can be sent back again.
+The change is a conditional write: if a worker writes first, the record is read again. The order of
+the steps is: add the record to the index, write it, remove its `.settled` mark (see
+`services.records.index`), publish the message. If the process dies in between, the sweep publishes
+the record, or the operator can repeat the command.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _RACES = 10
 
 
 class CannotReopen(Exception):
-    """The record says that the job must not be sent back; the text says why, and what to do."""
+    """The job must not be sent back. The message has the reason, and the remedy if there is one."""
 
 
 def reopen(s3: S3Service, bucket: str, task_id: str, *, identity: str) -> JobRecord | None:
-    """Have a failed job trained again by whoever gets its message next.
+    """Make a failed job live again, so that the next worker with its message trains it.
 
     Args:
         s3: The storage.
         bucket: The state bucket.
         task_id: The job's id.
-        identity: What the message asks for, which must be what the record asks for.
+        identity: Hash of the message's order, which must be that of the record.
 
     Returns:
-        The record, live now; None where there is none, and the message makes a new one.
+        The record, live now; None if there is no record, so that the message makes a new one.
 
     Raises:
-        CannotReopen: It must not be.
-        StorageError: S3 cannot be used; the same call may be made again.
+        CannotReopen: The job must not be sent back.
+        StorageError: S3 cannot be used; the call may be repeated.
     """
 
     def change(record: JobRecord) -> JobRecord:
@@ -51,35 +51,37 @@ def reopen(s3: S3Service, bucket: str, task_id: str, *, identity: str) -> JobRec
         if record.state is State.LIVE:
             return record
         if record.ending is not None and record.ending.kind is EndingKind.COMPLETE:
-            raise CannotReopen("it has completed since, and its model is in place")
+            raise CannotReopen("the job has completed since, and its model is in place")
         if record.delivery is Delivery.PENDING:
-            raise CannotReopen("the backend has not heard yet that it failed; wait until it has")
+            raise CannotReopen(
+                "the backend does not know of the failure yet; retry after its webhook"
+            )
         return record.reopened()
 
     cancel_file = cancel_file_at(bucket, task_id)
     if s3.exists(cancel_file):
-        raise CannotReopen(f"somebody has cancelled it: delete {cancel_file.uri()} first")
+        raise CannotReopen(f"the job was cancelled: delete {cancel_file.uri()} first")
     return _change(s3, bucket, task_id, change)
 
 
 def tell_again(s3: S3Service, bucket: str, task_id: str) -> JobRecord:
-    """Have an ending delivered that the backend had refused: the same one, under the same id.
+    """Make an ending that the backend had refused pending again, with the same webhook id.
 
     Raises:
-        CannotReopen: It was not set aside.
-        StorageError: S3 cannot be used; the same call may be made again.
+        CannotReopen: The ending was not set aside.
+        StorageError: S3 cannot be used; the call may be repeated.
     """
 
     def change(record: JobRecord) -> JobRecord:
         if record.delivery is Delivery.PENDING:
             return record
         if record.delivery is not Delivery.SET_ASIDE:
-            raise CannotReopen("the backend has taken its ending since")
+            raise CannotReopen("the backend has accepted the ending since")
         return record.to_be_told_again()
 
     record = _change(s3, bucket, task_id, change)
     if record is None:
-        raise CannotReopen("it has no record, so nobody knows its ending")
+        raise CannotReopen("the job has no record, so its ending is unknown")
     return record
 
 
@@ -99,9 +101,9 @@ def _change(
             try:
                 target.write(record, version.etag)
             except PreconditionFailed:
-                continue  # somebody was faster: the record says what is so now
+                continue  # another process was faster: read the record again
             log.info("job_sent_back", task_id=task_id, state=record.state)
-        # Also where there was nothing to change: an earlier call may have died before this.
+        # Also if nothing was changed: an earlier call may have died before this step.
         index.reopen(task_id)
         return record
     raise StorageError(f"The record {target.location.key} changes too fast; try again.")

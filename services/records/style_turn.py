@@ -3,7 +3,7 @@
 A folder of several files cannot be replaced in one act, so two publishers at once would mix their
 files. The turn is a record like a job's (`jobs.hold`), at the key `jobs.layout.Place.turn`. From
 before a publisher's first write into the folder until after its last one, the turn also holds a
-note about that publication: if the publisher dies, the note says how to restore the folder.
+note about that publication, by which the folder can be restored if the publisher dies.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Replacement:
         claim: The claim that publishes.
         files: Names of the files that it writes.
         before: The files that the folder had before.
-        done: All files are written. What the folder had before is kept until the job's ending is
+        done: All files are written. The previous files are kept until the job's ending is
             durable: until then the job may still be cancelled or fail.
     """
 
@@ -84,10 +84,10 @@ class StyleTurns:
     """Every style's turn, as one worker sees them.
 
     Args:
-        s3: With time-outs well within the lease.
+        s3: The storage. Its time-outs are well within the lease.
         bucket: The state bucket.
         owner: This worker's name, for people.
-        lease_seconds: How long a dead publisher holds up the others.
+        lease_seconds: The time for which a dead publisher delays the others.
     """
 
     def __init__(self, s3: S3Service, bucket: str, *, owner: str, lease_seconds: float) -> None:
@@ -98,7 +98,7 @@ class StyleTurns:
         self._expiry = Expiry()
 
     def read(self, key: str) -> Turn | None:
-        """The style's turn as it is now, by one request; None if nobody has published the style.
+        """The style's present turn, by one request; None if the style was never published.
 
         Raises:
             StorageError: S3 cannot be used.

@@ -1,14 +1,13 @@
-"""Finding jobs that no message points to any more.
+"""Finds jobs that have no message any more.
 
-Their queue was deleted or purged, or the broker gave up on them.
+Their queue was deleted or purged, or the broker dropped the message.
 
-A record that has been silent for much longer than its holder promised, and is not settled, is
-handed to the caller, who publishes it again: a live one to the training queue, one that has ended
-to the endings' queue. A message too many does no harm, since it is only a hint to look at the
-record.
+If an unsettled record has been silent for much longer than its holder promised, the caller
+publishes it again: a live one to the training queue, an ended one to the endings' queue. An extra
+message does no harm, since it is only a hint to look at the record.
 
-Only the index of records that are not settled is read (`services.records.index`). The sweep also
-finishes what the worker that settled a record could not: it clears up, and takes the record off the
+Only the index of unsettled records is read (`services.records.index`). The sweep also does the work
+that the worker that settled a record could not do: it clears up, and removes the record from the
 index.
 """
 
@@ -30,23 +29,23 @@ from utils.logger import get_logger
 log = get_logger(__name__)
 
 _PATIENCE_LEASES = 2
-"""Beyond the promised silence: a redelivered message gets to another worker first, as it should."""
+"""Time after the promised silence, in which a redelivered message reaches another worker first."""
 _MARK_LEASES = 10
-"""A name on the index without a record is a claim that never came about, after so long."""
+"""After this time, an id on the index without a record is a claim that did not succeed."""
 _LONGEST_WAIT_SECONDS = 86_400.0
-"""A message that has not come back by then is lost, however long the queue is."""
+"""A message that has not returned by then is lost, however long the queue is."""
 _LONGEST_SKIP_LEASES = 10
-"""A record that cannot be abandoned yet is read again after so long at most."""
+"""The longest time until a record is read again that cannot be abandoned yet."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Census:
-    """What one sweep saw.
+    """The counts of one sweep.
 
     Attributes:
         live: Jobs that have been claimed and have not ended.
-        endings_pending: Endings that the backend has not taken yet.
-        oldest_ending_seconds: The oldest of them was decided so long ago; 0 with none.
+        endings_pending: Endings that the backend has not accepted yet.
+        oldest_ending_seconds: Age of the oldest of them; 0 if there are none.
     """
 
     live: int = 0
@@ -55,18 +54,18 @@ class Census:
 
 
 class RecordSweep:
-    """Looks through the records of a state bucket that are not settled.
+    """Sweeps the unsettled records of a state bucket.
 
     Args:
         s3: As for `JobRecords`.
         bucket: The state bucket.
         lease_seconds: This worker's lease.
-        clear_up: Removes what a settled job needs no more; False where it must be tried again.
+        clear_up: Removes the files that a settled job no longer needs; False if it must be retried.
         may_wait: Whether messages wait in the training queue of the record's kind: the message of a
-            live record that nobody holds may be one of them.
+            live record that no worker holds may be one of them.
 
     Attributes:
-        census: What the last sweep saw.
+        census: The counts of the last sweep.
     """
 
     def __init__(
@@ -84,15 +83,15 @@ class RecordSweep:
         self._clear_up = clear_up
         self._may_wait = may_wait
         self._known: dict[str, tuple[JobRecord, float]] = {}
-        self._unreadable: set[str] = set()  # said once each, until it can be read
+        self._unreadable: set[str] = set()  # logged once per record, until it can be read
 
     def abandoned(self) -> Iterator[JobRecord]:
-        """The records that this worker is to publish again.
+        """The records that this worker has to publish again.
 
-        Each is given back on its dead holder's behalf before it is handed out, by a conditional
-        write: of several workers that sweep at once one gets it, and a holder that only slept finds
-        that it has lost. If its message is lost once more, it turns up again, after a silence that
-        grows each time.
+        Each is released in place of its dead holder, by a conditional write. So of several workers
+        that sweep at once only one gets it, and a holder that was only suspended finds that it has
+        lost the lease. If the message is lost again, the record is found again, after a silence
+        that grows each time.
 
         Raises:
             StorageError: The index cannot be listed. A record that cannot be read or written is
@@ -118,7 +117,7 @@ class RecordSweep:
                 seen[task_id] = version.record, self._look_again_at(version)
                 record = self._taken_over(target, version)
             except PreconditionFailed:
-                continue  # it lives after all, or another worker's sweep has it
+                continue  # its holder is alive, or another worker's sweep has it
             except StorageError as error:
                 if task_id not in self._unreadable:
                     log.warning("record_not_swept", task_id=task_id, error=str(error))
@@ -135,7 +134,7 @@ class RecordSweep:
         if not is_abandoned(version) or self._may_still_come(version):
             return None
         if version.record.min_level > PROTOCOL_LEVEL:
-            # Only a newer worker can write this job's message; its sweep will.
+            # Only a newer worker can write this job's message, and its own sweep does.
             log.warning("record_left_to_newer_worker", task_id=version.record.task_id)
             return None
         record = stamped(version.record.swept())
@@ -151,7 +150,7 @@ class RecordSweep:
         return record
 
     def _may_still_come(self, version: Version[JobRecord]) -> bool:
-        """A job that was given back in good order waits in the queue for as long as that takes."""
+        """A job that was released properly waits in the queue as long as necessary."""
         record = version.record
         return (
             record.state is State.LIVE
@@ -165,7 +164,7 @@ class RecordSweep:
         return time.monotonic() + max(0.0, wait - version.age_seconds)
 
     def _forget_if_old(self, task_id: str, mark: ObjectInfo) -> None:
-        # By this machine's clock: a mark that goes too early only leaves a record to the inventory.
+        # By this machine's clock: if a mark is removed too early, the inventory finds the record.
         now = datetime.datetime.now(datetime.UTC)
         if (now - mark.last_modified).total_seconds() > _MARK_LEASES * self._lease_seconds:
             self.index.forget(task_id)

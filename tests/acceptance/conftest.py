@@ -28,8 +28,9 @@ def _world(
     base_model: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[World]:
-    """Real servers, with the photographs in storage. Nothing that the backend refused is left
-    unnoticed.
+    """Real servers, with the photographs in storage.
+
+    Nothing that the backend refused is left unnoticed.
     """
     with Backend() as backend:
         folder = tmp_path_factory.mktemp("world")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from tests.fixtures.before_rooms.write import (
     FOLDER,
     LIVE,
     PENDING,
+    REFUSED,
     SETTLED,
     STYLES,
     world_of,
@@ -54,7 +58,7 @@ def _old(world: World) -> World:
     with old.channel() as channel:
         for message in _kept("messages.json"):
             queue = old.queue + message["queue"]
-            channel.queue_declare(queue, durable=True)
+            channel.queue_declare(queue, durable=True, arguments=_arguments(queue))
             properties = pika.BasicProperties(
                 content_type=message["content_type"],
                 message_id=message["message_id"],
@@ -64,6 +68,18 @@ def _old(world: World) -> World:
             body = _here(json.dumps(message["body"]).encode(), old)
             channel.basic_publish("", queue, body, properties, mandatory=True)
     return old
+
+
+def _arguments(queue: str) -> dict[str, Any] | None:
+    """The arguments with which the old code declared the queue."""
+    target, delay, milliseconds = queue.partition(".delay.")
+    if not delay:
+        return None
+    return {
+        "x-message-ttl": int(milliseconds),
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": target,
+    }
 
 
 def _here(content: bytes, world: World) -> bytes:
@@ -77,8 +93,11 @@ def _kept(name: str) -> Any:
 
 
 def test_jobs_of_the_commit_before_the_rooms_are_finished(old: World) -> None:
-    """The put-off copy resumes its checkpoint, the parked ending is delivered under its own id, and
-    a duplicate of a settled job is acknowledged."""
+    """Checkpoint, parked ending and duplicate are taken over.
+
+    The put-off copy resumes its checkpoint, the parked ending is delivered under its own id,
+    and a duplicate of a settled job is acknowledged.
+    """
     pending = old.record(PENDING)["ending"]
     (checkpoint,) = old.record(LIVE)["checkpoints"]
     duplicate = old.envelope(style_id=STYLES[SETTLED]) | {"task_id": SETTLED}
@@ -96,11 +115,46 @@ def test_jobs_of_the_commit_before_the_rooms_are_finished(old: World) -> None:
         assert started == [(LIVE, checkpoint["epoch"])]
         until(lambda: old.record(LIVE)["delivery"] == "delivered")
         until(lambda: old.waiting(old.queue) == old.waiting(f"{old.queue}.endings") == 0)
+        _assert_redriven(old)
         assert worker.stop() == 0
     ended_before = {each["task_id"] for each in log_lines(worker, "job_ended_before")}
     assert SETTLED in ended_before
     assert not old.backend.endings(SETTLED)
     _assert_reports_agree(old)
+
+
+def _assert_redriven(world: World) -> None:
+    """The ending that the backend refused is sent again, the same under its own id."""
+    record = world.record(REFUSED)
+    assert record["delivery"] == "set_aside"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "redrive", REFUSED],
+        env=world.settings() | {"PATH": os.environ["PATH"]},
+        cwd=world.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert world.ending(REFUSED) == (record["ending"]["kind"], record["ending"]["body"])
+    (delivered,) = world.backend.endings(REFUSED)
+    assert delivered.webhook_id == record["ending"]["webhook_id"]
+    until(lambda: world.record(REFUSED)["delivery"] == "delivered")
+
+
+def test_the_fixtures_have_a_message_in_each_sort_of_queue_and_a_record_in_each_state() -> None:
+    queues = {message["queue"].partition(".delay.")[:2] for message in _kept("messages.json")}
+    assert queues == {("", ".delay."), (".endings", ".delay."), (".dead", "")}
+    states = {(each["state"], each["delivery"]) for each in map(_json, RECORDS)}
+    assert states == {
+        ("live", "none"),
+        *(("ended", delivery) for delivery in ("pending", "delivered", "set_aside")),
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _assert_reports_agree(world: World) -> None:

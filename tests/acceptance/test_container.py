@@ -113,6 +113,26 @@ def test_the_images_files_are_enough_for_a_job_and_stay_unchanged(
     assert sorted(image.rglob("*")) == before
 
 
+def test_the_commands_image_lists_jobs_without_the_training_files(
+    apart: World, image: Path, tmp_path: Path
+) -> None:
+    stage = DOCKERFILE.partition("FROM front AS commands")[2].partition("FROM ")[0]
+    (removed,) = re.findall("^RUN rm -r (.*)$", stage, flags=re.MULTILINE)
+    without = shutil.ignore_patterns(*removed.split())
+    app = Path(shutil.copytree(image, tmp_path / "commands", ignore=without))
+    assert not (app / "training").exists()
+    listed = subprocess.run(
+        [sys.executable, "main.py", "jobs", "--json"],
+        env=apart.settings() | {"PATH": PATH, "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd=app,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert listed.returncode == 0, listed.stderr
+    assert json.loads(listed.stdout) == {"jobs": [], "more": 0}
+
+
 def test_an_unprivileged_user_cannot_write_to_the_images_files(image: Path) -> None:
     touch = subprocess.run(
         [*UNPRIVILEGED, "touch", image / "new"], capture_output=True, check=False

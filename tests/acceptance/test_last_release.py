@@ -24,8 +24,10 @@ def _releases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_each_release_finishes_and_delivers_the_jobs_of_the_other(
     apart: World, releases: dict[str, Path]
 ) -> None:
-    """The last release, this one and again the last release work one after the other, as in a
-    rolling update that is taken back."""
+    """The last release, this one and again the last release work one after the other.
+
+    This is a rolling update that is taken back.
+    """
     begun = [apart.envelope(style_id=61 + each, parameters={"epochs": 24}) for each in range(2)]
     parked = [apart.envelope(style_id=63 + each) for each in range(2)]
     with apart.worker_of(releases["last"], ENDING_RETRY_DELAYS_SECONDS="2") as one:

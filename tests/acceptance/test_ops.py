@@ -100,6 +100,22 @@ def test_an_order_that_no_worker_would_take_is_told_before_anything_is_uploaded(
     assert apart.waiting(apart.queue) == 0
 
 
+def test_an_order_with_auto_epochs_carries_the_level_of_workers_that_know_them(
+    apart: World, images: Path
+) -> None:
+    order = ("publish", str(images), "--style-id", "62", "--json")
+    told = _json(_main(apart, *order, "--parameter", "epochs=auto"))
+    assert told["epochs"] == 500
+    taken = apart.take(apart.queue)
+    assert taken is not None
+    properties, body = taken
+    assert properties.headers == {"x-min-level": 1}
+    assert json.loads(body)["data"]["parameters"] == {"epochs": "auto"}
+    _json(_main(apart, *order, "--parameter", "epochs=7"))
+    taken = apart.take(apart.queue)
+    assert taken is not None and not taken[0].headers
+
+
 def test_a_job_is_cancelled_by_its_id(world: World, worker: WorkerProcess) -> None:
     assert worker.exit_code is None
     message = world.envelope(style_id=63, parameters={"epochs": 1000})

@@ -1,5 +1,7 @@
-"""Promises of the queue and of the clock, on real servers: what duplicates cost, what waits for a
-newer worker, and how long a job may take in all."""
+"""Promises of the queue and of the clock, on real servers.
+
+What duplicates cost, what waits for a newer worker, and how long a job may take in all.
+"""
 
 from __future__ import annotations
 

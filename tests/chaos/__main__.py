@@ -93,8 +93,9 @@ def _plan(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Plan:
 
 
 def chosen(words: str) -> tuple[tuple[Kind, ...], tuple[str, ...], tuple[str, ...]]:
-    """The kinds of fault, the crash points and the stop points that have one of these words,
-    separated by commas, in their names.
+    """The faults and points whose names contain one of these words, separated by commas.
+
+    Points are crash points and stop points.
 
     `killed at WORDS` and `stopped at WORDS` choose the points for one of the two alone.
     """

@@ -58,8 +58,9 @@ def break_things(plan: Plan, injector: Injector, jobs: Jobs) -> list[Fault]:
 
 
 def upgrade(plan: Plan, injector: Injector, jobs: Jobs, conductor: Conductor) -> list[Fault]:
-    """Run the last release beside the new workers while the own queues are those that it made;
-    then let the new workers make them anew. Those faults that were carried out.
+    """Run the last release next to the new workers on own queues that the last release made.
+
+    Then let the new workers make the queues again. Returns the faults that were carried out.
 
     Raises:
         RuntimeError: The jobs meanwhile did not end.

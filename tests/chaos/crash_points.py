@@ -1,5 +1,4 @@
-"""Named points at which a worker is killed or stopped, or its trainer process is killed, when the
-suite says so."""
+"""Named points at which a worker or its trainer is killed or stopped when the suite says so."""
 
 from __future__ import annotations
 

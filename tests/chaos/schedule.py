@@ -1,5 +1,7 @@
-"""What goes wrong, and when: drawn from a seed before anything starts, so that it can be drawn
-again."""
+"""The faults and their times, drawn from a seed before anything starts.
+
+The same seed draws them again.
+"""
 
 from __future__ import annotations
 

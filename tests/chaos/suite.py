@@ -100,8 +100,11 @@ class Plan:
 
     @property
     def upgrades(self) -> bool:
-        """Whether the last release was there first: it refuses own queues that are quorum queues,
-        as new workers make them beside a training queue that is one."""
+        """Whether the last release was there first.
+
+        It refuses own queues that are quorum queues, as new workers make them next to a
+        training queue that is one.
+        """
         return self.queue_type == "quorum" and self.faults > 0 and Kind.TWO_VERSIONS in self.kinds
 
 

@@ -98,8 +98,7 @@ class Verdict:
         self.broken.append(f"{job.task_id} ({job.destiny}{again}): {what}; {'; '.join(best)}")
 
     def _found(self, job: Job, allowed: tuple[Places, ...]) -> Places:
-        """The job's places, less what a worker has written that slept through the ending in the
-        middle of a request."""
+        """The job's places, without late writes of a worker that was frozen in a request."""
         found = self._observed.places(job)
         if not any(
             difference.startswith(("checkpoints", "staged"))

@@ -92,8 +92,10 @@ class WorkLook:
                 )
 
     def _repeats(self, job: Job, notes: Notes) -> None:
-        """At most an interval is repeated, and what was trained during an upload; one interval
-        more for each checkpoint that the suite has spoilt."""
+        """At most an interval is repeated, and the training during an upload.
+
+        One interval more is allowed for each checkpoint that the suite has spoilt.
+        """
         spoilt = sum(note["kind"] == "spoilt" for note in notes)
         allowed = CHECKPOINT_INTERVAL * (1 + spoilt)
         runs = [note for note in notes if note["kind"] == "run"]
@@ -215,8 +217,10 @@ class WorkLook:
         )
 
     def was_in_flight(self, job: Job, claim: int) -> bool:
-        """Whether a worker was frozen in the middle of a request when the job ended: it writes this
-        one object when it wakes. Nothing points to it."""
+        """Whether a worker was frozen in the middle of a request when the job ended.
+
+        It writes this one object when it wakes. Nothing points to it.
+        """
         notes = self._observed.of[job.task_id]
         who = [n["who"] for n in notes if n["kind"] == "claimed" and n["claim"] == claim]
         ended = [note["t"] for note in notes if note["kind"] == "ended"]

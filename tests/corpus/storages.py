@@ -1,5 +1,7 @@
-"""One image, a ramp, in two hundred combinations of storage, depth and colour profile, each with
-the sRGB values that it means."""
+"""One image, a ramp, in two hundred combinations of storage, depth and colour profile.
+
+Each has the sRGB values that it means.
+"""
 
 from __future__ import annotations
 

@@ -8,10 +8,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.addresses import read_address
-from jobs.fields import Order, WrongField
+from jobs.fields import Order, WrongField, check_limits, parameter
 from jobs.kinds import Claim, Fetched, Input, KindSettings
 from utils.errors import ImageDownloadFailed
 from utils.events import Finished, Progress, from_dict
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ToyOptions:
+    """Settings of the worker for all orders: `TOY_PAUSE_SECONDS`."""
+
+    pause_seconds: float = parameter(0.0, "time for each letter", low=0.0)
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +51,7 @@ class ToyRun:
     path: str
     folder: str
     resume_from: str | None
+    pause_seconds: float = 0.0
 
 
 class ToyKind:
@@ -50,11 +61,14 @@ class ToyKind:
     message_type = "toy_training"
     runner = "tests.toy.work:ToyWork"
     spec_type = ToySpec
-    parameters_type = options_type = None
+    parameters_type = None
+    options_type = ToyOptions
     last_file = "letters.json"
     max_input_bytes = 1000
+    needs_gpu = False
 
     def __init__(self, settings: KindSettings) -> None:
+        self._options = ToyOptions(**settings.options)
         self._addresses = settings.addresses
 
     def read(self, order: Order) -> ToySpec:
@@ -96,7 +110,8 @@ class ToyKind:
         if text.path is None:
             raise ImageDownloadFailed(f"the text of {spec.name} {text.problem}")
         folder, path = str(claim.folder), str(text.path)
-        return ToyRun(claim.task_id, claim.number, path, folder, claim.resume_from)
+        pause = self._options.pause_seconds
+        return ToyRun(claim.task_id, claim.number, path, folder, claim.resume_from, pause)
 
     def identity_fields(self, subject: str) -> dict[str, Any]:
         """Kind and subject."""

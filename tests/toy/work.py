@@ -3,50 +3,75 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from jobs.checkpoint_name import folder_name
 from jobs.style import TrainerOptions
 from tests.toy.kind import ToyRun
 from utils.errors import StopReason
-from utils.events import BaseModelReady, Event, Finished, Progress, Stage, Started
+from utils.events import (
+    BaseModelReady,
+    CheckpointSaved,
+    Event,
+    Finished,
+    Progress,
+    Stage,
+    Started,
+)
+from utils.manifest import write_folder
 
 Tell = Callable[[Event | BaseModelReady], None]
+CHECKPOINT_LETTERS = 4
+_COUNT = "count.json"
 
 
 class ToyWork:
-    """Counts the letters of a text; its base is loaded in no time."""
+    """Counts the letters of a text, and makes a checkpoint after every few letters."""
 
     run_type = ToyRun
+    has_base = False
+    on_gpu = False
 
     def __init__(self, options: TrainerOptions) -> None:
         self.is_usable = True
         self._options = options
 
-    @property
-    def on_gpu(self) -> bool:
-        """Never."""
-        return False
-
     def load(self, tell: Tell) -> None:
-        """Nothing takes time."""
+        """There is nothing to load."""
         tell(BaseModelReady(True))
 
     def release(self, tell: Tell) -> None:
-        """Nothing is held."""
+        """There is nothing to release."""
         tell(BaseModelReady(False))
 
     def run(
         self, run: ToyRun, tell: Tell, should_stop: Callable[[], StopReason | None]
     ) -> Finished:
         """Count."""
-        text = Path(run.path).read_text(encoding="utf-8")
-        tell(Started(run.task_id, 0, len(text), "letter"))
-        for done in range(len(text)):
+        total = len(Path(run.path).read_text(encoding="utf-8"))
+        begun = _counted(Path(run.resume_from)) if run.resume_from else 0
+        tell(Started(run.task_id, begun, total, "letter"))
+        for done in range(begun, total):
             if reason := should_stop():
                 return Finished(run.task_id, "", (), done, 0.0, stopped=reason)
-            tell(Progress(run.task_id, Stage.TRAINING, done + 1, len(text), "letter"))
+            time.sleep(run.pause_seconds)
+            tell(Progress(run.task_id, Stage.TRAINING, done + 1, total, "letter"))
+            if (done + 1) % CHECKPOINT_LETTERS == 0:
+                tell(_saved(run, done + 1))
         output = Path(run.folder) / "output"
         output.mkdir()
-        (output / "letters.json").write_text(json.dumps({"letters": len(text)}))
-        return Finished(run.task_id, str(output), ("letters.json",), len(text), 0.1)
+        (output / "letters.json").write_text(json.dumps({"letters": total}))
+        return Finished(run.task_id, str(output), ("letters.json",), total, 0.1)
+
+
+def _saved(run: ToyRun, done: int) -> CheckpointSaved:
+    name = folder_name(0, done, inside_epoch=True)
+    folder = Path(run.folder) / "checkpoints" / name
+    write_folder(folder, {_COUNT: json.dumps(done).encode()}, {"claim": run.claim})
+    return CheckpointSaved(run.task_id, name, 0, done, str(folder), 0.0)
+
+
+def _counted(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / _COUNT).read_text()))

@@ -72,6 +72,7 @@ SHARED = {
 }
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
 OPTIMIZERS = {"prodigyopt", "bitsandbytes"}
+NOT_IN_FRONT = {*TORCH, *OPTIMIZERS, "matplotlib", "tensorboard"}
 # Used where somebody has installed it.
 OPTIONAL = {"bitsandbytes"}
 # room -> the foreign packages that it may import. The image of a room needs no others.
@@ -293,13 +294,39 @@ print(sorted({TORCH!r} & set(sys.modules)))
 # ---- requirements --------------------------------------------------------------------------------
 
 
-def test_the_requirements_are_what_the_product_imports_and_no_more() -> None:
+def required(*rooms: str) -> set[str]:
+    """The distributions that rooms import."""
     packages = importlib.metadata.packages_distributions()
-    foreign = {name for path in product_files() for name in imports(path)}
+    foreign = {name for path in product_files() if room_of(path) in rooms for name in imports(path)}
     foreign -= {*ROOMS, *sys.stdlib_module_names, *TYPES_ONLY, *PART_OF, *OPTIONAL}
     wanted = {normal(packages[name][0]) for name in foreign - set(SHARED)}
-    wanted = wanted.union(*(SHARED[name] for name in foreign & set(SHARED)))
-    assert distributions("requirements.txt") == wanted | BY_OTHERS
+    return wanted.union(*(SHARED[name] for name in foreign & set(SHARED)))
+
+
+def test_the_requirements_are_what_the_product_imports_and_no_more() -> None:
+    files = ("requirements.txt", "requirements-front.txt")
+    assert distributions(*files) == required(*ROOMS) | BY_OTHERS
+    front = distributions("requirements-front.txt")
+    assert front == required(*set(ROOMS) - {"training"})
+    assert not front & distributions("requirements.txt")
+
+
+def test_an_image_without_the_training_packages_runs_the_commands_and_the_front_desk() -> None:
+    ran = python(f"""
+import sys
+from importlib.machinery import PathFinder
+
+class WithoutTraining(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        missing = name.split(".")[0] in {NOT_IN_FRONT!r}
+        return None if missing else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTraining
+import main, cli.actions, cli.doctor.command, cli.worker, consumer.worker
+import images.vetting, reports.html_report
+""")
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_every_installed_package_is_locked() -> None:

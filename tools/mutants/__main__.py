@@ -81,7 +81,7 @@ def main(
     """Run mutants and report them.
 
     Returns:
-        The exit code. 0: at least nine of ten were noticed; 1: fewer; 2: nothing could be said.
+        The exit code. 0: at least nine of ten were noticed; 1: fewer; 2: there is no result.
     """
     options = _options(arguments, modules)
     found = [
@@ -150,12 +150,12 @@ def _run(
 def _outcomes(
     trees: Trees, left: Mapping[Mutant, tuple[str, ...]], jobs: int
 ) -> Iterator[tuple[Mutant, Outcome]]:
-    """Each mutant with its outcome, as they come.
+    """Each mutant with its outcome, in the order of completion.
 
     Args:
-        trees: Where they run.
+        trees: The copies of the source to run in.
         left: The mutants, with their tests.
-        jobs: Runs side by side.
+        jobs: Number of runs at the same time.
     """
     with trees.made(), in_parallel(jobs) as pool:
         try:

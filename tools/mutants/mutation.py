@@ -1,7 +1,7 @@
 """Finds the places of a module where one small change makes a mutant.
 
 Changes are made in the text and not in the syntax tree, so that a mutant differs from the source in
-one place alone. Places where a change has no effect that a test could see are left out: log lines,
+only one place. Places where a change has no effect that a test could see are left out: log lines,
 annotations, decorators, docstrings, names of threads, and branches that state their own
 impossibility (`raise AssertionError`).
 """
@@ -46,9 +46,9 @@ class Mutant:
 
     Attributes:
         path: The module, relative to the root.
-        line: Of the change, counted from 1.
-        column: In characters, counted from 0.
-        kind: What was changed.
+        line: Line of the change, counted from 1.
+        column: Column in characters, counted from 0.
+        kind: The sort of change.
         old: The text before.
         new: The text after.
     """

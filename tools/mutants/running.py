@@ -37,7 +37,7 @@ _PASSED, _NO_TESTS = 0, 5
 
 
 class Outcome(enum.StrEnum):
-    """What became of a mutant."""
+    """The result of a mutant."""
 
     KILLED = "killed"
     TIMED_OUT = "killed by the time limit"
@@ -154,7 +154,7 @@ class Trees:
             pytest's exit code, or None if they were ended by the time limit.
 
         Raises:
-            Ended: The runs were ended; the tests say nothing.
+            Ended: The runs were ended, so there is no result.
         """
         options = ("-q", "-x", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist")
         command = (sys.executable, "-m", "pytest", *options, *tests)
@@ -166,7 +166,7 @@ class Trees:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # what the tests start ends with them
+            start_new_session=True,  # processes that the tests start end with them
         ) as process:
             self._running.add(process.pid)
             code: int | None = None
@@ -214,7 +214,7 @@ def baseline(trees: Trees, tests: tuple[str, ...]) -> Baseline:
 
 
 def run_mutant(trees: Trees, mutant: Mutant, base: Baseline) -> Outcome:
-    """What becomes of one mutant."""
+    """The outcome of one mutant."""
     if not base.tests:
         return Outcome.UNTESTED
     with trees.one() as tree:
@@ -250,7 +250,7 @@ class Results:
         self._product = _hash_of(root, [name for name in product if not name.startswith("tests/")])
 
     def key(self, mutant: Mutant, tests: Sequence[str]) -> str:
-        """What an outcome depends on."""
+        """A key of everything that an outcome depends on."""
         helpers = {
             name
             for name in tracked(self._root)

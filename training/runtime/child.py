@@ -45,11 +45,13 @@ class Runner(Protocol):
 
     Attributes:
         run_type: The dataclass of its runs (see `jobs.kinds.KindRun`).
+        has_base: Whether its runs use a base model. The process has the memory for one base model.
         is_usable: False when the process must be replaced before the next run.
         on_gpu: Whether the base model is loaded and on a GPU.
     """
 
     run_type: type[Any]
+    has_base: bool
     is_usable: bool
 
     @property
@@ -99,14 +101,15 @@ class Child:
         self._monitor = GpuMonitor()
         self._telling = threading.Lock()
         self._options = options
-        self._place = options.runner
-        self._runner: Runner = load(self._place)(options)
+        self._runner: Runner = load(options.runner)(options)
+        self._runners = {options.runner: self._runner}
+        self._warm = self._runner
 
     def serve(self) -> None:
         """Load the base model, then do runs until the process ends with its pipe."""
-        if not self._inbox.has_run():
+        if not self._warm.has_base or not self._inbox.has_run():
             try:
-                self._runner.load(self._tell)
+                self._warm.load(self._tell)
             except TrainingServerError as error:
                 # There is no run to fail yet. The next run tries again and reports the error.
                 log.error("base_model_not_loaded", extra=_reason(error))
@@ -135,10 +138,13 @@ class Child:
             return failed(run, error, usable=self._runner.is_usable)
 
     def _runner_of(self, run: Run) -> Runner:
-        """The runner of this kind. The process has the memory for one base model only."""
-        if run.runner != self._place:
-            self._runner.release(self._tell)
-            self._place, self._runner = run.runner, load(run.runner)(self._options)
+        """The runner of this kind. Only a runner with a base model replaces the warm one."""
+        if run.runner not in self._runners:
+            self._runners[run.runner] = load(run.runner)(self._options)
+        self._runner = self._runners[run.runner]
+        if self._runner.has_base and self._runner is not self._warm:
+            self._warm.release(self._tell)
+            self._warm = self._runner
         return self._runner
 
     def _tell(self, event: Event | BaseModelReady) -> None:

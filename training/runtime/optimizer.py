@@ -61,14 +61,18 @@ def create(
 
 
 def heeds_found_inf(optimizer: Any) -> bool:
-    """Whether its step leaves the weights alone where the attribute `found_inf`, [] float32, is 1:
-    torch's fused kernels do, and no host has to look."""
+    """Whether its step leaves the weights alone if its attribute `found_inf`, [] float32, is 1.
+
+    torch's fused kernels do, and no host has to look.
+    """
     return bool(optimizer.defaults.get("fused"))
 
 
 def state_tensors(optimizer: Any, names: Sequence[str]) -> dict[str, Tensor]:
-    """The optimizer's state by `{weight's name}/{entry}`, and its numbers that belong to no weight
-    (the rate that Prodigy has found) by `group/{entry}`.
+    """The optimizer's state by `{weight's name}/{entry}`.
+
+    Its numbers that belong to no weight, such as the rate that Prodigy has found, are at
+    `group/{entry}`.
 
     Args:
         optimizer: One that `create` made, also when Accelerate has wrapped it.

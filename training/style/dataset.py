@@ -145,8 +145,11 @@ class Dataset:
         return tuple(tuple(self.latents[each.identity].mean.shape) for each in self.usable)
 
     def batch(self, chosen: Sequence[int], epoch: int = 0) -> tuple[Latents, Tensor]:
-        """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d], of n images of one
-        shape; the order of their tags depends only on the epoch."""
+        """Latent distributions, [n, 4, h/8, w/8], and embeddings, [n, 77, d].
+
+        They are of n images of one shape. The order of their tags depends only on the
+        epoch.
+        """
         examples = [self.usable[index] for index in chosen]
         latents = [self.latents[example.identity] for example in examples]
         return (

@@ -302,8 +302,11 @@ def weights_are_finite(state: LoopState) -> bool:
 
 
 def _copied(tensors: Mapping[str, Tensor], *, wait: bool = False) -> dict[str, Tensor]:
-    """Copies on the CPU. From a GPU they come in one piece for each dtype, into pinned memory, so
-    that the steps after this need not wait; unless `wait`, they may still be on their way."""
+    """Copies on the CPU.
+
+    From a GPU they come in one piece for each dtype, into pinned memory, so that the steps
+    after this need not wait; unless `wait`, they may still be on their way.
+    """
     copies = {}
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():

@@ -1,5 +1,7 @@
-"""The plan of a run: images and learning rate of each step, as a function of step and seed; and the
-course: the parameters in force, after the changes that memory and divergence have required."""
+"""The plan of a run: images and learning rate of each step, as a function of step and seed.
+
+The course is the parameters in force, after the changes that memory and divergence have required.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,10 @@ class Plan:
         return self.steps_per_epoch * self.parameters.epochs
 
     def batches(self, step: int) -> list[list[int]]:
-        """The images of one optimizer step, as batches of indices below n; the images of a
-        batch are of one shape."""
+        """The images of one optimizer step, as batches of indices below n.
+
+        The images of a batch have one shape.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
         batches = self.parameters.gradient_accumulation_steps
         return self._epoch(epoch)[position * batches : (position + 1) * batches]
@@ -115,8 +119,11 @@ class Course:
 
     @property
     def rate_unit(self) -> float:
-        """The unit of the optimizer's rates: 1; for Prodigy, which multiplies them with
-        the rate that it finds, the one asked for. Schedule and halving act on both alike."""
+        """The unit of the optimizer's rates: 1, or the requested rate for Prodigy.
+
+        Prodigy multiplies it with the rate that it finds. Schedule and halving act on both
+        alike.
+        """
         return self.asked.learning_rate if self.parameters.optimizer == "prodigy" else 1.0
 
     def with_less_memory(self, epoch: int, *, checkpointing_is_on: bool) -> Self | None:

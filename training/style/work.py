@@ -58,6 +58,7 @@ class StyleWork:
     """
 
     run_type = TrainingRun
+    has_base = True
 
     def __init__(self, options: TrainerOptions) -> None:
         self.is_usable = True

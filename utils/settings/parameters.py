@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, create_model
+from pydantic import AfterValidator, BeforeValidator, create_model
 
 from utils.settings.values import Group
 
@@ -18,7 +18,8 @@ class KindSettings:
 
     The dataclass has the defaults, and its constructor checks the limits. A method
     `require_libraries`, if it has one, checks the machine. A field's setting has the field's name,
-    unless the field's metadata names another `setting`.
+    unless the field's metadata names another `setting`. A field with `auto` in its metadata also
+    takes that word, as 0.
     """
 
     def __init__(self, dataclass: type[Any]) -> None:
@@ -27,7 +28,11 @@ class KindSettings:
         hints = typing.get_type_hints(dataclass)
         checked: dict[str, Any] = {
             field.name: (
-                Annotated[hints[field.name], AfterValidator(self._check(field.name))],
+                Annotated[
+                    hints[field.name],
+                    AfterValidator(self._check(field.name)),
+                    BeforeValidator(functools.partial(_given, field)),
+                ],
                 field.default,
             )
             for field in fields
@@ -47,6 +52,16 @@ class KindSettings:
     def _check(self, name: str) -> Any:
         # Each field is checked in a separate instance, so that every wrong field is reported.
         return functools.partial(_checked, self._dataclass, name)
+
+
+def _given(field: dataclasses.Field[Any], value: Any) -> Any:
+    """The value; `auto` as 0, which is not allowed as a number."""
+    text = str(value).strip().lower()
+    if not field.metadata.get("auto"):
+        return value
+    if text == "0":
+        raise ValueError(f"{field.name} is 0; it must be at least 1, or auto")
+    return 0 if text == "auto" else value
 
 
 def _checked(dataclass: type[Any], name: str, value: Any) -> Any:

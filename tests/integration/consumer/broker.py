@@ -1,6 +1,4 @@
-"""What the consumer's tests share: a worker in a thread, the backend's side of the broker, a
-handler.
-"""
+"""Shared parts of the consumer's tests: a worker in a thread, a backend, a handler."""
 
 from __future__ import annotations
 

@@ -14,8 +14,9 @@ from tests.integration.consumer.broker import SOON, Client, Handler, Start, unti
 def test_a_job_longer_than_the_heartbeat_and_the_delivery_ack_time_out_is_not_handled_twice_at_once(
     start: Start, client: Client, queue: str
 ) -> None:
-    """8 s of work; heartbeat 2 s; the broker takes its message back after 5 s by closing the
-    channel.
+    """The work takes 8 s with a heartbeat of 2 s.
+
+    The broker takes its message back after 5 s by closing the channel.
     """
 
     def settle(delivery: Delivery) -> Settlement:
@@ -161,8 +162,9 @@ def test_a_publication_whose_queue_was_deleted_is_made_all_the_same(
 def test_a_publication_that_the_broker_will_not_take_holds_up_nothing_else(
     start: Start, client: Client, queue: str
 ) -> None:
-    """The training queue is full and rejects; the message is acknowledged only when there is room
-    again.
+    """The training queue is full and rejects.
+
+    The message is acknowledged only when there is room again.
     """
     with client.channel() as channel:
         arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}

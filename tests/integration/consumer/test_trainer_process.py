@@ -1,5 +1,7 @@
-"""The trainer process: warm across jobs, obedient within a step, replaced when it dies, never an
-orphan."""
+"""The trainer process: warm across jobs, obedient within a step, replaced when it dies.
+
+It is never an orphan.
+"""
 
 from __future__ import annotations
 
@@ -346,7 +348,7 @@ def test_a_trainer_that_never_says_anything_is_replaced_too(
         options, _environment(), stall_seconds=0.1, command=(sys.executable, "-c", SILENT)
     )
     began = time.monotonic()
-    with pytest.raises(WorkerCrashed, match="said nothing for 1 seconds"):
+    with pytest.raises(WorkerCrashed, match="sent no event for 1 seconds"):
         _run(trainer, make_run())
     assert time.monotonic() - began < 15
     trainer.close()

@@ -1,5 +1,7 @@
-"""A RabbitMQ under `deploy/rabbitmq.conf`, with the plugins of its image: what the file sets holds,
-and Prometheus and KEDA find what they ask for."""
+"""A RabbitMQ under `deploy/rabbitmq.conf`, with the plugins of its image.
+
+The settings of the file hold, and Prometheus and KEDA find their numbers.
+"""
 
 from __future__ import annotations
 

@@ -83,8 +83,7 @@ def refusal(status: int, code: str) -> Fault:
 
 
 class S3Proxy:
-    """A context manager; `fault(method, path)` or `judge(request)` says what happens to each
-    request.
+    """A context manager; `fault(method, path)` or `judge(request)` decides about each request.
 
     Attributes:
         endpoint: Its address.

@@ -1,5 +1,7 @@
-"""Sending a job back, against a real S3 server: what may be, once, and nothing that was said is
-unsaid."""
+"""Sending a job back, against a real S3 server: only jobs that may be, once.
+
+Nothing that the backend was told is taken back.
+"""
 
 from __future__ import annotations
 

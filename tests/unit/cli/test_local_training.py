@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.train import MADE, images_in, train_folder
+from cli.train import MADE, folder_run, images_in, train_folder
 from config import load_local
 from consumer.life.stop_signal import StopSignal
 from jobs.style import HyperParameters
@@ -38,6 +38,13 @@ def train(folder: Path, output: Path, *, trigger_word: str = "", **settings: str
 def test_what_an_earlier_training_left_in_the_folder_is_no_image(tmp_path: Path) -> None:
     folder = fill(tmp_path / "pictures", "one.jpg", "two.png", *MADE)
     assert [image.source for image in images_in(folder)] == ["one.jpg", "two.png"]
+
+
+def test_auto_epochs_follow_the_number_of_images_in_the_folder(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "pictures", *(f"{each}.jpg" for each in range(20)))
+    settings = load_local(_env_file=None, epochs="auto")
+    run = folder_run(folder, settings, settings.parameters["style"], "")
+    assert (run.parameters.epochs, run.epochs_auto) == (150, True)
 
 
 def test_a_trigger_word_that_would_be_several_tags_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ LONG_ERROR = "the images could not be used because " * 8
 HELD = JobView(
     "550e8400-e29b-41d4-a716-446655440000",
     style_id=1_000_000_123,
+    kind="style",
+    subject="1000000123",
     state="held",
     owner="worker-with-a-long-name-8906-dca941ad",
     claim=3,
@@ -30,6 +32,8 @@ HELD = JobView(
 FAILED = JobView(
     "0f8fad5b-d9cb-469f-a165-70867728950e",
     style_id=1_000_000_124,
+    kind="style",
+    subject="1000000124",
     state="ended",
     attempts=3,
     epoch=100,
@@ -42,6 +46,8 @@ FAILED = JobView(
 REFUSED = JobView(
     "invalid/" + "f38c7d05" * 8,
     style_id=77,
+    kind="style",
+    subject="77",
     state="ended",
     ending="failed INVALID_MESSAGE",
     delivery="delivered",
@@ -72,7 +78,7 @@ def test_each_job_is_one_line_of_80_columns() -> None:
 
 
 def test_a_short_line_is_shown_whole() -> None:
-    line = _lines(dataclasses.replace(FAILED, style_id=7))[1]
+    line = _lines(dataclasses.replace(FAILED, style_id=7, subject="7"))[1]
     assert "failed BASE_MODEL_UNAVAILABLE" in line and "…" not in line
 
 

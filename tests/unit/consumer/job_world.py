@@ -1,5 +1,7 @@
-"""One worker and its surroundings in memory: the real pipeline, endings and records, on an S3 in
-memory, with a broker, a backend and a trainer that do as a test says."""
+"""One worker and its surroundings in memory: the real pipeline, endings and records.
+
+S3 is in memory, and broker, backend and trainer do as a test says.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""A second kind of job runs from its message to its webhook, and the worker knows it by its
-registry line only."""
+"""A second kind of job runs from its message to its webhook.
+
+The worker knows it by its registry line only.
+"""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def test_a_page_that_breaks_breaks_no_other(
     pages: HttpPages, condition: Condition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(condition, "status", lambda: 1 / 0)
-    assert ask(pages, "/status") == (500, {"error": "the worker's log says more"})
+    assert ask(pages, "/status") == (500, {"error": "internal error: see the worker's log"})
     assert ask(pages, "/health")[0] == 200
 
 

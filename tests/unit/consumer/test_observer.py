@@ -41,8 +41,10 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture(name="observer")
 def _observer(clock: Clock) -> Iterator[Observer]:
-    """One with a job in hand whose trainer has worked for 60 seconds, its last checkpoint after 40
-    of them."""
+    """One with a job in hand whose trainer has worked for 60 seconds.
+
+    Its last checkpoint came after 40 of them.
+    """
     observer = Observer()
     record = JobRecord.new(JobRequest("t-1", "style", "10", "identity", {}), "me", 120.0)
     target: Any = None

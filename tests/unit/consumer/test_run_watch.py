@@ -82,7 +82,7 @@ def test_the_first_step_may_take_as_long_as_compiling_does(watch: RunWatch, time
     time.now += SILENCE
     assert watch.judge() is None
     time.now += 0.1
-    assert "said nothing for 120 seconds" in str(watch.judge())
+    assert "sent no event for 120 seconds" in str(watch.judge())
 
 
 def test_the_clock_of_steps_rests_while_no_steps_are_made(watch: RunWatch, time: Time) -> None:

@@ -20,7 +20,12 @@ def _copy(tmp_path: Path) -> Path:
     (tmp_path / "scripts").mkdir()
     for name in ("build", "run", "health-check"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
-    for name in ("Dockerfile", "requirements.lock", "requirements-cuda.lock"):
+    for name in (
+        "Dockerfile",
+        "requirements.lock",
+        "requirements-front.lock",
+        "requirements-cuda.lock",
+    ):
         (tmp_path / name).touch()
     (tmp_path / "requirements-build.lock").touch()
     (tmp_path / ".env").touch()

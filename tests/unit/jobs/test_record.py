@@ -273,7 +273,7 @@ def test_only_a_failed_job_of_which_the_backend_has_heard_can_be_sent_back() -> 
     complete = new().ended(Ending(EndingKind.COMPLETE, {})).settled(Delivery.DELIVERED)
     with pytest.raises(ValueError, match="cannot be reopened"):
         complete.reopened()
-    with pytest.raises(ValueError, match="delivered cannot be told again"):
+    with pytest.raises(ValueError, match="delivered cannot be sent again"):
         complete.to_be_told_again()
 
 

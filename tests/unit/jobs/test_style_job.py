@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.kinds import Claim, Fetched
 from jobs.message import from_understood, to_message
+from jobs.style import TrainingRun
 from tests.unit.jobs.message_samples import (
     BUCKET,
     CONTRACT,
@@ -17,6 +20,7 @@ from tests.unit.jobs.message_samples import (
     flat,
     make_settings,
     read,
+    refused,
     style_kind,
 )
 
@@ -87,3 +91,44 @@ def test_the_identity_of_a_message_without_them_is_the_one_in_older_records() ->
     stored = read(envelope()).understood()
     del stored["validation_images"], stored["sample_prompts"], stored["trigger_word"]
     assert from_understood(style_kind(SETTINGS), stored).identity == read(envelope()).identity
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs"), [(1, 500), (6, 500), (10, 300), (30, 100), (200, 15)]
+)
+def test_auto_epochs_follow_the_number_of_images(images: int, epochs: int) -> None:
+    order = envelope(
+        images=[f"s3://{BUCKET}/{each}.jpg" for each in range(images)],
+        parameters={"epochs": "auto"},
+    )
+    by_message = read(order)
+    assert by_message.spec.hyper_parameters.epochs == epochs
+    del order["data"]["parameters"]
+    assert read(order, settings=make_settings(epochs="auto")).spec.hyper_parameters.epochs == epochs
+
+
+def test_auto_epochs_are_a_number_in_the_record_and_the_word_in_a_copy_of_the_message() -> None:
+    job = read(envelope(parameters={"epochs": "auto"}))
+    stored = job.understood()
+    assert stored["hyper_parameters"]["epochs"] == 500
+    assert stored["parameters"] == {"epochs": "auto"}
+    restored = from_understood(style_kind(), stored)
+    assert restored.spec == job.spec
+    assert json.loads(restored.body)["data"]["parameters"] == {"epochs": "auto"}
+    assert job.identity != read(envelope(parameters={"epochs": 500})).identity
+
+
+@pytest.mark.parametrize("epochs", [0, "many", "Auto", True, 1001])
+def test_other_words_and_numbers_for_epochs_are_refused(epochs: Any) -> None:
+    assert refused(envelope(parameters={"epochs": epochs})).field == "data.parameters.epochs"
+
+
+def test_the_run_and_its_report_know_that_the_epochs_were_found() -> None:
+    claim = Claim("t-1", 1, Path("/work"), None)
+    for parameters, auto in (({"epochs": "auto"}, True), ({"epochs": 500}, False)):
+        spec = read(envelope(parameters=parameters)).spec
+        kind = style_kind(make_settings(min_images=1))
+        fetched = [Fetched(each, Path("/work/a.jpg")) for each in kind.inputs(spec)]
+        run = kind.run(spec, fetched, claim)
+        assert isinstance(run, TrainingRun) and run.epochs_auto is auto
+        assert run.parameters.epochs == 500

@@ -24,14 +24,33 @@ def _locked(*names: str) -> dict[str, Package]:
     return {package.name: package for text in texts for package in parse(text)}
 
 
-@pytest.mark.parametrize("requirements", ["requirements", "requirements-dev", "requirements-build"])
+@pytest.mark.parametrize(
+    "requirements",
+    ["requirements", "requirements-front", "requirements-dev", "requirements-build"],
+)
 def test_the_locks_have_the_versions_that_the_requirement_files_ask_for(requirements: str) -> None:
     lines = (ROOT / f"{requirements}.txt").read_text(encoding="utf-8").splitlines()
     asked = [Requirement(line) for line in lines if re.match(r"\w", line)]
-    locked = _locked("requirements.lock", f"{requirements}.lock")
+    locked = _locked(f"{requirements}.lock")
+    if requirements == "requirements-dev":  # in addition to the product's
+        locked |= _locked("requirements.lock")
     assert asked
     for each in asked:
         assert locked[canonicalize_name(each.name)].pin.endswith(str(each.specifier))
+
+
+def test_the_lock_of_a_room_is_a_part_of_the_product_s_and_is_complete() -> None:
+    product, front = _locked("requirements.lock"), _locked("requirements-front.lock")
+    assert all(product[name] == package for name, package in front.items())
+    assert not {"torch", "diffusers", "transformers", "matplotlib"} & set(front)
+    environment: dict[str, str | AbstractSet[str]] = {"extra": ""}
+    environment.update((name, str(value)) for name, value in default_environment().items())
+    for each in distributions():
+        if canonicalize_name(each.metadata["Name"]) in front:
+            needed = [Requirement(text) for text in each.requires or ()]
+            for one in needed:
+                if one.marker is None or one.marker.evaluate(environment):
+                    assert canonicalize_name(one.name) in front, (each.metadata["Name"], one)
 
 
 def test_what_an_installed_package_depends_on_is_locked_in_a_version_that_fits() -> None:

@@ -366,8 +366,11 @@ def sd15_attention_paths() -> list[str]:
 
 
 def kohya_modules() -> dict[str, tuple[int, int]]:
-    """Names of SD1.5's attention modules as files from kohya's trainer spell them, with the widths
-    in and out of each, by SD1.5's published shape: 320, 640 and 1280 channels, 768 of text."""
+    """Names of SD1.5's attention modules in the spelling of kohya's trainer, with their widths.
+
+    The widths, in and out, are those of SD1.5's published shape: 320, 640 and 1280 channels,
+    768 of text.
+    """
     blocks = {f"down_blocks_{n}_attentions_{m}": 320 << n for n in range(3) for m in range(2)}
     blocks["mid_block_attentions_0"] = 1280
     blocks |= {f"up_blocks_{n}_attentions_{m}": 2560 >> n for n in range(1, 4) for m in range(3)}

@@ -1,5 +1,4 @@
-"""The artist's report: whole in one file, readable in a real browser, wide and narrow, and harmless
-for any message."""
+"""The artist's report: whole in one file, readable in a real browser, harmless for any message."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Inspection of LoRA files: the three formats agree, files of other programs are recognised,
-none is executed."""
+"""Inspection of LoRA files: the three formats agree, and no file is executed.
+
+Files of other programs are recognised.
+"""
 
 from __future__ import annotations
 

@@ -50,7 +50,9 @@ class SmallMemory:
     def __init__(
         self, unet: Any, *, images: int, needs_checkpointing: bool = False, after: int = 0
     ) -> None:
-        """Args:
+        """Describe the limits.
+
+        Args:
         images: As many fit.
         needs_checkpointing: And only with gradient checkpointing.
         after: Passes that go well first: something else takes memory from then on.
@@ -137,8 +139,10 @@ def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_images_as
 def test_it_goes_on_from_the_newest_checkpoint_and_ends_where_a_roomy_run_ends(
     base: BaseModel, make_run: MakeRun
 ) -> None:
-    """Up to rounding, since the noise of images of one shape is drawn at once. (The LoRA's
-    dropout is off: its masks are drawn batch by batch.)"""
+    """Up to rounding, since the noise of images of one shape is drawn at once.
+
+    (The LoRA's dropout is off: its masks are drawn batch by batch.)
+    """
     run = make_run(count=5, epochs=4, batch_size=2, dropout=0.0, checkpoint_interval=1)
     roomy, expected, _ = trained(base, run)
     # Three passes an epoch; the memory goes in the third epoch.

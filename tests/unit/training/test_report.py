@@ -85,6 +85,12 @@ def test_the_hyper_parameters_in_force_stand_next_to_those_asked_for(
     assert report["hyperparameters"].keys() == {f.name for f in dataclasses.fields(ASKED)}
 
 
+def test_epochs_that_were_found_are_asked_for_as_auto(base: BaseModel) -> None:
+    report = build_report(dataclasses.replace(RUN, epochs_auto=True), base, DATASET, RESULT)
+    assert report["hyperparameters_asked"]["epochs"] == "auto"
+    assert report["hyperparameters"]["epochs"] == RESULT.parameters.epochs
+
+
 def test_the_report_has_all_that_the_protocol_lists(
     report: dict[str, Any], base: BaseModel
 ) -> None:

@@ -1,5 +1,4 @@
-"""A style that can be measured: with the LoRA the samples have its colours, without it they have
-not."""
+"""A style that can be measured: only the samples with the LoRA have its colours."""
 
 from __future__ import annotations
 

@@ -83,8 +83,9 @@ def export(
 
 
 def verify(unet: torch.nn.Module, folder: Path) -> None:
-    """Load every file of `folder` through its own loader and compare each layer's ΔW with the live
-    adapter's.
+    """Load every file of `folder` through its own loader, and compare each layer's ΔW.
+
+    The reference is the live adapter.
 
     The files go into skeletons of the UNet whose frozen weights take no memory. SD1.5 takes a few
     seconds on two cores.
@@ -165,8 +166,9 @@ def _require_finite(layers: dict[str, Layer]) -> None:
 
 
 def _for_disk(layers: dict[str, Layer]) -> dict[str, Layer]:
-    """The layers in half precision, the usual and half as long; in single precision where that
-    would cost too much.
+    """The layers in half precision, the usual and half as long.
+
+    They are in single precision if half precision would cost too much.
 
     It does for updates of hardly any size (below about 1e-9), as after a step or two at the start
     of a warm-up.
@@ -179,8 +181,10 @@ def _for_disk(layers: dict[str, Layer]) -> dict[str, Layer]:
 
 
 def _skeleton(unet: Any) -> Any:
-    """A UNet of the same shape on the CPU; every frozen weight is one zero, seen through strides of
-    zero."""
+    """A UNet of the same shape on the CPU.
+
+    Every frozen weight is one zero, seen through strides of zero.
+    """
     with torch.device("meta"):
         skeleton = type(unet).from_config(unet.config)
     for module in skeleton.modules():

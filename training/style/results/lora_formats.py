@@ -108,8 +108,11 @@ def lora_layers(model: torch.nn.Module) -> dict[str, Layer]:
 def write_diffusers(
     layers: dict[str, Layer], config: LoraConfig, metadata: dict[str, str], folder: Path
 ) -> None:
-    """Write `lora_weights.safetensors`. The layers' scaling must be folded; no place in the file
-    could hold it. Of the kohya file's `metadata` it has what is true of any format."""
+    """Write `lora_weights.safetensors`.
+
+    The layers' scaling must be folded; no place in the file could hold it. Of the kohya file's
+    `metadata` it has what is true of any format.
+    """
     # Only what every PEFT knows: diffusers hands these to `LoraConfig`, and an older one refuses a
     # newer one's names.
     header = {
@@ -130,8 +133,10 @@ def write_diffusers(
 
 
 def write_peft(layers: dict[str, Layer], config: LoraConfig, base_name: str, folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` for
-    `PeftModel.from_pretrained(unet, folder)`."""
+    """Write `adapter_config.json` and `adapter_model.safetensors`.
+
+    `PeftModel.from_pretrained(unet, folder)` reads them.
+    """
     # Entries that equal PEFT's defaults are left out: an older PEFT refuses unknown names.
     default = LoraConfig().to_dict()
     entries = {key: value for key, value in config.to_dict().items() if value != default[key]}
@@ -150,8 +155,10 @@ def write_peft(layers: dict[str, Layer], config: LoraConfig, base_name: str, fol
 
 
 def write_kohya(layers: dict[str, Layer], metadata: dict[str, str], folder: Path) -> None:
-    """Write `lora_weights_kohya.safetensors`: the weights with each layer's alpha, their hash, and
-    `metadata`."""
+    """Write `lora_weights_kohya.safetensors`.
+
+    It has the weights with each layer's alpha, their hash, and `metadata`.
+    """
     tensors = {}
     for name, layer in layers.items():
         key = kohya_name(name)

@@ -1,5 +1,7 @@
-"""Images of how a training went: the same prompts and seeds without and with the LoRA, and the
-loss over the epochs."""
+"""Images of how a training went: samples without and with the LoRA, and the loss.
+
+The samples have the same prompts and seeds; the loss is drawn over the epochs.
+"""
 
 from __future__ import annotations
 
@@ -195,8 +197,10 @@ def _plot_probes(axes: Any, probes: Sequence[Probed]) -> None:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a tenth of the epochs, at least five; values that are
-    not finite are passed over."""
+    """Exponential moving average over about a tenth of the epochs, at least five.
+
+    Values that are not finite are passed over.
+    """
     rate = 2 / (max(5, len(losses) // 10) + 1)
     course: list[float] = []
     mean = math.nan

@@ -142,8 +142,10 @@ def passes(images: int, most: int) -> list[tuple[int, int]]:
 
 
 def best_of(probes: Sequence[Probed]) -> Probed | None:
-    """The checkpoint with the lowest loss, by held-out images where there are any; of equals the
-    earliest. None where nothing was measured after the beginning."""
+    """The checkpoint with the lowest loss, by held-out images if there are any.
+
+    The earliest one counts among equals. None if nothing was measured after the beginning.
+    """
     found = [each for each in probes if each.epoch > 0]
     by_held_out = [each for each in found if each.held_out is not None]
     if by_held_out:
@@ -197,8 +199,9 @@ def _copying(measured: Sequence[Probed], best: Probed) -> str | None:
 
 @contextlib.contextmanager
 def evaluating(base: BaseModel, *, with_lora: bool = True) -> Iterator[None]:
-    """Evaluation mode without gradients, with the LoRA on or off; afterwards all is as before, and
-    the LoRA on.
+    """Evaluation mode without gradients, with the LoRA on or off.
+
+    Afterwards everything is as before, and the LoRA is on.
 
     Gradient checkpointing needs no switch: without gradients the UNet does none.
     """

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from jobs.fields import AUTO_WORD
 from jobs.layout import REPORT
 from jobs.style import HyperParameters
 from reports import html_report
@@ -113,7 +114,8 @@ def build_report(
             for entry in (dataset.held_out.entries if dataset.held_out else ())
         ],
         "hyperparameters": dataclasses.asdict(result.parameters),
-        "hyperparameters_asked": dataclasses.asdict(run.parameters),
+        "hyperparameters_asked": dataclasses.asdict(run.parameters)
+        | ({"epochs": AUTO_WORD} if run.epochs_auto else {}),
         "epochs": result.epochs,
         "steps": result.steps,
         "skipped_steps": result.skipped_steps,
@@ -156,8 +158,10 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
-    """The part of the report that the `complete` webhook sends: a few numbers, and the reasons for
-    which images were left out and captions ignored; no captions and no addresses.
+    """The part of the report that the `complete` webhook sends: a few numbers and reasons.
+
+    The reasons say why images were left out and captions ignored. There are no captions and no
+    addresses.
 
     Args:
         report: From `build_report`.
@@ -211,8 +215,11 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _json_value(value: Any) -> Any:
-    """Tuples become lists, numbers that are not finite None, and halves of characters escape
-    sequences: JSON, or its file, can hold none of them."""
+    """A value that JSON and its file can hold.
+
+    Tuples become lists, numbers that are not finite become None, and halves of characters
+    become escape sequences.
+    """
     if isinstance(value, dict):
         return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
