@@ -252,7 +252,7 @@ def test_it_is_whole_in_itself_and_forbids_what_it_does_not_need(page: Path) -> 
 
 
 def test_a_report_that_does_not_fit_the_template_is_refused(tmp_path: Path) -> None:
-    for name in ("trigger_word", "seconds"):
+    for name in ("trigger_word", "steps"):
         report, run, result = make(tmp_path)
         del report[name]
         with pytest.raises(ValueError, match=f"cannot be rendered: .{name}."):
