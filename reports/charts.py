@@ -37,7 +37,7 @@ def line_chart(
 
     Args:
         lines: The lines.
-        title: What a person who cannot see the chart needs to know.
+        title: The chart in words, for a person who cannot see it.
         x_name: The quantity on the horizontal axis.
         y_name: The quantity on the vertical axis.
         mark: An x that a vertical line marks.
