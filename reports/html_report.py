@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
+import datetime
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
-from PIL import Image
+from markupsafe import Markup
 
-from jobs.layout import HTML_REPORT, LOSS_CURVE, SAMPLES
+from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HTML_REPORT, KOHYA_WEIGHTS, WEIGHTS
+from reports import verdict
+from reports.charts import Line, line_chart, smoothed
+from reports.likeness import copies
 from utils.names import shown_name
 
-if TYPE_CHECKING:
-    from jobs.style import TrainingImage, TrainingRun
-
 TEMPLATE = "training_report.html.j2"
-SHEET = 1100
-"""Side in pixels."""
+IN_THE_STRIP = 8
+"""Images of the artist that stand above the samples."""
+PROGRAMS = (
+    ("ComfyUI, AUTOMATIC1111, Forge", KOHYA_WEIGHTS),
+    ("diffusers (Python)", WEIGHTS),
+    ("PEFT (Python)", f"{ADAPTER_WEIGHTS} and {ADAPTER_CONFIG}"),
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,25 +44,34 @@ class SampleRow:
     images: tuple[bytes, ...]
 
 
-def write_html(
-    report: Mapping[str, Any],
-    run: TrainingRun,
-    samples: Sequence[SampleRow],
-    prompts: Sequence[str],
-    folder: Path,
-    *,
-    thumbnails: Mapping[str, bytes],
-) -> Path:
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReportImages:
+    """The images of a report, as JPEG files.
+
+    Attributes:
+        training: A thumbnail for each of the report's `pictures`; None where there is none.
+        held_out: The same for its `validation_pictures`.
+        prompts: The prompts of the samples.
+        before: The base model's samples, one a prompt; empty if none could be made.
+        after: The samples of the delivered model; as many.
+        checkpoints: The samples of each checkpoint, the base model's first.
+    """
+
+    training: Sequence[bytes | None] = ()
+    held_out: Sequence[bytes | None] = ()
+    prompts: Sequence[str] = ()
+    before: Sequence[bytes] = ()
+    after: Sequence[bytes] = ()
+    checkpoints: Sequence[SampleRow] = ()
+
+
+def write_html(report: Mapping[str, Any], images: ReportImages, folder: Path) -> Path:
     """Write `training_report.html`.
 
     Args:
-        report: From `report.build_report`.
-        run: Its images.
-        samples: The samples of checkpoints, the base model's first.
-        prompts: Of the samples.
-        folder: Folder of `samples.png` and `loss_curve.png`, if they could be made. The file
-            goes there, too.
-        thumbnails: JPEG files of the images, by the path of their files.
+        report: The content of `training_report.json`.
+        images: The images.
+        folder: The file goes there.
 
     Returns:
         The file's path.
@@ -66,19 +80,24 @@ def write_html(
         OSError: The disk is full or read-only.
         ValueError: The template does not fit the report.
     """
-    content = {
-        **report,
-        "pictures": _shown(report["pictures"], run.images, thumbnails),
-        "validation_pictures": _shown(
-            report["validation_pictures"], run.validation_images, thumbnails
-        ),
-        "loss_curve": _data_uri(_read(folder / LOSS_CURVE), "png"),
-        "curve_text": _curve_text(report),
-        "samples": _small_sheet(folder / SAMPLES),
-        "prompts": prompts,
-        "rows": _rows(samples, prompts),
-        "choice": _choice(report),
-    }
+    path = folder / HTML_REPORT
+    partial = path.with_name(f".{path.name}.partial")
+    # Halves of characters, which JSON can spell, are none.
+    partial.write_text(rendered(report, images), encoding="utf-8", errors="replace")
+    os.replace(partial, path)
+    return path
+
+
+def rendered(report: Mapping[str, Any], images: ReportImages) -> str:
+    """The page as text.
+
+    Args:
+        report: The content of `training_report.json`.
+        images: The images.
+
+    Raises:
+        ValueError: The template does not fit the report.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -86,47 +105,114 @@ def write_html(
     )
     environment.filters |= {"duration": _duration, "loss": _loss}
     try:
-        text = environment.get_template(TEMPLATE).render(content)
-    except jinja2.TemplateError as error:
+        return environment.get_template(TEMPLATE).render(_content(report, images))
+    except (jinja2.TemplateError, LookupError) as error:
         raise ValueError(f"The report cannot be rendered: {error}") from error
-    path = folder / HTML_REPORT
-    partial = path.with_name(f".{path.name}.partial")
-    # Halves of characters, which JSON can spell, are none.
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
-    return path
 
 
-def _shown(
-    entries: Sequence[Mapping[str, Any]],
-    images: Sequence[TrainingImage],
-    thumbnails: Mapping[str, bytes],
+def _content(report: Mapping[str, Any], images: ReportImages) -> dict[str, Any]:
+    """Everything that the template shows."""
+    used = [
+        (shown_name(entry["source"]), content)
+        for entry, content in zip(report["pictures"], images.training, strict=True)
+        if content and entry["status"] != "left_out"
+    ]
+    style = report["style_id"]
+    cards = _cards(report["pictures"], images.training)
+    shown = [each for each in cards if each["thumbnail"] and each["status"] != "left_out"]
+    return {
+        "machine_warnings": (),
+        **report,
+        "title": f"Style {style}" if style else "Training report",
+        "finished": _day(report.get("finished_at")),
+        "verdict": verdict.of_style(report, copies(images.before, images.after, dict(used))),
+        "strip": shown[:IN_THE_STRIP],
+        "pairs": _pairs(images),
+        "prompt": _prompt(report, images.prompts),
+        "programs": PROGRAMS,
+        "pictures": cards,
+        "validation_pictures": _cards(report["validation_pictures"], images.held_out),
+        "choice": _choice(report),
+        "charts": _charts(report),
+        "rows": _rows(images),
+    }
+
+
+def _cards(
+    entries: Sequence[Mapping[str, Any]], thumbnails: Sequence[bytes | None]
 ) -> list[dict[str, Any]]:
     """The entry of each image, with its name and its thumbnail."""
     return [
-        {
-            **entry,
-            "name": shown_name(entry["source"]),
-            "thumbnail": _data_uri(thumbnails.get(image.path or ""), "jpeg"),
-        }
-        for entry, image in zip(entries, images, strict=True)
+        {**entry, "name": shown_name(entry["source"]), "thumbnail": _data_uri(thumbnail)}
+        for entry, thumbnail in zip(entries, thumbnails, strict=True)
     ]
 
 
-def _rows(samples: Sequence[SampleRow], prompts: Sequence[str]) -> list[dict[str, Any]]:
+def _pairs(images: ReportImages) -> list[dict[str, Any]]:
+    """Each prompt with its sample without and with the LoRA."""
+    return [
+        {"prompt": prompt, "before": _data_uri(before), "after": _data_uri(after)}
+        for prompt, before, after in zip(images.prompts, images.before, images.after, strict=False)
+    ]
+
+
+def _rows(images: ReportImages) -> list[dict[str, Any]]:
     """The rows of samples that have an image."""
     rows = [
         {
             "title": row.title,
             "chosen": row.chosen,
-            "pictures": [
-                {"address": _data_uri(content, "jpeg"), "prompt": prompt}
-                for content, prompt in zip(row.images, prompts, strict=False)
+            "samples": [
+                {"address": _data_uri(content), "prompt": prompt}
+                for content, prompt in zip(row.images, images.prompts, strict=False)
             ],
         }
-        for row in samples
+        for row in images.checkpoints
     ]
-    return [row for row in rows if row["pictures"]]
+    return [row for row in rows if row["samples"]]
+
+
+def _prompt(report: Mapping[str, Any], prompts: Sequence[str]) -> str:
+    """A prompt to copy: the first sample's, with the trigger word in it."""
+    prompt = next(filter(None, prompts), "")
+    trigger: str = report["trigger_word"] or ""
+    if trigger.lower() in prompt.lower():
+        return prompt
+    return f"{trigger}, {prompt}" if prompt else trigger
+
+
+def _charts(report: Mapping[str, Any]) -> list[Markup]:
+    """The loss of each epoch, and the measurements of the probe."""
+    losses: Sequence[float | None] = report["losses"]
+    calm = smoothed([float("nan") if loss is None else loss for loss in losses])
+    probes = report["probes"]
+    charts = (
+        line_chart(
+            [
+                Line("each epoch", list(enumerate(losses, 1)), "raw"),
+                Line("smoothed", list(enumerate(calm, 1))),
+            ],
+            title=_curve_text(losses),
+            x_name="epoch",
+            y_name="Training loss (random noise in each step)",
+            mark=report["delivered_epoch"],
+        ),
+        line_chart(
+            [
+                Line(name, [(each["epoch"], each[key]) for each in probes], colour)
+                for name, key, colour in (
+                    ("your images", "training", "main"),
+                    ("held-out images", "held_out", "other"),
+                )
+                if any(each[key] is not None for each in probes)
+            ],
+            title="Loss of the probe at each checkpoint; the table below has the numbers",
+            x_name="epoch",
+            y_name="Probe (the same images and noise each time)",
+            mark=report["delivered_epoch"],
+        ),
+    )
+    return [chart for chart in charts if chart is not None]
 
 
 def _choice(report: Mapping[str, Any]) -> str:
@@ -146,35 +232,26 @@ def _choice(report: Mapping[str, Any]) -> str:
     )
 
 
-def _curve_text(report: Mapping[str, Any]) -> str:
+def _curve_text(losses: Sequence[float | None]) -> str:
     """The loss curve for those who do not see it."""
-    known = [loss for loss in report["losses"] if loss is not None]
+    known = [loss for loss in losses if loss is not None]
     if not known:
         return "Loss curve"
     return f"Loss curve: from {known[0]:.4f} in the first epoch to {known[-1]:.4f} in the last"
 
 
-def _small_sheet(path: Path) -> str | None:
-    """A small copy of the sheet of samples; None where there is none."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            small = image.convert("RGB")
-    except OSError:  # the samples could not be painted, which the report states
-        return None
-    small.thumbnail((SHEET, SHEET))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=80)
-    return _data_uri(buffer.getvalue(), "jpeg")
+def _day(moment: str | None) -> str:
+    """The day of a time in ISO 8601, such as `26 November 2026`; empty for None."""
+    if moment is None:
+        return ""
+    day = datetime.datetime.fromisoformat(moment)
+    return f"{day.day} {day:%B %Y}"
 
 
-def _read(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
-
-
-def _data_uri(content: bytes | None, kind: str) -> str | None:
+def _data_uri(content: bytes | None) -> str | None:
     if content is None:
         return None
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
 
 
 def _duration(seconds: float) -> str:

@@ -86,7 +86,7 @@ PACKAGES: dict[str, set[str]] = {
         *("sentry_sdk", "standardwebhooks", "urllib3"),
     },
     "training": {*TORCH, *OPTIMIZERS, "PIL", "matplotlib", "numpy"},
-    "reports": {"PIL", "jinja2"},
+    "reports": {"PIL", "jinja2", "markupsafe", "numpy"},
     "images": {"PIL", "imagehash", "numpy"},
     "jobs": {"pydantic", "pydantic_core"},
     "utils": {"prometheus_client", "pydantic", "pynvml", "structlog"},

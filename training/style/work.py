@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 Emit = Callable[[Event | BaseModelReady], None]
 
+SAMPLE_SIDE = 512
+"""Side of a sample in the HTML report, in pixels."""
+
 
 @contextlib.contextmanager
 def _errors_of_the_device_as_ours() -> Iterator[None]:
@@ -198,20 +201,26 @@ def _write_output(
     folder.mkdir(parents=True)
     card = model_card(run, base, data, result)
     export.export(base, result.parameters, folder, metadata=card)
-    result = _with_previews(run, base, data, result, folder)
+    result, final = _with_previews(run, base, data, result, folder)
     content = report.build_report(run, base, data, result)
     report.write_report(content, folder)
-    _write_html(content, run, data, result, folder)
+    _write_html(content, run, data, result, final, folder)
     return folder, report.summary(content)
 
 
 def _with_previews(
     run: TrainingRun, base: BaseModel, data: Dataset, result: TrainingResult, folder: Path
-) -> TrainingResult:
-    """Paint samples and plot the loss; training does not fail for want of an image of it."""
+) -> tuple[TrainingResult, tuple[list[bytes], list[bytes]]]:
+    """Paint samples and plot the loss; training does not fail for want of an image of it.
+
+    Returns:
+        The result with a sentence about what could not be made, and the samples without and with
+        the LoRA as JPEG files.
+    """
+    final: tuple[list[bytes], list[bytes]] = [], []
 
     def paint_samples() -> None:
-        preview.write_samples(
+        columns = preview.write_samples(
             base,
             prompts_of(run, data),
             run.parameters.seed,
@@ -219,6 +228,8 @@ def _with_previews(
             resolution=run.parameters.resolution,
             steps=sample_steps(run, base),
         )
+        for files, images in zip(final, columns, strict=True):
+            files += [preview.jpeg(image, SAMPLE_SIDE) for image in images]
 
     def plot_losses() -> None:
         preview.write_loss_curve(
@@ -234,24 +245,30 @@ def _with_previews(
                 raise
             log.error("preview_failed", extra={"preview": name}, exc_info=error)
             missing.append(f"The {name} could not be made ({type(error).__name__}).")
-    return dataclasses.replace(result, warnings=(*result.warnings, *missing))
+    return dataclasses.replace(result, warnings=(*result.warnings, *missing)), final
 
 
 def _write_html(
-    content: dict[str, Any], run: TrainingRun, data: Dataset, result: TrainingResult, folder: Path
+    content: dict[str, Any],
+    run: TrainingRun,
+    data: Dataset,
+    result: TrainingResult,
+    final: tuple[list[bytes], list[bytes]],
+    folder: Path,
 ) -> None:
     """The report for people. The facts are safe in the other one: training does not fail of it."""
+    before, after = final
+    thumbnails = {**(data.held_out.thumbnails if data.held_out else {}), **data.thumbnails}
     try:
-        prompts = preview.chosen_prompts(prompts_of(run, data))
-        held_out_thumbnails = data.held_out.thumbnails if data.held_out else {}
-        html_report.write_html(
-            content,
-            run,
-            report.sample_rows(result),
-            prompts,
-            folder,
-            thumbnails={**held_out_thumbnails, **data.thumbnails},
+        images = html_report.ReportImages(
+            training=[thumbnails.get(image.path or "") for image in run.images],
+            held_out=[thumbnails.get(image.path or "") for image in run.validation_images],
+            prompts=preview.chosen_prompts(prompts_of(run, data)),
+            before=before,
+            after=after,
+            checkpoints=report.sample_rows(result),
         )
+        html_report.write_html(content, images, folder)
     except (ValueError, TypeError, LookupError) as error:
         log.error("html_report_failed", exc_info=error)
 

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from jobs.style import HyperParameters
+from reports.charts import smoothed
 from training.style.families.sd15 import BaseModel
 from training.style.results import preview
-from training.style.results.preview import smoothed, write_loss_curve, write_samples
+from training.style.results.preview import write_loss_curve, write_samples
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -35,7 +36,8 @@ def fixture_trained(base: BaseModel) -> BaseModel:
 
 def sample(base: BaseModel, folder: Path, *prompts: str, seed: int = 3) -> Path:
     """Samples of the tiny model's size."""
-    return write_samples(base, prompts, seed, folder, resolution=64, steps=2)
+    write_samples(base, prompts, seed, folder, resolution=64, steps=2)
+    return folder / "samples.png"
 
 
 def cells(path: Path, rows: int) -> list[tuple[Pixels, Pixels]]:
@@ -55,7 +57,6 @@ def test_the_columns_differ_by_the_lora_and_the_rows_by_prompt_and_noise(
     trained: BaseModel, tmp_path: Path
 ) -> None:
     path = sample(trained, tmp_path, "a harbour", "a cat")
-    assert path == tmp_path / "samples.png"
     assert [file.name for file in tmp_path.iterdir()] == ["samples.png"]
     (without, with_lora), (other, _) = cells(path, 2)
     assert without.std() > 5 and with_lora.std() > 5  # images, not paper

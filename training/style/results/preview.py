@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from jobs.layout import LOSS_CURVE, SAMPLES
+from reports.charts import smoothed
 from training.style.results.probe import Interrupted, Probed, evaluating, mixed_precision
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def write_samples(
     *,
     resolution: int = 512,
     steps: int = 25,
-) -> Path:
+) -> tuple[list[Image.Image], list[Image.Image]]:
     """Paint a few prompts without and with the attached LoRA, side by side, into `samples.png`.
 
     Training is not disturbed: no global generator is drawn from, and modes, gradients' flags and
@@ -122,20 +123,21 @@ def write_samples(
         steps: Steps of the DDIM sampler (arXiv:2010.02502).
 
     Returns:
-        The file's path.
+        The images without the LoRA and those with it, one a prompt.
 
     Raises:
         OSError: The disk is full or read-only.
     """
     chosen = chosen_prompts(prompts)
-    columns = [
+    before, after = (
         paint(base, chosen, seed, with_lora=on, resolution=resolution, steps=steps)
         for on in (False, True)
-    ]
-    sheet = _sheet(chosen, list(zip(*columns, strict=True)))
+    )
+    sheet = _sheet(chosen, list(zip(before, after, strict=True)))
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
-    return _save(folder / SAMPLES, buffer)
+    _save(folder / SAMPLES, buffer)
+    return before, after
 
 
 def write_loss_curve(
@@ -194,21 +196,6 @@ def _plot_probes(axes: Any, probes: Sequence[Probed]) -> None:
             gaps = [math.nan if value is None else value for value in values]
             axes.plot(epochs, gaps, color=color, marker="o", label=label)
     axes.set(ylabel="probe", title="Probe: the same images and noise each time")
-
-
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a tenth of the epochs, at least five.
-
-    Values that are not finite are passed over.
-    """
-    rate = 2 / (max(5, len(losses) // 10) + 1)
-    course: list[float] = []
-    mean = math.nan
-    for loss in losses:
-        if math.isfinite(loss):
-            mean = loss if math.isnan(mean) else mean + rate * (loss - mean)
-        course.append(mean)
-    return course
 
 
 def _pipeline(base: BaseModel) -> Any:
@@ -283,11 +270,16 @@ def _save(path: Path, buffer: io.BytesIO) -> Path:
 
 def pack(image: Image.Image) -> Tensor:
     """An image as the bytes of a small JPEG file."""
+    return torch.frombuffer(bytearray(jpeg(image, LARGEST_SAMPLE)), dtype=torch.uint8)
+
+
+def jpeg(image: Image.Image, side: int) -> bytes:
+    """An image as a JPEG file of at most this side in pixels."""
     small = image.copy()
-    small.thumbnail((LARGEST_SAMPLE, LARGEST_SAMPLE))
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=85)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    return buffer.getvalue()
 
 
 def unpack(packed: Tensor) -> bytes:

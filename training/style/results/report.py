@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import math
@@ -104,6 +105,7 @@ def build_report(
     report = {
         "task_id": run.task_id,
         "style_id": run.style_id,
+        "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "trigger_word": run.trigger_word,
         "pictures_asked": len(statuses),
         "pictures_used": len(statuses) - statuses.count("left_out"),
@@ -134,6 +136,7 @@ def build_report(
         "base_model": {"name": base.name, "hash": base.hash, "dtype": _name_of(base.dtype)},
         "versions": versions(base.device),
         "warnings": list(sentences),
+        "machine_warnings": list(base.warnings),
     }
     plain: dict[str, Any] = _json_value(report)
     return plain

@@ -18,9 +18,9 @@ from PIL import Image
 from images.decoder import Decoder
 from images.decoding import Request
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
-from reports.html_report import write_html
+from reports.html_report import ReportImages, write_html
 from tests.unit.training.browser import chromium, look
-from training.style.results.preview import with_row, write_loss_curve
+from training.style.results.preview import jpeg, with_row
 from training.style.results.probe import Probed
 from training.style.results.report import TrainingResult, sample_rows
 
@@ -96,6 +96,7 @@ def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, Tra
     report = {
         "task_id": "task-1",
         "style_id": 10,
+        "finished_at": "2026-11-26T12:00:00+00:00",
         "trigger_word": "inkstyle",
         "pictures_asked": 14,
         "pictures_used": 10,
@@ -137,7 +138,22 @@ def written(
     folder: Path,
 ) -> Path:
     """The report's file."""
-    return write_html(report, run, sample_rows(result), prompts, folder, thumbnails=thumbnails(run))
+    known = thumbnails(run)
+    images = ReportImages(
+        training=[known.get(each.path or "") for each in run.images],
+        held_out=[known.get(each.path or "") for each in run.validation_images],
+        prompts=prompts,
+        before=[jpeg(pattern(n), 256) for n, _ in enumerate(prompts)],
+        after=[jpeg(pattern(n + 10), 256) for n, _ in enumerate(prompts)],
+        checkpoints=sample_rows(result),
+    )
+    return write_html(report, images, folder)
+
+
+def pattern(seed: int) -> Image.Image:
+    """A random pattern, unlike every other."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +161,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a run with everything in it, its report written."""
     path = tmp_path_factory.mktemp("report")
     report, run, result = make(path)
-    write_loss_curve([0.2, math.nan, 0.1], path, probes=PROBES, delivered=20)
-    image(1).resize((1200, 900)).save(path / "samples.png")
     written(report, run, result, PROMPTS, path)
     yield path
 
@@ -169,8 +183,9 @@ def test_a_browser_shows_every_image_and_nothing_beyond_the_edge(page: Path, wid
     found = look(page, width=width)
     assert found["width"] == width
     assert found["needed"] <= width and not found["wide"]
-    # 12 thumbnails and one of a held-out image; two cannot be shown; curve, sheet, 5 x 3 samples.
-    assert found["images"] == 13 + 2 + 15
+    # 12 thumbnails and one of a held-out image; two cannot be shown; eight above the samples;
+    # three pairs of samples; those of five checkpoints.
+    assert found["images"] == 13 + 8 + 2 * 3 + 5 * 3
     assert not found["broken"] and not found["unnamed"]
 
 
@@ -187,23 +202,44 @@ def test_it_answers_the_questions_of_an_artist(wide: dict[str, Any]) -> None:
     found = wide
     headings = [text for level, text in found["headings"] if level == "H2"]
     assert headings == [
-        *("What you should know", "What was chosen", "Samples", "Your images"),
-        *("Held-out images", "Technical"),
+        *("Your images, and the model’s", "How to use the model", "Each image"),
+        *("Held-out images", "The training", "Technical details"),
     ]
-    assert [level for level, _ in found["headings"]].count("H1") == 1
+    titles = [text for level, text in found["headings"] if level == "H1"]
+    assert titles == ["Style 10"]
     text = found["text"]
     for said in (
-        "10 of 14",
-        "inkstyle",
+        "26 November 2026",
+        "10 of 14 images were trained on",
+        "A prompt to copy: inkstyle, a harbour at dawn",
+        "lora_weights_kohya.safetensors",
         "1 h 6 min",
         "Epoch 20 is the model: its loss on the held-out images was the lowest.",
-        "left out",
         "is smaller than 512 x 512 pixels",
         "96 × 64, trained as 640 × 384",
-        "After epoch 20",
-        "Without the LoRA",
+        "The same prompt and seed, without and with the LoRA",
     ):
         assert said in text, said
+
+
+def test_what_went_wrong_stands_on_the_first_screen(tmp_path: Path) -> None:
+    diverged = "Training diverged in epoch 3 and went on from epoch 2 with half the learning_rate."
+    machine = "There is no CUDA GPU."
+    report, run, result = make(
+        tmp_path,
+        warnings=[machine, diverged],
+        machine_warnings=[machine],
+        pictures_used=9,
+    )
+    source = Path(run.images[0].path or "")
+    pattern(10).save(source)  # which the sample of the first prompt repeats
+    text = written(report, run, result, PROMPTS, tmp_path).read_text(encoding="utf-8")
+    first = text[text.index("<body>") : text.index('id="samples"')]
+    assert diverged in first and machine not in first
+    assert "5 of 14 images were left out" in first
+    assert "1 of 3 samples repeats one of your images almost unchanged: image_0.png" in first
+    assert "The model may not do what you expect" in first
+    assert machine in text
 
 
 def test_it_is_whole_in_itself_and_forbids_what_it_does_not_need(page: Path) -> None:
@@ -215,10 +251,11 @@ def test_it_is_whole_in_itself_and_forbids_what_it_does_not_need(page: Path) -> 
 
 
 def test_a_report_that_does_not_fit_the_template_is_refused(tmp_path: Path) -> None:
-    report, run, result = make(tmp_path)
-    del report["trigger_word"]
-    with pytest.raises(ValueError, match="cannot be rendered: .trigger_word. is undefined"):
-        written(report, run, result, PROMPTS, tmp_path)
+    for name in ("trigger_word", "steps"):
+        report, run, result = make(tmp_path)
+        del report[name]
+        with pytest.raises(ValueError, match=f"cannot be rendered: .{name}."):
+            written(report, run, result, PROMPTS, tmp_path)
 
 
 def test_thumbnails_carry_nothing_but_the_image(tmp_path: Path) -> None:

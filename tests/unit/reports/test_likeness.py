@@ -1,0 +1,71 @@
+"""A sample that repeats a training image is found, whatever its brightness, noise and size."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from reports.likeness import copies, pattern
+
+
+def scene(seed: int) -> Image.Image:
+    """Large soft shapes, unlike those of every other seed."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (6, 9, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((384, 256), Image.Resampling.BICUBIC)
+
+
+def file(image: Image.Image, quality: int = 85) -> bytes:
+    """As a JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def noisy(image: Image.Image) -> Image.Image:
+    """With noise in every pixel."""
+    noise = np.random.default_rng(7).normal(0, 40, (image.height, image.width, 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda image: image,
+        lambda image: image.resize((96, 64)),
+        lambda image: ImageEnhance.Brightness(image).enhance(0.6),
+        lambda image: ImageEnhance.Color(image).enhance(0.0),
+        noisy,
+    ],
+    ids=["same", "small", "dark", "grey", "noisy"],
+)
+def test_a_copy_is_found_by_name(changed: object) -> None:
+    assert callable(changed)
+    images = {f"{n}.jpg": file(scene(n)) for n in range(10)}
+    (found,) = copies([file(scene(99))], [file(changed(scene(3)), 60)], images)
+    assert found is not None and found.name == "3.jpg"
+    assert found.likeness > 0.9 > found.before
+
+
+def test_another_image_is_no_copy() -> None:
+    images = {f"{n}.jpg": file(scene(n)) for n in range(10)}
+    before, after = [file(scene(n)) for n in range(50, 60)], [file(scene(n)) for n in range(60, 70)]
+    assert copies(before, after, images) == [None] * 10
+
+
+def test_a_prompt_that_gives_this_image_without_training_is_no_copy() -> None:
+    images = {"sky.jpg": file(scene(1))}
+    assert copies([file(noisy(scene(1)))], [file(scene(1))], images) == [None]
+
+
+def test_an_image_of_one_grey_is_like_nothing() -> None:
+    grey = file(Image.new("RGB", (64, 64), "grey"))
+    assert not pattern(grey).any()
+    assert copies([grey], [grey], {"grey.jpg": grey}) == [None]
+
+
+def test_without_images_there_is_nothing_to_copy() -> None:
+    assert copies([file(scene(1))], [file(scene(2))], {}) == [None]
+    assert not copies([], [], {"1.jpg": file(scene(1))})
