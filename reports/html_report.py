@@ -140,9 +140,14 @@ def _choice(report: Mapping[str, Any]) -> str:
         return f"Epoch {delivered} is the model: its loss on the {images} was the lowest."
     if best == delivered:
         return f"The last epoch, {delivered}, is the model, and was the best on the {images}."
+    advice = (
+        "train with `deliver: best` to get that one"
+        if others
+        else "train with `deliver: best` to choose by held-out images"
+    )
     return (
         f"The last epoch, {delivered}, is the model. Epoch {best} was better on the {images}; "
-        "train with `deliver: best` to get that one."
+        f"{advice}."
     )
 
 
