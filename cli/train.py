@@ -14,6 +14,7 @@ from config import LocalSettings
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
+from jobs import base_models
 from jobs.checkpoint_name import order
 from jobs.fields import AUTO
 from jobs.kinds import Run
@@ -260,9 +261,11 @@ def _refuse_unprintable(output: Path, base_model: str) -> None:
 
 
 def _look_for_base_model(name: str) -> None:
-    """Refuse a missing folder before anything starts."""
+    """Refuse a missing folder, or one of another family, before anything starts."""
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ConfigurationError(f"BASE_MODEL: the folder {name} does not exist. Correct the path.")
+    if refused := base_models.refusal_of(name):
+        raise ConfigurationError(refused)
 
 
 def _newest_checkpoint(work: Path) -> str | None:

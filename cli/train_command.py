@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from utils.settings.groups import LogSettings
 from utils.wording import counted
 
 if TYPE_CHECKING:
+    from training.style.dataset import ImageReport
     from training.style.results.validation import Validation
 
 
@@ -93,13 +95,17 @@ def validate(
 
     settings, parameters = _read(overrides, config_file)
     logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
-    run_ = folder_run(folder, settings, parameters, trigger_word)
-    report = intake.validate(run_)
-    out = Console(highlight=False)
-    _print_images("Images", report, out)
+    order = folder_run(folder, settings, parameters, trigger_word)
     if validation:
-        held_out = folder_run(validation, settings, parameters, trigger_word)
-        _print_images("Validation images", intake.validate(held_out), out)
+        others = folder_run(validation, settings, parameters, trigger_word)
+        order = dataclasses.replace(
+            order, validation_images=others.images, notes=order.notes + others.notes
+        )
+    report = intake.validate(order)
+    out = Console(highlight=False)
+    _print_images("Images", report.images, out)
+    if validation:
+        _print_images("Validation images", report.validation_images, out)
     for size, count in sorted(report.buckets.items()):
         out.print(f"{size} pixels: {counted(count, 'image')}", markup=False)
     for warning in report.warnings:
@@ -113,6 +119,9 @@ def _print_verdict(report: Validation, min_images: int, epochs: int, out: Consol
     if report.usable < min_images:
         least = f"at least {min_images} are needed (MIN_IMAGES)"
         out.print(f"{can}, but {least}. Add images, or correct those above.", style="red")
+        return EXIT_FAILED
+    if report.problem:
+        out.print(report.problem, style="red", markup=False)
         return EXIT_FAILED
     steps = f"{counted(report.steps, 'step')} in {counted(epochs, 'epoch')}"
     out.print(f"{can}: {steps}. `main.py doctor` tests the base model and the GPU.")
@@ -133,11 +142,11 @@ def _read(
     return settings, parameters
 
 
-def _print_images(title: str, report: Validation, out: Console) -> None:
+def _print_images(title: str, images: Sequence[ImageReport], out: Console) -> None:
     grid = Table.grid("status", "words", padding=(0, 2))
     grid.columns[1].overflow = "fold"
     styles = {"used": "green", "warned": "yellow", "left_out": "red"}
-    for image in report.images:
+    for image in images:
         size = f"  {image.width} x {image.height}" if image.width else ""
         trained_as = f", trained as {image.trained_as}" if image.trained_as else ""
         status = Text(image.status.replace("_", " "), styles[image.status])

@@ -24,12 +24,14 @@ from consumer.pipeline import Pipeline
 from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from consumer.training_consumer import training_consumer
+from jobs import base_models
+from jobs.layout import STYLE
 from services.broker.outbox import Outbox
 from services.broker.settlement import Queue
 from services.records.sweep import RecordSweep
 from services.s3.s3_service import S3Service, open_store
 from services.telemetry.tracing import open_tracing
-from utils.errors import MachineError
+from utils.errors import ConfigurationError, MachineError
 from utils.gpu_monitor import GpuMonitor
 from utils.logger import get_logger
 from utils.settings.groups import TrainerSettings
@@ -58,11 +60,13 @@ def run_worker(
         once_idle: Stop after one training message, or after this many seconds without one.
 
     Raises:
-        ConfigurationError: A folder, a port or a service cannot be opened with these settings, or
-            the state bucket does not honour conditional writes.
+        ConfigurationError: A folder, a port or a service cannot be opened with these settings,
+            BASE_MODEL is a folder of another family, or the state bucket does not honour
+            conditional writes.
         MachineError: This machine cannot train; the current job is returned to the queue.
         BrokerRefused: RabbitMQ refuses the worker, and waiting does not help.
     """
+    _refuse_base_model(settings)
     telemetry, pages = settings.telemetry, settings.pages
     otlp_headers = telemetry.otel_exporter_otlp_headers
     tracing = open_tracing(
@@ -147,6 +151,13 @@ def _serve(
         folders.close()
     if failures:
         raise failures[0]
+
+
+def _refuse_base_model(settings: Settings) -> None:
+    """Refuse a local base model of another family: every job would fail on it."""
+    refused = base_models.refusal_of(settings.trainer.base_model)
+    if refused and STYLE in settings.worker.kinds:
+        raise ConfigurationError(refused)
 
 
 def _machine_test(settings: Settings) -> Callable[[], Machine]:

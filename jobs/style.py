@@ -154,7 +154,12 @@ class HyperParameters:
     shuffle_tags: bool = parameter(
         False, "the parts of a caption between commas come in another order each epoch"
     )
-    deliver: str = parameter("last", "which checkpoint becomes the model", choices=("last", "best"))
+    deliver: str = parameter(
+        "last",
+        "which checkpoint becomes the model; the best one is chosen by images that are not trained "
+        "on: the validation images, else a tenth of 10 images or more",
+        choices=("last", "best"),
+    )
 
     def __post_init__(self) -> None:
         check_limits(self)

@@ -122,6 +122,7 @@ def _content(report: Mapping[str, Any], images: ReportImages) -> dict[str, Any]:
     shown = [each for each in cards if each["thumbnail"] and each["status"] != "left_out"]
     return {
         "machine_warnings": (),
+        "pictures_held_out": 0,
         **report,
         "title": f"Style {style}" if style else "Training report",
         "finished": _day(report.get("finished_at")),
@@ -226,9 +227,14 @@ def _choice(report: Mapping[str, Any]) -> str:
         return f"Epoch {delivered} is the model: its loss on the {images} was the lowest."
     if best == delivered:
         return f"The last epoch, {delivered}, is the model, and was the best on the {images}."
+    advice = (
+        "train with `deliver: best` to get that one"
+        if others
+        else "train with `deliver: best` to choose by held-out images"
+    )
     return (
         f"The last epoch, {delivered}, is the model. Epoch {best} was better on the {images}; "
-        "train with `deliver: best` to get that one."
+        f"{advice}."
     )
 
 

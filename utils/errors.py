@@ -19,6 +19,7 @@
     │   └── Cancelled
     ├── MachineError                  this machine is unfit; the job is not at fault
     │   ├── GpuBroken
+    │   ├── WrongBaseModel            BASE_MODEL names a model of another family
     │   ├── DiskFull
     │   └── NoRoomForJob              the job needs more disk than is free; the worker continues
     ├── StorageError                  S3
@@ -180,6 +181,10 @@ class GpuBroken(MachineError):
     """The GPU does not compute any more."""
 
 
+class WrongBaseModel(MachineError):
+    """BASE_MODEL names a model that this worker cannot train."""
+
+
 class DiskFull(MachineError):
     """The worker's disk is full."""
 
@@ -322,6 +327,7 @@ REPORTABLE: dict[str, type[TrainingServerError]] = {
         ExportFailed,
         WorkerCrashed,
         GpuBroken,
+        WrongBaseModel,
         DiskFull,
     )
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import (
     HfApi,
+    ModelInfo,
     parse_local_safetensors_file_metadata,
     snapshot_download,
 )
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from cli.doctor.findings import Finding, fail, ok, warn
+from jobs import base_models
 from utils.settings.groups import TrainerSettings
 from utils.settings.values import not_pinned
 
@@ -63,6 +65,8 @@ def examine(settings: TrainerSettings, environment: Mapping[str, str]) -> Iterat
 
 
 def _local(folder: Path) -> Finding:
+    if reason := base_models.unsuitable(folder):
+        return _of_another_family(f"The folder {folder}", reason)
     size, problems = _examine_folder(folder)
     if not problems:
         return ok(CHECK, f"The folder {folder} is complete ({size / _GIB:.1f} GiB).")
@@ -74,11 +78,21 @@ def _local(folder: Path) -> Finding:
     )
 
 
+def _of_another_family(model: str, reason: str) -> Finding:
+    return fail(
+        CHECK,
+        f"{model} {reason}.",
+        "Set BASE_MODEL to a diffusers folder, or to a model on the hub, of Stable Diffusion 1.5.",
+    )
+
+
 def _of_the_hub(settings: TrainerSettings, environment: Mapping[str, str]) -> Finding:
     name = settings.base_model
     cache = _cache(environment)
     here = f"{name} is not in {cache}"
     if snapshot := _snapshot(name, settings.base_model_revision, cache):
+        if reason := base_models.unsuitable(snapshot):
+            return _of_another_family(name, reason)
         size, problems = _examine_folder(snapshot)
         if not problems:
             return ok(CHECK, f"{name} is complete in {cache} ({size / _GIB:.1f} GiB).")
@@ -111,6 +125,13 @@ def _on_the_hub(
         return fail(CHECK, f"{here}, and {endpoint} answers {status}.", _hub_remedy(status))
     except Exception as error:  # pylint: disable=broad-exception-caught  # of httpx, JSON, sockets
         return fail(CHECK, f"{here}, and {endpoint} cannot be reached ({error}).", without_hub)
+    return _offered(info, name, here, cache)
+
+
+def _offered(info: ModelInfo, name: str, here: str, cache: Path) -> Finding:
+    """The finding about a model that the hub has."""
+    if reason := base_models.of_another_family(_pipeline(info)):
+        return _of_another_family(name, reason)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     if lacking := _missing(sizes):
         remedy = "Choose a diffusers model of Stable Diffusion 1.5 with safetensors weights."
@@ -118,6 +139,13 @@ def _on_the_hub(
     if info.id != name:
         return warn(CHECK, f"{here}. The hub calls it {info.id} now.", f"Set BASE_MODEL={info.id}.")
     return _download(here, sizes, cache)
+
+
+def _pipeline(info: ModelInfo) -> str | None:
+    """The pipeline's class by the hub, which reads it from the model's model_index.json."""
+    about = (info.config or {}).get("diffusers")
+    found = about.get("_class_name") if isinstance(about, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _snapshot(name: str, revision: str | None, cache: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,15 @@ def load(folder: Path) -> Checkpoint:
     """
     with checkpoint.reading(Path(folder), FORMAT) as (state, tensors):
         return Checkpoint(from_dict(RunState, state), **tensors)
+
+
+def pictures_in(folder: Path) -> tuple[str, ...] | None:
+    """The images that a checkpoint's run trains on, unverified; None if they cannot be read."""
+    try:
+        found = json.loads((folder / checkpoint.STATE).read_bytes())["pictures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # `load` reports it
+    return tuple(map(str, found)) if isinstance(found, list) else None
 
 
 def refuse_another_run(

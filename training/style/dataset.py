@@ -9,6 +9,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from images.colour import UnusableImage
 from images.decoder import Answer, Decoder
 from images.decoding import Refused, Request
 from jobs.style import TrainingImage, TrainingRun
+from training.style import checkpoint, held_out
 from training.style.families.sd15 import BaseModel
 from utils.captions import clean_caption
 from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
@@ -34,7 +36,6 @@ FEW_IMAGES = 10
 """With fewer usable images than this, a style comes out weakly."""
 MUCH_LOST = 0.1
 """A part of the image; a crop of more is named in the report."""
-TRAINED_ON = "is one of the training images, too, so it cannot show what was learnt beyond them"
 ORDERS = 8
 """Of a caption's tags, at most: each is encoded once and kept, 0.1 MB in half precision."""
 
@@ -101,6 +102,7 @@ class Dataset:
         warnings: Sentences for the report.
         held_out: Images that the probe looks at and the loop never sees, if there are any.
         thumbnails: JPEG files of the images that could be decoded, by the path of their files.
+        looks: The looks of each usable image, by its identity.
     """
 
     entries: tuple[ImageReport, ...]
@@ -110,6 +112,7 @@ class Dataset:
     warnings: tuple[str, ...] = ()
     held_out: Dataset | None = None
     thumbnails: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    looks: dict[str, Looks] = dataclasses.field(default_factory=dict)
 
     @property
     def identities(self) -> tuple[str, ...]:
@@ -169,7 +172,8 @@ def prepare(
 ) -> Dataset:
     """Vet and encode a run's images, and its validation images as `held_out`.
 
-    Validation images never fail a run.
+    Validation images never fail a run. If there are none and the best checkpoint is wanted, a tenth
+    of the images is held out.
 
     Args:
         run: The run.
@@ -179,8 +183,8 @@ def prepare(
 
     Raises:
         ImageDownloadFailed: Too few images are usable because too few could be fetched.
-        LowQualityData: Too few images are usable. The message names each image that was left out
-            and the reason.
+        LowQualityData: Too few images are usable: the message names each image that was left out
+            and the reason. Or too few to hold a tenth of them out.
         Stopped: `should_stop` gave a reason.
         WorkerCrashed: The decoder cannot be started.
     """
@@ -189,10 +193,12 @@ def prepare(
             _prepare_one, base=base, decoder=decoder, should_stop=should_stop, on_image=on_image
         )
         data = prepare_one(run)
-        if not run.validation_images:
-            return data
-        apart = dataclasses.replace(run, images=run.validation_images, min_images=0, notes=())
-        return dataclasses.replace(data, held_out=_without(prepare_one(apart), data))
+        if run.validation_images:
+            others = dataclasses.replace(run, images=run.validation_images, min_images=0, notes=())
+            found = held_out.apart(prepare_one(others), data)
+            data = dataclasses.replace(data, held_out=found)
+    trained = checkpoint.pictures_in(Path(run.resume_from)) if run.resume_from else None
+    return held_out.for_the_choice(data, run, trained)
 
 
 def _prepare_one(
@@ -226,23 +232,8 @@ def _prepare_one(
         {caption: base.encode_prompts([caption])[0] for caption in captions},
         _warnings(run, len(usable), found),
         thumbnails=found.thumbnails,
+        looks=found.looks,
     )
-
-
-def _without(others: Dataset, data: Dataset) -> Dataset:
-    """`others` without the images that are also trained on."""
-    trained = {example.identity for example in data.usable}
-    twice = {example.source for example in others.usable if example.identity in trained}
-    entries = tuple(
-        (
-            dataclasses.replace(entry, status="left_out", reasons=(TRAINED_ON,))
-            if entry.source in twice
-            else entry
-        )
-        for entry in others.entries
-    )
-    usable = tuple(example for example in others.usable if example.identity not in trained)
-    return dataclasses.replace(others, entries=entries, usable=usable, warnings=())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -251,11 +242,13 @@ class _Found:
 
     Attributes:
         latents: By the image's identity.
+        looks: The same.
         seen: Name and looks of each usable image.
         thumbnails: By the file's path.
     """
 
     latents: dict[str, Latents] = dataclasses.field(default_factory=dict)
+    looks: dict[str, Looks] = dataclasses.field(default_factory=dict)
     seen: list[tuple[str, Looks]] = dataclasses.field(default_factory=list)
     thumbnails: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
@@ -312,6 +305,7 @@ def _take_in(
     except UnusableImage as unusable:
         return _left_out(image, str(unusable), unusable.size), None
     found.seen.append((shown_name(image.source), looks))
+    found.looks[fact.identity] = looks
     cautions = fact.warnings + _enlarged(size, frame) + cautions + cut
     entry = ImageReport(
         printable(image.source),

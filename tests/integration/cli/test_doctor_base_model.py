@@ -41,6 +41,7 @@ class _Hub:
 
     url: str = ""
     status: int = 200
+    pipeline: str = "StableDiffusionPipeline"
     renamed: bool = False
     files: dict[str, int] = dataclasses.field(default_factory=dict)
     asked: list[tuple[str, str | None]] = dataclasses.field(default_factory=list)
@@ -70,7 +71,9 @@ def _hub(monkeypatch: pytest.MonkeyPatch, sound: Path) -> Iterator[_Hub]:
                 self.send_header("Location", f"{other}/api/models/{RENAMED}?blobs=true")
             self.end_headers()
             name = RENAMED if hub.renamed else NAME
-            self.wfile.write(json.dumps({"id": name, "siblings": siblings}).encode())
+            config = {"diffusers": {"_class_name": hub.pipeline}}
+            answer = {"id": name, "siblings": siblings, "config": config}
+            self.wfile.write(json.dumps(answer).encode())
 
         def log_message(self, *_: Any) -> None:  # pylint: disable=arguments-differ
             """Say nothing."""
@@ -131,6 +134,21 @@ def test_a_damaged_folder_is_told_by_file(
     assert finding.verdict is Verdict.FAIL
     assert says in finding.detail
     assert "Download the model again" in finding.remedy
+
+
+def test_a_folder_of_another_family_fails(model: Path) -> None:
+    (model / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    finding = _examine(model)
+    assert finding.verdict is Verdict.FAIL
+    assert f"{model} is Stable Diffusion XL" in finding.detail
+    assert "of Stable Diffusion 1.5" in finding.remedy
+
+
+def test_a_model_of_another_family_on_the_hub_fails(hub: _Hub, tmp_path: Path) -> None:
+    hub.pipeline = "FluxPipeline"
+    finding = _examine(NAME, tmp_path)
+    assert finding.verdict is Verdict.FAIL
+    assert f"{NAME} is FLUX.1" in finding.detail
 
 
 def test_a_folder_that_is_not_there_is_no_model_of_the_hub(tmp_path: Path) -> None:

@@ -107,3 +107,12 @@ def test_a_base_model_that_is_not_there_is_named_with_its_place(tmp_path: Path) 
     with pytest.raises(ConfigurationError, match=f"the folder {nowhere} does not exist"):
         train(folder, tmp_path / "output", base_model=str(nowhere))
     assert not (tmp_path / "output").exists()
+
+
+def test_a_base_model_of_another_family_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    folder, other = fill(tmp_path / "pictures", "one.jpg"), tmp_path / "other"
+    other.mkdir()
+    (other / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(ConfigurationError, match=f"{other} is Stable Diffusion XL"):
+        train(folder, tmp_path / "output", base_model=str(other))
+    assert not (tmp_path / "output").exists()

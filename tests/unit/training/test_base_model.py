@@ -20,6 +20,7 @@ from utils.errors import (
     GpuBroken,
     GpuOutOfMemory,
     TrainingFailed,
+    WrongBaseModel,
 )
 
 SMALL = HyperParameters(rank=2, alpha=4.0, resolution=64)
@@ -118,6 +119,28 @@ def test_a_missing_part_is_named(stand_in: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "vae")
     with pytest.raises(BaseModelUnavailable, match="copied-model lacks vae"):
         load(folder)
+
+
+def test_a_base_of_another_family_is_refused_before_its_parts_are_looked_for(
+    stand_in: Path, tmp_path: Path
+) -> None:
+    folder = copied(stand_in, tmp_path)
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    shutil.rmtree(folder / "unet")
+    with pytest.raises(WrongBaseModel, match="copied-model is FLUX.1 .*Set BASE_MODEL") as caught:
+        load(folder)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_model_of_another_family_on_the_hub_is_refused_before_it_is_downloaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline = "training.style.families.base_files.DiffusionPipeline"
+    index = {"_class_name": "StableDiffusionXLPipeline"}
+    monkeypatch.setattr(f"{pipeline}.load_config", lambda *_, **__: index)
+    monkeypatch.setattr(f"{pipeline}.download", lambda *_, **__: pytest.fail("was downloaded"))
+    with pytest.raises(WrongBaseModel, match="owner/model is Stable Diffusion XL"):
+        load("owner/model")
 
 
 def test_weights_that_are_missing_from_a_file_are_not_made_up(

@@ -39,7 +39,9 @@ def second_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_best_checkpoint_is_delivered_where_it_is_asked_for(
     base: BaseModel, make_run: MakeRun
 ) -> None:
-    result, weights, events = trained(base, make_run(**OFTEN, deliver="best"))
+    others = make_run(count=5).images[3:]
+    run = make_run(**OFTEN, deliver="best", validation_images=others)
+    result, weights, events = trained(base, run)
     second = load(Path(checkpoints(events)[1].folder))
     assert same(weights, {name: second.lora[name] for name in weights})
     assert (result.best_epoch, result.delivered_epoch, result.epochs) == (2, 2, 3)
@@ -56,7 +58,7 @@ def test_the_best_checkpoint_is_delivered_where_it_is_asked_for(
 def test_a_later_checkpoint_is_enough_to_deliver_an_earlier_one(
     base: BaseModel, make_run: MakeRun, stop: int
 ) -> None:
-    run = make_run(**OFTEN, deliver="best")
+    run = make_run(**OFTEN, deliver="best", validation_images=make_run(count=5).images[3:])
     _, whole, _ = trained(base, run)
     _, _, events = trained(base, run, should_stop=stop_after(stop))
     resume = dataclasses.replace(run, claim=2, resume_from=checkpoints(events)[-1].folder)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -335,6 +335,19 @@ def test_the_kohya_header_has_the_fields_that_webuis_sort_by(
     content = (tmp_path / KOHYA_WEIGHTS).read_bytes()
     digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
     assert header["sshs_model_hash"] == digest
+
+
+def test_a_base_that_predicts_velocity_is_named_in_the_headers(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "scheduler", DDPMScheduler(prediction_type="v_prediction"))
+    export.export(base, attach(base), tmp_path, metadata={})
+    for name in (KOHYA_WEIGHTS, WEIGHTS):
+        with safe_open(tmp_path / name, framework="pt") as opened:
+            header = opened.metadata()
+        assert header["ss_base_model_version"] == "sd_v1_v"
+        assert header["ss_v_parameterization"] == "True"
+        assert header["modelspec.prediction_type"] == "v"
 
 
 def test_the_same_weights_are_the_same_bytes_in_every_file(base: BaseModel, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ TABLE = {
     "Cancelled": ("CANCELLED", False),
     "MachineError": ("WORKER_CRASHED", True),
     "GpuBroken": ("WORKER_CRASHED", True),
+    "WrongBaseModel": ("WORKER_CRASHED", True),
     "DiskFull": ("WORKER_CRASHED", True),
     "NoRoomForJob": ("WORKER_CRASHED", True),
     "StorageError": ("STORAGE_FAILED", True),

@@ -10,10 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import CLIPTextModel
 
+from jobs import base_models
 from jobs.style import TrainerOptions
-from utils.errors import BaseModelUnavailable
-
-PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+from utils.errors import BaseModelUnavailable, WrongBaseModel
 
 
 def locate(options: TrainerOptions) -> tuple[Path, str]:
@@ -21,12 +20,14 @@ def locate(options: TrainerOptions) -> tuple[Path, str]:
 
     Raises:
         BaseModelUnavailable: There is no such model on this machine or on the hub.
+        WrongBaseModel: The model is of another family.
     """
     wanted = options.base_model
     path = Path(wanted).expanduser()
     if path.is_dir():
         name = path.resolve().name
-        if missing := [part for part in PARTS if not (path / part).is_dir()]:
+        _refuse(base_models.unsuitable(path), name)
+        if missing := [part for part in base_models.PARTS if not (path / part).is_dir()]:
             raise BaseModelUnavailable(
                 f"The folder of the base model {name} lacks {', '.join(missing)}; BASE_MODEL "
                 "must name a whole diffusers folder of Stable Diffusion 1.5, or a model on the "
@@ -39,21 +40,33 @@ def locate(options: TrainerOptions) -> tuple[Path, str]:
             "BASE_MODEL must name a diffusers folder, or a model on the Hugging Face hub, as "
             "stable-diffusion-v1-5/stable-diffusion-v1-5."
         )
+    revision = options.base_model_revision
     try:
+        # Only model_index.json, so that no other family is downloaded whole.
+        index = DiffusionPipeline.load_config(wanted, revision=revision)
+        _refuse(base_models.of_another_family(index.get("_class_name")), wanted)
         folder = DiffusionPipeline.download(
             wanted,
-            revision=options.base_model_revision,
+            revision=revision,
             use_safetensors=True,
             safety_checker=None,  # parts that are passed are not downloaded
             feature_extractor=None,
         )
+    except WrongBaseModel:
+        raise
     except Exception as error:
         raise BaseModelUnavailable(
             f"The base model {wanted} is not on this machine and could not be downloaded "
             f"({type(error).__name__}). Check the network, BASE_MODEL and HF_TOKEN, or put a "
             "diffusers folder on the disk and name it in BASE_MODEL."
         ) from error
+    _refuse(base_models.unsuitable(Path(folder)), wanted)
     return Path(folder), wanted
+
+
+def _refuse(reason: str | None, name: str) -> None:
+    if reason:
+        raise WrongBaseModel(base_models.refusal(name, reason))
 
 
 def load_part(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:

@@ -28,6 +28,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from jobs import base_models
 from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS
 from training.style.families.sd15 import ADAPTER
 
@@ -45,8 +46,8 @@ _OPTIMIZERS = {
 _OF_ANY_FORMAT = (
     *("modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation"),
     *("modelspec.title", "modelspec.description", "modelspec.resolution", "modelspec.tags"),
-    *("modelspec.prediction_type", "modelspec.trigger_phrase"),
-    *("ss_base_model_version", "ss_new_sd_model_hash", "ss_tag_frequency"),
+    *("modelspec.prediction_type", "modelspec.trigger_phrase", "ss_v_parameterization"),
+    *("ss_zero_terminal_snr", "ss_base_model_version", "ss_new_sd_model_hash", "ss_tag_frequency"),
 )
 """Header entries for every file; not the date: the same weights would change their hash daily."""
 MODEL_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS)
@@ -182,7 +183,7 @@ def kohya_metadata(base: BaseModel, parameters: HyperParameters, layer: Layer) -
     """The kohya file's header: what A1111 and ComfyUI show and sort by.
 
     Without `ss_base_model_version` and `modelspec.architecture` they may hide the file from users
-    of SD1.5.
+    of its base model.
 
     Args:
         base: The base model that was trained on.
@@ -190,11 +191,8 @@ def kohya_metadata(base: BaseModel, parameters: HyperParameters, layer: Layer) -
         layer: Any of the layers; all have the same rank and alpha.
     """
     size = parameters.resolution
-    prediction = base.scheduler.config.prediction_type
     entries = {
-        "ss_base_model_version": "sd_v1",
         "ss_sd_model_name": base.name,
-        "ss_v2": False,
         "ss_network_module": "networks.lora",
         "ss_network_dim": layer.rank,
         "ss_network_alpha": layer.scaling * layer.rank,
@@ -213,14 +211,13 @@ def kohya_metadata(base: BaseModel, parameters: HyperParameters, layer: Layer) -
         "ss_caption_dropout_rate": parameters.caption_dropout,
         "ss_seed": parameters.seed,
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": "Style LoRA",
         "modelspec.resolution": f"{size}x{size}",
-        "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
         "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    return {key: str(value) for key, value in entries.items()}
+    named = base_models.labels(base.unet.config, base.scheduler.config)
+    return {key: str(value) for key, value in entries.items()} | named
 
 
 def _peft_keys(layers: dict[str, Layer], prefix: str) -> dict[str, torch.Tensor]:

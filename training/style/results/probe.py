@@ -176,7 +176,7 @@ def verdict(probes: Sequence[Probed]) -> tuple[str, ...]:
         sentences.append(
             f"Training got worse after epoch {best.epoch}: the loss on the training images rose "
             f"from {best.training:.4f} to {last:.4f}. A lower learning_rate is advisable; "
-            "`deliver: best` would take that checkpoint."
+            "`deliver: best` chooses a checkpoint by held-out images."
         )
     return tuple(sentences)
 

@@ -110,6 +110,7 @@ def build_report(
         "pictures_asked": len(statuses),
         "pictures_used": len(statuses) - statuses.count("left_out"),
         "pictures_left_out": statuses.count("left_out"),
+        **_held_out(dataset),
         "pictures": [dataclasses.asdict(entry) for entry in dataset.entries],
         "validation_pictures": [
             dataclasses.asdict(entry)
@@ -140,6 +141,13 @@ def build_report(
     }
     plain: dict[str, Any] = _json_value(report)
     return plain
+
+
+def _held_out(dataset: Dataset) -> dict[str, int]:
+    """The number of `pictures_used` that are held out, if there are any."""
+    used = sum(entry.status != "left_out" for entry in dataset.entries)
+    count = used - len(dataset.usable)
+    return {"pictures_held_out": count} if count else {}
 
 
 def write_report(report: dict[str, Any], folder: Path) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor
 from jobs.style import TrainingRun
 from training.style.dataset import ImageReport, prepare
 from training.style.plan import Plan
+from utils.errors import LowQualityData
 
 _PIXELS_PER_LATENT = 8
 
@@ -25,11 +26,15 @@ class Validation:
         images: The report of each image.
         warnings: Sentences about the images as a whole.
         steps: Optimizer steps of the whole job.
+        validation_images: The report of each validation image.
+        problem: Why the run cannot be trained although its images can be used; else empty.
     """
 
     images: tuple[ImageReport, ...]
     warnings: tuple[str, ...]
     steps: int
+    validation_images: tuple[ImageReport, ...] = ()
+    problem: str = ""
 
     @property
     def usable(self) -> int:
@@ -49,9 +54,16 @@ def validate(run: TrainingRun) -> Validation:
     loaded.
     """
     stand_in: Any = _NoBaseModel()
-    found = prepare(dataclasses.replace(run, min_images=0), stand_in)
+    lenient, problem = dataclasses.replace(run, min_images=0), ""
+    try:
+        found = prepare(lenient, stand_in)
+    except LowQualityData as error:  # nothing can be held out
+        problem = str(error)
+        last = dataclasses.replace(run.parameters, deliver="last")
+        found = prepare(dataclasses.replace(lenient, parameters=last), stand_in)
     steps = Plan(found.shapes, run.parameters).total_steps if found.usable else 0
-    return Validation(found.entries, found.warnings, steps)
+    others = found.held_out.entries if found.held_out else ()
+    return Validation(found.entries, found.warnings, steps, others, problem)
 
 
 class _NoBaseModel:
