@@ -75,6 +75,7 @@ class Plan:
         epochs: Fewest and most epochs of a job.
         one_style: All jobs are of one style.
         once: Whether the last worker runs with `--once`.
+        one_at_a_time: A fault waits until the one before is over.
         mutant: What is changed in the workers (`tests.chaos.mutants`).
     """
 
@@ -96,6 +97,7 @@ class Plan:
     epochs: tuple[int, int] = (10, 30)
     one_style: bool = False
     once: bool = True
+    one_at_a_time: bool = False
     mutant: str | None = None
 
     @property
