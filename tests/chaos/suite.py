@@ -348,7 +348,8 @@ def _stop(fleet: Fleet) -> list[str]:
     ]
     for slot in fleet.slots:
         broken += [
-            f"{each.who} ended with {each.code}, wanted {each.wanted or 'no end'}"
+            f"{each.who} ended with {each.code}, wanted {each.wanted or 'no end'}; its log says: "
+            f"{each.last_error}"
             for each in slot.exits
             if each.code not in each.wanted
         ]
