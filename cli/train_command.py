@@ -110,7 +110,7 @@ def validate(
         out.print(f"{size} pixels: {counted(count, 'image')}", markup=False)
     for warning in report.warnings:
         out.print(f"note: {warning}", style="yellow", markup=False)
-    return _print_verdict(report, settings.options[STYLE].min_images, run_.parameters.epochs, out)
+    return _print_verdict(report, settings.options[STYLE].min_images, order.parameters.epochs, out)
 
 
 def _print_verdict(report: Validation, min_images: int, epochs: int, out: Console) -> int:

@@ -23,6 +23,7 @@ PREVIEW = f"begins with a small preview instead of the image; {_EXPORT}"
 
 _SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
 _SUB_IFDS, _DNG_VERSION, _TIFF_EP = 330, 50706, 37398
+_PLANES, _SEPARATE = 284, 2
 _REDUCED = 1
 _UNSIGNED, _UNDEFINED, _FLOAT = 1, 4, 3
 _WHITE_IS_ZERO = 0
@@ -95,12 +96,29 @@ def _levels(image: Image.Image) -> tuple[int, ...] | None:
     if image.mode == "F":
         raise UnusableImage(f"stores floating-point values; {_EXPORT}", image.size)
     if not image.mode.startswith("I"):
+        _refuse_deep_planes(image)
         return None
     if not 8 < bits <= 16 or (image.mode == "I" and image.format != "PNG"):
         raise UnusableImage(f"stores greys of {bits} bits; {_EXPORT}", image.size)
     top = 2**bits - 1
     table = [min(255, round(255 * value / top)) for value in range(65536)]
     return tuple(255 - level for level in table) if inverted else tuple(table)
+
+
+def _refuse_deep_planes(image: Image.Image) -> None:
+    """Refuse a TIFF whose colours are in separate planes of 16 bits, without compression.
+
+    Pillow reads each byte of such a plane as a pixel.
+
+    Raises:
+        UnusableImage: It is such a file.
+    """
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return
+    tags = image.tag_v2
+    is_deep = _first(tags.get(_BITS, 1)) > 8 and tags.get(_PLANES) == _SEPARATE
+    if is_deep and any(codec == "raw" for codec, *_ in image.tile):
+        raise UnusableImage(f"stores 16 bits a colour in separate planes; {_EXPORT}", image.size)
 
 
 def _raw_mode(image: Image.Image) -> str:

@@ -180,9 +180,11 @@ def _from_url(address: str, endpoint: str | None) -> tuple[str, S3Location]:
     if parts.username is not None or parts.password is not None:
         raise ValueError("carries a user name or password")
     # `hostname` is lower case, as buckets are.
-    bucket = _bucket_in_host(parts, port, endpoint)
+    bucket, base = _bucket_in_host(parts, port, endpoint)
+    if not parts.path.startswith(f"{base}/"):
+        raise ValueError(f"is on the store's host, but not under the path {base} of its address")
     try:
-        path = unquote(parts.path, errors="strict").removeprefix("/")
+        path = unquote(parts.path.removeprefix(base), errors="strict").removeprefix("/")
     except UnicodeDecodeError as error:
         raise BrokenAddress("is not percent-encoded UTF-8") from error
     if bucket is None:
@@ -209,19 +211,24 @@ def _version(query: str) -> str | None:
     return versions[0]
 
 
-def _bucket_in_host(parts: SplitResult, port: int | None, endpoint: str | None) -> str | None:
-    """The bucket of a virtual-hosted address; None if it is the first part of the path."""
+def _bucket_in_host(
+    parts: SplitResult, port: int | None, endpoint: str | None
+) -> tuple[str | None, str]:
+    """The bucket of a virtual-hosted address, and the path of the store's own address before it.
+
+    The bucket is None if it is the first part of the path.
+    """
     host = parts.hostname or ""
     if endpoint:
         own = urlsplit(endpoint)
+        base = own.path.rstrip("/")
         same = (parts.scheme, port) == (own.scheme, own.port)
         if same and host == own.hostname:
-            return None
+            return None, base
         if same and own.hostname and host.endswith(f".{own.hostname}"):
-            return host.removesuffix(f".{own.hostname}")
+            return host.removesuffix(f".{own.hostname}"), base
     if parts.scheme == "https" and port in (None, 443) and (match := _AWS_HOST.fullmatch(host)):
-        bucket: str | None = match["bucket"]
-        return bucket
+        return match["bucket"], ""
     raise ValueError(f"is on {parts.scheme}://{host[:80]}, which is not an https address of S3")
 
 

@@ -22,6 +22,12 @@ _UNKNOWN = (
 )
 _DAMAGED = "it contains U+FFFD, the mark of characters that an earlier conversion lost"
 _BINARY = "it contains control characters, so it is not a text"
+_DOCUMENTS = (
+    ("{\\rtf", "it is a formatted document (RTF); save it as plain text"),
+    ("<!doctype html", "it is a web page (HTML); save it as plain text"),
+    ("<html", "it is a web page (HTML); save it as plain text"),
+)
+"""The beginnings of files that word processors and browsers save as a text, in lower case."""
 # UTF-32 first: its mark for little-endian begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -80,7 +86,11 @@ def clean_caption(text: str) -> CaptionText:
         return CaptionText("", _DAMAGED)
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
         return CaptionText("", _BINARY)
-    return CaptionText(" ".join(text.split()))
+    text = " ".join(text.split())
+    for beginning, problem in _DOCUMENTS:
+        if text[: len(beginning)].lower() == beginning:
+            return CaptionText("", problem)
+    return CaptionText(text)
 
 
 def decoded(content: bytes) -> str | None:

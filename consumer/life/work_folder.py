@@ -19,6 +19,8 @@ from utils.logger import get_logger
 log = get_logger(__name__)
 
 _LOCK = ".lock"
+_NAMED, _UNNAMED = "worker-", "starting-"
+_LOCKING_SECONDS = 60.0
 
 
 class WorkFolder:
@@ -42,12 +44,9 @@ class WorkFolder:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
-            self.path = Path(tempfile.mkdtemp(prefix="worker-", dir=self._root))
+            self._lock, self.path = self._locked_folder()
             self.temporary = self.path / "tmp"
             self.temporary.mkdir()
-            # Held open on purpose: the kernel releases the lock however the process ends.
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigurationError(
                 f"WORK_DIR: {self._root} cannot be written ({error.strerror})"
@@ -72,22 +71,32 @@ class WorkFolder:
             if folder.exists():
                 log.warning("job_folder_not_removed", folder=str(folder))
 
+    def _locked_folder(self) -> tuple[int, Path]:
+        """A new folder and its lock, which the kernel releases however the process ends.
+
+        The folder gets its name when it is locked. Another worker that starts at this moment would
+        take a lock that is not held for that of a dead process, and remove the folder.
+        """
+        unnamed = Path(tempfile.mkdtemp(prefix=_UNNAMED, dir=self._root))
+        lock = os.open(unnamed / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path = unnamed.with_name(_NAMED + unnamed.name.removeprefix(_UNNAMED))
+        unnamed.rename(path)
+        return lock, path
+
     def _remove_leftovers(self) -> None:
-        for folder in self._root.glob("worker-*"):
-            if not _in_use(folder):
-                log.info("leftovers_removed", folder=folder.name)
-                shutil.rmtree(folder, ignore_errors=True)
+        folders = [folder for folder in self._root.glob(f"{_NAMED}*") if not _in_use(folder)]
+        folders += [folder for folder in self._root.glob(f"{_UNNAMED}*") if _is_old(folder)]
+        for folder in folders:
+            log.info("leftovers_removed", folder=folder.name)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _in_use(folder: Path) -> bool:
     try:
         lock = os.open(folder / _LOCK, os.O_RDWR)
-    except FileNotFoundError:
-        # Either its process died before it made the lock, or it is about to make it: give it a
-        # minute.
-        with contextlib.suppress(FileNotFoundError):
-            return folder.stat().st_mtime > _now_on_disk(folder.parent) - 60
-        return True
+    except FileNotFoundError:  # a worker of the last release is about to make the lock, or died
+        return not _is_old(folder)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False
@@ -97,6 +106,11 @@ def _in_use(folder: Path) -> bool:
         os.close(lock)
 
 
-def _now_on_disk(folder: Path) -> float:
-    with tempfile.NamedTemporaryFile(dir=folder) as probe:
-        return os.stat(probe.name).st_mtime
+def _is_old(folder: Path) -> bool:
+    """Whether a folder is older than its worker needs to lock it, by the disk's own clock."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder.parent) as probe:
+            now = os.stat(probe.name).st_mtime
+        return folder.stat().st_mtime <= now - _LOCKING_SECONDS
+    except FileNotFoundError:
+        return False  # it has just been named, or removed

@@ -35,6 +35,9 @@ def main() -> int:
     parser.add_argument("--destinies", help="of the jobs' destinies, those with these words")
     parser.add_argument("--jobs", type=int, default=0, help="order so many at least")
     parser.add_argument("--epochs", type=int, nargs=2, default=(10, 30), help="of a job")
+    parser.add_argument(
+        "--one-at-a-time", action="store_true", help="a fault waits until the last one is over"
+    )
     parser.add_argument("--one-style", action="store_true", help="all jobs are of one style")
     parser.add_argument("--settle-seconds", type=float, default=150.0, help="wait so long")
     parser.add_argument("--mutant", choices=mutants.NAMES, help="must make it fail")
@@ -87,6 +90,7 @@ def _plan(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Plan:
         mutant=parsed.mutant,
         jobs=parsed.jobs,
         one_style=parsed.one_style,
+        one_at_a_time=parsed.one_at_a_time,
         epochs=tuple(parsed.epochs),
         settle_seconds=parsed.settle_seconds,
     )

@@ -34,6 +34,8 @@ def break_things(plan: Plan, injector: Injector, jobs: Jobs) -> list[Fault]:
         for fault in drawn:
             if len(faults) >= most:
                 break
+            if plan.one_at_a_time:
+                injector.join()
             while jobs.unended() < plan.workers:
                 jobs.publish()
             if injector.inject(fault):

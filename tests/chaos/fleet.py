@@ -30,6 +30,14 @@ class Exit:
     who: str
     code: int
     wanted: tuple[int, ...]
+    log: Path
+
+    @property
+    def last_error(self) -> str:
+        """The last error in its log, or else its last line."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if '"level": "error"' in line or "critical" in line]
+        return (errors or lines or ["its log is empty"])[-1][:500]
 
 
 class Diary:
@@ -296,7 +304,7 @@ class Slot:
         while True:
             assert self._process is not None
             code = self._process.wait()
-            self.exits.append(Exit(self.who, code, self._wanted))
+            self.exits.append(Exit(self.who, code, self._wanted, self.log))
             if self._closing.wait(RESTART_SECONDS):
                 return
             self._launch()

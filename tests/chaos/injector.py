@@ -66,6 +66,11 @@ _AT_WORK = {
 """What shows something only while the worker trains."""
 
 
+YOUNG_QUEUE_SECONDS = 4.0
+"""RabbitMQ 3.10 writes the address of a new quorum queue to disk up to three seconds after it has
+confirmed the queue. A queue whose node is killed before that has no leader any more, and a person
+has to delete it (docs/decisions.md)."""
+
 _DELETIONS = {Kind.TRAINING_QUEUE_DELETED, Kind.DEAD_QUEUE_DELETED, Kind.OWN_QUEUE_DELETED}
 
 
@@ -179,9 +184,8 @@ class Injector(ProcessFaults):
             links = sum(way.broker.links for way in self._world.ways)
             self._world.hits.struck(fault.kind, links)
             if self._world.queue_type == "quorum":
-                # RabbitMQ 3.10 leaves a quorum queue without a leader for good, if it is declared
-                # in the moment in which its only node ends: a person has to delete it.
                 self._world.declare_own_queues("quorum")
+                time.sleep(YOUNG_QUEUE_SECONDS)
             if fault.kind is Kind.BROKER_RESTARTED:
                 self._world.broker.restart()
             else:

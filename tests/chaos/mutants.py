@@ -39,6 +39,7 @@ class Mutant:
         workers: How many.
         seed: Of the run.
         one_style: All jobs are of one style.
+        one_at_a_time: A fault waits until the one before is over.
         epochs: Fewest and most epochs of a job.
     """
 
@@ -53,6 +54,7 @@ class Mutant:
     workers: int = 2
     seed: int = 1
     one_style: bool = False
+    one_at_a_time: bool = False
     epochs: tuple[int, int] = (10, 30)
 
     @property
@@ -71,6 +73,7 @@ class Mutant:
             *("--workers", str(self.workers), "--settle-seconds", "30"),
             *("--epochs", *map(str, self.epochs)),
             *(("--one-style",) if self.one_style else ()),
+            *(("--one-at-a-time",) if self.one_at_a_time else ()),
         )
 
 
@@ -319,8 +322,10 @@ MUTANTS = (
         (("consumer.life.checkpoint_uploads:prune", change.pruned_without_lease),),
         "its record points to checkpoint|repeated",
         only="stopped at before list checkpoints",
-        faults=4,
-        seed=2557,  # long stops: another worker has gone on by then
+        faults=3,
+        workers=3,
+        seed=1091,  # long stops, early in a job, of the workers that are not the one with `--once`
+        one_at_a_time=True,  # so that another worker is awake to take the job over
         epochs=(40, 50),
     ),
     Mutant(

@@ -75,6 +75,7 @@ class Plan:
         epochs: Fewest and most epochs of a job.
         one_style: All jobs are of one style.
         once: Whether the last worker runs with `--once`.
+        one_at_a_time: A fault waits until the one before is over.
         mutant: What is changed in the workers (`tests.chaos.mutants`).
     """
 
@@ -96,6 +97,7 @@ class Plan:
     epochs: tuple[int, int] = (10, 30)
     one_style: bool = False
     once: bool = True
+    one_at_a_time: bool = False
     mutant: str | None = None
 
     @property
@@ -349,7 +351,8 @@ def _stop(fleet: Fleet) -> list[str]:
     ]
     for slot in fleet.slots:
         broken += [
-            f"{each.who} ended with {each.code}, wanted {each.wanted or 'no end'}"
+            f"{each.who} ended with {each.code}, wanted {each.wanted or 'no end'}; its log says: "
+            f"{each.last_error}"
             for each in slot.exits
             if each.code not in each.wanted
         ]

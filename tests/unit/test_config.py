@@ -205,6 +205,40 @@ def test_an_address_of_each_usual_form_is_accepted(
     assert value in repr(settings(monkeypatch, **{name: value}))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "STATE_AWS_ENDPOINT_URL_S3"]
+    + ["OTEL_EXPORTER_OTLP_ENDPOINT"],
+)
+@pytest.mark.parametrize("end", ["?x=1", "#top", "/a?x", "/../b"])
+def test_an_address_of_which_a_part_would_be_dropped_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, end: str
+) -> None:
+    told = problems(monkeypatch, **{name: f"https://store.example.org{end}"})
+    assert f"{name}: must " in told
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["INTERNAL_API_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"]
+    + ["RABBITMQ_PASS", "RABBITMQ_USER", "HF_TOKEN", "SENTRY_DSN", "STATE_AWS_SECRET_ACCESS_KEY"],
+)
+def test_a_secret_that_ends_with_the_line_break_of_its_file_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    told = problems(monkeypatch, **{name: "hunter2" * 6 + "\n"})
+    assert f"{name}: must not contain a line break" in told
+    assert "hunter2" not in told
+
+
+@pytest.mark.parametrize("token", ["a token of several words, long enough", "é" * 40])
+def test_a_token_that_no_header_carries_is_refused(
+    monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    told = problems(monkeypatch, INTERNAL_API_TOKEN=token)
+    assert "INTERNAL_API_TOKEN: must be ASCII without spaces" in told
+
+
 def test_the_settings_refuse_the_addresses_that_the_s3_client_refuses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -91,9 +91,12 @@ class WebhookSettings(Group):
 
     @field_validator("internal_api_token")
     @classmethod
-    def _token_is_long_enough(cls, value: SecretStr) -> SecretStr:
-        if len(value.get_secret_value()) < 32:
+    def _token_fits_into_a_header(cls, value: SecretStr) -> SecretStr:
+        token = value.get_secret_value()
+        if len(token) < 32:
             raise ValueError("must have 32 characters or more")
+        if not token.isascii() or " " in token:
+            raise ValueError("must be ASCII without spaces, because an HTTP header carries it")
         return value
 
     @field_validator("webhook_signing_secret")

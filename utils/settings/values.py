@@ -13,6 +13,7 @@ import ipaddress
 import os
 import re
 import ssl
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -23,11 +24,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationInfo,
     field_validator,
 )
 
-from utils.urls import origin_of
+from utils.urls import base_of
 
 BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 BASE_MODEL_REVISION = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
@@ -75,6 +77,15 @@ class Group(BaseModel):
     @classmethod
     def _is_filled_in(cls, value: Any) -> Any:
         return filled_in(value)
+
+    @field_validator("*")
+    @classmethod
+    def _is_one_line(cls, value: Any) -> Any:
+        """Secrets in files often end with a line break, which no header and no login can carry."""
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if isinstance(text, str) and any(unicodedata.category(letter) == "Cc" for letter in text):
+            raise ValueError("must not contain a line break or another control character")
+        return value
 
 
 def split(value: Any) -> Any:
@@ -146,8 +157,8 @@ def host(value: str) -> str:
 
 
 def endpoint(value: str) -> str:
-    """The address of an S3."""
-    origin_of(value)
+    """The address of an S3, perhaps with a path, which is in front of each bucket."""
+    base_of(value)
     if "_" in str(urlsplit(value).hostname):
         raise ValueError("has an underscore in its host name, which S3's client refuses")
     return value
@@ -155,7 +166,7 @@ def endpoint(value: str) -> str:
 
 def http_address(value: str) -> str:
     """The address of a service, with or without a path, without a password."""
-    origin_of(value)
+    base_of(value)
     return value
 
 

@@ -67,6 +67,32 @@ def test_a_410_cancels_the_job(backend: Backend) -> None:
         until(lambda: stop.reason is StopReason.CANCELLED)
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [Answer(404, {"Content-Type": "text/plain"}, b"404 page not found\n")],
+        [Answer(404, {"Content-Type": "text/html"}, b"<h1>404 Not Found</h1><hr>nginx")],
+        [Answer(404, body=b"")],
+        [Answer(404, {"Content-Type": "application/json"}, b'{"message": "no Route matched"}')],
+        [Answer(404, body=b""), Answer(503, body=b""), Answer(reset=True), Answer(429)],
+    ],
+    ids=["text", "web page", "nothing", "a gateway's JSON", "other errors in between"],
+)
+def test_no_number_of_answers_that_a_router_may_give_cancels_the_job(
+    backend: Backend, answers: list[Answer]
+) -> None:
+    waiting = itertools.cycle(answers)
+    backend.answer = lambda request: next(waiting)
+    stop = StopSignal()
+    with reporter(backend, stop, interval=0.01) as reports:
+        for done in itertools.count():
+            reports.saw(Progress("t", Stage.TRAINING, done, 10**6, facts=at(0)))
+            if len(backend.progress("t")) >= 30:
+                break
+            time.sleep(0.01)
+    assert stop.reason is None
+
+
 @pytest.mark.parametrize("error", [Stopped(StopReason.SHUTDOWN), LeaseLost()])
 def test_a_backend_that_hangs_costs_a_shutdown_no_time(backend: Backend, error: Stopped) -> None:
     """Every second of the grace is for saving, and for giving the job back."""

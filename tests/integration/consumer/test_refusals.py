@@ -85,7 +85,14 @@ def test_a_broker_that_is_not_there_yet_is_waited_for(rabbitmq: RabbitMqNode, qu
         probe.bind(("127.0.0.1", 0))
         settings = make_settings(rabbitmq, queue, rabbitmq_port=probe.getsockname()[1])
         stop = threading.Event()
-        consumer = training_consumer(settings.broker, handle=Handler(), stop=stop, stop_seconds=8.0)
+        consumer = training_consumer(
+            settings.broker,
+            handle=Handler(),
+            stop=stop,
+            stop_seconds=8.0,
+            retry_delays=(1.0,),
+            ending_retry_delays=(1.0,),
+        )
         threading.Timer(2.0, stop.set).start()
         with capture_logs() as lines:
             consumer.run()

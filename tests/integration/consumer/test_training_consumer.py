@@ -403,7 +403,14 @@ def test_a_stop_is_quick_where_no_broker_answers(rabbitmq: RabbitMqNode, queue: 
         stop = threading.Event()
         threading.Timer(0.5, stop.set).start()
         began = time.monotonic()
-        training_consumer(settings.broker, handle=Handler(), stop=stop, stop_seconds=5).run()
+        training_consumer(
+            settings.broker,
+            handle=Handler(),
+            stop=stop,
+            stop_seconds=5,
+            retry_delays=(1.0,),
+            ending_retry_delays=(1.0,),
+        ).run()
         assert time.monotonic() - began < 2
 
 

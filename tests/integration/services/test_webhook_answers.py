@@ -100,6 +100,16 @@ def test_a_page_that_says_cancel_cancels_nothing(
     assert webhooks.send_progress(backend.url, REPORT) is ProgressAnswer.DROPPED
 
 
+@pytest.mark.parametrize("status", [201, 302, 307, 400, 401, 403, 404, 409, 429, 500, 503])
+def test_a_refusal_that_says_cancel_cancels_nothing(
+    backend: Backend, webhooks: WebhookService, status: int
+) -> None:
+    """Only the backend that takes the report can cancel the job."""
+    backend.answer = sequence(Answer(status, {"Location": "/"}, b'{"cancel": true}'))
+    answer = webhooks.send_progress(backend.url, REPORT)
+    assert (answer is ProgressAnswer.CANCEL) is (status == 201)
+
+
 @pytest.mark.parametrize(
     ("body", "by_json"),
     [(b'{"detail": "no such style"}', True), (b"[]", False), (b"not found", False), (b"", False)],

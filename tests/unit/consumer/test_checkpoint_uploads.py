@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 
 from consumer.life import checkpoint_uploads
-from consumer.life.checkpoint_uploads import CheckpointUploads, clear_up, delete_all_of, prune
+from consumer.life.checkpoint_uploads import (
+    CheckpointUploads,
+    clear_up,
+    delete_all_of,
+    newest_usable_checkpoint,
+    prune,
+)
 from jobs.addresses import S3Location
 from jobs.hold import decode, encode, stamped
 from jobs.layout import record_at
 from jobs.record import Checkpoint, Ending, EndingKind, JobRecord
 from services.records.job_lease import JobLease
-from tests.memory_s3 import MemoryS3, StoredObject
+from tests.memory_s3 import MemoryS3, StoredObject, away, works
 from tests.publishing import STYLE, World, job_of
 from utils.errors import ErrorCode, StorageError
 from utils.events import CheckpointSaved
@@ -394,3 +400,46 @@ def test_the_thread_ends_with_its_block_also_while_an_upload_fails(
         for thread in threads()[before:]:
             thread.join(5)
     assert len(threads()) == before
+
+
+# --- resuming
+
+
+def upload(s3: MemoryS3, lease: JobLease, folder: Path, *epochs: int) -> None:
+    """Whole checkpoints of these epochs, each with its epoch in a file, uploaded and registered."""
+    folder.mkdir(exist_ok=True)
+    for epoch in epochs:
+        name = f"epoch-{epoch:04d}"
+        write_folder(folder / name, {"state.json": str(epoch).encode()}, {})
+        s3.upload_folder(folder / name, STATE, f"{PREFIX}{name}/", last=MANIFEST)
+        lease.register_checkpoint(checkpoint(name, epoch))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "found"),
+    [((), "30"), (("epoch-0030",), "20"), (("epoch-0030", "epoch-0020"), "10")],
+)
+def test_a_job_goes_on_from_the_newest_checkpoint_that_is_whole(
+    s3: MemoryS3, world: World, tmp_path: Path, damaged: tuple[str, ...], found: str
+) -> None:
+    with world.claim("job") as lease:
+        upload(s3, lease, tmp_path / "made", 10, 20, 30)
+        for name in damaged:
+            s3.change(STATE, f"{PREFIX}{name}/state.json", body=b"other")
+        path = newest_usable_checkpoint(s3, STATE, lease.record, tmp_path / "job")
+    assert path is not None and Path(path).is_absolute()
+    assert (Path(path) / "state.json").read_text(encoding="utf-8") == found
+
+
+def test_a_job_without_a_whole_checkpoint_begins_again_and_one_without_storage_waits(
+    s3: MemoryS3, world: World, tmp_path: Path
+) -> None:
+    with world.claim("job") as lease:
+        assert newest_usable_checkpoint(s3, STATE, lease.record, tmp_path / "a") is None
+        upload(s3, lease, tmp_path / "made", 10)
+        s3.objects.pop((STATE, f"{PREFIX}epoch-0010/{MANIFEST}"))
+        assert newest_usable_checkpoint(s3, STATE, lease.record, tmp_path / "b") is None
+        s3.before = away
+        with pytest.raises(StorageError):
+            newest_usable_checkpoint(s3, STATE, lease.record, tmp_path / "c")
+        s3.before = works

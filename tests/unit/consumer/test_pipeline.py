@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import errno
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,30 @@ def test_a_shutdown_gives_the_job_back_uncounted(world: World) -> None:
     record = world.record()
     assert (record.attempts, record.hold.released, record.state) == (0, True, State.LIVE)
     assert record.hold.quiet_seconds == 0, "the broker hands the message out again at once"
+
+
+def test_a_job_that_is_claimed_during_a_shutdown_is_given_back_before_anything_is_touched(
+    world: World,
+) -> None:
+    world.shutdown.request()
+    assert world.pipeline.handle(delivery()) == Settlement.requeue()
+    assert not world.publisher.repaired and not world.trainer.runs
+    assert not [
+        key for method, key in world.s3.requests if method != "PUT" and key.endswith(".jpg")
+    ]
+
+
+def test_the_last_checkpoint_is_registered_before_the_model_is_published(world: World) -> None:
+    def slow(method: str, _bucket: str, key: str) -> None:
+        if method == "PUT" and key.startswith("checkpoints/"):
+            time.sleep(0.1)
+
+    seen: list[str] = []
+    world.s3.before = slow
+    world.trainer.does = lambda run, tell, stop: checkpoint(run, tell)
+    world.publisher.does = lambda: seen.extend(one.name for one in world.record().checkpoints)
+    world.pipeline.handle(delivery())
+    assert seen == ["epoch-0010"]
 
 
 def test_a_cancel_file_ends_the_job_before_it_is_trained(world: World) -> None:

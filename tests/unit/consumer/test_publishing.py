@@ -350,6 +350,44 @@ def test_the_note_of_a_live_publisher_is_left_alone(world: World) -> None:
         assert world.folder() == OLD
 
 
+def test_a_repair_that_another_worker_was_faster_with_rolls_nothing_back(world: World) -> None:
+    world.has_model_of("old")
+    with pytest.raises(Killed), world.claim("new") as lease:
+        world.publish("new", lease, worker_of(world, killed_at(1, writes(place(WEIGHTS)))))
+    world.let_the_turn_run_out()
+
+    def faster() -> None:
+        with world.claim("other") as other:
+            assert world.publisher(world.s3).repair(PLACE, "other", other)
+
+    # The second request of a repair takes the turn; the first has read it.
+    slow = worker_of(world, Stops(2, faster))
+    with world.claim("third") as lease:
+        assert not world.publisher(slow).repair(PLACE, "third", lease)
+    assert world.folder() == OLD and not world.has_note()
+
+
+def test_a_folder_that_is_rolled_back_gets_the_weights_last(world: World) -> None:
+    world.has_model_of("old")
+    written: list[str] = []
+
+    def after_the_weights(method: str, _bucket: str, key: str) -> bool:
+        if method == "PUT":
+            written.append(key)
+        return place(WEIGHTS) in written[:-1]
+
+    with pytest.raises(Killed), world.claim("new") as lease:
+        world.publish("new", lease, worker_of(world, killed_at(1, after_the_weights)))
+    assert world.folder() == NEW
+    world.let_the_turn_run_out()
+    s3 = worker_of(world, Stops())
+    with world.claim("new") as lease:
+        assert world.publisher(s3).repair(PLACE, "new", lease)
+    brought_back = [key for method, key in s3.requests if method == "PUT" and "models/" in key]
+    assert brought_back[-1] == place(WEIGHTS) and len(brought_back) > 1
+    assert world.folder() == OLD
+
+
 def writes(key: str) -> Callable[[str, str, str], bool]:
     return lambda method, _bucket, of: method == "PUT" and of == key
 

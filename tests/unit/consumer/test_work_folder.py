@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +55,47 @@ def test_a_killed_workers_folder_goes_at_the_next_start_and_a_living_ones_stays(
         assert second.path.exists()
         second.close()
         third.close()
+
+
+@pytest.mark.parametrize("call", ["fcntl.flock", "os.open", "tempfile.mkdtemp"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_workers_that_start_at_once_leave_each_others_folders_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, moment: str
+) -> None:
+    """The second one starts at a moment at which the first has no lock yet."""
+    module, _, name = call.partition(".")
+    real = getattr(sys.modules[module], name)
+    others: list[WorkFolder] = []
+
+    def interrupted(*given: Any, **how: Any) -> Any:
+        monkeypatch.setattr(call, real)
+        if moment == "before":
+            others.append(WorkFolder(tmp_path))
+        result = real(*given, **how)
+        if moment == "after":
+            others.append(WorkFolder(tmp_path))
+        return result
+
+    monkeypatch.setattr(call, interrupted)
+    first = WorkFolder(tmp_path)
+    third = WorkFolder(tmp_path)
+    for one in (first, *others, third):
+        with one.job() as folder:
+            assert folder.is_dir()
+    for one in (first, *others, third):
+        one.close()
+    assert len(others) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_worker_died_before_it_had_a_lock_goes_after_a_minute(
+    tmp_path: Path,
+) -> None:
+    for name in ("starting-old", "worker-old"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - 70, time.time() - 70))
+        (tmp_path / name.replace("old", "new")).mkdir()
+    WorkFolder(tmp_path).close()
+    assert {path.name for path in tmp_path.iterdir()} == {"starting-new", "worker-new"}
 
 
 def test_a_folder_that_cannot_be_written_is_named_by_its_setting(tmp_path: Path) -> None:

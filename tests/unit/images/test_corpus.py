@@ -189,6 +189,28 @@ def test_an_ordinary_tiff_with_other_images_inside_stays() -> None:
     assert np.array_equal(shown(files.tiff(COLOURS.tobytes(), (64, 64), tags)), COLOURS)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_in_separate_planes_are_right_or_left_out(
+    bits: int, order: str, channels: int
+) -> None:
+    opaque = np.full((64, 64, channels - 3), 255, dtype=np.uint8)
+    every = np.concatenate([COLOURS, opaque], axis=2).transpose(2, 0, 1)
+    planes = every.astype(f"{order}u{bits // 8}") * (257 if bits == 16 else 1)
+    size = 64 * 64 * bits // 8
+    tags = {258: (bits,) * channels, 262: 2, 277: channels, 284: 2, 279: (size,) * channels}
+    tags[273] = tuple(8 + size * number for number in range(channels))
+    if channels == 4:
+        tags[338] = 2
+    content = files.tiff(planes.tobytes(), (64, 64), tags, order=order)
+    if bits == 8:
+        assert np.array_equal(shown(content), COLOURS)
+    else:
+        with pytest.raises(UnusableImage, match="16 bits a colour in separate planes; export it"):
+            vetted(content)
+
+
 # ---- metadata ------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from consumer.life import inputs as images
 from consumer.life.stop_signal import StopSignal
-from jobs.addresses import S3Location
+from jobs.addresses import AddressRules, S3Location, read_address
 from jobs.message import from_understood
 from tests.memory_s3 import MemoryS3
 from tests.unit.jobs.message_samples import (
@@ -180,6 +180,29 @@ def test_addresses_of_the_store_are_recognised_by_either_name_of_its_endpoint(na
     settings = make_settings(**values)
     image = read(flat(image_urls=[f"https://minio.example/{BUCKET}/a.jpg"]), settings=settings)
     assert image.spec.images[0].location == S3Location(BUCKET, "a.jpg")
+
+
+@pytest.mark.parametrize("endpoint", ["https://minio.example/s3", "https://minio.example/s3/"])
+@pytest.mark.parametrize(
+    ("address", "location"),
+    [
+        (f"https://minio.example/s3/{BUCKET}/a.jpg", S3Location(BUCKET, "a.jpg")),
+        (f"https://{BUCKET}.minio.example/s3/b/a.jpg", S3Location(BUCKET, "b/a.jpg")),
+        (f"https://{BUCKET}.s3.amazonaws.com/s3/a.jpg", S3Location(BUCKET, "s3/a.jpg")),
+        (f"https://minio.example/{BUCKET}/a.jpg", None),
+        (f"https://minio.example/s3{BUCKET}/a.jpg", None),
+        ("https://minio.example/s3", None),
+    ],
+)
+def test_the_path_of_the_stores_address_is_no_bucket(
+    endpoint: str, address: str, location: S3Location | None
+) -> None:
+    rules = AddressRules(BUCKET, (BUCKET, "s3"), endpoint)
+    if location:
+        assert read_address(address, rules)[1] == location
+    else:
+        with pytest.raises(ValueError, match="not under the path /s3 of its address"):
+            read_address(address, rules)
 
 
 @pytest.mark.parametrize(

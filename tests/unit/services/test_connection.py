@@ -136,6 +136,24 @@ def test_a_lane_without_a_consumer_subscribes_again_after_a_moment(clock: Clock)
     assert loop.turn() == ["subscribe training"]
 
 
+def test_a_broker_that_cancels_each_consumer_is_asked_at_most_once_a_second_or_so() -> None:
+    assert 0.5 <= broker_loop.RESUBSCRIBE_SECONDS < 2
+
+
+def test_the_channel_of_a_cancelled_consumer_is_closed_before_the_next_is_made(
+    clock: Clock,
+) -> None:
+    training = lane()
+    loop = FakeLoop(training)
+    training.disconnected()
+    for _ in range(3):
+        loop.turn()
+        loop.broker.subscriptions[-1].is_consuming = False
+        clock.now += broker_loop.RESUBSCRIBE_SECONDS
+    loop.turn()
+    assert [one.is_open for one in loop.broker.subscriptions] == [False, False, False, True]
+
+
 def test_a_lane_with_a_job_in_hand_does_not_subscribe_again() -> None:
     training = lane()
     loop = FakeLoop(training)
@@ -280,6 +298,7 @@ def test_an_idle_lane_moves_to_a_queue_with_messages_at_the_next_look(clock: Clo
     clock.now += broker_loop.LOOK_SECONDS
     jobs.loop.turn()
     assert jobs.loop.turn() == ["unsubscribe training", "subscribe base.sdxl"]
+    assert jobs.loop.turn() == [], "it has arrived"
     clock.now += broker_loop.LOOK_SECONDS
     jobs.broker.waiting[SDXL] = 0
     jobs.loop.turn()

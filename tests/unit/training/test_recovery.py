@@ -213,6 +213,41 @@ def test_another_worker_goes_on_with_the_smaller_batches_and_to_the_same_bits(
         trained(roomy, make_run(count=5, epochs=3, batch_size=1, resume_from=saved.folder))
 
 
+def test_renamed_images_are_resumed_in_the_order_in_which_the_run_began(
+    base: BaseModel, make_run: MakeRun
+) -> None:
+    run = make_run(count=5, epochs=3, batch_size=2, dropout=0.1)
+    _, weights, _ = trained(base, run)
+    _, _, events = trained(base, run, should_stop=stop_after(4))
+    renamed = tuple(
+        dataclasses.replace(image, source=f"s3://media/{number}.png")
+        for number, image in enumerate(reversed(run.images))
+    )
+    again = dataclasses.replace(
+        run, claim=2, images=renamed, resume_from=checkpoints(events)[-1].folder
+    )
+    _, resumed, _ = trained(base, again)
+    assert same(resumed, weights)
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        (slice(1, 6), r"5 then, 5 now.*new are image_5\.png; 1 missing"),
+        (slice(0, 4), r"5 then, 4 now.*1 missing"),
+        (slice(0, 6), r"5 then, 6 now.*new are image_5\.png"),
+    ],
+)
+def test_a_run_with_other_images_is_not_resumed_and_the_difference_is_named(
+    base: BaseModel, make_run: MakeRun, images: slice, reason: str
+) -> None:
+    _, _, events = trained(base, make_run(count=5), should_stop=stop_after(5))
+    saved = checkpoints(events)[-1].folder
+    other = dataclasses.replace(make_run(count=5), images=make_run(count=10).images[images])
+    with pytest.raises(CheckpointUnusable, match=reason):
+        trained(base, dataclasses.replace(other, claim=2, resume_from=saved))
+
+
 def test_a_start_that_was_changed_is_a_checkpoint_from_which_the_same_run_follows(
     base: BaseModel, make_run: MakeRun
 ) -> None:

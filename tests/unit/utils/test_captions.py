@@ -60,6 +60,10 @@ def test_an_encoding_that_could_only_be_guessed_is_ignored_with_advice(content: 
         ("red \x1b[31m house", "control characters"),
         ("half a letter \ud800", "control characters"),
         ("C1 \x9f control", "control characters"),
+        ("夜明けの港".encode("iso-2022-jp").decode("ascii"), "control characters"),
+        (r"{\rtf1\ansi\ansicpg1252 a harbour at dawn}", "save it as plain text"),
+        ("\n <!DOCTYPE html><p>a harbour</p>", "save it as plain text"),
+        ("<HTML><body>a harbour", "save it as plain text"),
     ],
 )
 def test_what_is_no_text_is_ignored_with_a_reason(text: str, reason: str) -> None:
