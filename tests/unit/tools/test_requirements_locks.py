@@ -34,7 +34,7 @@ def test_the_locks_have_the_versions_that_the_requirement_files_ask_for(requirem
         assert locked[canonicalize_name(each.name)].pin.endswith(str(each.specifier))
 
 
-def test_what_an_installed_package_depends_on_is_locked_in_a_version_that_fits() -> None:
+def test_a_dependency_of_an_installed_package_is_locked_in_a_version_that_fits() -> None:
     locked = _locked("requirements.lock", "requirements-dev.lock", "requirements-cuda.lock")
     environment: dict[str, str | AbstractSet[str]] = {"extra": ""}
     environment.update((name, str(value)) for name, value in default_environment().items())
@@ -51,7 +51,7 @@ def test_every_locked_package_has_hashes_and_comes_from_an_index(lock: str) -> N
     text = (ROOT / lock).read_text(encoding="utf-8")
     packages = parse(text)
     assert packages and all(package.hashes for package in packages)
-    # No URL, no folder, no option: a package comes from whatever index pip is configured for.
+    # No URL, no folder, no option: a package comes from the index that pip is configured for.
     assert render(packages) == re.sub("^#.*\n", "", text, flags=re.MULTILINE)
 
 
@@ -93,7 +93,9 @@ six==1.17.0 \\
     assert parse(render(packages)) == packages
 
 
-def test_only_the_linux_wheels_for_cpus_of_the_wanted_version_are_read_off_pytorchs_index() -> None:
+def test_only_the_linux_wheels_for_cpus_of_the_wanted_version_are_read_from_pytorchs_index() -> (
+    None
+):
     page = "\n".join(
         f'<a href="/whl/cpu/{name}#sha256={sha * 64}" data-core-metadata="x">{name}</a>'
         for name, sha in (
