@@ -250,7 +250,8 @@ class Slot:
 
     def close(self, seconds: float) -> int:
         """End it for good with SIGTERM. Returns its exit code; that of SIGKILL after the time
-        limit."""
+        limit.
+        """
         self._closing.set()
         self.preempt(seconds)
         self._thread.join()

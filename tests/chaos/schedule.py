@@ -1,5 +1,6 @@
 """The faults of a run and their times, drawn from a seed before the start, so that a run can be
-repeated."""
+repeated.
+"""
 
 from __future__ import annotations
 

@@ -99,7 +99,8 @@ class Verdict:
 
     def _found(self, job: Job, allowed: tuple[Places, ...]) -> Places:
         """The job's places, without an object that a suspended worker wrote after the ending, from
-        a request that was under way."""
+        a request that was under way.
+        """
         found = self._observed.places(job)
         if not any(
             difference.startswith(("checkpoints", "staged"))

@@ -93,7 +93,8 @@ class WorkLook:
 
     def _repeats(self, job: Job, notes: Notes) -> None:
         """At most one interval is repeated, and the training during an upload; one interval more
-        for each checkpoint that the suite has damaged."""
+        for each checkpoint that the suite has damaged.
+        """
         spoilt = sum(note["kind"] == "spoilt" for note in notes)
         allowed = CHECKPOINT_INTERVAL * (1 + spoilt)
         runs = [note for note in notes if note["kind"] == "run"]
@@ -216,7 +217,8 @@ class WorkLook:
 
     def was_in_flight(self, job: Job, claim: int) -> bool:
         """Whether a worker was suspended in the middle of a request when the job ended: it writes
-        this one object when it continues. Nothing refers to it."""
+        this one object when it continues. Nothing refers to it.
+        """
         notes = self._observed.of[job.task_id]
         who = [n["who"] for n in notes if n["kind"] == "claimed" and n["claim"] == claim]
         ended = [note["t"] for note in notes if note["kind"] == "ended"]

@@ -136,7 +136,22 @@ def test_a_damaged_folder_is_reported_by_file(
     assert "Download the model again" in finding.remedy
 
 
-def test_a_missing_folder_is_not_a_model_of_the_hub(tmp_path: Path) -> None:
+def test_a_folder_of_another_family_fails(model: Path) -> None:
+    (model / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    finding = _examine(model)
+    assert finding.verdict is Verdict.FAIL
+    assert f"{model} is Stable Diffusion XL" in finding.detail
+    assert "of Stable Diffusion 1.5" in finding.remedy
+
+
+def test_a_model_of_another_family_on_the_hub_fails(hub: _Hub, tmp_path: Path) -> None:
+    hub.pipeline = "FluxPipeline"
+    finding = _examine(NAME, tmp_path)
+    assert finding.verdict is Verdict.FAIL
+    assert f"{NAME} is FLUX.1" in finding.detail
+
+
+def test_a_folder_that_is_not_there_is_no_model_of_the_hub(tmp_path: Path) -> None:
     finding = _examine(tmp_path / "nothing")
     assert finding.verdict is Verdict.FAIL
     assert "is no folder" in finding.detail and "BASE_MODEL" in finding.remedy

@@ -1,5 +1,6 @@
 """Records found for operators on a real S3 server: by id, by its beginning, by style, by
-refusal."""
+refusal.
+"""
 
 from __future__ import annotations
 

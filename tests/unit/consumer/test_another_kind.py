@@ -1,5 +1,6 @@
 """A second kind of job runs from its message to its webhook; the worker has only its registry
-line."""
+line.
+"""
 
 from __future__ import annotations
 

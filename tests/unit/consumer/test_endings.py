@@ -312,7 +312,37 @@ def test_an_ending_is_released_when_its_lease_is_lost(world: World) -> None:
     assert parked_body(again) == parked_body(waiting)
 
 
-def test_a_parked_ending_of_a_job_without_a_record_is_acknowledged(world: World) -> None:
+def test_a_duplicate_whose_ending_another_worker_takes_over_is_looked_at_again(
+    world: World,
+) -> None:
+    world.backend.answers = [AWAY]
+    world.pipeline.handle(delivery())
+
+    def taken_over() -> None:
+        body = world.s3.objects[STATE, "jobs/task-1.json"].body
+        world.s3.change(STATE, "jobs/task-1.json", body=body + b" ")
+
+    world.backend.on_ending = taken_over
+    again = only(world.pipeline.handle(delivery(redelivered=True)))
+    assert (again.queue, again.delay_seconds, parked_body(again)["tries"]) == (
+        Queue.ENDINGS,
+        60.0,
+        0,
+    )
+
+
+def test_a_refusal_whose_record_another_worker_takes_over_comes_back_whole(world: World) -> None:
+    def taken_over() -> None:
+        (key,) = world.s3.keys(STATE, "jobs/invalid/")
+        body = world.s3.objects[STATE, key].body
+        world.s3.change(STATE, key, body=body + b" ")
+
+    world.backend.on_ending = taken_over
+    copy = only(world.pipeline.handle(delivery(order(parameters={"epochs": 0}))))
+    assert (copy.queue, copy.headers[PUT_OFF_REASON]) == (Queue.TRAINING, "storage:1")
+
+
+def test_a_parked_ending_of_a_job_without_a_record_is_done_with(world: World) -> None:
     parking = parked("nobody-knows", b"{}", tries=1, delay=None)
     assert world.endings.handle(redelivery_of(parking)) == Settlement.ack()
 

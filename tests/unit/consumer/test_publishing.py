@@ -215,7 +215,8 @@ def test_a_repair_that_is_suspended_at_any_request_changes_nothing_of_a_later_ru
     tmp_path: Path,
 ) -> None:
     """Except for a name that the later run does not use: docs/operations.md, What is not
-    promised."""
+    promised.
+    """
     for number in itertools.count(1):
         world = never_trained(tmp_path)
         world.has_model_of("old", files=FILES)

@@ -205,7 +205,48 @@ def test_an_earlier_write_is_waited_for_no_longer_than_the_callers_time(
         first.join()
 
 
-def test_a_released_record_is_not_written_again(target: Target, clock: Clock) -> None:
+def test_a_lease_that_has_run_out_waits_for_no_earlier_write(target: Target, clock: Clock) -> None:
+    lease = make(target, clock)
+    clock.now += LEASE
+    began = time.monotonic()
+    with lease._writing, pytest.raises(LeaseLost):  # pylint: disable=protected-access
+        lease.update(change)
+    assert time.monotonic() - began < 0.9
+
+
+def test_a_closed_lease_has_no_write_under_way_any_more() -> None:
+    target, begun = Target(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.3)
+
+    target.before = slow
+    hold = Hold(owner="one", claim=1, lease_seconds=2.0)
+    with Lease(cast(Any, target), HeldRecord(hold=hold), "0", time.monotonic()):
+        assert begun.wait(10)
+    assert len(target.written) == 1
+
+
+def test_the_clock_of_a_lease_goes_on_after_a_renewal() -> None:
+    """The time at which it would have run out passes, and it is renewed: it is watched on."""
+    target, go = Target(), threading.Event()
+
+    def hang() -> None:
+        if len(target.written) > RENEWALS_PER_LEASE + 1:
+            go.wait(10)
+
+    target.before = hang
+    hold = Hold(owner="one", claim=1, lease_seconds=0.4)
+    try:
+        with Lease(cast(Any, target), HeldRecord(hold=hold), "0", time.monotonic()) as lease:
+            assert lease.lost.wait(10)
+            assert len(target.written) > RENEWALS_PER_LEASE + 1
+    finally:
+        go.set()
+
+
+def test_a_record_that_was_given_back_is_not_written_again(target: Target, clock: Clock) -> None:
     lease = make(target, clock)
     lease.update(lambda record: dataclasses.replace(record, hold=record.hold.dropped()))
     with pytest.raises(LeaseLost, match="given back"):

@@ -39,7 +39,21 @@ def test_the_locks_have_the_versions_that_the_requirement_files_ask_for(requirem
         assert locked[canonicalize_name(each.name)].pin.endswith(str(each.specifier))
 
 
-def test_a_dependency_of_an_installed_package_is_locked_in_a_version_that_fits() -> None:
+def test_the_lock_of_a_room_is_a_part_of_the_product_s_and_is_complete() -> None:
+    product, front = _locked("requirements.lock"), _locked("requirements-front.lock")
+    assert all(product[name] == package for name, package in front.items())
+    assert not {"torch", "diffusers", "transformers", "matplotlib"} & set(front)
+    environment: dict[str, str | AbstractSet[str]] = {"extra": ""}
+    environment.update((name, str(value)) for name, value in default_environment().items())
+    for each in distributions():
+        if canonicalize_name(each.metadata["Name"]) in front:
+            needed = [Requirement(text) for text in each.requires or ()]
+            for one in needed:
+                if one.marker is None or one.marker.evaluate(environment):
+                    assert canonicalize_name(one.name) in front, (each.metadata["Name"], one)
+
+
+def test_what_an_installed_package_depends_on_is_locked_in_a_version_that_fits() -> None:
     locked = _locked("requirements.lock", "requirements-dev.lock", "requirements-cuda.lock")
     environment: dict[str, str | AbstractSet[str]] = {"extra": ""}
     environment.update((name, str(value)) for name, value in default_environment().items())
