@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pika
+import pika.exceptions
 
 from config import Settings, load
 from sandbox.rabbitmq_node import RabbitMqNode
@@ -74,9 +75,13 @@ class Client:
             return None if properties is None else (properties, body)
 
     def waiting(self, queue: str) -> int:
-        """Ready messages in the queue."""
+        """Ready messages in the queue; 0 if there is no such queue."""
         with self.channel() as channel:
-            count: int = channel.queue_declare(queue, passive=True).method.message_count
+            try:
+                count: int = channel.queue_declare(queue, passive=True).method.message_count
+            except pika.exceptions.ChannelClosedByBroker as closed:
+                assert closed.reply_code == 404, closed
+                return 0
             return count
 
     def unsettled(self, queue: str) -> int:

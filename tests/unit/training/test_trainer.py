@@ -272,7 +272,7 @@ def test_the_first_report_of_progress_gives_no_rate_for_it_would_be_that_of_a_co
 def test_progress_comes_a_few_times_a_second_at_most(base: BaseModel, make_run: MakeRun) -> None:
     result, _, events = trained(base, make_run(count=8, epochs=4))
     progress = [event for event in events if isinstance(event, Progress)]
-    assert 1 <= len(progress) <= result.seconds / 0.25 + 2 < result.steps
+    assert 1 <= len(progress) <= result.seconds / 0.25 + 2
 
 
 def test_the_result_describes_the_run(base: BaseModel, make_run: MakeRun) -> None:
