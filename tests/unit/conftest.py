@@ -1,4 +1,4 @@
-"""What tests of the settings share."""
+"""Fixtures of the tests of settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.settings.names import OLD_NAMES
 
 @pytest.fixture(name="own_settings")
 def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No variable and no `.env` of whoever runs the tests gets in."""
+    """Hide the environment and the `.env` of the user who runs the tests."""
     monkeypatch.chdir(tmp_path)
     for name in tuple(os.environ):
         if name.upper() in NAMES | OLD_NAMES.keys():

@@ -1,4 +1,4 @@
-"""An environment of a test's own, and the settings that are read from it."""
+"""A test's environment, and the settings that are read from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Settings:
 
 
 def problems(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
-    """What a person is told about `environment`."""
+    """The error message about `environment`."""
     with pytest.raises(ConfigurationError) as caught:
         settings(monkeypatch, **environment)
     return str(caught.value)

@@ -1,4 +1,4 @@
-"""The walls stand: which room may call which, and who alone touches the outside world."""
+"""The arrows between packages, and the one importer of each foreign client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOMS = (
 BESIDE_IT = {"tests", "sandbox", "benchmarks", "tools"}
 MOST_SIBLINGS = 15
 
-# room -> the rooms that it may import. `main` is where everything is put together.
+# room -> the rooms that it may import. `main` composes everything.
 ARROWS: dict[str, set[str]] = {
     "main": {"config", "cli", "consumer", "services", "utils"},
     "cli": {"config", "consumer", "images", "jobs", "services", "training", "utils"},
@@ -40,7 +40,7 @@ COMPOSITION_ROOTS = {
     *("cli/worker.py", "consumer/worker.py"),
 }
 
-# What reaches outside -> the one file that may import it, and that wraps its errors.
+# A foreign client -> the one file that may import it, and that translates its errors.
 ONE_IMPORTER = {
     "pika": "services/broker/client.py",
     "boto3": "services/s3/client.py",
@@ -57,10 +57,10 @@ ONE_IMPORTER = {
     "dotenv": "config.py",
     "pydantic_settings": "config.py",
 }
-# Imported by Accelerate for us, where its setting is there.
+# Imported by Accelerate, if its setting is present.
 BY_OTHERS = {"tensorboard"}
 TYPES_ONLY = {"mypy_boto3_s3"}
-# Imported under a name of its own, installed and pinned with another.
+# Imported under another name than its package's, which is installed and pinned.
 PART_OF = {"botocore": "boto3", "pydantic_core": "pydantic", "urllib3": "requests"}
 # One import name of several packages, of which these are used.
 SHARED = {
@@ -73,7 +73,7 @@ SHARED = {
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
 OPTIMIZERS = {"prodigyopt", "bitsandbytes"}
 NOT_IN_FRONT = {*TORCH, *OPTIMIZERS, "matplotlib", "tensorboard"}
-# Used where somebody has installed it.
+# Used if it is installed.
 OPTIONAL = {"bitsandbytes"}
 # room -> the foreign packages that it may import. The image of a room needs no others.
 PACKAGES: dict[str, set[str]] = {
@@ -91,7 +91,7 @@ PACKAGES: dict[str, set[str]] = {
     "jobs": {"pydantic", "pydantic_core"},
     "utils": {"prometheus_client", "pydantic", "pynvml", "structlog"},
 }
-# What a machine that only trains does not have.
+# Packages that a machine for training only does not have.
 CLIENTS = (
     *("pika", "boto3", "botocore", "standardwebhooks", "pydantic_settings"),
     *("structlog", "rich", "pynvml", "matplotlib", "imagehash", "moto", "prometheus_client"),
@@ -107,7 +107,7 @@ def product_files() -> list[Path]:
 
 
 def all_files() -> list[Path]:
-    """Every Python file that we wrote."""
+    """Every Python file of the repository."""
     ours = (path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
     return sorted(path for path in ours if not path.parts[0].startswith((".", "build")))
 
@@ -118,7 +118,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def room_of(path: Path) -> str:
-    """The room that a file stands in: its folder, or its own name at the root."""
+    """The room of a file: its top-level folder, or its name at the root."""
     return path.parts[0].removesuffix(".py")
 
 
@@ -132,7 +132,7 @@ def modules_of(node: ast.AST, path: Path) -> Iterator[str]:
 
 
 def imports(path: Path) -> set[str]:
-    """The top-level names of all that a file imports, wherever in it."""
+    """The top-level names of everything that a file imports, at any place."""
     nodes = ast.walk(tree_of(path))
     return {module.split(".")[0] for node in nodes for module in modules_of(node, path)}
 
@@ -161,7 +161,7 @@ def normal(name: str) -> str:
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a Python of its own, from the root."""
+    """Run `code` in a separate Python, from the root."""
     command = [sys.executable, "-W", "ignore", "-c", code]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -169,12 +169,12 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 # ---- arrows --------------------------------------------------------------------------------------
 
 
-def test_the_walk_sees_the_house() -> None:
+def test_the_walk_finds_the_packages() -> None:
     assert {room_of(path) for path in product_files()} == set(ROOMS)
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_arrows_between_the_rooms_run_one_way(room: str) -> None:
+def test_imports_between_packages_run_one_way(room: str) -> None:
     wrong = {
         f"{path} imports {name}"
         for path in product_files()
@@ -271,7 +271,7 @@ print("imported", len({modules!r}))
     assert ran.stdout.strip().endswith(f"imported {len(modules)}")
 
 
-def test_what_is_optional_is_read_only_where_it_is_wanted() -> None:
+def test_optional_packages_are_imported_only_if_they_are_used() -> None:
     ran = python("""
 import sys
 import main, consumer.worker
@@ -349,7 +349,7 @@ def test_nothing_is_pickled() -> None:
     assert not wrong
 
 
-def test_no_error_is_caught_without_saying_which() -> None:
+def test_no_error_is_caught_without_naming_its_class() -> None:
     wrong = {
         f"{path}:{node.lineno}"
         for path in all_files()
@@ -359,7 +359,7 @@ def test_no_error_is_caught_without_saying_which() -> None:
     assert not wrong
 
 
-def test_no_folder_has_more_siblings_than_a_reader_can_keep_in_mind() -> None:
+def test_no_folder_has_more_than_fifteen_siblings() -> None:
     folders = {path.parent for path in product_files() if len(path.parts) > 1}
     sizes = {
         str(folder): len([one for one in (ROOT / folder).iterdir() if one.name != "__pycache__"])
@@ -368,7 +368,7 @@ def test_no_folder_has_more_siblings_than_a_reader_can_keep_in_mind() -> None:
     assert not {folder: size for folder, size in sizes.items() if size > MOST_SIBLINGS}
 
 
-def test_no_file_is_a_drawer_for_everything() -> None:
+def test_no_file_is_named_helpers_or_misc() -> None:
     assert not [path for path in all_files() if path.name in ("helpers.py", "misc.py")]
 
 

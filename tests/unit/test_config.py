@@ -142,7 +142,7 @@ def test_problems_of_every_kind_are_reported_together(monkeypatch: pytest.Monkey
     assert len(lines) == len(expected)
 
 
-def test_a_wrong_bucket_is_reported_once_not_for_those_that_default_to_it(
+def test_a_wrong_bucket_is_reported_once_and_not_for_settings_that_default_to_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = problems(monkeypatch, AWS_STORAGE_BUCKET_NAME="No Bucket")

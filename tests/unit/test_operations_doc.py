@@ -23,7 +23,7 @@ DOCUMENT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 ROOMS = ("cli", "consumer", "images", "jobs", "reports", "services", "training", "utils")
 
 QUIET = {"debug", "info"}
-# `level(...)`: where a line's level depends on what happened.
+# `level(...)`: the level of the line depends on the event.
 LOUD = {"warning", "error", "exception", "critical", "level"}
 
 

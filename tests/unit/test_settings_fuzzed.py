@@ -1,4 +1,4 @@
-"""Any value of a setting: used whole, or refused with the name of the setting."""
+"""Any value of a setting is used unchanged, or refused with the name of the setting."""
 
 from __future__ import annotations
 

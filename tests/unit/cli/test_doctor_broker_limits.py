@@ -1,4 +1,4 @@
-"""What the doctor says of RabbitMQ's time-outs and limits, by version and type of queue."""
+"""The doctor's findings about RabbitMQ's time-outs and limits, by version and type of queue."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _advice(version: str, queue_type: str | None) -> Finding:
 
 
 def _policy(found: Finding) -> tuple[list[str], dict[str, Any]]:
-    """The command's words, and the policy's definition in them."""
+    """The command's arguments, and the policy's definition in them."""
     words = shlex.split(found.command)
     return words, json.loads(words[6])
 
@@ -78,12 +78,12 @@ def test_from_4_0_a_quorum_queue_keeps_what_it_would_drop_in_the_dead_queue() ->
     assert words[-1] == "quorum_queues"
 
 
-def test_where_nothing_can_go_wrong_there_is_no_command() -> None:
+def test_without_a_problem_no_command_is_printed() -> None:
     for version, queue_type in (("3.8.9", "classic"), ("4.3.0", "classic")):
         assert not _advice(version, queue_type).command
 
 
-def test_a_broker_that_is_no_rabbitmq_is_said_to_be_unknown() -> None:
+def test_a_broker_other_than_rabbitmq_is_reported_as_unknown() -> None:
     for product, version in (("LavinMQ", "2.1.0"), ("RabbitMQ", "unknown"), ("", "")):
         found = advice(SETTINGS, MAX_JOB_SECONDS, product, version, "classic")
         assert found.verdict is Verdict.WARN

@@ -1,4 +1,4 @@
-"""What the doctor concludes: clocks, exit of checks that hang or break."""
+"""The doctor's conclusions: clocks, and the end of checks that hang or break."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _seconds(count: float) -> timedelta:
     ("theirs", "verdict", "says"),
     [
         (NOON, Verdict.OK, "within 1 s"),
-        # A `Date` has whole seconds, and the answer took two: no difference that is certain.
+        # A `Date` has whole seconds, and the answer took two: no certain difference.
         (NOON - _seconds(1), Verdict.OK, "within 1 s"),
         (NOON + _seconds(2), Verdict.OK, "within 1 s"),
         (NOON - _seconds(32), Verdict.WARN, "31 s ahead of"),
@@ -79,7 +79,7 @@ def test_a_check_that_hangs_or_breaks_hides_none_of_the_others() -> None:
     assert not is_healthy(findings)
 
 
-def test_hanging_checks_are_waited_for_side_by_side() -> None:
+def test_hanging_checks_are_waited_for_at_the_same_time() -> None:
     never = threading.Event()
 
     def hangs(_: Settings) -> list[Finding]:

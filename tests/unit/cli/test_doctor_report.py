@@ -36,7 +36,7 @@ def _report(monkeypatch: pytest.MonkeyPatch, show_all: bool = False) -> list[str
     return written.getvalue().splitlines()
 
 
-def test_a_finding_that_is_well_takes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_successful_check_takes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = _report(monkeypatch)
     first = [line for line in lines if line.startswith("ok")]
     assert len(first) == 2 and first[0].startswith("ok    bucket: ") and first[0].endswith("…")
@@ -45,7 +45,7 @@ def test_a_finding_that_is_well_takes_one_line(monkeypatch: pytest.MonkeyPatch) 
     assert "some advice" not in text and "an-optional-command" not in text
 
 
-def test_failures_come_last_and_whole_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_come_last_in_full_with_their_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = _report(monkeypatch)
     verdicts = [
         line.split()[0] for line in lines if line.split()[:1] in (["ok"], ["warn"], ["fail"])
@@ -57,18 +57,18 @@ def test_failures_come_last_and_whole_with_what_to_do(monkeypatch: pytest.Monkey
     assert command_line.count("--that") == 3  # in one piece, to be copied
 
 
-def test_all_shows_what_is_well_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_option_all_shows_successful_checks_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(" ".join(_report(monkeypatch, show_all=True)).split())
     assert text.count(LONG.strip()) == 2
     assert "→ some advice" in text and "an-optional-command" in text
 
 
-def test_the_policy_is_no_part_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_does_not_contain_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(_report(monkeypatch))
     assert "2012-10-17" not in text and "--policy" in text
 
 
-def test_the_policy_is_printed_alone() -> None:
+def test_the_policy_is_printed_without_anything_else() -> None:
     written = io.StringIO()
     assert command.print_policy(console=Console(file=written, width=80)) == command.HEALTHY
     assert written.getvalue().startswith("{\n")

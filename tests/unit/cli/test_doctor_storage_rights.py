@@ -24,7 +24,7 @@ def _policy(**values: Any) -> dict[str, Any]:
 
 
 def _allows(policy: dict[str, Any], action: str, resource: str) -> bool:
-    """As IAM judges a policy without denials and conditions."""
+    """Judge a policy without denials and conditions as IAM does."""
     return any(
         action in ([said] if isinstance(said := statement["Action"], str) else said)
         and any(fnmatchcase(resource, pattern) for pattern in statement["Resource"])
@@ -74,7 +74,7 @@ def test_the_policy_allows_nothing_else(action: str, place: str) -> None:
     assert not _allows(_policy(), f"s3:{action}", f"arn:aws:s3:::{place}")
 
 
-def test_china_and_the_us_government_have_names_of_their_own() -> None:
+def test_china_and_the_us_government_have_their_own_names() -> None:
     for region, partition in (("cn-north-1", "aws-cn"), ("us-gov-west-1", "aws-us-gov")):
         resources = [
             each

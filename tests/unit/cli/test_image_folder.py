@@ -1,4 +1,4 @@
-"""A folder of images as people bring it: every caption finds its image, or is named."""
+"""Folders of images as users have them: every caption belongs to an image, or is named."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_most_exact_name_wins_and_the_other_file_is_named(tmp_path: Path) ->
     assert found.notes == ("These belong to no image and are not used: a.caption.",)
 
 
-def test_a_metadata_file_captions_the_images_that_have_no_file_of_their_own(
+def test_a_metadata_file_captions_the_images_without_a_caption_file(
     tmp_path: Path,
 ) -> None:
     lines = [
@@ -85,7 +85,7 @@ def test_a_metadata_file_captions_the_images_that_have_no_file_of_their_own(
 @pytest.mark.parametrize(
     "name", ["a.json", "b.csv", "notes.md", "other.txt", "desktop.ini", "Thumbs.db", "a.npz"]
 )
-def test_a_file_that_is_neither_image_nor_caption_is_named_and_is_no_broken_image(
+def test_a_file_that_is_neither_image_nor_caption_is_named_and_not_counted_as_a_broken_image(
     tmp_path: Path, name: str
 ) -> None:
     found = read_folder(fill(tmp_path, **{"a.png": b"", name: b"{}"}))

@@ -50,7 +50,7 @@ def _shown(path: Path, *, show_all: bool = False, as_json: bool = False) -> str:
     return written.getvalue()
 
 
-def test_the_summary_is_short_and_says_how_to_see_the_rest(tmp_path: Path) -> None:
+def test_the_summary_is_short_and_names_the_option_for_the_rest(tmp_path: Path) -> None:
     lines = _shown(_file(tmp_path)).splitlines()
     assert len(lines) < 20 and max(map(len, lines)) <= 80
     assert lines[0].split() == ["file", "style.safetensors"]
@@ -68,13 +68,15 @@ def test_all_lists_every_layer_and_the_metadata_after_the_summary(tmp_path: Path
 
 
 @pytest.mark.parametrize("alpha", [16, 32])
-def test_a_file_of_diffusers_says_why_its_alpha_is_the_rank(tmp_path: Path, alpha: int) -> None:
+def test_the_summary_of_a_diffusers_file_explains_why_its_alpha_is_the_rank(
+    tmp_path: Path, alpha: int
+) -> None:
     explained = "folded into the weights" in " ".join(_shown(_diffusers(tmp_path, alpha)).split())
     assert explained is (alpha == 16)
 
 
 @pytest.mark.parametrize("alpha", [16.0, 32.0])
-def test_a_file_that_keeps_alpha_says_why_the_one_of_diffusers_differs(
+def test_the_summary_of_a_file_that_keeps_alpha_explains_the_difference_from_the_diffusers_file(
     tmp_path: Path, alpha: float
 ) -> None:
     explained = "diffusers file of the same model" in " ".join(

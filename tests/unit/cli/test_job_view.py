@@ -1,4 +1,4 @@
-"""How far a job is, from its worker to its record and to whoever looks at it."""
+"""The progress of a job, from its worker to its record and to the operator."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _seen(s3: S3Service) -> Any:
 
 
 def _trained(lease: JobLease, epoch: int) -> None:
-    """The trainer says how far it is."""
+    """The trainer reports its progress."""
     watch = JobWatch(style_kind(), read(envelope()), lease, Metrics())
     watch.saw(
         Progress(
@@ -87,7 +87,7 @@ def test_the_next_holder_begins_with_the_checkpoint(s3: S3Service, lease: JobLea
     assert (_seen(s3).state, _seen(s3).epoch, _seen(s3).loss) == ("held", 10, None)
 
 
-def test_a_job_that_has_completed_has_what_its_ending_says(s3: S3Service, lease: JobLease) -> None:
+def test_a_completed_job_has_the_values_of_its_ending(s3: S3Service, lease: JobLease) -> None:
     _trained(lease, epoch=17)
     body = {"training_metric": {"loss": 0.125, "epochs": 200}, "model_url": "s3://m/w"}
     lease.end(Ending(EndingKind.COMPLETE, body))
@@ -95,7 +95,7 @@ def test_a_job_that_has_completed_has_what_its_ending_says(s3: S3Service, lease:
     assert (job.state, job.epoch, job.loss, job.seconds_left) == ("ended", 200, 0.125, None)
 
 
-def test_what_is_seen_of_a_job_is_no_part_of_the_record_that_older_workers_read(
+def test_progress_values_are_no_part_of_the_record_that_older_workers_read(
     s3: S3Service, lease: JobLease
 ) -> None:
     _trained(lease, epoch=17)

@@ -35,7 +35,7 @@ def train(folder: Path, output: Path, *, trigger_word: str = "", **settings: str
     )
 
 
-def test_what_an_earlier_training_left_in_the_folder_is_no_image(tmp_path: Path) -> None:
+def test_a_result_of_an_earlier_training_in_the_folder_is_no_image(tmp_path: Path) -> None:
     folder = fill(tmp_path / "pictures", "one.jpg", "two.png", *MADE)
     assert [image.source for image in images_in(folder)] == ["one.jpg", "two.png"]
 
@@ -48,7 +48,7 @@ def test_auto_epochs_follow_the_number_of_images_in_the_folder(tmp_path: Path) -
 
 
 def test_a_trigger_word_that_would_be_several_tags_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="the trigger word must be without commas"):
+    with pytest.raises(ConfigurationError, match="the trigger word must have no comma"):
         train(fill(tmp_path / "pictures", "one.jpg"), tmp_path / "model", trigger_word="a, b")
     assert not (tmp_path / "model").exists()
 
@@ -72,12 +72,12 @@ def test_a_path_that_the_end_of_a_training_could_not_write_is_refused_at_its_sta
     assert not bad.exists()
 
 
-def test_without_a_report_beside_it_a_file_of_such_a_name_is_an_image(tmp_path: Path) -> None:
+def test_without_a_report_next_to_it_a_file_of_such_a_name_is_an_image(tmp_path: Path) -> None:
     folder = fill(tmp_path / "pictures", "one.jpg", "samples.png")
     assert [image.source for image in images_in(folder)] == ["one.jpg", "samples.png"]
 
 
-def test_an_image_that_the_training_would_overwrite_is_told_before_it_starts(
+def test_an_image_that_the_training_would_overwrite_is_reported_before_it_starts(
     tmp_path: Path,
 ) -> None:
     folder = fill(tmp_path / "pictures", "one.jpg", "samples.png")

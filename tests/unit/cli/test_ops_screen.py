@@ -1,4 +1,4 @@
-"""What ops see on a terminal of 80 columns: one line for each job, details, a bar."""
+"""The output for operators on a terminal of 80 columns: one line per job, details, a bar."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_each_job_is_one_line_of_80_columns() -> None:
     assert lines[3].startswith("refused-one ") and "unknown" in lines[4]
 
 
-def test_a_short_line_is_shown_whole() -> None:
+def test_a_short_line_is_shown_in_full() -> None:
     line = _lines(dataclasses.replace(FAILED, style_id=7, subject="7"))[1]
     assert "failed BASE_MODEL_UNAVAILABLE" in line and "…" not in line
 
@@ -96,7 +96,7 @@ def test_details_have_everything_and_fold_what_is_long() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_strangers_text_cannot_move_the_cursor() -> None:
+def test_text_from_a_message_cannot_move_the_cursor() -> None:
     text = _details(dataclasses.replace(FAILED, detail="\x1b[2Jgone\r"))
     assert "\x1b[2J" not in text and "�[2Jgone�" in text
 
@@ -108,7 +108,7 @@ def test_short_ids_name_one_job_only() -> None:
     assert short_ids(uuids[:1], ())[uuids[0]] == uuids[0][:SHOWN]
 
 
-def test_an_id_that_is_short_already_is_shown_whole() -> None:
+def test_an_id_that_is_short_already_is_shown_in_full() -> None:
     assert short_ids(["order-123"], ["order-124"]) == {"order-123": "order-123"}
 
 
@@ -120,11 +120,11 @@ def test_an_id_that_is_short_already_is_shown_whole() -> None:
         (UNKNOWN, ""),
     ],
 )
-def test_how_far_a_job_is_in_a_few_words(job: JobView, words: str) -> None:
+def test_the_progress_of_a_job_takes_a_few_words(job: JobView, words: str) -> None:
     assert progress(job) == words
 
 
-def test_without_a_terminal_the_bar_is_a_line_for_each_epoch() -> None:
+def test_without_a_terminal_each_epoch_gets_a_line_instead_of_the_bar() -> None:
     written = io.StringIO()
     with JobBar(Console(file=written, width=80)) as shown:
         shown.uploaded(1, 3)

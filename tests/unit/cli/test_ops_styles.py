@@ -1,4 +1,4 @@
-"""What ops are told of a style before they act on one of its jobs."""
+"""The warnings about a style before an operator acts on one of its jobs."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def _publish(models: MemoryS3, **metadata: str) -> None:
     models.create(WEIGHTS, b"weights", metadata=metadata)
 
 
-def test_a_model_that_does_not_say_when_it_was_ordered_is_dated_by_its_jobs_record(
+def test_a_model_without_an_order_time_is_dated_by_its_jobs_record(
     models: MemoryS3,
 ) -> None:
-    """The last release wrote no order time beside the model."""
+    """The last release wrote no order time into the model's metadata."""
     state = MemoryS3()
     state.write(record_at("state", "sold"), encode(_record("sold", NOON)))
     _publish(models, task_id="sold", claim="1")
@@ -60,7 +60,7 @@ def test_a_model_that_does_not_say_when_it_was_ordered_is_dated_by_its_jobs_reco
     assert _later(models, state).after(_record("newer", "2026-01-20T13:00:00Z")) is None
 
 
-def test_a_model_that_nothing_is_known_of_wins_over_no_job(models: MemoryS3) -> None:
+def test_a_model_of_unknown_time_supersedes_no_job(models: MemoryS3) -> None:
     _publish(models, task_id="unknown")
     assert _later(models, MemoryS3()).after(_record("older", MORNING)) is None
 
@@ -70,7 +70,7 @@ def test_a_job_is_not_later_than_itself(models: MemoryS3) -> None:
     assert _later(models, MemoryS3()).after(_record("same", MORNING)) is None
 
 
-def test_a_style_without_a_model_has_nothing_at_stake(models: MemoryS3) -> None:
+def test_a_style_without_a_model_supersedes_nothing(models: MemoryS3) -> None:
     s3 = cast(S3Service, models)
     assert at_stake("media", s3, 7, "If this job fails") == ""
     _publish(models, task_id="sold")

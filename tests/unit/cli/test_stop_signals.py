@@ -52,7 +52,7 @@ def _program() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_each_stop_signal_asks_for_a_stop_and_leaves_the_time_for_it(
+def test_each_stop_signal_requests_a_stop_and_leaves_time_for_it(
     program: subprocess.Popen[str], number: signal.Signals
 ) -> None:
     program.send_signal(number)

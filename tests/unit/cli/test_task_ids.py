@@ -1,4 +1,4 @@
-"""Ids as people type them: whole or abbreviated, and never another job's by accident."""
+"""Ids as users type them: whole or abbreviated, and never another job's by accident."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def _s3() -> S3Service:
         ("550", "550"),  # too short to mean another
     ],
 )
-def test_an_id_or_its_beginning_is_the_job_that_is_meant(
-    s3: S3Service, given: str, task_id: str
-) -> None:
+def test_an_id_or_its_beginning_names_the_job(s3: S3Service, given: str, task_id: str) -> None:
     assert resolve(s3, BUCKET, given, others={"dead-letter"}) == task_id
 
 
@@ -54,7 +52,7 @@ def test_the_beginning_of_several_ids_is_refused_with_their_names(s3: S3Service)
 
 
 @pytest.mark.parametrize("given", ["", "../x", "a b", "jobs/x", "x" * 129])
-def test_what_can_be_no_id_is_refused(s3: S3Service, given: str) -> None:
+def test_text_that_cannot_be_an_id_is_refused(s3: S3Service, given: str) -> None:
     with pytest.raises(ConfigurationError, match="not a task id"):
         resolve(s3, BUCKET, given)
 
@@ -69,13 +67,13 @@ def test_what_can_be_no_id_is_refused(s3: S3Service, given: str) -> None:
         ("order-1", "order-10", False),  # may be a job that no worker has seen yet
     ],
 )
-def test_the_beginning_of_an_id_that_a_person_chose_may_be_another_job(
+def test_an_unknown_text_may_be_the_full_id_of_another_job(
     given: str, task_id: str, clear: bool
 ) -> None:
     assert is_clear(given, task_id) is clear
 
 
-def test_where_nobody_can_be_asked_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_to_confirm_on_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False)
     with pytest.raises(ConfigurationError, match="Cancel it.*--yes"):
         confirm("Cancel it?", yes=False)
@@ -83,7 +81,7 @@ def test_where_nobody_can_be_asked_nothing_is_done(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_a_person_is_asked(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
+def test_on_a_terminal_the_user_confirms(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr(typer, "confirm", lambda question, err: answer)
     if answer:

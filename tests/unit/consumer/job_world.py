@@ -49,7 +49,7 @@ FORBIDDEN = EndingAnswer(EndingOutcome.RETRY_SLOWLY, status=403)
 
 
 class Backend:
-    """Stands in for `WebhookService`: answers as it is told, and keeps what it was sent."""
+    """Stands in for `WebhookService`: gives the answers of a test, and keeps the requests."""
 
     def __init__(self) -> None:
         self.answers: list[EndingAnswer] = []
@@ -75,7 +75,7 @@ class Backend:
 
 
 class Broker:
-    """Takes publications, and confirms them unless it is told not to."""
+    """Takes publications, and confirms them unless a test forbids it."""
 
     def __init__(self) -> None:
         self.confirms = True
@@ -97,7 +97,7 @@ class Broker:
 
 
 class Trainer:
-    """Stands in for `TrainerProcess`: `does` says what a run does."""
+    """Stands in for `TrainerProcess`: `does` defines a run."""
 
     def __init__(self) -> None:
         self.runs: list[Any] = []
@@ -168,7 +168,7 @@ class Publisher:
 
 
 class Folders:
-    """A folder for each job, under a test's own."""
+    """A folder for each job, in the test's folder."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -183,7 +183,7 @@ class Folders:
 
 
 class World:
-    """Everything around the pipeline of one worker; `worker` makes another worker beside it."""
+    """Everything around the pipeline of one worker; `worker` makes a further worker."""
 
     def __init__(self, root: Path, s3: MemoryS3 | None = None, **settings: Any) -> None:
         self.settings: Settings = make_settings(
@@ -270,7 +270,7 @@ class World:
         )
 
     def record(self, task_id: str = "task-1") -> JobRecord:
-        """A record as it lies on S3."""
+        """A record as it is stored on S3."""
         found = self.s3.objects[STATE, f"jobs/{task_id}.json"]
         return decode(JobRecord, found.body, task_id, found.metadata)
 
@@ -281,7 +281,7 @@ class World:
 
 
 def order(task_id: str | None = "task-1", **values: Any) -> bytes:
-    """A valid message; None: one without an id."""
+    """A valid message; with None, one without an id."""
     images = [f"s3://{BUCKET}/{name}.jpg" for name in "abc"]
     return json.dumps(
         flat(image_urls=images, **({"task_id": task_id} if task_id else {}), **values)
@@ -289,7 +289,7 @@ def order(task_id: str | None = "task-1", **values: Any) -> bytes:
 
 
 def delivery(body: bytes | None = None, **how: Any) -> Delivery:
-    """A message as the broker hands it over."""
+    """A message as the broker delivers it."""
     return Delivery(body=order() if body is None else body, **how)
 
 
@@ -304,7 +304,7 @@ def redelivery_of(publication: Publication) -> Delivery:
 
 
 def parked_body(publication: Publication) -> dict[str, Any]:
-    """What a publication to the endings' queue says."""
+    """The content of a publication to the endings' queue."""
     return dict(json.loads(publication.body))
 
 

@@ -102,7 +102,7 @@ def test_its_record_names_kind_and_subject_and_comes_back_from_s3(world: World) 
     assert (record.kind, record.subject, record.style_id) == ("toy", "seven", None)
 
 
-def test_an_order_of_another_kind_that_is_wrong_is_told_with_its_subject(world: World) -> None:
+def test_an_invalid_order_of_another_kind_is_reported_with_its_subject(world: World) -> None:
     pipeline_of(world, ToyTrainer()).handle(delivery(toy_order(text="/etc/passwd")))
     (ending,) = world.backend.endings
     assert (ending.body["kind"], ending.body["subject"]) == ("toy", "seven")

@@ -1,4 +1,4 @@
-"""Checkpoints: which are uploaded, which are removed, and what a worker that slept leaves alone."""
+"""Checkpoints: uploads, deletions, and the limits of a worker that was suspended."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def test_the_last_two_stay_in_full_and_of_older_ones_the_weights(
     assert there(s3) == full("epoch-0030", "epoch-0040") | lora("epoch-0010", "epoch-0020")
 
 
-def test_a_worker_that_slept_while_pruning_deletes_nothing_of_its_successors(
+def test_a_worker_that_was_suspended_while_pruning_deletes_nothing_of_its_successors(
     s3: MemoryS3, world: World
 ) -> None:
-    """Wherever it slept: ahead of any of its requests."""
+    """The worker is suspended before each of its requests in turn."""
     for number in range(1, 12):
         s3.objects.clear()
         asleep = MemoryS3(s3.objects)
@@ -92,7 +92,7 @@ def test_a_worker_that_slept_while_pruning_deletes_nothing_of_its_successors(
             prune(asleep, STATE, PREFIX, kept=["epoch-0020", "epoch-0030"], lease=slept)
             asleep.before = lambda method, bucket, key: None
         assert full("epoch-0020", "epoch-0030") <= there(s3)
-        if "epoch-0040/manifest.json" in there(s3):  # it slept indeed
+        if "epoch-0040/manifest.json" in there(s3):  # it was suspended
             assert full("epoch-0040", "epoch-0050") <= there(s3), f"request {number}"
             assert full("epoch-0005") <= there(s3), f"request {number}"
 
@@ -125,7 +125,7 @@ def test_the_lease_is_renewed_directly_before_the_deletion(s3: MemoryS3, world: 
     assert calls[-2] == "PUT jobs/job.json" and calls[-1].startswith("DELETE ")
 
 
-def test_without_anything_to_delete_nothing_is_written(s3: MemoryS3, world: World) -> None:
+def test_if_there_is_nothing_to_delete_nothing_is_written(s3: MemoryS3, world: World) -> None:
     with world.claim("job") as lease:
         register(lease, s3, 10, 20)
         calls: list[str] = []
@@ -151,8 +151,8 @@ def test_a_checkpoint_goes_only_if_no_later_claim_has_written_a_file_of_it(
     assert ("epoch-0010/manifest.json" not in there(s3)) == goes
 
 
-def test_checkpoints_further_on_than_the_kept_ones_stay(s3: MemoryS3, world: World) -> None:
-    """They are a successor's, or of a line that training has left: the next ones pass them."""
+def test_checkpoints_after_the_kept_ones_stay(s3: MemoryS3, world: World) -> None:
+    """They are a successor's, or training went back before them: the next ones replace them."""
     with world.claim("job") as lease:
         register(lease, s3, 10, 20)
         put(s3, "epoch-0030")
@@ -163,7 +163,7 @@ def test_checkpoints_further_on_than_the_kept_ones_stay(s3: MemoryS3, world: Wor
     assert there(s3) == full("epoch-0005-retake-1") | lora("epoch-0010", "epoch-0020", "epoch-0030")
 
 
-def test_other_files_beside_the_checkpoints_stay(s3: MemoryS3, world: World) -> None:
+def test_files_that_belong_to_no_checkpoint_stay(s3: MemoryS3, world: World) -> None:
     with world.claim("job") as lease:
         register(lease, s3, 20)
         for key in ("tensorboard/claim-0001.events", "notes/a.txt", "readme"):
@@ -203,7 +203,7 @@ def ended(lease: JobLease, kind: EndingKind, code: str | None = None) -> JobReco
         (EndingKind.FAILED, ErrorCode.STORAGE_FAILED, full("epoch-0020")),
     ],
 )
-def test_after_the_ending_what_is_needed_no_more_goes(
+def test_after_the_ending_files_that_are_no_longer_needed_are_deleted(
     s3: MemoryS3, world: World, kind: EndingKind, code: str | None, left: set[str]
 ) -> None:
     with world.claim("job") as lease:
@@ -215,7 +215,7 @@ def test_after_the_ending_what_is_needed_no_more_goes(
 
 
 def test_of_a_failed_job_the_newest_registered_checkpoint_stays(s3: MemoryS3, world: World) -> None:
-    """Not one further on, of a line that training has left."""
+    """Not a later one, before which training went back."""
     with world.claim("job") as lease:
         register(lease, s3, 10)
         put(s3, "epoch-0030")
@@ -225,7 +225,7 @@ def test_of_a_failed_job_the_newest_registered_checkpoint_stays(s3: MemoryS3, wo
 
 @pytest.mark.parametrize("remove", [clear_up, delete_all_of])
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_worker_that_slept_after_the_ending_deletes_nothing_of_a_job_that_was_sent_back(
+def test_a_worker_that_was_suspended_after_the_ending_deletes_nothing_of_a_job_that_was_sent_back(
     s3: MemoryS3, world: World, number: int, remove: Callable[[MemoryS3, str, JobRecord], bool]
 ) -> None:
     asleep = MemoryS3(s3.objects)
@@ -271,7 +271,7 @@ def uploads_of(
     )
 
 
-def test_a_checkpoint_is_registered_when_it_is_whole_and_its_local_folder_goes(
+def test_a_complete_checkpoint_is_registered_and_its_local_folder_is_removed(
     s3: MemoryS3, world: World
 ) -> None:
     with world.claim("job") as lease:
@@ -298,7 +298,7 @@ def test_the_manifest_goes_up_last(s3: MemoryS3, world: World) -> None:
     assert "PUT jobs/job.json" in written[after:] and "PUT jobs/job.json" not in written[:after]
 
 
-def test_while_one_goes_up_only_the_newest_waits(s3: MemoryS3, world: World) -> None:
+def test_during_an_upload_only_the_newest_checkpoint_waits(s3: MemoryS3, world: World) -> None:
     gate, begun = threading.Event(), threading.Event()
 
     def slow(method: str, _bucket: str, key: str) -> None:
@@ -347,7 +347,7 @@ def test_once_the_lease_is_lost_nothing_is_uploaded(s3: MemoryS3, world: World) 
     assert there(s3) == set()
 
 
-def test_settling_takes_no_longer_than_the_patience(s3: MemoryS3, world: World) -> None:
+def test_settling_takes_no_longer_than_its_limit(s3: MemoryS3, world: World) -> None:
     gate = threading.Event()
 
     def slow(method: str, _bucket: str, key: str) -> None:

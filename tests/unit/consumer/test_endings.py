@@ -1,4 +1,4 @@
-"""Endings, fast: when they are sent, when they come back, and what is done about a refusal."""
+"""Endings, fast: when they are sent, when they return, and how refusals are handled."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_parked_ending_waits_for_the_first_delay_that_the_backend_asks_for(
     assert parking_delay(DELAYS, tries, answer(outcome, retry_after)) == seconds
 
 
-def test_an_ending_that_the_backend_cannot_take_rides_on_the_endings_queue(world: World) -> None:
+def test_an_ending_that_the_backend_cannot_accept_waits_on_the_endings_queue(world: World) -> None:
     world.backend.answers = [dataclasses.replace(AWAY, retry_after=120.0)]
     waiting = only(world.pipeline.handle(delivery()))
     assert (waiting.queue, waiting.delay_seconds) == (Queue.ENDINGS, 300.0)
@@ -93,7 +93,7 @@ def test_an_ending_that_the_backend_cannot_take_rides_on_the_endings_queue(world
     assert world.record().is_settled
 
 
-def test_the_first_look_comes_when_a_holder_killed_just_now_has_lost_its_lease(
+def test_the_first_check_comes_after_the_lease_of_a_holder_that_was_killed_just_now(
     world: World,
 ) -> None:
     kept: list[Publication] = []
@@ -104,7 +104,7 @@ def test_the_first_look_comes_when_a_holder_killed_just_now_has_lost_its_lease(
     assert kept[0].delay_seconds == world.settings.limits.lease_ttl_seconds == 120.0
 
 
-def test_a_dead_letter_says_which_level_its_message_needs(world: World) -> None:
+def test_a_dead_letter_has_the_level_that_its_message_needs(world: World) -> None:
     world.backend.answers = [REFUSED]
     world.pipeline.handle(delivery(headers={MIN_LEVEL: 1}))
     bad = order("bad", parameters={"epochs": 0})
@@ -114,7 +114,7 @@ def test_a_dead_letter_says_which_level_its_message_needs(world: World) -> None:
     assert refused.given_up("too large").cut().headers[MIN_LEVEL] == 1
 
 
-def test_a_refusal_that_was_put_off_is_told_once_however_long_that_took(world: World) -> None:
+def test_a_refusal_that_was_put_off_is_reported_once_however_long_that_took(world: World) -> None:
     body = order(parameters={"epochs": 0})
     world.pipeline.handle(delivery(body))
     world.s3.pass_seconds(5000)
@@ -122,7 +122,7 @@ def test_a_refusal_that_was_put_off_is_told_once_however_long_that_took(world: W
     assert len(world.backend.endings) == 1
 
 
-def test_an_ending_is_tried_for_a_minute_by_the_jobs_worker_and_once_by_any_other(
+def test_the_jobs_worker_tries_an_ending_for_a_minute_and_any_other_worker_once(
     world: World,
 ) -> None:
     world.backend.answers = [AWAY, AWAY]
@@ -138,7 +138,7 @@ def test_a_parked_ending_reads_as_the_first_release_writes_it() -> None:
     assert parked_body(parked("task-1", order(), tries=0, delay=None, looks=3))["looks"] == 3
 
 
-def test_each_look_at_a_live_job_is_counted(world: World) -> None:
+def test_each_check_of_a_live_job_is_counted(world: World) -> None:
     kept: list[Publication] = []
 
     def run(*_: Any) -> None:
@@ -182,7 +182,7 @@ def test_a_job_that_was_given_back_long_ago_is_published_again_by_a_watched_mess
         b"no json",
     ],
 )
-def test_a_message_that_names_no_style_of_ours_is_refused_without_a_webhook(
+def test_a_message_without_a_valid_style_is_refused_without_a_webhook(
     world: World, body: bytes
 ) -> None:
     assert only(world.pipeline.handle(delivery(body))).queue is Queue.DEAD
@@ -190,7 +190,7 @@ def test_a_message_that_names_no_style_of_ours_is_refused_without_a_webhook(
     assert not world.s3.keys(STATE)
 
 
-def test_a_refusal_that_another_worker_is_telling_is_looked_at_again(world: World) -> None:
+def test_a_refusal_that_another_worker_delivers_is_checked_again(world: World) -> None:
     body = order(parameters={"epochs": 0})
     kept: list[Publication] = []
 
@@ -236,7 +236,7 @@ def test_a_404_of_the_backend_itself_is_set_aside_after_the_last_delay(world: Wo
     assert [one.headers["x-error-code"] for one in world.broker.published] == ["WEBHOOK_REJECTED"]
 
 
-def test_a_404_that_any_router_may_give_is_never_the_last_word(world: World) -> None:
+def test_a_404_that_a_router_may_give_is_never_final(world: World) -> None:
     world.backend.answers = [ROUTER_404] * 20
     settlement = world.pipeline.handle(delivery())
     for _ in range(19):
@@ -246,13 +246,13 @@ def test_a_404_that_any_router_may_give_is_never_the_last_word(world: World) -> 
     assert not world.broker.in_queue(Queue.DEAD)
 
 
-def test_a_404_at_the_first_try_is_not_the_last_word(world: World) -> None:
+def test_a_404_at_the_first_try_is_not_final(world: World) -> None:
     world.backend.answers = [NOT_FOUND]
     assert only(world.pipeline.handle(delivery())).queue is Queue.ENDINGS
     assert world.record().delivery is Delivery.PENDING
 
 
-def test_looking_at_a_live_job_uses_up_none_of_an_endings_tries(world: World) -> None:
+def test_checks_of_a_live_job_do_not_count_as_tries_of_its_ending(world: World) -> None:
     kept: list[Publication] = []
     world.trainer.does = lambda *_: kept.append(
         only(world.worker("two").pipeline.handle(delivery()))
@@ -284,7 +284,7 @@ def test_an_ending_that_another_worker_delivers_is_not_acknowledged_but_kept(wor
     assert other.record().is_settled
 
 
-def test_an_ending_that_is_told_at_this_moment_is_looked_at_again(world: World) -> None:
+def test_an_ending_that_is_being_delivered_is_checked_again(world: World) -> None:
     kept: list[Publication] = []
 
     def while_it_is_told() -> None:
@@ -298,13 +298,13 @@ def test_an_ending_that_is_told_at_this_moment_is_looked_at_again(world: World) 
     assert world.worker("three").endings.handle(redelivery_of(kept[0])) == Settlement.ack()
 
 
-def test_an_ending_is_given_back_when_its_lease_is_lost(world: World) -> None:
+def test_an_ending_is_released_when_its_lease_is_lost(world: World) -> None:
     world.backend.answers = [AWAY]
     waiting = only(world.pipeline.handle(delivery()))
 
     def taken_over() -> None:
         body = world.s3.objects[STATE, "jobs/task-1.json"].body
-        # Another ETag: somebody else has written it.
+        # Another ETag: another process has written it.
         world.s3.change(STATE, "jobs/task-1.json", body=body + b" ")
 
     world.backend.on_ending = taken_over
@@ -312,18 +312,20 @@ def test_an_ending_is_given_back_when_its_lease_is_lost(world: World) -> None:
     assert parked_body(again) == parked_body(waiting)
 
 
-def test_a_parked_ending_of_a_job_without_a_record_is_done_with(world: World) -> None:
+def test_a_parked_ending_of_a_job_without_a_record_is_acknowledged(world: World) -> None:
     parking = parked("nobody-knows", b"{}", tries=1, delay=None)
     assert world.endings.handle(redelivery_of(parking)) == Settlement.ack()
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"task_id": 1, "tries": "x"}', b"\xff"])
-def test_what_no_worker_has_parked_goes_to_the_dead_queue(world: World, body: bytes) -> None:
+def test_a_message_that_no_worker_has_parked_goes_to_the_dead_queue(
+    world: World, body: bytes
+) -> None:
     dead = only(world.endings.handle(delivery(body, queue=Queue.ENDINGS)))
     assert (dead.queue, dead.headers["x-error-code"]) == (Queue.DEAD, "INVALID_MESSAGE")
 
 
-def test_a_parked_ending_outlives_a_storage_that_is_away(world: World) -> None:
+def test_a_parked_ending_survives_an_outage_of_the_storage(world: World) -> None:
     world.backend.answers = [AWAY]
     waiting = only(world.pipeline.handle(delivery()))
     world.s3.before = away
@@ -333,7 +335,7 @@ def test_a_parked_ending_outlives_a_storage_that_is_away(world: World) -> None:
     assert world.endings.handle(redelivery_of(again)) == Settlement.ack()
 
 
-def test_a_parked_ending_whose_record_is_damaged_is_given_up_after_five_looks(
+def test_a_parked_ending_whose_record_is_damaged_is_given_up_after_five_checks(
     world: World,
 ) -> None:
     world.s3.write(S3Location(STATE, "jobs/task-1.json"), b"{")
@@ -347,7 +349,7 @@ def test_a_parked_ending_whose_record_is_damaged_is_given_up_after_five_looks(
     assert copy.headers["x-task-id"] == "task-1"
 
 
-def test_the_log_says_that_an_ending_was_sent_only_when_it_was_taken(world: World) -> None:
+def test_the_log_reports_an_ending_as_sent_only_if_it_was_accepted(world: World) -> None:
     world.backend.answers = [AWAY]
     with capture_logs() as lines:
         waiting = only(world.pipeline.handle(delivery()))
@@ -377,7 +379,7 @@ def test_a_refused_message_is_counted_by_its_code(world: World) -> None:
     assert world.counted("messages_refused_total", code="INVALID_MESSAGE") == 1
 
 
-def test_a_refused_message_is_told_once_and_kept_in_the_dead_queue(world: World) -> None:
+def test_a_refused_message_is_reported_once_and_kept_in_the_dead_queue(world: World) -> None:
     body = order(parameters={"epochs": 0})
     dead = only(world.pipeline.handle(delivery(body)))
     assert (dead.queue, dead.body) == (Queue.DEAD, body)
@@ -386,7 +388,7 @@ def test_a_refused_message_is_told_once_and_kept_in_the_dead_queue(world: World)
     assert (ending.kind, ending.body["error_code"]) == ("failed", "INVALID_MESSAGE")
 
 
-def test_a_refusal_that_cannot_be_recorded_comes_back_whole(world: World) -> None:
+def test_a_refusal_that_cannot_be_recorded_is_retried_as_a_whole(world: World) -> None:
     world.s3.before = away
     body = order(parameters={"epochs": 0})
     copy = only(world.pipeline.handle(delivery(body)))
@@ -398,7 +400,7 @@ def test_a_refusal_that_cannot_be_recorded_comes_back_whole(world: World) -> Non
     assert not world.broker.published
 
 
-def test_a_refusal_that_the_backend_cannot_take_is_parked(world: World) -> None:
+def test_a_refusal_that_the_backend_cannot_accept_is_parked(world: World) -> None:
     world.backend.answers = [AWAY]
     dead, waiting = world.pipeline.handle(delivery(order(parameters={"epochs": 0}))).publish
     assert (dead.queue, waiting.queue) == (Queue.DEAD, Queue.ENDINGS)

@@ -1,4 +1,4 @@
-"""The pages over a condition that is set by hand: what they answer, and to whom they do not."""
+"""The pages with a condition that the test sets: their answers, and clients without one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from utils.metrics import Metrics
 
 class Broker(BrokerLoop):
     # pylint: disable=super-init-not-called
-    """A connection in whatever state a test wants."""
+    """A connection in a state that the test sets."""
 
     def __init__(self) -> None:
         self.connected = self.consuming = self.holds = True
@@ -38,11 +38,11 @@ class Broker(BrokerLoop):
 
     @property
     def busy(self) -> bool:
-        """Whether a job is in hand."""
+        """Whether a job runs."""
         return self.holds
 
     def turned_within(self, seconds: float) -> bool:
-        """Whether the thread is well."""
+        """Whether the thread works."""
         return self.silent_for < seconds
 
 
@@ -85,7 +85,7 @@ def _stop() -> threading.Event:
 
 @pytest.fixture(name="condition")
 def _condition(trainer: Trainer, broker: Broker, stop: threading.Event) -> Condition:
-    """A worker that is well."""
+    """A healthy worker."""
     condition = _condition_of(Observer(), stop)
     condition.machine_tested(Machine(cuda=True, device="NVIDIA H200", count=2, capability="9.0"))
     condition.has_trainer(trainer)
@@ -140,7 +140,7 @@ def test_a_local_training_has_the_same_pages() -> None:
     assert (numbers["current_step"], numbers["estimated_seconds"]) == (5, 2)
 
 
-def test_a_worker_that_is_well_is_ready(pages: HttpPages) -> None:
+def test_a_healthy_worker_is_ready(pages: HttpPages) -> None:
     assert ask(pages, "/ready")[0] == ask(pages, "/health")[0] == 200
     status = ask(pages, "/status")[1]
     assert (status["is_running"], status["gpu_count"], status["gpu_name"]) == (
@@ -151,7 +151,7 @@ def test_a_worker_that_is_well_is_ready(pages: HttpPages) -> None:
 
 
 @pytest.mark.parametrize("part", ["broker", "s3", "gpu", "base_model"])
-def test_each_part_that_is_missing_is_named_alone(
+def test_each_missing_part_is_named_and_no_other(
     pages: HttpPages, condition: Condition, part: str, broker: Broker, trainer: Trainer
 ) -> None:
     match part:
@@ -178,9 +178,7 @@ def test_a_state_bucket_that_was_not_tested_yet_keeps_the_worker_from_being_read
     assert (code, ready["checks"]["s3"]) == (503, problem)
 
 
-def test_a_remark_stands_beside_a_part_that_is_ready(
-    pages: HttpPages, condition: Condition
-) -> None:
+def test_a_part_that_is_ready_can_have_a_remark(pages: HttpPages, condition: Condition) -> None:
     condition.state_tested(None, "ok, but unguarded: run this worker only")
     code, ready = ask(pages, "/ready")
     assert (code, ready["ready"]) == (200, True)
@@ -198,10 +196,10 @@ def test_a_worker_that_neither_consumes_nor_holds_a_job_is_not_ready(
     assert ask(pages, "/ready")[0] == 503
 
 
-def test_who_has_not_answered_for_long_is_told_though_no_error_has_come(
+def test_a_service_that_has_not_answered_for_long_is_reported_without_an_error(
     pages: HttpPages, monkeypatch: pytest.MonkeyPatch, broker: Broker
 ) -> None:
-    """A machine that vanishes sends no farewell, and a look at it may hang."""
+    """A machine that vanishes closes no connection, and a request to it may hang."""
     broker.silent_for = 6.0
     checks = ask(pages, "/ready")[1]["checks"]
     assert checks["broker"] == "RabbitMQ has not answered for 5 seconds"
@@ -232,7 +230,7 @@ def test_a_page_that_breaks_breaks_no_other(
     assert ask(pages, "/health")[0] == 200
 
 
-def test_whoever_holds_all_connections_keeps_no_probe_out(
+def test_a_client_that_holds_all_connections_does_not_block_probes(
     pages: HttpPages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_pages, "_CONNECTIONS", 5)
@@ -277,7 +275,7 @@ def test_the_metrics_text_is_made_once_a_second_however_many_ask(
         assert len(made) == 3
 
 
-def test_who_sends_nonsense_writes_nothing_into_the_log(
+def test_a_client_that_sends_nonsense_writes_nothing_into_the_log(
     pages: HttpPages, caplog: pytest.LogCaptureFixture
 ) -> None:
     chunked = b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzzzz\r\n"
@@ -296,7 +294,7 @@ def test_before_anything_is_known_it_is_alive_and_not_ready() -> None:
     assert newborn.health()["status"] == "healthy"
 
 
-def test_a_child_that_stays_away_is_a_reason_to_start_the_worker_anew(
+def test_a_missing_trainer_is_a_reason_to_restart_the_worker(
     pages: HttpPages, monkeypatch: pytest.MonkeyPatch, trainer: Trainer
 ) -> None:
     trainer.alive = False
@@ -310,14 +308,14 @@ def test_a_child_that_stays_away_is_a_reason_to_start_the_worker_anew(
     assert ask(pages, "/health")[0] == 200
 
 
-def test_a_connection_s_thread_that_stands_still_is_one_too(
+def test_a_connection_thread_that_stands_still_is_a_reason_to_restart_the_worker(
     pages: HttpPages, broker: Broker
 ) -> None:
     broker.silent_for = 181.0
     assert ask(pages, "/health")[0] == 503
 
 
-def test_a_broker_that_leaves_a_request_without_an_answer_is_named_and_kills_no_worker(
+def test_a_broker_that_does_not_answer_a_request_is_named_and_is_no_reason_to_restart(
     pages: HttpPages, broker: Broker, stop: threading.Event
 ) -> None:
     assert "broker" not in ask(pages, "/health")[1]
@@ -333,7 +331,7 @@ def test_a_broker_that_leaves_a_request_without_an_answer_is_named_and_kills_no_
     assert "broker" not in ask(pages, "/health")[1]
 
 
-def test_a_worker_that_stops_is_alive_and_not_ready(
+def test_a_worker_that_stops_is_alive_but_not_ready(
     condition: Condition, stop: threading.Event
 ) -> None:
     stop.set()
@@ -342,7 +340,7 @@ def test_a_worker_that_stops_is_alive_and_not_ready(
     assert condition.status()["is_running"] is False
 
 
-def test_who_sends_half_a_request_is_cut_off(
+def test_a_client_that_sends_half_a_request_is_cut_off(
     condition: Condition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_pages, "_CONNECTION_SECONDS", 0.2)
@@ -357,6 +355,6 @@ def test_who_sends_half_a_request_is_cut_off(
             pass
 
 
-def test_a_host_that_is_not_this_machine_is_a_setting_s_fault(condition: Condition) -> None:
+def test_a_host_that_is_not_this_machine_is_reported_with_its_setting(condition: Condition) -> None:
     with pytest.raises(ConfigurationError, match="HTTP_HOST 192.0.2.1"):
         HttpPages("192.0.2.1", 0, condition, Observer().metrics)

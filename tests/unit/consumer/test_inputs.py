@@ -1,4 +1,4 @@
-"""A job's images: what an artist reads when too few of them could be fetched."""
+"""A job's images: the text for an artist if too few of them could be fetched."""
 
 from __future__ import annotations
 

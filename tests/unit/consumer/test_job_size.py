@@ -97,7 +97,7 @@ def test_images_and_validation_images_count_and_nothing_is_downloaded(
     assert s3.count("HEAD") == 4 and s3.count("GET") == 0
 
 
-def test_an_image_that_will_not_be_downloaded_counts_nothing(
+def test_an_image_that_will_not_be_downloaded_counts_as_zero(
     s3: MemoryS3, measure: Measure
 ) -> None:
     put(s3, {"0": 1000, "1": 5000})  # 2 is missing
@@ -127,7 +127,7 @@ def test_the_default_limit_takes_the_largest_job_that_the_other_limits_allow() -
     assert settings.limits.max_job_bytes >= 200 * settings.options["style"].max_image_bytes
 
 
-def test_a_job_that_needs_more_than_is_free_is_for_another_machine(
+def test_a_job_that_needs_more_than_the_free_space_goes_to_another_machine(
     s3: MemoryS3, measure: Measure, free: Callable[[int], None]
 ) -> None:
     put(s3, {"0": MIB, "1": MIB, "2": MIB})
@@ -167,7 +167,7 @@ def test_a_stop_ends_the_look_up_at_once(s3: MemoryS3, measure: Measure) -> None
     assert s3.count("HEAD") == 0
 
 
-def test_trouble_with_s3_is_raised_and_the_rest_is_not_asked_for(
+def test_an_error_of_s3_is_raised_and_no_further_object_is_measured(
     s3: MemoryS3, measure: Measure
 ) -> None:
     def fail(method: str, _: str, key: str) -> None:
@@ -188,7 +188,7 @@ def test_trouble_with_s3_is_raised_and_the_rest_is_not_asked_for(
         ({"optimizer": "prodigy"}, 475),
     ],
 )
-def test_what_training_writes_is_estimated_by_what_is_trained(
+def test_the_files_of_training_are_estimated_from_the_parameters(
     more: dict[str, Any], mebibytes: int
 ) -> None:
     assert round(output_bytes(**more) / MIB) == mebibytes
@@ -207,5 +207,5 @@ def test_what_training_writes_is_estimated_by_what_is_trained(
         (5 * 1024**5, "5120 TiB"),
     ],
 )
-def test_a_size_is_spoken_in_people_s_units(size: int, text: str) -> None:
+def test_a_size_is_written_in_readable_units(size: int, text: str) -> None:
     assert spoken(size) == text

@@ -1,4 +1,4 @@
-"""What a worker counts of a job: time that was of use, and time that was not."""
+"""A worker's counts of a job: useful time and wasted time."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture(name="observer")
 def _observer(clock: Clock) -> Iterator[Observer]:
-    """One with a job in hand whose trainer has worked for 60 seconds.
+    """An observer with a job whose trainer has worked for 60 seconds.
 
-    Its last checkpoint came after 40 of them.
+    The last checkpoint came after 40 of them.
     """
     observer = Observer()
     record = JobRecord.new(JobRequest("t-1", "style", "10", "identity", {}), "me", 120.0)
@@ -65,7 +65,7 @@ def _observer(clock: Clock) -> Iterator[Observer]:
 
 
 def progress(epoch: int, step: int) -> Progress:
-    """How far a run is."""
+    """A run's progress."""
     return Progress(
         "t-1",
         Stage.TRAINING,
@@ -97,7 +97,7 @@ def test_trainer_time_epochs_and_steps_are_counted_once(observer: Observer) -> N
     assert value(observer, "trainer_gpu_memory_allocated_bytes") == 2**30
 
 
-def test_an_attempt_that_breaks_off_wastes_what_its_last_registered_checkpoint_lacks(
+def test_an_attempt_that_breaks_off_wastes_the_time_after_its_last_registered_checkpoint(
     observer: Observer,
 ) -> None:
     observer.tried_again(ErrorCode.WORKER_CRASHED)
@@ -105,7 +105,7 @@ def test_an_attempt_that_breaks_off_wastes_what_its_last_registered_checkpoint_l
     assert value(observer, "job_retries_total", code="WORKER_CRASHED") == 1
 
 
-def test_a_stop_wastes_as_little(observer: Observer) -> None:
+def test_a_stop_wastes_only_the_time_after_the_last_checkpoint(observer: Observer) -> None:
     observer.given_back(StopReason.SHUTDOWN)
     assert value(observer, "wasted_gpu_seconds_total", reason="shutdown") == 20
     assert value(observer, "jobs_given_back_total", reason="shutdown") == 1
@@ -117,7 +117,7 @@ def test_a_failed_job_wastes_all_of_its_run(observer: Observer) -> None:
     assert value(observer, "jobs_total", ending="failed", code="TRAINING_DIVERGED") == 1
 
 
-def test_a_job_that_is_done_wastes_nothing_and_is_known_by_its_time(observer: Observer) -> None:
+def test_a_completed_job_wastes_nothing_and_its_time_is_counted(observer: Observer) -> None:
     observer.ended(Ending(EndingKind.COMPLETE, {}))
     assert value(observer, "jobs_total", ending="complete", code="none") == 1
     assert value(observer, "job_duration_seconds_sum", ending="complete") == 160
@@ -131,7 +131,7 @@ def stage(observer: Observer) -> str:
     return str(observer.job.facts()["stage"])
 
 
-def test_the_stage_follows_the_job_past_the_trainer_s_last_word(observer: Observer) -> None:
+def test_the_stage_follows_the_job_after_the_trainers_last_event(observer: Observer) -> None:
     assert stage(observer) == "training"
     with observer.training():
         observer.saw(
@@ -173,7 +173,7 @@ def test_messages_and_redeliveries_are_counted_by_queue() -> None:
     assert value(observer, "messages_total", queue="endings") == 1
 
 
-def test_a_gpu_s_readings_are_in_base_units_and_go_when_it_is_lost() -> None:
+def test_the_readings_of_a_gpu_are_in_base_units_and_disappear_when_it_is_lost() -> None:
     observer = Observer()
     observer.gpus([GpuReading(0, "H200", 5, 10, 97, 61, 250.5, ("heat",))])
     assert value(observer, "gpu_utilisation_ratio", gpu="0") == 0.97

@@ -13,18 +13,18 @@ EARLY, LATE = "2026-01-20T08:00:00Z", "2026-01-20T12:00:00+00:00"
     ("said", "recorded", "counts"),
     [
         (EARLY, LATE, EARLY),
-        (LATE, EARLY, EARLY),  # a publisher's clock that runs ahead wins nothing
+        (LATE, EARLY, EARLY),  # a publisher's clock that runs ahead has no advantage
         ("yesterday", LATE, LATE),
         ("2026-01-20T17:00:00+09:00", LATE, EARLY),
         ("2026-01-20T08:00:00", LATE, EARLY),  # without a zone it is UTC
     ],
 )
-def test_an_order_is_as_old_as_its_message_says_and_never_later_than_its_record(
+def test_the_time_of_an_order_is_that_of_its_message_but_never_later_than_its_record(
     said: str, recorded: str, counts: str
 ) -> None:
     assert order_time(said, recorded) == instant(counts)
 
 
 @pytest.mark.parametrize("text", [None, "", "soon", "0001-01-01T00:00:00+14:00"])
-def test_a_time_that_cannot_be_read_is_none(text: str | None) -> None:
+def test_an_unreadable_time_is_ignored(text: str | None) -> None:
     assert instant(text) is None

@@ -1,4 +1,4 @@
-"""A job's life, fast: what becomes of a message, a record and an ending, whatever happens."""
+"""The steps of a job, fast: the fate of a message, a record and an ending in every case."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def only(settlement: Settlement) -> Any:
     return publication
 
 
-def test_a_job_is_trained_published_told_and_only_then_acknowledged(world: World) -> None:
+def test_a_job_is_trained_published_and_reported_and_only_then_acknowledged(world: World) -> None:
     assert world.pipeline.handle(delivery()) == Settlement.ack()
     record = world.record()
     assert (record.state, record.delivery, record.is_settled) == (
@@ -95,14 +95,14 @@ def test_a_job_is_trained_published_told_and_only_then_acknowledged(world: World
     assert not world.s3.keys(STATE, "jobs/live/")
 
 
-def test_the_ending_is_durable_before_the_backend_hears_of_it(world: World) -> None:
+def test_the_ending_is_durable_before_it_is_sent_to_the_backend(world: World) -> None:
     seen: list[tuple[State, Delivery]] = []
     world.backend.on_ending = lambda: seen.append((world.record().state, world.record().delivery))
     world.pipeline.handle(delivery())
     assert seen == [(State.ENDED, Delivery.PENDING)]
 
 
-def test_a_job_that_has_ended_is_neither_trained_nor_told_again(world: World) -> None:
+def test_a_job_that_has_ended_is_neither_trained_nor_reported_again(world: World) -> None:
     world.pipeline.handle(delivery())
     assert world.pipeline.handle(delivery(redelivered=True)) == Settlement.ack()
     assert len(world.trainer.runs) == 1
@@ -131,7 +131,7 @@ def test_each_further_attempt_waits_longer_and_the_last_one_fails_the_job(world:
     assert (ending.body["attempts"], ending.body["retryable"]) == (3, True)
 
 
-def test_a_checkpoint_sets_the_count_of_attempts_back(world: World) -> None:
+def test_a_checkpoint_resets_the_count_of_attempts(world: World) -> None:
     world.trainer.does = raising(WorkerCrashed("it died"))
     first = only(world.pipeline.handle(delivery()))
 
@@ -147,10 +147,10 @@ def test_a_checkpoint_sets_the_count_of_attempts_back(world: World) -> None:
     assert (record.attempts, record.checkpoint and record.checkpoint.epoch) == (0, 10)
 
 
-def test_a_job_whose_workers_all_died_without_a_word_is_given_up(world: World) -> None:
+def test_a_job_whose_workers_were_all_killed_is_given_up(world: World) -> None:
     for number in range(3):
         other = world.worker(f"dead-{number}")
-        # A worker that is killed: its claim is there, and nothing else.
+        # A killed worker leaves only its claim.
         other.trainer.does = raising(KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             other.pipeline.handle(delivery(redelivered=number > 0))
@@ -162,7 +162,7 @@ def test_a_job_whose_workers_all_died_without_a_word_is_given_up(world: World) -
     assert not world.trainer.runs
 
 
-# ---- what the dead queue is owed ---------------------------------------------------------------
+# ---- copies for the dead queue -----------------------------------------------------------------
 
 
 def test_the_dead_queue_gets_its_copy_of_a_job_that_might_have_succeeded(world: World) -> None:
@@ -233,7 +233,7 @@ def test_an_ending_that_the_backend_refuses_is_set_aside_with_its_copy(world: Wo
     assert (record.delivery, record.owed, record.is_settled) == (Delivery.SET_ASIDE, None, True)
 
 
-def test_a_job_that_cannot_be_helped_owes_nothing(world: World) -> None:
+def test_a_job_that_another_attempt_cannot_help_owes_no_copy(world: World) -> None:
     world.trainer.does = raising(LowQualityData("only 1 of 3 images can be used"))
     assert world.pipeline.handle(delivery()) == Settlement.ack()
     assert not world.broker.published
@@ -243,7 +243,7 @@ def test_a_job_that_cannot_be_helped_owes_nothing(world: World) -> None:
 # ---- orders, duplicates and other workers -------------------------------------------------------
 
 
-def test_a_second_order_that_was_never_claimed_is_not_taken_for_a_duplicate(world: World) -> None:
+def test_a_second_order_that_was_never_claimed_is_not_treated_as_a_duplicate(world: World) -> None:
     world.pipeline.handle(delivery(order(None)))
     world.s3.pass_seconds(601.0)
 
@@ -261,7 +261,7 @@ def test_a_second_order_that_was_never_claimed_is_not_taken_for_a_duplicate(worl
     assert len({ending.body["task_id"] for ending in world.backend.endings}) == 2
 
 
-def test_a_later_run_that_is_lost_comes_back_as_that_run(world: World) -> None:
+def test_the_lost_message_of_a_later_run_returns_as_that_run(world: World) -> None:
     world.pipeline.handle(delivery(order(None)))
     world.s3.pass_seconds(601.0)
 
@@ -293,14 +293,14 @@ def test_the_same_body_again_soon_after_its_end_is_a_duplicate(world: World) -> 
     assert len(world.trainer.runs) == 1
 
 
-def test_a_redelivered_body_without_an_id_is_no_new_order(world: World) -> None:
+def test_a_redelivered_body_without_an_id_is_not_a_new_order(world: World) -> None:
     world.pipeline.handle(delivery(order(None)))
     world.s3.pass_seconds(5000.0)
     assert world.pipeline.handle(delivery(order(None), redelivered=True)) == Settlement.ack()
     assert len(world.trainer.runs) == 1
 
 
-def test_a_redelivery_that_is_put_off_stays_no_new_order(world: World) -> None:
+def test_a_redelivery_that_is_put_off_does_not_become_a_new_order(world: World) -> None:
     world.s3.before = away
     copy = only(world.pipeline.handle(delivery(order(None), redelivered=True)))
     assert copy.headers[OWN_COPY] is True
@@ -369,7 +369,7 @@ def test_a_watched_message_waits_on_while_the_jobs_own_copy_is_on_its_way(world:
     assert parked_body(again)["looks"] == 2
 
 
-def test_a_lease_that_is_lost_leaves_the_job_alone_and_its_message_watched(world: World) -> None:
+def test_after_a_lost_lease_the_job_is_not_touched_and_its_message_is_watched(world: World) -> None:
     world.trainer.does = lambda run, tell, stop: stop.request(StopReason.LEASE_LOST)
     watched = only(world.pipeline.handle(delivery()))
     assert watched.queue is Queue.ENDINGS
@@ -398,7 +398,7 @@ def test_a_lease_that_is_found_lost_at_the_ending_leaves_everything_to_its_new_h
     assert "job_left_to_another_worker" in [line["event"] for line in lines]
 
 
-def test_a_shutdown_gives_the_job_back_uncounted(world: World) -> None:
+def test_a_shutdown_returns_the_job_without_counting_an_attempt(world: World) -> None:
     world.trainer.does = lambda run, tell, stop: world.shutdown.request()
     assert world.pipeline.handle(delivery()) == Settlement.requeue()
     record = world.record()
@@ -432,7 +432,7 @@ def test_only_faults_of_the_service_are_logged_as_errors(
     assert [line["log_level"] for line in lines if line["event"] == "job_failed"] == [level]
 
 
-def test_a_bug_of_ours_costs_no_ending(world: World) -> None:
+def test_a_bug_in_the_worker_still_leads_to_an_ending(world: World) -> None:
     world.trainer.does = raising(ZeroDivisionError("secret detail"))
     world.pipeline.handle(delivery())
     body = world.backend.endings[0].body
@@ -444,7 +444,9 @@ def test_a_bug_of_ours_costs_no_ending(world: World) -> None:
 # ---- the style's folder --------------------------------------------------------------------------
 
 
-def test_the_folder_is_repaired_before_training_and_before_a_failure_is_told(world: World) -> None:
+def test_the_folder_is_repaired_before_training_and_before_a_failure_is_reported(
+    world: World,
+) -> None:
     told_after: list[int] = []
     world.backend.on_ending = lambda: told_after.append(len(world.publisher.repaired))
     world.trainer.does = raising(LowQualityData())
@@ -452,7 +454,7 @@ def test_the_folder_is_repaired_before_training_and_before_a_failure_is_told(wor
     assert told_after == [2]
 
 
-def test_a_cancelled_job_whose_folder_cannot_be_repaired_comes_back_before_it_ends(
+def test_a_cancelled_job_whose_folder_cannot_be_repaired_is_retried_before_it_ends(
     world: World,
 ) -> None:
     def fails() -> None:
@@ -504,7 +506,7 @@ def test_an_older_order_completes_without_replacing_the_later_ones_model(world: 
 # ---- machines -----------------------------------------------------------------------------------
 
 
-def test_a_job_that_is_too_large_for_this_disk_goes_to_another_and_the_worker_goes_on(
+def test_a_job_that_is_too_large_for_this_disk_goes_to_another_worker_and_this_one_goes_on(
     world: World,
 ) -> None:
     world.trainer.does = raising(NoRoomForJob("needs 900 GB, 40 GB are free"))
@@ -554,7 +556,7 @@ def test_one_small_worker_does_not_fail_a_job_that_others_have_room_for(world: W
     assert roomy.backend.endings[0].kind == "complete"
 
 
-def test_a_job_that_is_too_large_for_the_only_worker_ends_all_the_same(world: World) -> None:
+def test_a_job_that_is_too_large_for_the_only_worker_ends(world: World) -> None:
     world.trainer.does = raising(NoRoomForJob("needs 900 GB, 40 GB are free"))
     message, rejections = delivery(), 0
     while (settlement := world.pipeline.handle(message)).publish:
@@ -575,7 +577,7 @@ def test_a_disk_that_fills_up_makes_the_machine_unfit_and_counts_as_a_rejection(
     assert (world.record().rejections, world.record().attempts) == (1, 0)
 
 
-def test_a_gpu_that_computes_again_in_a_fresh_process_is_the_jobs_fault(world: World) -> None:
+def test_if_the_gpu_computes_again_in_a_new_process_the_job_is_at_fault(world: World) -> None:
     asked: list[bool] = []
     world.test_machine = lambda: asked.append(True)
     world.trainer.does = raising(GpuBroken("a CUDA error"))
@@ -596,7 +598,7 @@ def test_a_gpu_that_stays_broken_makes_the_machine_unfit(world: World) -> None:
     assert (world.record().attempts, world.record().rejections) == (0, 1)
 
 
-def test_a_job_that_waits_for_another_attempt_is_told_its_place_where_it_is_known(
+def test_a_job_that_waits_for_another_attempt_reports_its_place_if_it_is_known(
     world: World,
 ) -> None:
     world.trainer.does = raising(WorkerCrashed("it died"))
@@ -669,7 +671,7 @@ def test_a_job_that_waited_too_long_for_its_first_claim_fails_if_there_is_a_limi
 # ---- putting off --------------------------------------------------------------------------------
 
 
-def test_a_storage_that_is_away_puts_the_message_off_with_growing_delays_and_a_limit(
+def test_an_outage_of_the_storage_puts_the_message_off_with_growing_delays_and_a_limit(
     world: World,
 ) -> None:
     world.s3.before = away
@@ -701,7 +703,7 @@ def test_a_damaged_record_puts_its_message_off_five_times_and_then_gives_it_up(
     assert world.counted("messages_dead_lettered_total", code="STORAGE_FAILED") == 1
 
 
-def test_what_went_before_does_not_shorten_the_patience_with_a_damaged_record(
+def test_earlier_put_offs_do_not_lower_the_limit_for_a_damaged_record(
     world: World,
 ) -> None:
     message = delivery()
@@ -728,14 +730,14 @@ def test_an_ended_job_of_a_newer_worker_has_its_ending_delivered_by_an_older_one
     assert world.record().is_settled
 
 
-def test_the_message_of_a_newer_workers_record_is_kept_whatever_it_takes(world: World) -> None:
+def test_the_message_of_a_newer_workers_record_is_kept_without_a_limit(world: World) -> None:
     world.s3.write(S3Location(STATE, "jobs/task-1.json"), b'{"version": 2}')
     copy = only(world.pipeline.handle(delivery(headers={PUT_OFFS: 100_000})))
     assert copy.queue is Queue.TRAINING
     assert world.counted("messages_put_off_total", reason="newer_record") == 1
 
 
-def test_a_message_for_a_newer_worker_waits_for_one_and_not_for_ever(world: World) -> None:
+def test_a_message_for_a_newer_worker_waits_for_one_up_to_a_limit(world: World) -> None:
     headers = {MIN_LEVEL: PROTOCOL_LEVEL + 1}
     body = order(parameters={"only_the_new_version_knows": 1})
     copy = only(world.pipeline.handle(delivery(body, headers=headers)))
@@ -768,7 +770,7 @@ def test_a_job_that_needs_a_newer_worker_is_not_claimed_by_an_older_one(world: W
     assert len(world.trainer.runs) == 1
 
 
-def test_a_copy_for_another_attempt_counts_its_put_offs_anew(world: World) -> None:
+def test_a_copy_for_another_attempt_starts_its_put_offs_at_zero(world: World) -> None:
     world.trainer.does = raising(WorkerCrashed("it died"))
     copy = only(world.pipeline.handle(delivery(headers={PUT_OFFS: 7, "traceparent": "00-a-b-01"})))
     assert copy.headers == {OWN_COPY: True, "traceparent": "00-a-b-01"}

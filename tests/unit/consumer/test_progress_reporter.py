@@ -1,4 +1,4 @@
-"""Reports of progress, fast: what is in them, when they are sent, and when no more are."""
+"""Reports of progress, fast: their content, their times, and their end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HANG_SECONDS = 10.0
 
 
 class Backend:
-    """Stands in for `WebhookService`: keeps what it is sent, and answers when it may."""
+    """Stands in for `WebhookService`: keeps the requests, and answers when the test allows it."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
@@ -122,7 +122,7 @@ def test_every_number_of_a_report_is_an_integer(backend: Backend) -> None:
     assert progress["estimated_seconds"] == 96 and progress["progress_percent"] == 33
 
 
-def test_no_estimate_is_made_up_before_there_is_a_rate(backend: Backend) -> None:
+def test_there_is_no_estimate_before_there_is_a_rate(backend: Backend) -> None:
     with reporter(backend) as reports:
         reports.saw(training(1))
         assert backend.wait()["estimated_seconds"] == 0
@@ -141,7 +141,7 @@ def test_training_that_starts_over_is_estimated_by_the_rate_before_until_it_has_
         until(lambda: seen() == 80)
 
 
-def test_a_backend_that_wants_no_more_cancels_the_job(backend: Backend) -> None:
+def test_a_backend_that_no_longer_wants_the_job_cancels_it(backend: Backend) -> None:
     backend.answer = ProgressAnswer.CANCEL
     stop = StopSignal()
     with reporter(backend, stop) as reports:
@@ -186,7 +186,7 @@ def test_an_ending_waits_for_the_report_in_hand_and_none_follows_it(backend: Bac
 
 
 @pytest.mark.parametrize("error", [Stopped(StopReason.SHUTDOWN), LeaseLost()])
-def test_where_no_ending_follows_a_report_that_hangs_is_not_waited_for(
+def test_without_a_following_ending_a_report_that_hangs_is_not_waited_for(
     backend: Backend, error: Stopped
 ) -> None:
     backend.may_answer.clear()
@@ -198,7 +198,7 @@ def test_where_no_ending_follows_a_report_that_hangs_is_not_waited_for(
     assert time.monotonic() - began < HANG_SECONDS / 2
 
 
-def test_a_job_that_waits_for_another_attempt_says_so_with_its_place_and_time() -> None:
+def test_a_job_that_waits_for_another_attempt_reports_its_place_and_time() -> None:
     report = queued(style_kind(), JOB, training(20, 2.0), 3, 12.6, sequence=7)
     assert report["sequence"] == 7 and report["style_id"] == 10
     assert report["progress"] == {
@@ -211,7 +211,7 @@ def test_a_job_that_waits_for_another_attempt_says_so_with_its_place_and_time() 
     }
 
 
-def test_a_job_of_which_nothing_was_trained_waits_at_the_beginning() -> None:
+def test_a_waiting_job_that_was_not_trained_yet_reports_no_progress() -> None:
     progress = queued(style_kind(), JOB, None, 1, 0.0, sequence=1)["progress"]
     assert (progress["current_epoch"], progress["total_epochs"]) == (0, 10)
 

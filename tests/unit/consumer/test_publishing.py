@@ -79,7 +79,7 @@ MAKERS = pytest.mark.parametrize("make", [trained_before, never_trained])
 
 
 @MAKERS
-def test_whenever_the_worker_dies_its_successor_finds_or_makes_the_folder_whole(
+def test_whenever_the_worker_dies_its_successor_finds_or_completes_the_folder(
     tmp_path: Path, make: Callable[[Path], World]
 ) -> None:
     before = make(tmp_path).folder()
@@ -102,7 +102,7 @@ def test_whenever_the_worker_dies_its_successor_finds_or_makes_the_folder_whole(
 
 
 @MAKERS
-def test_whenever_the_worker_dies_another_run_of_the_style_publishes_whole_and_archives_the_last(
+def test_whenever_the_worker_dies_another_run_publishes_completely_and_archives_the_last_model(
     tmp_path: Path, make: Callable[[Path], World]
 ) -> None:
     before = make(tmp_path).folder()
@@ -122,7 +122,7 @@ def test_whenever_the_worker_dies_another_run_of_the_style_publishes_whole_and_a
 
 @pytest.mark.parametrize("reason", [StopReason.CANCELLED, StopReason.SHUTDOWN])
 @MAKERS
-def test_a_stop_leaves_the_folder_as_it_was_or_comes_too_late(
+def test_a_stop_leaves_the_folder_unchanged_or_comes_too_late(
     tmp_path: Path, make: Callable[[Path], World], reason: StopReason
 ) -> None:
     before = make(tmp_path).folder()
@@ -187,8 +187,10 @@ def _note_after(stops: Stops, after: list[str], method: str, bucket: str, key: s
     stops.before(method, bucket, key)
 
 
-def test_wherever_a_publisher_sleeps_it_changes_nothing_of_a_later_runs(tmp_path: Path) -> None:
-    """Its clock may have slept as well, so that it takes its lease for valid."""
+def test_a_publisher_that_is_suspended_at_any_request_changes_nothing_of_a_later_run(
+    tmp_path: Path,
+) -> None:
+    """Its clock may have stopped as well, so that it considers its lease valid."""
     for world, number in every_request(trained_before, tmp_path):
 
         def overtaken(world: World = world) -> None:
@@ -209,8 +211,13 @@ def test_wherever_a_publisher_sleeps_it_changes_nothing_of_a_later_runs(tmp_path
             assert world.archive("old") == OLD
 
 
-def test_wherever_a_repair_sleeps_it_changes_nothing_of_a_later_runs(tmp_path: Path) -> None:
-    """But for a name that the later run leaves free: docs/operations.md, What is not promised."""
+def test_a_repair_that_is_suspended_at_any_request_changes_nothing_of_a_later_run(
+    tmp_path: Path,
+) -> None:
+    """Except for a name that the later run does not use.
+
+    See docs/operations.md, What is not promised.
+    """
     for number in itertools.count(1):
         world = never_trained(tmp_path)
         world.has_model_of("old", files=FILES)
@@ -336,7 +343,7 @@ def test_repair_costs_one_read_if_there_is_nothing_to_do(world: World) -> None:
         assert counting.count == 1
 
 
-def test_the_note_of_a_live_publisher_is_left_alone(world: World) -> None:
+def test_the_note_of_a_live_publisher_is_not_touched(world: World) -> None:
     world.has_model_of("old")
     s3 = worker_of(world, killed_at(1, writes(place(WEIGHTS))))
     with pytest.raises(Killed), world.claim("new") as lease:
@@ -392,7 +399,7 @@ def test_files_that_no_worker_published_are_archived_and_brought_back_too(world:
 # --- the archive
 
 
-def test_a_publisher_that_slept_does_not_copy_a_newer_runs_files_over_the_older_in_the_archive(
+def test_a_suspended_publisher_does_not_copy_newer_files_over_older_ones_in_the_archive(
     world: World,
 ) -> None:
     world.has_model_of("old")
@@ -475,7 +482,7 @@ def test_confirming_never_fails_a_job_that_has_ended(world: World) -> None:
     assert world.waits_for_its_ending()
 
 
-def test_what_was_there_before_is_brought_back_if_a_later_claim_fails_too(
+def test_the_earlier_model_is_restored_if_a_later_claim_fails_too(
     world: World,
 ) -> None:
     world.has_model_of("old")

@@ -1,4 +1,4 @@
-"""How long one waits in the queue: bounds from what a worker can see, and nothing else."""
+"""The waiting time in the queue: bounds from the facts that a worker can see."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_an_empty_queue_has_no_wait(watch: QueueWatch) -> None:
     assert watch.oldest_seconds == 0.0
 
 
-def test_what_waits_came_after_the_queue_was_last_seen_empty(
+def test_waiting_messages_came_after_the_queue_was_last_seen_empty(
     watch: QueueWatch, clock: Clock
 ) -> None:
     watch.looked(Queue.TRAINING, 0, 1)
@@ -75,7 +75,9 @@ def test_what_waits_came_after_the_queue_was_last_seen_empty(
     assert watch.oldest_seconds == 50
 
 
-def test_what_waits_was_made_after_what_was_taken(watch: QueueWatch, clock: Clock) -> None:
+def test_waiting_messages_are_younger_than_the_one_that_was_taken(
+    watch: QueueWatch, clock: Clock
+) -> None:
     watch.looked(Queue.TRAINING, 5, 1)
     assert watch.oldest_seconds is None, "it may have waited for days"
     watch.took(ago(300))
@@ -85,7 +87,7 @@ def test_what_waits_was_made_after_what_was_taken(watch: QueueWatch, clock: Cloc
     assert watch.oldest_seconds == pytest.approx(207, abs=2)
 
 
-def test_the_other_queues_say_nothing_of_the_wait(watch: QueueWatch) -> None:
+def test_other_queues_do_not_change_the_wait(watch: QueueWatch) -> None:
     watch.looked(Queue.DEAD, 0, 0)
     assert (watch.length, watch.oldest_seconds) == (None, None)
 
@@ -96,7 +98,7 @@ def test_without_a_connection_nothing_is_known(watch: QueueWatch) -> None:
     assert (watch.length, watch.oldest_seconds) == (None, None)
 
 
-def test_a_place_is_told_once_a_job_s_time_is_known(watch: QueueWatch) -> None:
+def test_a_place_is_reported_once_the_time_of_a_job_is_known(watch: QueueWatch) -> None:
     watch.looked(Queue.TRAINING, 4, 2)
     assert watch.place_at_the_end(10) is None
     watch.finished(100)
@@ -110,7 +112,7 @@ def test_a_place_is_told_once_a_job_s_time_is_known(watch: QueueWatch) -> None:
     [None, "", "yesterday", "2026", ago(40 * 86400), ago(-3600), "9999-12-31T23:59:59"],
     ids=["none", "empty", "words", "a year", "too long ago", "to come", "never"],
 )
-def test_a_time_that_cannot_be_true_is_not_believed(claimed: str | None) -> None:
+def test_an_impossible_time_is_ignored(claimed: str | None) -> None:
     assert age_of(claimed) is None
 
 
@@ -131,7 +133,7 @@ def test_the_age_of_the_oldest_message_has_no_value_while_nothing_is_known(
     assert math.isnan(age_shown(metrics)), "the messages may have waited for days"
 
 
-def test_the_age_of_the_oldest_message_is_shown_at_each_look(
+def test_the_age_of_the_oldest_message_is_shown_at_each_scrape(
     watch: QueueWatch, metrics: Metrics, clock: Clock
 ) -> None:
     watch.looked(Queue.TRAINING, 0, 1)
@@ -158,7 +160,7 @@ def test_a_message_that_is_taken_shows_its_wait_and_bounds_the_age_of_the_rest(
     assert shown(metrics, "job_wait_seconds_count") == {"": 1}, "a time that cannot be read"
 
 
-def test_a_lost_connection_takes_lengths_and_age_away(
+def test_after_a_lost_connection_lengths_and_age_are_unknown(
     watch: QueueWatch, metrics: Metrics, clock: Clock
 ) -> None:
     watch.looked(Queue.TRAINING, 0, 2)
@@ -219,7 +221,7 @@ def test_a_queue_may_hold_messages_until_it_was_seen_empty(watch: QueueWatch) ->
     assert not watch.may_hold_messages(LLM)
 
 
-def test_as_many_messages_of_each_other_queue_come_before_one_as_of_its_own(
+def test_each_other_queue_counts_at_most_as_many_messages_as_the_own_one(
     watch: QueueWatch,
 ) -> None:
     watch.looked(Queue.TRAINING, 100, 1)

@@ -1,4 +1,4 @@
-"""When a run is given up: no step, no word, no obedience, or too much time."""
+"""Reasons to end a run: no step, no event, no reaction to a stop, or too much time."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_steps_keep_a_run_alive_and_their_absence_ends_it(watch: RunWatch, time:
     assert "made no step for 10 seconds" in str(watch.judge())
 
 
-def test_saying_the_same_step_again_is_no_progress(watch: RunWatch, time: Time) -> None:
+def test_reporting_the_same_step_again_is_no_progress(watch: RunWatch, time: Time) -> None:
     watch.saw(progress(1))
     watch.saw(progress(2))
     for _ in range(4):
@@ -85,7 +85,7 @@ def test_the_first_step_may_take_as_long_as_compiling_does(watch: RunWatch, time
     assert "sent no event for 120 seconds" in str(watch.judge())
 
 
-def test_the_clock_of_steps_rests_while_no_steps_are_made(watch: RunWatch, time: Time) -> None:
+def test_the_clock_of_steps_stops_between_training_phases(watch: RunWatch, time: Time) -> None:
     watch.saw(progress(1))
     watch.saw(progress(2))
     watch.saw(progress(2, Stage.EXPORTING))
@@ -96,7 +96,7 @@ def test_the_clock_of_steps_rests_while_no_steps_are_made(watch: RunWatch, time:
     assert watch.judge() is None
 
 
-def test_a_run_that_takes_too_long_is_asked_to_stop_and_not_given_up(
+def test_a_run_that_takes_too_long_is_asked_to_stop_and_is_not_killed(
     watch: RunWatch, time: Time, stop: StopSignal
 ) -> None:
     time.now += LIMIT
@@ -138,6 +138,6 @@ def test_a_shutdown_without_time_left_waits_for_nothing(time: Time, stop: StopSi
     assert "had not obeyed a stop" in str(watch.judge())
 
 
-def test_patience_counts_for_nothing_without_a_stop(time: Time, stop: StopSignal) -> None:
+def test_the_time_for_a_stop_does_not_matter_without_a_stop(time: Time, stop: StopSignal) -> None:
     del time
     assert make(stop, patience=lambda: 0.0).judge() is None

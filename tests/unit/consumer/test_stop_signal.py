@@ -1,4 +1,4 @@
-"""Asking a job to stop: the weightiest reason counts, and nobody is forgotten."""
+"""Requests to stop a job: the strongest reason counts, and every listener is called."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from consumer.life.stop_signal import Shutdown, StopSignal
 from utils.errors import Cancelled, LeaseLost, Stopped, StopReason, TimeLimit
 
 
-def test_a_signal_that_nobody_gave_stops_nothing() -> None:
+def test_a_signal_that_was_not_set_stops_nothing() -> None:
     signal = StopSignal()
     signal.check()
     assert signal.reason is None
@@ -29,7 +29,7 @@ def test_each_reason_is_raised_as_its_own_error(reason: StopReason, error: type[
         signal.check()
 
 
-def test_a_lost_lease_outweighs_a_cancellation_and_that_a_shutdown() -> None:
+def test_a_lost_lease_outweighs_a_cancellation_which_outweighs_a_shutdown() -> None:
     signal = StopSignal()
     heard: list[StopReason] = []
     signal.subscribe(heard.append)
@@ -40,7 +40,7 @@ def test_a_lost_lease_outweighs_a_cancellation_and_that_a_shutdown() -> None:
     assert heard == [StopReason.SHUTDOWN, StopReason.CANCELLED, StopReason.LEASE_LOST]
 
 
-def test_who_subscribes_late_hears_it_at_once() -> None:
+def test_a_late_subscriber_is_called_at_once() -> None:
     signal = StopSignal()
     signal.request(StopReason.CANCELLED)
     heard: list[StopReason] = []
@@ -62,7 +62,7 @@ def test_a_shutdown_stops_the_job_in_hand_and_the_one_that_begins_after_it() -> 
     assert over.reason is None
 
 
-def test_saving_may_take_as_long_as_it_likes_until_a_shutdown_begins_to_count() -> None:
+def test_saving_has_no_limit_until_a_shutdown_begins() -> None:
     shutdown = Shutdown(grace_seconds=4)
     assert shutdown.seconds_for_saving() == float("inf")
     shutdown.request()

@@ -1,4 +1,4 @@
-"""The sweep, fast: what it publishes again, what it costs, and what it deletes."""
+"""The sweep, fast: its publications, its cost, and its deletions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def abandon(world: World, task_id: str = "task-1") -> None:
         dead.pipeline.handle(delivery(order(task_id)))
 
 
-def test_a_job_that_no_message_points_to_is_published_again_and_done(world: World) -> None:
+def test_a_job_without_a_message_is_published_again_and_completes(world: World) -> None:
     abandon(world)
     sweeper = world.sweeper()
     sweeper.sweep_once()
@@ -73,7 +73,7 @@ def test_a_job_that_no_message_points_to_is_published_again_and_done(world: Worl
     assert world.counted("records_swept_total") == 1
 
 
-def test_an_ending_that_no_message_points_to_is_parked_again(world: World) -> None:
+def test_an_ending_without_a_message_is_parked_again(world: World) -> None:
     world.backend.answers = [AWAY]
     world.pipeline.handle(delivery())  # its parked ending is lost
     world.s3.pass_seconds(60.0 + 2 * 120.0 + 1)
@@ -85,7 +85,7 @@ def test_an_ending_that_no_message_points_to_is_parked_again(world: World) -> No
     assert world.record().is_settled
 
 
-def test_a_copy_that_a_dead_worker_owed_is_made_up_for(world: World) -> None:
+def test_a_copy_that_a_dead_worker_owed_is_sent(world: World) -> None:
     dead = world.worker("dead", max_attempts=1)
     dead.broker.on_publish = killed
 
@@ -105,7 +105,7 @@ def test_a_copy_that_a_dead_worker_owed_is_made_up_for(world: World) -> None:
     assert world.record().is_settled
 
 
-def test_a_job_that_was_given_back_and_whose_message_is_lost_is_published_again(
+def test_a_released_job_whose_message_is_lost_is_published_again(
     world: World,
 ) -> None:
     world.trainer.does = lambda *_: world.shutdown.request()
@@ -115,7 +115,7 @@ def test_a_job_that_was_given_back_and_whose_message_is_lost_is_published_again(
     assert [one.message_id for one in world.broker.published] == ["task-1"]
 
 
-def test_of_two_sweeps_one_publishes(world: World) -> None:
+def test_only_one_of_two_sweeps_publishes(world: World) -> None:
     abandon(world)
     world.s3.pass_seconds(400.0)
     other = world.worker("two")
@@ -124,7 +124,7 @@ def test_of_two_sweeps_one_publishes(world: World) -> None:
     assert len(world.broker.published) + len(other.broker.published) == 1
 
 
-def test_a_job_that_waits_behind_others_is_left_alone_while_the_queue_is_not_empty(
+def test_a_job_that_waits_behind_others_is_not_published_while_the_queue_is_not_empty(
     world: World,
 ) -> None:
     world.trainer.does = lambda *_: world.shutdown.request()
@@ -161,7 +161,7 @@ def test_a_holder_that_died_is_found_though_other_messages_wait(world: World) ->
     assert [record.task_id for record in sweep.abandoned()] == ["task-1"]
 
 
-def test_the_sweep_reads_live_jobs_and_no_history(world: World) -> None:
+def test_the_sweep_reads_live_jobs_and_not_the_history(world: World) -> None:
     for number in range(50):
         world.pipeline.handle(delivery(order(f"old-{number}")))
     world.sweeper().sweep_once()  # takes the inventory
@@ -212,7 +212,7 @@ def test_settled_records_are_kept_unless_a_retention_is_set(world: World, tmp_pa
     assert world.s3.keys(STATE) == ["jobs/inventory"]
 
 
-def test_a_record_that_is_not_settled_outlives_every_retention(tmp_path: Path) -> None:
+def test_a_record_that_is_not_settled_is_kept_beyond_every_retention(tmp_path: Path) -> None:
     world = World(tmp_path / "one", record_retention_days=1)
     world.backend.answers = [AWAY]
     world.pipeline.handle(delivery())
@@ -221,7 +221,7 @@ def test_a_record_that_is_not_settled_outlives_every_retention(tmp_path: Path) -
     assert world.s3.exists(S3Location(STATE, "jobs/task-1.json"))
 
 
-def test_a_young_settled_record_outlives_the_inventory(tmp_path: Path) -> None:
+def test_the_inventory_keeps_a_young_settled_record(tmp_path: Path) -> None:
     world = World(tmp_path / "one", record_retention_days=30)
     world.pipeline.handle(delivery())
     world.s3.pass_seconds(29 * DAY)
@@ -229,7 +229,7 @@ def test_a_young_settled_record_outlives_the_inventory(tmp_path: Path) -> None:
     assert world.s3.exists(S3Location(STATE, "jobs/task-1.json"))
 
 
-def test_what_could_not_be_cleared_up_after_the_ending_is_cleared_up_by_the_sweep(
+def test_the_sweep_clears_up_files_that_remained_after_the_ending(
     world: World,
 ) -> None:
     leftover = S3Location(STATE, "staging/task-1/1/samples.png")
@@ -254,7 +254,7 @@ def test_what_could_not_be_cleared_up_after_the_ending_is_cleared_up_by_the_swee
     assert world.s3.exists(S3Location(STATE, "jobs/task-1.settled"))
 
 
-def test_a_name_on_the_index_without_a_record_goes_after_a_while(world: World) -> None:
+def test_an_id_on_the_index_without_a_record_is_removed_after_a_while(world: World) -> None:
     world.s3.write(live_mark_at(STATE, "never"), b"")
     world.sweeper().sweep_once()
     assert world.s3.keys(STATE, "jobs/live/") == ["jobs/live/never"]
@@ -282,7 +282,7 @@ def test_a_job_for_a_newer_worker_is_left_to_that_workers_sweep(world: World) ->
     assert world.broker.published[0].headers == {MIN_LEVEL: PROTOCOL_LEVEL, OWN_COPY: True}
 
 
-def test_an_inventory_that_breaks_off_is_taken_again_soon(world: World) -> None:
+def test_an_interrupted_inventory_is_repeated_soon(world: World) -> None:
     def no_listing(method: str, bucket: str, key: str) -> None:
         if (method, key) == ("LIST", "jobs/"):
             away(method, bucket, key)
@@ -355,7 +355,7 @@ def test_a_record_that_is_sent_back_at_the_end_of_its_retention_is_kept(
     assert world.s3.objects[STATE, "jobs/task-1.json"].body == live
 
 
-def test_a_damaged_record_is_said_once_and_not_at_each_sweep(world: World) -> None:
+def test_a_damaged_record_is_logged_once_and_not_at_each_sweep(world: World) -> None:
     world.s3.write(live_mark_at(STATE, "damaged"), b"")
     world.s3.write(S3Location(STATE, "jobs/damaged.json"), b"{")
     sweeper = world.sweeper()
@@ -376,7 +376,7 @@ def test_a_queue_whose_length_is_unknown_may_hold_messages() -> None:
     assert watch.may_hold_messages()
 
 
-def test_a_record_whose_message_cannot_be_read_is_left_alone(world: World) -> None:
+def test_a_record_whose_message_cannot_be_read_is_not_published(world: World) -> None:
     abandon(world)
     body = world.s3.objects[STATE, "jobs/task-1.json"].body
     values = json.loads(body) | {"message": {"nonsense": True}}
@@ -387,7 +387,7 @@ def test_a_record_whose_message_cannot_be_read_is_left_alone(world: World) -> No
     assert [one.message_id for one in world.broker.published] == ["task-2"]
 
 
-def test_the_sweep_comes_at_start_and_then_once_a_lease_until_it_is_left(tmp_path: Path) -> None:
+def test_the_sweep_runs_at_the_start_and_then_once_per_lease_until_its_end(tmp_path: Path) -> None:
     world = World(tmp_path / "one", lease_ttl_seconds=1)
 
     def sweeps() -> int:
@@ -402,7 +402,7 @@ def test_the_sweep_comes_at_start_and_then_once_a_lease_until_it_is_left(tmp_pat
     assert sweeps() == 2
 
 
-def test_a_record_that_cannot_be_read_costs_the_others_nothing(world: World) -> None:
+def test_an_unreadable_record_does_not_affect_the_others(world: World) -> None:
     world.s3.write(live_mark_at(STATE, "a-damaged-one"), b"")
     world.s3.write(S3Location(STATE, "jobs/a-damaged-one.json"), b"{")
     abandon(world)
@@ -411,7 +411,7 @@ def test_a_record_that_cannot_be_read_costs_the_others_nothing(world: World) -> 
     assert [one.message_id for one in world.broker.published] == ["task-1"]
 
 
-def test_a_storage_that_is_away_ends_no_sweeper(world: World) -> None:
+def test_an_outage_of_the_storage_does_not_end_the_sweeper(world: World) -> None:
     world.s3.before = away
     world.sweeper().sweep_once()
     assert not world.broker.published

@@ -1,4 +1,4 @@
-"""The trainer process's life, fast: runs, deaths and replacements, with a child that is none."""
+"""The trainer process, fast: runs, deaths and replacements, with a stand-in for the child."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DONE = Finished("task-1", "/work/output", ("lora.safetensors",), 3, 1.0)
 
 
 class Child:
-    """Stands in for the process: says what it is told to say, then lives on or dies."""
+    """Stands in for the process: sends the events of a test, then lives on or dies."""
 
     made: list[Child] = []
     says: list[Event | Callable[[], None]] = []
@@ -63,7 +63,7 @@ class Child:
         self.sent.append(decode(line, (Run, Stop)))
 
     def events(self, watch: Any) -> Iterator[Event]:
-        """What the test has it say; afterwards it hangs, or it is dead."""
+        """The events of the test; afterwards it hangs, or it is dead."""
         for said in Child.says:
             if callable(said):
                 said()
@@ -136,7 +136,7 @@ def test_the_child_is_started_inside_the_confinement(trainer: TrainerProcess) ->
     assert Child.made[0].command == tuple(Confinement().command(program))
 
 
-def test_every_event_of_the_run_is_heard_in_order_and_none_of_an_earlier_run(
+def test_every_event_of_the_run_is_received_in_order_and_none_of_an_earlier_run(
     trainer: TrainerProcess,
 ) -> None:
     own = Progress("task-1", Stage.TRAINING, 1, 3)
@@ -163,13 +163,15 @@ def test_a_reported_failure_is_raised_by_its_name_and_the_child_is_kept(
     assert len(Child.made) == 1 and not Child.made[0].closed
 
 
-def test_a_name_that_is_not_reportable_is_a_failed_training(trainer: TrainerProcess) -> None:
+def test_an_error_that_is_not_reportable_counts_as_a_failed_training(
+    trainer: TrainerProcess,
+) -> None:
     Child.says = [Failed("task-1", "SystemExit", "odd")]
     with pytest.raises(TrainingFailed, match="odd"):
         run(trainer)
 
 
-def test_a_child_that_calls_itself_unusable_is_replaced_before_the_error_is_raised(
+def test_a_child_that_reports_itself_unusable_is_replaced_before_the_error_is_raised(
     trainer: TrainerProcess,
 ) -> None:
     Child.says = [Failed("task-1", "GpuBroken", "no CUDA", trainer_usable=False)]
@@ -201,7 +203,7 @@ def test_a_child_that_hangs_is_killed_first_and_the_verdict_is_the_error(
     ("reason", "error"),
     [(StopReason.CANCELLED, Cancelled), (StopReason.LEASE_LOST, LeaseLost)],
 )
-def test_a_child_that_dies_over_a_stop_ends_the_run_with_the_stop_and_is_replaced(
+def test_a_child_that_dies_during_a_stop_ends_the_run_with_the_stop_and_is_replaced(
     trainer: TrainerProcess, reason: StopReason, error: type[Exception]
 ) -> None:
     stop = StopSignal()
@@ -211,7 +213,7 @@ def test_a_child_that_dies_over_a_stop_ends_the_run_with_the_stop_and_is_replace
     assert len(Child.made) == 2
 
 
-def test_a_child_that_dies_over_a_shutdown_is_not_replaced(trainer: TrainerProcess) -> None:
+def test_a_child_that_dies_during_a_shutdown_is_not_replaced(trainer: TrainerProcess) -> None:
     stop = StopSignal()
     stop.request(StopReason.SHUTDOWN)
     with pytest.raises(Stopped):
@@ -263,7 +265,7 @@ def test_nothing_is_started_after_the_end(trainer: TrainerProcess) -> None:
 
 
 @pytest.mark.parametrize(("version", "warnings"), [(0, 1), (1, 1), (2, 0), (7, 0)])
-def test_a_kernel_that_cannot_confine_the_trainer_is_warned_of_once(
+def test_a_kernel_that_cannot_confine_the_trainer_leads_to_one_warning(
     trainer: TrainerProcess, monkeypatch: pytest.MonkeyPatch, version: int, warnings: int
 ) -> None:
     monkeypatch.setattr(trainer_process, "landlock_version", lambda: version)

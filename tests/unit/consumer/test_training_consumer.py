@@ -1,4 +1,4 @@
-"""The threads of the handlers, and what happens to the message of a handler that breaks."""
+"""The threads of the handlers, and the fate of a message whose handler breaks."""
 
 # A counter is read where prometheus_client keeps it.
 # pylint: disable=protected-access
@@ -70,7 +70,7 @@ def test_a_handler_works_in_a_thread_that_is_named_after_the_queue() -> None:
 # --- a handler that breaks
 
 
-def test_the_message_of_a_handler_that_breaks_comes_back_with_a_count() -> None:
+def test_the_message_of_a_handler_that_breaks_returns_with_a_count() -> None:
     delivery = Delivery(b"order", "id", headers={MIN_LEVEL: 2, "x-theirs": "stays behind"})
     settlement = broken(ZeroDivisionError("a secret"), delivery, crash_delays=(3.0, 9.0))
     assert settlement == Settlement(
@@ -89,7 +89,7 @@ def test_a_message_without_an_id_stays_without_one() -> None:
     assert OWN_COPY not in publication.headers
 
 
-def test_a_redelivered_message_that_comes_back_is_no_new_order() -> None:
+def test_a_redelivered_message_that_returns_is_not_a_new_order() -> None:
     (publication,) = broken(ValueError(), Delivery(b"order", redelivered=True)).publish
     assert publication.headers[OWN_COPY] is True
 

@@ -1,4 +1,4 @@
-"""The worker's disk: every job's folder goes, and so does what a dead worker left."""
+"""The worker's disk: folders of ended jobs and of dead workers are removed."""
 
 import os
 import signal

@@ -23,7 +23,7 @@ class _Well(BaseHTTPRequestHandler):
         self.wfile.write(self.path.encode())
 
     def log_message(self, *_: object) -> None:  # pylint: disable=arguments-differ
-        """Keep quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture(name="port")

@@ -125,7 +125,7 @@ def _pods_for(training: int, endings: int) -> int:
     ("training", "endings", "pods"),
     [(0, 0, 0), (1, 0, 1), (3, 0, 3), (0, 1, 1), (0, 100, 1), (3, 50, 4), (50, 50, 10)],
 )
-def test_a_single_ending_starts_a_pod_and_many_take_none_from_the_jobs(
+def test_a_single_ending_starts_a_pod_and_many_endings_take_none_from_the_jobs(
     training: int, endings: int, pods: int
 ) -> None:
     assert _pods_for(training, endings) == pods

@@ -80,7 +80,7 @@ def test_a_wide_image_is_encoded_wide_and_what_is_round_in_it_stays_round(
     assert seen[0][0, 0, 32, 5] > 0.9 and seen[0][0, 0, 32, -5] < -0.9
 
 
-def test_the_report_names_the_training_size_of_each_image(
+def test_the_report_has_the_training_size_of_each_image(
     base: BaseModel, make_run: MakeRun, mixed: tuple[TrainingImage, ...], tmp_path: Path
 ) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (100, 250, 3), dtype=np.uint8)
@@ -130,7 +130,7 @@ def test_every_batch_is_of_one_shape_and_every_image_comes_once_an_epoch(
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_images_of_several_shapes_teach_every_part_of_the_lora(
+def test_images_of_several_shapes_train_every_part_of_the_lora(
     base: BaseModel,
     make_run: MakeRun,
     mixed: tuple[TrainingImage, ...],

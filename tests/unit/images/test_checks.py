@@ -1,4 +1,4 @@
-"""Images judged by what they show, on real photographs and on ruined copies of them."""
+"""Checks of an image's content, on real photographs and on damaged copies of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PHOTOGRAPHS = {
 
 
 def looks(image: Image.Image) -> Looks:
-    """How an image looks to a training of the usual size."""
+    """The image at the usual training size."""
     found = look_at(image, resolution=512)
     return dataclasses.replace(found, motif=motif_of(motif_copy(image)))
 

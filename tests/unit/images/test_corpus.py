@@ -1,4 +1,4 @@
-"""Images as people really send them: used as they were meant, or left out with a reason."""
+"""Images as users send them: used as intended, or left out with a reason."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_set_has_two_hundred_files_and_most_of_them_are_used() -> None:
 # ---- profiles ------------------------------------------------------------------------------------
 
 
-def test_a_profile_is_judged_by_what_it_does_and_not_by_its_name() -> None:
+def test_a_profile_is_judged_by_its_effect_and_not_by_its_name() -> None:
     linear = profile("RGB ", 1.0, "sRGB-elle-V2-g10.icc")
     found = shown(
         files.png(np.repeat(RAMP[..., None], 3, axis=2), files.RGB, before=[iccp(linear)])
@@ -274,7 +274,7 @@ def test_an_image_that_takes_too_long_is_left_out_and_the_rest_is_used(tmp_path:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 12
 
 
-def test_a_slow_image_does_not_take_the_job_and_each_image_counts_as_progress(
+def test_a_slow_image_does_not_fail_the_job_and_each_image_counts_as_progress(
     base: BaseModel, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = tmp_path / "slow.jpg"
@@ -424,6 +424,6 @@ def test_a_stop_is_obeyed_while_an_image_is_decoded(tmp_path: Path) -> None:
         ("한글 é.jpg", "한글 é.jpg"),
     ],
 )
-def test_a_name_is_shown_whole_and_printable(source: str, name: str) -> None:
+def test_a_name_is_shown_in_full_and_printable(source: str, name: str) -> None:
     assert shown_name(source) == name
     assert printable(source).isprintable()

@@ -19,7 +19,7 @@ ENDPOINT = "http://127.0.0.1:9000"
 
 
 def make_settings(**values: Any) -> Settings:
-    """Settings of these tests, whatever the environment says."""
+    """Settings of these tests, independent of the environment."""
     defaults: dict[str, Any] = {
         "backend_api_url": "https://api.stylelicense.com",
         "internal_api_token": "t" * 32,

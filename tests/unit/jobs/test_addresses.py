@@ -1,4 +1,4 @@
-"""Every way of writing down where an image lies, and what is no such thing."""
+"""Every spelling of an image's address, and texts that are not addresses."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_version_is_asked_for_when_the_images_are_fetched(tmp_path: Path) ->
     asked: list[str | None] = []
 
     class Store(MemoryS3):
-        """Notes the version that is asked for, and has everything."""
+        """Has every object, and notes the requested version."""
 
         def download(self, location: S3Location, path: Path, **options: Any) -> int:
             del location, path
@@ -149,7 +149,7 @@ def test_a_question_mark_of_an_s3_address_is_part_of_the_key() -> None:
         ("&".join(f"a{n}=1" for n in range(101)), "more than 100"),
     ],
 )
-def test_an_address_that_means_something_else_than_an_object_is_left_out_with_the_reason(
+def test_an_address_that_does_not_name_an_object_is_left_out_with_the_reason(
     query: str, says: str
 ) -> None:
     job = read(flat(image_urls=[f"s3://{BUCKET}/ok.jpg", f"{OBJECT}?{query}"]))
@@ -157,7 +157,7 @@ def test_an_address_that_means_something_else_than_an_object_is_left_out_with_th
     assert broken.location is None and says in (broken.problem or "")
 
 
-def test_no_other_part_of_an_address_is_dropped_in_silence() -> None:
+def test_no_other_part_of_an_address_is_dropped_without_a_notice() -> None:
     signature = "X-Amz-Signature=s&X-Goog-Date=d&AWSAccessKeyId=k&Expires=1&response-content-type=t"
     job = read(
         flat(
@@ -229,7 +229,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("address", BROKEN)
-def test_a_broken_address_is_one_image_less_and_says_why(address: str | None) -> None:
+def test_a_broken_address_costs_one_image_and_has_a_reason(address: str | None) -> None:
     job = read(envelope(images=["s3://stylelicense-media/ok.jpg", address], captions=None))
     sound, broken = job.spec.images
     assert sound.location == S3Location(BUCKET, "ok.jpg") and sound.problem is None
@@ -239,12 +239,12 @@ def test_a_broken_address_is_one_image_less_and_says_why(address: str | None) ->
 
 
 @pytest.mark.parametrize("address", BROKEN)
-def test_a_message_without_a_single_sound_address_is_invalid(address: str | None) -> None:
+def test_a_message_without_a_valid_address_is_invalid(address: str | None) -> None:
     error = refused(envelope(images=[address, address], captions=None))
     assert error.field == "data.images.0"
 
 
-def test_spaces_around_an_address_are_nobodys_intention() -> None:
+def test_spaces_around_an_address_are_ignored() -> None:
     image = read(flat(image_urls=[" s3://stylelicense-media/a b.jpg "])).spec.images[0]
     assert image.location == S3Location(BUCKET, "a b.jpg")
 

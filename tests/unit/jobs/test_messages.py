@@ -1,4 +1,4 @@
-"""Every rule of docs/protocol.md, section 2: what becomes a job, and what is refused by name."""
+"""Every rule of docs/protocol.md, section 2: messages that become jobs, and refusals by field."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_no_sample_of_the_contract_is_left_out() -> None:
 # --- the job
 
 
-def test_an_envelope_is_understood_whole() -> None:
+def test_every_field_of_an_envelope_is_understood() -> None:
     message = envelope(
         images=["s3://stylelicense-media/a.jpg", "gs://second-bucket/b c.png"],
         captions=["a harbour at dawn", None],
@@ -115,13 +115,13 @@ def test_null_counts_as_absent() -> None:
     assert read(flat(captions=[])).spec.captions == (None,)
 
 
-def test_a_message_with_data_is_the_envelope_and_order_fields_beside_it_are_ignored() -> None:
+def test_a_message_with_data_is_the_envelope_and_order_fields_outside_it_are_ignored() -> None:
     job = read(envelope() | {"style_id": 99, "image_urls": ["s3://elsewhere/x.jpg"]})
     assert job.spec.style_id == 10
     assert job.ignored_fields == ("style_id", "image_urls")
 
 
-def test_each_dialect_also_takes_the_images_by_the_others_name() -> None:
+def test_each_dialect_also_accepts_the_images_under_the_other_name() -> None:
     assert len(read({"style_id": 1, "images": ["a.jpg"]}).spec.images) == 1
     assert refused({"style_id": 1, "images": [3]}).field == "images.0"
     message = envelope()
@@ -148,13 +148,13 @@ def test_captions_and_tags_are_one_line_each() -> None:
     assert read(flat(captions=[""])).spec.captions == ("",)
 
 
-def test_long_captions_and_tags_are_cut_and_cost_nobody_a_job() -> None:
+def test_long_captions_and_tags_are_cut_and_do_not_fail_the_job() -> None:
     job = read(flat(captions=["c" * 1_000_000], tags=["t" * 500]))
     assert job.spec.captions == ("c" * MAX_CAPTION,)
     assert job.spec.tags == ("t" * MAX_TAG,)
 
 
-def test_fields_that_mean_nothing_are_named_once_in_a_log_line() -> None:
+def test_fields_without_an_effect_are_named_once_in_a_log_line() -> None:
     message = envelope(prompt="x") | {"future": True, "created_at": 7, "webhook_url": 5}
     with capture_logs() as lines:
         job = read(message)
@@ -243,7 +243,7 @@ def test_an_optimizer_that_this_worker_lacks_is_refused_by_its_library_s_name(
     assert "the library prodigyopt that it needs is not installed" in str(error)
 
 
-def test_a_slip_in_a_parameters_name_is_recognised() -> None:
+def test_a_misspelled_parameter_gets_a_suggestion() -> None:
     error = refused(envelope(parameters={"epoch": 5, "learningrate": 1e-4}))
     assert str(error) == (
         "data.parameters.epoch: is not a parameter; did you mean epochs?; "
@@ -283,7 +283,7 @@ def test_a_whole_number_may_be_written_with_a_point() -> None:
     assert isinstance(job.spec.hyper_parameters.alpha, float)
 
 
-def test_a_refusal_carries_what_can_be_read_safely() -> None:
+def test_a_refusal_has_the_values_that_can_be_read_safely() -> None:
     message = envelope(style_id=7, images=[]) | {"webhook_url": "https://a/b"}
     error = refused(message)
     assert (error.task_id, error.subject, error.webhook_url) == ("t-1", "7", "https://a/b")
@@ -294,13 +294,13 @@ def test_a_refusal_carries_what_can_be_read_safely() -> None:
 
 
 @pytest.mark.parametrize("kind", ["image_generation", "", 5, {"a": 1}, ["model_training"], False])
-def test_a_message_for_another_worker_tells_no_style(kind: Any) -> None:
+def test_the_refusal_of_a_message_for_another_worker_names_no_style(kind: Any) -> None:
     error = refused(envelope(style_id=123, images=[]) | {"type": kind})
     assert isinstance(error, UnknownType)
     assert (error.field, error.task_id, error.subject) == ("type", "t-1", None)
 
 
-def test_a_field_that_stands_twice_is_refused_and_not_relied_upon() -> None:
+def test_a_field_that_occurs_twice_is_refused_and_not_used() -> None:
     error = refused(b'{"style_id": 1, "style_id": 2, "task_id": "t", "images": ["a.jpg"]}')
     assert (error.field, error.subject, error.task_id) == ("style_id", None, "t")
     error = refused(b'{"type": "image_generation", "type": "model_training", "style_id": 1}')
@@ -328,20 +328,20 @@ def test_a_field_that_stands_twice_is_refused_and_not_relied_upon() -> None:
     ],
     ids=lambda body: repr(body[:20]),
 )
-def test_no_bytes_at_all_raise_anything_else(body: bytes) -> None:
+def test_any_bytes_raise_nothing_else(body: bytes) -> None:
     error = refused(body)
     assert error.field == "body"
     assert len(str(error)) < 500
 
 
-def test_a_huge_number_is_only_a_wrong_number() -> None:
+def test_a_huge_number_is_reported_as_a_wrong_number() -> None:
     body = b'{"style_id": ' + b"9" * 399 + b', "images": ["a"], "parameters": {"alpha": 1e999}}'
     assert refused(body).field == "style_id"
     assert len(str(refused(body))) < 300
     assert refused(flat(parameters={"alpha": 10**390})).field == "parameters.alpha"
 
 
-def test_control_characters_and_halves_of_characters_in_names_are_shown_harmlessly() -> None:
+def test_control_characters_and_surrogates_in_names_are_shown_escaped() -> None:
     names = read(flat() | {"a\x1b[31m": 1, "\ud800": 2, "n" * 500: 3}).ignored_fields
     assert names[:2] == ("a\\x1b[31m", "\\ud800")
     assert len(names[2]) == 80
@@ -381,7 +381,7 @@ def test_mutilated_messages_become_a_job_or_a_refusal_and_nothing_else() -> None
             assert from_understood(style_kind(SETTINGS), job.understood()) == job
 
 
-# --- images to judge by, and what to paint
+# --- validation images and sample prompts
 
 
 def test_validation_images_prompts_and_trigger_word_are_understood_in_both_dialects() -> None:
@@ -429,7 +429,7 @@ def test_validation_images_prompts_and_trigger_word_are_understood_in_both_diale
         ({"parameters": {"shuffle_tags": "true"}}, "parameters.shuffle_tags"),
     ],
 )
-def test_they_have_the_limits_of_images_and_limits_of_their_own(
+def test_validation_images_and_prompts_have_the_limits_of_images_and_their_own(
     wrong: dict[str, Any], field: str
 ) -> None:
     assert refused(envelope(**wrong)).field == f"data.{field}"

@@ -1,4 +1,4 @@
-"""Any message and any address: a sound job, or a sentence that names the field."""
+"""Any message and any address gives a valid job, or a sentence that names the field."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_no_control_character_of_a_message_is_trained(
 
 
 @given(st.dictionaries(FIELDS, JSON, max_size=4))
-def test_a_job_comes_back_whole_from_its_record_and_from_its_message(
+def test_a_job_is_restored_completely_from_its_record_and_from_its_message(
     values: dict[str, Any],
 ) -> None:
     job = outcome(json.dumps(envelope(**values)).encode())
@@ -97,7 +97,7 @@ def test_a_job_comes_back_whole_from_its_record_and_from_its_message(
 
 
 @given(KEYS)
-def test_an_address_of_a_key_leads_to_this_key_in_every_spelling(key: str) -> None:
+def test_every_spelling_of_a_keys_address_gives_this_key(key: str) -> None:
     place = S3Location(BUCKET, key)
     assert read_address(f"s3://{BUCKET}/{key}", RULES)[1] == place
     assert read_address(f"gs://{BUCKET}/{key}", RULES)[1] == place

@@ -44,7 +44,7 @@ def checkpoint(step: int, claim: int = 1) -> Checkpoint:
 
 
 def crash(record: JobRecord) -> JobRecord:
-    """The holder dies without a word, and another worker takes the record."""
+    """The holder is killed, and another worker claims the record."""
     return record.claimed(f"worker {record.hold.claim + 1}", 120.0)
 
 
@@ -68,7 +68,7 @@ def test_a_damaged_record_is_refused_by_name(body: bytes) -> None:
         decode(JobRecord, body, "jobs/task-1.json")
 
 
-def test_a_record_of_a_newer_version_is_not_taken_for_a_damaged_one() -> None:
+def test_a_record_of_a_newer_version_is_not_treated_as_damaged() -> None:
     body = encode(dataclasses.replace(new(), version=2))
     with pytest.raises(NewerRecord, match=r"jobs/task-1\.json has version 2.*Update the worker"):
         decode(JobRecord, body, "jobs/task-1.json")
@@ -95,7 +95,7 @@ def test_a_record_that_needs_nothing_new_has_the_fields_of_the_first_release_onl
     assert json.loads(encode(owing))["owed"]["code"] == "STORAGE_FAILED"
 
 
-def test_values_beside_the_record_come_back_and_a_damaged_one_costs_nothing() -> None:
+def test_values_in_the_metadata_are_restored_and_a_damaged_one_is_ignored() -> None:
     plain = new()
     record = dataclasses.replace(plain, seconds_run=12.5, rejections=2)
     beside = values_beside(record)
@@ -105,7 +105,7 @@ def test_values_beside_the_record_come_back_and_a_damaged_one_costs_nothing() ->
     assert values_beside(plain) == {}
 
 
-def test_each_write_has_a_body_of_its_own() -> None:
+def test_each_write_has_a_different_body() -> None:
     record = stamped(new())
     again = stamped(record)
     assert again.hold.revision == record.hold.revision + 1
@@ -119,7 +119,7 @@ def test_a_claim_raises_the_number_and_takes_the_record_over() -> None:
     assert record.hold.silence == 60.0
 
 
-def test_a_holder_that_is_killed_has_made_an_attempt() -> None:
+def test_a_killed_holder_counts_as_an_attempt() -> None:
     record = new()
     assert record.attempts == 0
     assert crash(record).attempts == 1
@@ -127,14 +127,14 @@ def test_a_holder_that_is_killed_has_made_an_attempt() -> None:
 
 
 def test_a_holder_that_takes_its_own_record_again_was_not_dead() -> None:
-    """It could not reach S3 for longer than a lease, and that is not the job's fault."""
+    """It could not reach S3 for longer than a lease, which is not the job's fault."""
     record = new()
     for _ in range(5):
         record = record.claimed("one", 120.0)
     assert record.attempts == 0
 
 
-def test_ten_preemptions_are_no_attempt() -> None:
+def test_ten_preemptions_do_not_count_as_attempts() -> None:
     record = new()
     for _ in range(10):
         record = record.released(count_attempt=False).claimed("another", 120.0)
@@ -150,7 +150,7 @@ def test_a_failed_attempt_counts_once_and_leaves_its_reason() -> None:
     assert record.last_error == error
 
 
-def test_a_new_checkpoint_forgives_what_failed_before_it_and_its_own_attempt() -> None:
+def test_a_new_checkpoint_clears_earlier_failures_and_its_own_attempt() -> None:
     record = crash(crash(new())).with_checkpoint(checkpoint(10))
     assert (record.attempts, record.attempts_with_this) == (0, 0)
     assert crash(record).attempts == 0
@@ -174,7 +174,7 @@ def test_the_last_few_checkpoints_are_kept_newest_last() -> None:
     assert record.checkpoint == checkpoint(8)
 
 
-def test_training_that_went_one_checkpoint_back_drops_the_line_it_left() -> None:
+def test_training_that_went_back_one_checkpoint_drops_the_checkpoints_after_it() -> None:
     record = new().with_checkpoint(checkpoint(10)).with_checkpoint(checkpoint(20))
     record = record.with_checkpoint(checkpoint(15, claim=2))
     assert [known.step for known in record.checkpoints] == [10, 15]
@@ -201,7 +201,7 @@ def test_delivering_an_ending_counts_no_attempts_and_keeps_it() -> None:
 
 
 @pytest.mark.parametrize("delivery", [Delivery.DELIVERED, Delivery.SET_ASIDE])
-def test_a_settled_record_is_free_and_changes_no_more(delivery: Delivery) -> None:
+def test_a_settled_record_is_released_and_final(delivery: Delivery) -> None:
     record = new().ended(FAILED).settled(delivery, "400")
     assert record.is_settled and record.hold.released
     assert record.settled(Delivery.SET_ASIDE) is record
@@ -215,7 +215,7 @@ def test_only_an_ended_job_can_be_settled() -> None:
         new().ended(FAILED).settled(Delivery.PENDING)
 
 
-def test_a_swept_record_is_free_counted_once_and_left_alone_longer_each_time() -> None:
+def test_a_swept_record_is_released_counted_once_and_waits_longer_each_time() -> None:
     first = new().swept()
     assert (first.attempts, first.hold.released, first.hold.silence) == (1, True, 120.0)
     second = first.swept()
@@ -233,7 +233,7 @@ def test_the_sweep_publishes_few_copies_of_a_job_that_waits_for_days() -> None:
     assert record.hold.silence <= 86_400
 
 
-def test_a_copy_that_is_owed_keeps_the_record_unsettled_and_held_until_it_is_paid() -> None:
+def test_a_copy_that_is_owed_keeps_the_record_unsettled_and_held_until_it_is_sent() -> None:
     copy = OwedCopy("WORKER_CRASHED", "given up", 3)
     delivered = new().ended(FAILED, copy).settled(Delivery.DELIVERED)
     assert not delivered.is_settled
@@ -244,7 +244,7 @@ def test_a_copy_that_is_owed_keeps_the_record_unsettled_and_held_until_it_is_pai
     assert paid.paid() is paid
 
 
-def test_an_ending_set_aside_owes_its_copy_and_one_told_again_does_not() -> None:
+def test_an_ending_set_aside_owes_its_copy_and_one_that_is_sent_again_does_not() -> None:
     copy = OwedCopy("WEBHOOK_REJECTED", "the backend answered 400", 0)
     aside = new().ended(FAILED).settled(Delivery.SET_ASIDE, "400", copy)
     assert (aside.is_settled, aside.owed) == (False, copy)
@@ -253,19 +253,19 @@ def test_an_ending_set_aside_owes_its_copy_and_one_told_again_does_not() -> None
     assert new().ended(FAILED, first).settled(Delivery.DELIVERED).owed == first
 
 
-def test_a_job_that_is_paid_before_its_ending_is_delivered_stays_pending() -> None:
+def test_a_job_whose_copy_is_sent_before_its_ending_stays_pending() -> None:
     record = new().ended(FAILED, OwedCopy("WORKER_CRASHED", "given up", 3)).paid()
     assert (record.is_settled, record.hold.released) == (False, False)
 
 
-def test_rejections_are_counted_until_a_worker_gets_on_with_the_job() -> None:
+def test_rejections_are_counted_until_a_worker_makes_progress() -> None:
     once = new().released(count_attempt=False, rejected=True)
     twice = once.claimed("two", 60.0).released(count_attempt=False, rejected=True)
     assert (once.rejections, twice.rejections, twice.attempts) == (1, 2, 0)
     assert twice.claimed("three", 60.0).with_checkpoint(checkpoint(10)).rejections == 0
 
 
-def test_only_a_failed_job_of_which_the_backend_has_heard_can_be_sent_back() -> None:
+def test_only_a_failed_job_that_the_backend_knows_of_can_be_sent_back() -> None:
     with pytest.raises(ValueError, match="live .* cannot be reopened"):
         new().reopened()
     with pytest.raises(ValueError, match="pending.* cannot be reopened"):
@@ -283,7 +283,7 @@ def test_a_job_that_is_sent_back_has_its_whole_time_again() -> None:
     assert (again.seconds_run, again.rejections, again.owed) == (0.0, 0, None)
 
 
-def test_a_job_is_ordered_when_its_message_says_or_when_it_was_first_claimed() -> None:
+def test_the_time_of_an_order_is_that_of_its_message_or_of_its_first_claim() -> None:
     said = dataclasses.replace(REQUEST, message={"created_at": "2025-01-20T10:00:00Z"})
     assert JobRecord.new(said, "one", 1.0).ordered_at == "2025-01-20T10:00:00Z"
     silent = new()

@@ -25,7 +25,7 @@ from tests.unit.jobs.message_samples import (
 )
 
 
-def test_a_job_comes_back_from_its_record_whatever_the_defaults_are_by_then() -> None:
+def test_a_job_is_restored_from_its_record_independent_of_later_defaults() -> None:
     job = read(envelope(captions=["c"], tags=["t"], parameters={"rank": 4, "alpha": 8}))
     stored = json.loads(json.dumps(job.understood()))
     back = from_understood(style_kind(make_settings(epochs=3)), stored)
@@ -55,7 +55,7 @@ def test_a_job_written_as_a_message_parses_to_the_same_job() -> None:
         )
 
 
-def test_identity_is_what_was_understood_and_not_how_it_was_written() -> None:
+def test_identity_depends_on_the_meaning_of_a_message_and_not_on_its_spelling() -> None:
     job = read(envelope(parameters={"epochs": 5}, tags=["a"]))
     https = f"https://{BUCKET}.s3.amazonaws.com/a.jpg?X-Amz-Date=1"
     same = flat(image_urls=[https], parameters={"epochs": 5.0}, tags=["a "], task_id="t-1")

@@ -62,7 +62,7 @@ class FakeSubscription:
 
     Attributes:
         act: Notes an act.
-        on_its_way: A message that arrives while the consumer is cancelled.
+        on_its_way: A message that arrives during the cancellation of the consumer.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class FakeSubscription:
         self.act(f"{action} {tag}")
 
     def cancel(self) -> None:
-        """Note it, and let a message arrive that is on its way."""
+        """Note it, and deliver a message that was under way."""
         self.act(f"unsubscribe {self.queue}")
         self.is_consuming = False
         if self.on_its_way and self._arrived:
@@ -102,8 +102,8 @@ class FakeLink:
     """A connection to a broker that is a list.
 
     Attributes:
-        acts: What was done on the broker, in order.
-        published: The publications that were taken.
+        acts: The acts on the broker, in order.
+        published: The accepted publications.
         waiting: The number of waiting messages per queue.
         subscriptions: The consumers that were made, the newest last.
         fails: Raises an error instead of an act; given the act's name.
@@ -130,7 +130,7 @@ class FakeLink:
 
     @property
     def queues(self) -> tuple[Queue, ...]:
-        """The queues that are looked at."""
+        """The queues whose length is asked for."""
         return tuple(self.waiting)
 
     def act(self, act: str) -> None:
@@ -145,7 +145,7 @@ class FakeLink:
         return cast(Link, self)
 
     def declare(self) -> None:
-        """All queues are there."""
+        """All queues exist."""
 
     def close(self) -> None:
         """The loop has disconnected."""
@@ -245,7 +245,7 @@ def subscribe(to: Lane) -> FakeSubscription:
 
 
 def hold(of: Lane, settlement: Settlement | None = None, tag: int = 7) -> InHand:
-    """Put a delivery into a lane's hand, whose handler has returned this settlement."""
+    """Give a lane a delivery whose handler has returned this settlement."""
     subscription = cast(Subscription, of._subscription or subscribe(of))
     hand = of._hand = InHand(Delivery(b"message", queue=of._resting_at), subscription, tag)
     if settlement:
@@ -254,7 +254,7 @@ def hold(of: Lane, settlement: Settlement | None = None, tag: int = 7) -> InHand
 
 
 def release(of: Lane) -> None:
-    """Empty a lane's hand."""
+    """Remove a lane's delivery."""
     of._hand = None
 
 

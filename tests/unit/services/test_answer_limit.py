@@ -82,7 +82,7 @@ def test_a_request_that_is_answered_leaves_no_timer(
     assert not connection.ended and not connection.ioloop.timers
 
 
-def test_a_broker_that_has_stopped_reading_is_waited_for_and_reported(
+def test_a_broker_that_stopped_reading_is_waited_for_and_reported(
     connection: Connection, limit: AnswerLimit
 ) -> None:
     blocked, unblocked = connection.tell_blocked
@@ -108,7 +108,7 @@ def test_a_timer_that_was_set_again_is_removed_with_the_request(
     assert not connection.ioloop.timers
 
 
-def test_a_connection_that_has_ended_by_itself_is_left_alone(
+def test_a_connection_that_has_ended_by_itself_is_not_touched(
     connection: Connection, limit: AnswerLimit
 ) -> None:
     with limit():

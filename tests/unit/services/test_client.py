@@ -1,4 +1,4 @@
-"""What pika's private parts must do for the client, with the pinned version."""
+"""The private parts of pika that the client uses, in the pinned version."""
 
 # pylint: disable=protected-access
 

@@ -1,4 +1,4 @@
-"""The probe of conditional writes, against stores that refuse for no reason."""
+"""The test for conditional writes, with stores that refuse without a reason."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(condition_probe, "PAUSE_SECONDS", 0.0)
 
 
-def test_one_refusal_without_a_reason_does_not_condemn_a_store() -> None:
+def test_one_refusal_without_a_reason_does_not_disqualify_a_store() -> None:
     assert _probed(0).complete
     assert _probed(1).complete
     assert _probed(2).complete

@@ -1,4 +1,4 @@
-"""The life of a connection's owner, turn by turn, on a broker that is a list."""
+"""The owner of a connection, turn by turn, on a broker that is a list."""
 
 # pylint: disable=protected-access
 
@@ -72,14 +72,14 @@ def test_a_settlement_is_published_once_however_often_the_loop_turns() -> None:
     assert len(loop._outbox._waiting) == 1
 
 
-def test_a_delivery_is_returned_where_the_handler_says_so() -> None:
+def test_a_delivery_is_returned_if_the_handler_decides_so() -> None:
     training = lane()
     loop = FakeLoop(training)
     hold(training, Settlement.requeue())
     assert loop.turn() == ["requeue 7"]
 
 
-def test_a_delivery_whose_handler_works_is_left_alone() -> None:
+def test_a_delivery_whose_handler_works_is_not_settled() -> None:
     training = lane()
     loop = FakeLoop(training)
     hold(training)
@@ -147,7 +147,7 @@ def test_a_lane_with_a_job_in_hand_does_not_subscribe_again() -> None:
     assert loop.turn() == ["subscribe training"]
 
 
-def test_a_lane_that_consumes_is_left_alone() -> None:
+def test_a_lane_that_consumes_does_not_subscribe_again() -> None:
     loop = FakeLoop(lane())
     assert loop.turn() == []
     assert loop.consuming
@@ -248,7 +248,7 @@ def test_queues_with_waiting_messages_are_served_in_turn() -> None:
     ]
 
 
-def test_an_empty_queue_costs_no_turn() -> None:
+def test_an_empty_queue_takes_no_turn() -> None:
     assert Jobs(training=9, sdxl=2).served(5) == [
         *("training", "base.sdxl", "training", "base.sdxl", "training")
     ]
@@ -286,7 +286,7 @@ def test_an_idle_lane_moves_to_a_queue_with_messages_at_the_next_look(clock: Clo
     assert jobs.loop.turn() == [], "it rests where it is"
 
 
-def test_a_message_that_arrives_while_an_idle_lane_moves_is_its_job(clock: Clock) -> None:
+def test_a_message_that_arrives_while_an_idle_lane_moves_is_handled(clock: Clock) -> None:
     jobs = Jobs()
     jobs.loop.turn()
     jobs.broker.waiting[LLM] = 1
@@ -343,10 +343,10 @@ def test_a_stop_takes_no_message_that_is_on_its_way() -> None:
     assert jobs.lane.in_hand is None
 
 
-# --- publications that the broker does not take
+# --- publications that the broker does not accept
 
 
-def test_a_refused_publication_lets_the_others_pass_and_is_tried_again_later(
+def test_a_refused_publication_does_not_block_the_others_and_is_retried_later(
     clock: Clock,
 ) -> None:
     loop = FakeLoop(lane())
@@ -361,7 +361,7 @@ def test_a_refused_publication_lets_the_others_pass_and_is_tried_again_later(
     assert later.done()
 
 
-def test_a_publication_that_costs_the_connection_lets_the_others_pass_on_the_next_one(
+def test_a_publication_that_closes_the_connection_does_not_block_the_others_on_the_next_one(
     clock: Clock,
 ) -> None:
     loop = FakeLoop(lane())
@@ -379,7 +379,7 @@ def test_a_publication_that_costs_the_connection_lets_the_others_pass_on_the_nex
     assert good.done()
 
 
-def test_a_publication_that_is_refused_again_and_again_is_given_up_whole_then_cut(
+def test_a_repeatedly_refused_publication_becomes_a_dead_letter_and_then_a_cut_one(
     clock: Clock,
 ) -> None:
     loop = FakeLoop(lane())
@@ -413,7 +413,7 @@ def test_a_publication_that_is_refused_again_and_again_is_given_up_whole_then_cu
     assert {line["log_level"] for line in shortened} == {"error"}
 
 
-def test_a_publication_that_is_refused_in_its_shortest_form_is_reported_and_tried_on(
+def test_a_publication_that_is_refused_in_its_shortest_form_is_reported_and_still_retried(
     clock: Clock,
 ) -> None:
     loop = FakeLoop(lane())
@@ -436,7 +436,7 @@ def test_a_publication_that_is_refused_in_its_shortest_form_is_reported_and_trie
     assert waits[-1] == LONGEST_DELAY
 
 
-def test_a_message_that_no_queue_takes_becomes_a_whole_dead_letter(clock: Clock) -> None:
+def test_a_message_that_no_queue_accepts_becomes_a_complete_dead_letter(clock: Clock) -> None:
     loop = FakeLoop(lane())
     loop.broker.refuses = lambda publication: (
         refused(Refusal.ROUTE) if publication.queue is Queue.TRAINING else None
@@ -450,7 +450,7 @@ def test_a_message_that_no_queue_takes_becomes_a_whole_dead_letter(clock: Clock)
 
 
 @pytest.mark.parametrize("refusal", [Refusal.FULL, Refusal.UNANSWERED])
-def test_a_publication_waits_as_it_is_while_the_fault_is_the_brokers(
+def test_a_publication_does_not_change_while_the_broker_is_at_fault(
     clock: Clock, refusal: Refusal
 ) -> None:
     loop = FakeLoop(lane())
@@ -490,8 +490,8 @@ def test_connections_that_are_lost_over_one_publication_only_are_its_fault(clock
     )
 
 
-def test_an_outage_is_no_publications_fault(clock: Clock) -> None:
-    """A connection that is lost without it in between clears it."""
+def test_an_outage_is_not_blamed_on_a_publication(clock: Clock) -> None:
+    """If the connection is lost without the publication, the publication is cleared."""
     loop = FakeLoop(lane())
     loop.broker.survives = False
     order = Publication(Queue.TRAINING, b"order", "task")
@@ -562,7 +562,7 @@ def test_a_refused_publication_is_logged_with_its_task_and_its_delay() -> None:
     ]
 
 
-def test_a_refusal_of_the_worker_itself_ends_the_turn_and_lets_the_others_pass() -> None:
+def test_a_refusal_of_the_worker_ends_the_turn_and_does_not_block_the_others() -> None:
     loop = FakeLoop(lane())
     loop.broker.refuses = lambda publication: (
         BrokerRefused("no permission") if publication.body == b"bad" else None
@@ -663,7 +663,7 @@ def test_a_refusal_of_the_worker_ends_it_at_once_unless_a_job_is_in_hand(clock: 
     assert clock.slept > 0
 
 
-def test_a_settlement_that_needs_no_broker_is_carried_out_while_there_is_none(
+def test_a_settlement_that_needs_no_broker_is_done_without_a_connection(
     clock: Clock,
 ) -> None:
     training = lane()
@@ -675,7 +675,7 @@ def test_a_settlement_that_needs_no_broker_is_carried_out_while_there_is_none(
     assert clock.slept == pytest.approx(1.0, abs=0.051)
 
 
-def test_a_pause_ends_when_there_is_nothing_left_to_stop_for(clock: Clock) -> None:
+def test_a_pause_ends_when_nothing_is_left_to_wait_for(clock: Clock) -> None:
     loop = FakeLoop(lane())
     loop.stop.set()
     loop._pause(30.0)
@@ -685,7 +685,7 @@ def test_a_pause_ends_when_there_is_nothing_left_to_stop_for(clock: Clock) -> No
 # --- the end
 
 
-def test_the_owner_stays_until_what_is_in_hand_is_settled() -> None:
+def test_the_owner_stays_until_its_deliveries_are_settled() -> None:
     training = lane()
     loop = FakeLoop(training)
     assert not loop._is_over()
@@ -700,7 +700,7 @@ def test_the_owner_stays_until_what_is_in_hand_is_settled() -> None:
     assert loop._is_over()
 
 
-def test_turned_within_says_how_long_ago_the_owner_came_round(clock: Clock) -> None:
+def test_turned_within_reports_the_time_since_the_owners_last_turn(clock: Clock) -> None:
     loop = FakeLoop(lane())
     loop.turn()
     clock.now += 5
@@ -718,7 +718,7 @@ def test_the_owner_counts_as_turning_while_it_tries_to_connect(clock: Clock) -> 
     assert loop.turned_within(1.0)
 
 
-def test_an_outbox_that_others_put_into_is_published_from() -> None:
+def test_publications_in_a_shared_outbox_are_published() -> None:
     outbox = Outbox()
     loop = FakeLoop(lane(), outbox=outbox)
     promise = outbox.put(dead())
@@ -859,7 +859,7 @@ def test_a_stop_waits_for_the_handler_publishes_answers_and_then_disconnects() -
 
 
 @pytest.mark.usefixtures("real_time")
-def test_a_handler_that_does_not_return_holds_the_stop_up_no_longer_than_its_bound() -> None:
+def test_a_handler_that_does_not_return_delays_the_stop_no_longer_than_the_limit() -> None:
     training = lane()
     loop = FakeLoop(training, stop_seconds=0.3)
     hold(training)

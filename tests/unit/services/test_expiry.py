@@ -1,4 +1,4 @@
-"""When a lease counts as run out: by S3's dates or one's own monotonic clock."""
+"""The expiry of a lease: by S3's dates or by the reader's own monotonic clock."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def test_a_record_seen_for_the_first_time_is_judged_by_s3s_dates() -> None:
     assert Expiry().wait_seconds("k", seen("a", age=10.0 + DATE_SLACK_SECONDS, at=0.0)) == 0.0
 
 
-def test_the_wait_is_no_longer_than_a_lease_whatever_the_dates_say() -> None:
+def test_the_wait_is_no_longer_than_a_lease_whichever_dates_s3_reports() -> None:
     assert Expiry().wait_seconds("k", seen("a", age=-5000.0, at=0.0)) == 10.0
 
 
-def test_an_etag_unchanged_for_a_lease_is_enough_though_the_dates_say_otherwise() -> None:
+def test_an_etag_unchanged_for_a_lease_is_enough_against_the_dates() -> None:
     expiry = Expiry()
     assert expiry.wait_seconds("k", seen("a", age=-5000.0, at=100.0)) == 10.0
     assert expiry.wait_seconds("k", seen("a", age=-5000.0, at=110.5)) == pytest.approx(0.5)
     assert expiry.wait_seconds("k", seen("a", age=-5000.0, at=111.0)) == 0.0
 
 
-def test_a_renewal_begins_the_lease_anew() -> None:
+def test_a_renewal_restarts_the_lease() -> None:
     expiry = Expiry()
     expiry.wait_seconds("k", seen("a", age=0.0, at=100.0))
     assert expiry.wait_seconds("k", seen("b", age=0.0, at=120.0)) == 10.0

@@ -53,7 +53,9 @@ def test_a_new_job_is_on_the_index_before_its_record_is_there(s3: MemoryS3) -> N
     assert (lease.claim_number, lease.record.hold.owner, lease.record.attempts) == (1, "one", 0)
 
 
-def test_a_job_in_other_hands_is_left_alone_until_its_lease_is_over(s3: MemoryS3) -> None:
+def test_a_job_that_another_worker_holds_is_not_claimed_until_its_lease_is_over(
+    s3: MemoryS3,
+) -> None:
     worker(s3).claim(REQUEST)
     other = worker(s3, "two")
     held = other.claim(REQUEST)
@@ -76,7 +78,7 @@ def test_the_same_id_with_another_identity_is_another_body(s3: MemoryS3) -> None
     assert isinstance(worker(s3, "two").claim(other), OtherBody)
 
 
-def test_a_claim_whose_answer_was_lost_is_this_workers_at_its_next_try(s3: MemoryS3) -> None:
+def test_a_claim_whose_answer_was_lost_succeeds_at_the_next_try(s3: MemoryS3) -> None:
     records = worker(s3)
     put = s3.create
 
@@ -96,7 +98,7 @@ def test_a_claim_whose_answer_was_lost_is_this_workers_at_its_next_try(s3: Memor
     assert lease.record.attempts == 0, "it finds its own name: S3 was silent, and not the holder"
 
 
-def test_an_ended_job_is_said_to_be_over_and_how_long_ago(s3: MemoryS3) -> None:
+def test_an_ended_job_is_reported_with_the_time_since_its_end(s3: MemoryS3) -> None:
     settle(claimed(worker(s3).claim(REQUEST)))
     s3.pass_seconds(700)
     ended = worker(s3, "two").claim(REQUEST, new_run_after=600)
@@ -152,7 +154,7 @@ def test_a_record_that_owes_a_copy_is_adopted_though_its_ending_is_delivered(s3:
     assert worker(s3, "three").adopt_ending("task-1") is None
 
 
-def test_of_a_live_job_there_is_no_ending_to_adopt(s3: MemoryS3) -> None:
+def test_a_live_job_has_no_ending_to_adopt(s3: MemoryS3) -> None:
     lease = claimed(worker(s3).claim(REQUEST))
     assert isinstance(worker(s3, "two").adopt_ending("task-1"), HeldElsewhere)
     lease.release(count_attempt=False, quiet_seconds=10)
@@ -217,7 +219,7 @@ def test_the_time_that_workers_hold_a_job_is_kept_over_their_claims(
     assert record is not None and record.seconds_run == pytest.approx(75)
 
 
-def test_the_numbers_of_a_jobs_news_rise_within_a_claim_and_from_claim_to_claim(
+def test_the_numbers_of_a_jobs_reports_rise_within_a_claim_and_from_claim_to_claim(
     s3: MemoryS3,
 ) -> None:
     first = claimed(worker(s3).claim(REQUEST))
@@ -226,7 +228,7 @@ def test_the_numbers_of_a_jobs_news_rise_within_a_claim_and_from_claim_to_claim(
     assert claimed(worker(s3, "two").claim(REQUEST)).next_sequence() == 2_000_001
 
 
-def test_a_release_says_why_for_how_long_and_who_rejected(s3: MemoryS3) -> None:
+def test_a_release_stores_its_reason_its_delay_and_the_worker_that_rejected(s3: MemoryS3) -> None:
     lease = claimed(worker(s3).claim(REQUEST))
     lease.release(count_attempt=True, error=("DISK", "it is full"), quiet_seconds=60, rejected=True)
     record = worker(s3).read("task-1")
@@ -236,7 +238,7 @@ def test_a_release_says_why_for_how_long_and_who_rejected(s3: MemoryS3) -> None:
     assert (record.rejections, record.rejected_by) == (1, "one")
 
 
-def test_a_released_record_settles_with_what_the_backend_said(s3: MemoryS3) -> None:
+def test_a_released_record_is_settled_with_the_backends_answer(s3: MemoryS3) -> None:
     lease = claimed(worker(s3).claim(REQUEST))
     lease.end(FAILED)
     lease.set_aside("the backend answered 400", OwedCopy("WEBHOOK_REJECTED", "400", 0))
@@ -248,7 +250,7 @@ def test_a_released_record_settles_with_what_the_backend_said(s3: MemoryS3) -> N
     assert record is not None and record.is_settled and record.hold.released
 
 
-def test_a_record_that_changes_at_every_try_is_given_up_for_now(s3: MemoryS3) -> None:
+def test_a_record_that_changes_at_every_try_is_given_up_for_this_time(s3: MemoryS3) -> None:
     claimed(worker(s3).claim(REQUEST)).release(count_attempt=False)
 
     def changed(method: str, bucket: str, key: str) -> None:
@@ -266,7 +268,7 @@ def test_a_record_that_changes_at_every_try_is_given_up_for_now(s3: MemoryS3) ->
         worker(s3, "three").adopt_ending("task-1")
 
 
-def test_the_refusal_of_a_message_is_kept_under_its_hash_and_told_by_one_worker(
+def test_the_refusal_of_a_message_is_kept_under_its_hash_and_reported_by_one_worker(
     s3: MemoryS3,
 ) -> None:
     def refuse(name: str, window: float | None = 600) -> Any:

@@ -1,4 +1,4 @@
-"""A lease, fast: on a record that is kept in memory, with a clock that a test moves."""
+"""A lease, fast: on a record in memory, with a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Clock:
 
 
 class Target:
-    """Stands in for `RecordObject`: takes writes, or does what a test says first."""
+    """Stands in for `RecordObject`: accepts writes, after an act of the test."""
 
     location = S3Location("state", "jobs/task-1.json")
 
@@ -64,12 +64,12 @@ def make(target: Target, clock: Clock, lease_seconds: float = LEASE) -> Lease[He
 
 
 def change(record: HeldRecord) -> HeldRecord:
-    """Something about the record that can be recognised."""
+    """A recognisable change of the record."""
     return dataclasses.replace(record, unknown={"changes": len(record.unknown) + 1})
 
 
 def failing(times: int, error: Exception, passes: Callable[[], None]) -> Callable[[], None]:
-    """Writes that fail so often, each after some time has passed."""
+    """Writes that fail this often, each after some time."""
     left = [times]
 
     def fail() -> None:
@@ -81,7 +81,7 @@ def failing(times: int, error: Exception, passes: Callable[[], None]) -> Callabl
     return fail
 
 
-def test_a_change_is_written_with_a_stamp_of_its_own_and_begins_the_lease_anew(
+def test_a_change_is_written_with_a_new_stamp_and_restarts_the_lease(
     target: Target, clock: Clock
 ) -> None:
     lease = make(target, clock)
@@ -125,7 +125,9 @@ def test_the_lease_began_with_the_first_try_whose_answer_may_have_been_lost(
     assert lease.remaining == pytest.approx(LEASE * SAFE_PART - 90)
 
 
-def test_a_write_over_somebody_elses_loses_the_lease_at_once(target: Target, clock: Clock) -> None:
+def test_a_conflict_with_another_workers_write_loses_the_lease_at_once(
+    target: Target, clock: Clock
+) -> None:
     lease = make(target, clock)
     target.before = failing(1, PreconditionFailed("changed by somebody else"), lambda: None)
     with pytest.raises(LeaseLost, match="changed by somebody else"):
@@ -149,7 +151,7 @@ def test_a_lease_that_was_not_renewed_in_time_writes_nothing_more(
     assert not target.written
 
 
-def test_trying_again_ends_with_the_lease(target: Target, clock: Clock) -> None:
+def test_retries_end_with_the_lease(target: Target, clock: Clock) -> None:
     lease = make(target, clock)
 
     def passes() -> None:
@@ -163,7 +165,7 @@ def test_trying_again_ends_with_the_lease(target: Target, clock: Clock) -> None:
     assert lease.lost.is_set()
 
 
-def test_trying_again_ends_with_the_time_that_a_caller_has(target: Target, clock: Clock) -> None:
+def test_retries_end_with_the_callers_time(target: Target, clock: Clock) -> None:
     lease = make(target, clock)
 
     def passes() -> None:
@@ -179,7 +181,7 @@ def test_trying_again_ends_with_the_time_that_a_caller_has(target: Target, clock
     assert lease.lost.is_set(), "whether the write took place is unknown"
 
 
-def test_an_earlier_write_is_waited_for_no_longer_than_a_caller_has_time(
+def test_an_earlier_write_is_waited_for_no_longer_than_the_callers_time(
     target: Target, clock: Clock
 ) -> None:
     lease = make(target, clock)
@@ -203,7 +205,7 @@ def test_an_earlier_write_is_waited_for_no_longer_than_a_caller_has_time(
         first.join()
 
 
-def test_a_record_that_was_given_back_is_not_written_again(target: Target, clock: Clock) -> None:
+def test_a_released_record_is_not_written_again(target: Target, clock: Clock) -> None:
     lease = make(target, clock)
     lease.update(lambda record: dataclasses.replace(record, hold=record.hold.dropped()))
     with pytest.raises(LeaseLost, match="given back"):
@@ -222,13 +224,13 @@ def test_a_write_that_fails_while_the_lease_is_closed_is_not_tried_again(
         lease.update(change)
 
 
-def test_inside_its_block_a_lease_is_renewed_several_times_a_lease() -> None:
+def test_inside_its_block_a_lease_is_renewed_several_times_per_lease() -> None:
     target, clock = Target(), time
     hold = Hold(owner="one", claim=1, lease_seconds=0.4)
     renewed = threading.Semaphore(0)
 
     class Told(Lease[HeldRecord]):
-        """Tells of each renewal."""
+        """Notes each renewal."""
 
         def after_renewal(self) -> None:
             renewed.release()

@@ -26,7 +26,7 @@ def _outbox() -> Outbox:
 
 
 def strikes(parcel: Parcel, refusal: Refusal) -> Iterator[bool]:
-    """Strike until the form changes; yields what each strike says."""
+    """Strike until the form changes; yields the result of each strike."""
     for _ in range(MAX_STRIKES + 1):
         changed = parcel.strike(refusal, "why")
         yield changed
@@ -51,7 +51,7 @@ def test_a_confirmed_publication_is_done_and_gone(outbox: Outbox) -> None:
     assert outbox.is_empty()
 
 
-def test_a_publication_that_has_just_arrived_is_waited_for(outbox: Outbox) -> None:
+def test_a_new_publication_is_waited_for(outbox: Outbox) -> None:
     outbox.put(dead())
     assert not outbox.is_empty()
 
@@ -78,7 +78,7 @@ def test_a_stuck_publication_is_tried_with_the_longest_delay(outbox: Outbox) -> 
     assert outbox.put_off(parcel) == LONGEST_DELAY
 
 
-def test_those_that_were_refused_least_are_tried_first(outbox: Outbox) -> None:
+def test_publications_with_the_fewest_refusals_are_tried_first(outbox: Outbox) -> None:
     outbox.put(dead(b"1"))
     outbox.due()[0].strike(Refusal.FULL, "")
     outbox.put(dead(b"2"))
@@ -88,7 +88,7 @@ def test_those_that_were_refused_least_are_tried_first(outbox: Outbox) -> None:
 # --- shorter forms
 
 
-def test_a_publication_of_a_refused_form_becomes_a_whole_letter_then_a_cut_one() -> None:
+def test_a_publication_of_a_refused_form_becomes_a_complete_letter_and_then_a_cut_one() -> None:
     parcel = Parcel(ORDER)
     parcel.backoff.next()
     assert list(strikes(parcel, Refusal.FORM)) == [False] * (MAX_STRIKES - 1) + [True]
@@ -127,7 +127,7 @@ def test_the_brokers_own_state_changes_no_form(refusal: Refusal) -> None:
     )
 
 
-def test_the_first_lost_connection_only_makes_a_publication_suspect() -> None:
+def test_the_first_lost_connection_makes_a_publication_suspect_only() -> None:
     parcel = Parcel(ORDER)
     assert not parcel.strike(Refusal.LOST, "why")
     assert (parcel.is_suspect, parcel.strikes, parcel.tries) == (True, 0, 1)
@@ -150,7 +150,7 @@ def test_a_connection_that_fails_by_itself_clears_suspects_and_nothing_else(
 # --- the end
 
 
-def test_an_abandoned_outbox_cancels_what_waits_and_what_comes(outbox: Outbox) -> None:
+def test_an_abandoned_outbox_cancels_waiting_and_new_publications(outbox: Outbox) -> None:
     waiting = outbox.put(dead(b"1"))
     outbox.due()
     arrived = outbox.put(dead(b"2"))

@@ -1,4 +1,4 @@
-"""Deliveries, publications and settlements: what a copy carries, and what AMQP cannot."""
+"""Deliveries, publications and settlements: the headers of copies, and the limits of AMQP."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_copy_carries_no_long_header(length: int, carried: bool) -> None:
     [(0, 0), (1, 1), (7, 7), (-1, 0), (True, 0), ("3", 0), (None, 0), (2.0, 0)],
 )
 @pytest.mark.parametrize("header", [PUT_OFFS, CRASHES])
-def test_a_count_is_a_positive_whole_number_and_else_nought(
+def test_a_count_is_a_positive_whole_number_or_else_zero(
     header: str, value: Any, count: int
 ) -> None:
     delivery = Delivery(b"", headers={header: value})
@@ -102,7 +102,7 @@ def test_limits_are_those_of_the_protocol() -> None:
     assert (MAX_ERROR_MESSAGE, MAX_HEADER, CUT_BODY_BYTES) == (2000, 1024, 4096)
 
 
-def test_a_delivery_is_a_first_one_and_a_letter_without_attempts_unless_told() -> None:
+def test_by_default_a_delivery_is_a_first_one_and_a_letter_has_no_attempts() -> None:
     assert not Delivery(b"").redelivered
     letter = Publication.to_dead(b"", code="X", message="m", task_id=None)
     assert letter.headers["x-attempts"] == 0
@@ -127,7 +127,7 @@ def test_settlements_publish_before_they_act() -> None:
 # --- shorter forms
 
 
-def test_a_message_that_is_given_up_is_a_whole_dead_letter_without_its_headers() -> None:
+def test_a_message_that_is_given_up_is_a_complete_dead_letter_without_its_headers() -> None:
     letter = Publication(Queue.ENDINGS, b"body", "task", {PUT_OFFS: 4}, 5.0).given_up("too large")
     assert (letter.queue, letter.body, letter.message_id) == (Queue.DEAD, b"body", "task")
     assert letter.delay_seconds is None
@@ -146,7 +146,7 @@ def test_a_dead_letter_that_is_given_up_keeps_its_own_reasons_and_nothing_else()
     assert more.given_up("too large") == letter
 
 
-def test_a_cut_letter_says_how_much_is_missing_and_how_to_recognise_it() -> None:
+def test_a_cut_letter_has_the_size_and_the_hash_of_the_whole_body() -> None:
     body = b"0123456789" * 1000
     letter = Publication.to_dead(body, code="GPU_OOM", message="m", task_id="t")
     cut = letter.cut()

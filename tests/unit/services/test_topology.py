@@ -113,11 +113,11 @@ def test_a_delay_is_never_shorter_than_asked_for(seconds: float, milliseconds: i
         ("inequivalent arg 'durable' for queue 'q' in vhost '/'", None),
     ],
 )
-def test_a_queues_type_is_read_off_the_refusal(reply: str, queue_type: str | None) -> None:
+def test_a_queues_type_is_read_from_the_refusal(reply: str, queue_type: str | None) -> None:
     assert queue_type_of(reply) == queue_type
 
 
-def test_a_refusal_over_the_type_alone_is_told_from_others() -> None:
+def test_a_refusal_because_of_only_the_type_is_distinguished_from_others() -> None:
     def reply(argument: str) -> str:
         return f"PRECONDITION_FAILED - inequivalent arg '{argument}' for queue 'q' in vhost '/'"
 
@@ -143,7 +143,7 @@ def test_own_queues_are_quorum_queues_where_the_training_queue_is_one() -> None:
         assert delay.variants(queue_type) == (DELAY, kept, DELAY | quorum)
 
 
-def test_a_conflict_says_whose_queue_it_is_and_what_to_do() -> None:
+def test_a_conflict_names_the_owner_of_the_queue_and_the_remedy() -> None:
     backends = declaration("q", Queue.TRAINING).conflict("reply")
     assert "q cannot be declared durable, without arguments (reply)" in backends
     ours = declaration("q", Queue.TRAINING, 1.5).conflict("reply")
@@ -247,7 +247,7 @@ def test_a_new_connection_first_has_the_training_queue_there_and_then_learns_its
     ]
 
 
-def test_a_broker_that_does_not_tell_the_type_gets_queues_without_one(
+def test_a_broker_that_does_not_report_the_type_gets_queues_without_one(
     broker: Broker, queues: Declarations
 ) -> None:
     broker.queues["q"] = TYPE_TRIAL  # the trial is not refused
@@ -257,7 +257,7 @@ def test_a_broker_that_does_not_tell_the_type_gets_queues_without_one(
 
 
 @pytest.mark.parametrize("queue_type", [CLASSIC, QUORUM])
-def test_new_queues_of_ours_are_made_of_the_training_queues_type(
+def test_new_queues_of_the_worker_have_the_training_queues_type(
     broker: Broker, queues: Declarations, queue_type: str
 ) -> None:
     broker.queues["q"] = {"x-queue-type": "quorum"} if queue_type == QUORUM else {}
@@ -292,7 +292,7 @@ def test_an_existing_queue_of_a_kind_may_have_any_arguments(
 @pytest.mark.parametrize("training", [{}, {"x-queue-type": "quorum"}])
 @pytest.mark.parametrize("own", [0, 1, 2])
 @pytest.mark.parametrize("delay", [None, 1.5])
-def test_an_own_queue_that_differs_in_its_type_alone_is_taken_as_it_is(
+def test_an_own_queue_that_differs_only_in_its_type_is_used_as_it_is(
     broker: Broker, queues: Declarations, training: dict[str, Any], own: int, delay: float | None
 ) -> None:
     queue = queues.of(Queue.DEAD if delay is None else Queue.TRAINING, delay)
@@ -321,7 +321,7 @@ def test_an_own_queue_with_another_delay_or_target_ends_the_worker(
     assert f"inequivalent arg '{next(iter(other))}'" in str(caught.value)
 
 
-def test_another_refusal_than_that_of_the_arguments_is_no_conflict(
+def test_a_refusal_for_another_reason_is_not_a_conflict(
     broker: Broker, queues: Declarations
 ) -> None:
     broker.refuses = (404, "gone")

@@ -1,4 +1,4 @@
-"""An origin that a message names and no setting allows: one line a job says so."""
+"""An origin that a message names and no setting allows: one log line per job."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_a_place_whose_change_no_test_could_notice_is_left_out(source: str) -> N
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_each_mutant_of_the_core_is_sound_python_and_differs_from_it(module: str) -> None:
+def test_each_mutant_of_the_core_is_valid_python_and_differs_from_it(module: str) -> None:
     source = (ROOT / module).read_text(encoding="utf-8")
     mutants = mutants_of(module, source)
     assert len(mutants) > 20
@@ -174,7 +174,7 @@ def test_changes_that_tests_notice_are_killed_and_the_tree_stays_as_it_was(
     assert again.partition("\nSurvived:")[2] == survived
 
 
-def test_a_mutant_whose_tests_never_end_is_killed_with_all_that_they_started(
+def test_a_mutant_whose_tests_never_end_is_killed_with_their_child_processes(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tools.mutants.running._SHORTEST_LIMIT", 2.0)
@@ -231,7 +231,7 @@ def test_a_module_without_a_unit_test_has_only_survivors(
     assert "no unit test" in capsys.readouterr().out
 
 
-def test_tests_that_fail_without_a_change_say_nothing_about_mutants(
+def test_tests_that_fail_without_a_change_give_no_result_about_mutants(
     tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     test = tree / "tests/unit/consumer/test_of_the_stock.py"
@@ -240,7 +240,7 @@ def test_tests_that_fail_without_a_change_say_nothing_about_mutants(
     assert "fail without a change" in capsys.readouterr().err
 
 
-def test_an_outcome_is_kept_for_the_same_code_and_tests_alone(tree: Path, tmp_path: Path) -> None:
+def test_an_outcome_is_kept_only_for_the_same_code_and_tests(tree: Path, tmp_path: Path) -> None:
     mutant, *_ = mutants_of("consumer/stock.py", _MODULE)
     tests = ["tests/unit/consumer/test_of_the_stock.py"]
     kept = tmp_path / "build" / "kept.json"
@@ -286,5 +286,5 @@ def test_tests_belong_to_a_module_by_their_name_by_an_import_or_by_the_list(tree
     ]
 
 
-def test_the_modules_of_the_list_are_there() -> None:
+def test_the_modules_of_the_list_exist() -> None:
     assert all((ROOT / module).is_file() for module in (*MODULES, *EXTRA_TESTS))

@@ -1,4 +1,4 @@
-"""Images are pinned to the digest that their registry sends, and never to one that nobody sent."""
+"""Images are pinned to the digest that their registry sends, and to no other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIGEST = f"sha256:{'a' * 64}"
 
 @dataclasses.dataclass
 class _Registry:
-    """A registry that wants a token, and a hub, on one port."""
+    """A registry that requires a token, and a hub, on one port."""
 
     host: str = ""
     manifest: bytes = b'{"schemaVersion": 2}'
@@ -104,7 +104,7 @@ def _tree(tmp_path: Path, registry: _Registry) -> Path:
     return tmp_path
 
 
-def test_every_image_of_others_is_found_and_none_of_ours() -> None:
+def test_every_foreign_image_is_found_and_none_of_this_project() -> None:
     dockerfile, compose = ((ROOT / path).read_text("utf-8") for path in pin_images.WITH_IMAGES)
     assert {image.name for image in images(dockerfile)} == {
         *("docker/dockerfile", "nvidia/cuda", "ubuntu"),
@@ -149,7 +149,7 @@ def test_a_digest_is_written_behind_the_tag_and_replaces_an_older_one() -> None:
     assert images(once)[1] == Image("rabbitmq", "4", DIGEST)
 
 
-def test_all_pins_are_written_at_once_and_the_runbook_says_so(
+def test_all_pins_are_written_at_once_and_the_runbook_is_updated(
     tree: Path, registry: _Registry
 ) -> None:
     assert main(["--check"], tree) == 1
@@ -170,7 +170,7 @@ def test_nothing_is_written_if_one_answer_is_missing(tree: Path, registry: _Regi
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_the_runbook_says_whether_the_images_are_pinned() -> None:
+def test_the_runbook_states_whether_the_images_are_pinned() -> None:
     texts = [(ROOT / path).read_text(encoding="utf-8") for path in pin_images.WITH_IMAGES]
     all_pinned = all(image.digest for text in texts for image in images(text))
     runbook = (ROOT / pin_images.RUNBOOK).read_text(encoding="utf-8")

@@ -53,7 +53,7 @@ def test_the_lock_of_a_room_is_a_part_of_the_product_s_and_is_complete() -> None
                     assert canonicalize_name(one.name) in front, (each.metadata["Name"], one)
 
 
-def test_what_an_installed_package_depends_on_is_locked_in_a_version_that_fits() -> None:
+def test_a_dependency_of_an_installed_package_is_locked_in_a_version_that_fits() -> None:
     locked = _locked("requirements.lock", "requirements-dev.lock", "requirements-cuda.lock")
     environment: dict[str, str | AbstractSet[str]] = {"extra": ""}
     environment.update((name, str(value)) for name, value in default_environment().items())
@@ -70,7 +70,7 @@ def test_every_locked_package_has_hashes_and_comes_from_an_index(lock: str) -> N
     text = (ROOT / lock).read_text(encoding="utf-8")
     packages = parse(text)
     assert packages and all(package.hashes for package in packages)
-    # No URL, no folder, no option: a package comes from whatever index pip is configured for.
+    # No URL, no folder, no option: a package comes from the index that pip is configured for.
     assert render(packages) == re.sub("^#.*\n", "", text, flags=re.MULTILINE)
 
 
@@ -112,7 +112,9 @@ six==1.17.0 \\
     assert parse(render(packages)) == packages
 
 
-def test_only_the_linux_wheels_for_cpus_of_the_wanted_version_are_read_off_pytorchs_index() -> None:
+def test_only_the_linux_wheels_for_cpus_of_the_wanted_version_are_read_from_pytorchs_index() -> (
+    None
+):
     page = "\n".join(
         f'<a href="/whl/cpu/{name}#sha256={sha * 64}" data-core-metadata="x">{name}</a>'
         for name, sha in (

@@ -41,7 +41,7 @@ frame.srcdoc = %(page)s;
 
 
 def look(page: Path, *, width: int) -> dict[str, Any]:
-    """Lay a page out and report its contents.
+    """Render a page and report its contents.
 
     Args:
         page: An HTML file.

@@ -1,4 +1,4 @@
-"""Captions: the text that somebody wrote, or a reason; never something that a decoder made up."""
+"""Captions: the original text, or a reason; never a text that a decoder made up."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_an_encoding_that_is_certain_is_read(text: str, encoding: str) -> None:
 
 @pytest.mark.parametrize("text", [KOREAN, ENGLISH, "café, Häuser", "красный дом"])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_without_a_mark_is_read_if_one_byte_order_alone_is_text(
+def test_utf_16_without_a_mark_is_read_if_only_one_byte_order_is_text(
     text: str, encoding: str
 ) -> None:
     assert read_caption(text.encode(encoding)).text == text
@@ -62,7 +62,7 @@ def test_an_encoding_that_could_only_be_guessed_is_ignored_with_advice(content: 
         ("C1 \x9f control", "control characters"),
     ],
 )
-def test_what_is_no_text_is_ignored_with_a_reason(text: str, reason: str) -> None:
+def test_content_that_is_not_text_is_ignored_with_a_reason(text: str, reason: str) -> None:
     found = clean_caption(text)
     assert found.text == "" and reason in (found.problem or "")
 
@@ -87,7 +87,7 @@ def test_a_file_that_is_too_large_for_a_caption_is_ignored_with_its_limit() -> N
     assert read_caption(b"x" * (MAX_CAPTION_BYTES + 1)).problem == "it is larger than 16 KiB"
 
 
-def test_every_byte_that_is_no_utf_8_is_refused_and_no_text_gains_a_character() -> None:
+def test_bytes_that_are_not_utf_8_are_refused_and_no_text_gains_a_character() -> None:
     for byte in range(256):
         found = read_caption(b"ink " + bytes([byte]) + b" wash")
         assert not any(

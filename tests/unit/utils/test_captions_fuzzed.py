@@ -1,4 +1,4 @@
-"""Captions of any bytes: no character is trained that nobody wrote, and none that is no text."""
+"""Captions of any bytes: only characters of the original text are trained."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def is_clean(text: str) -> bool:
 
 
 @given(st.binary(max_size=MAX_CAPTION_BYTES + 8))
-def test_of_any_bytes_only_clean_text_is_trained(content: bytes) -> None:
+def test_only_clean_text_is_read_from_any_bytes(content: bytes) -> None:
     found = read_caption(content)
     assert is_clean(found.text)
     assert not (found.text and found.problem)
 
 
 @given(st.text(max_size=200))
-def test_of_any_text_only_clean_text_is_trained_and_cleaning_twice_changes_nothing(
+def test_only_clean_text_is_kept_of_any_text_and_cleaning_twice_changes_nothing(
     text: str,
 ) -> None:
     found = clean_caption(text)
@@ -41,12 +41,12 @@ def test_of_any_text_only_clean_text_is_trained_and_cleaning_twice_changes_nothi
 
 
 @given(TEXTS, ENCODINGS)
-def test_a_text_is_read_as_it_was_written_or_not_at_all(text: str, encoding: str) -> None:
+def test_a_text_is_read_as_it_was_written_or_is_refused(text: str, encoding: str) -> None:
     content = text.encode(encoding, errors="ignore")
     written = content.decode(encoding)
     found = read_caption(content)
     if encoding in ("cp949", "cp1252", "gbk") and not content.isascii():
-        return  # which of them it is cannot be known; only valid UTF-8 is read as what it is
+        return  # the encoding is uncertain; only valid UTF-8 is read as such
     if encoding.startswith(("utf-16-", "utf-32-")) and content.isascii():
         return  # the same bytes are a text in ASCII, too
     expected = clean_caption(written)
@@ -57,7 +57,7 @@ def test_a_text_is_read_as_it_was_written_or_not_at_all(text: str, encoding: str
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(st.lists(st.one_of(st.binary(max_size=40), TEXTS.map(str.encode)), max_size=6))
-def test_a_metadata_file_of_any_lines_breaks_nothing(tmp_path: Path, lines: list[bytes]) -> None:
+def test_a_metadata_file_with_any_lines_raises_no_error(tmp_path: Path, lines: list[bytes]) -> None:
     (tmp_path / "a.png").write_bytes(b"image")
     good = json.dumps({"file_name": "a.png", "text": "a harbour"}).encode()
     (tmp_path / "metadata.jsonl").write_bytes(b"\n".join([*lines, good]))

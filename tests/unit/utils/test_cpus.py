@@ -1,4 +1,4 @@
-"""The number of threads for a CPU: cores that may be used, not cores that are there."""
+"""The number of threads for a CPU: by the usable cores, not by all cores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def allow(monkeypatch: pytest.MonkeyPatch, allowed: range) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(allowed))
 
 
-def test_a_large_machine_gives_no_more_threads_than_are_of_use() -> None:
+def test_a_large_machine_gives_no_more_threads_than_are_useful() -> None:
     assert cpus.training_threads() == cpus.MOST_THREADS == 16
 
 

@@ -1,4 +1,4 @@
-"""The error family: drawn as it is, and every member has a code and a sentence."""
+"""The error classes: the drawn tree is true, and every class has a code and a sentence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from utils.errors import (
     is_retryable,
 )
 
-# These never become a job's ending, so they need no code of their own.
+# These never become a job's ending, so they need no separate code.
 NEVER_TOLD = (ConfigurationError, BrokerError, Stopped)
 
 FAMILY = [
@@ -34,7 +34,7 @@ FAMILY = [
     if inspect.isclass(cls) and issubclass(cls, TrainingServerError)
 ]
 
-# What docs/protocol.md, section 3, lists, and whether trying again can help.
+# The codes of docs/protocol.md, section 3, and whether a retry can help.
 TABLE = {
     "InvalidMessage": ("INVALID_MESSAGE", False),
     "UnknownType": ("UNKNOWN_TYPE", False),
@@ -79,41 +79,45 @@ def drawn() -> dict[str, str]:
 
 
 def make(cls: type[TrainingServerError]) -> TrainingServerError:
-    """One of a class, with its default message."""
+    """An error of a class, with its default message."""
     return cls(StopReason.SHUTDOWN) if cls is Stopped else cls()
 
 
-def test_the_tree_that_is_drawn_is_the_tree_that_is() -> None:
+def test_the_tree_in_the_docstring_is_the_tree_of_the_classes() -> None:
     assert drawn() == {cls.__name__: cls.__bases__[0].__name__ for cls in FAMILY}
 
 
 @pytest.mark.parametrize("cls", FAMILY, ids=lambda cls: cls.__name__)
-def test_every_class_is_in_the_table_of_codes_or_never_told(cls: type[TrainingServerError]) -> None:
+def test_every_class_is_in_the_table_of_codes_or_never_reported(
+    cls: type[TrainingServerError],
+) -> None:
     listed = any(ancestor in CODES for ancestor in cls.__mro__)
     exempt = issubclass(cls, NEVER_TOLD) or cls in (TrainingServerError, errors.JobError)
     assert listed != exempt
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_what_the_backend_is_told_of_an_error(name: str) -> None:
+def test_each_error_has_its_code_and_its_retryability(name: str) -> None:
     error = make(getattr(errors, name))
     assert (code_of(error), is_retryable(error)) == (ErrorCode(TABLE[name][0]), TABLE[name][1])
 
 
-def test_the_table_of_this_test_knows_every_class_that_is_told() -> None:
+def test_the_table_of_this_test_has_every_class_that_is_reported() -> None:
     assert set(TABLE) == {
         cls.__name__ for cls in FAMILY if any(ancestor in CODES for ancestor in cls.__mro__)
     }
 
 
-def test_every_code_of_the_contract_is_some_errors() -> None:
-    # No job ends with it: it is the backend that refuses an ending, and only the dead queue hears.
+def test_every_code_of_the_contract_belongs_to_an_error() -> None:
+    # No job ends with it: the backend refuses an ending, and only the dead queue has the code.
     in_the_dead_queue_only = {ErrorCode.WEBHOOK_REJECTED, ErrorCode.PUBLICATION_REFUSED}
     assert {code for code, _ in CODES.values()} == set(ErrorCode) - in_the_dead_queue_only
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), errors.JobError("x"), KeyboardInterrupt()])
-def test_what_has_no_code_is_a_failed_training_that_is_not_repeated(error: BaseException) -> None:
+def test_an_error_without_a_code_is_a_failed_training_without_retry(
+    error: BaseException,
+) -> None:
     assert (code_of(error), is_retryable(error)) == CODES[TrainingFailed]
 
 
@@ -124,11 +128,11 @@ def test_a_classs_docstring_is_its_default_message(cls: type[TrainingServerError
     assert message.endswith(".") and len(message) < 100
 
 
-def test_a_message_of_ones_own_wins() -> None:
+def test_a_given_message_replaces_the_default_one() -> None:
     assert str(errors.GpuOutOfMemory("batch 8 does not fit")) == "batch 8 does not fit"
 
 
-def test_an_invalid_message_says_which_field_and_whose() -> None:
+def test_an_invalid_message_has_its_field_and_its_subject() -> None:
     error = UnknownType(
         "no", field="type", task_id="t", kind="style", subject="7", webhook_url="https://a.com"
     )
@@ -142,6 +146,6 @@ def test_a_stop_has_a_reason() -> None:
     assert LeaseLost().reason is StopReason.LEASE_LOST
 
 
-def test_what_crosses_the_pipe_is_found_by_its_class_name() -> None:
+def test_an_error_that_crosses_the_pipe_is_found_by_its_class_name() -> None:
     assert all(REPORTABLE[name].__name__ == name for name in REPORTABLE)
     assert all(issubclass(cls, TrainingServerError) for cls in REPORTABLE.values())

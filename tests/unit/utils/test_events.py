@@ -1,4 +1,4 @@
-"""The vocabulary between the two processes survives the pipe, and nothing else passes."""
+"""The messages between the two processes cross the pipe unchanged, and nothing else passes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ INWARD = (TrainingRun, Stop, TrainerOptions)
 
 
 @pytest.mark.parametrize("fact", FACTS, ids=lambda fact: type(fact).__name__)
-def test_every_event_comes_out_as_it_went_in(fact: Any) -> None:
+def test_every_event_is_decoded_as_it_was_encoded(fact: Any) -> None:
     again = decode(encode(fact), EVENTS)
     assert again == fact
     assert type(again) is type(fact)
@@ -72,7 +72,7 @@ def test_every_event_comes_out_as_it_went_in(fact: Any) -> None:
     [RUN, TrainerOptions("folder"), *(Stop(reason, "task-1", 2) for reason in StopReason)],
     ids=lambda fact: type(fact).__name__,
 )
-def test_what_goes_in_comes_out_as_it_was_too(fact: Any) -> None:
+def test_every_request_is_decoded_as_it_was_encoded(fact: Any) -> None:
     assert decode(encode(fact), INWARD) == fact
 
 
@@ -140,7 +140,7 @@ def test_a_missing_field_is_refused_by_name() -> None:
         decode(json.dumps(values).encode(), EVENTS)
 
 
-def test_limits_hold_for_what_comes_over_the_pipe_too() -> None:
+def test_the_limits_of_values_hold_for_messages_of_the_pipe_too() -> None:
     values = dataclasses.asdict(RUN) | {"images": []}
     values["parameters"]["epochs"] = 0
     with pytest.raises(ValueError, match="epochs is 0"):

@@ -1,4 +1,4 @@
-"""The GPU monitor: readings from NVML, a log line a GPU, and one word where there is none."""
+"""The GPU monitor: readings from NVML, a log line per GPU, and one line if there is none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.gpu_monitor import GpuMonitor, GpuReading
 
 class FakeNvml(types.ModuleType):
     # pylint: disable=invalid-name,missing-function-docstring  # the library's own names
-    """NVML of a machine with two GPUs, the second of which does not tell its power."""
+    """NVML of a machine with two GPUs; the second does not report its power."""
 
     NVML_TEMPERATURE_GPU = 0
 
@@ -81,7 +81,9 @@ def test_every_gpu_is_read_with_its_units(nvml: FakeNvml) -> None:
     assert nvml.opened == 1
 
 
-def test_a_reading_is_one_log_line_a_gpu(nvml: FakeNvml, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reading_is_one_log_line_per_gpu(
+    nvml: FakeNvml, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
         GpuMonitor().log_now()
     lines = [vars(record) for record in caplog.records if record.msg == "gpu"]
@@ -100,7 +102,7 @@ def test_the_real_library_reports_a_machine_without_gpus_once_or_reads_them(
     assert (len(said) == 1 and first == second == []) or (not said and first and second)
 
 
-def test_a_machine_without_a_driver_says_so_once(
+def test_a_machine_without_a_driver_is_reported_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake = FakeNvml(driver=False)
@@ -119,11 +121,11 @@ def test_a_gpu_that_is_lost_later_is_a_warning_and_no_crash(
     assert len(monitor.read()) == 2
     nvml.lost = True
     assert not monitor.read()
-    assert not monitor.read()  # said once, however often it is looked at
+    assert not monitor.read()  # logged once, however often it is read
     assert [record.msg for record in caplog.records] == ["gpu_unreadable"]
 
 
-def test_once_started_it_logs_at_every_interval_until_it_is_stopped(
+def test_a_started_monitor_logs_at_every_interval_until_it_is_stopped(
     nvml: FakeNvml, caplog: pytest.LogCaptureFixture
 ) -> None:
     monitor = GpuMonitor(interval_seconds=0.02, log=logging.getLogger("mine"))
@@ -142,7 +144,9 @@ def test_once_started_it_logs_at_every_interval_until_it_is_stopped(
     assert nvml.opened == 0
 
 
-def test_it_reads_more_often_than_it_logs(nvml: FakeNvml, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_monitor_reads_more_often_than_it_logs(
+    nvml: FakeNvml, caplog: pytest.LogCaptureFixture
+) -> None:
     seen: list[list[GpuReading]] = []
     monitor = GpuMonitor(interval_seconds=60, sample_seconds=0.01, observe=seen.append)
     with caplog.at_level(logging.INFO):

@@ -1,4 +1,4 @@
-"""The metrics: names and units as Prometheus wants them, text that its parsers read."""
+"""The metrics: names and units by Prometheus' rules, and text that its parsers read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_every_name_is_of_this_program_or_of_its_process() -> None:
     assert all(name.startswith("process_") for name in exported_names() - own)
 
 
-def test_what_only_rises_says_so_and_what_has_a_unit_names_it() -> None:
+def test_names_of_counters_end_in_total_and_names_have_their_unit() -> None:
     for family in Metrics().registry.collect():
         if family.name.startswith("process_"):
             continue
@@ -34,7 +34,7 @@ def test_what_only_rises_says_so_and_what_has_a_unit_names_it() -> None:
 
 
 @pytest.mark.parametrize(("accept", "parse"), [("text/plain", classic), (SCRAPER, open_metrics)])
-def test_a_scraper_can_read_them(accept: str, parse: type) -> None:
+def test_a_scraper_can_read_the_metrics(accept: str, parse: type) -> None:
     metrics = Metrics()
     metrics.jobs.labels("failed", ErrorCode.GPU_OOM).inc(2)
     text, content_type = metrics.render(accept)
@@ -57,7 +57,7 @@ def test_the_first_failure_of_a_kind_is_an_increase_and_not_a_new_series() -> No
         assert f'{PREFIX}_ready_check{{check="{check}"}} 0.0' in text
 
 
-def test_all_names_are_those_of_a_worker_in_use() -> None:
+def test_all_names_are_those_of_a_running_worker() -> None:
     metrics = Metrics()
     metrics.gpu_throttled.labels("0", "heat").set(1)
     metrics.worker.info({"device": "cpu", "base_model": "b"})
@@ -79,6 +79,6 @@ def test_all_names_are_those_of_a_worker_in_use() -> None:
         ("text/html,application/xhtml+xml", False),
     ],
 )
-def test_who_names_a_format_of_prometheus_gets_it(accept: str, text: bool) -> None:
+def test_a_client_that_accepts_a_format_of_prometheus_gets_it(accept: str, text: bool) -> None:
     assert bool(formats(accept)) is text
     assert Metrics().render(accept)[0]

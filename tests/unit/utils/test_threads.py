@@ -91,7 +91,7 @@ def test_an_error_is_logged_and_the_next_call_comes(caplog: pytest.LogCaptureFix
     assert (record.msg, vars(record)["loop"]) == ("periodic_call_failed", "watcher")
 
 
-def test_a_stop_waits_for_the_running_call_only_as_long_as_it_is_told_to() -> None:
+def test_a_stop_waits_for_the_running_call_only_as_long_as_its_limit() -> None:
     begun, over = threading.Event(), threading.Event()
 
     def hangs() -> None:

@@ -1,4 +1,4 @@
-"""The trainer's environment and confinement: what is kept from it, and what it needs to work."""
+"""The trainer's environment and confinement: hidden secrets, and everything that it needs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_variable_that_may_hold_a_secret_stays_here(name: str, value: str) -> 
         ("HTTPS_PROXY", "http://user:word@proxy:3128"),
     ],
 )
-def test_a_variable_that_training_needs_is_handed_on(name: str, value: str) -> None:
+def test_a_variable_that_training_needs_is_passed_on(name: str, value: str) -> None:
     assert made({name: value})[name] == value
 
 
@@ -79,15 +79,13 @@ def test_the_number_of_threads_is_the_setting_s_or_that_of_the_cores(
     assert made({"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
-def test_files_with_keys_are_hidden_whether_they_are_there_or_not(
-    home: Path, tmp_path: Path
-) -> None:
+def test_files_with_keys_are_hidden_whether_they_exist_or_not(home: Path, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("x")
     ours = {
         "AWS_WEB_IDENTITY_TOKEN_FILE": str(token),
         "KUBECONFIG": "/etc/kube.yaml",
-        "MONKEY_HOME": "/usr",  # a folder, whatever its name is like
+        "MONKEY_HOME": "/usr",  # a folder, independent of its name
         "BASE_MODEL_KEY": str(token.parent),
         "SOME_KEY": "relative/path",
     }

@@ -1,4 +1,4 @@
-"""Two spellings of one origin are one origin, and nothing else is."""
+"""Two spellings of one origin are equal, and different origins are not."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_an_origin_is_scheme_host_and_port(url: str, origin: str) -> None:
         "https://" + "a" * 64 + ".example",
     ],
 )
-def test_what_is_not_clearly_one_web_origin_is_refused(url: str) -> None:
+def test_an_address_that_is_not_clearly_one_web_origin_is_refused(url: str) -> None:
     with pytest.raises(ValueError) as caught:
         origin_of(url)
     assert "secret" not in str(caught.value)
 
 
-def test_a_log_line_shows_scheme_host_and_port_alone() -> None:
+def test_a_log_line_shows_only_scheme_host_and_port() -> None:
     assert (
         shown("https://user:secret@api.example.com/path?token=secret") == "https://api.example.com"
     )

@@ -15,7 +15,7 @@ def test_a_noun_follows_its_number(number: int, words: str) -> None:
     assert counted(number, "image") == words
 
 
-def test_a_noun_may_have_a_plural_of_its_own() -> None:
+def test_a_noun_may_have_an_irregular_plural() -> None:
     assert (counted(1, "entry", "entries"), counted(2, "entry", "entries")) == (
         "1 entry",
         "2 entries",
@@ -37,5 +37,5 @@ def test_a_long_group_names_the_first_and_counts_the_others() -> None:
     assert "more" not in grouped(problems[:MOST_NAMES], "image")
 
 
-def test_nothing_wrong_is_no_words() -> None:
+def test_no_problems_give_an_empty_text() -> None:
     assert grouped([], "image") == ""
