@@ -1,4 +1,4 @@
-"""The log: one line of JSON an event, the job bound to it, and never a secret, whoever logs."""
+"""The log: one line of JSON per event, with its job, and without secrets of any logger."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_level_holds(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line["event"] for line in lines(capsys)] == ["loud"]
 
 
-def test_libraries_that_tell_every_request_are_kept_quiet(
+def test_libraries_that_log_every_request_are_kept_quiet(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     configure(level="DEBUG")
@@ -113,7 +113,7 @@ def test_python_s_warnings_reach_the_log(capsys: pytest.CaptureFixture[str]) -> 
     assert "old habits" in lines(capsys)[0]["event"]
 
 
-def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_text_format_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     configure(log_format="text", secrets=[SECRET])
     get_logger("x").info("model_published", style=7, token=SECRET)
     text = capsys.readouterr().err
@@ -134,7 +134,7 @@ die()
 """
 
 
-def test_what_nobody_caught_is_a_line_of_the_log_too() -> None:
+def test_an_uncaught_exception_is_a_line_of_the_log_too() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", DIES], capture_output=True, text=True, check=False
     )
@@ -152,7 +152,7 @@ def test_what_nobody_caught_is_a_line_of_the_log_too() -> None:
 # ---- secrets -------------------------------------------------------------------------------------
 
 
-def test_a_secret_is_masked_wherever_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_secret_is_masked_at_any_place(capsys: pytest.CaptureFixture[str]) -> None:
     configure(secrets=[SECRET])
     get_logger("x").info(
         f"said_{SECRET}",
@@ -204,7 +204,7 @@ def test_a_secret_is_masked_in_what_third_parties_log(capsys: pytest.CaptureFixt
         ("https://b.s3/k?X-Amz-Credential=AKIA%2F2025&x=2", "https://b.s3/k?X-Amz-Credential="),
     ],
 )
-def test_what_has_a_secret_s_shape_is_masked_though_nobody_named_it(text: str, kept: str) -> None:
+def test_text_in_the_shape_of_a_secret_is_masked_without_a_setting(text: str, kept: str) -> None:
     cleaned = Redactor().clean(text)
     assert cleaned.startswith(kept + MASK)
 
@@ -224,7 +224,7 @@ def test_a_value_under_a_secret_s_name_is_masked(name: str) -> None:
         "a bearer of news",
     ],
 )
-def test_what_is_no_secret_stays_readable(harmless: Any) -> None:
+def test_text_that_is_no_secret_stays_readable(harmless: Any) -> None:
     assert Redactor([SECRET]).clean(harmless) == harmless
 
 
