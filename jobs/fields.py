@@ -140,7 +140,7 @@ def check_limits(parameters: Any) -> None:
                 f"{field.name} is {value!r}; choose one of {', '.join(limits['choices'])}"
             )
         low, high = limits["low"], limits["high"]
-        if limits["auto"] and isinstance(value, Auto):
+        if limits["auto"] is not None and isinstance(value, Auto):
             continue
         # The negated comparisons catch NaN too.
         if low is not None and high is None and not low <= value:
@@ -172,7 +172,7 @@ def _parameter_type(field: dataclasses.Field[Any], kind: Any) -> Any:
         return bool
     if kind is int:
         whole = Annotated[int, BeforeValidator(_whole), bounds]
-        return Annotated[whole, WrapValidator(_or_auto)] if limits["auto"] else whole
+        return Annotated[whole, WrapValidator(_or_auto)] if limits["auto"] is not None else whole
     return Annotated[float, Field(allow_inf_nan=False), bounds]
 
 
