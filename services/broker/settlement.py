@@ -90,7 +90,7 @@ class Queue:
         """
         if not _NAME.fullmatch(family):
             raise ValueError(
-                f"a base family named {family!r} cannot have a queue: use a name of a-z, 0-9, _ and -"
+                f"a base family named {family!r} cannot have a queue: use a-z, 0-9, _ and -"
             )
         return cls(f".base.{family}")
 
