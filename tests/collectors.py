@@ -1,4 +1,4 @@
-"""Real receivers of what a worker sends to ops: an OTLP collector, and a Sentry project's door."""
+"""Real receivers of a worker's telemetry: an OTLP collector, and a Sentry project."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Real servers for the tests, each private to this run.
 
-One that does not start is a failure, never a skip.
+A server that does not start fails the tests; they are never skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from utils.logger import TALKATIVE
 
 
 def pytest_collection_finish() -> None:
-    """What was imported is no garbage, as in the trainer's process: a third of the tests' time."""
+    """Exclude imported objects from garbage collection, as the trainer does.
+
+    It saves a third of the time.
+    """
     gc.collect()
     gc.freeze()
 
@@ -51,7 +54,7 @@ def _logging_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session", name="s3_server")
 def _s3_server() -> Iterator[S3Server]:
-    """An S3 server for the whole run; each test takes a bucket of its own."""
+    """An S3 server for the whole run; each test uses a separate bucket."""
     with S3Server() as server:
         yield server
 

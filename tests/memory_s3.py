@@ -62,7 +62,7 @@ class MemoryS3(S3Service):
         self.before(method, bucket, key)
 
     def pass_seconds(self, seconds: float) -> None:
-        """Let time go by: every object becomes older."""
+        """Let time pass: every object becomes older."""
         self.now += datetime.timedelta(seconds=seconds)
 
     def keys(self, bucket: str, prefix: str = "") -> list[str]:
@@ -76,7 +76,7 @@ class MemoryS3(S3Service):
         return sum(made == method for made, _ in self.requests)
 
     def change(self, bucket: str, key: str, **values: Any) -> None:
-        """Change an object as somebody else would: its body, metadata or date."""
+        """Change an object as another client would: its body, metadata or date."""
         self.objects[bucket, key] = dataclasses.replace(self.objects[bucket, key], **values)
 
 

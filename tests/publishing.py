@@ -1,4 +1,4 @@
-"""What the tests of publishing share: styles, runs, and stops between two requests to S3."""
+"""Tools of the publishing tests: styles, runs, and stops between two requests to S3."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class World:
     """A style on S3.
 
     Attributes:
-        s3: Looks at it and is never disturbed.
+        s3: The test's own client, without faults.
         models: The bucket of models.
         state: The bucket of state.
         scratch: A local folder.
@@ -133,11 +133,11 @@ class World:
             self.s3.replace(where, encode(stamped(turn)), found.etag)
 
     def has_note(self) -> bool:
-        """Whether the turn says that a publication is unfinished."""
+        """Whether the turn's note records an unfinished publication."""
         return self._note().get("done") is False
 
     def waits_for_its_ending(self) -> bool:
-        """Whether the turn says that all files are written, and that the job may yet fail."""
+        """Whether the turn's note records that all files are written and the job may still fail."""
         return self._note().get("done") is True
 
     def _note(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ SUFFIXES = (".txt", ".caption")
 
 _UNKNOWN = (
     "its encoding is not known (it is neither UTF-8 nor UTF-16; older programs write cp949 or "
-    "Windows-1252, for example); save the file as UTF-8"
+    "Windows-1252, for example); save it as UTF-8"
 )
 _DAMAGED = "it contains U+FFFD, the mark of characters that an earlier conversion lost"
 _BINARY = "it contains control characters, so it is not a text"

@@ -50,7 +50,8 @@ class WorkFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigurationError(
-                f"WORK_DIR: {self._root} cannot be written ({error.strerror})"
+                f"WORK_DIR: {self._root} cannot be written ({error.strerror}). Allow the worker to "
+                "write there, or set another folder."
             ) from error
 
     def close(self) -> None:

@@ -50,5 +50,5 @@ def _worker(world: World) -> Iterator[WorkerProcess]:
 
 @pytest.fixture(name="apart")
 def _apart(world: World) -> World:
-    """The same world with a queue and buckets of its own, so that no other worker takes part."""
+    """The same world with a separate queue and buckets, so that no other worker takes part."""
     return world.apart()

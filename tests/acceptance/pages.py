@@ -16,7 +16,7 @@ from utils.metrics import PREFIX
 
 
 class Pages:
-    """The pages of a worker that has said in its log where they are."""
+    """The pages of a worker, at the address in its log."""
 
     def __init__(self, worker: WorkerProcess) -> None:
         self.port: int = until(lambda: log_lines(worker, "http_listening"))[-1]["port"]
@@ -40,7 +40,7 @@ class Pages:
         return content
 
     def status(self, path: str) -> int:
-        """A page's status alone."""
+        """A page's status."""
         return self.ask(path)[0]
 
     def metric(self, name: str, **labels: str) -> float:
@@ -55,5 +55,5 @@ class Pages:
                 if sample.name == f"{PREFIX}_{name}" and sample.labels == labels:
                     return float(sample.value)
             if labels and re.fullmatch(family.name + "(_total|_count|_sum)?", f"{PREFIX}_{name}"):
-                return 0.0  # what has labels begins with the first thing that is counted
+                return 0.0  # a series with labels appears with its first count
         raise KeyError(name)

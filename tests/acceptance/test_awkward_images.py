@@ -1,4 +1,4 @@
-"""Images as artists really upload them: trained on or left out, each as the report says."""
+"""Images as artists upload them: each is trained on or left out, and the report has the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jobs.style import HyperParameters
 
 
 def pixels(seed: int, width: int = 160, height: int = 160) -> NDArray[np.uint8]:
-    """Squares of many colours, others for each seed."""
+    """Squares of many colours, different for each seed."""
     squares = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3))
     return np.kron(squares, np.ones((16, 16, 1), dtype=int)).astype(np.uint8)
 
@@ -57,7 +57,7 @@ def in_16_bits(seed: int) -> bytes:
 
 
 def turned(seed: int) -> bytes:
-    """A photograph that lies on its side, and says so."""
+    """A photograph that is stored sideways, with its orientation in EXIF."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encoded(image(seed, 192, 96), "JPEG", exif=exif)
@@ -77,7 +77,7 @@ def moving(seed: int) -> bytes:
 
 
 def with_a_dot() -> bytes:
-    """Next to nothing on white."""
+    """An almost empty white image."""
     image = Image.new("RGB", (160, 160), "white")
     image.paste("black", (80, 80, 96, 96))
     return encoded(image)
@@ -151,7 +151,7 @@ BAD: dict[str, Kind] = {
 
 
 def train(folder: Path, output: Path, base_model: Path) -> None:
-    """One epoch on a folder, in a trainer process of its own."""
+    """One epoch on a folder, in a separate trainer process."""
     settings = load_local(
         _env_file=None,
         base_model=str(base_model),
@@ -179,7 +179,7 @@ def filled(folder: Path, kinds: dict[str, Kind]) -> Path:
     return folder
 
 
-def test_a_folder_of_awkward_images_is_trained_on_image_by_image_as_the_report_says(
+def test_each_image_of_an_awkward_folder_is_used_as_the_report_states(
     base_model: Path, tmp_path: Path
 ) -> None:
     kinds = GOOD | BAD

@@ -1,4 +1,4 @@
-"""Nothing that comes in stops the worker or is lost: bad messages, bad images, bad answers."""
+"""Bad messages, images and answers do not stop the worker, and none is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_invalid_message_of_the_contract_is_covered_here() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))
-def test_an_invalid_message_lies_in_the_dead_queue_with_a_code_and_the_field(
+def test_an_invalid_message_is_in_the_dead_queue_with_a_code_and_the_field(
     world: World, worker: WorkerProcess, name: str
 ) -> None:
     body = (INVALID / name).read_bytes()
@@ -49,7 +49,7 @@ def test_an_invalid_message_lies_in_the_dead_queue_with_a_code_and_the_field(
     assert worker.exit_code is None
 
 
-def test_the_job_behind_them_completes_and_a_nameable_style_is_told_once(
+def test_the_job_behind_them_completes_and_a_readable_style_is_reported_once(
     world: World, worker: WorkerProcess
 ) -> None:
     message = world.envelope(style_id=11)
@@ -75,7 +75,7 @@ def test_a_task_id_that_comes_again_with_another_body_is_refused_and_the_first_j
     assert worker.exit_code is None
 
 
-def test_images_that_are_none_are_left_out_by_name_and_the_job_goes_on(
+def test_files_that_are_not_images_are_left_out_by_name_and_the_job_goes_on(
     world: World, worker: WorkerProcess
 ) -> None:
     bad = _bad_images(world)
@@ -149,7 +149,7 @@ def test_two_images_of_the_same_name_do_not_collide(world: World, worker: Worker
     assert worker.exit_code is None
 
 
-def test_a_backend_that_is_broken_at_first_hears_the_ending_all_the_same(
+def test_a_backend_that_is_broken_at_first_still_gets_the_ending(
     world: World, worker: WorkerProcess
 ) -> None:
     soon = {"Retry-After": "1"}
@@ -189,7 +189,7 @@ def test_an_ending_that_the_backend_refuses_is_kept_with_the_message_as_it_was_s
 
 
 def _bad_images(world: World) -> list[str]:
-    """Everything that calls itself an image and is none; the last two are not even there."""
+    """Files with an image's name that are not images; the last two do not exist."""
     whole = io.BytesIO()
     Image.new("RGB", (300, 300), "teal").save(whole, "JPEG")
     return [

@@ -1,4 +1,4 @@
-"""What a checkpoint stood on has changed when the job is taken up again: it goes on, or anew."""
+"""Images, base model or format change before a job resumes: it resumes, or starts again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.acceptance.world import World, log_lines, until
 
 
 def test_a_job_whose_images_changed_meanwhile_is_trained_from_the_beginning(apart: World) -> None:
-    """So it goes as well after a change of the base model, or of the checkpoints' format."""
+    """The same happens after a change of the base model, or of the checkpoints' format."""
     message = apart.envelope(style_id=81, parameters={"epochs": 12})
     task_id = message["task_id"]
     with apart.worker() as first:

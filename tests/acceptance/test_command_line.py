@@ -1,4 +1,4 @@
-"""What a person types: local training, help, and what is said when something is wrong."""
+"""Commands that users type: local training, help, and error messages."""
 
 from __future__ import annotations
 
@@ -162,13 +162,13 @@ def test_a_machine_without_a_gpu_is_refused_unless_the_cpu_is_allowed(
         (("pictures", "--resolution", "500"), "multiple of 64"),
     ],
 )
-def test_wrong_arguments_are_a_sentence(
+def test_wrong_arguments_are_answered_with_a_sentence(
     base_model: Path, images: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     assert images.is_dir()
     done = _main(
         *("train", *arguments, "--output", str(tmp_path / "output")),
-        # The folder and the arguments are looked at first: no GPU is needed to see what is wrong.
+        # The folder and the arguments are checked first, so these errors need no GPU.
         environment=_environment(base_model) | {"ALLOW_CPU": "false", "CUDA_VISIBLE_DEVICES": "-1"},
         folder=tmp_path,
     )
@@ -184,7 +184,7 @@ def test_wrong_arguments_are_a_sentence(
         ({"BASE_MODEL": "somebody/some-model", "HF_HUB_OFFLINE": "1"}, "somebody/some-model"),
     ],
 )
-def test_a_training_that_cannot_be_is_a_sentence_and_leaves_nothing_behind(
+def test_an_impossible_training_ends_with_a_sentence_and_leaves_nothing_behind(
     base_model: Path, images: Path, tmp_path: Path, changed: dict[str, str], words: str
 ) -> None:
     output = tmp_path / "output"
@@ -199,7 +199,7 @@ def test_a_training_that_cannot_be_is_a_sentence_and_leaves_nothing_behind(
     assert not list(output.iterdir())
 
 
-def test_inspect_says_what_a_lora_file_is_and_refuses_what_is_none(tmp_path: Path) -> None:
+def test_inspect_describes_a_lora_file_and_refuses_any_other_file(tmp_path: Path) -> None:
     layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     path = tmp_path / "style.safetensors"
     tensors = {

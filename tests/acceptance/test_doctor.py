@@ -1,4 +1,4 @@
-"""`python main.py doctor`: all is well, or what is broken is named and so is what to do."""
+"""`python main.py doctor`: success, or each problem with its remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.integration.services.s3_proxy import Fault, S3Proxy, always
 
 @pytest.fixture(name="sound")
 def _sound(apart: World) -> Iterator[World]:
-    """A world in which nothing is broken, with a backend that a test may offend."""
+    """A world in which nothing is broken; a test may break the backend."""
     with Backend() as backend:
         apart.backend = backend
         yield apart
@@ -48,7 +48,7 @@ def _doctor(
 
 
 def _failures(world: World, concerned: str, **changed: str) -> list[Finding]:
-    """What one check finds broken, in this process."""
+    """The problems that one check finds, in this process."""
     values: dict[str, Any] = {
         name.lower(): value for name, value in world.settings(**changed).items()
     }
@@ -59,7 +59,7 @@ def _failures(world: World, concerned: str, **changed: str) -> list[Finding]:
     return failures
 
 
-def test_where_all_is_well_the_doctor_says_so_and_leaves_nothing_behind(
+def test_without_a_problem_the_doctor_reports_success_and_leaves_nothing_behind(
     sound: World, tmp_path: Path
 ) -> None:
     sound.publish(b"a job that waits")
@@ -90,7 +90,7 @@ def test_the_report_begins_with_findings_and_fits_a_terminal_of_80_columns(
     assert len(lines) < len(well) + 25, done.stdout
 
 
-def test_the_policy_is_printed_alone(sound: World, tmp_path: Path) -> None:
+def test_the_policy_is_printed_without_anything_else(sound: World, tmp_path: Path) -> None:
     environment = sound.settings(RABBITMQ_PORT="1")  # nothing is tested
     done = _doctor("--policy", environment=environment, folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -98,14 +98,14 @@ def test_the_policy_is_printed_alone(sound: World, tmp_path: Path) -> None:
     assert policy["Version"] == "2012-10-17" and "s3:PutObject" in done.stdout
 
 
-def test_all_that_is_broken_is_told_at_once_with_its_remedy_and_without_a_secret(
+def test_all_problems_are_reported_together_with_their_remedies_and_without_a_secret(
     sound: World, tmp_path: Path
 ) -> None:
     wrong = {
         "RABBITMQ_PASS": "wrong-password",
         "STATE_BUCKET_NAME": "no-such-bucket",
         "INTERNAL_API_TOKEN": "another-token-of-more-than-32-characters",
-        # A secret where nobody expects one: settings are shown.
+        # A secret in an unusual place: settings are shown.
         "BASE_MODEL": str(tmp_path / "another-token-of-more-than-32-characters"),
         "ALLOW_CPU": "false",
         "CUDA_VISIBLE_DEVICES": "-1",
@@ -135,7 +135,7 @@ def test_all_that_is_broken_is_told_at_once_with_its_remedy_and_without_a_secret
 
 
 @pytest.mark.parametrize("arguments", [(), ("--json",)])
-def test_wrong_settings_are_all_named_before_anything_is_looked_at(
+def test_all_wrong_settings_are_named_before_anything_is_tested(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     wrong = {"INTERNAL_API_TOKEN": "short-but-secret", "EPOCHS": "many"}
@@ -162,7 +162,7 @@ def test_wrong_settings_are_all_named_before_anything_is_looked_at(
         ("disk", {"WORK_DIR": "/proc/nowhere"}, "WORK_DIR"),
     ],
 )
-def test_each_thing_broken_fails_with_its_remedy(
+def test_each_problem_fails_with_its_remedy(
     sound: World, concerned: str, changed: dict[str, str], remedy: str
 ) -> None:
     assert not _failures(sound, concerned)
@@ -171,8 +171,8 @@ def test_each_thing_broken_fails_with_its_remedy(
     assert all(remedy in each.remedy for each in failures)
 
 
-def test_a_work_folder_that_is_not_there_yet_is_not_made(sound: World, tmp_path: Path) -> None:
-    """It would belong to whoever runs the doctor."""
+def test_a_missing_work_folder_is_not_made(sound: World, tmp_path: Path) -> None:
+    """It would belong to the user who runs the doctor."""
     assert not _failures(sound, "disk", WORK_DIR=str(tmp_path / "new" / "work"))
     assert not list(tmp_path.iterdir())
 

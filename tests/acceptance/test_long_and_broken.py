@@ -1,4 +1,4 @@
-"""Jobs that are longer than the broker's patience, and processes that die."""
+"""Jobs that are longer than the broker's time-outs, and processes that die."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_job_longer_than_the_heartbeat_and_the_delivery_ack_timeout_is_trained
     assert len({each.webhook_id for each in world.backend.endings(task_id)}) == 1
 
 
-def test_a_killed_trainer_is_said_clearly_and_its_job_goes_on_from_the_last_checkpoint(
+def test_a_killed_trainer_is_reported_clearly_and_its_job_resumes_at_the_last_checkpoint(
     world: World, worker: WorkerProcess
 ) -> None:
     message = world.envelope(style_id=22, parameters={"epochs": 24})
@@ -73,7 +73,7 @@ def test_ctrl_c_reaches_the_worker_and_not_its_trainer(apart: World) -> None:
         trainer.wait(5)
 
 
-def test_a_worker_under_nohup_outlives_its_terminal(apart: World) -> None:
+def test_a_worker_under_nohup_survives_its_terminal(apart: World) -> None:
     with apart.worker_of(ROOT, launcher=["nohup"]) as worker:
         until(lambda: log_lines(worker, "consuming"))
         os.kill(worker.pid, signal.SIGHUP)
@@ -83,7 +83,7 @@ def test_a_worker_under_nohup_outlives_its_terminal(apart: World) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_another_worker_goes_on_where_one_was(apart: World) -> None:
+def test_another_worker_continues_from_the_checkpoint(apart: World) -> None:
     """A killed worker loses what came after its last checkpoint.
 
     A worker that is stopped, here by its terminal, loses nothing. The trainer of both ends

@@ -124,7 +124,7 @@ def test_the_second_job_of_a_warm_worker_equals_that_of_a_fresh_one(
     assert _same_weights(warm, apart.download_model(5))
 
 
-def test_a_jobs_checkpoints_went_up_and_what_resume_needed_is_gone_after_the_ending(
+def test_checkpoints_are_uploaded_and_the_files_for_resuming_are_removed_after_the_ending(
     world: World, worker: WorkerProcess
 ) -> None:
     message = world.envelope(style_id=6, parameters={"epochs": 6})
@@ -144,7 +144,7 @@ def test_a_jobs_checkpoints_went_up_and_what_resume_needed_is_gone_after_the_end
     assert world.keys(world.state, f"staging/{task_id}/") == []
 
 
-def test_the_report_says_what_was_done(world: World, worker: WorkerProcess) -> None:
+def test_the_report_describes_the_training(world: World, worker: WorkerProcess) -> None:
     assert worker.exit_code is None
     message = world.envelope(style_id=7)
     world.publish(message)
@@ -160,7 +160,7 @@ def test_the_report_says_what_was_done(world: World, worker: WorkerProcess) -> N
     assert str(world.folder) not in text and "/tmp" not in text.replace(str(world.base_model), "")
 
 
-def test_what_the_machine_lacks_is_said_once(worker: WorkerProcess) -> None:
+def test_a_missing_feature_of_the_machine_is_logged_once(worker: WorkerProcess) -> None:
     assert log_lines(worker, "checkpoint_saved")
     for event in ("no_nvidia_gpu", "training_on_cpu"):
         assert len(log_lines(worker, event)) == (not torch.cuda.is_available())

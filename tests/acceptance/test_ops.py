@@ -1,4 +1,4 @@
-"""What ops type, against a worker that runs: order, look, cancel, send back."""
+"""Operators' commands with a running worker: order, list, cancel, send back."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_folder_is_ordered_trained_and_waited_for(
         (("--task-id", "../elsewhere"), "task_id"),
     ],
 )
-def test_an_order_that_no_worker_would_take_is_told_before_anything_is_uploaded(
+def test_an_order_that_no_worker_would_accept_is_refused_before_anything_is_uploaded(
     apart: World, images: Path, arguments: tuple[str, ...], named: str
 ) -> None:
     done = _main(apart, "publish", str(images), "--style-id", "62", *arguments)
@@ -200,7 +200,7 @@ def test_a_job_that_was_given_up_is_sent_back_although_its_dead_letter_is_gone(
         assert worker.stop() == 0
 
 
-def test_what_was_given_up_is_sent_back_trained_and_told_anew(apart: World) -> None:
+def test_a_job_that_was_given_up_is_sent_back_trained_and_reported_again(apart: World) -> None:
     with apart.worker(MAX_ATTEMPTS="1", CHECKPOINT_INTERVAL="1000") as worker:
         message = apart.envelope(style_id=64, parameters={"epochs": 24})
         task_id = message["task_id"]
@@ -242,14 +242,14 @@ def test_a_worker_for_one_job_that_finds_none_ends_after_a_while(apart: World) -
     assert "worker_stopped" in done.stderr and "job_claimed" not in done.stderr
 
 
-def test_a_job_that_nobody_knows_is_said_to_be_unknown(apart: World) -> None:
+def test_an_unknown_job_is_reported_as_unknown(apart: World) -> None:
     done = _main(apart, "jobs", "nobody-knows-it", "--json")
     assert done.returncode == 1 and "no such record" in _json(done)["jobs"][0]["detail"]
     missing = _main(apart, "redrive", "nobody-knows-it")
     assert missing.returncode == 1 and "nobody-knows-it" in missing.stderr
 
 
-def test_a_broker_that_is_away_is_told_in_a_sentence(apart: World, images: Path) -> None:
+def test_an_unreachable_broker_is_reported_in_a_sentence(apart: World, images: Path) -> None:
     done = _main(apart, "publish", str(images), "--style-id", "65", RABBITMQ_PORT="1")
     assert done.returncode == 1
     assert "RabbitMQ" in done.stderr and "Traceback" not in done.stderr
@@ -263,7 +263,7 @@ def test_looking_into_the_dead_queue_makes_no_queue(apart: World) -> None:
 
 
 def _cancel_files(world: World) -> list[str]:
-    """The ids of the jobs that somebody wants cancelled."""
+    """The ids of the jobs with a cancel file."""
     keys = world.keys(world.state, "jobs/")
     return [
         key.removeprefix("jobs/").removesuffix(".cancel") for key in keys if key.endswith(".cancel")
@@ -271,7 +271,7 @@ def _cancel_files(world: World) -> list[str]:
 
 
 def _claim_and_die(world: World, message: dict[str, Any]) -> None:
-    """A worker claims the job of a message, and is never heard of again."""
+    """A worker claims the job of a message, and then dies."""
     values: dict[str, Any] = {name.lower(): text for name, text in world.settings().items()}
     settings = config.load(_env_file=None, **values)
     job = messages.parse(json.dumps(message).encode(), message_id=None, kinds=settings.kinds())

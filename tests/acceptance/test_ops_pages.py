@@ -1,4 +1,4 @@
-"""What ops see of a running worker, with a broker that is killed and comes back."""
+"""A running worker's pages for operators, with a broker that is killed and restarted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCRAPER = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q
 def _mortal(
     s3_server: S3Server, base_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
-    """A world whose broker is nobody else's, so that it may be killed."""
+    """A world with a separate broker, so that a test may kill it."""
     folder = tmp_path_factory.mktemp("mortal")
     with RabbitMqNode(folder / "broker") as broker, Backend() as backend:
         world = World(broker, s3_server, backend, base_model, folder)
@@ -130,7 +130,7 @@ def test_a_request_without_end_is_not_collected(pages: Pages) -> None:
     assert pages.status("/health") == 200
 
 
-def test_a_scraper_gets_text_and_everybody_else_json(pages: Pages) -> None:
+def test_a_scraper_gets_text_and_any_other_client_json(pages: Pages) -> None:
     _, head, text = pages.ask("/metrics", headers={"Accept": SCRAPER})
     assert head["content-type"].startswith("application/openmetrics-text")
     assert text.endswith(b"# EOF\n")
@@ -143,7 +143,7 @@ def test_a_scraper_gets_text_and_everybody_else_json(pages: Pages) -> None:
     assert numbers["is_training"] is False
 
 
-def test_storage_that_is_away_is_told_within_ten_seconds(
+def test_an_outage_of_the_storage_is_reported_within_ten_seconds(
     pages: Pages, storage_way: TcpProxy
 ) -> None:
     began = time.monotonic()
@@ -157,10 +157,10 @@ def test_storage_that_is_away_is_told_within_ten_seconds(
     until(lambda: pages.status("/ready") == 200, TRUTH_SECONDS)
 
 
-def test_a_broker_that_falls_silent_is_told_long_before_its_heartbeats_are_missed(
+def test_a_silent_broker_is_reported_long_before_its_heartbeats_are_missed(
     pages: Pages, broker_way: TcpProxy
 ) -> None:
-    """As a machine does that vanishes: no connection is closed, and nothing comes."""
+    """Like a machine that vanishes: no connection is closed, and no answer comes."""
     broker_way.go_silent(TRUTH_SECONDS + 10)
     until(lambda: pages.status("/ready") == 503, TRUTH_SECONDS)
     assert "not answered" in pages.json("/ready")["checks"]["broker"]
@@ -170,7 +170,7 @@ def test_a_broker_that_falls_silent_is_told_long_before_its_heartbeats_are_misse
     assert pages.metric("broker_reconnects_total") == 0
 
 
-def test_a_killed_broker_is_told_within_ten_seconds_and_the_job_is_in_sight_all_along(
+def test_a_killed_broker_is_reported_within_ten_seconds_and_the_job_stays_visible(
     mortal: World, pages: Pages, watched: WorkerProcess
 ) -> None:
     message = mortal.envelope(style_id=71, parameters={"epochs": 1000})
@@ -214,7 +214,7 @@ def test_a_killed_broker_is_told_within_ten_seconds_and_the_job_is_in_sight_all_
     assert not log_lines(watched, "handler_crashed")
 
 
-def test_a_job_leaves_its_marks_in_the_metrics(mortal: World, pages: Pages) -> None:
+def test_a_job_is_counted_in_the_metrics(mortal: World, pages: Pages) -> None:
     message = mortal.envelope(style_id=72, parameters={"epochs": 4})
     before = pages.metric("epochs_total")
     mortal.publish(message)
@@ -241,7 +241,7 @@ def test_a_job_leaves_its_marks_in_the_metrics(mortal: World, pages: Pages) -> N
     assert not mortal.keys(mortal.state, "checkpoints/style_71/"), "that one was cancelled"
 
 
-def test_a_job_is_a_trace_that_goes_on_from_the_backend_s_and_back_to_it(
+def test_the_trace_of_a_job_continues_that_of_the_backend_and_returns_to_it(
     mortal: World, collector: Collector, watched: WorkerProcess
 ) -> None:
     message = mortal.envelope(style_id=73)
@@ -268,7 +268,7 @@ def test_a_job_is_a_trace_that_goes_on_from_the_backend_s_and_back_to_it(
     assert all({"level", "timestamp", "logger"} <= set(line) for line in story)
 
 
-def test_a_job_that_is_to_be_tried_again_tells_its_place_in_the_queue(
+def test_a_job_that_will_be_retried_reports_its_place_in_the_queue(
     mortal: World, pages: Pages, watched: WorkerProcess
 ) -> None:
     """The job before it was done, so the worker knows how long a job takes."""
@@ -319,7 +319,7 @@ def test_a_fault_of_the_service_is_an_error_report_and_one_of_the_order_is_not(
     assert not [each for each in sentry.events() if each["message"] == "job_failed"]
 
 
-def test_a_port_in_use_is_said_at_once_with_its_setting(mortal: World) -> None:
+def test_a_port_in_use_is_reported_at_once_with_its_setting(mortal: World) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

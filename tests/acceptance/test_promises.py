@@ -1,6 +1,6 @@
-"""Promises of the queue and of the clock, on real servers.
+"""Promises about queue and time, on real servers.
 
-What duplicates cost, what waits for a newer worker, and how long a job may take in all.
+The cost of duplicates, messages for a newer worker, and the time limit of a job.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ DOWN = Fault(reset=True, forward=False)
 
 
 def _ready(worker: WorkerProcess) -> dict[str, Any]:
-    """The page `/ready`, whatever its status."""
+    """The page `/ready`, with any status."""
     line = until(lambda: log_lines(worker, "http_listening"))[0]
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{line['port']}/ready", timeout=5) as page:
@@ -73,7 +73,7 @@ def test_no_job_is_taken_before_a_store_that_was_down_has_been_tested(
 def test_a_job_runs_with_images_and_models_in_one_store_and_its_state_in_another(
     apart: World,
 ) -> None:
-    """What each store is asked for is seen by the proxies in front of one server."""
+    """Proxies in front of one server see the requests to each store."""
     message = apart.envelope(style_id=92, parameters={"epochs": 2})
     server = apart.s3_server.endpoint
     with S3Proxy(server) as images, S3Proxy(server) as state:

@@ -25,7 +25,7 @@ SOON = 120.0
 
 @dataclasses.dataclass
 class World:
-    """Everything that a worker talks to; each test has a queue and buckets of its own."""
+    """Everything that a worker talks to; each test has a separate queue and buckets."""
 
     broker: RabbitMqNode
     s3_server: S3Server
@@ -45,7 +45,7 @@ class World:
             channel.queue_declare(self.queue, durable=True)
 
     def apart(self) -> World:
-        """The same servers, and a queue and buckets of its own."""
+        """The same servers, with a separate queue and buckets."""
         other = World(self.broker, self.s3_server, self.backend, self.base_model, self.folder)
         for address in self.photographs:
             content = self.read(self.media, address.split("/", 3)[3])
@@ -54,7 +54,7 @@ class World:
 
     @property
     def s3(self) -> S3Client:
-        """Somebody else at the storage."""
+        """Another client of the storage."""
         return self.s3_server.client()
 
     def settings(self, **changed: str) -> dict[str, str]:
@@ -153,7 +153,7 @@ class World:
         return None
 
     def waiting(self, queue: str) -> int:
-        """Messages in the queue, those in somebody's hands too."""
+        """Messages in the queue, including unacknowledged ones."""
         listed = self.broker.ctl("list_queues", "--no-table-headers", "name", "messages")
         return int(dict(line.split("\t") for line in listed.splitlines())[queue])
 

@@ -1,4 +1,4 @@
-"""`python -m tests.chaos --seed N --faults N`: breaks everything, and counts what was lost."""
+"""`python -m tests.chaos --seed N --faults N`: injects faults, and counts the losses."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def chosen(words: str) -> tuple[tuple[Kind, ...], tuple[str, ...], tuple[str, ..
 
     Points are crash points and stop points.
 
-    `killed at WORDS` and `stopped at WORDS` choose the points for one of the two alone.
+    `killed at WORDS` and `stopped at WORDS` choose the points for only one of the two.
     """
     kinds: set[Kind] = set()
     points: list[str] = []
@@ -153,7 +153,7 @@ def table(outcome: Outcome) -> Table:
 
 
 def _details(outcome: Outcome) -> dict[str, Counter[str]]:
-    """What was broken, how often it struck, where, and what for."""
+    """The faults: kinds, number of hits, places, and destinies of the jobs."""
     return {
         "ordered faults": Counter(str(fault.kind) for fault in outcome.faults),
         "hits": Counter({kind: outcome.hits[kind] for kind in outcome.plan.kinds}),

@@ -1,4 +1,4 @@
-"""The part of a run in which things go wrong."""
+"""The part of a run in which faults are injected."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ ENCORES = 3
 
 
 def break_things(plan: Plan, injector: Injector, jobs: Jobs) -> list[Fault]:
-    """So many faults, with work for every worker all the time. Those that were carried out.
+    """Inject the given number of faults while every worker has work; returns those carried out.
 
-    Where every kind must strike, those that struck nothing are tried again.
+    If every kind must strike, kinds without a hit are tried again.
     """
     faults: list[Fault] = []
     possible = [kind for kind in plan.kinds if not (plan.upgrades and kind is Kind.TWO_VERSIONS)]
@@ -45,7 +45,7 @@ def break_things(plan: Plan, injector: Injector, jobs: Jobs) -> list[Fault]:
         for destiny in jobs.undrawn():
             jobs.publish(destiny=destiny)
         injector.join()
-        # What is still in the air may strike yet.
+        # Faults that are still active may still strike.
         in_time(lambda: not _missing(plan, injector, possible))
         kinds = _missing(plan, injector, possible)
         inject(_drawn(plan, _seed(plan, encore + 1), len(kinds), kinds), 10**6)
@@ -58,7 +58,7 @@ def break_things(plan: Plan, injector: Injector, jobs: Jobs) -> list[Fault]:
 
 
 def upgrade(plan: Plan, injector: Injector, jobs: Jobs, conductor: Conductor) -> list[Fault]:
-    """Run the last release next to the new workers on own queues that the last release made.
+    """Run the last release together with the new workers, with the queues that it made.
 
     Then let the new workers make the queues again. Returns the faults that were carried out.
 

@@ -1,6 +1,6 @@
 """A wall clock that is set in one worker: time steps, as after a bad NTP answer.
 
-`time.monotonic` stays what it is. Only Python's own reading of the wall clock is shifted, by
+`time.monotonic` does not change. Only Python's own reading of the wall clock is shifted, by
 `time.time` and by the name `datetime` in the product's modules.
 """
 
@@ -20,11 +20,11 @@ LONGEST_STEP = 200.0
 
 
 class Clock:
-    """Reads by how much the wall clock is wrong.
+    """Reads the error of the wall clock.
 
     Args:
-        path: The file that says it, in seconds; the clock is right where there is none.
-        note: Told once of each step that somebody has read the time after.
+        path: The file with the error in seconds; without the file the clock is right.
+        note: Called once for each step of the clock, after the time was read.
     """
 
     def __init__(self, path: Path, note: Callable[[float], None]) -> None:
@@ -53,13 +53,13 @@ def shift(clock: Clock) -> None:
     true_time = time.time
 
     class AnyDatetime(type):
-        """Has the true class's instances pass as this one's."""
+        """Makes instances of the true class count as instances of this one."""
 
         def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, datetime.datetime)
 
     class Shifted(datetime.datetime, metaclass=AnyDatetime):
-        """What `datetime` means in the product's modules."""
+        """The stand-in for `datetime` in the product's modules."""
 
         @classmethod
         def now(cls, tz: datetime.tzinfo | None = None) -> Any:
@@ -67,7 +67,7 @@ def shift(clock: Clock) -> None:
             return datetime.datetime.fromtimestamp(time.time(), tz)
 
     class Module:
-        """Stands in for the module `datetime` where that is what a module has imported."""
+        """Stands in for the module `datetime` in modules that import the module itself."""
 
         datetime = Shifted
 

@@ -25,15 +25,15 @@ REDRIVEN = (Destiny.GIVEN_UP_REDRIVEN, Destiny.REFUSED_REDRIVEN)
 
 
 class Conductor:
-    """Watches records and requests in a thread of its own; a context manager.
+    """Watches records and requests in a separate thread; a context manager.
 
     Args:
-        world: Servers.
-        jobs: What was published.
+        world: The servers.
+        jobs: The published jobs.
         folder: The run's folder.
 
     Attributes:
-        errors: What went wrong in its thread.
+        errors: Errors of its thread.
     """
 
     def __init__(self, world: World, jobs: Jobs, folder: Path) -> None:
@@ -44,7 +44,7 @@ class Conductor:
         self._struck: set[str] = set()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="conductor", daemon=True)
-        (folder / "mended").mkdir(exist_ok=True)
+        (folder / "repaired").mkdir(exist_ok=True)
         world.mood.heard = self._heard
 
     def __enter__(self) -> Self:
@@ -56,7 +56,7 @@ class Conductor:
         self._thread.join()
 
     def pending(self) -> list[Job]:
-        """Jobs that this still has something to do for."""
+        """Jobs that still need an act of the conductor."""
         waits = (Destiny.ORDERED_TWICE, *REDRIVEN)
         return [
             job
@@ -65,14 +65,14 @@ class Conductor:
         ]
 
     def waits(self) -> bool:
-        """Whether this waits for a time, and not for a worker."""
+        """Whether the conductor waits for a time, and not for a worker."""
         return any(
             job.destiny is Destiny.ORDERED_TWICE and job.task_id in self._settled_at
             for job in self.pending()
         )
 
     def _heard(self, request: ReceivedRequest) -> None:
-        """Cancel a job, or damage its record, when its first progress is told."""
+        """Cancel a job, or damage its record, at its first progress report."""
         task_id = request.task_id
         if task_id is None or request.path != PROGRESS or task_id in self._struck:
             return
@@ -106,13 +106,13 @@ class Conductor:
                     self._done.add(job.task_id)
                     self._jobs.order_again(job)
             elif job.destiny is not Destiny.REFUSED_REDRIVEN or record["delivery"] == "set_aside":
-                (self._folder / "mended" / job.task_id).touch()
-                self._world.mood.mended.add(job.task_id)
+                (self._folder / "repaired" / job.task_id).touch()
+                self._world.mood.repaired.add(job.task_id)
                 if self._redrive(job.task_id):
                     self._done.add(job.task_id)
 
     def _redrive(self, task_id: str) -> bool:
-        """Send a job back as an operator does; False where it has to be tried again."""
+        """Send a job back as an operator does; False if it must be retried."""
         environment = {
             name: value for name, value in os.environ.items() if name.upper() not in setting_names()
         }
@@ -120,7 +120,7 @@ class Conductor:
             self._jobs.journal.note("redriven", task=task_id)
             done = subprocess.run(
                 [sys.executable, "-m", "main", "redrive", task_id, "--json"],
-                cwd=self._folder,  # where no `.env` lies
+                cwd=self._folder,  # without a `.env` in it
                 env=environment | self._world.settings(None) | {"PYTHONPATH": str(ROOT)},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -130,12 +130,12 @@ class Conductor:
             )
         with (self._folder / "redrive.log").open("a", encoding="utf-8") as log:
             log.write(f"{task_id}: {done.returncode}\n{done.stdout}{done.stderr}\n")
-        # Nothing found is no success: the copy may not be in the dead queue yet.
+        # Finding nothing is no success: the copy may not be in the dead queue yet.
         return done.returncode == 0 and task_id in done.stdout
 
 
 def _is_told(job: Job, record: dict[str, Any]) -> bool:
-    """Whether the job has come where sending it back was to bring it."""
+    """Whether the job has reached the state after its return."""
     if job.destiny is Destiny.REFUSED_REDRIVEN:
         return bool(record["delivery"] == "delivered")
     return bool(record["ending"]["kind"] == "complete")

@@ -1,4 +1,4 @@
-"""Named points at which a worker or its trainer is killed or stopped when the suite says so."""
+"""Named points at which the suite can kill or stop a worker, or kill its trainer process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Order:
 
     Attributes:
         victim: `worker` or `child`.
-        act: `kill`, or `stop` (SIGSTOP; somebody else has it go on).
+        act: `kill`, or `stop` (SIGSTOP; the suite continues it).
     """
 
     point: str
@@ -51,7 +51,7 @@ class Order:
     act: str = "kill"
 
     def give(self, path: Path) -> None:
-        """Put the order where the worker looks for it; it replaces an older one."""
+        """Write the order into the worker's file; it replaces an older one."""
         half = path.with_suffix(".part")
         half.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
         os.replace(half, path)
@@ -61,8 +61,8 @@ class CrashPoints:
     """In the worker: looks for an order at each point, and obeys.
 
     Args:
-        path: Where orders are put.
-        journal: Told before the end.
+        path: The file of the order.
+        journal: Gets an entry before the process dies or stops.
 
     Attributes:
         child: Process id of the trainer process, once there is one.
@@ -77,7 +77,7 @@ class CrashPoints:
         self._reached = 0
 
     def reached(self, point: str) -> None:
-        """Die or stop here, if that is the order."""
+        """Die or stop at this point, if the order names it."""
         try:
             order = Order(**json.loads(self._path.read_text(encoding="utf-8")))
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What S3 does for single jobs: a cancel between two files, a record not made, one read late."""
+"""S3 faults for single jobs: a cancel between two files, a refused record, a late read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class DestinedS3:
     """Chooses faults of single requests.
 
     Args:
-        s3: Somebody else's way to the storage.
+        s3: A client of the storage without faults.
         lease: `LEASE_TTL_SECONDS`.
 
     Attributes:
-        cancel_while_publishing: Task to style: the first writes into the style's folder have the
-            job cancelled.
+        cancel_while_publishing: Task to style: the first writes into the style's folder cancel the
+            job.
         creation_refused: Task to how often S3 answers 503 when its record is to be made.
         read_late: Task to how often the answer to a read of its record comes late: two workers
             that claim it at once see the same.
@@ -39,11 +39,11 @@ class DestinedS3:
         self._lease = lease
 
     def cancel(self, task_id: str) -> None:
-        """Put the file there that cancels a job."""
+        """Write the file that cancels a job."""
         self._s3.put_object(Bucket=STATE, Key=f"jobs/{task_id}.cancel", Body=b"")
 
     def fault(self, method: str, path: str) -> Fault | None:
-        """What happens to a request that nothing else hits."""
+        """The fault of a request that no other fault hits."""
         path = path.partition("?")[0]
         if method == "GET" and (task_id := _next(self.read_late, path)):
             self.read_late[task_id] -= 1
@@ -71,7 +71,7 @@ class DestinedS3:
         return None
 
     def _publishes(self, style_id: int) -> str | None:
-        """The task whose turn it is to publish into the style's folder."""
+        """The task that has the turn to publish into the style's folder."""
         with contextlib.suppress(self._s3.exceptions.NoSuchKey):
             answer = self._s3.get_object(Bucket=STATE, Key=f"jobs/style_{style_id}.turn")
             return str(json.loads(answer["Body"].read()).get("task_id"))
@@ -79,7 +79,7 @@ class DestinedS3:
 
 
 def _next(times: dict[str, int], path: str) -> str | None:
-    """The task that something is still to happen to when its record is asked for."""
+    """The task with a pending fault for the next request of its record."""
     for task_id, left in tuple(times.items()):
         if left > 0 and path == f"/{STATE}/jobs/{task_id}.json":
             return task_id

@@ -33,7 +33,7 @@ class Exit:
 
 
 class Diary:
-    """What the journal says of one worker process.
+    """The journal's entries about one worker process.
 
     Args:
         path: The journal.
@@ -95,7 +95,7 @@ class Slot:
         once: Each takes one message and ends, as a pod does that is started for a message.
 
     Attributes:
-        tree: Where the code of its next process lies: this one's, or that of an older release.
+        tree: The code's folder of its next process: this code, or that of an older release.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Slot:
 
     @property
     def log(self) -> Path:
-        """What the present process says."""
+        """The journal of the present process."""
         return self._folder / f"{self.who}.log"
 
     @property
@@ -145,7 +145,7 @@ class Slot:
 
     @property
     def diary(self) -> Diary:
-        """What the journal says of its present process."""
+        """The journal's entries about its present process."""
         return Diary(self._folder / "journal.jsonl", self.who)
 
     def is_busy(self) -> bool:
@@ -170,21 +170,21 @@ class Slot:
         self._thread.start()
 
     def order(self, order: Order) -> None:
-        """Have it die at a named point."""
+        """Order it to die at a named point."""
         if order.act == "kill":
             self.may_end_with(-signal.SIGKILL)
         order.give(self._order_path)
 
     def has_no_order(self) -> bool:
-        """Whether it has died where it was told to, or was not told."""
+        """Whether it has died at its named point, or has no such order."""
         return not self._order_path.exists()
 
     def withdraw_order(self) -> None:
-        """What has not happened yet will not."""
+        """Acts that have not happened yet will not happen."""
         self._order_path.unlink(missing_ok=True)
 
     def disk_full(self, full: bool, *, mid_write: bool = False) -> None:
-        """Let its disk be full, or let there be room again.
+        """Make its disk full, or free it again.
 
         Args:
             full: Whether it is.
@@ -192,13 +192,13 @@ class Slot:
         """
         path = self._mid_write_path if mid_write else self._disk_full_path
         if full:
-            self.may_end_with(4)  # a machine that cannot train says so and leaves
+            self.may_end_with(4)  # a machine that cannot train reports it and ends
             path.touch()
         else:
             path.unlink(missing_ok=True)
 
     def set_clock(self, offset: float) -> None:
-        """Let its wall clock be wrong by so many seconds; right for 0."""
+        """Set the error of its wall clock in seconds; 0 is right."""
         if offset:
             self._clock_path.write_text(str(offset), encoding="ascii")
         else:
@@ -215,17 +215,17 @@ class Slot:
             self._process.send_signal(number)
 
     def stop_child(self) -> None:
-        """Stop the trainer process alone."""
+        """Stop only the trainer process."""
         if child := self.diary.child():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGSTOP)
 
     def may_end_with(self, *codes: int) -> None:
-        """What follows may end the present process with one of these."""
+        """The next act may end the present process with one of these."""
         self._wanted += codes
 
     def preempt(self, seconds: float) -> bool:
-        """SIGTERM, and SIGKILL after so long. Whether it ended by itself."""
+        """Send SIGTERM, and SIGKILL after this time. Returns whether it ended by itself."""
         self.may_end_with(0)
         if "worker_starting" not in self.log.read_text(encoding="utf-8"):
             self.may_end_with(-signal.SIGTERM)  # Python itself is still starting
@@ -241,7 +241,10 @@ class Slot:
             return False
 
     def close(self, seconds: float) -> int:
-        """End it for good, politely. Its exit code; that of a SIGKILL if it took too long."""
+        """End it for good with SIGTERM.
+
+        Returns its exit code; that of SIGKILL after the time limit.
+        """
         self._closing.set()
         self.preempt(seconds)
         self._thread.join()
@@ -284,7 +287,7 @@ class Slot:
                     *("--slot", str(self.number), "--who", self.who, *self._extra),
                     *(("--once", str(IDLE_SECONDS)) if once else ()),
                 ],
-                cwd=self._folder,  # where no `.env` lies
+                cwd=self._folder,  # without a `.env` in it
                 env=self._environment | {"PYTHONPATH": str(self.tree)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -321,7 +324,7 @@ class Fleet:
             slot.bury()
 
     def stop(self, seconds: float) -> dict[str, int]:
-        """End all, politely, at once. Exit code by name."""
+        """End all at once with SIGTERM. Returns exit codes by name."""
         codes: dict[str, int] = {}
 
         def close(slot: Slot) -> None:
@@ -336,7 +339,7 @@ class Fleet:
 
 
 def wait_for(condition: Any, seconds: float, *, every: float = 0.1) -> bool:
-    """Whether it became so in time."""
+    """Whether the condition became true in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():

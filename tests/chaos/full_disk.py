@@ -27,8 +27,8 @@ def cut_writes(marker: Path, note: Callable[[str], None]) -> None:
     """While the file `marker` exists, files that a job writes in this process are cut off.
 
     Args:
-        marker: Looked for whenever a file is opened.
-        note: Told the name of each file that is cut.
+        marker: Checked whenever a file is opened.
+        note: Called with the name of each file that is cut.
     """
     original = io.open
 

@@ -1,4 +1,4 @@
-"""How often each kind of fault struck something, which is not how often it was ordered."""
+"""Counts the hits of each kind of fault; a fault that was ordered may hit nothing."""
 
 from __future__ import annotations
 

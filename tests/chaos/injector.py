@@ -1,4 +1,4 @@
-"""Carries a schedule out, and writes the time line."""
+"""Carries out a schedule, and writes the time line."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ _DELETIONS = {Kind.TRAINING_QUEUE_DELETED, Kind.DEAD_QUEUE_DELETED, Kind.OWN_QUE
 
 
 class Injector(ProcessFaults):
-    """Breaks what the schedule says.
+    """Injects the faults of the schedule.
 
     Args:
         world: Servers and proxies.
         fleet: The workers.
-        jobs: What was published.
+        jobs: The published jobs.
         line: The time line.
-        old_tree: The last release's code; None where it cannot be had.
+        old_tree: The last release's code; None if it is not available.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Injector(ProcessFaults):
     ) -> None:
         super().__init__(world, fleet, jobs, line, old_tree)
         self._services = ServiceFaults(world)
-        self.dead: list[Message] = []  # what deleted dead queues held
+        self.dead: list[Message] = []  # the messages of deleted dead queues
 
     def inject(self, fault: Fault) -> bool:
-        """Carry out one fault. What lasts goes on in a thread.
+        """Carry out one fault. A longer fault continues in a thread.
 
         Returns:
             Whether it could be carried out.
@@ -113,11 +113,13 @@ class Injector(ProcessFaults):
         else:
             self._services.inject(fault)
             if fault.kind is Kind.BROKER_CONFIRMS_LOST:
-                self._jobs.publish(destiny=Destiny.INVALID)  # whoever takes it publishes a copy
+                self._jobs.publish(
+                    destiny=Destiny.INVALID
+                )  # the worker that takes it publishes a copy
         return True
 
     def _hindrance(self, fault: Fault) -> str | None:
-        """Why the fault cannot be carried out, after some patience; None where it can."""
+        """The reason why the fault cannot be carried out, after some time; None if it can."""
         if fault.kind in _COUNTED and not in_time(self._attempts_are_left):
             return "a job has few attempts left"
         if fault.kind not in OF_PROCESSES:
@@ -134,10 +136,10 @@ class Injector(ProcessFaults):
         if kind is Kind.CHILD_KILLED and not in_time(lambda: slot.diary.child() is not None):
             return "it has no trainer process"
         if kind in (Kind.WORKER_KILLED, Kind.PREEMPTED):
-            # One that does nothing is hit too, and counts as no hit.
+            # An idle worker is hit too, but that counts as no hit.
             in_time(slot.is_busy)
         if kind is Kind.FROZEN:
-            # One at a time: its job is to be taken from it, by one that is awake.
+            # One at a time: another worker, which runs, has to take its job.
             with self._freezing:
                 pass
         # While it trains the desk replaces it after STALL_SECONDS; elsewhere after minutes.
@@ -146,7 +148,7 @@ class Injector(ProcessFaults):
         return None
 
     def cease(self) -> None:
-        """Nothing goes wrong from now on; returns when what lasted is over."""
+        """End all faults; returns when the longer ones are over."""
         self.join()
         self._world.calm()
         for slot in self._fleet.slots:
@@ -191,7 +193,7 @@ class Injector(ProcessFaults):
         self._line.note(f"{fault.number:3}  … the broker is back")
 
     def _alarm(self, fault: Fault) -> None:
-        """The broker takes nothing from publishers for a while."""
+        """Make the broker accept nothing from publishers for a while."""
         with self._world.broker_turn:
             self._world.broker.ctl("set_vm_memory_high_watermark", "0.000001")
             try:
@@ -208,13 +210,15 @@ class Injector(ProcessFaults):
             self._world.declare()
             if name == DEAD_QUEUE:
                 self._keep(held)
-            # Where nobody knows what it held, it may have been anything.
+            # If the content is unknown, it may have been any message.
             lost = {task_of(message) for message in held} if is_all else unsettled
             self._world.allow_sweep(lost)
             self._world.hits.struck(fault.kind, len(lost) if name == QUEUE else len(held))
             again = self._jobs.publish_unclaimed({body for _, body in held} if is_all else None)
             if name == DEAD_QUEUE:
-                self._jobs.publish(destiny=Destiny.INVALID)  # whoever takes it misses the queue
+                self._jobs.publish(
+                    destiny=Destiny.INVALID
+                )  # the worker that takes it finds no queue
         self._line.note(f"{fault.number:3}  … {name}; published again: {again or 'none'}")
 
     def _queue_to_delete(self, fault: Fault) -> str:
@@ -236,7 +240,7 @@ class Injector(ProcessFaults):
         return random.Random(fault.seed).choice(holding or own)
 
     def _keep(self, held: list[Message]) -> None:
-        """Remember dead letters; those of jobs that are yet to be sent back are put back."""
+        """Keep dead letters; those of jobs that will be sent back are published again."""
         waits = {job.task_id for job in self._jobs.published if job.destiny in REDRIVEN}
         for message in held:
             if message[0].get("x-task-id") in waits:

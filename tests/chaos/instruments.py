@@ -1,9 +1,9 @@
-"""What a worker of the suite does besides its work: die where it is told, note what it did.
+"""Additions to a worker of the suite: it dies at ordered points, and writes a journal.
 
-The product is not touched: its methods are wrapped in this process, from outside.
+The product's source does not change: its methods are wrapped in this process.
 """
 
-# To note a claim is to look inside.
+# A journal of claims needs private parts.
 # pylint: disable=protected-access
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 
 def _shorten(value: Any, *places: tuple[Any, str]) -> None:
-    """Set a waiting time wherever one of the names exists: releases call it differently.
+    """Set a waiting time by any of its names, which differ between releases.
 
     Raises:
         AttributeError: It exists nowhere.
@@ -62,7 +62,7 @@ def _shorten(value: Any, *places: tuple[Any, str]) -> None:
 
 
 def shorten_waits() -> None:
-    """Minutes become seconds, where no setting says how long."""
+    """Shorten waiting times without a setting from minutes to seconds."""
     _shorten(3.0, (endings, "DELIVER_AT_ONCE_SECONDS"))
     _shorten(0.3, (checkpoint_uploads, "_RETRY_SECONDS"))
     _shorten(3.0, (outbox, "LONGEST_DELAY"))
@@ -88,7 +88,7 @@ def shorten_waits() -> None:
 
     _wrap(WebhookService, "__init__", with_short_waits)
     # The main S3 service's time-outs fit objects of tens of megabytes; these have a few hundred
-    # bytes. The records' own service says what it wants.
+    # bytes. The records' service sets its own time-outs.
     _wrap(
         S3Service,
         "__init__",
@@ -293,7 +293,7 @@ def keep_journal(journal: Journal) -> None:
 
 
 def keep_journal_of_epochs(journal: Journal) -> None:
-    """Note what the real trainer's events tell; the stand-in notes its epochs itself."""
+    """Note the events of the real trainer; the stand-in notes its epochs itself."""
     seen: dict[str, int] = {}
 
     def dispatch(original: Any) -> Any:

@@ -41,7 +41,7 @@ class Job:
 
     Attributes:
         task_id: Its id; of an invalid one too; where the message has none, what is derived.
-        destiny: What it is ordered for.
+        destiny: The outcome that it is ordered for.
         body: The message.
         again: It is the second order of the same message.
     """
@@ -68,13 +68,13 @@ class Jobs:
     """Makes jobs and publishes them.
 
     Args:
-        world: Where.
-        journal: Told of each.
+        world: The servers.
+        journal: Gets an entry for each.
         epochs: Fewest and most epochs of a job.
         dice: Shuffles the destinies.
         destinies: Those to choose from.
-        plain_first: So many are ordered to complete before the first that is not.
-        images: Addresses; None for two that nobody can see anything on.
+        plain_first: The number of jobs ordered to complete before the first other destiny.
+        images: Addresses; None for two images without content.
         one_style: All are of one style.
     """
 
@@ -107,7 +107,7 @@ class Jobs:
 
         Args:
             times: How often the same message is published.
-            destiny: What it is ordered for; None for the next of the deck.
+            destiny: The outcome that it is ordered for; None for the next of the deck.
         """
         with self._lock:
             number = len(self.published) + 1
@@ -124,7 +124,7 @@ class Jobs:
         return job
 
     def order_again(self, first: Job) -> Job:
-        """Order the same message again, after the window: a job of its own."""
+        """Order the same message again, after the window: a separate job."""
         second = dataclasses.replace(first, task_id=derived_task_id(first.task_id, 1), again=True)
         with self._lock:
             self.published.append(second)
@@ -156,9 +156,9 @@ class Jobs:
         return {job.record_id for job in jobs if job.destiny is Destiny.RECORD_DAMAGED}
 
     def publish_again(self, which: int) -> Job | None:
-        """The same message once more, as a platform does that is not sure of the first.
+        """Publish the same message again, like a platform that is not sure of the first.
 
-        Only one whose id its publisher gave: without one it may be an order of its own.
+        Only a message with its publisher's id: without an id it may be a new order.
         """
         with self._lock:
             named = [job for job in self.published if job.valid and job.destiny not in _WITHOUT_ID]
@@ -168,13 +168,13 @@ class Jobs:
         return job
 
     def publish_unclaimed(self, held: Collection[bytes] | None) -> list[str]:
-        """Publish again what a deleted queue held, and nobody has made a record of.
+        """Publish the messages of a deleted queue again, except those with a record.
 
         Args:
-            held: The bodies that it held; None where nobody knows: then it may have been any.
+            held: The bodies that it held; None if unknown: then it may have been any.
 
         Returns:
-            The ids of what was published.
+            The ids of the published messages.
         """
         records = self._world.records()
         with self._lock:
@@ -251,7 +251,7 @@ class Jobs:
 
 
 def is_settled(record: dict[str, Any]) -> bool:
-    """Whether nothing is left to do for a record, by what it says itself."""
+    """Whether nothing is left to do for a record, by its own values."""
     if record["state"] == "damaged":
         return True
     return record["delivery"] in ("delivered", "set_aside") and not record.get("owed")

@@ -1,9 +1,9 @@
-"""Guards of the product that are taken away, one at a time, to see that the suite notices.
+"""Guards of the product that are removed, one at a time, to test that the suite notices.
 
 A suite that passes proves something only if it fails without what it tests. A mutant names the
 symbols that it changes as `module:Class.attribute` and what they become, so that moved lines do not
-break it; a symbol that is gone is refused loudly. It also says which faults and jobs bring it to
-light, and what the finding must say: a run that fails for another reason does not count.
+break it; a missing symbol is an error. It also names the faults and jobs that reveal it, and the
+text of the finding: a run that fails for another reason does not count.
 
 `scripts/chaos --mutants` runs them all (`tests.chaos.mutation_run`).
 """
@@ -29,9 +29,9 @@ class Mutant:
 
     Attributes:
         name: On the command line.
-        promise: What it breaks.
+        promise: The promise that it breaks.
         changes: Symbol and replacement.
-        finding: A regular expression: what a finding must say.
+        finding: A regular expression for the text of a finding.
         only: Words of the faults and named points that bring it to light; none for `nothing`.
         faults: How many.
         destinies: Words of the destinies.
@@ -57,7 +57,7 @@ class Mutant:
 
     @property
     def control(self) -> tuple[str, ...]:
-        """The arguments of the run without it: its own, or one for all that need no fault."""
+        """The arguments of the run without the mutant; mutants without faults share one run."""
         if self.only != "nothing":
             return self.plan
         return ("--seed", "1", "--only", "nothing", "--workers", "2", "--jobs", "8")

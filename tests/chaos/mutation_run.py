@@ -46,8 +46,8 @@ class Result:
 
     Attributes:
         passed: No invariant was broken.
-        findings: What was found, as sentences.
-        problem: Why the run says nothing; empty where it does.
+        findings: The findings, as sentences.
+        problem: The reason why the run gives no result; empty if it gives one.
     """
 
     passed: bool
@@ -121,7 +121,7 @@ def run(folder: Path, chosen: Iterable[str] = ()) -> int:
 
 
 def _judge(mutant: Mutant, results: Results, folder: Path) -> tuple[str, bool]:
-    """What is to be said of a mutant, and whether it was found."""
+    """The report about a mutant, and whether it was found."""
     try:
         for symbol, _ in mutant.changes:
             mutants.find(symbol)
@@ -147,7 +147,7 @@ def _judge(mutant: Mutant, results: Results, folder: Path) -> tuple[str, bool]:
 
 
 def _run(plan: tuple[str, ...], folder: Path) -> Result:
-    """Run a plan, once more if that says nothing."""
+    """Run a plan, and repeat it once if it gives no result."""
     for _ in range(_TRIES):
         result = _try(plan, folder)
         if not result.problem:

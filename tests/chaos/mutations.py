@@ -1,4 +1,4 @@
-"""What the mutants put in the place of the product's guards; see `tests.chaos.mutants`."""
+"""The replacements of the product's guards by the mutants; see `tests.chaos.mutants`."""
 
 # Taking something out means reaching inside.
 # pylint: disable=protected-access,import-outside-toplevel
@@ -16,7 +16,7 @@ Make = Callable[[Any], Any]
 
 
 def instead(replacement: Any) -> Make:
-    """The replacement, whatever was there."""
+    """The replacement, for any original value."""
     return lambda _original: replacement
 
 
@@ -104,7 +104,7 @@ def paid_before_it_is_published(_pay: Any) -> Any:
 
 
 def as_own_copy(put_off: Any) -> Any:
-    """The copy of an order that was never claimed says that it may have been."""
+    """The copy of an order that was never claimed is marked as possibly claimed."""
 
     def wrapped(self: Any, *given: Any, **how: Any) -> Any:
         settlement = put_off(self, *given, **how)
@@ -130,7 +130,7 @@ def acknowledged_where_held(look_at: Any) -> Any:
 
 
 def begun_with_the_last_try(write: Any) -> Any:
-    """The lease counts from the answer that came, not from the write that it confirms."""
+    """The lease counts from the answer, not from the beginning of the write."""
 
     def wrapped(self: Any, record: Any, deadline: float) -> None:
         write(self, record, deadline)
@@ -156,7 +156,7 @@ def no_limits(rules: Any) -> Any:
 
 
 def stopped_between_two_files(_put_in_place: Any) -> Any:
-    """A stop is obeyed after the first file too, and nobody brings the folder back."""
+    """A stop is obeyed after the first file too, and the folder is not rolled back."""
 
     def wrapped(
         self: Any, style: Any, run: Any, turn: Any, fence: Any, check: Callable[[], None]
@@ -181,7 +181,7 @@ def stopped_between_two_files(_put_in_place: Any) -> Any:
 
 
 def pruned_without_lease(_prune: Any) -> Any:
-    """Everything but its own newest checkpoints goes, whoever wrote it and whoever has the job."""
+    """Delete everything except its own newest checkpoints, without regard to claims."""
 
     def wrapped(s3: Any, bucket: str, prefix: str, *, kept: Any, lease: Any) -> None:
         del lease

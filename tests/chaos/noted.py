@@ -1,4 +1,4 @@
-"""Faults that strike inside the workers: what the journal and the workers' logs say of them."""
+"""Faults that strike inside the workers, as the journal and the workers' logs show them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The world as it was found when everything had settled: where everything of each job is."""
+"""The observed world after everything has settled: the places of each job's data."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Notes = list[dict[str, Any]]
 
 @dataclasses.dataclass
 class Evidence:
-    """What the verdict looks at.
+    """The input of the verdict.
 
     Attributes:
         notes: The journal.
-        dead: What dead queues held that were deleted.
+        dead: The messages of deleted dead queues.
         exact: The stand-in trained: its files' contents are known.
     """
 
@@ -58,7 +58,7 @@ class Observed:
     """Reads the world once.
 
     Attributes:
-        broken: What cannot be right whatever happened, as sentences.
+        broken: Violations that no event can explain, as sentences.
         of: The journal's notes of each task.
     """
 
@@ -87,11 +87,11 @@ class Observed:
         return self.records.get(job.record_id)
 
     def places(self, job: Job, ignored: Collection[str] = ()) -> Places:
-        """Where everything of a job is.
+        """The places of a job's data.
 
         Args:
             job: The job.
-            ignored: Keys of the state bucket that are not looked at.
+            ignored: Keys of the state bucket to ignore.
         """
         left = [key for key in self.keys(job) if key not in ignored]
         record = self.record(job) or {"state": "none", "delivery": "none", "ending": None}
@@ -120,7 +120,7 @@ class Observed:
         return [key for key in self._state_keys if key.startswith(prefixes)]
 
     def facts(self, job: Job) -> Facts:
-        """What the journal says has happened to a job."""
+        """The events of a job in the journal."""
         lost = most = refused = 0
         claims = [note for note in self.of[job.task_id] if note["kind"] == "claimed"]
         for note in self.of[job.task_id]:
@@ -155,7 +155,7 @@ class Observed:
         return [message for message in self.dead if message[0].get("x-task-id") not in names]
 
     def _has_model(self, job: Job) -> bool:
-        """Whether anything of the job's model is there; what is there must be whole."""
+        """Whether any file of the job's model exists; then the model must be complete."""
         archived = self._archived.get(f"style_{job.style_id}/{job.task_id}", {})
         published = {
             name: file

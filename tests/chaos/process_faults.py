@@ -34,12 +34,12 @@ class ProcessFaults:
     Args:
         world: Servers and proxies.
         fleet: The workers.
-        jobs: What was published.
+        jobs: The published jobs.
         line: The time line.
-        old_tree: The last release's code; None where it cannot be had.
+        old_tree: The last release's code; None if it is not available.
 
     Attributes:
-        errors: What went wrong in a thread.
+        errors: Errors of its threads.
         world: Servers and proxies.
     """
 
@@ -56,11 +56,11 @@ class ProcessFaults:
 
     @property
     def hits(self) -> Hits:
-        """What has struck so far."""
+        """The hits so far."""
         return self.world.hits
 
     def join(self) -> None:
-        """Return when what lasted is over."""
+        """Return when the longer faults are over."""
         for thread in self._threads:
             thread.join()
 
@@ -68,7 +68,7 @@ class ProcessFaults:
         self._world.hits.struck(fault.kind)
 
     def _process(self, fault: Fault, slot: Slot) -> None:
-        """Break one worker; what takes time goes on in a thread."""
+        """Break one worker; a longer fault continues in a thread."""
         lasting: dict[Kind, Callable[[], None]] = {
             Kind.STOP_POINT: lambda: self._let_go_on(fault, slot),
             Kind.FROZEN: lambda: self._freeze(fault, slot),
@@ -119,7 +119,7 @@ class ProcessFaults:
     def _order_death(self, fault: Fault, slot: Slot) -> None:
         assert fault.order
         slot.order(fault.order)
-        if fault.order.point.endswith("requeue"):  # only who shuts down returns a message
+        if fault.order.point.endswith("requeue"):  # only a worker that shuts down returns a message
             self._aside(lambda: self._preempt(fault, slot), slot=fault.slot)
 
     def _freeze(self, fault: Fault, slot: Slot) -> None:
@@ -131,7 +131,7 @@ class ProcessFaults:
             self._freezing.release()
 
     def _let_go_on(self, fault: Fault, slot: Slot) -> None:
-        """Wait until the worker has stopped itself where it was told to; later, have it go on."""
+        """Wait until the worker has stopped itself at its ordered point; later, continue it."""
         # It stops itself when it has noted the point; the order has gone by then.
         if not wait_for(slot.is_stopped, 3 * PATIENCE_SECONDS, every=0.1):
             slot.withdraw_order()
@@ -172,7 +172,7 @@ class ProcessFaults:
         slot.set_clock(0)
 
     def _spoil_checkpoint(self, fault: Fault, slot: Slot) -> None:
-        """Spoil the newest checkpoint of the job in hand, and kill its worker."""
+        """Damage the newest checkpoint of the current job, and kill its worker."""
         # More than one is to be lost with it, should the worker not look for an older one.
         in_time(lambda: len(self._checkpoints_of(slot)) >= CHECKPOINTS_KEPT)
         # So that it makes no newer one meanwhile.
@@ -185,7 +185,7 @@ class ProcessFaults:
         slot.signal(signal.SIGKILL, with_child=True)
 
     def _checkpoints_of(self, slot: Slot) -> list[dict[str, Any]]:
-        """The checkpoints of the job in hand."""
+        """The checkpoints of the current job."""
         record = self._world.records().get(slot.diary.task() or "")
         if record is None or record["state"] != "live":
             return []
@@ -209,7 +209,7 @@ class ProcessFaults:
                 )
 
     def _feed(self) -> bool:
-        """Have work there for every worker; True."""
+        """Publish work for every worker; returns True."""
         while self._jobs.unended() < len(self._fleet.slots) + 1:
             self._jobs.publish(destiny=Destiny.PLAIN)
         return True
@@ -232,7 +232,7 @@ class ProcessFaults:
 
 
 def in_time(condition: Callable[[], bool]) -> bool:
-    """Whether it becomes so while a fault can wait."""
+    """Whether the condition becomes true while a fault can wait."""
     return wait_for(condition, PATIENCE_SECONDS, every=0.3)
 
 

@@ -1,13 +1,12 @@
-"""The reference model: where everything of a job must be when nothing is left to do.
+"""The reference model: the places of a job's data when nothing is left to do.
 
-Pure: it knows no broker, no storage and no product code. The verdict compares the world with it,
-job by job. A reader can check it against docs/protocol.md; docs/chaos.md has the same as a table.
+It is pure: it uses no broker, no storage and no product code. The verdict compares the world with
+it, job by job. docs/protocol.md is its source; docs/chaos.md has it as a table.
 
-A job's standing changes by these events only. Everything else that happens to a job (a claim, a
-retry, a put-off, a lost lease, a killed worker, a duplicate delivery) leaves it where it is: that
-is the promise.
+A job's standing changes only by these events. All other events (a claim, a retry, a put-off, a lost
+lease, a killed worker, a duplicate delivery) do not change it: that is the promise.
 
-    ORDERED ──▶ live ──TRAINED──────▶ ended: complete, pending ──TOLD────────────▶ delivered
+    ORDERED ──▶ live ──TRAINED──────▶ ended: complete, pending ──ACCEPTED────────▶ delivered
                  │  ──FAILED────────▶ ended: failed,   pending ──ENDING_REFUSED──▶ set aside
                  │  ──GAVE_UP───────▶ ended: failed,   pending                      and dead letter
                  │                     and dead letter
@@ -17,7 +16,7 @@ is the promise.
                      aside is pending again; the dead letter is gone
 
     ORDERED ──MESSAGE_REFUSED──▶ ended: failed (INVALID_MESSAGE), pending, and dead letter
-            ──RECORD_DAMAGED───▶ damaged, and dead letter (STORAGE_FAILED): a person is needed
+            ──RECORD_DAMAGED───▶ damaged, and dead letter (STORAGE_FAILED): needs an operator
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ GIVE_UP_CODES = ("WORKER_CRASHED", "STORAGE_FAILED", "BASE_MODEL_UNAVAILABLE")
 
 
 class Destiny(enum.StrEnum):
-    """What a job is ordered for."""
+    """The outcome that a job is ordered for."""
 
     PLAIN = "completes"
     NO_ID = "has no id"
@@ -54,7 +53,7 @@ class Destiny(enum.StrEnum):
 
 
 class Event(enum.StrEnum):
-    """What changes a job's standing."""
+    """An event that changes a job's standing."""
 
     ORDERED = "ordered"
     TRAINED = "trained"
@@ -62,14 +61,14 @@ class Event(enum.StrEnum):
     GAVE_UP = "gave up"
     CANCELLED = "cancelled"
     MESSAGE_REFUSED = "message refused"
-    TOLD = "told"
+    ACCEPTED = "accepted"
     ENDING_REFUSED = "ending refused"
     REDRIVEN = "redriven"
     RECORD_DAMAGED = "record damaged"
 
 
 class Kept(enum.StrEnum):
-    """What lies under a job's checkpoint prefix."""
+    """The objects under a job's checkpoint prefix."""
 
     NOTHING = "nothing"
     WEIGHTS = "the LoRA weights of each checkpoint"
@@ -83,20 +82,20 @@ Step = tuple[Event, str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Places:
-    """Where everything of a job is.
+    """The places of a job's data.
 
     Attributes:
         record: `none`, `live` or `ended`, the state in `jobs/{task_id}.json`; `damaged` for an
             object that is no record.
         delivery: `none`, `pending`, `delivered` or `set_aside`.
         ending: `complete`, or `failed` and its code; empty without one.
-        endings: Endings that the backend has heard of, by `webhook-id`.
-        taken: Those that it has taken (2xx or 410).
+        endings: Endings that the backend has got, by `webhook-id`.
+        taken: Endings that it has accepted (2xx or 410).
         dead_letters: Codes of the job's messages in the dead queue. A code counts once: copies are
             published at least once.
-        model: Its files are in the style's folder, or in the archive where a run of the style came
-            later.
-        checkpoints: What may lie under its prefix.
+        model: Its files are in the style's folder, or in the archive if a later run replaced
+            it.
+        checkpoints: The objects that may be under its prefix.
         staged: Files under `staging/` are left.
     """
 
@@ -111,7 +110,7 @@ class Places:
     staged: bool = False
 
     def differences(self, found: Places) -> list[str]:
-        """One sentence for each place where `found` is not as this says."""
+        """One sentence for each place in which `found` differs from this."""
         told = []
         for field in dataclasses.fields(self):
             wanted, there = getattr(self, field.name), getattr(found, field.name)
@@ -123,12 +122,12 @@ class Places:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Facts:
-    """What the suite knows to have happened to a job.
+    """The known events of a job, for the reference model.
 
     Attributes:
         lost_attempts: The most attempts in a row that ended without a new checkpoint.
-        no_room: Workers that turned the job down for lack of disk space.
-        last_release: A worker of the last release has claimed it, which knows no largest size.
+        no_room: Workers that rejected the job for lack of disk space.
+        last_release: A worker of the last release has claimed it, which has no largest size.
         message_deleted: The job's message may have been in a queue that the suite deleted.
     """
 
@@ -163,10 +162,10 @@ def after(before: Places, event: Event, code: str = "") -> Places:
         case Event.MESSAGE_REFUSED if live:
             return _dead(_ended(before, f"failed {code}"), code)
         case Event.RECORD_DAMAGED if live:
-            # Nobody can tell what the job is: its message is kept, and all that it has left.
+            # The record is unreadable, so the message and all data of the job are kept.
             damaged = change(before, record="damaged", checkpoints=frozenset(Kept))
             return _dead(damaged, code)
-        case Event.TOLD if ended and before.delivery == "pending":
+        case Event.ACCEPTED if ended and before.delivery == "pending":
             return change(before, delivery="delivered", taken=before.taken + 1)
         case Event.ENDING_REFUSED if ended and before.delivery == "pending":
             return _dead(change(before, delivery="set_aside"), "WEBHOOK_REJECTED")
@@ -180,7 +179,7 @@ def after(before: Places, event: Event, code: str = "") -> Places:
 
 
 def places(path: tuple[Step, ...]) -> Places:
-    """Where everything of a job is after these events."""
+    """The places of a job's data after these events."""
     standing = Places()
     for event, code in path:
         standing = after(standing, event, code)
@@ -194,7 +193,7 @@ def _ended(before: Places, ending: str) -> Places:
 
 
 def _failed(before: Places, code: str) -> Places:
-    kept = frozenset({Kept.NOTHING, Kept.NEWEST})  # nothing where it never made one
+    kept = frozenset({Kept.NOTHING, Kept.NEWEST})  # nothing if it never made one
     return dataclasses.replace(_ended(before, f"failed {code}"), checkpoints=kept)
 
 
@@ -209,52 +208,52 @@ def _shown(value: object) -> str:
 
 
 _ORDERED: Step = (Event.ORDERED, "")
-_TOLD: Step = (Event.TOLD, "")
+_ACCEPTED: Step = (Event.ACCEPTED, "")
 _TRAINED: Step = (Event.TRAINED, "")
 _CANCELLED: Step = (Event.CANCELLED, "")
 _NOT_TAKEN: Step = (Event.ENDING_REFUSED, "")
 _AGAIN: Step = (Event.REDRIVEN, "")
 _GIVEN_UP: Step = (Event.GAVE_UP, "BASE_MODEL_UNAVAILABLE")
-_COMPLETES = (_ORDERED, _TRAINED, _TOLD)
-_IS_CANCELLED = (_ORDERED, _CANCELLED, _TOLD)
+_COMPLETES = (_ORDERED, _TRAINED, _ACCEPTED)
+_IS_CANCELLED = (_ORDERED, _CANCELLED, _ACCEPTED)
 
 PATHS: dict[Destiny, tuple[tuple[Step, ...], ...]] = {
     Destiny.PLAIN: (_COMPLETES,),
     Destiny.NO_ID: (_COMPLETES,),
     Destiny.ORDERED_TWICE: (_COMPLETES,),
-    Destiny.INVALID: ((_ORDERED, (Event.MESSAGE_REFUSED, "INVALID_MESSAGE"), _TOLD),),
-    Destiny.LOW_QUALITY: ((_ORDERED, (Event.FAILED, "LOW_QUALITY_DATA"), _TOLD),),
-    Destiny.DIVERGES: ((_ORDERED, (Event.FAILED, "TRAINING_DIVERGED"), _TOLD),),
-    Destiny.GIVEN_UP: ((_ORDERED, _GIVEN_UP, _TOLD),),
-    Destiny.GIVEN_UP_REDRIVEN: ((_ORDERED, _GIVEN_UP, _TOLD, _AGAIN, _TRAINED, _TOLD),),
+    Destiny.INVALID: ((_ORDERED, (Event.MESSAGE_REFUSED, "INVALID_MESSAGE"), _ACCEPTED),),
+    Destiny.LOW_QUALITY: ((_ORDERED, (Event.FAILED, "LOW_QUALITY_DATA"), _ACCEPTED),),
+    Destiny.DIVERGES: ((_ORDERED, (Event.FAILED, "TRAINING_DIVERGED"), _ACCEPTED),),
+    Destiny.GIVEN_UP: ((_ORDERED, _GIVEN_UP, _ACCEPTED),),
+    Destiny.GIVEN_UP_REDRIVEN: ((_ORDERED, _GIVEN_UP, _ACCEPTED, _AGAIN, _TRAINED, _ACCEPTED),),
     Destiny.CANCEL_FILE: (_IS_CANCELLED,),
     Destiny.CANCEL_ANSWER: (_IS_CANCELLED,),
     Destiny.CANCEL_GONE: (_IS_CANCELLED,),
-    # The cancel comes between two files: either ending will do, if the folder agrees with it.
+    # The cancel comes between two files: either ending is right if the folder agrees with it.
     Destiny.CANCEL_PUBLISHING: (_IS_CANCELLED, _COMPLETES),
     Destiny.REFUSED: ((_ORDERED, _TRAINED, _NOT_TAKEN),),
-    Destiny.REFUSED_REDRIVEN: ((_ORDERED, _TRAINED, _NOT_TAKEN, _AGAIN, _TOLD),),
+    Destiny.REFUSED_REDRIVEN: ((_ORDERED, _TRAINED, _NOT_TAKEN, _AGAIN, _ACCEPTED),),
     Destiny.NOT_FOUND: ((_ORDERED, _TRAINED, _NOT_TAKEN),),
     Destiny.RECORD_DAMAGED: ((_ORDERED, (Event.RECORD_DAMAGED, "STORAGE_FAILED")),),
-    Destiny.TOO_LARGE: ((_ORDERED, (Event.FAILED, "JOB_TOO_LARGE"), _TOLD),),
+    Destiny.TOO_LARGE: ((_ORDERED, (Event.FAILED, "JOB_TOO_LARGE"), _ACCEPTED),),
 }
 """What happens to a job of each destiny. More than one path: either is right."""
 
 
 def expected(destiny: Destiny, facts: Facts = Facts()) -> tuple[Places, ...]:
-    """Where everything of a job may be in the end, the intended first.
+    """The possible places of a job's data in the end, the intended one first.
 
     A valid job that lost `MAX_ATTEMPTS` attempts in a row may have been given up instead.
     """
     paths = list(PATHS[destiny])
     never = (Destiny.INVALID, Destiny.RECORD_DAMAGED)
     if facts.lost_attempts >= MAX_ATTEMPTS and destiny not in never:
-        last = _NOT_TAKEN if destiny in (Destiny.REFUSED, Destiny.NOT_FOUND) else _TOLD
+        last = _NOT_TAKEN if destiny in (Destiny.REFUSED, Destiny.NOT_FOUND) else _ACCEPTED
         paths += [(_ORDERED, (Event.GAVE_UP, code), last) for code in GIVE_UP_CODES]
     if facts.last_release and destiny is Destiny.TOO_LARGE:
         paths.append(_COMPLETES)
     if facts.no_room >= MAX_ATTEMPTS:
-        paths.append((_ORDERED, (Event.FAILED, "JOB_TOO_LARGE"), _TOLD))
+        paths.append((_ORDERED, (Event.FAILED, "JOB_TOO_LARGE"), _ACCEPTED))
     allowed = tuple(places(path) for path in paths)
     if facts.message_deleted and destiny is Destiny.RECORD_DAMAGED:
         # The sweep publishes a lost message from its record, and this record cannot be read.

@@ -1,6 +1,6 @@
-"""The faults and their times, drawn from a seed before anything starts.
+"""The faults of a run and their times, drawn from a seed before the start.
 
-The same seed draws them again.
+So a run can be repeated.
 """
 
 from __future__ import annotations
@@ -93,18 +93,18 @@ DEADLY = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that goes wrong.
+    """One fault.
 
     Attributes:
         number: From 1.
         pause: Seconds after the one before.
-        kind: What.
-        slot: Whose: a worker's number; -1 for all of them.
-        seconds: For how long, where it lasts.
-        chance: Part of the requests that are hit, where some are.
-        order: For crash points.
+        kind: The kind of fault.
+        slot: The number of the worker; -1 for all of them.
+        seconds: Duration of a longer fault.
+        chance: Part of the requests that a fault of requests hits.
+        order: The order for crash points.
         detail: A choice within the kind.
-        seed: Of its own dice.
+        seed: The seed of its random choices.
     """
 
     number: int
@@ -140,11 +140,11 @@ def schedule(
 
     Args:
         seed: The same seed gives the same faults.
-        count: How many.
-        workers: How many workers there are. Number 0 is spared what ends its process, so that what
-            leaks is seen.
+        count: Number of faults.
+        workers: Number of workers. No fault ends the process of number 0, so that leaks are
+            found.
         lease: `LEASE_TTL_SECONDS`.
-        kinds: What to choose from.
+        kinds: The kinds to choose from.
         points: Crash points to choose from.
         stop_points: Points to choose from at which a worker is stopped.
         pace: Times a second or so from one fault to the next.
@@ -188,7 +188,7 @@ def _order(dice: random.Random, kind: Kind, point: str) -> Order:
     nth = _nth(dice, point)
     if kind is Kind.STOP_POINT:
         return Order(point, nth, act="stop")
-    # Its child dies with a worker, and sometimes alone.
+    # The child dies with its worker, and sometimes without it.
     return Order(point, nth, dice.choice(("worker", "worker", "worker", "child")))
 
 
@@ -207,7 +207,7 @@ def _seconds(dice: random.Random, kind: Kind, lease: float) -> float:
     if kind in (Kind.DISK_FULL_MID_WRITE, Kind.CLOCK_STEP):
         seconds = dice.uniform(2.0, 5.0)
     if kind is Kind.BROKER_CONFIRMS_LOST:
-        seconds = dice.uniform(4.0, 8.0)  # somebody is to publish something meanwhile
+        seconds = dice.uniform(4.0, 8.0)  # a worker has to publish a message meanwhile
     if kind in (Kind.BROKER_SILENT, Kind.CHILD_HANGS):
         seconds = dice.uniform(2.0, 7.0)
     return seconds

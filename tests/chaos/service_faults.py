@@ -44,7 +44,7 @@ _S3: dict[Kind, tuple[S3Fault, Callable[[str, str], bool]]] = {
 _ENDINGS = {
     Kind.ENDING_401: Answer(401, body=b'{"detail": "unknown token"}'),
     Kind.ENDING_403: Answer(403, body=b'{"detail": "forbidden"}'),
-    # A proxy in front of a backend that is being deployed; not the backend's own word.
+    # Answers of a proxy in front of a backend that is being deployed; not of the backend itself.
     Kind.ENDING_404: Answer(404, MappingProxyType({"Content-Type": "text/html"}), b"<html>"),
     Kind.ENDING_429: Answer(429, MappingProxyType({"Retry-After": str(RETRY_AFTER)})),
     Kind.ENDING_SLOW: Answer(delay=1.5),

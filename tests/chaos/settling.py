@@ -1,4 +1,4 @@
-"""Waiting until nothing is left to do, with the sweep held back as long as that may happen."""
+"""Waits until nothing is left to do, without the sweep for as long as possible."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _QUIET_LEASES_WITH_SWEEP = 9
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Patience:
-    """How long to wait.
+    """The time limits.
 
     Attributes:
-        seconds: For everything to settle, without the sweep and once more with it.
-        hasty: The sweep is not let loose: that something is left is finding enough.
+        seconds: Time for everything to settle, without the sweep and again with it.
+        hasty: The sweep is not enabled: unfinished work is finding enough.
     """
 
     seconds: float
@@ -41,11 +41,11 @@ def settle(
 ) -> float:
     """Wait until every job is settled, and cleared up after.
 
-    The sweep may publish only jobs whose queue was deleted. Where that does not suffice, it is let
-    loose; the verdict names the jobs that it saved.
+    The sweep may publish only jobs whose queue was deleted. If that does not suffice, the sweep is
+    enabled for all; the verdict names the jobs that it saved.
 
     Returns:
-        How long it took; infinity for too long.
+        Seconds until then; infinity after the time limit.
     """
     began = time.monotonic()
     if _wait(world, jobs, conductor, patience.seconds):
@@ -61,7 +61,7 @@ def settle(
 
 
 def empty_queues(world: World, *, quiet: float = 0.0) -> list[str]:
-    """All queues but the dead one get empty, and stay so: a worker may have had a copy in hand."""
+    """All queues except the dead one get empty and stay so: a worker may still hold a copy."""
     deadline = time.monotonic() + quiet + 15.0
     empty_since = None
     while True:
@@ -79,7 +79,7 @@ def empty_queues(world: World, *, quiet: float = 0.0) -> list[str]:
 
 
 def _wait(world: World, jobs: Jobs, conductor: Conductor, seconds: float) -> bool:
-    """Whether everything settled in time, or before nothing happened any more."""
+    """Whether everything settled in time and before all activity ended."""
     deadline = time.monotonic() + seconds
     seen: object = None
     since = time.monotonic()
@@ -115,7 +115,7 @@ def _is_settled(world: World, jobs: Jobs, conductor: Conductor) -> bool:
 
 
 def _fingerprint(world: World, jobs: Jobs) -> object:
-    """Changes whenever somebody does something."""
+    """A value that changes with each act of a worker."""
     notes = journal.read(journal_of(world.folder))
     records = world.records()
     return (

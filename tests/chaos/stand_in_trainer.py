@@ -1,8 +1,8 @@
 """A trainer process without torch: the same pipe, the same events, the same files, no model.
 
-It "trains" by sleeping, and notes every epoch in the journal, so that work done twice is counted
-where it is done. Whose files they are stands in each of them. The parameter `seed` of some jobs is
-one by which it knows that the job is destined to fail.
+It "trains" by sleeping, and notes every epoch in the journal, so that repeated work is counted.
+Each file contains the name of its job. Special values of the parameter `seed` mark jobs that are
+destined to fail.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class StandIn:
         journal: Notes each epoch.
         epoch_seconds: How long one takes.
         disk_full: While this file exists, the disk is full.
-        mended: Folder of files named after tasks; those are no longer destined to fail.
+        repaired: Folder of files named after tasks that are no longer destined to fail.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class StandIn:
         *,
         epoch_seconds: float,
         disk_full: Path,
-        mended: Path,
+        repaired: Path,
     ) -> None:
-        self._mended = mended
+        self._repaired = repaired
         self._inbox, self._events, self._journal = inbox, events, journal
         self._epoch_seconds = epoch_seconds
         self._disk_full = disk_full
@@ -129,13 +129,13 @@ class StandIn:
         return self._finished(run, step, stopped, time.monotonic() - began)
 
     def _fate(self, run: TrainingRun) -> Destiny | None:
-        """What the job is destined to.
+        """The job's destiny.
 
         Raises:
-            TrainingServerError: To fail before its first epoch.
+            TrainingServerError: The job is destined to fail before its first epoch.
         """
         fate = _FATES.get(run.parameters.seed or 0)
-        if fate is None or (self._mended / run.task_id).exists():
+        if fate is None or (self._repaired / run.task_id).exists():
             return None
         if fate is Destiny.LOW_QUALITY:
             raise LowQualityData("0 of 2 images can be used")
@@ -183,7 +183,7 @@ class StandIn:
             "epoch": epoch,
             "step": step,
         }
-        # As the real one: some of it is the same whoever trains, some names the claim.
+        # Like the real one: some files are the same for every claim, some name the claim.
         files = {
             "lora.safetensors": f"lora {run.task_id} {step}".encode() * 50,
             "optimizer.safetensors": f"optimizer {run.task_id} {step}".encode() * 100,
@@ -224,7 +224,7 @@ class StandIn:
 
 
 def content_of(name: str, task_id: str, claim: int) -> bytes:
-    """What the file of this name holds in the output of this run."""
+    """The content of the file of this name in the output of this run."""
     return f"{name} of {task_id}, claim {claim}\n".encode() * 20
 
 
@@ -238,7 +238,7 @@ def _facts(epoch: int, epochs: int) -> dict[str, Any]:
 
 
 def _resumed_step(run: TrainingRun) -> int:
-    """Where the run's checkpoint leaves off; 0 without one.
+    """The epoch of the run's checkpoint; 0 without one.
 
     Raises:
         CheckpointUnusable: It is damaged, or another job's.
@@ -276,7 +276,7 @@ def main() -> None:
         Journal(parsed.journal, parsed.who),
         epoch_seconds=parsed.epoch_seconds,
         disk_full=parsed.disk_full,
-        mended=parsed.journal.with_name("mended"),
+        repaired=parsed.journal.with_name("repaired"),
     ).serve()
 
 

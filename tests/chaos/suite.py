@@ -1,4 +1,4 @@
-"""A whole run: start, break things, let everything settle, judge.
+"""A whole run: start, inject faults, wait until everything has settled, judge.
 
     schedule ──▶ injector ──▶ proxies (broker, S3, backend), signals, named points, disks, clocks
                                  │
@@ -8,12 +8,12 @@
        ▲
     reference: where everything of each job must be
 
-docs/chaos.md says what is where, and how to read a finding.
+docs/chaos.md describes the parts, and how to read a finding.
 
-The faults, their order and their targets are the seed's, and so is each job with its destiny. Not
-the seed's is where in its work a worker is when a fault hits it, nor how many jobs it takes to keep
-all of them busy: the processes run free, and so the same seed may end differently. A broken
-invariant therefore prints what happened and leaves every log in the folder.
+The seed determines the faults, their order and their targets, and each job with its destiny. It
+does not determine the point in a worker's work at which a fault hits it, nor the number of jobs
+that keeps all workers busy: the processes run freely, so the same seed may end differently.
+Therefore a broken invariant prints the time line and leaves every log in the folder.
 """
 
 from __future__ import annotations
@@ -60,22 +60,22 @@ DEAF_SECONDS = 40.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked for.
+    """The options of a run.
 
     Attributes:
-        folder: Logs, journal and time line go here.
+        folder: Folder of logs, journal and time line.
         lease: `LEASE_TTL_SECONDS`.
-        epoch_seconds: How long the stand-in takes for one.
-        settle_seconds: How long everything may take to settle once nothing goes wrong any more.
+        epoch_seconds: Duration of an epoch of the stand-in.
+        settle_seconds: The longest time to settle after the last fault.
         kinds, points, stop_points: The faults, the crash points, and the points at which a worker
             is stopped, to choose from.
-        destinies: Those of the jobs that are not to complete.
-        demand: Each of the kinds must strike, and each destiny be drawn.
-        jobs: So many are ordered at least.
+        destinies: The destinies of the jobs that must not complete.
+        demand: Each of the kinds must strike, and each destiny must be drawn.
+        jobs: The least number of jobs.
         epochs: Fewest and most epochs of a job.
         one_style: All jobs are of one style.
         once: Whether the last worker runs with `--once`.
-        mutant: What is changed in the workers (`tests.chaos.mutants`).
+        mutant: The change in the workers (`tests.chaos.mutants`).
     """
 
     seed: int
@@ -102,15 +102,15 @@ class Plan:
     def upgrades(self) -> bool:
         """Whether the last release was there first.
 
-        It refuses own queues that are quorum queues, as new workers make them next to a
-        training queue that is one.
+        It refuses own queues that are quorum queues, as new workers make them if the
+        training queue is one.
         """
         return self.queue_type == "quorum" and self.faults > 0 and Kind.TWO_VERSIONS in self.kinds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of it.
+    """The result of a run.
 
     Attributes:
         faults: Those that were carried out.
@@ -127,7 +127,7 @@ class Outcome:
 
 
 def run(plan: Plan) -> Outcome:
-    """Carry the plan out."""
+    """Carry out the plan."""
     began = time.monotonic()
     shutil.rmtree(plan.folder, ignore_errors=True)
     journal.forget(journal_of(plan.folder))
@@ -159,10 +159,10 @@ def run(plan: Plan) -> Outcome:
 
 @dataclasses.dataclass
 class _Played:
-    """What happened while the workers ran.
+    """The events while the workers ran.
 
     Attributes:
-        dead: What dead queues held that were deleted.
+        dead: The messages of deleted dead queues.
     """
 
     faults: list[Fault]
@@ -208,7 +208,7 @@ def _deaf(fleet: Fleet, jobs: Jobs, notes: Path) -> list[str]:
 
 
 def _left(plan: Plan, world: World, jobs: Jobs, settled_after: float) -> list[str]:
-    """What goes on in the queues though all is settled, or what did not settle."""
+    """Activity in the queues after everything has settled, or jobs that did not settle."""
     if settled_after < math.inf:
         return empty_queues(world, quiet=plan.lease + 2.0)  # longer than any delay
     return [
@@ -260,7 +260,7 @@ def _workers(plan: Plan, world: World) -> Iterator[Fleet]:
 
 
 def _missed(plan: Plan, hits: Hits, jobs: Jobs, old_tree: Path | None) -> list[str]:
-    """What was to be tried and was not."""
+    """Demanded kinds and destinies that were not tried."""
     broken = []
     if Kind.TWO_VERSIONS in plan.kinds and old_tree is None:
         broken.append(
@@ -326,7 +326,7 @@ def _warm_up(fleet: Fleet, world: World, jobs: Jobs, conductor: Conductor) -> di
 
 
 def _vitals(fleet: Fleet, baseline: dict[str, int]) -> list[str]:
-    """The worker that was never killed has what it had; a single one is killed like any."""
+    """The worker that was never killed leaks nothing; a single worker is killed like any."""
     slot = fleet.slots[0]
     if len(fleet.slots) == 1:
         return []

@@ -28,7 +28,7 @@ class Frames:
         self._rest = b""
 
     def passed(self, data: bytes, *, without_confirms: bool) -> tuple[bytes, int]:
-        """What is to be forwarded of what has arrived, whole frames only.
+        """The bytes to forward of those that arrived, in whole frames.
 
         A `basic.ack` from a server is always a publisher confirm.
 
@@ -50,10 +50,10 @@ class Frames:
 
 
 class _Link:
-    """One client's connection and its way on.
+    """One client's connection and its connection to the server.
 
     Attributes:
-        swallows: What arrives is thrown away: the other side is gone, and nobody was told.
+        swallows: Arriving bytes are dropped: the other side is gone without a notice.
         frames: Reads what an AMQP server sends.
     """
 
@@ -74,14 +74,14 @@ class _Link:
 
 
 class TcpProxy:
-    """A context manager; forwards until told otherwise. Its methods may be called by any thread.
+    """A context manager; forwards until a fault is set. Any thread may call its methods.
 
     Args:
-        host, port: Where to forward to; need not listen all the time.
+        host, port: The address to forward to; it need not listen all the time.
         amqp: The server speaks AMQP, so that its confirms can be withheld.
 
     Attributes:
-        port: Where it listens, on the loopback address.
+        port: The port that it listens on, on the loopback address.
 
     Each fault takes `struck`, which is called with the number of connections, answers or frames
     that it hit, each time it hits some.
@@ -125,7 +125,7 @@ class TcpProxy:
         self._call(self._each(_Link.reset))
 
     def go_silent(self, seconds: float, struck: Struck = _nothing) -> None:
-        """A black hole: nothing gets through for so long, and nobody is told."""
+        """A black hole: nothing gets through for this time, and no side gets a notice."""
         self._strikes = struck
         self._silent_until = time.monotonic() + seconds
 
@@ -136,7 +136,7 @@ class TcpProxy:
         self.reset(struck)
 
     def half_open(self, *, server_knows: bool, struck: Struck = _nothing) -> None:
-        """Every connection ends for one side only; the other goes on talking to nobody."""
+        """Every connection ends for only one side; the other goes on sending."""
 
         def halve(link: _Link) -> None:
             link.swallows = True
@@ -152,7 +152,7 @@ class TcpProxy:
         self._cutting_until = time.monotonic() + seconds
 
     def lose_confirms(self, seconds: float, struck: Struck = _nothing) -> None:
-        """For so long, the broker's word that it has taken a message does not arrive."""
+        """For this time, the broker's confirms do not arrive."""
         self._strikes = struck
         self._losing_until = time.monotonic() + seconds
 
@@ -248,6 +248,6 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     opened = writer.get_extra_info("socket")
     if opened is not None and not writer.transport.is_closing():
         with contextlib.suppress(OSError):
-            # A linger time of nought turns the close into a reset.
+            # A linger time of zero turns the close into a reset.
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
     writer.transport.abort()

@@ -1,4 +1,4 @@
-"""The chaos suite in short: whatever breaks, each job ends once, and no invariant is broken.
+"""The short chaos suite: after any fault each job ends once, and no invariant is broken.
 
 `scripts/chaos` runs it longer, with other seeds and on the other type of queue.
 """

@@ -1,4 +1,4 @@
-"""The suite's own parts: they break what they say, and nothing else."""
+"""The suite's own parts: each breaks only what it claims to break."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ print(json.dumps([*map(round, gone), steps]))
     assert json.loads(done.stdout) == [150, 0, 150, [150.0]]
 
 
-def test_every_mutant_names_what_the_product_has() -> None:
+def test_every_mutant_names_a_symbol_of_the_product() -> None:
     assert len(mutants.MUTANTS) >= 15
     for mutant in mutants.MUTANTS:
         for symbol, make in mutant.changes:
@@ -104,7 +104,7 @@ def test_a_symbol_that_is_gone_is_refused() -> None:
         mutants.find("services.records.lease:Lease.gone")
 
 
-def test_results_of_other_code_are_void(tmp_path: Path) -> None:
+def test_results_of_other_code_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "mutants.json"
     result = mutation_run.Result(False, ["job-0001: lost"], 60.0)
     mutation_run.Results(path, "a").put("fence", result)
@@ -112,7 +112,7 @@ def test_results_of_other_code_are_void(tmp_path: Path) -> None:
     assert mutation_run.Results(path, "b").get("fence") is None
 
 
-def test_words_choose_kinds_and_points() -> None:
+def test_words_select_kinds_and_points() -> None:
     assert chosen("SIGTERM") == ((Kind.PREEMPTED,), POINTS, STOP_POINTS)
     kinds, points, _ = chosen("killed at before publish")
     assert (kinds, points) == ((Kind.CRASH_POINT,), ("before publish",))
@@ -121,7 +121,7 @@ def test_words_choose_kinds_and_points() -> None:
     assert set(stops) == {"before delete checkpoints", "before delete staging"}
 
 
-def test_a_late_answer_still_says_what_the_jobs_destiny_wants() -> None:
+def test_a_late_answer_is_still_that_of_the_jobs_destiny() -> None:
     mood = BackendMood(Hits())
     mood.destinies["job"] = Destiny.NOT_FOUND
     request = ReceivedRequest(COMPLETE, "POST", {}, {"task_id": "job"}, 0.0, "id")

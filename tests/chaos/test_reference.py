@@ -112,7 +112,7 @@ def test_a_damaged_record_whose_message_was_deleted_needs_no_dead_letter() -> No
     assert len(expected(Destiny.PLAIN, deleted)) == 1
 
 
-def test_an_ended_job_stays_ended_whatever_comes() -> None:
+def test_an_ended_job_stays_ended_after_any_event() -> None:
     done = expected(Destiny.PLAIN)[0]
     for event in Event:
         with pytest.raises(ValueError, match="is impossible"):

@@ -1,4 +1,4 @@
-"""The count at the end: the world, job by job, against the reference model, and the invariants."""
+"""The final count: the world against the reference model, job by job, and the invariants."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Count:
     """A run in numbers.
 
     Attributes:
-        lost: Jobs with an ending that nobody can find any more, or never had.
+        lost: Jobs with a lost ending, or without an ending.
         duplicated: Jobs that ended or were trained more often than they were ordered.
-        swept: Jobs that only the sweep saved, though nobody had deleted their queue.
+        swept: Jobs that only the sweep saved, although their queue was not deleted.
         given_up: Jobs that lost all their attempts to faults.
-        destinies: How many jobs there were of each.
-        crash_points: How often a process was killed or stopped at each.
+        destinies: Number of jobs of each destiny.
+        crash_points: Number of kills or stops at each point.
     """
 
     published: int = 0
@@ -55,7 +55,7 @@ class Verdict:
         return max(0, len(self.broken) - self.count.lost - self.count.duplicated)
 
     def reach(self) -> None:
-        """Look at everything."""
+        """Check everything."""
         for job in self._run.jobs:
             self._compare(job)
             if job.valid:
@@ -98,7 +98,7 @@ class Verdict:
         self.broken.append(f"{job.task_id} ({job.destiny}{again}): {what}; {'; '.join(best)}")
 
     def _found(self, job: Job, allowed: tuple[Places, ...]) -> Places:
-        """The job's places, without late writes of a worker that was frozen in a request."""
+        """The job's places, without an object that a suspended worker wrote after the ending."""
         found = self._observed.places(job)
         if not any(
             difference.startswith(("checkpoints", "staged"))

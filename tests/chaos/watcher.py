@@ -1,4 +1,4 @@
-"""Looks at the live jobs all the time: each checkpoint that a job can go on from lies whole."""
+"""Checks the live jobs all the time: each checkpoint that a job can resume from is complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Watcher:
     """A thread; a context manager.
 
     Attributes:
-        broken: What it saw, one sentence a job.
+        broken: Its findings, one sentence per job.
     """
 
     def __init__(self, world: World, jobs: Jobs) -> None:
@@ -30,7 +30,7 @@ class Watcher:
 
     @property
     def broken(self) -> list[str]:
-        """One sentence for each job that was seen with a checkpoint that is not whole."""
+        """One sentence for each job that had an incomplete checkpoint."""
         return list(self._found.values())
 
     def __enter__(self) -> Self:
@@ -68,6 +68,6 @@ class Watcher:
 
 
 def _in_full(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The checkpoints that a job can go on from; of older ones only the weights stay."""
+    """The checkpoints that a job can resume from; of older ones only the weights stay."""
     newest: list[dict[str, Any]] = record["checkpoints"][-_KEPT_IN_FULL:]
     return newest

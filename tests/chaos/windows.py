@@ -1,4 +1,4 @@
-"""Faults of requests: for a while, some of them go wrong, as dice that the seed has loaded say."""
+"""Faults of requests: for a while some requests fail, chosen at random from the seed."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ PATIENCE_SECONDS = 8.0
 
 @dataclasses.dataclass
 class Window(Generic[T]):
-    """A fault that is in the air for a while, and a little longer if it has hit nothing by then.
+    """A fault that is active for a while, and a little longer if it has hit nothing by then.
 
     Attributes:
-        until: When it is over (`time.monotonic`).
+        until: The time of its end (`time.monotonic`).
         chance: Part of the requests that it hits.
-        dice: Its own.
-        fault: What happens to them.
+        dice: Its own random numbers.
+        fault: The fault of these requests.
         hits: Whether a request, by its method and path, can be hit.
-        kind: The kind of fault, for the count of what it struck.
+        kind: The kind of fault, for the count of hits.
     """
 
     until: float
@@ -59,17 +59,17 @@ class Weather(Generic[T]):
         self._lock = threading.Lock()
 
     def add(self, window: Window[T]) -> None:
-        """Let it blow."""
+        """Start a window."""
         with self._lock:
             self._windows.append(window)
 
     def calm(self) -> None:
-        """Nothing goes wrong any more."""
+        """End all faults."""
         with self._lock:
             self._windows.clear()
 
     def fault(self, method: str, path: str) -> T | None:
-        """What is to happen to a request."""
+        """The fault of a request, or none."""
         with self._lock:
             now = time.monotonic()
             self._windows = [window for window in self._windows if window.is_open(now)]
@@ -82,7 +82,7 @@ class Weather(Generic[T]):
 
 
 class FaultyS3(Weather[Fault]):
-    """An S3 proxy with its weather; a context manager.
+    """An S3 proxy with its faults; a context manager.
 
     Args:
         target: The S3 server's address.
@@ -115,19 +115,19 @@ class FaultyS3(Weather[Fault]):
 
 
 class BackendMood(Weather[Answer]):
-    """What the backend answers instead of the usual; goes where `Backend.answer` is.
+    """The backend's unusual answers; to be set as `Backend.answer`.
 
     Attributes:
-        destinies: Of the jobs, by task id: some are answered as their destiny wants it.
-        mended: Tasks whose endings are taken from now on, whatever their destiny.
-        asked: Seconds that an answer asked for (`Retry-After`), by `webhook-id` and arrival.
-        heard: Told of each verified request.
+        destinies: The destinies by task id, which decide some answers.
+        repaired: Tasks whose endings are accepted from now on, with any destiny.
+        asked: Seconds of an answer's `Retry-After`, by `webhook-id` and arrival.
+        heard: Called with each verified request.
     """
 
     def __init__(self, struck: Hits) -> None:
         super().__init__(struck)
         self.destinies: dict[str, Destiny] = {}
-        self.mended: set[str] = set()
+        self.repaired: set[str] = set()
         self.asked: dict[tuple[str, float], float] = {}
         self.heard: Callable[[ReceivedRequest], None] = lambda request: None
 
@@ -139,7 +139,9 @@ class BackendMood(Weather[Answer]):
             self.asked[request.webhook_id, request.received_at] = seconds
         destined = self._destined(request.task_id or "", request.path)
         if fault and destined and fault.status == Answer().status:
-            return destined._replace(delay=fault.delay)  # it is late, and says what it always says
+            return destined._replace(
+                delay=fault.delay
+            )  # the answer is late but has its usual content
         return fault or destined
 
     def _destined(self, task_id: str, path: str) -> Answer | None:
@@ -151,7 +153,7 @@ class BackendMood(Weather[Answer]):
                 return Answer(410, body=b'{"detail": "deleted"}')
             case Destiny.REFUSED if is_ending:
                 return Answer(400, body=b'{"detail": "refused"}')
-            case Destiny.REFUSED_REDRIVEN if is_ending and task_id not in self.mended:
+            case Destiny.REFUSED_REDRIVEN if is_ending and task_id not in self.repaired:
                 return Answer(400, body=b'{"detail": "refused"}')
             case Destiny.NOT_FOUND if is_ending:
                 return Answer(404, body=b'{"detail": "no such style"}')
@@ -169,7 +171,7 @@ def writes(method: str, _path: str) -> bool:
 
 
 def conditional_writes(method: str, path: str) -> bool:
-    """Those to places where writes carry a condition."""
+    """Requests to keys whose writes carry a condition."""
     return method == "PUT" and any(f"/{name}/" in path for name in ("jobs", "models"))
 
 

@@ -1,4 +1,4 @@
-"""Invariants of work and news: what was trained, by whom and when, and what was told of it."""
+"""Invariants of work and reports: the trained epochs with worker and time, and their reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STALE_SECONDS = 1.5
 
 @dataclasses.dataclass
 class Work:
-    """What the jobs of a run have cost.
+    """The work of a run's jobs.
 
     Attributes:
         twice: Jobs that were trained after their ending.
@@ -42,7 +42,7 @@ class WorkLook:
 
     Attributes:
         work: The sums.
-        broken: What is broken, as sentences.
+        broken: Broken invariants, as sentences.
     """
 
     def __init__(self, observed: Observed) -> None:
@@ -53,7 +53,7 @@ class WorkLook:
         self._logged = log_lines(observed.run.folder, "ending_not_taken")
 
     def at(self, job: Job) -> None:
-        """Epochs done twice, runs after the ending, two claims at once, news out of order."""
+        """Repeated epochs, runs after the ending, two claims at once, reports out of order."""
         notes = self._observed.of[job.task_id]
         record = self._observed.record(job)
         self.work.claims += record["hold"]["claim"] if record else 0
@@ -75,7 +75,7 @@ class WorkLook:
         sent_back = [note["t"] for note in notes if note["kind"] == "redriven"]
         for run in (note for note in notes if note["kind"] == "run"):
             endings = [t for t in ended if t < run["t"]]
-            # Between an ending and a run of the job a person must have sent it back.
+            # A run after an ending is allowed only if an operator has sent the job back.
             if endings and not any(endings[0] < t < run["t"] for t in sent_back):
                 self.work.twice.add(job.task_id)
                 self.broken.append(f"{job.task_id}: trained after its ending")
@@ -92,9 +92,9 @@ class WorkLook:
                 )
 
     def _repeats(self, job: Job, notes: Notes) -> None:
-        """At most an interval is repeated, and the training during an upload.
+        """At most one interval is repeated, and the training during an upload.
 
-        One interval more is allowed for each checkpoint that the suite has spoilt.
+        One interval more is allowed for each checkpoint that the suite has damaged.
         """
         spoilt = sum(note["kind"] == "spoilt" for note in notes)
         allowed = CHECKPOINT_INTERVAL * (1 + spoilt)
@@ -117,7 +117,7 @@ class WorkLook:
             self._overlooked(job, notes, after)
 
     def _overlooked(self, job: Job, notes: Notes, run: dict[str, Any]) -> None:
-        """A checkpoint that the suite has spoilt costs no older one, unless S3's answers were."""
+        """A damaged checkpoint costs no older one, unless the suite also damaged S3's answers."""
         spoilt = {note["name"] for note in notes if note["kind"] == "spoilt"}
         epochs = {note["name"]: note["epoch"] for note in notes if note["kind"] == "checkpoint"}
         registered = {
@@ -139,7 +139,7 @@ class WorkLook:
         )
 
     def _awake(self, who: str, since: float) -> float:
-        """When the worker could first have noticed something that happened then."""
+        """The earliest time at which the worker could notice an event of that time."""
         for start, end in self._frozen(who):
             if start - 0.5 <= since <= end:
                 return end
@@ -154,7 +154,7 @@ class WorkLook:
                 yield start, note["t"]
 
     def _sequences(self, job: Job) -> None:
-        """They rise within a claim, and the ending has the highest."""
+        """Sequence numbers rise within a claim, and the ending has the highest."""
         highest: dict[int, int] = collections.defaultdict(int)
         requests = self._observed.run.world.backend.requests
         heard = [each for each in requests if each.task_id == job.task_id]
@@ -180,7 +180,7 @@ class WorkLook:
             self.broken.append(f"{job.task_id}: progress of the same claim after its ending")
 
     def _impatience(self, job: Job) -> None:
-        """A backend that asked for time got it, unless something else had the ending looked at."""
+        """A backend's `Retry-After` was respected, unless another cause had the ending checked."""
         heard = self._observed.endings(job)
         asked = self._observed.run.world.mood.asked
         if self._unseen(job, heard):
@@ -208,7 +208,7 @@ class WorkLook:
         return bool(seen < sum(request.status == TOO_MANY for request in heard))
 
     def _disturbed(self, since: float, until: float) -> bool:
-        """Whether a worker or the broker was hit then: a message that comes back is looked at."""
+        """Whether a worker or the broker was hit then: a returned message is checked."""
         return any(
             note["kind"] == "fault"
             and not note["name"].startswith(("ENDING_", "BACKEND_", "S3_"))
@@ -217,9 +217,9 @@ class WorkLook:
         )
 
     def was_in_flight(self, job: Job, claim: int) -> bool:
-        """Whether a worker was frozen in the middle of a request when the job ended.
+        """Whether a worker was suspended in the middle of a request when the job ended.
 
-        It writes this one object when it wakes. Nothing points to it.
+        It writes this one object when it continues. Nothing refers to it.
         """
         notes = self._observed.of[job.task_id]
         who = [n["who"] for n in notes if n["kind"] == "claimed" and n["claim"] == claim]
@@ -245,7 +245,7 @@ def _uploading(notes: Notes, epoch: dict[str, Any]) -> bool:
                 if each["kind"] == "upload_over"
                 and (each["claim"], each["name"]) == (note["claim"], note["name"])
             ]
-            # One that never came to its end was under way when its worker died.
+            # An upload without an end was under way when its worker died.
             if note["t"] - 0.2 <= epoch["t"] <= (over[0] if over else float("inf")) + 0.2:
                 return True
     return False

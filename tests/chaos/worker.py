@@ -1,6 +1,6 @@
-"""The worker as ops start it, in a process that may be told to die at a named point.
+"""The worker as operators start it, in a process that can be ordered to die at a named point.
 
-`cli.commands.worker` runs unchanged; what is different here stands in `tests.chaos.instruments`.
+`cli.commands.worker` runs unchanged; the differences are in `tests.chaos.instruments`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.chaos.journal import Journal
 
 
 def main() -> None:
-    """Run a worker until it is told to stop, or dies."""
+    """Run a worker until it is stopped, or dies."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.worker")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--slot", required=True)

@@ -72,11 +72,11 @@ class World:
     Attributes:
         folder: The run's folder.
         ways: Each worker's own proxies.
-        mood: What the backend answers.
-        elsewhere: The host that progress is redirected to; it must never hear anything.
-        broker_turn: Held by whoever restarts the broker or needs it whole.
-        hits: Counts what faults struck.
-        destined: What jobs' destinies have S3 do.
+        mood: The backend's answers.
+        elsewhere: The host that progress is redirected to; it must never get a request.
+        broker_turn: Lock for restarting the broker, or for work that needs it running.
+        hits: Counts the hits of faults.
+        destined: The S3 faults of jobs' destinies.
         sweep_allowed: Records that the sweep may publish; the others must need no sweep.
         queue_type: Type of the training queue.
     """
@@ -104,7 +104,7 @@ class World:
         self.ways: list[Ways] = []
         self.backend_way: TcpProxy
         self.broker_turn = threading.Lock()
-        self.s3 = s3_server.client()  # somebody else at the storage
+        self.s3 = s3_server.client()  # a client of the storage without faults
         self.destined = DestinedS3(self.s3, lease)
         self._records: dict[str, tuple[str, dict[str, Any]]] = {}  # by key, with the ETag
         self.queue_type = queue_type
@@ -148,7 +148,7 @@ class World:
             yield world
 
     def settings(self, slot: int | None) -> dict[str, str]:
-        """The whole environment of a worker; that of an operator, whom no fault hits, for None."""
+        """The whole environment of a worker; with None, that of an operator, whom no fault hits."""
         port, endpoint = self.broker.port, self.s3_server.endpoint
         if slot is not None:
             port, endpoint = self.ways[slot].broker.port, self.ways[slot].s3.endpoint
@@ -179,7 +179,7 @@ class World:
             "RETRY_DELAYS_SECONDS": ",".join(map(str, RETRY_DELAYS)),
             "ENDING_RETRY_DELAYS_SECONDS": ",".join(map(str, ENDING_DELAYS)),
             "DEDUPLICATION_WINDOW_SECONDS": str(WINDOW_SECONDS),
-            # Longer than a freeze: a worker that wakes is to be stopped by its lost lease.
+            # Longer than a suspension: the lost lease must stop a worker that continues.
             "STALL_SECONDS": str(self.lease * (LONGEST_FREEZE_IN_LEASES + 0.5)),
             "SHUTDOWN_GRACE_SECONDS": str(GRACE_SECONDS),
         }
@@ -196,9 +196,9 @@ class World:
                 channel.queue_declare(QUEUE, durable=True, arguments=self._arguments)
 
     def declare_own_queues(self, queue_type: str | None = None) -> None:
-        """Have the worker's own queues there, as classic ones unless a type is given.
+        """Declare the worker's own queues, as classic ones unless a type is given.
 
-        Those that are there stay as they are.
+        Existing queues stay as they are.
         """
         own = [declaration(QUEUE, queue) for queue in (Queue.ENDINGS, Queue.DEAD)]
         for queue, delays in ((Queue.TRAINING, RETRY_DELAYS), (Queue.ENDINGS, ENDING_DELAYS)):
@@ -209,7 +209,7 @@ class World:
                 channel.queue_declare(one.name, durable=True, arguments=arguments)
 
     def delete_own_queues(self) -> None:
-        """Delete those of the worker's own queues that hold nothing; workers make them anew."""
+        """Delete the worker's own queues that are empty; workers make them again."""
         for name in self.queues():
             if name != QUEUE:
                 with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
@@ -239,8 +239,8 @@ class World:
         """Delete a queue with all that it holds.
 
         Returns:
-            What it held ready, and whether that is all. Of the training queue nothing is known:
-            workers have its messages in hand.
+            Its ready messages, and whether these are all. For the training queue this is unknown:
+            workers hold some of its messages.
         """
         held = [] if name == QUEUE else self.take_all(name)
         with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
@@ -250,7 +250,7 @@ class World:
         return held, name != QUEUE  # it was not there
 
     def waiting(self) -> dict[str, int]:
-        """How many messages each queue has ready, by name; those that do not exist are left out."""
+        """The number of ready messages per queue, by name; missing queues are left out."""
         counts = {}
         for name in self.queues():
             with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
@@ -258,13 +258,13 @@ class World:
         return counts
 
     def queues(self) -> list[str]:
-        """The names of all queues that there may be."""
+        """The names of all possible queues."""
         delays = [f"{QUEUE}.delay.{_ms(s)}" for s in (*RETRY_DELAYS, self.lease)]
         delays += [f"{QUEUE}.endings.delay.{_ms(s)}" for s in (*ENDING_DELAYS, self.lease)]
         return [QUEUE, f"{QUEUE}.endings", f"{QUEUE}.dead", *dict.fromkeys(delays)]
 
     def take_all(self, name: str) -> list[Message]:
-        """Take out what a queue has ready; nothing where it is not there."""
+        """Take a queue's ready messages; none if the queue does not exist."""
         found: list[Message] = []
         with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
             while True:
@@ -291,7 +291,7 @@ class World:
         return {record["task_id"]: record for _, record in tuple(self._records.values())}
 
     def damage_record(self, task_id: str) -> None:
-        """Put half of a record where the whole one is."""
+        """Replace a record by its first half."""
         key = f"jobs/{task_id}.json"
         body = self.s3.get_object(Bucket=STATE, Key=key)["Body"].read()
         self.s3.put_object(Bucket=STATE, Key=key, Body=body[: len(body) // 2])
@@ -335,7 +335,7 @@ class World:
         while True:
             try:
                 with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
-                    # A worker may have been faster, and its queue has arguments of its own.
+                    # A worker may have been faster, and its queue has the worker's arguments.
                     channel.queue_declare(queue, durable=True, arguments=self._arguments)
                 with self._channel() as channel:
                     channel.basic_publish("", queue, body, properties, mandatory=True)
@@ -346,7 +346,7 @@ class World:
                 time.sleep(0.3)
 
     def calm(self) -> None:
-        """Nothing goes wrong any more."""
+        """End all faults."""
         self.mood.calm()
         self.backend_way.calm()
         for way in self.ways:

@@ -1,1 +1,1 @@
-"""Small made files of every kind that people send; nothing here is anybody's image."""
+"""Small generated files of every kind that users send; none of them is a real image."""

@@ -37,7 +37,7 @@ MAX_PIXELS = 100_000_000
 
 @dataclasses.dataclass
 class Verdict:
-    """What became of one file."""
+    """The result for one file."""
 
     name: str
     seconds: float
@@ -47,7 +47,7 @@ class Verdict:
 
 
 def main() -> int:
-    """Take all in, and print what is not as it should be."""
+    """Take all files in, and print the failures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, help="pillow-*.tar.gz; without it pip fetches it")
     parser.add_argument("--all", action="store_true", help="print each file")

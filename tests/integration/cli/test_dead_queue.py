@@ -1,4 +1,4 @@
-"""The dead queue on a real RabbitMQ: looked at without taking, emptied only into safe hands."""
+"""The dead queue on a real RabbitMQ: listed without changes, emptied only after a safe copy."""
 
 from __future__ import annotations
 
@@ -102,11 +102,11 @@ def test_looking_takes_nothing(
     assert client.waiting(f"{queue}.dead") == 2
 
 
-def test_a_dead_queue_that_was_never_made_is_empty(settings: Settings, s3: S3Service) -> None:
+def test_a_dead_queue_that_does_not_exist_is_empty(settings: Settings, s3: S3Service) -> None:
     assert redrive(settings, s3).look() == ([], 0)
 
 
-def test_what_is_beyond_the_limit_is_counted_and_left(
+def test_letters_beyond_the_limit_are_counted_and_left(
     client: Client, queue: str, settings: Settings
 ) -> None:
     _die(client, queue, *(_letter(str(number)) for number in range(3)))
@@ -116,7 +116,7 @@ def test_what_is_beyond_the_limit_is_counted_and_left(
     assert client.waiting(f"{queue}.dead") == 3
 
 
-def test_a_job_that_was_given_up_goes_back_with_its_record_open_and_the_others_stay(
+def test_a_job_that_was_given_up_is_sent_back_with_a_live_record_and_the_others_stay(
     client: Client, queue: str, settings: Settings, s3: S3Service, bucket: str
 ) -> None:
     records = JobRecords(s3, bucket, owner="one", lease_seconds=5)
@@ -135,7 +135,7 @@ def test_a_job_that_was_given_up_goes_back_with_its_record_open_and_the_others_s
     assert [each and each.state for each in states.values()] == [State.LIVE, State.ENDED]
 
 
-def test_a_job_whose_failure_nobody_has_heard_of_stays_where_it_is(
+def test_a_job_whose_failure_the_backend_does_not_know_stays(
     client: Client, queue: str, settings: Settings, s3: S3Service, bucket: str
 ) -> None:
     letter = _letter("unheard", bucket=bucket)
@@ -146,7 +146,7 @@ def test_a_job_whose_failure_nobody_has_heard_of_stays_where_it_is(
     assert client.waiting(f"{queue}.dead") == 1 and client.waiting(queue) == 0
 
 
-def test_a_message_that_was_refused_goes_back_as_it_was_published(
+def test_a_refused_message_is_sent_back_as_it_was_published(
     client: Client, queue: str, settings: Settings, s3: S3Service
 ) -> None:
     body = b'{"style_id": 7, "image_urls": ["s3://elsewhere/a.jpg"]}'
@@ -176,7 +176,7 @@ def test_a_refused_ending_goes_to_the_endings_and_nothing_is_trained(
 
 
 @pytest.mark.parametrize("task_id", ["elsewhere/in-the-bucket", "nobody-knows-it"])
-def test_a_header_that_names_no_record_of_ours_moves_nothing(
+def test_a_header_without_a_valid_record_name_moves_nothing(
     client: Client, queue: str, settings: Settings, s3: S3Service, bucket: str, task_id: str
 ) -> None:
     records = JobRecords(s3, bucket, owner="one", lease_seconds=5)
@@ -189,10 +189,10 @@ def test_a_header_that_names_no_record_of_ours_moves_nothing(
     assert client.waiting(f"{queue}.dead") == 1
 
 
-def test_looking_often_costs_a_quorum_queue_no_message(
+def test_a_quorum_queue_loses_no_message_to_frequent_looks(
     client: Client, queue: str, settings: Settings, s3: S3Service
 ) -> None:
-    """RabbitMQ counts what comes back, and drops it after so many times."""
+    """RabbitMQ counts the returns of a message, and drops it at a limit."""
     limit = {"x-queue-type": "quorum", "x-delivery-limit": MOST_RETURNS + 1}
     _die(client, queue, _letter("one"), arguments=limit)  # type: ignore[arg-type]
     for _ in range(2 * MOST_RETURNS):

@@ -1,4 +1,4 @@
-"""The doctor at a backend: what each answer to an empty progress report means."""
+"""The doctor and a backend: the meaning of each answer to an empty progress report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OTHER_SECRET = "whsec_YW5vdGhlci1zaWduaW5nLXNlY3JldC0wMTIzNDU2Nzg5"
 
 
 def _examine(url: str, **values: Any) -> dict[str, Finding]:
-    """What the doctor finds, by check."""
+    """The doctor's findings, by check."""
     settings = WebhookSettings(
         **{
             "backend_api_url": url,
@@ -29,7 +29,9 @@ def _examine(url: str, **values: Any) -> dict[str, Finding]:
     return {each.check: each for each in examination.examine(settings)}
 
 
-def test_the_right_backend_refuses_the_empty_report_and_that_is_well(backend: Backend) -> None:
+def test_a_correct_backend_refuses_the_empty_report_and_the_check_succeeds(
+    backend: Backend,
+) -> None:
     finding = _examine(backend.url)[f"backend {backend.url}"]
     assert (finding.verdict, finding.remedy) == (Verdict.OK, "")
     assert "answered 400" in finding.detail and "accepts the token" in finding.detail
@@ -57,7 +59,7 @@ def test_a_backend_that_is_down_names_its_setting() -> None:
     assert "BACKEND_API_URL" in finding.remedy
 
 
-def test_a_backend_without_tls_behind_an_https_address_is_told_from_one_that_is_down(
+def test_a_backend_without_tls_behind_an_https_address_is_distinguished_from_one_that_is_down(
     backend: Backend,
 ) -> None:
     url = backend.url.replace("http://", "https://")
@@ -89,7 +91,7 @@ def test_every_answer_has_a_meaning(
     assert bool(finding.remedy) is (verdict is not Verdict.OK)
 
 
-def test_a_redirect_names_where_it_leads_without_what_is_secret_there(backend: Backend) -> None:
+def test_a_redirect_is_reported_with_its_target_but_without_its_secrets(backend: Backend) -> None:
     location = "https://user:password@api.example/path?token=hidden"
     backend.answer = lambda _: Answer(308, headers={"Location": location})
     finding = _examine(backend.url)[f"backend {backend.url}"]
@@ -98,7 +100,7 @@ def test_a_redirect_names_where_it_leads_without_what_is_secret_there(backend: B
     assert "BACKEND_API_URL" in finding.remedy
 
 
-def test_the_clock_is_compared_with_the_backends(backend: Backend) -> None:
+def test_the_clock_is_compared_with_that_of_the_backend(backend: Backend) -> None:
     late = format_datetime(datetime.now(UTC) - timedelta(minutes=20), usegmt=True)
     backend.answer = lambda _: Answer(400, headers={"Date": late})
     finding = _examine(backend.url)["clock (the backend)"]
@@ -112,7 +114,7 @@ def test_each_origin_that_webhooks_may_go_to_is_visited(backend: Backend) -> Non
     assert {f"backend {backend.url}", f"backend {other.url}"} < set(found)
 
 
-def test_how_webhooks_are_signed_is_said(backend: Backend) -> None:
+def test_the_key_that_signs_webhooks_is_reported(backend: Backend) -> None:
     two = f"{SIGNING_SECRET},{OTHER_SECRET}"
     for secret, says in ((SIGNING_SECRET, "one key"), (two, "2 keys"), (None, "derived")):
         signature = _examine(backend.url, webhook_signing_secret=secret)["webhook signature"]

@@ -1,4 +1,4 @@
-"""The doctor at the base model: a folder, the hub's cache, and a hub over HTTP."""
+"""The doctor and the base model: a folder, the hub's cache, and a hub over HTTP."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _model(sound: Path, tmp_path: Path) -> Path:
 
 @dataclasses.dataclass
 class _Hub:
-    """What the hub answers, and what it was asked."""
+    """The hub's answers, and the requests that it got."""
 
     url: str = ""
     status: int = 200
@@ -73,7 +73,7 @@ def _hub(monkeypatch: pytest.MonkeyPatch, sound: Path) -> Iterator[_Hub]:
             self.wfile.write(json.dumps({"id": name, "siblings": siblings}).encode())
 
         def log_message(self, *_: Any) -> None:  # pylint: disable=arguments-differ
-            """Say nothing."""
+            """Print nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
@@ -88,7 +88,7 @@ def _hub(monkeypatch: pytest.MonkeyPatch, sound: Path) -> Iterator[_Hub]:
 
 
 def _examine(model: Path | str, home: Path | None = None, **values: Any) -> Finding:
-    """What is found about the model's files."""
+    """The findings about the model's files."""
     return _examine_all(model, home, **values)[0]
 
 
@@ -106,7 +106,7 @@ def _examine_all(model: Path | str, home: Path | None = None, **values: Any) -> 
     return list(examination.examine(settings.trainer, settings.trainer_environment()))
 
 
-def test_a_whole_folder_is_well(model: Path) -> None:
+def test_a_complete_folder_passes(model: Path) -> None:
     assert _examine(model).verdict is Verdict.OK
 
 
@@ -119,7 +119,7 @@ def test_a_whole_folder_is_well(model: Path) -> None:
         ("vae/config.json", None, "vae/config.json is missing"),
     ],
 )
-def test_a_damaged_folder_is_told_by_file(
+def test_a_damaged_folder_is_reported_by_file(
     model: Path, name: str, keep: int | None, says: str
 ) -> None:
     content = (model / name).read_bytes()
@@ -133,7 +133,7 @@ def test_a_damaged_folder_is_told_by_file(
     assert "Download the model again" in finding.remedy
 
 
-def test_a_folder_that_is_not_there_is_no_model_of_the_hub(tmp_path: Path) -> None:
+def test_a_missing_folder_is_not_a_model_of_the_hub(tmp_path: Path) -> None:
     finding = _examine(tmp_path / "nothing")
     assert finding.verdict is Verdict.FAIL
     assert "is no folder" in finding.detail and "BASE_MODEL" in finding.remedy
@@ -166,7 +166,7 @@ def test_a_model_that_the_hub_has_is_fetched_at_the_workers_start(
     assert hub.asked == [(f"/api/models/{NAME}/revision/fp%2016?blobs=true", f"Bearer {TOKEN}")]
 
 
-def test_a_model_too_large_for_the_disk_is_told_before_it_is_fetched(
+def test_a_model_too_large_for_the_disk_is_reported_before_it_is_fetched(
     hub: _Hub, tmp_path: Path
 ) -> None:
     hub.files[UNET] = shutil.disk_usage(tmp_path).free
@@ -175,7 +175,7 @@ def test_a_model_too_large_for_the_disk_is_told_before_it_is_fetched(
     assert "HF_HOME" in finding.remedy
 
 
-def test_a_model_on_the_hub_without_what_training_needs_is_told(hub: _Hub, tmp_path: Path) -> None:
+def test_a_model_on_the_hub_without_the_needed_files_is_reported(hub: _Hub, tmp_path: Path) -> None:
     del hub.files[UNET]
     finding = _examine(NAME, tmp_path)
     assert finding.verdict is Verdict.FAIL
@@ -186,7 +186,7 @@ def test_a_model_on_the_hub_without_what_training_needs_is_told(hub: _Hub, tmp_p
     ("status", "remedy"),
     [(401, "HF_TOKEN"), (404, "BASE_MODEL"), (503, "try again later")],
 )
-def test_what_the_hub_refuses_has_a_remedy(
+def test_a_refusal_of_the_hub_has_a_remedy(
     hub: _Hub, tmp_path: Path, status: int, remedy: str
 ) -> None:
     hub.status = status
@@ -205,7 +205,7 @@ def test_a_renamed_model_is_reported_and_the_token_stays_with_the_first_origin(
     assert [token for _, token in hub.asked] == [f"Bearer {TOKEN}", None]
 
 
-def test_without_the_hub_the_way_to_bring_the_model_is_told(
+def test_without_the_hub_the_way_to_bring_the_model_is_printed(
     hub: _Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""The doctor at a real broker: what is wrong is named, and nothing is taken, made or left there."""
+"""The doctor and a real broker: problems are named, and nothing is taken, made or left there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Examine = Callable[..., dict[str, Finding]]
 
 @pytest.fixture(name="examine")
 def _examine(rabbitmq: RabbitMqNode, queue: str) -> Examine:
-    """What the doctor finds at the run's broker, by check."""
+    """The doctor's findings at the run's broker, by check."""
 
     def examine(**values: Any) -> dict[str, Finding]:
         settings = make_settings(rabbitmq, queue, **values)
@@ -38,7 +38,7 @@ def _failed(found: dict[str, Finding]) -> dict[str, Finding]:
     return {name: each for name, each in found.items() if each.verdict is Verdict.FAIL}
 
 
-def test_a_sound_broker_is_introduced_and_left_as_it_was(
+def test_a_healthy_broker_is_reported_and_not_changed(
     rabbitmq: RabbitMqNode, queue: str, client: Client, examine: Examine
 ) -> None:
     with client.channel() as channel:
@@ -57,7 +57,7 @@ def test_a_sound_broker_is_introduced_and_left_as_it_was(
         assert (body, method.redelivered) == (b"a job", False)
 
 
-def test_a_queue_that_is_not_there_yet_is_well_and_is_not_made(
+def test_a_missing_queue_passes_and_is_not_made(
     rabbitmq: RabbitMqNode, queue: str, examine: Examine
 ) -> None:
     found = examine()
@@ -94,7 +94,7 @@ def test_a_queue_that_is_not_there_yet_is_well_and_is_not_made(
         ),
     ],
 )
-def test_a_queue_declared_differently_is_told_with_its_type(
+def test_a_queue_declared_differently_is_reported_with_its_type(
     queue: str,
     client: Client,
     examine: Examine,
@@ -120,7 +120,9 @@ def test_an_own_queue_with_other_arguments_stops_the_worker_and_is_named(
     assert f"{queue}.delay.500 exists with other arguments" in examine()["own queues"].detail
 
 
-def test_what_was_set_aside_is_for_a_person(queue: str, client: Client, examine: Examine) -> None:
+def test_letters_in_the_dead_queue_are_reported_to_the_operator(
+    queue: str, client: Client, examine: Examine
+) -> None:
     with client.channel() as channel:
         channel.queue_declare(f"{queue}.dead", durable=True)
     client.publish(f"{queue}.dead", b"one", b"two")
@@ -139,7 +141,7 @@ def test_what_was_set_aside_is_for_a_person(queue: str, client: Client, examine:
         ({"rabbitmq_tls": True}, "RABBITMQ_TLS"),
     ],
 )
-def test_no_way_in_names_the_settings(
+def test_a_refused_connection_names_the_settings(
     examine: Examine, changed: dict[str, Any], remedy: str
 ) -> None:
     found = examine(**changed)
@@ -157,13 +159,13 @@ def test_each_host_is_tried_and_one_that_lets_in_is_enough_for_the_rest(
     assert f"queue {queue}" in found
 
 
-def test_missing_permissions_are_told_and_the_printed_command_grants_them(
+def test_missing_permissions_are_reported_and_the_printed_command_grants_them(
     rabbitmq: RabbitMqNode, queue: str, client: Client, examine: Examine
 ) -> None:
     user = f"worker-{secrets.token_hex(4)}"
     login = {"rabbitmq_user": user, "rabbitmq_pass": "a-password"}
     rabbitmq.ctl("add_user", user, "a-password")
-    # It may look at everything, and neither declare nor publish.
+    # The user may read everything, but neither declare nor publish.
     rabbitmq.ctl("set_permissions", user, "^$", "^$", ".*")
     with client.channel() as channel:
         channel.queue_declare(queue, durable=True)
@@ -175,7 +177,7 @@ def test_missing_permissions_are_told_and_the_printed_command_grants_them(
     assert not _failed(examine(**login))
 
 
-def test_a_user_who_may_not_take_messages_is_told_and_no_message_moves(
+def test_a_user_who_may_not_take_messages_is_reported_and_no_message_moves(
     rabbitmq: RabbitMqNode, queue: str, client: Client, examine: Examine
 ) -> None:
     user = f"worker-{secrets.token_hex(4)}"

@@ -1,4 +1,4 @@
-"""The doctor at S3: buckets, rights, conditions, privacy, clock; nothing of its own stays there."""
+"""The doctor and S3: buckets, rights, conditions, privacy, clock; its test objects are removed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Buckets:
         )
 
     def examine(self, **values: Any) -> dict[str, Finding]:
-        """What the doctor finds, by check."""
+        """The doctor's findings, by check."""
         return {each.check: each for each in storage.examine(self.settings(**values))}
 
     def keys(self) -> list[str]:
@@ -70,7 +70,7 @@ def _failed(found: dict[str, Finding]) -> dict[str, Finding]:
     return {name: each for name, each in found.items() if each.verdict is Verdict.FAIL}
 
 
-def test_in_sound_buckets_everything_is_tried_and_nothing_stays(buckets: _Buckets) -> None:
+def test_in_healthy_buckets_everything_is_tried_and_nothing_stays(buckets: _Buckets) -> None:
     found = buckets.examine()
     assert not _failed(found)
     assert found[f"bucket {buckets.media}"].detail == "*: list, read"
@@ -82,7 +82,7 @@ def test_in_sound_buckets_everything_is_tried_and_nothing_stays(buckets: _Bucket
     assert not buckets.keys()
 
 
-def test_only_probes_are_written_whatever_lies_there(buckets: _Buckets) -> None:
+def test_only_test_objects_are_written_into_buckets_with_content(buckets: _Buckets) -> None:
     buckets.server.client().put_object(
         Bucket=buckets.models, Key="models/style_1/lora_weights.safetensors", Body=b"precious"
     )
@@ -132,7 +132,7 @@ def test_an_unguarded_state_bucket_that_is_allowed_is_a_warning(buckets: _Bucket
     assert "exactly one worker" in finding.remedy
 
 
-def test_the_state_bucket_is_looked_for_in_its_own_store_with_its_own_keys(
+def test_the_state_bucket_is_tested_in_its_own_store_with_its_own_keys(
     buckets: _Buckets, s3_server: S3Server
 ) -> None:
     with S3Proxy(s3_server.endpoint) as state_proxy:
@@ -168,7 +168,7 @@ def test_the_settings_of_the_state_store_are_named_when_it_cannot_be_reached(
         ("GET", "list-type=2&prefix=jobs", "list under jobs/"),
     ],
 )
-def test_what_s3_refuses_is_named_with_its_prefix(
+def test_a_refusal_of_s3_is_reported_with_its_prefix(
     buckets: _Buckets, method: str, place: str, says: str
 ) -> None:
     buckets.proxy.fault = lambda how, path: DENIED if how == method and place in path else None
@@ -191,7 +191,7 @@ def test_images_that_may_not_be_read_are_found_in_an_empty_bucket_too(buckets: _
 
 
 def test_an_image_bucket_that_may_not_be_listed_is_a_warning(buckets: _Buckets) -> None:
-    """The worker can do without: it reads images by their names."""
+    """The worker does not need it: it reads images by their names."""
 
     def only_by_name(how: str, path: str) -> Fault | None:
         unknown = "list-type=2" in path or "/.probe-" in path
@@ -206,7 +206,7 @@ def test_an_image_bucket_that_may_not_be_listed_is_a_warning(buckets: _Buckets) 
     assert "s3:ListBucket" in finding.remedy
 
 
-def test_a_bucket_that_says_forbidden_for_what_is_missing_stops_the_worker(
+def test_a_bucket_that_answers_forbidden_for_missing_objects_stops_the_worker(
     buckets: _Buckets,
 ) -> None:
     def missing_is_forbidden(how: str, path: str) -> Fault | None:
@@ -218,7 +218,7 @@ def test_a_bucket_that_says_forbidden_for_what_is_missing_stops_the_worker(
     assert "s3:ListBucket" in finding.remedy
 
 
-def test_state_that_anybody_can_read_is_a_warning(buckets: _Buckets) -> None:
+def test_publicly_readable_state_is_a_warning(buckets: _Buckets) -> None:
     # moto answers an unsigned list of any bucket.
     finding = buckets.examine()[f"privacy of {buckets.state}"]
     assert finding.verdict is Verdict.WARN
@@ -239,7 +239,7 @@ def test_state_in_a_public_media_bucket_names_the_setting_that_was_not_set(
     assert "Set STATE_BUCKET_NAME to a private bucket" in finding.remedy
 
 
-def test_state_that_nobody_can_read_without_a_key_is_well(buckets: _Buckets) -> None:
+def test_state_that_is_not_publicly_readable_passes(buckets: _Buckets) -> None:
     def refuse_the_unsigned(_how: str, _path: str) -> Fault | None:
         return None if "authorization" in buckets.proxy.headers[-1] else DENIED
 
@@ -258,7 +258,7 @@ def test_a_wrong_access_key_is_named_by_its_setting(buckets: _Buckets) -> None:
     assert all("AWS_ACCESS_KEY_ID" in each.remedy for each in denied.values())
 
 
-def test_storage_that_is_not_there_is_told_within_its_time(buckets: _Buckets) -> None:
+def test_unreachable_storage_is_reported_within_the_time_limit(buckets: _Buckets) -> None:
     denied = _failed(buckets.examine(aws_endpoint_url_s3="http://127.0.0.1:1"))
     assert len(denied) == 3
     assert all("AWS_ENDPOINT_URL_S3" in each.remedy for each in denied.values())

@@ -136,7 +136,7 @@ def _jobs(settings: Settings, s3: S3Service, s3_server: S3Server, client: Client
     return _Jobs(settings, s3, s3_server, client)
 
 
-def test_a_job_without_a_dead_letter_is_listed_and_goes_back_by_its_id(
+def test_a_job_without_a_dead_letter_is_listed_and_sent_back_by_its_id(
     jobs: _Jobs, client: Client, queue: str
 ) -> None:
     jobs.failed("lost")
@@ -152,7 +152,7 @@ def test_a_job_without_a_dead_letter_is_listed_and_goes_back_by_its_id(
     assert again.identity == jobs.record("lost").identity and again.task_id == "lost"
 
 
-def test_all_sends_back_the_dead_queue_and_no_job_whose_copy_a_person_removed(
+def test_the_option_all_sends_back_the_dead_queue_and_no_job_whose_copy_was_removed(
     jobs: _Jobs, client: Client, queue: str
 ) -> None:
     jobs.failed("removed")
@@ -181,7 +181,7 @@ def test_an_ending_that_was_set_aside_is_sent_again_by_its_record(
     assert jobs.record("refused").delivery is Delivery.PENDING and client.waiting(queue) == 0
 
 
-def test_a_job_that_still_owes_its_dead_letter_goes_back_and_owes_nothing(
+def test_a_job_that_still_owes_its_dead_letter_is_sent_back_and_owes_nothing(
     jobs: _Jobs, client: Client, queue: str
 ) -> None:
     jobs.failed("owing", owed=OWED)
@@ -192,7 +192,7 @@ def test_a_job_that_still_owes_its_dead_letter_goes_back_and_owes_nothing(
     assert record.state is State.LIVE and record.owed is None
 
 
-def test_what_another_attempt_cannot_help_stays_and_the_reason_is_told(
+def test_a_job_that_another_attempt_cannot_help_stays_and_the_reason_is_printed(
     jobs: _Jobs, client: Client, queue: str
 ) -> None:
     jobs.failed("large", GpuOutOfMemory("too large"))
@@ -208,7 +208,7 @@ def test_what_another_attempt_cannot_help_stays_and_the_reason_is_told(
     assert client.waiting(queue) == 0
 
 
-def test_a_dead_letter_that_was_cut_goes_back_whole_by_its_record(
+def test_a_cut_dead_letter_is_sent_back_in_full_from_its_record(
     jobs: _Jobs, client: Client, queue: str
 ) -> None:
     jobs.failed("large")
@@ -225,7 +225,7 @@ def test_a_dead_letter_that_was_cut_goes_back_whole_by_its_record(
     assert client.waiting(queue) == 0 and client.waiting(f"{queue}.dead") == 1
 
 
-def test_a_letter_of_the_endings_goes_back_to_the_endings(
+def test_a_dead_letter_of_the_endings_queue_returns_to_that_queue(
     jobs: _Jobs, client: Client, queue: str
 ) -> None:
     on_its_way = parked("some-job", b"its message", tries=3, delay=None)
@@ -245,7 +245,7 @@ def test_a_letter_of_the_endings_goes_back_to_the_endings(
 
 
 @pytest.mark.parametrize("later", ["live", "completed", "published", "published long ago"])
-def test_all_leaves_out_a_job_whose_style_has_a_later_order(
+def test_the_option_all_leaves_out_a_job_whose_style_has_a_later_order(
     jobs: _Jobs, client: Client, queue: str, later: str
 ) -> None:
     jobs.failed("older", created_at=MORNING)
@@ -269,7 +269,9 @@ def test_all_leaves_out_a_job_whose_style_has_a_later_order(
     assert one.sent_back and client.waiting(queue) == 1
 
 
-def test_a_superseded_job_that_is_named_goes_back(jobs: _Jobs, client: Client, queue: str) -> None:
+def test_a_superseded_job_is_sent_back_if_it_is_named(
+    jobs: _Jobs, client: Client, queue: str
+) -> None:
     jobs.failed("older", created_at=MORNING)
     jobs.completed("newer", created_at=NOON)
     (one,), _ = jobs.redrive.send_back({"older"})

@@ -18,15 +18,15 @@ _METHOD = 1
 
 
 class AnswerProxy:
-    """A context manager; forwards every frame but those that are to be swallowed.
+    """A context manager; forwards every frame except those to swallow.
 
-    Heartbeats go on, so nobody notices that something is missing.
+    Heartbeats go on, so neither side notices that a frame is missing.
 
     Args:
         host, port: The broker.
 
     Attributes:
-        port: Where it listens, on the loopback address.
+        port: The port that it listens on, on the loopback address.
         swallow: Class and method of the frames from the broker that are thrown away.
         swallowed: How many were.
     """
@@ -64,7 +64,7 @@ class AnswerProxy:
         self._server.server_close()
 
     def answers(self, broker: socket.socket, client: socket.socket) -> None:
-        """Forward the broker's frames, but for those to be swallowed."""
+        """Forward the broker's frames, except those to swallow."""
         with contextlib.suppress(OSError), broker.makefile("rb") as frames:
             while len(header := frames.read(_HEADER.size)) == _HEADER.size:
                 kind, _, size = _HEADER.unpack(header)

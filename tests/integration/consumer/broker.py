@@ -1,4 +1,4 @@
-"""Shared parts of the consumer's tests: a worker in a thread, a backend, a handler."""
+"""Tools of the consumer's tests: a worker in a thread, a backend at the broker, a handler."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def until(condition: Callable[[], Any], seconds: float = SOON) -> Any:
 
 
 class Client:
-    """Somebody else on the broker: the backend, or an operator."""
+    """Another client of the broker: the backend, or an operator."""
 
     def __init__(self, node: RabbitMqNode) -> None:
         self._node = node
 
     @contextlib.contextmanager
     def channel(self) -> Iterator[Any]:
-        """A channel with confirms, on a connection of its own."""
+        """A channel with confirms, on a separate connection."""
         with pika.BlockingConnection(pika.URLParameters(self._node.url)) as connection:
             channel = connection.channel()
             channel.confirm_delivery()
@@ -72,19 +72,19 @@ class Client:
             return None if properties is None else (properties, body)
 
     def waiting(self, queue: str) -> int:
-        """Messages in the queue that nobody holds."""
+        """Ready messages in the queue."""
         with self.channel() as channel:
             count: int = channel.queue_declare(queue, passive=True).method.message_count
             return count
 
     def unsettled(self, queue: str) -> int:
-        """All messages in the queue, those in somebody's hands too. Slow: it asks rabbitmqctl."""
+        """All messages in the queue, also unacknowledged ones. Slow: it runs rabbitmqctl."""
         listed = self._node.ctl("list_queues", "--no-table-headers", "name", "messages")
         return int(dict(line.split("\t") for line in listed.splitlines())[queue])
 
 
 class Handler:
-    """A handler that a test looks into and holds back."""
+    """A handler that a test observes and blocks."""
 
     def __init__(self, settle: Callable[[Delivery], Settlement] | None = None) -> None:
         self.deliveries: list[Delivery] = []

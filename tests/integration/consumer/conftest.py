@@ -1,4 +1,4 @@
-"""A consumer on the run's broker, with a queue of its own for each test."""
+"""A consumer on the run's broker, with a separate queue for each test."""
 
 from __future__ import annotations
 

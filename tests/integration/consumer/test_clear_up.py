@@ -1,4 +1,4 @@
-"""What an ended job needs no more goes, also where the worker that ended it could not see to it."""
+"""Files that an ended job no longer needs are deleted, also if its worker could not do it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.integration.services.record_world import (
 from tests.integration.services.s3_proxy import S3Proxy, impatient, once, refusal
 
 
-def test_what_could_not_be_cleared_up_at_the_ending_goes_with_a_later_sweep() -> None:
+def test_files_that_remained_after_the_ending_are_removed_by_a_later_sweep() -> None:
     with S3Server() as server, S3Proxy(server.endpoint) as proxy:
         server.create_bucket(BUCKET)
         s3 = S3Service(**access(server.endpoint))

@@ -63,7 +63,9 @@ def test_event_files_go_up_as_they_grow_until_the_claim_is_over(tmp_path: Path) 
         assert s3.read(S3Location(BUCKET, key)).body == b"one point, and another"
 
 
-def test_curves_outlive_checkpoints_unless_the_job_was_cancelled(s3_server: S3Server) -> None:
+def test_curves_are_kept_longer_than_checkpoints_unless_the_job_was_cancelled(
+    s3_server: S3Server,
+) -> None:
     s3_server.create_bucket(BUCKET)
     s3 = S3Service(**access(s3_server.endpoint))
     for kind, code, stay in (

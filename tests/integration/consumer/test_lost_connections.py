@@ -1,4 +1,4 @@
-"""Connections, channels, consumers and queues that go away stop no job and lose nothing."""
+"""Lost connections, channels, consumers and queues stop no job and lose no message."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_job_that_ends_while_the_broker_is_away_is_settled_afterwards(
     assert client.get(f"{queue}.dead") is not None
 
 
-def test_a_connection_that_an_operator_closes_comes_back(
+def test_a_connection_that_an_operator_closes_is_opened_again(
     start: Start, client: Client, queue: str, rabbitmq: RabbitMqNode
 ) -> None:
     handler = Handler()
@@ -145,7 +145,7 @@ def test_a_queue_deleted_in_mid_job_is_consumed_again_after_the_job(
     until(lambda: handler.returned == 2)
 
 
-def test_a_publication_whose_queue_was_deleted_is_made_all_the_same(
+def test_a_publication_whose_queue_was_deleted_still_succeeds(
     start: Start, client: Client, queue: str
 ) -> None:
     worker = start(Handler())
@@ -159,7 +159,7 @@ def test_a_publication_whose_queue_was_deleted_is_made_all_the_same(
     until(lambda: client.waiting(f"{queue}.dead") == 2)
 
 
-def test_a_publication_that_the_broker_will_not_take_holds_up_nothing_else(
+def test_a_publication_that_the_broker_does_not_accept_blocks_nothing_else(
     start: Start, client: Client, queue: str
 ) -> None:
     """The training queue is full and rejects.

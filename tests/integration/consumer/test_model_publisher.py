@@ -1,4 +1,4 @@
-"""Publishing: all files of one run, whoever else writes, and the replaced run's kept."""
+"""Publishing: all files are of one run despite other writers, and the replaced files are kept."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _publish(s3: S3Service, bucket: str, job: Job, lease: JobLease, folder: Path
 
 
 def _published(s3: S3Service, bucket: str) -> dict[str, tuple[str, str | None]]:
-    """Name -> content, and the task that the object says it is of."""
+    """Name -> content, and the task in the object's metadata."""
     found = {}
     for info in s3.list_objects(bucket, "models/style_7/"):
         location = S3Location(bucket, info.key)
@@ -87,7 +87,7 @@ def _all_of(task_id: str) -> dict[str, tuple[str, str | None]]:
     return {name: (f"{name} of {task_id}", task_id) for name in FILES}
 
 
-def test_a_models_files_lie_under_its_style_and_nothing_is_left_in_staging(
+def test_the_files_of_a_model_are_under_its_style_and_nothing_remains_in_staging(
     s3: S3Service, bucket: str, folder: Path
 ) -> None:
     job = _job("a")
@@ -129,7 +129,9 @@ def test_two_runs_of_one_style_take_turns(s3: S3Service, bucket: str, folder: Pa
     assert _published(s3, bucket) in [_all_of(job.task_id) for job in jobs]
 
 
-def test_who_has_lost_the_lease_publishes_nothing(s3: S3Service, bucket: str, folder: Path) -> None:
+def test_a_worker_without_the_lease_publishes_nothing(
+    s3: S3Service, bucket: str, folder: Path
+) -> None:
     job = _job("slept")
     lease = _claimed(s3, bucket, job)
     lease.lost.set()

@@ -1,4 +1,4 @@
-"""Progress by the clock, and how the reporter ends."""
+"""Progress at intervals, and the end of the reporter."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def reporter(backend: Backend, stop: StopSignal, interval: float = 0.1) -> Progr
     )
 
 
-def test_the_newest_state_is_reported_by_the_clock_and_the_start_of_training_at_once(
+def test_the_newest_state_is_reported_at_intervals_and_the_start_of_training_at_once(
     backend: Backend,
 ) -> None:
     with reporter(backend, StopSignal(), interval=1.0) as reports:
@@ -68,17 +68,17 @@ def test_a_410_cancels_the_job(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("error", [Stopped(StopReason.SHUTDOWN), LeaseLost()])
-def test_a_backend_that_hangs_costs_a_shutdown_no_time(backend: Backend, error: Stopped) -> None:
-    """Every second of the grace is for saving, and for giving the job back."""
+def test_a_backend_that_hangs_does_not_delay_a_shutdown(backend: Backend, error: Stopped) -> None:
+    """Every second of the grace period is for saving and returning the job."""
     backend.answer = lambda request: Answer(delay=1.5)
     began = time.monotonic()
     with pytest.raises(Stopped), reporter(backend, StopSignal()):
-        time.sleep(0.4)  # the report is on its way, and hangs
+        time.sleep(0.4)  # the report is being sent, and hangs
         raise error
     assert time.monotonic() - began < 1.2
 
 
-def test_where_an_ending_follows_the_report_in_hand_is_waited_for(backend: Backend) -> None:
+def test_before_an_ending_the_current_report_is_waited_for(backend: Backend) -> None:
     backend.answer = lambda request: Answer(delay=1.0)
     with pytest.raises(TrainingFailed), reporter(backend, StopSignal()):
         time.sleep(0.4)

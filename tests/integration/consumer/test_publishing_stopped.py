@@ -1,6 +1,6 @@
 """A publication that is stopped between two requests to a real S3 server leaves one run's folder.
 
-The fast tests in `tests/unit/consumer/test_publishing.py` say the same of many more cases.
+The fast tests in `tests/unit/consumer/test_publishing.py` cover many more cases.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def worlds(
         yield fresh(number), number
 
 
-def test_after_a_kill_the_next_claim_finds_or_makes_the_folder_whole(
+def test_after_a_kill_the_next_claim_finds_or_completes_the_folder(
     s3_server: S3Server, tmp_path: Path
 ) -> None:
     repairs = 0
@@ -108,7 +108,7 @@ def test_after_a_kill_the_next_claim_finds_or_makes_the_folder_whole(
     assert repairs >= 3
 
 
-def test_after_a_kill_another_run_publishes_whole_and_archives_the_last_complete_model(
+def test_after_a_kill_another_run_publishes_completely_and_archives_the_last_complete_model(
     s3_server: S3Server, tmp_path: Path
 ) -> None:
     s3 = Disturbed(s3_server)
@@ -125,7 +125,7 @@ def test_after_a_kill_another_run_publishes_whole_and_archives_the_last_complete
         assert not world.has_note()
 
 
-def test_a_cancel_leaves_the_folder_as_it_was_or_comes_too_late(
+def test_a_cancel_leaves_the_folder_unchanged_or_comes_too_late(
     s3_server: S3Server, tmp_path: Path
 ) -> None:
     ends = set()
@@ -165,7 +165,7 @@ def test_if_s3_refuses_a_file_for_good_the_folder_is_rolled_back_at_once(
     assert not world.has_note()
 
 
-def test_a_publisher_that_slept_does_not_copy_a_newer_runs_files_over_the_older_in_the_archive(
+def test_a_suspended_publisher_does_not_copy_newer_files_over_older_ones_in_the_archive(
     s3_server: S3Server, world: World
 ) -> None:
     world.has_model_of("old")
@@ -185,7 +185,7 @@ def test_a_publisher_that_slept_does_not_copy_a_newer_runs_files_over_the_older_
     assert world.archive("old") == OLD
 
 
-def test_the_model_of_the_later_order_stays_and_the_other_goes_to_the_archive(world: World) -> None:
+def test_the_model_of_the_later_order_stays_and_the_other_is_archived(world: World) -> None:
     world.has_model_of("old", ordered_at=LATE)
     with world.claim("new") as lease:
         published = world.publish("new", lease, ordered_at=EARLY)

@@ -1,4 +1,4 @@
-"""Where waiting cannot help the worker ends, saying what to change; else it comes back for ever."""
+"""If waiting cannot help, the worker ends with a remedy; otherwise it reconnects for ever."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from utils.errors import BrokerError, BrokerRefused
         ({"rabbitmq_vhost": "nowhere"}, "virtual host 'nowhere'.*check RABBITMQ_VHOST"),
     ],
 )
-def test_refused_credentials_end_the_worker_at_once_and_say_which_settings(
+def test_refused_credentials_end_the_worker_at_once_and_name_the_settings(
     start: Start, values: dict[str, str], words: str
 ) -> None:
     began = time.monotonic()
@@ -38,7 +38,7 @@ def test_refused_credentials_end_the_worker_at_once_and_say_which_settings(
     assert "wrong-password" not in str(caught.value)
 
 
-def test_a_user_who_may_not_declare_ends_the_worker_with_the_permission(
+def test_a_user_who_may_not_declare_ends_the_worker_with_the_missing_permission(
     start: Start, rabbitmq: RabbitMqNode
 ) -> None:
     rabbitmq.ctl("add_user", "poor", "password")
@@ -49,7 +49,7 @@ def test_a_user_who_may_not_declare_ends_the_worker_with_the_permission(
 
 
 @pytest.mark.parametrize("suffix", [".delay.500", ".dead", ".endings"])
-def test_a_queue_of_ours_with_other_arguments_ends_the_worker_and_is_named(
+def test_a_queue_of_the_worker_with_other_arguments_ends_the_worker_and_is_named(
     start: Start, client: Client, queue: str, suffix: str
 ) -> None:
     with client.channel() as channel:

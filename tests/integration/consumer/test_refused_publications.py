@@ -1,4 +1,4 @@
-"""A publication that the broker does not take or does not confirm holds up nothing else."""
+"""A publication that the broker does not accept or confirm blocks nothing else."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _with_an_ending(delivery: Delivery) -> Settlement:
 # --- answers that never arrive
 
 
-def test_a_confirm_that_never_arrives_costs_a_connection_and_the_publication_is_made_again(
+def test_a_missing_confirm_ends_the_connection_and_the_publication_is_repeated(
     start: Start, client: Client, queue: str, proxy: AnswerProxy
 ) -> None:
     handler = Handler(_with_an_ending)
@@ -76,7 +76,7 @@ def test_a_confirm_that_never_arrives_costs_a_connection_and_the_publication_is_
 
 
 @pytest.mark.parametrize("answer", [DECLARED, CONSUMING])
-def test_any_other_answer_that_never_arrives_costs_a_connection_too(
+def test_any_other_missing_answer_ends_the_connection_too(
     start: Start, client: Client, queue: str, proxy: AnswerProxy, answer: tuple[int, int]
 ) -> None:
     handler = Handler()
@@ -91,7 +91,7 @@ def test_any_other_answer_that_never_arrives_costs_a_connection_too(
     until(lambda: handler.returned)
 
 
-# --- what the broker refuses
+# --- refusals of the broker
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_any_other_answer_that_never_arrives_costs_a_connection_too(
         pytest.param({"n" * 300: 1}, id="a name that is too long"),
     ],
 )
-def test_headers_that_the_broker_refuses_hold_up_no_other_job_and_the_body_is_kept(
+def test_headers_that_the_broker_refuses_block_no_other_job_and_the_body_is_kept(
     start: Start, client: Client, queue: str, headers: dict[str, str | int | bool]
 ) -> None:
     handler = Handler(_with_an_ending)
@@ -146,7 +146,7 @@ def test_a_message_that_is_too_large_leaves_its_beginning_its_size_and_its_hash(
     assert properties.headers["x-task-id"] == "large"
 
 
-def test_headers_of_a_publisher_that_nearly_fill_a_frame_hold_up_no_other_job(
+def test_headers_of_a_publisher_that_nearly_fill_a_frame_block_no_other_job(
     start: Start, client: Client, queue: str
 ) -> None:
     def settle(delivery: Delivery) -> Settlement:

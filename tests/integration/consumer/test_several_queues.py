@@ -81,7 +81,7 @@ def test_an_idle_worker_serves_a_message_of_any_queue_within_seconds(
         until(lambda: handler.deliveries, 3 * connection.LOOK_SECONDS)
 
 
-def test_a_message_that_is_on_its_way_while_the_consumer_is_cancelled_is_a_first_delivery(
+def test_a_message_that_arrives_during_the_cancellation_of_the_consumer_is_a_first_delivery(
     start: Start,
     client: Client,
     queue: str,
@@ -111,7 +111,7 @@ def test_a_message_that_is_on_its_way_while_the_consumer_is_cancelled_is_a_first
 
 
 @pytest.mark.parametrize("source", ALL, ids=str)
-def test_a_delayed_message_comes_back_to_its_queue_also_if_its_handler_broke(
+def test_a_delayed_message_returns_to_its_queue_also_if_its_handler_broke(
     start: Start, client: Client, queue: str, source: Queue
 ) -> None:
     def settle(delivery: Delivery) -> Settlement:
@@ -152,7 +152,7 @@ def _get(client: Client, queue: str) -> object:
     return client.get(queue)
 
 
-def test_a_deleted_queue_comes_back_while_the_worker_waits_at_another_one(
+def test_a_deleted_queue_is_declared_again_while_the_worker_waits_at_another_one(
     start: Start, client: Client, queue: str, rabbitmq: RabbitMqNode
 ) -> None:
     handler = Handler()
@@ -169,7 +169,7 @@ def _names(rabbitmq: RabbitMqNode) -> list[str]:
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-def test_missing_queues_are_made_of_the_type_of_the_backends_queue(
+def test_missing_queues_are_made_with_the_type_of_the_backends_queue(
     start: Start, client: Client, queue: str, rabbitmq: RabbitMqNode, queue_type: str
 ) -> None:
     arguments = {"x-queue-type": "quorum"} if queue_type == "quorum" else None

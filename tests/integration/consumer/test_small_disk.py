@@ -73,7 +73,7 @@ def test_a_job_without_room_is_refused_by_the_disk_s_real_size_before_anything_i
     assert lines[2] == ["files", ["filler"]]
 
 
-def test_sizes_come_in_the_order_asked_for_and_what_cannot_be_had_has_none(
+def test_sizes_are_in_the_order_of_the_requests_and_an_unavailable_object_has_none(
     s3: S3Service, bucket: str
 ) -> None:
     for number in range(20):
@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_in_mid_write_is_the_machine_s_fault_at_a_checkpoin
 
 
 def in_own_mounts(program: str, *arguments: str) -> list[list[str]]:
-    """Run a program that mounts file systems which nobody else sees; its lines of JSON."""
+    """Run a program with its own mounted file systems; returns its lines of JSON."""
     quiet = "from utils import logger\nlogger.configure()\n"  # the log is not for standard output
     ran = subprocess.run(
         [*OWN_MOUNTS, sys.executable, "-c", quiet + program, *arguments],

@@ -1,4 +1,4 @@
-"""No job before the state bucket was seen to honour conditional writes."""
+"""No job is taken before the state bucket has passed the test for conditional writes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_store_that_honours_conditions_is_taken_and_tested_once(
     assert condition.ready()["checks"]["s3"] == "ok"
 
 
-def test_an_unguarded_store_is_refused_with_what_to_do(
+def test_an_unguarded_store_is_refused_with_a_remedy(
     store: S3Proxy, bucket: str, condition: Condition
 ) -> None:
     store.fault = always(CARELESS)
@@ -65,7 +65,7 @@ def test_an_unguarded_store_is_refused_with_what_to_do(
     assert "ALLOW_UNGUARDED_STATE=true" in told and "STATE_AWS_ENDPOINT_URL_S3" in told
 
 
-def test_an_unguarded_store_that_is_allowed_says_so_where_the_worker_is_looked_at(
+def test_an_allowed_unguarded_store_is_shown_on_the_status_pages(
     store: S3Proxy, bucket: str, condition: Condition
 ) -> None:
     store.fault = always(CARELESS)
@@ -88,7 +88,7 @@ def test_a_store_that_is_down_at_the_start_is_tested_once_it_answers(
     assert "s3" not in condition.problems()
 
 
-def test_a_store_that_comes_back_without_conditions_is_refused_then(
+def test_a_store_that_returns_without_conditions_is_refused_then(
     store: S3Proxy, bucket: str, condition: Condition
 ) -> None:
     store.fault = always(DOWN)
@@ -99,7 +99,7 @@ def test_a_store_that_comes_back_without_conditions_is_refused_then(
         guard.wait(threading.Event())
 
 
-def test_the_waiting_ends_with_the_shutdown_and_with_its_time(
+def test_the_wait_ends_at_a_shutdown_and_at_its_time_limit(
     store: S3Proxy, bucket: str, condition: Condition
 ) -> None:
     store.fault = always(DOWN)

@@ -66,7 +66,7 @@ def _found(settings: Settings) -> dict[str, Finding]:
     }
 
 
-def test_each_request_carries_the_session_token_of_its_own_store(
+def test_each_request_carries_the_session_token_of_its_store(
     two: tuple[S3Proxy, S3Proxy], bucket: str
 ) -> None:
     images, state = two
@@ -85,7 +85,7 @@ def test_each_request_carries_the_session_token_of_its_own_store(
         assert [each.get("x-amz-security-token") for each in proxy.headers] == [token] * 2
 
 
-def test_the_general_endpoint_is_used_and_recognised_like_the_one_for_s3(
+def test_the_general_endpoint_is_used_and_recognised_like_the_s3_endpoint(
     two: tuple[S3Proxy, S3Proxy], bucket: str
 ) -> None:
     settings = _settings(aws_endpoint_url=two[0].endpoint)
@@ -94,7 +94,7 @@ def test_the_general_endpoint_is_used_and_recognised_like_the_one_for_s3(
     assert open_s3(settings).endpoint == settings.storage.s3_endpoint
 
 
-def test_readiness_looks_at_each_bucket_in_its_own_store(
+def test_readiness_tests_each_bucket_in_its_own_store(
     two: tuple[S3Proxy, S3Proxy], s3_server: S3Server, bucket: str
 ) -> None:
     images, state = two
@@ -122,7 +122,7 @@ def test_readiness_looks_at_each_bucket_in_its_own_store(
     assert images.requests == state.requests == [f"HEAD /{bucket}"]
 
 
-def test_an_order_uploads_its_images_to_one_store_and_looks_for_its_record_in_the_other(
+def test_an_order_uploads_its_images_to_one_store_and_reads_its_record_in_the_other(
     two: tuple[S3Proxy, S3Proxy], bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, state = two
@@ -152,7 +152,7 @@ def test_an_order_uploads_its_images_to_one_store_and_looks_for_its_record_in_th
 
 
 @pytest.mark.parametrize("command", [["jobs"], ["jobs", "a-task"], ["cancel", "a-task"]])
-def test_the_commands_about_jobs_ask_the_state_store_alone(
+def test_the_commands_about_jobs_use_only_the_state_store(
     two: tuple[S3Proxy, S3Proxy],
     bucket: str,
     command: list[str],
@@ -187,7 +187,7 @@ def test_models_in_s3_addresses_are_a_warning_about_a_server_that_reads_gs_only(
     assert "MODEL_URL_SCHEME=gs" in finding.remedy
 
 
-def test_gs_addresses_are_well_in_google_s_store_and_a_warning_elsewhere() -> None:
+def test_gs_addresses_pass_in_the_google_store_and_are_a_warning_elsewhere() -> None:
     elsewhere = _found(_settings(model_url_scheme="gs", aws_endpoint_url="http://minio:9000"))
     assert elsewhere["model address"].verdict is Verdict.WARN
     assert "http://minio:9000" in elsewhere["model address"].detail
@@ -195,7 +195,7 @@ def test_gs_addresses_are_well_in_google_s_store_and_a_warning_elsewhere() -> No
     assert there["model address"].verdict is Verdict.OK
 
 
-def test_google_s_store_is_named_with_what_was_not_tried() -> None:
+def test_the_google_store_is_reported_with_the_checks_that_were_not_made() -> None:
     finding = _found(
         _settings(aws_endpoint_url_s3=GOOGLE, state_aws_endpoint_url_s3="http://minio:9000")
     )["Google Cloud Storage"]

@@ -1,4 +1,4 @@
-"""Code that runs inside the trainer reaches no secret of the worker, whoever the worker runs as.
+"""Code that runs inside the trainer reaches no secret of the worker, under any user.
 
 The code under test is the real trainer command, started by the front desk's `TrainerProcess`. A
 `sitecustomize` on its path stands in for an image that took the process over: it tries everything
@@ -29,7 +29,7 @@ from utils import confined
 ROOT = Path(__file__).resolve().parents[3]
 SECRET = "a-secret-that-the-trainer-must-not-see"
 
-# What runs inside the trainer. A thread of its own, so that training goes on beside it.
+# The code inside the trainer. It runs in a separate thread, so that training goes on.
 ATTACK = r"""
 import ctypes, json, os, resource, socket, sys, threading
 
@@ -198,7 +198,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def attack(tmp_path: Path, model: Path) -> Iterator[Attack]:
     """Runs a desk as some user, trains once, and returns what the code in the trainer got."""
-    # Not in `tmp_path`, whose parents belong to this test's user alone.
+    # Not in `tmp_path`, whose parents only this test's user can open.
     place = Path(tempfile.gettempdir()) / f"confinement-{os.getpid()}-{tmp_path.name}"
 
     def run(*, user: int, trains: bool = False, before: str = "") -> dict[str, Any]:
@@ -230,7 +230,7 @@ def attack(tmp_path: Path, model: Path) -> Iterator[Attack]:
         (place / "path/sitecustomize.py").write_text(ATTACK)
         (place / "path/plan.json").write_text(json.dumps(plan))
         (place / "app/desk.py").write_text(before + DESK)
-        # A shell starts it, as in a container with an init of its own.
+        # A shell starts it, as in a container with a separate init process.
         start = (
             "ulimit -S -c $(ulimit -H -c); "  # core files, where the machine allows them
             f"{python_for(user)} -c 'import json, os, sys; path = sys.argv[1]; "
@@ -269,7 +269,7 @@ def attack(tmp_path: Path, model: Path) -> Iterator[Attack]:
 
 
 def ordinary_user() -> int:
-    """One that is not root: this test's own, or nobody."""
+    """A user that is not root: this test's own, or the user `nobody`."""
     return os.geteuid() or pwd.getpwnam("nobody").pw_uid
 
 
@@ -309,7 +309,7 @@ def assert_nothing_got_out(got: dict[str, Any]) -> None:
     assert "not_confined" not in got["log"] and "not confined" not in got["log"]
 
 
-def test_without_the_protection_all_of_it_gets_out(attack: Attack) -> None:
+def test_without_the_protection_the_code_gets_every_secret(attack: Attack) -> None:
     """The control: the attack works."""
     before = (
         "from utils import confined\n"
@@ -346,7 +346,7 @@ trainer_process.landlock_version = lambda: 0
 
 
 @pytest.mark.parametrize("user", sorted({ordinary_user(), os.geteuid()}))
-def test_a_kernel_without_landlock_still_hides_the_worker_s_own_memory_and_a_warning_says_the_rest(
+def test_a_kernel_without_landlock_still_hides_the_memory_of_the_worker_and_the_log_has_a_warning(
     attack: Attack, user: int
 ) -> None:
     got = attack(user=user, before=WITHOUT_LANDLOCK + DESK_WITHOUT_LANDLOCK)

@@ -1,6 +1,6 @@
-"""The trainer process: warm across jobs, obedient within a step, replaced when it dies.
+"""The trainer process: warm across jobs, stops within a step, and ends with its worker.
 
-It is never an orphan.
+It is replaced when it dies.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _run(
     )
 
 
-def test_a_run_tells_its_story_in_order_and_the_next_one_meets_the_same_process(
+def test_a_run_reports_its_events_in_order_and_the_next_one_uses_the_same_process(
     trainer: TrainerProcess, make_run: MakeRun
 ) -> None:
     events: list[Event] = []
@@ -142,7 +142,7 @@ def test_a_stop_is_obeyed_within_one_step_and_leaves_a_checkpoint(
     finished = _run(trainer, make_run(epochs=1000), on_event, stop)
     assert finished.stopped is StopReason.SHUTDOWN
     assert seen[-1].step == finished.done
-    # What the desk hears is a little old: progress comes a few times a second.
+    # The front desk's view is a little old: progress comes a few times per second.
     assert finished.done - asked_at[0] <= 1 + finished.done // 2
     assert finished.files == ()
 
@@ -154,7 +154,7 @@ def test_a_run_that_takes_too_long_is_stopped(trainer: TrainerProcess, make_run:
     assert stop.reason is StopReason.TIME_LIMIT
 
 
-def test_what_the_trainer_reports_is_raised_as_the_error_it_names(
+def test_an_error_that_the_trainer_reports_is_raised_as_its_class(
     trainer: TrainerProcess, make_run: MakeRun
 ) -> None:
     with pytest.raises(LowQualityData):
@@ -219,7 +219,7 @@ def test_the_trainer_ends_when_its_desk_is_killed(tmp_path: Path, options: Train
         ("import os, sys; os.write(int(sys.argv[4]), b'nonsense\\n'); input()", "no event"),
     ],
 )
-def test_every_way_to_die_is_a_sentence(
+def test_every_way_to_die_has_a_message(
     options: TrainerOptions, make_run: MakeRun, program: str, error: str
 ) -> None:
     trainer = TrainerProcess(
@@ -230,7 +230,7 @@ def test_every_way_to_die_is_a_sentence(
     trainer.close()
 
 
-def test_a_child_that_dies_idle_is_replaced_and_one_that_cannot_live_is_not_again_and_again(
+def test_a_child_that_dies_idle_is_replaced_but_not_again_and_again(
     options: TrainerOptions,
 ) -> None:
     metrics = Metrics()
@@ -297,7 +297,7 @@ trainer.close()
 """
 
 
-def test_whatever_the_process_writes_to_its_last_word_is_a_line_of_the_log() -> None:
+def test_everything_that_the_process_writes_until_its_end_is_a_line_of_the_log() -> None:
     desk = subprocess.run(
         [sys.executable, "-c", DESK, LAST_WORDS],
         cwd=Path(__file__).resolve().parents[3],
@@ -341,7 +341,7 @@ def test_a_trainer_that_stops_making_steps_is_replaced(
 SILENT = "import time; time.sleep(60)"
 
 
-def test_a_trainer_that_never_says_anything_is_replaced_too(
+def test_a_trainer_that_never_sends_an_event_is_replaced_too(
     options: TrainerOptions, make_run: MakeRun
 ) -> None:
     trainer = TrainerProcess(
@@ -354,7 +354,7 @@ def test_a_trainer_that_never_says_anything_is_replaced_too(
     trainer.close()
 
 
-def test_a_trainer_that_hangs_over_a_shutdown_costs_none_of_the_time_left_for_the_record(
+def test_a_trainer_that_hangs_during_a_shutdown_leaves_the_time_for_the_record(
     options: TrainerOptions, make_run: MakeRun
 ) -> None:
     trainer = TrainerProcess(

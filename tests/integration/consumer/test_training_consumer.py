@@ -19,7 +19,7 @@ from sandbox.rabbitmq_node import RabbitMqNode
 from services.broker.settlement import Delivery, Publication, Queue, Settlement
 from tests.integration.consumer.broker import SOON, Client, Handler, Start, make_settings, until
 
-# --- the straight way
+# --- without faults
 
 
 def test_a_message_is_handled_once_and_acknowledged(
@@ -57,7 +57,7 @@ def test_the_backends_queue_is_declared_durable_and_without_arguments(
         channel.queue_declare(queue, durable=True)
 
 
-def test_a_quorum_queue_that_somebody_declared_is_taken_as_it_is(
+def test_an_existing_quorum_queue_is_used_as_it_is(
     start: Start, client: Client, queue: str
 ) -> None:
     arguments = {
@@ -75,7 +75,7 @@ def test_a_quorum_queue_that_somebody_declared_is_taken_as_it_is(
     until(lambda: handler.returned)
 
 
-def test_a_dead_message_keeps_its_body_and_says_why_and_the_next_one_goes_through(
+def test_a_dead_letter_keeps_its_body_and_has_a_reason_and_the_next_message_is_handled(
     start: Start, client: Client, queue: str
 ) -> None:
     def settle(delivery: Delivery) -> Settlement:
@@ -101,7 +101,7 @@ def test_a_dead_message_keeps_its_body_and_says_why_and_the_next_one_goes_throug
     assert properties.delivery_mode == pika.DeliveryMode.Persistent.value
 
 
-def test_a_delayed_message_comes_back_when_its_delay_is_over_and_not_before(
+def test_a_delayed_message_returns_when_its_delay_is_over_and_not_before(
     start: Start, client: Client, queue: str
 ) -> None:
     arrived: list[float] = []
@@ -271,7 +271,7 @@ def _types(rabbitmq: RabbitMqNode, queue: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-def test_new_queues_of_the_worker_are_of_the_training_queues_type_and_lead_back(
+def test_new_queues_of_the_worker_have_the_training_queues_type_and_lead_back_to_it(
     start: Start, client: Client, queue: str, rabbitmq: RabbitMqNode, queue_type: str
 ) -> None:
     with client.channel() as channel:
@@ -298,7 +298,7 @@ def test_new_queues_of_the_worker_are_of_the_training_queues_type_and_lead_back(
 
 @pytest.mark.parametrize("training", [None, {"x-queue-type": "quorum"}])
 @pytest.mark.parametrize("own", [{}, {"x-queue-type": "quorum"}])
-def test_a_queue_of_the_worker_that_differs_in_its_type_alone_is_taken_as_it_is(
+def test_a_queue_of_the_worker_that_differs_only_in_its_type_is_used_as_it_is(
     start: Start,
     client: Client,
     queue: str,
@@ -333,7 +333,7 @@ def test_a_queue_of_the_worker_that_differs_in_its_type_alone_is_taken_as_it_is(
 
 
 @pytest.mark.timeout(120)
-def test_messages_of_a_quorum_delay_queue_outlive_a_killed_broker(
+def test_messages_of_a_quorum_delay_queue_survive_a_killed_broker(
     start: Start, client: Client, queue: str, rabbitmq: RabbitMqNode
 ) -> None:
     """Their delay ends while the broker is down or comes back."""
@@ -378,7 +378,7 @@ def test_a_stop_lets_the_job_return_its_message_and_takes_nothing_new(
     assert not worker.consumer.connected
 
 
-def test_a_job_that_does_not_return_holds_the_stop_up_no_longer_than_its_bound(
+def test_a_job_that_does_not_return_delays_the_stop_no_longer_than_the_limit(
     start: Start, client: Client, queue: str
 ) -> None:
     handler = Handler()
@@ -395,7 +395,7 @@ def test_a_job_that_does_not_return_holds_the_stop_up_no_longer_than_its_bound(
     handler.go.set()
 
 
-def test_a_stop_is_quick_where_no_broker_answers(rabbitmq: RabbitMqNode, queue: str) -> None:
+def test_a_stop_is_quick_without_a_broker(rabbitmq: RabbitMqNode, queue: str) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -428,7 +428,7 @@ def test_once_takes_one_message_and_leaves_the_next_untouched(
     assert client.unsettled(queue) == 0
 
 
-def test_once_ends_only_when_what_the_job_wants_published_is_with_the_broker(
+def test_once_ends_only_after_the_broker_has_confirmed_the_publications_of_the_job(
     start: Start, client: Client, queue: str
 ) -> None:
     settlement = Settlement.dead(b"one", code="GPU_OOM", message="", task_id="t")
@@ -444,7 +444,7 @@ def test_once_ends_only_when_what_the_job_wants_published_is_with_the_broker(
     assert client.waiting(f"{queue}.dead") == 1 and client.unsettled(queue) == 0
 
 
-def test_once_ends_after_a_while_without_a_message_and_not_in_the_midst_of_an_ending(
+def test_once_ends_after_a_while_without_a_message_and_not_during_an_ending(
     start: Start, client: Client, queue: str
 ) -> None:
     ending = Handler()
@@ -459,7 +459,7 @@ def test_once_ends_after_a_while_without_a_message_and_not_in_the_midst_of_an_en
     assert client.unsettled(f"{queue}.endings") == 0
 
 
-def test_once_delivers_an_ending_that_waits_alone_and_ends(
+def test_once_delivers_an_ending_without_a_training_message_and_ends(
     start: Start, client: Client, queue: str
 ) -> None:
     """A scaler starts a pod for it though there is no training message."""
@@ -474,7 +474,7 @@ def test_once_delivers_an_ending_that_waits_alone_and_ends(
     assert client.unsettled(f"{queue}.endings") == 0
 
 
-def test_once_does_not_end_after_its_job_while_an_ending_is_in_hand(
+def test_once_does_not_end_after_its_job_while_an_ending_is_being_handled(
     start: Start, client: Client, queue: str
 ) -> None:
     job, ending = Handler(), Handler()

@@ -75,7 +75,7 @@ def test_prometheus_finds_the_queues_that_the_alerts_ask_for(node: RabbitMqNode)
         assert all(f'{label}="' in series for label in labels) and f'queue="{QUEUE}"' in series
 
 
-def test_a_user_who_may_only_read_is_told_how_many_messages_wait_as_a_scaler_asks(
+def test_a_user_who_may_only_read_gets_the_number_of_waiting_messages_as_a_scaler_requests_it(
     node: RabbitMqNode,
 ) -> None:
     for command in (

@@ -1,4 +1,4 @@
-"""The stand-in of the backend keeps to the contract, or tests against it would prove nothing."""
+"""The stand-in backend keeps the contract; otherwise tests with it would prove nothing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def patch(
         ({"webhook-timestamp": "soon"}, 400),
     ],
 )
-def test_the_stand_in_refuses_and_remembers_what_breaks_the_contract(
+def test_the_stand_in_refuses_and_keeps_requests_that_break_the_contract(
     backend: Backend, changes: dict[str, str | None], status: int
 ) -> None:
     assert patch(backend, changes).status_code == status
@@ -54,7 +54,9 @@ def test_the_stand_in_refuses_and_remembers_what_breaks_the_contract(
     assert not backend.requests
 
 
-def test_the_stand_in_takes_what_keeps_the_contract_and_tells(backend: Backend) -> None:
+def test_the_stand_in_accepts_requests_that_keep_the_contract_and_reports_them(
+    backend: Backend,
+) -> None:
     heard: list[Any] = []
     with Backend(on_request=heard.append) as telling:
         assert patch(telling, {}, json.dumps(REPORT).encode()).status_code == 200

@@ -1,4 +1,4 @@
-"""The demo's manners: what it tells in which order, and how it takes a Ctrl-C."""
+"""The demo: the order of its lines, and its reaction to Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class _Storage:
     """A store that holds one model's weights."""
 
     def list_objects_v2(self, **asked: str) -> dict[str, Any]:
-        """What is there."""
+        """The listed objects."""
         key = WEIGHTS.removeprefix(f"s3://{MODELS}/")
         entry = {"Key": key, "Size": 4096, "LastModified": datetime.now(UTC)}
         return {"Contents": [entry]} if asked["Bucket"] == MODELS else {}
 
 
-def test_the_model_is_seen_on_s3_before_the_ending_that_speaks_of_it() -> None:
+def test_the_model_is_shown_on_s3_before_the_ending_that_names_it() -> None:
     said: list[str] = []
     parts: dict[str, Any] = {
         "screen": SimpleNamespace(
@@ -47,7 +47,7 @@ def test_the_model_is_seen_on_s3_before_the_ending_that_speaks_of_it() -> None:
     assert said == [f"model file on S3: {WEIGHTS} (4 kB)", "complete webhook, signature verified"]
 
 
-def test_a_ctrl_c_while_libraries_load_is_a_sentence(tmp_path: Path) -> None:
+def test_a_ctrl_c_during_the_import_of_libraries_ends_with_a_sentence(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "sandbox.demo", "--output", str(tmp_path / "output")],
         cwd=ROOT,

@@ -33,7 +33,7 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_what_was_written_to_disk_survives_a_pulled_plug_and_a_restart(tmp_path: Path) -> None:
+def test_messages_on_the_disk_survive_a_kill_and_a_restart(tmp_path: Path) -> None:
     with RabbitMqNode(tmp_path / "node") as node:
         with pika.BlockingConnection(pika.URLParameters(node.url)) as connection:
             channel = connection.channel()
@@ -49,7 +49,7 @@ def test_what_was_written_to_disk_survives_a_pulled_plug_and_a_restart(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["node"]
 
 
-def test_a_killed_owner_leaves_no_broker_behind(tmp_path: Path) -> None:
+def test_a_broker_ends_with_its_killed_owner(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", OWNER, str(tmp_path)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as owner:
@@ -63,7 +63,7 @@ def test_a_killed_owner_leaves_no_broker_behind(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
-def test_a_machine_without_rabbitmq_is_told_how_to_get_it(
+def test_a_machine_without_rabbitmq_gets_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rabbitmq_node, "_USUAL_FOLDERS", ())

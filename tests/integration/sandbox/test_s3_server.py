@@ -1,4 +1,4 @@
-"""The S3 server of the sandbox does what S3 does where moto alone does not."""
+"""The sandbox's S3 server behaves like S3 in the points in which moto does not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_body_is_refused_that_does_not_match_its_sha256(s3_server: S3Server, b
 
 
 @pytest.mark.parametrize(("method", "alone"), [("PUT", True), ("DELETE", True), ("GET", False)])
-def test_what_changes_something_is_done_alone(method: str, alone: bool) -> None:
+def test_requests_that_change_something_run_one_at_a_time(method: str, alone: bool) -> None:
     inside: list[int] = []
     most: list[int] = []
 

@@ -1,4 +1,4 @@
-"""An S3 server behind a proxy that breaks what it is told to break; webhooks to a backend."""
+"""An S3 server behind a proxy with the faults of a test; webhooks to a backend."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def _behind_proxy(s3_server: S3Server) -> Iterator[tuple[S3Proxy, S3Service]]:
 
 @pytest.fixture(name="proxy")
 def _proxy(behind_proxy: tuple[S3Proxy, S3Service]) -> S3Proxy:
-    """A proxy that does no harm until it is told to."""
+    """A proxy without faults until a test sets some."""
     behind_proxy[0].reset()
     return behind_proxy[0]
 
 
 @pytest.fixture(name="proxied")
 def _proxied(behind_proxy: tuple[S3Proxy, S3Service]) -> S3Service:
-    """A service, soon out of patience, that speaks to S3 through the proxy."""
+    """A service with short time-outs that reaches S3 through the proxy."""
     return behind_proxy[1]
 
 
 @pytest.fixture(name="webhooks")
 def _webhooks(backend: Backend) -> WebhookService:
-    """A service that tells the backend."""
+    """A service that sends webhooks to the backend."""
     return service(backend.url)

@@ -1,9 +1,9 @@
 """A store that behaves as Google documents its S3-compatible XML interface.
 
-What its pages leave open is decided against the client: a header that no page names is refused.
-Read for it (docs/operations.md has the addresses): "Request preconditions", "HTTP headers and query
-string parameters for XML API", "Simple migration from Amazon S3 to Cloud Storage", "Delete an
-object", "List objects".
+Cases that its pages leave open are decided against the client: a header that no page names is
+refused. The sources are (docs/operations.md has the addresses): "Request preconditions", "HTTP
+headers and query string parameters for XML API", "Simple migration from Amazon S3 to Cloud
+Storage", "Delete an object", "List objects".
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from tests.integration.services.s3_proxy import Fault, Request, S3Proxy, refusal
 
 
 def google(request: Request) -> Fault | None:
-    """What the store does with a request."""
+    """The store's handling of a request."""
     names = set(request.headers)
     if any(name.startswith("x-goog-") for name in names):
-        return refusal(400, "ExcessHeaderValues")  # beside x-amz headers, which each request has
+        return refusal(
+            400, "ExcessHeaderValues"
+        )  # in addition to x-amz headers, which each request has
     chunked = "aws-chunked" in request.headers.get("content-encoding", "")
     if chunked or "x-amz-trailer" in names:
         return refusal(403, "SignatureDoesNotMatch")

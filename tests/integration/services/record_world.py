@@ -1,4 +1,4 @@
-"""What the tests of job records share: workers, what others do to a record, and faults."""
+"""Tools of the tests of job records: workers, changes by others, and faults."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def worker(s3: S3Service, name: str = "one", lease: float = LEASE) -> JobRecords
 
 
 def request(task_id: str | None = None, identity: str = "abc") -> JobRequest:
-    """A job of its own, unless the id is given."""
+    """A new job, unless the id is given."""
     message = {"images": ["s3://media/a.jpg"]}
     return JobRequest(task_id or str(uuid.uuid4()), "style", "7", identity, message)
 
@@ -62,7 +62,7 @@ def adopted(records: JobRecords, task_id: str) -> JobLease:
 
 
 def stored(s3: S3Service, task_id: str) -> JobRecord:
-    """The record as it lies on S3."""
+    """The record as it is stored on S3."""
     record = worker(s3).read(task_id)
     assert record is not None
     return record
@@ -82,7 +82,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 def ending(kind: EndingKind = EndingKind.COMPLETE) -> Ending:
-    """An ending with a webhook id of its own."""
+    """An ending with a new webhook id."""
     return Ending(kind, {"style_id": 7, "sequence": 1_000_001})
 
 
@@ -94,7 +94,7 @@ def overwrite(s3: S3Service, task_id: str, change: Callable[[JobRecord], JobReco
 
 
 def owed(code: str = "WEBHOOK_REJECTED") -> OwedCopy:
-    """A copy that the dead queue is to get."""
+    """A copy that the dead queue will get."""
     return OwedCopy(code, "the backend answered 400", attempts=0)
 
 
@@ -136,7 +136,7 @@ def away() -> None:
 
 
 def times(count: int) -> Callable[[], None]:
-    """The fault of a store that is away for so many writes."""
+    """The fault of a store that does not answer this many writes."""
     left = [count]
 
     def fault() -> None:

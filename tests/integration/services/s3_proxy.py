@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that breaks what it is told to break."""
+"""A proxy in front of an S3 server, with the faults of a test."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _CONDITIONS = ("if-match", "if-none-match")
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What to do to one request.
+    """The fault of one request.
 
     Attributes:
-        status: Answer this oneself, with `body`; 0 forwards the request.
-        body: The body of one's own answer.
-        reset: Reset the connection instead of answering, after forwarding if that is asked for.
+        status: Answer with this status and `body`; 0 forwards the request.
+        body: The body of that answer.
+        reset: Reset the connection instead of answering, after forwarding if `forward` is set.
         forward: Whether the S3 server sees the request although its answer does not arrive.
         keep: Send only so many bytes of the body that the head declares.
         flip: Change the body's first byte.
@@ -83,7 +83,7 @@ def refusal(status: int, code: str) -> Fault:
 
 
 class S3Proxy:
-    """A context manager; `fault(method, path)` or `judge(request)` decides about each request.
+    """A context manager; `fault(method, path)` or `judge(request)` chooses each request's fault.
 
     Attributes:
         endpoint: Its address.
@@ -105,7 +105,7 @@ class S3Proxy:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
 
     def reset(self) -> None:
-        """Do no harm, and remember nothing."""
+        """Remove all faults, and forget the requests."""
         self.fault = lambda method, path: None
         self.judge = lambda request: None
         self.requests = []
@@ -129,7 +129,7 @@ class _Server(ThreadingHTTPServer):
     target: str
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: clients that hang up are part of the tests."""
+        """Print nothing: some tests let clients hang up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:  # pylint: disable=redefined-builtin
-        """Say nothing."""
+        """Print nothing."""
 
     def _handle(self) -> None:
         proxy = self.server.proxy

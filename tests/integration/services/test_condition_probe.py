@@ -31,7 +31,7 @@ class Careless(S3Service):
         return self.write(location, body)
 
 
-def test_the_probe_tells_a_store_that_honours_conditions_from_one_that_does_not(
+def test_the_probe_distinguishes_a_store_that_honours_conditions_from_one_that_does_not(
     s3: S3Service, endpoint: str
 ) -> None:
     support = probe(s3, BUCKET)
@@ -42,12 +42,12 @@ def test_the_probe_tells_a_store_that_honours_conditions_from_one_that_does_not(
     assert not list(s3.list_objects(BUCKET, "jobs/.probe-"))
 
 
-def test_the_probe_says_when_the_bucket_cannot_be_used_at_all(s3: S3Service) -> None:
+def test_the_probe_reports_a_bucket_that_cannot_be_used(s3: S3Service) -> None:
     with pytest.raises(StorageError, match="no-such-bucket"):
         probe(s3, "no-such-bucket")
 
 
-def test_a_write_that_meets_itself_is_no_sign_of_a_store_without_conditions(
+def test_a_repeated_request_is_no_sign_of_a_store_without_conditions(
     endpoint: str,
 ) -> None:
     """The client repeats a request whose answer was lost, and S3 answers 412 to the repetition."""
@@ -63,7 +63,7 @@ def test_a_write_that_meets_itself_is_no_sign_of_a_store_without_conditions(
 
 
 @pytest.mark.parametrize(("refusals", "complete"), [(1, True), (2, True), (99, False)])
-def test_a_refusal_without_a_reason_says_nothing_unless_it_comes_again_and_again(
+def test_a_refusal_without_a_reason_is_ignored_unless_it_comes_again_and_again(
     endpoint: str, monkeypatch: pytest.MonkeyPatch, refusals: int, complete: bool
 ) -> None:
     class Refusing(S3Service):

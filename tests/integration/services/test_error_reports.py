@@ -1,4 +1,4 @@
-"""Error reports, to a door that takes Sentry's envelopes."""
+"""Error reports, to a server that accepts Sentry's envelopes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_error_of_a_job_is_reported_by_its_slug_with_the_job(door: SentryDoor
     assert (event["environment"], event["logger"]) == ("tests", "consumer.pipeline")
 
 
-def test_a_stack_trace_is_told_without_variables_or_secrets(door: SentryDoor) -> None:
+def test_a_stack_trace_is_reported_without_variables_or_secrets(door: SentryDoor) -> None:
     password = SECRET
     with reporting(door):
         try:
@@ -58,7 +58,7 @@ def test_a_stack_trace_is_told_without_variables_or_secrets(door: SentryDoor) ->
     (trouble,) = broke["exception"]["values"]
     assert (trouble["type"], trouble["value"]) == ("ValueError", "[redacted] is wrong")
     assert trouble["stacktrace"]["frames"][-1]["function"] == (
-        "test_a_stack_trace_is_told_without_variables_or_secrets"
+        "test_a_stack_trace_is_reported_without_variables_or_secrets"
     )
     assert (fell["message"], fell["level"]) == ("it fell over: [redacted]", "fatal")
     assert SECRET not in json.dumps([broke, fell]) and "vars" not in json.dumps(broke)
@@ -73,7 +73,7 @@ def test_after_the_block_and_without_an_address_nothing_is_reported(door: Sentry
 
 
 @pytest.mark.parametrize("dsn", ["nonsense", "http://127.0.0.1/1", "ftp://key@host/1"])
-def test_an_address_that_is_none_is_a_setting_s_fault(dsn: str) -> None:
+def test_an_invalid_address_is_reported_with_its_setting(dsn: str) -> None:
     with pytest.raises(ConfigurationError, match="SENTRY_DSN"):
         with reported(dsn, environment=None, secrets=(), flush_seconds=1):
             pass

@@ -63,7 +63,7 @@ def test_everything_that_the_worker_does_with_images_and_models_works(
     s3.reach(bucket)
 
 
-def test_deleting_what_is_not_there_is_no_error_though_the_store_answers_404(
+def test_deleting_a_missing_object_is_no_error_although_the_store_answers_404(
     store: S3Proxy, bucket: str
 ) -> None:
     s3 = client(store)
@@ -98,7 +98,7 @@ def test_the_checksums_for_aws_would_be_refused_there(store: S3Proxy, bucket: st
         client(store, checksums="sha256").write(S3Location(bucket, "a"), b"1")
 
 
-def test_its_silence_about_conditions_is_noticed(store: S3Proxy, bucket: str) -> None:
+def test_ignored_conditions_are_noticed(store: S3Proxy, bucket: str) -> None:
     support = probe(client(store), bucket)
     assert not support.complete
     assert support.missing == "If-None-Match and If-Match"
@@ -115,7 +115,7 @@ def test_an_upload_over_a_version_goes_without_the_condition(
     assert s3.read(place).body == b"new"
 
 
-def test_a_version_that_it_does_not_give_leaves_the_image_out(
+def test_a_version_that_the_store_does_not_return_leaves_the_image_out(
     store: S3Proxy, bucket: str, tmp_path: Path
 ) -> None:
     s3, place = client(store), S3Location(bucket, "a.jpg")
@@ -136,7 +136,7 @@ def test_a_version_that_it_does_not_give_leaves_the_image_out(
         refusal(400, "MissingContentMD5"),
     ],
 )
-def test_objects_are_deleted_singly_where_the_request_for_many_is_refused(
+def test_objects_are_deleted_one_by_one_if_the_request_for_many_is_refused(
     proxy: S3Proxy, s3: S3Service, bucket: str, answer: Fault
 ) -> None:
     keys = [f"a/{n}" for n in range(3)]
@@ -150,7 +150,7 @@ def test_objects_are_deleted_singly_where_the_request_for_many_is_refused(
     assert sum(each.startswith("POST ") for each in proxy.requests) == 1, "it is asked once only"
 
 
-def test_a_missing_bucket_is_no_reason_to_delete_singly(s3: S3Service) -> None:
+def test_a_missing_bucket_is_no_reason_to_delete_one_by_one(s3: S3Service) -> None:
     with pytest.raises(ObjectNotFound, match="bucket does not exist"):
         s3.delete("no-such-bucket", ["a"])
 
@@ -175,7 +175,7 @@ def test_a_store_that_refuses_conditions_outright_is_noticed(
 # ---- versions ------------------------------------------------------------------------------------
 
 
-def test_the_version_that_is_asked_for_is_the_one_that_comes(
+def test_the_requested_version_is_the_one_that_is_returned(
     s3_server: S3Server, s3: S3Service, bucket: str, tmp_path: Path
 ) -> None:
     amazon = s3_server.client()

@@ -38,7 +38,7 @@ MEBIBYTE = 1024**2
 
 
 def never() -> bool:
-    """Nobody asks to stop."""
+    """No stop is requested."""
     return False
 
 
@@ -50,12 +50,12 @@ def fetch(
     max_bytes: int = MEBIBYTE,
     stop: Callable[[], bool] = never,
 ) -> tuple[FetchedImage, ...]:
-    """Fetch images without captions of their own."""
+    """Fetch images that have no captions in the message."""
     requests = [ImageRequest(f"s3://{bucket}/{key}", S3Location(bucket, key)) for key in keys]
     return download_images(s3, requests, folder, max_bytes=max_bytes, stop=stop)
 
 
-def test_images_come_in_the_order_asked_for_under_names_of_our_own(
+def test_images_are_in_the_order_of_the_requests_under_generated_names(
     s3: S3Service, bucket: str, tmp_path: Path
 ) -> None:
     keys = [
@@ -75,7 +75,7 @@ def test_images_come_in_the_order_asked_for_under_names_of_our_own(
     assert len(list((tmp_path / "job").iterdir())) == 6
 
 
-def test_a_missing_image_is_left_out_and_said_and_the_others_come(
+def test_a_missing_image_is_reported_and_the_others_are_downloaded(
     s3: S3Service, bucket: str, tmp_path: Path
 ) -> None:
     s3.write(S3Location(bucket, "there.jpg"), b"image")
@@ -107,7 +107,7 @@ def test_an_image_that_declares_too_many_bytes_is_refused_before_it_is_read(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_image_that_declares_nothing_is_cut_off_at_the_limit(
+def test_an_image_without_a_declared_size_is_cut_off_at_the_limit(
     s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     s3.write(S3Location(bucket, "big.jpg"), b"x" * 200_000)
@@ -138,7 +138,7 @@ def test_an_image_of_exactly_the_limit_is_taken(s3: S3Service, bucket: str, tmp_
         (None, None),
     ],
 )
-def test_the_text_beside_an_image_is_its_caption(
+def test_the_text_file_next_to_an_image_is_its_caption(
     s3: S3Service, bucket: str, tmp_path: Path, text: bytes | None, caption: str | None
 ) -> None:
     s3.write(S3Location(bucket, "a.b/one.two.jpg"), b"image")
@@ -146,7 +146,7 @@ def test_the_text_beside_an_image_is_its_caption(
         s3.write(S3Location(bucket, "a.b/one.two.txt"), text)
     (fetched,) = fetch(s3, tmp_path, bucket, "a.b/one.two.jpg")
     assert (fetched.caption, fetched.problem) == (caption, None)
-    # What is there and is not used has a reason; what is not there, or says nothing, needs none.
+    # A file that exists but is not used has a reason. A missing or empty file has none.
     assert bool(fetched.caption_problem) == (caption is None and bool(text and text.strip()))
 
 
@@ -202,7 +202,7 @@ def test_an_object_that_is_stored_as_gzip_is_unpacked_within_the_limit(
         assert fetched.caption == "항구"
 
 
-def test_a_caption_in_the_message_wins_and_nothing_is_looked_for(
+def test_a_caption_in_the_message_wins_and_no_file_is_looked_for(
     s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     s3.write(S3Location(bucket, "a.jpg"), b"image")
@@ -213,7 +213,7 @@ def test_a_caption_in_the_message_wins_and_nothing_is_looked_for(
     assert proxy.requests == [f"GET /{bucket}/a.jpg"]
 
 
-def test_a_forbidden_caption_is_none(
+def test_a_forbidden_caption_is_ignored(
     s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     s3.write(S3Location(bucket, "a.jpg"), b"image")
@@ -227,7 +227,7 @@ def test_a_forbidden_caption_is_none(
     ("key", "beside"),
     [("a/b.jpg", "a/b.txt"), ("a.b/c", "a.b/c.txt"), ("x", "x.txt"), (".hidden", ".hidden.txt")],
 )
-def test_beside_means_the_same_name_with_another_suffix(key: str, beside: str) -> None:
+def test_a_caption_file_has_the_same_name_with_another_suffix(key: str, beside: str) -> None:
     assert S3Location("b", key).with_suffix(".txt") == S3Location("b", beside)
 
 
@@ -262,7 +262,7 @@ def test_when_every_image_is_forbidden_the_policy_is_at_fault(
     ],
     ids=["slow down", "500", "key", "secret", "reset", "half a body"],
 )
-def test_when_s3_as_a_whole_fails_it_is_a_storage_error_and_no_part_is_left(
+def test_if_s3_as_a_whole_fails_it_is_a_storage_error_and_no_partial_file_remains(
     s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service, fault: Fault
 ) -> None:
     keys = [f"{n}.jpg" for n in range(30)]
@@ -290,7 +290,7 @@ def test_a_body_that_breaks_off_is_fetched_again(
     assert len(proxy.requests) == 2
 
 
-def test_a_body_that_arrives_changed_is_noticed_by_its_checksum(
+def test_a_changed_body_is_noticed_by_its_checksum(
     s3: S3Service, bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     s3.write(S3Location(bucket, "a.bin"), b"x" * 1000)
@@ -300,7 +300,7 @@ def test_a_body_that_arrives_changed_is_noticed_by_its_checksum(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_body_that_trickles_is_given_up(
+def test_a_body_that_arrives_too_slowly_is_given_up(
     s3: S3Service,
     bucket: str,
     tmp_path: Path,
@@ -316,7 +316,7 @@ def test_a_body_that_trickles_is_given_up(
     assert time.monotonic() - began < 5
 
 
-def test_after_one_storage_error_nothing_new_is_begun(
+def test_after_one_storage_error_no_further_download_begins(
     bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     broken, slow = refusal(403, "InvalidAccessKeyId"), Fault(delay=0.2)
@@ -326,7 +326,7 @@ def test_after_one_storage_error_nothing_new_is_begun(
     assert len(proxy.requests) < 30
 
 
-def test_a_stop_that_came_first_fetches_nothing(
+def test_an_earlier_stop_fetches_nothing(
     bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     fetched = fetch(proxied, tmp_path, bucket, "a.jpg", "b.jpg", stop=lambda: True)
@@ -374,7 +374,7 @@ class _FullDisk:
     ("number", "error"),
     [(errno.ENOSPC, DiskFull), (errno.EDQUOT, DiskFull), (errno.EIO, MachineError)],
 )
-def test_the_disks_errors_are_the_machines(
+def test_errors_of_the_disk_are_errors_of_the_machine(
     s3: S3Service,
     bucket: str,
     tmp_path: Path,
@@ -389,7 +389,7 @@ def test_the_disks_errors_are_the_machines(
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_really_full_disk_is_disk_full_and_leaves_no_part(
+def test_a_full_disk_is_reported_as_such_and_leaves_no_partial_file(
     s3: S3Service, bucket: str, tmp_path: Path
 ) -> None:
     s3.write(S3Location(bucket, "a.jpg"), b"image")

@@ -100,7 +100,7 @@ def test_a_live_job_is_held_for_no_longer_than_a_lease(s3: S3Service) -> None:
     assert outcome.record.hold.owner == "one"
 
 
-def test_the_same_id_with_another_body_is_told_apart_also_after_its_end(s3: S3Service) -> None:
+def test_the_same_id_with_another_body_is_recognised_also_after_its_end(s3: S3Service) -> None:
     job = request()
     lease = claimed(worker(s3), job)
     other = dataclasses.replace(job, identity="xyz")
@@ -119,7 +119,7 @@ def test_a_silent_record_is_taken_at_first_sight_by_s3s_own_dates(s3: S3Service)
 
 
 @pytest.mark.parametrize("shift", [-86_400.0, 86_400.0])
-def test_the_machines_clock_has_no_say_in_who_holds_a_job(
+def test_the_clock_of_the_machine_does_not_decide_who_holds_a_job(
     s3: S3Service, monkeypatch: pytest.MonkeyPatch, shift: float
 ) -> None:
     job, abandoned = request(), request()
@@ -136,7 +136,9 @@ def test_the_machines_clock_has_no_say_in_who_holds_a_job(
             assert isinstance(other.claim(job), HeldElsewhere)
 
 
-def test_a_released_job_can_be_claimed_at_once_and_its_holder_is_done(s3: S3Service) -> None:
+def test_a_released_job_can_be_claimed_at_once_and_its_holder_writes_nothing_more(
+    s3: S3Service,
+) -> None:
     job = request()
     with claimed(worker(s3, lease=60.0), job) as lease:
         lease.release(count_attempt=True, error=("STORAGE_FAILED", "S3 was away"))
@@ -144,7 +146,7 @@ def test_a_released_job_can_be_claimed_at_once_and_its_holder_is_done(s3: S3Serv
             lease.check()
         with pytest.raises(LeaseLost):
             lease.end(ending())
-        assert not lease.lost.is_set()  # nobody took it away
+        assert not lease.lost.is_set()  # no other worker took it
     again = claimed(worker(s3, "two"), job)
     assert (again.claim_number, again.record.attempts) == (2, 1)
     assert again.record.last_error and again.record.last_error.message == "S3 was away"
@@ -182,7 +184,7 @@ def test_attempts_are_counted_for_deaths_and_failures_but_not_for_preemptions_or
     assert next_lease().record.attempts == 0
 
 
-def test_sequences_rise_within_a_claim_and_over_claims(s3: S3Service) -> None:
+def test_sequences_rise_within_a_claim_and_from_claim_to_claim(s3: S3Service) -> None:
     job = request()
     lease = claimed(worker(s3), job)
     with ThreadPoolExecutor(8) as pool:
@@ -192,7 +194,7 @@ def test_sequences_rise_within_a_claim_and_over_claims(s3: S3Service) -> None:
     assert claimed(worker(s3), job).next_sequence() == 2_000_001
 
 
-def test_an_ending_is_durable_with_its_delivery_pending_before_anybody_is_told(
+def test_an_ending_is_durable_with_its_delivery_pending_before_it_is_sent(
     s3: S3Service,
 ) -> None:
     job = request()
@@ -273,7 +275,7 @@ def test_the_ending_of_an_invalid_message_is_kept_under_its_bodys_hash(s3: S3Ser
         worker(s3).claim_invalid(sha, repeated, kind="style", subject="7", new_run_after=600.0),
         Ended,
     )
-    # Published anew after the window, it is told anew.
+    # Published again after the window, it is reported again.
     anew = worker(s3).claim_invalid(sha, repeated, kind="style", subject="7", new_run_after=-1.0)
     assert isinstance(anew, Claimed)
     assert anew.lease.record.ending == repeated
@@ -302,7 +304,7 @@ def test_a_redelivered_body_means_its_newest_run_and_never_begins_one(s3: S3Serv
     assert claimed(worker(s3), job).record.task_id == second.record.task_id
 
 
-def test_an_id_that_the_backend_gave_is_one_job_for_ever(s3: S3Service) -> None:
+def test_an_id_of_the_backend_always_names_one_job(s3: S3Service) -> None:
     job = request()
     settle(claimed(worker(s3), job))
     assert isinstance(worker(s3).claim(job, new_run_after=-1.0), Ended)

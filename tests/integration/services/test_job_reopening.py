@@ -1,6 +1,6 @@
-"""Sending a job back, against a real S3 server: only jobs that may be, once.
+"""Sending a job back, against a real S3 server: allowed cases, once each.
 
-Nothing that the backend was told is taken back.
+A delivered ending stays delivered.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _failed(s3: S3Service, *, delivered: bool = True) -> JobRequest:
     return job
 
 
-def test_a_failed_job_gets_a_fresh_attempt_from_its_checkpoint_under_the_next_claim(
+def test_a_failed_job_gets_a_new_attempt_from_its_checkpoint_under_the_next_claim(
     store: S3Service,
 ) -> None:
     job = _failed(store)
@@ -73,7 +73,7 @@ def test_a_failed_job_gets_a_fresh_attempt_from_its_checkpoint_under_the_next_cl
     assert first is not None and second.webhook_id != first.webhook_id
 
 
-def test_a_job_that_lives_stays_as_it_is(store: S3Service) -> None:
+def test_a_live_job_is_not_changed(store: S3Service) -> None:
     job = request()
     claimed(worker(store), job)
     before = stored(store, job.task_id)
@@ -85,7 +85,7 @@ def test_a_job_without_a_record_is_for_its_message_to_make(store: S3Service) -> 
     assert reopen(store, BUCKET, "nobody-knows-it", identity="abc") is None
 
 
-def test_what_has_completed_is_not_trained_again(store: S3Service) -> None:
+def test_a_completed_job_is_not_trained_again(store: S3Service) -> None:
     job = request()
     settle(claimed(worker(store), job))
     with pytest.raises(CannotReopen, match="completed"):
@@ -93,14 +93,14 @@ def test_what_has_completed_is_not_trained_again(store: S3Service) -> None:
     assert isinstance(worker(store).claim(job), Ended)
 
 
-def test_an_ending_that_nobody_has_heard_is_not_lost(store: S3Service) -> None:
+def test_an_undelivered_ending_is_not_lost(store: S3Service) -> None:
     job = _failed(store, delivered=False)
     with pytest.raises(CannotReopen, match="not heard"):
         reopen(store, BUCKET, job.task_id, identity=job.identity)
     assert stored(store, job.task_id).delivery is Delivery.PENDING
 
 
-def test_another_jobs_record_is_left_alone(store: S3Service) -> None:
+def test_the_record_of_another_job_is_not_changed(store: S3Service) -> None:
     job = _failed(store)
     with pytest.raises(CannotReopen, match="something else"):
         reopen(store, BUCKET, job.task_id, identity="another")
@@ -114,7 +114,7 @@ def test_a_job_that_would_only_be_cancelled_again_stays_ended(store: S3Service) 
         reopen(store, BUCKET, job.task_id, identity=job.identity)
 
 
-def test_a_refused_ending_is_told_again_as_it_was(store: S3Service) -> None:
+def test_a_refused_ending_is_sent_again_unchanged(store: S3Service) -> None:
     job = request()
     lease = claimed(worker(store), job)
     told = lease.end(ending())
@@ -160,7 +160,7 @@ def test_a_job_that_is_sent_back_while_the_sweep_marks_it_keeps_no_mark(
     assert stored(store, job.task_id).state is State.LIVE and not store.exists(mark)
 
 
-def test_of_two_that_send_it_back_at_once_both_see_it_live(store: Faulty) -> None:
+def test_two_simultaneous_requests_both_find_the_job_live(store: Faulty) -> None:
     job = _failed(store)
 
     def somebody_else() -> None:

@@ -133,7 +133,7 @@ with outcome.lease as lease:
 """
 
 
-def test_a_process_that_slept_through_its_lease_wakes_and_writes_nothing(
+def test_a_process_that_was_suspended_beyond_its_lease_writes_nothing(
     s3: S3Service, endpoint: str
 ) -> None:
     job = request()
@@ -198,7 +198,7 @@ def _faulty(endpoint: str) -> Faulty:
     return Faulty(endpoint)
 
 
-def test_ones_own_write_is_recognised_when_its_answer_was_lost(faulty: Faulty) -> None:
+def test_the_own_write_is_recognised_if_its_answer_was_lost(faulty: Faulty) -> None:
     job = request()
     lease = claimed(worker(faulty), job)
     faulty.after = times(1)
@@ -208,7 +208,7 @@ def test_ones_own_write_is_recognised_when_its_answer_was_lost(faulty: Faulty) -
     lease.mark_delivered()
 
 
-def test_a_lease_began_with_the_first_try_where_its_answer_was_lost(faulty: Faulty) -> None:
+def test_a_lease_begins_with_the_first_try_if_its_answer_was_lost(faulty: Faulty) -> None:
     lease = claimed(worker(faulty, lease=20.0), request())
     lost = [True]
 
@@ -226,7 +226,7 @@ def test_a_lease_began_with_the_first_try_where_its_answer_was_lost(faulty: Faul
     assert lease.remaining < 20.0 * SAFE_PART - 1.0
 
 
-def test_a_claim_whose_answer_was_lost_is_this_workers_at_once_and_no_attempt(
+def test_a_claim_whose_answer_was_lost_succeeds_at_once_and_counts_no_attempt(
     faulty: Faulty, s3: S3Service
 ) -> None:
     job = request()
@@ -250,7 +250,7 @@ def test_a_change_survives_s3_being_away_for_less_than_the_lease(faulty: Faulty)
     assert stored(faulty, job.task_id).delivery is Delivery.PENDING
 
 
-def test_a_conflict_with_a_write_that_then_fails_is_no_loss(faulty: Faulty) -> None:
+def test_a_conflict_with_a_write_that_then_fails_does_not_lose_the_lease(faulty: Faulty) -> None:
     lease = claimed(worker(faulty), request())
     conflicts = [ConditionalConflict("another write of this object is in flight")]
 
@@ -279,7 +279,7 @@ def test_a_lease_that_cannot_be_renewed_is_given_up_before_another_takes_it(
     assert stored(s3, job.task_id) == taken
 
 
-def test_a_write_that_hangs_in_the_network_hides_neither_the_loss_nor_the_caller(
+def test_a_hanging_write_does_not_hide_the_loss_or_block_the_caller(
     faulty: Faulty,
 ) -> None:
     job = request()

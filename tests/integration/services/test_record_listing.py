@@ -1,4 +1,4 @@
-"""Records found for people on a real S3 server: by id, by its beginning, by style, by refusal."""
+"""Records found for operators on a real S3 server: by id or its beginning, style, refusal."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_the_newest_come_first_and_settled_ones_can_be_left_out(store: Faulty) -
     assert sorted(listing.ids) == ["done", "live"]
 
 
-def test_a_record_that_cannot_be_read_costs_the_others_nothing(store: Faulty) -> None:
+def test_an_unreadable_record_does_not_affect_the_others(store: Faulty) -> None:
     claimed(worker(store), _job("sound"))
     store.write(where("damaged"), b"{")
     sound, damaged, missing = look_up(store, BUCKET, ["sound", "damaged", "missing"])

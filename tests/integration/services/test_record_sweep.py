@@ -1,4 +1,4 @@
-"""The sweep against a real S3 server: what was abandoned is found once, and nothing else."""
+"""The sweep against a real S3 server: each abandoned job is found once, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.integration.services.record_world import (
 )
 
 
-def test_the_sweep_finds_what_was_abandoned_once_and_nothing_else() -> None:
+def test_the_sweep_finds_each_abandoned_job_once_and_nothing_else() -> None:
     with S3Server() as server:
         server.create_bucket(BUCKET)
         s3 = S3Service(**access(server.endpoint))
@@ -52,7 +52,8 @@ def test_the_sweep_finds_what_was_abandoned_once_and_nothing_else() -> None:
             assert not list(sweeps[1].abandoned())
             assert where(finished.task_id).key not in counting.reads
         assert s3.exists(S3Location(BUCKET, f"jobs/{finished.task_id}.settled"))
-        # What was found is free for whoever gets the message, the dead holder's attempt counted.
+        # A found job is free for any worker that gets its message, and the dead holder's attempt
+        # counts.
         lease = claimed(worker(s3, "two"), abandoned)
         assert (lease.claim_number, lease.record.attempts) == (2, 1)
         assert adopted(worker(s3, "two"), undelivered.task_id).record.attempts == 0

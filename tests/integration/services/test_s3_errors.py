@@ -1,4 +1,4 @@
-"""Whatever S3, boto3 or the network do, what escapes S3Service is an error of ours."""
+"""Every error of S3, boto3 or the network leaves S3Service as an error of this server."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def families() -> list[type[BaseException]]:
 
 
 @pytest.mark.parametrize("cls", families(), ids=lambda cls: cls.__name__)
-def test_every_error_of_boto3_becomes_one_of_ours(cls: type[BaseException]) -> None:
+def test_every_error_of_boto3_becomes_an_error_of_this_server(cls: type[BaseException]) -> None:
     error = cls.__new__(cls)
     if isinstance(error, botocore.exceptions.ClientError):
         error.response = {}
@@ -76,7 +76,7 @@ def test_every_error_of_boto3_becomes_one_of_ours(cls: type[BaseException]) -> N
 
 @pytest.mark.parametrize("code", [*s3_errors.CODES, "SomethingNew", "403", "404", ""])
 @pytest.mark.parametrize("status", [0, 200, 301, 400, 403, 404, 409, 412, 413, 429, 500, 503])
-def test_every_code_of_s3_becomes_one_of_ours(code: str, status: int) -> None:
+def test_every_code_of_s3_becomes_an_error_of_this_server(code: str, status: int) -> None:
     response: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with pytest.raises(StorageError) as caught:
         with s3_client.translated("s3://bucket/key"):
@@ -98,7 +98,7 @@ def test_every_code_of_s3_becomes_one_of_ours(code: str, status: int) -> None:
         (400, "EntityTooLarge", ObjectTooLarge),
     ],
 )
-def test_the_codes_that_callers_decide_by(
+def test_the_codes_that_callers_depend_on_have_their_classes(
     status: int, code: str, error: type[StorageError]
 ) -> None:
     assert s3_errors.from_answer(code, status, "x").__class__ is error
@@ -150,7 +150,7 @@ FAULTS = {
     "redirect": Fault(301),
     "no answer in time": Fault(500, delay=0.6),
 }
-# What these faults leave without anything to complain of.
+# Calls that these faults leave without an error.
 HARMLESS = {
     ("delete", 200),  # asked to be quiet, S3 names only what it could not delete
     ("delete_version", 200),  # the answer has no body; publishers look at the folder again
@@ -167,7 +167,7 @@ def test_every_public_method_is_among_the_calls() -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_nothing_foreign_escapes_whatever_s3_answers(
+def test_no_foreign_error_escapes_with_any_answer_of_s3(
     proxy: S3Proxy, tmp_path: Path, fault: str
 ) -> None:
     proxy.fault = always(FAULTS[fault])
@@ -183,7 +183,7 @@ def test_nothing_foreign_escapes_whatever_s3_answers(
         assert (name, FAULTS[fault].status) in HARMLESS
 
 
-def test_without_credentials_the_error_says_which_settings_to_set(
+def test_without_credentials_the_error_names_the_settings(
     s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in list(os.environ):
@@ -200,6 +200,6 @@ def test_without_credentials_the_error_says_which_settings_to_set(
 @pytest.mark.parametrize(
     "settings", [{"endpoint_url": "no address"}, {"endpoint_url": None, "region": "no region!"}]
 )
-def test_a_service_that_cannot_be_set_up_says_so_at_once(settings: dict[str, Any]) -> None:
+def test_a_service_that_cannot_be_set_up_reports_it_at_once(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         S3Service(**({"region": REGION} | settings))

@@ -57,7 +57,7 @@ def test_the_checksum_travels_in_a_header_and_not_in_a_trailer_that_few_stores_k
         assert "aws-chunked" not in sent.get("content-encoding", "")
 
 
-def test_a_large_file_arrives_whole(s3: S3Service, bucket: str, tmp_path: Path) -> None:
+def test_a_large_file_arrives_complete(s3: S3Service, bucket: str, tmp_path: Path) -> None:
     content = os.urandom(12 * MEBIBYTE)
     (tmp_path / "big").write_bytes(content)
     s3.upload_file(tmp_path / "big", S3Location(bucket, "big"))
@@ -86,7 +86,7 @@ def test_a_folder_goes_up_with_its_last_file_last_and_comes_back_the_same(
     } == {name: name for name in names}
 
 
-def test_when_one_file_fails_the_last_is_not_written(
+def test_if_one_file_fails_the_last_is_not_written(
     bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     for name in ("a.bin", "b.bin", "manifest.json"):
@@ -98,9 +98,7 @@ def test_when_one_file_fails_the_last_is_not_written(
     assert not proxied.exists(S3Location(bucket, "c/manifest.json"))
 
 
-def test_an_upload_that_is_called_off_writes_nothing_more(
-    s3: S3Service, bucket: str, tmp_path: Path
-) -> None:
+def test_a_stopped_upload_writes_nothing_more(s3: S3Service, bucket: str, tmp_path: Path) -> None:
     for name in ("a.bin", "b.bin", "manifest.json"):
         (tmp_path / name).write_text(name)
     checks = iter((None, None, LeaseLost()))
@@ -153,12 +151,14 @@ def test_a_listing_goes_on_over_its_pages(s3: S3Service, s3_server: S3Server, bu
     assert not list(s3.list_objects(bucket, "jobs/"))
 
 
-def test_deleting_what_is_not_there_is_no_error(s3: S3Service, bucket: str) -> None:
+def test_deleting_a_missing_object_is_no_error(s3: S3Service, bucket: str) -> None:
     s3.delete(bucket, ["never", "was"])
     s3.delete(bucket, [])
 
 
-def test_what_could_not_be_deleted_is_said(bucket: str, proxy: S3Proxy, proxied: S3Service) -> None:
+def test_objects_that_could_not_be_deleted_are_reported(
+    bucket: str, proxy: S3Proxy, proxied: S3Service
+) -> None:
     error = b"<Error><Key>k</Key><Code>AccessDenied</Code><Message>no</Message></Error>"
     proxy.fault = always(Fault(200, b"<DeleteResult>" + error + b"</DeleteResult>"))
     with pytest.raises(AccessDenied, match=f"s3://{bucket}/k"):
@@ -177,7 +177,7 @@ def test_a_copy_keeps_its_metadata_or_gets_another(s3: S3Service, bucket: str) -
         s3.copy(S3Location(bucket, "none"), target)
 
 
-def test_whether_an_object_is_there(s3: S3Service, bucket: str) -> None:
+def test_an_existing_object_is_distinguished_from_a_missing_one(s3: S3Service, bucket: str) -> None:
     s3.write(S3Location(bucket, "a"), b"")
     assert s3.exists(S3Location(bucket, "a")) and not s3.exists(S3Location(bucket, "b"))
 
@@ -185,7 +185,7 @@ def test_whether_an_object_is_there(s3: S3Service, bucket: str) -> None:
 # ---- conditional writes --------------------------------------------------------------------------
 
 
-def test_what_is_read_names_its_version_and_both_of_s3s_dates(s3: S3Service, bucket: str) -> None:
+def test_a_read_object_has_its_version_and_both_dates_of_s3(s3: S3Service, bucket: str) -> None:
     location = S3Location(bucket, "jobs/t.json")
     etag = s3.create(location, b"{}")
     stored = s3.read(location)
@@ -200,7 +200,7 @@ def test_an_object_too_large_for_a_record_is_not_read(s3: S3Service, bucket: str
         s3.read(S3Location(bucket, "a"), max_bytes=4)
 
 
-def test_create_fails_where_something_is(s3: S3Service, bucket: str) -> None:
+def test_create_fails_if_the_object_exists(s3: S3Service, bucket: str) -> None:
     location = S3Location(bucket, "a")
     s3.create(location, b"first")
     with pytest.raises(PreconditionFailed):
@@ -208,7 +208,9 @@ def test_create_fails_where_something_is(s3: S3Service, bucket: str) -> None:
     assert s3.read(location).body == b"first"
 
 
-def test_replace_fails_over_another_version_and_over_nothing(s3: S3Service, bucket: str) -> None:
+def test_replace_fails_over_another_version_and_without_an_object(
+    s3: S3Service, bucket: str
+) -> None:
     location = S3Location(bucket, "a")
     first = s3.create(location, b"first")
     second = s3.replace(location, b"second", first)
@@ -371,11 +373,11 @@ def test_a_version_is_deleted_only_while_the_object_has_it(s3: S3Service, bucket
         s3.delete_version(location, older)
     assert s3.exists(location)
     s3.delete_version(location, newer)
-    s3.delete_version(location, newer)  # what is not there is no error
+    s3.delete_version(location, newer)  # a missing object is no error
     assert not s3.exists(location)
 
 
-def test_a_store_without_conditional_deletes_deletes_all_the_same(
+def test_a_store_without_conditional_deletes_still_deletes(
     s3: S3Service, bucket: str, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     location = S3Location(bucket, "file.txt")

@@ -50,7 +50,7 @@ def test_a_job_is_a_trace_and_its_parts_are_spans_of_it(collector: Collector) ->
     assert collector.posts[0][1]["x-api-key"] == "abc def"
 
 
-def test_every_attempt_at_a_job_is_of_one_trace_on_whichever_worker(collector: Collector) -> None:
+def test_every_attempt_at_a_job_is_in_one_trace_on_any_worker(collector: Collector) -> None:
     for task_id in ("t-1", "t-1", "t-2"):
         tracing = opened(collector)
         with tracing.job(task_id, carrier={}):
@@ -60,7 +60,7 @@ def test_every_attempt_at_a_job_is_of_one_trace_on_whichever_worker(collector: C
     assert first == again != other
 
 
-def test_the_backend_s_trace_is_taken_up_and_handed_on(collector: Collector) -> None:
+def test_the_trace_of_the_backend_is_continued_and_passed_on(collector: Collector) -> None:
     tracing = opened(collector)
     assert not tracing.headers()
     with tracing.job("t-1", carrier={"traceparent": PARENT, "other": 1}):
@@ -73,7 +73,7 @@ def test_the_backend_s_trace_is_taken_up_and_handed_on(collector: Collector) -> 
 
 
 @pytest.mark.parametrize("given", ["", "nonsense", "00-0-0-0", 7, b"\xff", True])
-def test_a_header_that_is_no_traceparent_is_as_none(collector: Collector, given: object) -> None:
+def test_a_malformed_traceparent_is_ignored(collector: Collector, given: object) -> None:
     tracing = opened(collector)
     with tracing.job("t-1", carrier={"traceparent": given}):
         pass
@@ -97,7 +97,7 @@ def test_an_error_marks_its_span_without_secrets_or_a_stack_trace(collector: Col
     assert lost.status.code == 0 and attributes(lost)["training.stopped"] == "lease_lost"
 
 
-def test_a_thread_that_has_the_job_s_context_is_of_its_trace(collector: Collector) -> None:
+def test_a_thread_with_the_context_of_the_job_is_in_its_trace(collector: Collector) -> None:
     tracing = opened(collector)
     handed: list[dict[str, str]] = []
     with tracing.job("t-1", carrier={}):
@@ -111,7 +111,7 @@ def test_a_thread_that_has_the_job_s_context_is_of_its_trace(collector: Collecto
     tracing.close(5)
 
 
-def test_a_collector_that_hangs_holds_nobody_up() -> None:
+def test_a_collector_that_hangs_delays_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         tracing = open_tracing(endpoint, headers="", service="s", secrets=())
@@ -122,7 +122,7 @@ def test_a_collector_that_hangs_holds_nobody_up() -> None:
         assert time.monotonic() - began < 3
 
 
-def test_headers_that_are_none_are_a_setting_s_fault(collector: Collector) -> None:
+def test_malformed_headers_are_reported_with_their_setting(collector: Collector) -> None:
     with pytest.raises(ConfigurationError, match="OTEL_EXPORTER_OTLP_HEADERS"):
         opened(collector, headers="just-a-key")
 

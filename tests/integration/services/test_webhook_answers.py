@@ -1,4 +1,4 @@
-"""What WebhookService makes of answers, and of networks that give none."""
+"""WebhookService's judgement of answers, and of networks that give none."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("status", "progress", "ending"), TABLE)
-def test_what_an_answer_means(
+def test_each_answer_has_its_meaning(
     backend: Backend,
     webhooks: WebhookService,
     status: int,
@@ -80,7 +80,7 @@ HTML = {"Content-Type": "text/html; charset=utf-8"}
         (503, ProgressAnswer.DROPPED, EndingOutcome.RETRY),
     ],
 )
-def test_a_web_page_is_not_taken_for_the_backends_own_answer(
+def test_a_web_page_is_not_treated_as_the_backends_own_answer(
     backend: Backend,
     webhooks: WebhookService,
     status: int,
@@ -93,7 +93,7 @@ def test_a_web_page_is_not_taken_for_the_backends_own_answer(
     assert (answer.outcome, answer.by_json) == (ending, False)
 
 
-def test_a_page_that_says_cancel_cancels_nothing(
+def test_a_page_with_the_word_cancel_cancels_nothing(
     backend: Backend, webhooks: WebhookService
 ) -> None:
     backend.answer = sequence(Answer(200, HTML, b'{"cancel": true}'))
@@ -104,7 +104,7 @@ def test_a_page_that_says_cancel_cancels_nothing(
     ("body", "by_json"),
     [(b'{"detail": "no such style"}', True), (b"[]", False), (b"not found", False), (b"", False)],
 )
-def test_an_answer_tells_whether_an_application_gave_it(
+def test_an_answer_of_an_application_is_recognised(
     backend: Backend, webhooks: WebhookService, body: bytes, by_json: bool
 ) -> None:
     backend.answer = sequence(Answer(404, {"Content-Type": "text/plain"}, body))
@@ -211,7 +211,7 @@ def wait_until_no_thread_is_left() -> None:
 
 
 class RawBackend:
-    """Sends bytes of one's choice to whoever connects."""
+    """Sends the bytes of a test to every client that connects."""
 
     def __init__(self, *pieces: bytes, pause: float = 0.0, reset: bool = False) -> None:
         self._pieces, self._pause, self._reset = pieces, pause, reset
@@ -265,7 +265,7 @@ HEADLESS: dict[str, tuple[bytes, ...]] = {
 
 
 @pytest.mark.parametrize("pieces", HEADLESS.values(), ids=HEADLESS)
-def test_what_is_no_answer_is_a_retry(pieces: tuple[bytes, ...]) -> None:
+def test_an_invalid_answer_leads_to_a_retry(pieces: tuple[bytes, ...]) -> None:
     with RawBackend(*pieces) as backend:
         webhooks = service(backend.url)
         assert webhooks.send_progress(backend.url, REPORT) is ProgressAnswer.DROPPED
@@ -285,7 +285,9 @@ def test_what_is_no_answer_is_a_retry(pieces: tuple[bytes, ...]) -> None:
     ],
 )
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_taken_ending_stays_taken_when_the_answers_body_breaks(rest: bytes, reset: bool) -> None:
+def test_an_accepted_ending_stays_accepted_if_the_body_of_the_answer_breaks_off(
+    rest: bytes, reset: bool
+) -> None:
     with RawBackend(HEAD + rest, reset=reset, pause=0.05) as backend:
         webhooks = service(backend.url)
         assert webhooks.send_ending(backend.url, ENDING).outcome is EndingOutcome.DELIVERED
@@ -293,7 +295,7 @@ def test_a_taken_ending_stays_taken_when_the_answers_body_breaks(rest: bytes, re
 
 
 @pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"])
-def test_a_body_that_trickles_for_ever_is_cut_off_in_time_with_its_thread(close: bytes) -> None:
+def test_an_endless_slow_body_is_cut_off_in_time_with_its_thread(close: bytes) -> None:
     drops = [b"x"] * 1000
     with RawBackend(HEAD + close + b"Content-Length: 1000\r\n\r\n", *drops, pause=0.1) as backend:
         webhooks = service(backend.url, timeout=0.5)
@@ -303,7 +305,7 @@ def test_a_body_that_trickles_for_ever_is_cut_off_in_time_with_its_thread(close:
         wait_until_no_thread_is_left()
 
 
-def test_a_head_that_trickles_for_ever_is_cut_off_in_time_with_its_thread() -> None:
+def test_an_endless_slow_head_is_cut_off_in_time_with_its_thread() -> None:
     with RawBackend(HEAD, *[b"x: y\r\n"] * 1000, pause=0.1) as backend:
         webhooks = service(backend.url, timeout=0.5)
         began = time.monotonic()
@@ -312,7 +314,7 @@ def test_a_head_that_trickles_for_ever_is_cut_off_in_time_with_its_thread() -> N
         wait_until_no_thread_is_left()
 
 
-def test_nobody_listening_is_a_retry() -> None:
+def test_a_refused_connection_leads_to_a_retry() -> None:
     webhooks = service("http://127.0.0.1:1")
     assert webhooks.send_progress("http://127.0.0.1:1", REPORT) is ProgressAnswer.DROPPED
     answer = webhooks.send_ending("http://127.0.0.1:1", ENDING)

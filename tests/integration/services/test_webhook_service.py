@@ -34,7 +34,7 @@ from utils.metrics import PREFIX, Metrics
 
 OTHER_SECRET = "whsec_" + base64.b64encode(b"another secret of 24 byte").decode()
 
-# ---- what is sent --------------------------------------------------------------------------------
+# ---- requests ------------------------------------------------------------------------------------
 
 
 def test_progress_is_a_signed_patch_with_bearer_and_source(
@@ -59,9 +59,7 @@ def test_an_ending_is_a_signed_post_under_its_own_id(
     assert (request.method, request.path, request.webhook_id) == ("POST", path, "msg_7")
 
 
-def test_each_progress_report_is_news_of_its_own(
-    backend: Backend, webhooks: WebhookService
-) -> None:
+def test_each_progress_report_has_a_separate_id(backend: Backend, webhooks: WebhookService) -> None:
     for _ in range(3):
         webhooks.send_progress(backend.url, REPORT)
     assert len({request.webhook_id for request in backend.progress()}) == 3
@@ -90,7 +88,9 @@ def test_any_text_arrives_as_it_was_signed(backend: Backend, webhooks: WebhookSe
     assert backend.requests[0].body == body
 
 
-def test_what_json_has_no_word_for_is_null(backend: Backend, webhooks: WebhookService) -> None:
+def test_values_that_json_cannot_hold_become_null(
+    backend: Backend, webhooks: WebhookService
+) -> None:
     body = {**REPORT, "loss": [math.nan, {"rate": math.inf}, 0.5]}
     assert webhooks.send_progress(backend.url, body) is ProgressAnswer.DONE
     assert backend.requests[0].body["loss"] == [None, {"rate": None}, 0.5]
@@ -103,7 +103,7 @@ def test_an_empty_report_is_refused_by_the_backend_as_by_the_real_one(
     assert backend.requests[0].status == 400
 
 
-def test_netrc_and_proxies_of_the_environment_are_not_looked_at(
+def test_netrc_and_proxies_of_the_environment_are_not_used(
     backend: Backend,
     webhooks: WebhookService,
     monkeypatch: pytest.MonkeyPatch,
@@ -120,7 +120,7 @@ def test_the_paths_are_the_protocols() -> None:
     assert webhook_service.PATHS == {"progress": PROGRESS, "complete": COMPLETE, "failed": FAILED}
 
 
-# ---- where to ------------------------------------------------------------------------------------
+# ---- addresses -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_caller_cannot_send_the_token_to_another_host(
     assert len(backend.requests) == 1
 
 
-def test_a_second_allowed_backend_gets_what_concerns_it(backend: Backend) -> None:
+def test_a_second_allowed_backend_gets_its_own_webhooks(backend: Backend) -> None:
     with Backend() as other:
         webhooks = service(backend.url, allowed_origins=(other.url,))
         origin = webhooks.origin_for(f"{other.url}/api/webhooks/training/1/status")
@@ -252,7 +252,7 @@ def _stop() -> Iterator[threading.Event]:
     yield threading.Event()
 
 
-def test_an_ending_is_sent_again_until_it_is_taken_under_the_same_id(
+def test_an_ending_is_sent_again_under_the_same_id_until_it_is_accepted(
     backend: Backend, webhooks: WebhookService, stop: threading.Event
 ) -> None:
     backend.answer = sequence(Answer(503), Answer(reset=True), Answer(500), Answer(200))
@@ -302,7 +302,7 @@ def test_a_refused_token_is_tried_more_slowly(
 
 
 @pytest.mark.parametrize("for_seconds", [0.0, 0.5])
-def test_a_wait_beyond_the_time_is_not_begun(
+def test_a_wait_beyond_the_time_limit_does_not_begin(
     backend: Backend, webhooks: WebhookService, stop: threading.Event, for_seconds: float
 ) -> None:
     backend.answer = sequence(Answer(503, {"Retry-After": "60"}))
@@ -321,7 +321,7 @@ def test_a_stop_ends_the_waiting_but_one_attempt_is_always_made(
     assert answer.outcome is EndingOutcome.RETRY and len(backend.requests) == 1
 
 
-def test_the_usual_schedule_is_the_fields_with_some_jitter() -> None:
+def test_the_default_schedule_is_that_of_the_fields_with_some_jitter() -> None:
     schedule = RetrySchedule()
     again = EndingAnswer(EndingOutcome.RETRY)
     for attempts, seconds in enumerate((5, 30, 30), start=1):

@@ -25,7 +25,7 @@ from utils.errors import ConfigurationError
 
 
 class Relay:
-    """A listener whose connections are passed on, after `begin` has said where to."""
+    """A listener that forwards its connections to the address that `begin` returns."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -62,7 +62,7 @@ class Relay:
 
 
 class TlsFront(Relay):
-    """TLS in front of a backend, with a certificate of an authority that nobody knows."""
+    """TLS in front of a backend, with a certificate of an unknown authority."""
 
     def __init__(self, backend_port: int, folder: Path) -> None:
         self.ca_file, certificate, key = _certificates(folder)
@@ -81,7 +81,7 @@ class TlsFront(Relay):
 
 
 class Proxy(Relay):
-    """An HTTP proxy that knows CONNECT, and where every name leads to."""
+    """An HTTP proxy with CONNECT, which resolves every name itself."""
 
     def __init__(self, target_port: int) -> None:
         self._target_port = target_port
@@ -179,7 +179,7 @@ def test_a_backend_with_a_private_authoritys_certificate_is_reached_by_its_ca_fi
     assert known.send_progress(url, REPORT) is ProgressAnswer.DONE
 
 
-def test_the_environments_ca_file_and_proxy_alone_change_nothing(
+def test_the_ca_file_and_the_proxy_of_the_environment_change_nothing(
     backend: Backend, front: TlsFront, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
@@ -283,7 +283,7 @@ def test_an_empty_report_can_be_sent_without_the_path(backend: Backend) -> None:
         "https://a.com/p\\q",
     ],
 )
-def test_an_address_whose_end_would_be_dropped_is_refused(address: str) -> None:
+def test_an_address_with_an_ending_that_would_be_dropped_is_refused(address: str) -> None:
     with pytest.raises(ConfigurationError, match="must"):
         service(address)
 

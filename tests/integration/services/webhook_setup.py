@@ -1,4 +1,4 @@
-"""What the tests of webhooks share: a service of little patience, and something to tell."""
+"""Tools of the webhook tests: a service with short time-outs, and samples of reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUICK = RetrySchedule(delays=(0.05, 0.1), slow_delays=(0.3,), jitter=0.0)
 
 
 def service(url: str, **more: Any) -> WebhookService:
-    """A service with the sandbox's secrets and little patience."""
+    """A service with the sandbox's secrets and short time-outs."""
     settings: dict[str, Any] = {
         "backend_url": url,
         "allowed_origins": (),
