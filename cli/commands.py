@@ -32,8 +32,8 @@ def _epochs(given: str) -> int:
 
     if given == AUTO_WORD:
         return AUTO
-    if not given.isdecimal() or int(given) == AUTO:
-        raise typer.BadParameter("must be a whole number from 1, or auto")
+    if not given.isdecimal():
+        raise typer.BadParameter("must be a whole number or auto")
     return int(given)
 
 

@@ -16,7 +16,7 @@ from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs import base_models
 from jobs.checkpoint_name import order
-from jobs.fields import AUTO
+from jobs.fields import Auto
 from jobs.kinds import Run
 from jobs.layout import CURVES, REPORT, STYLE, STYLE_FILES
 from jobs.style import (
@@ -66,7 +66,7 @@ def folder_run(
         ConfigurationError: The folder or the trigger word is wrong.
     """
     found = _contents(folder)
-    auto = parameters.epochs == AUTO
+    auto = isinstance(parameters.epochs, Auto)
     if auto:
         parameters = dataclasses.replace(parameters, epochs=auto_epochs(len(found.images)))
     options: StyleOptions = settings.options[STYLE]

@@ -495,7 +495,7 @@ def _log_failure(code: ErrorCode, reason: str, attempts: int) -> None:
 def _of_the_disk(error: OSError) -> MachineError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull()
-    return MachineError(f"the worker's disk cannot be used: {error.strerror}")
+    return MachineError(f"the worker's disk (WORK_DIR) cannot be used: {error.strerror}")
 
 
 def _given_up(lease: JobLease) -> TrainingServerError:

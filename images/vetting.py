@@ -100,7 +100,9 @@ def _open(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise UnusableImage("announces far too many pixels to be decoded safely") from error
+        raise UnusableImage(
+            "has far too many pixels to be decoded safely; export it smaller"
+        ) from error
     except UnidentifiedImageError as error:
         raise UnusableImage(_what_else(content)) from error
     except Exception as error:  # a damaged header surfaces as nearly any exception
@@ -132,7 +134,8 @@ def _refuse_by_header(image: Image.Image, max_pixels: int) -> None:
         raise UnusableImage("has no pixels")
     if width * height > max_pixels:
         raise UnusableImage(
-            f"has {width} x {height} pixels, more than the {max_pixels:,} that are allowed",
+            f"has {width} x {height} pixels, more than the {max_pixels:,} that are allowed; "
+            "export it smaller",
             image.size,
         )
     needed = width * height * _BYTES.get(image.mode, 4)
@@ -152,7 +155,9 @@ def _first_of_several(image: Image.Image) -> tuple[str, ...]:
     try:
         several = image.format != "MPO" and bool(getattr(image, "is_animated", False))
     except Exception as error:  # looking for a second one walks through the file
-        raise UnusableImage("is damaged or cut off: it cannot be decoded", image.size) from error
+        raise UnusableImage(
+            "is damaged or cut off: it cannot be decoded; export it again", image.size
+        ) from error
     return ("is animated or has several pages; only the first was used",) if several else ()
 
 
@@ -189,7 +194,7 @@ def _converted(
     except UnusableImage:
         raise
     except MemoryError as error:
-        raise UnusableImage("is too large to be converted", size) from error
+        raise UnusableImage("is too large to be converted; export it smaller", size) from error
     except Exception as error:
         raise UnusableImage(
             f"stores its colours in a way that cannot be read ({image.mode}); export it as PNG",
@@ -201,11 +206,13 @@ def _decode(image: Image.Image, size: tuple[int, int]) -> None:
     try:
         image.load()
     except MemoryError as error:
-        raise UnusableImage("is too large to be decoded", size) from error
+        raise UnusableImage("is too large to be decoded; export it smaller", size) from error
     except Exception as error:  # decoders raise nearly anything on damaged data
         if "memory" in str(error):  # the message of Pillow's decoders
-            raise UnusableImage("is too large to be decoded", size) from error
-        raise UnusableImage("is damaged or cut off: it cannot be decoded", size) from error
+            raise UnusableImage("is too large to be decoded; export it smaller", size) from error
+        raise UnusableImage(
+            "is damaged or cut off: it cannot be decoded; export it again", size
+        ) from error
 
 
 def _orientation(image: Image.Image) -> tuple[int, tuple[str, ...]]:

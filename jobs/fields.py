@@ -29,8 +29,8 @@ from pydantic_core import ErrorDetails
 
 from utils.wording import counted
 
-AUTO, AUTO_WORD = 0, "auto"
-"""A parameter that the kind finds itself: in its dataclass, and in messages and settings."""
+AUTO_WORD = "auto"
+"""The value of a parameter in messages and settings that the kind finds for each job."""
 MAX_COMPLAINTS = 5
 STRICT = ConfigDict(strict=True, frozen=True, hide_input_in_errors=True)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]+")
@@ -93,6 +93,13 @@ class Order:
         return tuple(self._unused)
 
 
+class Auto(int):
+    """The type of `AUTO`, which is no number that a record or a message can hold."""
+
+
+AUTO = Auto(0)
+"""`auto` in a dataclass of parameters."""
+
 # ---- parameters ----------------------------------------------------------------------------------
 
 
@@ -113,10 +120,10 @@ def parameter(
         choices: The allowed values.
         setting: Name of its default's setting, in lower case, if it differs from the field's name.
         auto: The word `auto` is allowed in messages and settings; the kind finds the value for each
-            job. The dataclass of the defaults then has `AUTO`.
+            job. The dataclass of the defaults then has `AUTO`, and no other does.
     """
     limits = {"doc": doc, "low": low, "high": high, "choices": choices, "setting": setting}
-    limits["auto"] = auto
+    limits["auto"] = AUTO if auto else None
     return dataclasses.field(default=default, metadata=limits)  # pylint: disable=invalid-field-call
 
 
@@ -133,7 +140,7 @@ def check_limits(parameters: Any) -> None:
                 f"{field.name} is {value!r}; choose one of {', '.join(limits['choices'])}"
             )
         low, high = limits["low"], limits["high"]
-        if limits["auto"] and value == AUTO:
+        if limits["auto"] is not None and isinstance(value, Auto):
             continue
         # The negated comparisons catch NaN too.
         if low is not None and high is None and not low <= value:
@@ -165,7 +172,7 @@ def _parameter_type(field: dataclasses.Field[Any], kind: Any) -> Any:
         return bool
     if kind is int:
         whole = Annotated[int, BeforeValidator(_whole), bounds]
-        return Annotated[whole, WrapValidator(_or_auto)] if limits["auto"] else whole
+        return Annotated[whole, WrapValidator(_or_auto)] if limits["auto"] is not None else whole
     return Annotated[float, Field(allow_inf_nan=False), bounds]
 
 

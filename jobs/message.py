@@ -121,7 +121,7 @@ def parse(body: bytes, *, message_id: str | None, kinds: Kinds) -> Job:
                 "webhook_url": _webhook_url(message),
             }
         if repeated:
-            raise WrongField(printable(repeated[0]), "stands twice in one object")
+            raise WrongField(printable(repeated[0]), "occurs more than once in one JSON object")
         if not isinstance(order, dict):
             raise WrongField("data", "must be an object")
         if message.get("task_id") is not None and task_id is None:
@@ -149,7 +149,7 @@ def from_understood(kind: JobKind, values: Mapping[str, Any]) -> Job:
     """
     names = {field.name for field in dataclasses.fields(kind.spec_type)}
     if not isinstance(values.get("task_id"), str):
-        raise ValueError("task_id is missing, or is no text")
+        raise ValueError("task_id is missing or is not text")
     try:
         spec = kind.restored({name: value for name, value in values.items() if name in names})
         job = Job(
@@ -226,7 +226,7 @@ def _load(body: bytes) -> tuple[dict[str, Any], list[str]]:
 
 def _integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits")
+        raise ValueError(f"a number has {len(digits):,} digits; at most {MAX_DIGITS:,} are read")
     return int(digits)
 
 

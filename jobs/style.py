@@ -23,9 +23,9 @@ from jobs.addresses import (
     version_of,
 )
 from jobs.fields import (
-    AUTO,
     AUTO_WORD,
     STRICT,
+    Auto,
     Order,
     WrongField,
     check_limits,
@@ -590,7 +590,8 @@ class StyleKind:
         return parameters
 
     def _wants_auto(self, given: Mapping[str, Any]) -> bool:
-        return given.get("epochs", self._defaults.epochs) in (AUTO, AUTO_WORD)
+        wanted = given.get("epochs", self._defaults.epochs)
+        return wanted == AUTO_WORD or isinstance(wanted, Auto)
 
     def subject_in(self, order: Mapping[str, Any]) -> str | None:
         """The style's id; see `JobKind.subject_in`."""

@@ -154,7 +154,7 @@ class DemoJob:
             time.sleep(LOOK_SECONDS)
         self._screen.finish_bar()
         if ending.path != COMPLETE:
-            raise DemoFailed(f"the job ended in failed: {ending.body['error_message']}")
+            raise DemoFailed(f"the job failed: {ending.body['error_message']}")
         return ending
 
     def _news(self) -> Sequence[ReceivedRequest]:

@@ -1,5 +1,6 @@
-"""Real servers for the tests, each private to this run. A server that does not start fails the
-tests; they are never skipped.
+"""Real servers for the tests, each private to this run.
+
+A server that does not start fails the tests; they are never skipped.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ settings.load_profile("patient")
 
 
 def pytest_collection_finish() -> None:
-    """Exclude imported objects from garbage collection, as the trainer does: it saves a third of
-    the time.
+    """Exclude imported objects from garbage collection, as the trainer does.
+
+    It saves a third of the time.
     """
     gc.collect()
     gc.freeze()

@@ -94,11 +94,11 @@ def go_through(settings: BrokerSettings, judge: Judge, *, limit: int) -> int:
         return max(0, left - limit)
 
     with BrokerVisit(settings) as visit:
-        answer = visit.attempt(f"going through {dead}", act)
+        answer = visit.attempt(f"reading the queue {dead}", act)
     if isinstance(answer, Refusal):
         if answer.code == NOT_FOUND:
             return 0  # no worker has ever been here
-        raise BrokerError(f"RabbitMQ refused while going through {dead}: {answer.text}")
+        raise BrokerError(f"RabbitMQ refuses to read the queue {dead}: {answer.text}")
     return answer
 
 

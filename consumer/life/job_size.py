@@ -116,4 +116,7 @@ def _free_bytes(folder: Path) -> int:
     try:
         return shutil.disk_usage(folder).free
     except OSError as error:
-        raise DiskFull(f"the worker's disk cannot be measured: {error.strerror}") from error
+        raise DiskFull(
+            f"the free space of the worker's disk (WORK_DIR) cannot be read: {error.strerror}; "
+            "check the disk"
+        ) from error

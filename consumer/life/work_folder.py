@@ -49,7 +49,8 @@ class WorkFolder:
             self.temporary.mkdir()
         except OSError as error:
             raise ConfigurationError(
-                f"WORK_DIR: {self._root} cannot be written ({error.strerror})"
+                f"WORK_DIR: {self._root} cannot be written ({error.strerror}). Allow the worker to "
+                "write there, or set another folder."
             ) from error
 
     def close(self) -> None:

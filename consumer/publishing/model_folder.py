@@ -107,7 +107,9 @@ def persistently(act: Callable[[], bool], fence: Fence) -> None:
     acted = False
     while True:
         fence.check()
-        failure = StorageError("Other publishers keep writing into the style's folder.")
+        failure = StorageError(
+            "Other jobs of the style publish their models at the same time. The job is retried."
+        )
         try:
             if act():
                 return

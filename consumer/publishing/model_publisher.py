@@ -308,7 +308,9 @@ def _archived(
         if before is not None:
             return before, None
         log.info("publishing_again", reason="a file changed while it was archived")
-    raise StorageError("Other publishers keep writing into the style's folder.")
+    raise StorageError(
+        "Other jobs of the style publish their models at the same time. The job is retried."
+    )
 
 
 def _later_order(

@@ -62,7 +62,9 @@ def check_machine(environment: Mapping[str, str]) -> Machine:
         ) from error
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        raise GpuBroken(f"the GPU test failed: {lines[-1] if lines else error}") from error
+        raise GpuBroken(
+            f"the GPU test failed: {lines[-1] if lines else error}; check the GPU with nvidia-smi"
+        ) from error
     return Machine(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -74,7 +76,10 @@ def require_fit(environment: Mapping[str, str], *, allow_cpu: bool) -> Machine:
     """
     machine = check_machine(environment)
     if machine.problem:
-        raise GpuBroken(f"the GPU ({machine.device}) does not compute: {machine.problem}")
+        raise GpuBroken(
+            f"the GPU ({machine.device}) does not compute: {machine.problem}; check it with "
+            "nvidia-smi, or use another machine"
+        )
     if not machine.cuda and not allow_cpu:
         raise GpuBroken(
             "no CUDA GPU was found: start the container with a GPU (`--gpus all`, or a GPU pod) "

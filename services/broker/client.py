@@ -492,7 +492,10 @@ class Link:
             self._publish_to(name, b"", pika.BasicProperties())
         except PublicationRefused as error:
             if error.refusal is not Refusal.ROUTE:
-                raise BrokerError(f"RabbitMQ takes no message at all: {error}") from error
+                raise BrokerError(
+                    f"RabbitMQ accepts no message from publishers: {error}. Check its alarms of "
+                    "memory and disk."
+                ) from error
 
     def subscribe(self, queue: Queue, arrived: Arrived) -> Subscription:
         """Declare the queue again, since it may have been deleted, and consume it."""

@@ -76,7 +76,9 @@ class Queue:
         if kind == STYLE:
             return cls.TRAINING
         if kind in _RESERVED or not _NAME.fullmatch(kind):
-            raise ValueError(f"a kind named {kind!r} cannot have a queue")
+            raise ValueError(
+                f"a kind named {kind!r} cannot have a queue: use another name of a-z, 0-9, _ and -"
+            )
         return cls(f".{kind}")
 
     @classmethod
@@ -87,7 +89,9 @@ class Queue:
             ValueError: The family cannot name a queue.
         """
         if not _NAME.fullmatch(family):
-            raise ValueError(f"a base family named {family!r} cannot have a queue")
+            raise ValueError(
+                f"a base family named {family!r} cannot have a queue: use a-z, 0-9, _ and -"
+            )
         return cls(f".base.{family}")
 
     @property
@@ -186,7 +190,7 @@ class Publication:
             raise ValueError(f"a message id has at most {MAX_MESSAGE_ID} bytes")
         for name, value in self.headers.items():
             if not isinstance(value, (str, int, bool)):
-                raise ValueError(f"header {name} is a {type(value).__name__}")
+                raise ValueError(f"header {name} is a {type(value).__name__}; use str, int or bool")
 
     @classmethod
     def to_dead(

@@ -84,9 +84,10 @@ def test_a_worker_under_nohup_survives_its_terminal(apart: World) -> None:
 
 @pytest.mark.timeout(400)
 def test_another_worker_continues_from_the_checkpoint(apart: World) -> None:
-    """A killed worker loses what came after its last checkpoint. A worker that is stopped, here by
-    its terminal, loses nothing. The trainer of both ends within seconds, and the job is trained to
-    its end once.
+    """A killed worker loses what came after its last checkpoint.
+
+    A worker that is stopped, here by its terminal, loses nothing. The trainer of both ends
+    within seconds, and the job is trained to its end once.
     """
     message = apart.envelope(style_id=24, parameters={"epochs": 60})
     task_id = message["task_id"]

@@ -1,5 +1,6 @@
-"""Promises about queue and time, on real servers: the cost of duplicates, messages for a newer
-worker, and the time limit of a job.
+"""Promises about queue and time, on real servers.
+
+The cost of duplicates, messages for a newer worker, and the time limit of a job.
 """
 
 from __future__ import annotations

@@ -60,8 +60,9 @@ def break_things(plan: Plan, injector: Injector, jobs: Jobs) -> list[Fault]:
 
 
 def upgrade(plan: Plan, injector: Injector, jobs: Jobs, conductor: Conductor) -> list[Fault]:
-    """Run the last release together with the new workers, with the queues that it made; then let
-    the new workers make the queues again. Returns the faults that were carried out.
+    """Run the last release together with the new workers, with the queues that it made.
+
+    Then let the new workers make the queues again. Returns the faults that were carried out.
 
     Raises:
         RuntimeError: The jobs meanwhile did not end.

@@ -249,8 +249,9 @@ class Slot:
             return False
 
     def close(self, seconds: float) -> int:
-        """End it for good with SIGTERM. Returns its exit code; that of SIGKILL after the time
-        limit.
+        """End it for good with SIGTERM.
+
+        Returns its exit code; that of SIGKILL after the time limit.
         """
         self._closing.set()
         self.preempt(seconds)

@@ -1,5 +1,6 @@
-"""The faults of a run and their times, drawn from a seed before the start, so that a run can be
-repeated.
+"""The faults of a run and their times, drawn from a seed before the start.
+
+So a run can be repeated.
 """
 
 from __future__ import annotations

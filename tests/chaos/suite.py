@@ -101,8 +101,10 @@ class Plan:
 
     @property
     def upgrades(self) -> bool:
-        """Whether the last release was there first: it refuses own queues that are quorum queues,
-        as new workers make them if the training queue is one.
+        """Whether the last release was there first.
+
+        It refuses own queues that are quorum queues, as new workers make them if the
+        training queue is one.
         """
         return self.queue_type == "quorum" and self.faults > 0 and Kind.TWO_VERSIONS in self.kinds
 

@@ -98,9 +98,7 @@ class Verdict:
         self.broken.append(f"{job.task_id} ({job.destiny}{again}): {what}; {'; '.join(best)}")
 
     def _found(self, job: Job, allowed: tuple[Places, ...]) -> Places:
-        """The job's places, without an object that a suspended worker wrote after the ending, from
-        a request that was under way.
-        """
+        """The job's places, without an object that a suspended worker wrote after the ending."""
         found = self._observed.places(job)
         if not any(
             difference.startswith(("checkpoints", "staged"))

@@ -92,8 +92,9 @@ class WorkLook:
                 )
 
     def _repeats(self, job: Job, notes: Notes) -> None:
-        """At most one interval is repeated, and the training during an upload; one interval more
-        for each checkpoint that the suite has damaged.
+        """At most one interval is repeated, and the training during an upload.
+
+        One interval more is allowed for each checkpoint that the suite has damaged.
         """
         spoilt = sum(note["kind"] == "spoilt" for note in notes)
         allowed = CHECKPOINT_INTERVAL * (1 + spoilt)
@@ -216,8 +217,9 @@ class WorkLook:
         )
 
     def was_in_flight(self, job: Job, claim: int) -> bool:
-        """Whether a worker was suspended in the middle of a request when the job ended: it writes
-        this one object when it continues. Nothing refers to it.
+        """Whether a worker was suspended in the middle of a request when the job ended.
+
+        It writes this one object when it continues. Nothing refers to it.
         """
         notes = self._observed.of[job.task_id]
         who = [n["who"] for n in notes if n["kind"] == "claimed" and n["claim"] == claim]

@@ -73,7 +73,7 @@ SHARED = {
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
 OPTIMIZERS = {"prodigyopt", "bitsandbytes"}
 NOT_IN_FRONT = {*TORCH, *OPTIMIZERS, "matplotlib", "tensorboard"}
-# Used where somebody has installed it.
+# Used if it is installed.
 OPTIONAL = {"bitsandbytes"}
 # room -> the foreign packages that it may import. The image of a room needs no others.
 PACKAGES: dict[str, set[str]] = {

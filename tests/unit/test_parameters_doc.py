@@ -24,7 +24,7 @@ def _row(field: dataclasses.Field[Any]) -> str:
         allowed = "true, false"
     else:
         allowed = f"{limits['low']:g} – {limits['high']:.10g}"
-        allowed += ", `auto`" if limits["auto"] else ""
+        allowed += ", `auto`" if limits["auto"] is not None else ""
     default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
     setting = f"style_{limits['setting'] or field.name}"
     return (

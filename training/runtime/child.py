@@ -162,7 +162,7 @@ class Child:
 
 
 def _reason(error: TrainingServerError) -> dict[str, str]:
-    """The log fields of an error of ours: its sentence, and its cause."""
+    """The log fields of an error of this server: its sentence, and its cause."""
     cause = error.__cause__
     return {"reason": str(error)} | ({"cause": repr(cause)[:500]} if cause else {})
 

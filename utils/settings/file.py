@@ -40,7 +40,9 @@ def read(path: Path) -> dict[str, Any]:
             "level, by their names in .env.example."
         )
     if len({name.lower() for name in values}) < len(values):
-        raise ConfigurationError(f"The file {path} has a name twice, in small and capital letters.")
+        raise ConfigurationError(
+            f"The file {path} has a name twice, in small and in capital letters. Remove one."
+        )
     return {name.lower(): value for name, value in values.items() if value not in ("", None)}
 
 
@@ -64,5 +66,5 @@ def _parsed(path: Path, content: bytes) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("it has a name twice")
+        raise ValueError("it has a name twice; remove one")
     return found

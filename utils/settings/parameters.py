@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, create_model
+from pydantic import AfterValidator, ValidatorFunctionWrapHandler, WrapValidator, create_model
 
 from utils.settings.values import Group
 
@@ -18,8 +18,8 @@ class KindSettings:
 
     The dataclass has the defaults, and its constructor checks the limits. A method
     `require_libraries`, if it has one, checks the machine. A field's setting has the field's name,
-    unless the field's metadata names another `setting`. A field with `auto` in its metadata also
-    takes that word, as 0.
+    unless the field's metadata names another `setting`. If its metadata has a value for `auto`, the
+    setting may be that word.
     """
 
     def __init__(self, dataclass: type[Any]) -> None:
@@ -31,7 +31,7 @@ class KindSettings:
                 Annotated[
                     hints[field.name],
                     AfterValidator(self._check(field.name)),
-                    BeforeValidator(functools.partial(_given, field)),
+                    WrapValidator(functools.partial(_or_auto, field.metadata.get("auto"))),
                 ],
                 field.default,
             )
@@ -54,14 +54,10 @@ class KindSettings:
         return functools.partial(_checked, self._dataclass, name)
 
 
-def _given(field: dataclasses.Field[Any], value: Any) -> Any:
-    """The value; `auto` as 0, which is not allowed as a number."""
-    text = str(value).strip().lower()
-    if not field.metadata.get("auto"):
-        return value
-    if text == "0":
-        raise ValueError(f"{field.name} is 0; it must be at least 1, or auto")
-    return 0 if text == "auto" else value
+def _or_auto(auto: Any, value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    if auto is not None and str(value).strip().lower() == "auto":
+        return auto
+    return read(value)
 
 
 def _checked(dataclass: type[Any], name: str, value: Any) -> Any:

@@ -1,6 +1,4 @@
-"""Tools of the consumer's tests: a worker in a thread, the backend's side of the broker, a
-handler.
-"""
+"""Tools of the consumer's tests: a worker in a thread, a backend at the broker, a handler."""
 
 from __future__ import annotations
 

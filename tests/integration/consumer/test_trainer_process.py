@@ -1,5 +1,6 @@
-"""The trainer process: warm across jobs, stops within a step, is replaced when it dies, and ends
-with its worker.
+"""The trainer process: warm across jobs, stops within a step, and ends with its worker.
+
+It is replaced when it dies.
 """
 
 from __future__ import annotations

@@ -83,8 +83,7 @@ def refusal(status: int, code: str) -> Fault:
 
 
 class S3Proxy:
-    """A context manager; `fault(method, path)` or `judge(request)` chooses the fault of
-    each request.
+    """A context manager; `fault(method, path)` or `judge(request)` chooses each request's fault.
 
     Attributes:
         endpoint: Its address.

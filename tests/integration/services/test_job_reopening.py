@@ -1,5 +1,6 @@
-"""Sending a job back, against a real S3 server: allowed cases, once each, and a delivered ending
-stays delivered.
+"""Sending a job back, against a real S3 server: allowed cases, once each.
+
+A delivered ending stays delivered.
 """
 
 from __future__ import annotations

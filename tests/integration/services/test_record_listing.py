@@ -1,6 +1,4 @@
-"""Records found for operators on a real S3 server: by id, by its beginning, by style, by
-refusal.
-"""
+"""Records found for operators on a real S3 server: by id or its beginning, style, refusal."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_each_job_is_one_line_of_80_columns() -> None:
     assert lines[3].startswith("refused-one ") and "unknown" in lines[4]
 
 
-def test_a_short_line_is_shown_whole() -> None:
+def test_a_short_line_is_shown_in_full() -> None:
     line = _lines(dataclasses.replace(FAILED, style_id=7, subject="7"))[1]
     assert "failed BASE_MODEL_UNAVAILABLE" in line and "…" not in line
 

@@ -1,5 +1,6 @@
-"""One worker and its surroundings in memory: the real pipeline, endings and records, on an S3 in
-memory. A test controls the broker, the backend and the trainer.
+"""One worker and its surroundings in memory: the real pipeline, endings and records.
+
+S3 is in memory, and broker, backend and trainer do as a test says.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A second kind of job runs from its message to its webhook; the worker has only its registry
-line.
+"""A second kind of job runs from its message to its webhook.
+
+The worker knows it by its registry line only.
 """
 
 from __future__ import annotations

@@ -41,8 +41,9 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture(name="observer")
 def _observer(clock: Clock) -> Iterator[Observer]:
-    """An observer with a job whose trainer has worked for 60 seconds, the last checkpoint after 40
-    of them.
+    """An observer with a job whose trainer has worked for 60 seconds.
+
+    The last checkpoint came after 40 of them.
     """
     observer = Observer()
     record = JobRecord.new(JobRequest("t-1", "style", "10", "identity", {}), "me", 120.0)

@@ -214,8 +214,9 @@ def test_a_publisher_that_is_suspended_at_any_request_changes_nothing_of_a_later
 def test_a_repair_that_is_suspended_at_any_request_changes_nothing_of_a_later_run(
     tmp_path: Path,
 ) -> None:
-    """Except for a name that the later run does not use: docs/operations.md, What is not
-    promised.
+    """Except for a name that the later run does not use.
+
+    See docs/operations.md, What is not promised.
     """
     for number in itertools.count(1):
         world = never_trained(tmp_path)

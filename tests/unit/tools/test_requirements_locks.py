@@ -53,7 +53,7 @@ def test_the_lock_of_a_room_is_a_part_of_the_product_s_and_is_complete() -> None
                     assert canonicalize_name(one.name) in front, (each.metadata["Name"], one)
 
 
-def test_what_an_installed_package_depends_on_is_locked_in_a_version_that_fits() -> None:
+def test_a_dependency_of_an_installed_package_is_locked_in_a_version_that_fits() -> None:
     locked = _locked("requirements.lock", "requirements-dev.lock", "requirements-cuda.lock")
     environment: dict[str, str | AbstractSet[str]] = {"extra": ""}
     environment.update((name, str(value)) for name, value in default_environment().items())

@@ -171,7 +171,7 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """The part of the report that the `complete` webhook sends: a few numbers and reasons.
 
-    The reasons say why images were left out and captions ignored. There are no captions and no
+    The reasons are those for left-out images and ignored captions. It has no captions and no
     addresses.
 
     Args:
