@@ -22,7 +22,7 @@ from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.s3.s3_service import S3Service
 from utils.logger import TALKATIVE
 
-# A busy machine is slow and says nothing about the code.
+# Slowness of a busy machine is no property of the code.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 

@@ -101,7 +101,7 @@ def test_a_page_with_the_word_cancel_cancels_nothing(
 
 
 @pytest.mark.parametrize("status", [201, 302, 307, 400, 401, 403, 404, 409, 429, 500, 503])
-def test_a_refusal_that_says_cancel_cancels_nothing(
+def test_a_refusal_that_contains_cancel_cancels_nothing(
     backend: Backend, webhooks: WebhookService, status: int
 ) -> None:
     """Only the backend that takes the report can cancel the job."""

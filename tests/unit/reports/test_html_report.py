@@ -222,7 +222,7 @@ def test_it_answers_the_questions_of_an_artist(wide: dict[str, Any]) -> None:
         assert said in text, said
 
 
-def test_what_went_wrong_stands_on_the_first_screen(tmp_path: Path) -> None:
+def test_the_first_screen_has_everything_that_went_wrong(tmp_path: Path) -> None:
     diverged = "Training diverged in epoch 3 and went on from epoch 2 with half the learning_rate."
     machine = "There is no CUDA GPU."
     report, run, result = make(

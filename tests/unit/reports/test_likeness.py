@@ -1,4 +1,4 @@
-"""A sample that repeats a training image is found, whatever its brightness, noise and size."""
+"""A sample that repeats a training image is found in any brightness, noise and size."""
 
 from __future__ import annotations
 

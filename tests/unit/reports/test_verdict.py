@@ -1,4 +1,4 @@
-"""The verdict says in words what the numbers of a report mean."""
+"""The verdict puts the numbers of a report into words."""
 
 from __future__ import annotations
 

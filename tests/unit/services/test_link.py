@@ -79,7 +79,7 @@ class Connection:
     """Stands in for pika's blocking connection.
 
     Attributes:
-        acts: What was asked of the broker, in order.
+        acts: The requests to the broker, in order.
         fails: The error of an act; None for none.
     """
 
@@ -196,7 +196,7 @@ def test_the_queue_behind_a_delay_is_declared_before_each_delayed_message(
         (exceptions.ShortStringTooLong("name"), Refusal.FORM),
     ],
 )
-def test_a_refused_message_says_why_and_its_queue_is_declared_again(
+def test_a_refused_message_has_its_reason_and_its_queue_is_declared_again(
     broker: Connection, link: Link, error: Exception, refusal: Refusal
 ) -> None:
     broker.fails = lambda act: error if act.startswith("publish") else None
@@ -250,7 +250,7 @@ def test_a_queue_is_looked_for_again_before_it_is_consumed_one_message_at_a_time
     assert not subscription.is_consuming, "the broker has cancelled it"
 
 
-def test_a_look_tells_the_lengths_and_declares_a_training_queue_that_is_gone(
+def test_a_look_reports_the_lengths_and_declares_a_training_queue_that_is_gone(
     broker: Connection, link: Link
 ) -> None:
     assert link.look(Queue.DEAD) == link.look(Queue.DEAD) == (3, 2)

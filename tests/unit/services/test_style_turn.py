@@ -16,7 +16,7 @@ KEY = "jobs/style_7.turn"
 
 
 class Clock:
-    """In place of the module `time`; a test says what happens meanwhile."""
+    """In place of the module `time`; a test chooses what happens meanwhile."""
 
     def __init__(self) -> None:
         self.slept: list[float] = []

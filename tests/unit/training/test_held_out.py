@@ -83,7 +83,7 @@ def test_the_best_checkpoint_is_chosen_by_a_tenth_that_is_not_trained_on(
     assert report["validation_pictures"] == []
 
 
-def test_the_same_images_are_held_out_whatever_their_order_and_another_seed_takes_others(
+def test_the_same_images_are_held_out_in_any_order_and_another_seed_takes_others(
     base: BaseModel, make_run: MakeRun
 ) -> None:
     run = make_run(count=10, deliver="best")
@@ -123,7 +123,7 @@ def test_with_too_few_images_the_best_checkpoint_is_refused_with_a_remedy(
     assert not prepare(make_run(count=9), base).held_out
 
 
-def test_the_intake_alone_reports_held_out_images_and_the_refusal(make_run: MakeRun) -> None:
+def test_the_intake_reports_held_out_images_and_the_refusal(make_run: MakeRun) -> None:
     found = validation.validate(make_run(count=10, deliver="best", epochs=2))
     assert (found.usable, found.steps, found.problem) == (10, 18, "")
     found = validation.validate(make_run(count=9, deliver="best", epochs=2))
