@@ -23,6 +23,7 @@ _OF_INTEREST = {
     "modelspec.trigger_phrase": "trigger word",
     "modelspec.resolution": "resolution",
     "modelspec.date": "trained on",
+    "modelspec.usage_hint": "use",
 }
 
 
@@ -86,6 +87,7 @@ def _summary(found: Inspection, console: Console) -> None:
         ("alpha", ", ".join(f"{alpha:g}" for alpha in found.alphas) or "not in the file"),
         ("layers", f"{len(found.layers)} ({numbers})"),
         ("targets", ", ".join(f"{count} × {name}" for name, count in found.targets.items())),
+        ("read by", _readers(found)),
         ("‖ΔW‖", _spread(found.norms)),
     ]
     for name, value in rows:
@@ -128,6 +130,14 @@ def _shortened(value: str) -> str:
 def _printable(text: str) -> str:
     """A stranger's text, fit for a terminal: no escape sequences."""
     return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
+def _readers(found: Inspection) -> str:
+    # Imported late, with the rest of the package.
+    # pylint: disable-next=import-outside-toplevel
+    from training.style.results.readers import in_words
+
+    return in_words(found.readers, len(found.layers)) if found.readers else "not known"
 
 
 def _spread(norms: tuple[float, float, float] | None) -> str:

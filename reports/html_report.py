@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HTML_REPORT, KOHYA_WEIGHTS, WEIGHTS
+from jobs.layout import HTML_REPORT
 from reports import verdict
 from reports.charts import Line, line_chart, smoothed
 from reports.likeness import copies
@@ -22,11 +22,6 @@ from utils.names import shown_name
 TEMPLATE = "training_report.html.j2"
 IN_THE_STRIP = 8
 """Images of the artist that stand above the samples."""
-PROGRAMS = (
-    ("ComfyUI, AUTOMATIC1111, Forge", KOHYA_WEIGHTS),
-    ("diffusers (Python)", WEIGHTS),
-    ("PEFT (Python)", f"{ADAPTER_WEIGHTS} and {ADAPTER_CONFIG}"),
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,6 +117,7 @@ def _content(report: Mapping[str, Any], images: ReportImages) -> dict[str, Any]:
     shown = [each for each in cards if each["thumbnail"] and each["status"] != "left_out"]
     return {
         "machine_warnings": (),
+        "files": {},
         "pictures_held_out": 0,
         **report,
         "title": f"Style {style}" if style else "Training report",
@@ -130,7 +126,6 @@ def _content(report: Mapping[str, Any], images: ReportImages) -> dict[str, Any]:
         "strip": shown[:IN_THE_STRIP],
         "pairs": _pairs(images),
         "prompt": _prompt(report, images.prompts),
-        "programs": PROGRAMS,
         "pictures": cards,
         "validation_pictures": _cards(report["validation_pictures"], images.held_out),
         "choice": _choice(report),

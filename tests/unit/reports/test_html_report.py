@@ -115,6 +115,7 @@ def make(folder: Path, **changed: Any) -> tuple[dict[str, Any], TrainingRun, Tra
         "sample_seconds": 20.0,
         "base_model": {"name": EVIL, "hash": "ab" * 32},
         "versions": {"torch": "2"},
+        "files": {"lora_weights_kohya.safetensors": "ComfyUI"},
         "warnings": [EVIL, "After epoch 20 the LoRA began to copy its images."],
     }
     return report | changed, run, result

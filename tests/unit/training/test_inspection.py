@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from benchmarks.sd15 import unet
 from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS
-from jobs.style import HyperParameters
+from jobs.style import TARGETS, HyperParameters
 from training.style.families.sd15 import BaseModel
 from training.style.results import export
 from training.style.results.inspection import NotALora, inspect
-from training.style.results.lora_formats import lora_layers
+from training.style.results.lora_formats import Layer, lora_layers
+from training.style.results.readers import USES, in_words, layers_read
 
 KNOWN = ("diffusers", "PEFT", "kohya")
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -74,6 +78,21 @@ def test_the_metadata_is_shown_with_the_base(exported: Path) -> None:
     found = inspect(exported / KOHYA_WEIGHTS)
     assert found.metadata["modelspec.title"] == "Harbour"
     assert found.base and found.base.startswith("stable-diffusion-v1/lora, sd_v1")
+
+
+def test_a_header_whose_length_looks_like_the_mark_of_a_pickle_is_read(tmp_path: Path) -> None:
+    """The length of the header comes first: 128 bytes more or less begin with the byte 80."""
+    path = tmp_path / "a.safetensors"
+    tensors = {
+        f"{LAYER}.lora_down.weight": torch.ones(2, 8),
+        f"{LAYER}.lora_up.weight": torch.ones(3, 2),
+    }
+    for padding in range(0, 256, 8):
+        save_file(tensors, path, metadata={"padding": "x" * padding})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    assert path.read_bytes()[:1] == b"\x80"
+    assert len(inspect(path).layers) == 1
 
 
 def test_a_peft_file_without_its_configuration_has_no_alpha(exported: Path, tmp_path: Path) -> None:
@@ -360,3 +379,73 @@ def test_a_file_without_lora_factors_is_named_for_what_it_is(
     path = tmp_path / "a.safetensors"
     save_file({name: torch.ones(2) for name in names}, path)
     assert reason in refusal(path)
+
+
+# ---- programs ------------------------------------------------------------------------------------
+
+
+def _spelt(layers: dict[str, Layer], form: str) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA as a form of file spells them."""
+    prefix = {"diffusers": "unet.", "PEFT": "base_model.model.", "bare": ""}[form]
+    downs = {f"{prefix}{name}.lora_A.weight": layer.down for name, layer in layers.items()}
+    return downs | {f"{prefix}{name}.lora_B.weight": layer.up for name, layer in layers.items()}
+
+
+def _layers(base: BaseModel, names: Iterable[str]) -> dict[str, Layer]:
+    """A LoRA of rank 2 on these layers of the UNet."""
+    shapes = {name: base.unet.get_submodule(name).weight.shape for name in names}
+    return {name: Layer(torch.ones(2, i), torch.ones(o, 2), 1.0) for name, (o, i) in shapes.items()}
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "PEFT", "bare"])
+def test_the_layers_that_diffusers_reads_are_those_that_inspect_counts(
+    warm_base: BaseModel, exported: Path, tmp_path: Path, form: str
+) -> None:
+    names = json.loads((exported / "norms.json").read_text())
+    path = exported / KOHYA_WEIGHTS
+    if form != "kohya":
+        path = tmp_path / WEIGHTS
+        save_file(_spelt(_layers(warm_base, names), form), path)
+    counted = inspect(path).readers
+    assert counted is not None and set(counted.values()) <= {0, len(names)}
+    read = dict(export.LOADERS)[KOHYA_WEIGHTS]
+    loaded = read(UNet2DConditionModel.from_config(warm_base.unet.config), path.parent, path.name)
+    assert len(lora_layers(loaded)) == counted["diffusers"]
+
+
+def test_peft_reads_its_own_file_in_full_and_no_other_program_does(exported: Path) -> None:
+    layers = len(inspect(exported / ADAPTER_WEIGHTS).layers)
+    counted = inspect(exported / ADAPTER_WEIGHTS).readers
+    assert counted == {"diffusers": 0, "PEFT": layers, "ComfyUI": 0, "A1111": 0}
+
+
+def test_comfyui_reads_only_the_feed_forward_layers_of_the_diffusers_file() -> None:
+    """With `attention+ff` a LoRA of SD1.5 has 160 layers, 32 of them feed-forward ones."""
+    with torch.device("meta"):
+        names = [
+            name
+            for name, _ in unet().named_modules()
+            if name.endswith(TARGETS["attention+ff"]) and ".transformer_blocks." in name
+        ]
+    assert len(names) == 160
+    counted = layers_read([f"unet.{name}" for name in names])
+    assert counted == {"diffusers": 160, "PEFT": 0, "ComfyUI": 32, "A1111": 0}
+    assert in_words(counted, 160) == "diffusers: all; ComfyUI: 32 of 160; PEFT, A1111: none"
+    kohya = layers_read([f"lora_unet_{name.replace('.', '_')}" for name in names])
+    assert kohya == {"diffusers": 160, "PEFT": 0, "ComfyUI": 160, "A1111": 160}
+    old = [f"unet.{name}".replace(".to_", ".processor.to_") for name in names]
+    assert (layers_read(old) or {})["ComfyUI"] == 160
+
+
+def test_readers_of_other_families_are_not_known() -> None:
+    assert layers_read(["transformer.layers.0.attention.to_q"]) is None
+    assert layers_read(["lora_unet_input_blocks_1_1_proj_in"]) is None
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, KOHYA_WEIGHTS, ADAPTER_WEIGHTS])
+def test_every_file_names_the_programs_that_it_is_for_in_its_header(
+    exported: Path, file: str
+) -> None:
+    hint = inspect(exported / file).metadata["modelspec.usage_hint"]
+    assert hint.lower() == f"{USES[file]}.".lower()
+    assert file == KOHYA_WEIGHTS or KOHYA_WEIGHTS in hint

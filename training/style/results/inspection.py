@@ -19,6 +19,7 @@ import safetensors
 from torch import Tensor
 
 from jobs.layout import ADAPTER_CONFIG
+from training.style.results.readers import layers_read
 from utils.wording import counted
 
 KOHYA, DIFFUSERS, PEFT, OTHER = "kohya", "diffusers", "PEFT", "another program's"
@@ -109,6 +110,7 @@ class Inspection:
         layers: In the file's order.
         metadata: The file's header, as it is.
         notes: Notes for users of the file.
+        readers: How many layers each program reads; None if that is not known.
     """
 
     file: str
@@ -122,6 +124,7 @@ class Inspection:
     layers: tuple[LayerFacts, ...]
     metadata: dict[str, str]
     notes: tuple[str, ...]
+    readers: dict[str, int] | None = None
 
     @property
     def about_alpha(self) -> str:
@@ -182,6 +185,7 @@ def inspect(path: Path) -> Inspection:
         layers=layers,
         metadata=metadata,
         notes=notes,
+        readers=layers_read(pairs),
     )
 
 
@@ -190,11 +194,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise NotALora(f"{path} is a folder; name one of the safetensors files in it.")
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(9)
     except OSError as error:
         raise NotALora(f"{path} cannot be read ({error.strerror}).") from error
-    # A zip file is what torch.save writes today; the other is a bare pickle.
-    if start == b"PK\x03\x04" or start[:1] == b"\x80":
+    # torch.save writes a zip file; the other is a bare pickle. A safetensors file begins with the
+    # length of its header (8 bytes), the first of which may be 80, too.
+    is_header = start[4:] == b"\0\0\0\0{"
+    if not is_header and start.startswith((b"PK\x03\x04", b"\x80")):
         raise NotALora(
             f"{path.name} is a pickle, as .pt, .ckpt and .bin files are: opening it could run "
             "code in it, so it is not opened. Convert it to safetensors where that is safe."

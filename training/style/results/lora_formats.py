@@ -31,6 +31,7 @@ from peft.tuners.lora import LoraLayer
 from jobs import base_models
 from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS
 from training.style.families.sd15 import ADAPTER
+from training.style.results import readers
 
 if TYPE_CHECKING:
     from jobs.style import HyperParameters, TrainingRun
@@ -129,6 +130,7 @@ def write_diffusers(
         folder / WEIGHTS,
         _peft_keys(layers, "unet."),
         {"format": "pt", "lora_adapter_metadata": packed}
+        | readers.hint(WEIGHTS)
         | {key: metadata[key] for key in _OF_ANY_FORMAT if key in metadata},
     )
 
@@ -152,7 +154,8 @@ def write_peft(layers: dict[str, Layer], config: LoraConfig, base_name: str, fol
     }
     text = json.dumps(entries, indent=2, sort_keys=True)
     (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
-    _write(folder / ADAPTER_WEIGHTS, _peft_keys(layers, "base_model.model."), {"format": "pt"})
+    header = {"format": "pt"} | readers.hint(ADAPTER_WEIGHTS)
+    _write(folder / ADAPTER_WEIGHTS, _peft_keys(layers, "base_model.model."), header)
 
 
 def write_kohya(layers: dict[str, Layer], metadata: dict[str, str], folder: Path) -> None:
@@ -171,7 +174,8 @@ def write_kohya(layers: dict[str, Layer], metadata: dict[str, str], folder: Path
     # JSON).
     digest = hashlib.sha256(plain[8 + int.from_bytes(plain[:8], "little") :]).hexdigest()
     hashes = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
-    _write(folder / KOHYA_WEIGHTS, tensors, {"format": "pt"} | metadata | hashes)
+    header = {"format": "pt"} | readers.hint(KOHYA_WEIGHTS) | metadata | hashes
+    _write(folder / KOHYA_WEIGHTS, tensors, header)
 
 
 def kohya_name(path: str) -> str:

@@ -22,6 +22,8 @@ from jobs.layout import REPORT
 from jobs.style import HyperParameters
 from reports import html_report
 from training.style.dataset import CAPTION_IGNORED
+from training.style.results import readers
+from training.style.results.lora_formats import MODEL_FILES
 from training.style.results.preview import WITHOUT_LORA, row_of, sampled_epochs
 from training.style.results.probe import Probed
 from utils.errors import StopReason
@@ -134,6 +136,7 @@ def build_report(
         "probe_seconds": round(result.probe_seconds, 3),
         "sample_seconds": round(result.sample_seconds, 3),
         "stopped": result.stopped,
+        "files": {name: readers.USES[name] for name in MODEL_FILES},
         "base_model": {"name": base.name, "hash": base.hash, "dtype": _name_of(base.dtype)},
         "versions": versions(base.device),
         "warnings": list(sentences),
