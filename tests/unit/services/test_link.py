@@ -426,7 +426,7 @@ def test_each_error_of_connecting_is_one_of_ours(
     monkeypatch.setattr(pika, "BlockingConnection", fails)
     with pytest.raises(BrokerError, match=text) as caught:
         connect(SETTINGS)
-    assert type(caught.value) is kind and SETTINGS.rabbitmq_pass.get_secret_value() not in text
+    assert caught.type is kind and SETTINGS.rabbitmq_pass.get_secret_value() not in text
 
 
 def test_an_error_of_ours_is_not_taken_for_the_brokers(monkeypatch: pytest.MonkeyPatch) -> None:
