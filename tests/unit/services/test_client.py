@@ -78,6 +78,9 @@ def test_a_time_beyond_pythons_is_read_as_a_number_and_other_headers_as_they_are
 def test_such_times_in_nested_tables_and_lists_are_read_too() -> None:
     inside = nested(b"A", time(FAR) + b"t\x00" + nested(b"F", b"\x01x" + time(FAR)))
     assert read(frame(b"\x01a" + inside)) == {"a": [FAR, False, {"x": FAR}]}
+    # Values behind a nested one are found, too.
+    behind = inside + b"\x01b" + nested(b"F", b"") + b"\x01c" + time(FAR)
+    assert read(frame(b"\x01a" + behind)) == {"a": [FAR, False, {"x": FAR}], "b": {}, "c": FAR}
 
 
 @pytest.mark.parametrize(

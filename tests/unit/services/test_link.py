@@ -13,8 +13,8 @@ import pytest
 from pika import exceptions
 
 from services.broker import client
-from services.broker.client import NO_ROUTE, Link, connect, refusal_of
-from services.broker.settlement import Delivery, Publication, Queue
+from services.broker.client import NO_ROUTE, Link, Subscription, connect, refusal_of
+from services.broker.settlement import Action, Delivery, Publication, Queue
 from tests.unit.jobs.message_samples import make_settings
 from utils.errors import BrokerError, BrokerRefused, PublicationRefused, Refusal
 
@@ -29,8 +29,10 @@ class Channel:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.is_open = True
-        self.consumer_tags: list[str] = []
-        self.on_message: Callable[..., None] = lambda *_: None
+        self._impl = self
+        self._consumers: dict[str, Callable[..., None]] = {}
+        self._consumer_infos: dict[str, None] = {}
+        self._cancelled: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -65,8 +67,28 @@ class Channel:
 
     def basic_consume(self, name: str, on_message: Callable[..., None]) -> None:
         self._act(f"consume {name.removeprefix(NAME)}")
-        self.consumer_tags = ["tag"]
-        self.on_message = on_message
+        self._consumers["tag"] = on_message
+        self._consumer_infos["tag"] = None
+
+    @property
+    def consumer_tags(self) -> list[str]:
+        return list(self._consumer_infos)
+
+    def basic_cancel(self, tag: str, callback: object) -> None:
+        assert callback
+        self._act(f"cancel {tag}")
+        self._cancelled.add(tag)
+        self._connection.cancelling = [self]
+
+    def basic_ack(self, tag: int) -> None:
+        self._act(f"ack {tag}")
+
+    def basic_reject(self, tag: int, *, requeue: bool) -> None:
+        self._act(f"return {tag}" if requeue else f"drop {tag}")
+
+    def close(self) -> None:
+        self._act("close")
+        self.is_open = False
 
     def _act(self, act: str) -> None:
         self._connection.acts.append(act)
@@ -95,6 +117,10 @@ class Connection:
         self.ioloop = self
         self.method = self
         self.message_count, self.consumer_count = 3, 2
+        self.cancelling: list[Channel] = []
+        self.turns: list[float] = []
+        self.on_turn: Callable[[], None] = lambda: None
+        self.woken = 0
 
     @property
     def found(self) -> Connection:
@@ -108,6 +134,25 @@ class Connection:
     def add_on_connection_blocked_callback(self, _: object) -> None: ...
 
     add_on_connection_unblocked_callback = add_on_connection_blocked_callback
+
+    def process_data_events(self, *, time_limit: float) -> None:
+        """The broker acknowledges a cancellation in the third turn after it."""
+        self.turns.append(time_limit)
+        self.on_turn()
+        assert len(self.turns) < 50, "a hot loop"
+        if len(self.turns) >= 3:
+            for channel in self.cancelling:
+                channel._consumers.clear()
+
+    def close(self) -> None:
+        self.acts.append("disconnect")
+        self.is_open = False
+
+    def add_callback_threadsafe(self, callback: Callable[[], None]) -> None:
+        if not self.is_open:
+            raise exceptions.ConnectionWrongStateError
+        callback()
+        self.woken += 1
 
     def call_later(self, *_: object) -> int:
         return 1
@@ -243,10 +288,10 @@ def test_a_queue_is_looked_for_again_before_it_is_consumed_one_message_at_a_time
     assert subscription.queue is LLM and subscription.is_consuming
     method = pika.spec.Basic.Deliver(delivery_tag=5, redelivered=True)
     properties = pika.BasicProperties(message_id="task-1", headers={"a": 1})
-    broker.channels[-1].on_message(None, method, properties, b"order")
+    broker.channels[-1]._consumers["tag"](None, method, properties, b"order")
     expected = Delivery(b"order", "task-1", redelivered=True, headers={"a": 1}, queue=LLM)
     assert arrived == [(expected, 5)]
-    broker.channels[-1].consumer_tags = []
+    broker.channels[-1]._consumer_infos.clear()
     assert not subscription.is_consuming, "the broker has cancelled it"
 
 
@@ -275,3 +320,119 @@ def test_only_refusals_that_are_expected_are_returned(broker: Connection) -> Non
     assert answer is not None and answer[0] == NO_ROUTE
     broker.fails = lambda act: None
     assert refusal_of(cast(Any, broker), lambda one: one.queue_declare("x")) is None
+
+
+def consume(link: Link, arrived: list[int]) -> Subscription:
+    """A consumer of the training queue that notes the tags of its messages."""
+    return link.subscribe(Queue.TRAINING, lambda _one, _delivery, tag: arrived.append(tag))
+
+
+def test_a_delivery_is_acknowledged_or_returned_and_never_dropped(
+    broker: Connection, link: Link
+) -> None:
+    subscription = consume(link, [])
+    broker.acts.clear()
+    subscription.answer(5, Action.ACK)
+    subscription.answer(6, Action.REQUEUE)
+    assert broker.acts == ["ack 5", "return 6"]
+    broker.fails = lambda act: exceptions.ChannelWrongStateError()
+    with pytest.raises(BrokerError, match="settling a delivery"):
+        subscription.answer(7, Action.ACK)
+
+
+def test_a_message_on_its_way_while_a_consumer_is_cancelled_arrives(
+    broker: Connection, link: Link
+) -> None:
+    arrived: list[int] = []
+    subscription = consume(link, arrived)
+    channel = broker.channels[-1]
+    broker.acts.clear()
+
+    def deliver() -> None:
+        if len(broker.turns) == 2:
+            method = pika.spec.Basic.Deliver(delivery_tag=9)
+            channel._consumers["tag"](None, method, pika.BasicProperties(), b"order")
+
+    broker.on_turn = deliver
+    subscription.cancel()
+    assert arrived == [9]
+    assert broker.acts == ["cancel tag"] and len(broker.turns) == 3
+    assert not channel._cancelled, "pika rejects the messages of a tag in this set"
+    assert not channel.consumer_tags and not subscription.is_consuming and subscription.is_open
+    assert all(0 < seconds <= 0.1 for seconds in broker.turns)
+    subscription.answer(9, Action.REQUEUE)
+    assert broker.acts == ["cancel tag", "return 9"]
+
+
+def test_a_cancellation_ends_with_its_channel(broker: Connection, link: Link) -> None:
+    subscription = consume(link, [])
+    channel = broker.channels[-1]
+    broker.on_turn = lambda: setattr(channel, "is_open", False)
+    subscription.cancel()
+    assert len(broker.turns) == 1 and not subscription.is_open
+
+
+def test_a_channel_is_closed_once(broker: Connection, link: Link) -> None:
+    subscription = consume(link, [])
+    broker.acts.clear()
+    subscription.close()
+    subscription.close()
+    assert broker.acts == ["close"]
+
+
+def test_the_owner_is_woken_and_nobody_is_once_the_connection_has_ended(
+    broker: Connection, link: Link
+) -> None:
+    link.wake()
+    assert broker.woken == 1
+    link.process_events(0.25)
+    assert broker.turns == [0.25]
+    link.close()
+    link.close()
+    link.wake()
+    assert (broker.acts, broker.woken, link.is_open) == (["disconnect"], 1, False)
+
+
+def test_an_error_while_the_connection_is_closed_does_not_matter(
+    broker: Connection, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost() -> None:
+        raise exceptions.StreamLostError("reset")
+
+    monkeypatch.setattr(broker, "close", lost)
+    link.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (exceptions.ProbableAuthenticationError("(403) ACCESS_REFUSED"), BrokerRefused, "login"),
+        (exceptions.ProbableAuthenticationError("(320) closing"), BrokerError, "connecting"),
+        (exceptions.ProbableAccessDeniedError("(530) not allowed"), BrokerRefused, "virtual host"),
+        (exceptions.ProbableAccessDeniedError("(530) limit reached"), BrokerError, "connecting"),
+        (exceptions.AuthenticationError("PLAIN"), BrokerRefused, "no login by password"),
+        (exceptions.IncompatibleProtocolError("x"), BrokerError, "connecting"),
+        (ConnectionRefusedError(111, "refused"), BrokerError, "could not be reached"),
+        (AssertionError("pika"), BrokerError, "AMQP client failed"),
+        (ValueError("Expected connected socket"), BrokerError, "could not be reached"),
+    ],
+)
+def test_each_error_of_connecting_is_one_of_ours(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[BrokerError], text: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pika, "BlockingConnection", fails)
+    with pytest.raises(BrokerError, match=text) as caught:
+        connect(SETTINGS)
+    assert caught.type is kind and SETTINGS.rabbitmq_pass.get_secret_value() not in text
+
+
+def test_an_error_of_ours_is_not_taken_for_the_brokers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(pika, "BlockingConnection", fails)
+    with pytest.raises(ValueError, match="a bug"):
+        connect(SETTINGS)
