@@ -16,7 +16,7 @@ from images.profiles import Profile
 BACKGROUND = (255, 255, 255)
 """Transparent parts are laid on white: a fixed colour, not the hidden one."""
 STRIP_PIXELS = 1024 * 1024
-"""Rows that are converted at a time."""
+"""Pixels that are converted at a time."""
 
 _NOTES = {
     "CMYK": ("was in print colours (CMYK), converted to RGB; colours may shift a little",),
