@@ -4,15 +4,20 @@ tests; they are never skipped."""
 from __future__ import annotations
 
 import gc
+import logging
+import sys
+import threading
 import uuid
 from collections.abc import Iterator
 
 import pytest
+import structlog
 
 from sandbox.backend import Backend
 from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.s3.s3_service import S3Service
+from utils.logger import TALKATIVE
 
 
 def pytest_collection_finish() -> None:
@@ -20,6 +25,24 @@ def pytest_collection_finish() -> None:
     the time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """The logging that a test configures ends with it, such as the level of a command."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    hooks = sys.excepthook, threading.excepthook
+    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
+    yield
+    if root.handlers is not handlers:
+        root.handlers = handlers
+        root.setLevel(level)
+        for name, value in levels.items():
+            logging.getLogger(name).setLevel(value)
+        logging.captureWarnings(False)
+        sys.excepthook, threading.excepthook = hooks
+        structlog.reset_defaults()
 
 
 # --- S3

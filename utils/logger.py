@@ -31,7 +31,7 @@ _SECRET_SHAPES = (
     (re.compile(r"(?i)([?&](?:x-amz-[\w-]*|signature|awsaccesskeyid)=)[^&\s\"']+"), r"\1" + MASK),
 )
 # These libraries log every request at DEBUG, with its headers.
-_TALKATIVE = (
+TALKATIVE = (
     *("botocore", "boto3", "s3transfer", "urllib3", "pika", "PIL", "matplotlib", "httpx"),
     "asyncio",
 )
@@ -135,7 +135,7 @@ def configure(
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)
-    for name in _TALKATIVE:
+    for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught

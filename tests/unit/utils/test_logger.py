@@ -7,36 +7,16 @@ import logging
 import re
 import subprocess
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
-import structlog
 
 from utils.logger import MASK, Redactor, bound, configure, get_logger
 
 SECRET = "correct-horse-battery-staple"
-TALKATIVE = ("botocore", "boto3", "s3transfer", "urllib3", "pika", "PIL", "matplotlib", "httpx")
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    """Restore the log's configuration after a test, with pytest's own handlers."""
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    hooks = sys.excepthook, threading.excepthook
-    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
-    yield
-    root.handlers = handlers
-    root.setLevel(level)
-    for name, value in levels.items():
-        logging.getLogger(name).setLevel(value)
-    logging.captureWarnings(False)
-    sys.excepthook, threading.excepthook = hooks
-    structlog.reset_defaults()
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
