@@ -98,7 +98,7 @@ def started(worker: WorkerProcess, task_id: str) -> list[int]:
     ]
 
 
-def test_a_toy_job_between_two_styles_leaves_the_trainer_and_its_base_model_alone(
+def test_a_toy_job_between_two_styles_keeps_the_trainer_and_its_base_model(
     world: World, worker: WorkerProcess
 ) -> None:
     first, last = world.envelope(style_id=91), world.envelope(style_id=92)
@@ -186,7 +186,7 @@ def test_doctor_tests_the_queue_of_the_kind(program: Path, world: World) -> None
     assert of_broker and {each["verdict"] for each in of_broker} == {"ok"}
 
 
-def test_a_worker_of_this_kind_alone_needs_no_gpu_and_loads_no_base_model(
+def test_a_worker_of_only_this_kind_needs_no_gpu_and_loads_no_base_model(
     program: Path, apart: World
 ) -> None:
     with apart.worker_of(program, KINDS="toy", ALLOW_CPU="false") as worker:

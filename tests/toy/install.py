@@ -1,4 +1,4 @@
-"""Adds the toy kind to a copy of the product, as somebody who writes a kind would."""
+"""Adds the toy kind to a copy of the product, as the author of a kind would."""
 
 from __future__ import annotations
 
