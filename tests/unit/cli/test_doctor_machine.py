@@ -21,3 +21,12 @@ def test_a_gpu_older_than_compute_capability_7_0_is_a_warning(
     finding = next(machine.examine_gpu({}, allow_cpu=False))
     assert finding.verdict is verdict
     assert bool(finding.remedy) is (verdict is Verdict.WARN)
+
+
+@pytest.mark.parametrize(("needed", "verdict"), [(True, Verdict.FAIL), (False, Verdict.OK)])
+def test_a_missing_gpu_is_a_problem_only_if_a_kind_needs_one(
+    monkeypatch: pytest.MonkeyPatch, needed: bool, verdict: Verdict
+) -> None:
+    monkeypatch.setattr(machine, "check_machine", lambda _: Machine(cuda=False, device="cpu"))
+    (finding,) = machine.examine_gpu({}, allow_cpu=False, needed=needed)
+    assert finding.verdict is verdict

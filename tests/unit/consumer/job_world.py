@@ -1,6 +1,6 @@
 """One worker and its surroundings in memory: the real pipeline, endings and records.
 
-S3 is in memory. A test chooses the behaviour of broker, backend and trainer.
+S3 is in memory, and a test controls the broker, the backend and the trainer.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ The worker knows it by its registry line only.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -24,8 +25,11 @@ from jobs.kinds import Kinds, Run
 from jobs.style import TrainerOptions
 from services.broker.settlement import Settlement
 from services.records.style_turn import StyleTurns
+from tests.toy.work import ToyWork
 from tests.unit.consumer.job_world import STATE, World, delivery
 from tests.unit.jobs.message_samples import BUCKET
+from training.runtime.child import Child
+from training.runtime.inbox import Inbox
 from utils.events import Event, Finished
 
 TOY = "tests.toy.kind:ToyKind"
@@ -142,3 +146,43 @@ def test_the_real_trainer_process_does_a_run_of_another_kind_and_imports_no_torc
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+class _Child(Child):
+    """A child that shows which runner has the run, and which base model is warm."""
+
+    def does(self, runner: str) -> tuple[Any, Any]:
+        run = Run("t-1", 1, runner, {}, {})
+        return self._runner_of(run), self._warm
+
+
+class OtherBase(ToyWork):
+    """A runner with a base model."""
+
+    has_base = True
+
+    def __init__(self, options: TrainerOptions) -> None:
+        super().__init__(options)
+        self.released = 0
+
+    def release(self, tell: Any) -> None:
+        """Count."""
+        self.released += 1
+
+
+def test_only_a_runner_with_a_base_model_replaces_the_warm_one(tmp_path: Path) -> None:
+    here = f"{__name__}:OtherBase"
+    options = dataclasses.replace(OPTIONS, runner=here)
+    with (tmp_path / "runs").open("w+b") as runs, (tmp_path / "events").open("wb") as events:
+        child = _Child(options, Inbox(runs), events)
+        runner, warm = child.does(here)
+        assert runner is warm and isinstance(warm, OtherBase)
+        toy, still = child.does(OPTIONS.runner)
+        assert isinstance(toy, ToyWork) and still is warm and not warm.released
+        assert child.does(here)[0] is warm
+        other, newest = child.does(f"{__name__}:AnotherBase")
+        assert other is newest and warm.released == 1
+
+
+class AnotherBase(OtherBase):
+    """A runner with another base model."""

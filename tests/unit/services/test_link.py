@@ -380,7 +380,7 @@ def test_a_channel_is_closed_once(broker: Connection, link: Link) -> None:
     assert broker.acts == ["close"]
 
 
-def test_the_owner_is_woken_and_nobody_is_once_the_connection_has_ended(
+def test_a_wake_reaches_the_owner_until_the_connection_has_ended(
     broker: Connection, link: Link
 ) -> None:
     link.wake()
@@ -417,7 +417,7 @@ def test_an_error_while_the_connection_is_closed_does_not_matter(
         (ValueError("Expected connected socket"), BrokerError, "could not be reached"),
     ],
 )
-def test_each_error_of_connecting_is_one_of_ours(
+def test_each_error_of_connecting_becomes_a_broker_error(
     monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[BrokerError], text: str
 ) -> None:
     def fails(*_: object, **__: object) -> None:
@@ -429,7 +429,7 @@ def test_each_error_of_connecting_is_one_of_ours(
     assert caught.type is kind and SETTINGS.rabbitmq_pass.get_secret_value() not in text
 
 
-def test_an_error_of_ours_is_not_taken_for_the_brokers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_error_is_not_taken_for_the_brokers(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise ValueError("a bug")
 
