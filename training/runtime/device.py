@@ -148,6 +148,12 @@ def reserved_bytes(device: torch.device) -> int | None:
     return int(torch.cuda.memory_reserved(device)) if device.type == "cuda" else None
 
 
+def available_bytes(device: torch.device) -> int:
+    """Bytes of the GPU that tensors of this process can still take."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + int(held)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The GPU's peak by torch's allocator; without CUDA the process's largest resident size."""
     if device.type == "cuda":

@@ -13,8 +13,15 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from jobs.style import HyperParameters, TrainerOptions
-from training.runtime.device import choose_device, free_memory, gpu_error, out_of_memory
+from training.runtime.device import (
+    available_bytes,
+    choose_device,
+    free_memory,
+    gpu_error,
+    out_of_memory,
+)
 from training.runtime.recomputation import Recomputation
+from training.style.families import memory
 from training.style.families.base_files import (
     first_line,
     hash_of_weights,
@@ -29,10 +36,6 @@ log = logging.getLogger(__name__)
 ADAPTER = "default"
 """Name of the adapter on the UNet while a run is in hand."""
 
-MODEL_BYTES, IMAGE_BYTES = 4 * 1024**3, 8 * 1024**3
-"""Free memory that training without gradient checkpointing is given: for the model and what is not
-known, and for each image of 512 x 512 pixels in a batch. Autograd keeps at most 4 GiB per image in
-fp16 (counted); the rest is for short-lived tensors."""
 DRIFT_BYTES = 64 * 1024**2
 """A detached base that holds this much more GPU memory than a fresh one has leaked."""
 
@@ -277,9 +280,8 @@ class BaseModel:
     def _wants_checkpointing(self, parameters: HyperParameters) -> bool:
         """`auto` means: on a GPU without room for all that a batch leaves behind."""
         if self._checkpointing == "auto":
-            images = parameters.batch_size * (parameters.resolution / 512) ** 2
-            needed = MODEL_BYTES + images * IMAGE_BYTES
-            return self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < needed
+            needed = memory.bytes_without_checkpointing(memory.SD15, parameters, self.dtype)
+            return self.device.type == "cuda" and available_bytes(self.device) < needed
         return self._checkpointing == "true"
 
     def _fingerprint(self) -> Fingerprint:
