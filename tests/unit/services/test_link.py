@@ -200,7 +200,7 @@ def test_all_queues_and_the_delay_queues_of_the_training_queues_are_declared_at_
 ) -> None:
     broker.fails = lambda act: closed(406, "none") if act == "declare " else None
     link.declare()
-    # The backend's queues are looked at, and a refused declaration tells the type of the first.
+    # The backend's queues are looked at, and a refused declaration shows the type of the first.
     begin = ["look ", "declare ", "look .llm", "declare .endings", "declare .dead"]
     delays = [f"declare {name}.delay.{ms}" for name in ("", ".llm") for ms in (10000, 60000)]
     assert broker.acts == begin + delays

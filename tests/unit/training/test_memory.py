@@ -42,10 +42,8 @@ def counted_bytes(
 
 
 def _in_single_precision(norm: Any) -> Any:
-    def computed(values: Tensor, groups: Any, *parts: Tensor | None, **how: Any) -> Tensor:
-        whole = [
-            part if part is None or isinstance(part, float) else part.float() for part in parts
-        ]
+    def computed(values: Tensor, groups: Any, *parts: Any, **how: Any) -> Tensor:
+        whole = [part.float() if isinstance(part, Tensor) else part for part in parts]
         result: Tensor = norm(values.float(), groups, *whole, **how)
         return result
 
