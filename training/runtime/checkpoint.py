@@ -57,8 +57,11 @@ def write(
 
 
 @contextlib.contextmanager
-def reading(folder: Path, version: int) -> Iterator[tuple[dict[str, Any], dict[str, Tensors]]]:
-    """The state and the tensors of a checkpoint, on the CPU, after every byte is verified.
+def reading(
+    folder: Path, version: int
+) -> Iterator[tuple[dict[str, Any], dict[str, Tensors], dict[str, Any]]]:
+    """The state, the tensors (on the CPU) and the manifest of a checkpoint, after every byte is
+    verified.
 
     A `ValueError` inside the block means that another version has written the state.
 
@@ -80,7 +83,7 @@ def reading(folder: Path, version: int) -> Iterator[tuple[dict[str, Any], dict[s
         tensors = {
             name.removesuffix(_SUFFIX): safetensors.torch.load_file(folder / name) for name in names
         }
-        yield json.loads((folder / STATE).read_bytes()), tensors
+        yield json.loads((folder / STATE).read_bytes()), tensors, facts
     except (ValueError, TypeError, OSError, safetensors.SafetensorError) as error:
         raise CheckpointUnusable(
             f"The checkpoint {folder.name} was written by another version of this software and "

@@ -13,7 +13,7 @@ from torch import Tensor
 from jobs.style import HyperParameters
 from training.runtime import checkpoint
 from training.style.plan import Course
-from training.style.results.probe import Probed
+from training.style.results.probe import Probed, is_worse_than_none
 from utils.errors import CheckpointUnusable
 from utils.events import from_dict
 
@@ -29,6 +29,8 @@ class RunState:
     Attributes:
         task_id, style_id, claim: The job, and the claim under which the checkpoint was written.
         base_model: SHA-256 of the base's UNet weights.
+        encoders: The same of its VAE and text encoder, whose latents and embeddings are trained on;
+            None in checkpoints of earlier releases.
         course: Hyper-parameters asked for and in force, and the changes on the way.
         pictures: Identity of each image and its caption, in order.
         total_steps: Length of the learning-rate schedule, in optimizer steps.
@@ -39,6 +41,7 @@ class RunState:
         losses: Mean unweighted loss of each completed epoch.
         scaler: State of the gradient scaler, or None.
         probes: Measurements of the probe at the beginning and at each checkpoint.
+        batch_order: The rule for the order of batches (see `Plan`).
     """
 
     task_id: str
@@ -55,6 +58,12 @@ class RunState:
     losses: tuple[float, ...]
     scaler: dict[str, Any] | None
     probes: tuple[Probed, ...] = ()
+    encoders: str | None = None
+    batch_order: int = 1
+
+
+# These are entries of the manifest: earlier releases refuse a state with unknown fields.
+_IN_THE_MANIFEST = ("encoders", "batch_order")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,7 +92,8 @@ class Checkpoint:
     def is_sound(self) -> bool:
         """Whether training that diverged may continue from here at another rate."""
         finite = all(bool(weight.isfinite().all()) for weight in self.lora.values())
-        return finite and self.state.skipped_in_a_row == 0
+        worse = is_worse_than_none(self.state.probes)
+        return finite and self.state.skipped_in_a_row == 0 and not worse
 
 
 def save(folder: Path, saved: Checkpoint) -> None:
@@ -101,10 +111,14 @@ def save(folder: Path, saved: Checkpoint) -> None:
         "epoch": state.epoch,
         "step": state.step,
         "total_steps": state.total_steps,
+        **{name: getattr(state, name) for name in _IN_THE_MANIFEST},
     }
+    values = dataclasses.asdict(state)
+    for name in _IN_THE_MANIFEST:
+        del values[name]
     tensors = {name: getattr(saved, name) for name in (*_TENSORS, *_OPTIONAL)}
     written = {name: each for name, each in tensors.items() if each or name in _TENSORS}
-    checkpoint.write(Path(folder), dataclasses.asdict(state), written, facts)
+    checkpoint.write(Path(folder), values, written, facts)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -113,8 +127,9 @@ def load(folder: Path) -> Checkpoint:
     Raises:
         CheckpointUnusable: It is incomplete, altered, or of another version of this software.
     """
-    with checkpoint.reading(Path(folder), FORMAT) as (state, tensors):
-        return Checkpoint(from_dict(RunState, state), **tensors)
+    with checkpoint.reading(Path(folder), FORMAT) as (state, tensors, facts):
+        known = {name: facts[name] for name in _IN_THE_MANIFEST if name in facts}
+        return Checkpoint(from_dict(RunState, state | known), **tensors)
 
 
 def pictures_in(folder: Path) -> tuple[str, ...] | None:
@@ -149,6 +164,8 @@ def refuse_another_run(
         unlike.append(f"it belongs to job {saved.task_id}, this is {now.task_id}")
     if saved.base_model != now.base_model:
         unlike.append("the base model's weights are others")
+    if saved.encoders and saved.encoders != now.encoders:
+        unlike.append("the weights of the base model's VAE or text encoder are others")
     if saved.pictures != now.pictures:
         unlike.append(_other_images(saved.pictures, now.pictures, names or {}))
     if saved.total_steps != now.total_steps:

@@ -16,6 +16,9 @@ import numpy as np
 from jobs.style import HyperParameters
 
 
+BATCH_ORDER = 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A run's steps, numbered from 0 over the whole job: a resumed run follows the same plan.
@@ -24,15 +27,18 @@ class Plan:
         shapes: One per usable image. Images of one shape can share a batch.
         parameters: Hyper-parameters (see `Course.planned`).
         rate_unit: Unit of the optimizer's rates (see `Course.rate_unit`).
+        batch_order: The rule for the order of batches: 1 puts batches that are not full at the end
+            of an epoch, as earlier releases did; `BATCH_ORDER` puts them anywhere.
     """
 
     shapes: tuple[Hashable, ...]
     parameters: HyperParameters
     rate_unit: float = 1.0
+    batch_order: int = BATCH_ORDER
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which each image is seen once; the last may have fewer images."""
+        """Optimizer steps in which each image is seen once; some may have fewer images."""
         return math.ceil(len(self._epoch(0)) / self.parameters.gradient_accumulation_steps)
 
     @property
@@ -52,7 +58,8 @@ class Plan:
     def _epoch(self, epoch: int) -> list[list[int]]:
         """An epoch's batches. There are as many in each epoch."""
         # A new generator for each epoch: the order needs no state in a checkpoint.
-        order = np.random.default_rng([self.parameters.seed, epoch]).permutation(len(self.shapes))
+        draw = np.random.default_rng([self.parameters.seed, epoch])
+        order = draw.permutation(len(self.shapes))
         full: list[list[int]] = []
         begun: dict[Hashable, list[int]] = {}
         for index in order.tolist():
@@ -60,7 +67,12 @@ class Plan:
             batch.append(index)
             if len(batch) == self.parameters.batch_size:
                 full.append(begun.pop(self.shapes[index]))
-        return full + list(begun.values())
+        if self.batch_order == 1:
+            return full + list(begun.values())
+        # A batch that is not full weighs its images more: not always the same place of an epoch.
+        for batch in begun.values():
+            full.insert(int(draw.integers(len(full) + 1)), batch)
+        return full
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then the chosen shape, over the whole job's length."""

@@ -31,9 +31,15 @@ from training.style.dataset import Dataset
 from training.style.families.sd15 import BaseModel
 from training.style.loop_state import Counted, LoopState
 from training.style.objective import Chance, denoising_losses, min_snr_weights
-from training.style.plan import Course, Plan
+from training.style.plan import BATCH_ORDER, Course, Plan
 from training.style.results.examiner import Examiner
-from training.style.results.probe import Probed, best_of, verdict
+from training.style.results.probe import (
+    Probed,
+    best_of,
+    diverged,
+    is_worse_than_none,
+    verdict,
+)
 from training.style.results.report import TrainingResult
 from utils.errors import StopReason, TrainingDiverged
 from utils.events import CheckpointSaved, Event, Progress, Stage, Started
@@ -79,7 +85,8 @@ class LoRATrainer:
         self._emit, self._should_stop = emit, should_stop
         self._course = course or Course.of(run.parameters)
         self._parameters = self._course.parameters
-        self._plan = Plan(dataset.shapes, self._course.planned, self._course.rate_unit)
+        order = start.state.batch_order if start else BATCH_ORDER
+        self._plan = Plan(dataset.shapes, self._course.planned, self._course.rate_unit, order)
         self._start = self.newest = start
         weights = min_snr_weights(base.scheduler, self._parameters.snr_gamma)
         self._loss_weights = weights.to(base.device)
@@ -143,6 +150,8 @@ class LoRATrainer:
         while True:
             if not plan.inside_epoch(state.step):
                 seen = self._examiner.examine(state)
+                if seen:
+                    self._refuse_divergence(state)
                 self._curves.draw(self._points(state), state.step)
                 self._save_if_due(state, accelerator)
                 if seen and state.step == plan.total_steps:
@@ -253,6 +262,15 @@ class LoRATrainer:
             loop_state.assert_moved(state, self._base, self._parameters)
         return counted
 
+    def _refuse_divergence(self, state: LoopState) -> None:
+        """Notice a loss that is finite, climbs and stays there."""
+        if worse := diverged(state.probes, ends=len(state.losses) == self._parameters.epochs):
+            raise TrainingDiverged(
+                f"Training diverged: after epoch {worse.epoch} the loss on the training images, "
+                f"measured with the same noise each time, is {worse.training:.4f}; without the "
+                f"LoRA it is {state.probes[0].training:.4f}. Lower learning_rate."
+            )
+
     def _save_if_due(self, state: LoopState, accelerator: Accelerator) -> None:
         """Save at the run's interval and at its end; in mid-trouble wait for the next epoch."""
         interval, epoch = self._run.checkpoint_interval, len(state.losses)
@@ -265,8 +283,8 @@ class LoRATrainer:
                 f"Training diverged: after epoch {epoch} the weights are not finite. Lower "
                 "learning_rate."
             )
-        # A checkpoint between two skipped steps may lead into a divergence.
-        if not state.skipped_in_a_row or ends:
+        # A checkpoint between two skipped steps, or after a climb, may lead into a divergence.
+        if ends or not (state.skipped_in_a_row or is_worse_than_none(state.probes)):
             self._save(state, accelerator)
 
     def _begin(self, accelerator: Accelerator) -> LoopState:
@@ -332,6 +350,8 @@ class LoRATrainer:
             skipped_in_a_row=0,
             losses=(),
             scaler=None,
+            encoders=self._base.encoders_hash,
+            batch_order=self._plan.batch_order,
         )
 
     def _report_progress(self, state: LoopState) -> None:

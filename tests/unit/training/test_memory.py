@@ -50,14 +50,19 @@ def _in_single_precision(norm: Any) -> Any:
     return computed
 
 
+def _place(tensor: Tensor) -> int:
+    """The storage of a tensor without content, which has no address."""
+    place: int = tensor.untyped_storage()._cdata  # pylint: disable=protected-access
+    return place
+
+
 def _kept(network: Any, parameters: HyperParameters, dtype: torch.dtype) -> int:
-    frozen = {weight.untyped_storage()._cdata for weight in network.parameters()}
+    frozen = {_place(weight) for weight in network.parameters()}
     kept: dict[int, Tensor] = {}  # the tensors too, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in frozen:
-            kept.setdefault(storage, tensor)
+        if (place := _place(tensor)) not in frozen:
+            kept.setdefault(place, tensor)
         return tensor
 
     side = parameters.resolution // 8

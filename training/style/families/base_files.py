@@ -84,16 +84,21 @@ def load_part(kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def hash_of_weights(folder: Path) -> str:
-    """SHA-256 over a part's weight files, in the order of their names, in hexadecimal."""
+def hash_of_weights(*folders: Path) -> str:
+    """SHA-256 over the weight files of parts, in the order of their names, in hexadecimal."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
-        if ".non_ema" in path.name or ".fp16" in path.name:
-            continue  # variants of the weights that were loaded
+    for path in (each for folder in folders for each in _weights_of(folder)):
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _weights_of(folder: Path) -> list[Path]:
+    """The weight files of a part, without variants of the weights that were loaded."""
+    start = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
+    found = folder.glob(f"{start}*.safetensors")
+    return sorted(path for path in found if ".non_ema" not in path.name and ".fp16" not in path.name)
 
 
 def first_line(error: Exception, folder: Path) -> str:

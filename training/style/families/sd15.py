@@ -49,6 +49,7 @@ class BaseModel:
     Attributes:
         name: Hub name, or the folder's own name where the model is local (never a path).
         hash: SHA-256 of the UNet's weight files, in hexadecimal.
+        encoders_hash: The same of the VAE's and the text encoder's.
         device: Device of all parts.
         dtype: Of the frozen UNet and text encoder; the VAE is always float32, in half precision it
             gives NaN.
@@ -78,6 +79,7 @@ class BaseModel:
         self.vae = load_part(AutoencoderKL, folder, "vae", torch.float32).to(device)
         self.unet = load_part(UNet2DConditionModel, folder, "unet", dtype).to(device)
         self.hash = hash_of_weights(folder / "unet")
+        self.encoders_hash = hash_of_weights(folder / "vae", folder / "text_encoder")
         self._fresh = self._fingerprint()
         self._fresh_bytes = self._allocated_bytes()
 

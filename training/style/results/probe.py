@@ -32,6 +32,8 @@ LEAST_FALL = 0.001
 """A part of the base's own loss; what falls less has hardly been learnt."""
 LEAST_RISE = 0.005
 """A part of the lowest loss; a probe that rises less stands still."""
+MOST_RISE = 0.5
+"""A part of the base's own loss; a LoRA that is so much worse than none has diverged."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,6 +156,24 @@ def best_of(probes: Sequence[Probed]) -> Probed | None:
     return min(measured, key=lambda each: each.training or 0.0, default=None)
 
 
+def is_worse_than_none(probes: Sequence[Probed]) -> bool:
+    """Whether the last measurement of the training images is far above the base's own."""
+    base, last = probes[0].training if probes else None, probes[-1].training if probes else None
+    return base is not None and last is not None and last > base * (1 + MOST_RISE)
+
+
+def diverged(probes: Sequence[Probed], *, ends: bool) -> Probed | None:
+    """The measurement that shows a divergence; None if none does.
+
+    Args:
+        probes: Measurements, the base's own first.
+        ends: The training ends here; then one measurement is enough, else it takes two in a row.
+    """
+    if not is_worse_than_none(probes):
+        return None
+    return probes[-1] if ends or is_worse_than_none(probes[:-1]) else None
+
+
 def verdict(probes: Sequence[Probed]) -> tuple[str, ...]:
     """Sentences for the report about the course of the training."""
     measured = [each for each in probes if each.training is not None]
@@ -164,7 +184,13 @@ def verdict(probes: Sequence[Probed]) -> tuple[str, ...]:
         return tuple(sentences)
     first, last, best = measured[0].training, measured[-1].training, best_of(measured)
     assert first is not None and last is not None and best is not None
-    if min(each.training or 0.0 for each in measured[1:]) > first * (1 - LEAST_FALL):
+    if min(each.training or 0.0 for each in measured[1:]) > first * (1 + LEAST_RISE):
+        sentences.append(
+            "The LoRA got worse from the start: its loss on the training images, measured with the "
+            f"same noise each time, was {first:.4f} before and is {last:.4f} after training. A "
+            "lower learning_rate is needed."
+        )
+    elif min(each.training or 0.0 for each in measured[1:]) > first * (1 - LEAST_FALL):
         sentences.append(
             "The LoRA has learnt next to nothing: its loss on the training images, measured with "
             f"the same noise each time, was {first:.4f} before and is {last:.4f} after training. "

@@ -1,0 +1,121 @@
+"""Jobs that an earlier release began end here with the weights that they would have had there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from tests.releases import BEFORE_ROOMS, LAST_RELEASE, extract
+from tests.unit.training.runs import same, trained
+from training.style.families.sd15 import BaseModel
+
+# Trains a job twice with the modules of an earlier release: to its end, and with a stop.
+THERE = """
+import dataclasses, itertools, json, sys
+import torch
+from safetensors.torch import save_file
+from training import probe, recovery
+from training.base_model import BaseModel
+from training.dataset import prepare
+from training.lora_config import HyperParameters, Picture, TrainerOptions, TrainingRun
+from utils.errors import StopReason
+
+torch.set_num_threads(1)
+probe.CPU_PASSES = 4
+job = json.loads(sys.argv[1])
+base = BaseModel.load(
+    TrainerOptions(job["base"], allow_cpu=True, gradient_checkpointing="false")
+)
+pictures = tuple(Picture(source, path, caption) for source, path, caption in job["images"])
+run = TrainingRun(
+    "task-1", 10, 1, pictures, HyperParameters(**job["parameters"]), job["work"],
+    checkpoint_interval=1,
+)
+
+def finish(run, **how):
+    recovery.train(run, base, prepare(run, base), **how)
+    weights = {n: w.detach().clone() for n, w in base.unet.named_parameters() if "lora_" in n}
+    base.detach()
+    return weights
+
+save_file(finish(run), job["weights"])
+saved, asked = [], itertools.count()
+stop = lambda: StopReason.SHUTDOWN if next(asked) >= job["stop"] else None
+finish(run, emit=saved.append, should_stop=stop)
+print([each.folder for each in saved if hasattr(each, "folder")][-1])
+"""
+EASY: dict[str, Any] = {"dropout": 0.1}
+HARD: dict[str, Any] = {  # three frames, batches that are not full, the best of training images
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "dropout": 0.1,
+    "caption_dropout": 0.5,
+    "deliver": "best",
+    "optimizer": "adamw",
+}
+
+
+@pytest.fixture(scope="module", params=[LAST_RELEASE, BEFORE_ROOMS])
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an earlier release."""
+    return extract(request.param, tmp_path_factory.mktemp("release") / request.param)
+
+
+@pytest.mark.parametrize(("wanted", "stop"), [(EASY, 8), (HARD, 3)], ids=["easy", "hard"])
+def test_a_job_that_an_earlier_release_began_ends_with_the_same_bits(
+    release: Path,
+    options: TrainerOptions,
+    mixed: tuple[TrainingImage, ...],
+    tmp_path: Path,
+    wanted: dict[str, Any],
+    stop: int,
+) -> None:
+    parameters = HyperParameters(
+        epochs=3, resolution=128, rank=2, alpha=4.0, learning_rate=1e-3, **wanted
+    )
+    weights = tmp_path / "weights.safetensors"
+    job = {
+        "base": options.base_model,
+        "images": [(image.source, image.path, image.caption) for image in mixed],
+        "parameters": dataclasses.asdict(parameters),
+        "work": str(tmp_path / "there"),
+        "weights": str(weights),
+        "stop": stop,
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", THERE, json.dumps(job)],
+        cwd=release,
+        env={**os.environ, "PYTHONPATH": str(release), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = TrainingRun(
+        "task-1",
+        10,
+        2,
+        mixed,
+        parameters,
+        str(tmp_path / "here"),
+        resume_from=done.stdout.splitlines()[-1],
+        checkpoint_interval=1,
+    )
+    _, found, _ = trained(_plain(options), run)
+    assert same(found, {name: load_file(weights)[name] for name in found})
+
+
+def _plain(options: TrainerOptions) -> BaseModel:
+    """The base without the paths that are equal only up to rounding."""
+    names = {field.name for field in dataclasses.fields(options)}
+    plain: dict[str, Any] = {"fast_training": False} if "fast_training" in names else {}
+    return BaseModel.load(dataclasses.replace(options, **plain))
