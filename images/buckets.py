@@ -1,4 +1,4 @@
-"""Aspect buckets: every image keeps its shape, as near as a frame of whole blocks comes to it.
+"""Aspect buckets: every image keeps its shape, as closely as a frame of whole blocks allows.
 
 A frame has no more pixels than the square of the training size, so it takes no more memory; its
 sides are multiples of 64, which the UNet can halve as often as it does. Images of one frame can
@@ -13,7 +13,7 @@ import functools
 BLOCK = 64
 """Pixels: eight of the VAE's, times the three halvings of SD1.5's UNet."""
 MOST_STRETCHED = 4
-"""Times its other side that a frame is long or high at most; an image, too."""
+"""The largest ratio of the sides of a frame; also of an image."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Frame:
         return f"{self.width} x {self.height}"
 
     def keeps(self, width: int, height: int) -> float:
-        """The part of an image of this size that is left when it is cropped to the frame."""
+        """The part of an image of this size that remains after the crop to the frame."""
         shape, frame = width * self.height, height * self.width
         return min(shape, frame) / max(shape, frame)
 
@@ -44,7 +44,7 @@ def frame_for(width: int, height: int, resolution: int) -> Frame:
     """The frame that cuts least off an image.
 
     Args:
-        width, height: Of the image, upright.
+        width, height: Size of the upright image, in pixels.
         resolution: The training size, a multiple of `BLOCK`.
     """
     return max(_frames(resolution), key=lambda frame: frame.keeps(width, height))
@@ -52,7 +52,7 @@ def frame_for(width: int, height: int, resolution: int) -> Frame:
 
 @functools.cache
 def _frames(resolution: int) -> tuple[Frame, ...]:
-    """The highest frame of each width, the square first: where two cut equally, it is taken."""
+    """The highest frame of each width, with the square first, so that it wins a tie."""
     wide = [
         Frame(width, height)
         for width in range(resolution, resolution * MOST_STRETCHED, BLOCK)

@@ -1,7 +1,7 @@
-"""What a decoded image shows: enough, once, sharply? Measured on small copies of it.
+"""Checks of a decoded image: content, duplicates and sharpness, measured on small copies.
 
-The limits were set on photographs, sound ones and the same ones blurred step by step;
-`tests/unit/images/test_checks.py` holds them to that.
+The limits were set on photographs: intact ones, and the same ones blurred step by step;
+`tests/unit/images/test_checks.py` tests them on these.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 LEAST_PART = 4
 """An image whose shorter side is less than this part of the training size shows blocks."""
 ONE_COLOUR = 8
-"""Values of 255 within which everything looks like one colour."""
+"""A range of values, of 255, that looks like one colour."""
 NEARLY_ALL = 0.98
 LEAST_SHARPNESS = 8.0
 """Variance of the Laplacian in the sharpest parts of a copy 512 pixels wide: photographs have 180
@@ -30,20 +30,20 @@ and more; blurred by 1 % of their width, less than 6."""
 GREY = 2.0
 """Mean difference of the colour channels, of 255, below which an image has no colour."""
 MOTIF = 32
-"""Side in pixels of the grey copy that an image's motif is recognised by."""
+"""Side in pixels of the grey copy by which an image's motif is recognised."""
 SAME_MOTIF = 4
 """Bits of 64 in which the perceptual hashes of two copies of one image differ at most."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Looks:
-    """The looks of one image.
+    """The properties of one image's content.
 
     Attributes:
         warnings: Warnings for the artist, to follow the image's name in a sentence.
         is_grey: It has no colour.
         pixels: SHA-256 of its pixels: the same image in another file has the same.
-        motif: Its perceptual hash; None where the library is not installed, or none was made.
+        motif: Its perceptual hash; None without the library, or if none was made.
     """
 
     warnings: tuple[str, ...]
@@ -59,12 +59,12 @@ class Looks:
 
 
 def look_at(image: Image.Image, *, resolution: int, size: tuple[int, int] | None = None) -> Looks:
-    """Judge an image by what it shows; its motif is for `motif_of`.
+    """Judge an image by its content; `motif_of` computes its motif.
 
     Args:
         image: Upright, RGB.
         resolution: Side of the training images in pixels.
-        size: Of the image that `image` is a smaller copy of.
+        size: Size of the original that `image` is a smaller copy of.
 
     Raises:
         UnusableImage: There is nothing to learn from it. The message is the reason.

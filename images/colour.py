@@ -1,7 +1,7 @@
-"""Every way of storing colours, brought to 8-bit sRGB by a stated rule.
+"""Converts every way of storing colours to 8-bit sRGB by a defined rule.
 
-How an image is converted is decided once, from its mode and its profile; the pixels then go
-through in strips, so that a large image is never in memory twice.
+The conversion is chosen once, from the image's mode and profile. The pixels are then converted in
+strips, so that a large image is never in memory twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from images.profiles import Profile
 BACKGROUND = (255, 255, 255)
 """Transparent parts are laid on white: a fixed colour, not the hidden one."""
 STRIP_PIXELS = 1024 * 1024
-"""Converted at a time."""
+"""Pixels that are converted at a time."""
 
 _NOTES = {
     "CMYK": ("was in print colours (CMYK), converted to RGB; colours may shift a little",),
@@ -35,7 +35,7 @@ class UnusableImage(Exception):
     """The image cannot be used. The message follows the image's name in a sentence.
 
     Attributes:
-        size: Width and height where they could be read.
+        size: Width and height, if they could be read.
     """
 
     def __init__(self, reason: str, size: tuple[int, int] | None = None) -> None:
@@ -45,10 +45,10 @@ class UnusableImage(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stored:
-    """How a file stores its colours, beyond what the decoder does with them.
+    """The rule for a file's colours, in addition to the work of the decoder.
 
     Attributes:
-        levels: The 8-bit level of each of 65,536 values of deep greys; None where there are none.
+        levels: The 8-bit level of each of 65,536 values of deep greys; None if it has none.
         is_deep: The decoder keeps 8 of 16 bits.
         is_grey: Its pixels are greys, even if they are decoded to another mode.
         profile: The colour space of the numbers; None for sRGB.
@@ -71,10 +71,10 @@ def to_srgb(
         reduced_by: Pixels of the image on each side of one of the result's.
 
     Returns:
-        The image; what was done to it; what the artist should know.
+        The image, the changes to it, and warnings for the artist.
 
     Raises:
-        UnusableImage: It stores colours that cannot be read as they were meant.
+        UnusableImage: Its colours cannot be read with certainty.
     """
     profile, notes = _fitting(image, stored)
     convert = _converter(image, stored, profile)
@@ -99,7 +99,7 @@ def _on_background(rgb: Image.Image, alpha: Image.Image) -> Image.Image:
 
 
 def _fitting(image: Image.Image, stored: Stored) -> tuple[Profile | None, tuple[str, ...]]:
-    """The profile, if it changes these pixels, and notes about what is done.
+    """The profile, if it changes these pixels, and notes about the changes.
 
     Raises:
         UnusableImage: The profile needs bits that the decoder drops.
@@ -151,7 +151,7 @@ def _converter(
         return profile.to_srgb(plain) if profile else plain
 
     def from_levels(part: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-        whole = part.convert("I")  # the only mode of more than 8 bits that takes a table
+        whole = part.convert("I")  # the only mode of more than 8 bits that accepts a table
         return colours_of(whole.point(list(stored.levels or ()), "L")), _opacity_of_deep(whole)
 
     def see_through(part: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -171,7 +171,7 @@ def _converter(
 
 
 def _opacity_of_deep(whole: Image.Image) -> Image.Image | None:
-    """Opacity where a file of 16-bit greys names one of them as transparent."""
+    """The opacity if a file of 16-bit greys names one of them as transparent."""
     transparent = whole.info.get("transparency")
     if not isinstance(transparent, int):
         return None

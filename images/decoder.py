@@ -1,6 +1,6 @@
-"""The decoder process as the trainer sees it.
+"""The trainer's side of the decoder process.
 
-Images go in by path and come out as pixels, or with the reason why not.
+It sends paths of images, and receives pixels or the reason why an image cannot be used.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Answer:
     """The answer for one image.
 
     Attributes:
-        fact: Whether it can be used, and what it is.
-        pixels: RGB, of `fact.frame`; empty where it cannot be used.
-        motif: Grey, `MOTIF` pixels square; empty where it cannot be used.
-        thumbnail: A JPEG; None where nothing could be decoded.
+        fact: Whether the image can be used, and its properties.
+        pixels: RGB, of size `fact.frame`; empty if it cannot be used.
+        motif: Grey, `MOTIF` pixels square; empty if it cannot be used.
+        thumbnail: A JPEG; None if nothing could be decoded.
     """
 
     fact: Taken | Refused
@@ -104,11 +104,11 @@ class Decoder:
         *,
         should_stop: Callable[[], StopReason | None] = lambda: None,
     ) -> Iterator[Answer]:
-        """Decode images in order, each one while the caller works on the one before it.
+        """Decode images in order, the next one while the caller works on the present one.
 
         Args:
             requests: The images.
-            should_stop: Asked while an image is decoded.
+            should_stop: Called while an image is decoded; returns a reason to stop, or None.
 
         Raises:
             Stopped: `should_stop` gave a reason.
@@ -224,9 +224,9 @@ class _Process:
         return Answer(fact, pixels, motif, thumbnail)
 
     def log_native_lines(self) -> None:
-        """Log the first lines that the process has printed on standard error since the last call.
+        """Log the first lines of the process's standard error since the last call.
 
-        C libraries report there in which way a file is damaged.
+        C libraries report there how a file is damaged.
         """
         printed = bytearray()
         with contextlib.suppress(BlockingIOError):

@@ -1,7 +1,7 @@
-"""PNG files without the metadata that nothing here reads, so that it cannot spoil the image.
+"""Removes metadata from PNG files that the product does not read, so that it cannot cost the image.
 
-A text of more than a megabyte or a checksum that is wrong in a comment makes Pillow refuse the
-whole file; neither has anything to do with the pixels.
+A text of more than a megabyte, or a wrong checksum in a comment, makes Pillow refuse the whole
+file, although neither concerns the pixels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _USED = (b"tRNS", b"eXIf", b"acTL", *_COLOURS)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Png:
-    """A PNG file, tidied.
+    """A PNG file without its unused metadata.
 
     Attributes:
         content: The file without metadata that is not used or is damaged.
@@ -39,7 +39,7 @@ class Png:
 
 
 def tidied(content: bytes) -> Png:
-    """The file with its pixels and what gives them their colours; all else is left out.
+    """The file with only its pixels and the chunks that define their colours.
 
     The parts that the decoder judges stay as they are: chunks of the pixels, sound or not, and the
     end of a truncated file.

@@ -1,4 +1,4 @@
-"""Colour spaces as ICC profiles, so that only LittleCMS computes with colours."""
+"""Colour spaces as ICC profiles, so that only LittleCMS converts colours."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from PIL import Image, ImageCms
 MOST_PROFILE_BYTES = 16 * 1024**2
 """A larger profile is ignored; those of print shops have 2 MiB."""
 SAME = 1
-"""Levels of 255 by which no colour of a profile differs from sRGB's where it is sRGB."""
+"""A profile counts as sRGB if none of its colours differs by more than these levels of 255."""
 STEEP = 2
-"""Levels of 255 that one level of the file may make at most where its lower bits are gone."""
+"""The most levels of 255 for one level of the file, if its lower bits were dropped."""
 
 _SRGB = ImageCms.createProfile("sRGB")
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
@@ -41,12 +41,12 @@ class UnusableProfile(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Profile:
-    """A colour space that an image's numbers are in.
+    """The colour space of an image's numbers.
 
     Attributes:
         name: For people.
         mode: The mode that pixels must have for `to_srgb`.
-        is_srgb: The numbers mean what sRGB's mean.
+        is_srgb: The numbers have the meaning of sRGB's.
         is_steep: Some levels are so far apart in sRGB that an image of 16 bits, read in 8, shows
             wrong colours.
         transform: To sRGB.
@@ -73,7 +73,7 @@ class Profile:
 def read_profile(content: bytes) -> Profile:
     """Read a file's own profile.
 
-    Whether it is sRGB is judged by what it does to colours, never by its name.
+    Whether it is sRGB is judged by its effect on colours, never by its name.
 
     Raises:
         UnusableProfile: It is damaged, or of a kind that images do not have.

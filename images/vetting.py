@@ -74,7 +74,9 @@ def vet(content: bytes, *, max_pixels: int) -> Vetted:
     if content.startswith(png_metadata.SIGNATURE):
         png = png_metadata.tidied(content)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters raises
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow's warnings about odd metadata; relevant problems raise errors
         image = _open(png.content)
         _refuse_by_header(image, max_pixels)
         refuse_previews(image, content)
@@ -148,9 +150,10 @@ def _refuse_by_header(image: Image.Image, max_pixels: int) -> None:
 
 
 def _first_of_several(image: Image.Image) -> tuple[str, ...]:
-    """A warning where only the first image of the file is used.
+    """A warning if only the first image of the file is used.
 
-    A phone's MPO holds a second view of the photograph; all else with frames moves or has pages.
+    An MPO file of a phone has a second view of the photograph; other files with frames are animated
+    or have pages.
     """
     try:
         several = image.format != "MPO" and bool(getattr(image, "is_animated", False))
@@ -162,7 +165,7 @@ def _first_of_several(image: Image.Image) -> tuple[str, ...]:
 
 
 def _stored(image: Image.Image, png: png_metadata.Png) -> tuple[Stored, tuple[str, ...]]:
-    """How its colours are stored, with notes on what was ignored."""
+    """The rule for its colours, with notes about ignored metadata."""
     try:
         stored, notes = stored_in(image, png.coding, png.content)
     except UnusableImage:
@@ -177,7 +180,7 @@ def _stored(image: Image.Image, png: png_metadata.Png) -> tuple[Stored, tuple[st
 
 
 def _shrunk(image: Image.Image) -> int:
-    """How many pixels on each side of a large image become one; a JPEG decodes them so."""
+    """The factor by which a large image is reduced on each side; a JPEG is decoded reduced."""
     factor = math.ceil(math.sqrt(image.width * image.height / LARGE))
     if factor > 1 and image.format in ("JPEG", "MPO"):
         image.draft(image.mode, (image.width // 2, image.height // 2))

@@ -1,9 +1,9 @@
-"""The dead queue, looked at without taking, and what is sent back from it.
+"""Lists the dead queue without removing messages, and sends messages back from it.
 
-AMQP can only hand messages out. So they are fetched without an acknowledgement on one channel, and
-what is not acknowledged goes back where it was when the channel closes. A quorum queue counts that,
-and drops a message after so many returns; one that has been looked at often is put back as a fresh
-copy, so that looking never costs a message.
+AMQP can only deliver messages. So they are fetched on one channel without an acknowledgement, and
+return to their places when the channel closes. A quorum queue counts the returns and drops a
+message at its limit. Therefore a message that was returned often is replaced by a new copy, so that
+listing never loses a message.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class DeadLetter:
 
     Attributes:
         number: Its place in the queue, from 1.
-        code: Why it is there, an `utils.errors.ErrorCode`; empty for one that the broker itself has
-            moved there.
-        reason: The same, in words.
+        code: The reason as a `utils.errors.ErrorCode`; empty for a message that the broker itself
+            has moved there.
+        reason: The reason in words.
         task_id: The task's id; empty if the message has none.
         attempts: Attempts made, as far as they were counted.
         body: The message as it was published.
-        headers: Those that a copy of the original takes along.
+        headers: The headers that a copy of the original keeps.
     """
 
     number: int
@@ -52,7 +52,7 @@ class DeadLetter:
 
     @property
     def is_cut(self) -> bool:
-        """The body is only the beginning of the message, which the broker would not hold."""
+        """The body is only the beginning of the message, because the broker refused the whole."""
         return BODY_SHA256 in self.headers
 
 
@@ -63,15 +63,15 @@ Judge = Callable[[DeadLetter], Publication | None]
 def go_through(settings: BrokerSettings, judge: Judge, *, limit: int) -> int:
     """Show every message of the dead queue to `judge`, and replace those for which it returns one.
 
-    A message leaves the dead queue only after the broker has confirmed what takes its place.
+    A message leaves the dead queue only after the broker has confirmed its replacement.
 
     Args:
         settings: The broker and the queue.
         judge: Sees each message, oldest first.
-        limit: No more than so many.
+        limit: The most messages to show.
 
     Returns:
-        How many messages were not looked at.
+        The number of messages that were not shown.
 
     Raises:
         BrokerError: The broker failed. Messages without a confirmed replacement are still in the
@@ -82,7 +82,7 @@ def go_through(settings: BrokerSettings, judge: Judge, *, limit: int) -> int:
     def act(channel: Any) -> int:
         channel.confirm_delivery()
         left: int = channel.queue_declare(dead, passive=True).method.message_count
-        # Counted before: the copies that are put back come last, and are not looked at again.
+        # Counted before: new copies are at the end of the queue, and are not shown again.
         for tag, returns, letter in _fetched(channel, dead, min(left, limit)):
             publication = judge(letter)
             if publication is None and returns >= MOST_RETURNS:
@@ -97,7 +97,7 @@ def go_through(settings: BrokerSettings, judge: Judge, *, limit: int) -> int:
         answer = visit.attempt(f"reading the queue {dead}", act)
     if isinstance(answer, Refusal):
         if answer.code == NOT_FOUND:
-            return 0  # no worker has ever been here
+            return 0  # no worker has declared it yet
         raise BrokerError(f"RabbitMQ refuses to read the queue {dead}: {answer.text}")
     return answer
 

@@ -1,4 +1,4 @@
-"""A style as ops must see it before they act: its published model, and later orders of it.
+"""The state of a style for a warning before an action: its published model, and later orders.
 
 The platform's backend knows a style, not its jobs. If a job of a style fails or is cancelled, it
 marks the style as failed, even if an earlier job has published a model that is sold.
@@ -24,7 +24,7 @@ from utils.settings.storage import StorageSettings
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Published:
-    """The model that a style has.
+    """The published model of a style.
 
     Attributes:
         style_id: The style.
@@ -62,12 +62,12 @@ def published(bucket: str, s3: S3Service, style_id: int) -> Published | None:
     try:
         metadata = s3.head(weights).metadata
     except StorageError:
-        return None  # this is only a warning; what is done next fails by itself if S3 is away
+        return None  # this is only a warning; if S3 is down, the next step fails anyway
     return Published(style_id, metadata.get(TASK_ID, ""), instant(metadata.get(ORDERED_AT)))
 
 
 def at_stake(bucket: str, s3: S3Service, style_id: int, what: str) -> str:
-    """A warning where a style has a published model; empty where it has none.
+    """A warning if a style has a published model; otherwise empty.
 
     Args:
         bucket: The bucket of the models.

@@ -1,4 +1,4 @@
-"""Task ids as people type them: whole, or the beginning of one."""
+"""Task ids as users type them: in full, or only the beginning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def resolve(s3: S3Service, bucket: str, given: str, *, others: Collection[str] = ()) -> str:
-    """The task id that is meant by an id or by the beginning of one.
+    """The task id for an id, or for the beginning of one.
 
     Args:
         s3: The storage.
@@ -36,7 +36,7 @@ def resolve(s3: S3Service, bucket: str, given: str, *, others: Collection[str] =
         others: More ids that may be meant, such as those in the dead queue.
 
     Returns:
-        The whole id; `given` as it is where no known id begins with it.
+        The whole id; `given` unchanged if no known id begins with it.
 
     Raises:
         ConfigurationError: No id looks like this, or several ids begin with it.
@@ -77,7 +77,7 @@ def is_clear(given: str, task_id: str) -> bool:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask a person before something is done that may not be meant.
+    """Ask the user to confirm an action that may not be intended.
 
     Args:
         question: A question that `yes` answers.
@@ -113,7 +113,7 @@ def short_ids(shown: Iterable[str], known: Iterable[str]) -> dict[str, str]:
         neighbours = everything[max(0, index - 1) : index] + everything[index + 1 : index + 2]
         length = max((_in_common(task_id, each) + 1 for each in neighbours), default=0)
         length = max(length, SHOWN)
-        # A few characters more cost less than an id that has to be completed by hand.
+        # A few extra characters are easier than an id that has to be completed by hand.
         found[task_id] = task_id if len(task_id) <= length + 4 else task_id[:length]
     return found
 

@@ -1,4 +1,4 @@
-"""The loop of the trainer process: it takes runs, has a runner do them, and reports the endings."""
+"""The loop of the trainer process: it takes runs, passes each to a runner, and reports its end."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class Runner(Protocol):
 
     @property
     def on_gpu(self) -> bool:
-        """See above."""
+        """The dataclass of its runs."""
 
     def load(self, tell: Callable[[Event | BaseModelReady], None]) -> None:
         """Load the base model, unless it is loaded."""
 
     def release(self, tell: Callable[[Event | BaseModelReady], None]) -> None:
-        """Give the memory of the base model back."""
+        """Free the memory of the base model."""
 
     def run(
         self,
@@ -180,7 +180,7 @@ def failed(run: Run, error: BaseException, *, usable: bool = True) -> Failed:
         (cls.__name__ for cls in type(known).__mro__ if REPORTABLE.get(cls.__name__) is cls),
         TrainingFailed.__name__,
     )
-    # A broken CUDA context lives as long as its process.
+    # A broken CUDA context lasts as long as its process.
     usable = usable and (not isinstance(known, MachineError) or isinstance(known, DiskFull))
     return Failed(run.task_id, name, _without_paths(str(known)), trainer_usable=usable)
 
@@ -194,7 +194,7 @@ def _known(error: BaseException) -> TrainingServerError:
         return DiskFull("The worker's disk is full.")
     first_line = (str(error).splitlines() or [""])[0]
     return TrainingFailed(
-        f"Training broke off unexpectedly ({type(error).__name__}: {first_line[:200]})."
+        f"Training ended with an unexpected error ({type(error).__name__}: {first_line[:200]})."
     )
 
 

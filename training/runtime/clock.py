@@ -1,4 +1,4 @@
-"""How fast a run steps, and when its progress is reported next."""
+"""Measures a run's rate of steps, and the time of its next progress report."""
 
 from __future__ import annotations
 
@@ -6,30 +6,29 @@ import time
 
 PROGRESS_SECONDS = 0.25
 COLD_STEPS = 2
-"""The first steps load kernels, tune them and make the optimizer's state: many times slower."""
+"""The number of first steps that are many times slower: they load and tune kernels, and make the
+optimizer's state."""
 MEASURED_STEPS = 3
-"""So many more make a rate that an estimate can be built on."""
+"""Further steps that are needed for a usable estimate."""
 
 
 class Clock:
     """Measures the rate of steps, and when progress is due.
 
-    Time that was no training must be left out of both rates (`leave_out`).
+    Time without training must be left out of both rates (`leave_out`).
     """
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._left_out = 0.0
-        self._first: float | None = (
-            None  # end of the first step, which warms things up and does not count
-        )
+        self._first: float | None = None  # end of the first step, a warm-up that does not count
         self._warm: float | None = None  # end of the cold steps
         self._left_out_since_warm = 0.0
         self._steps = 0
         self._told = float("-inf")
 
     def tick(self) -> None:
-        """A step is done."""
+        """Count a completed step."""
         self._steps += 1
         if self._first is None:
             self._first = time.monotonic()
@@ -39,7 +38,7 @@ class Clock:
             self._left_out_since_warm = 0.0
 
     def leave_out(self, seconds: float) -> None:
-        """This time was no training."""
+        """Exclude a time without training."""
         self._left_out += seconds
         self._left_out_since_warm += seconds
 
@@ -53,12 +52,12 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Since the run began."""
+        """Seconds since the run began."""
         return time.monotonic() - self._began
 
     @property
     def steps_per_second(self) -> float | None:
-        """Of all steps after the first; of the first while it is the only one."""
+        """Steps per second of all steps after the first; of the first while it is the only one."""
         if self._first is None:
             return None
         if self._steps == 1:
@@ -68,7 +67,10 @@ class Clock:
 
     @property
     def warm_steps_per_second(self) -> float | None:
-        """Of all steps after the cold ones; None until there are enough of them for an estimate."""
+        """Steps per second after the slow first ones.
+
+        None until there are enough for an estimate.
+        """
         if self._warm is None or self._steps < COLD_STEPS + MEASURED_STEPS:
             return None
         elapsed = time.monotonic() - self._warm - self._left_out_since_warm

@@ -21,7 +21,7 @@ class Curves:
     """
 
     def __init__(self, folder: Path | None, *, first_step: int) -> None:
-        # The empty name: the files of all attempts are directly in the folder.
+        # An empty name, so that the files of all attempts are directly in the folder.
         self._tracker = TensorBoardTracker("", folder, purge_step=first_step) if folder else None
 
     def __enter__(self) -> Self:
@@ -34,7 +34,7 @@ class Curves:
             self._tracker.finish()
 
     def draw(self, points: Mapping[str, float | None], step: int) -> None:
-        """Write the points that are known. They are on the disk when this returns."""
+        """Write the given points. They are on the disk when this returns."""
         if self._tracker:
             known = {name: value for name, value in points.items() if value is not None}
             self._tracker.log(known, step=step)

@@ -21,8 +21,8 @@ DESK_SENT_NONSENSE = 3
 class Inbox:
     """Reads the pipe in a separate thread, so that a stop or the end is seen during training.
 
-    A stop names its run. If that run is neither in hand nor waiting, the stop came too late and is
-    dropped: it never ends another run.
+    A stop names its run. If that run neither runs nor waits, the stop came too late and is dropped:
+    it never ends another run.
     """
 
     def __init__(self, pipe: IO[bytes]) -> None:
@@ -36,7 +36,7 @@ class Inbox:
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def take(self) -> Run:
-        """Wait for the next run and take it in hand."""
+        """Wait for the next run and make it the current one."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting)
             self._in_hand = self._waiting.popleft()
@@ -48,17 +48,17 @@ class Inbox:
             return bool(self._waiting)
 
     def stop_reason(self) -> StopReason | None:
-        """Why the run in hand is to stop, or None."""
+        """The reason to stop the current run, or None."""
         in_hand = self._in_hand
         return in_hand.stop if in_hand else None
 
     def lay_down(self) -> None:
-        """End the run in hand; later stops do not count. Call this before its end is reported."""
+        """End the current run; later stops do not count. Call this before its end is reported."""
         with self._changed:
             self._in_hand = None
 
     def deliver(self, fact: Run | Stop) -> None:
-        """Take in a message from the pipe."""
+        """Store a message from the pipe."""
         with self._changed:
             if isinstance(fact, Run):
                 self._waiting.append(_Pending(fact))
@@ -74,8 +74,8 @@ class Inbox:
         return next((each for each in known if (each.run.task_id, each.run.claim) == named), None)
 
     def _read(self) -> None:
-        # No clean-up at the end: a training thread cannot be interrupted, and the reader of the
-        # result is gone.
+        # No clean-up at the end: a training thread cannot be interrupted, and its result has no
+        # reader any more.
         try:
             for line in self._pipe:
                 self.deliver(decode(line, (Run, Stop)))

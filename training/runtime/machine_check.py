@@ -1,9 +1,8 @@
 """`python -m training.runtime.machine_check`: tests whether this machine computes.
 
-One line of JSON, in a process
-that can be thrown away.
+It prints one line of JSON.
 
-Only a process's end frees a broken CUDA context, so the test never runs in a process that matters.
+Only the end of a process frees a broken CUDA context, so the test runs in a separate process.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 
 
 def check() -> dict[str, str | int | bool | None]:
-    """Multiply two matrices on the GPU, if there is one, and compare with what must come out.
+    """Multiply two matrices on the GPU, if there is one, and compare with the known result.
 
     Returns:
         `cuda` (there is a usable GPU), `device` (its name), `memory_bytes` (its size),

@@ -1,4 +1,4 @@
-"""Gradient checkpointing for frozen blocks with a LoRA: less memory, and little time besides."""
+"""Gradient checkpointing for frozen blocks with a LoRA: less memory, for little time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Recomputation:
 
     An argument for `unet.enable_gradient_checkpointing`. torch's own checkpointing must serve any
     code, and so watches every tensor that is kept, in both passes. Here a block's inputs and few
-    trainable weights are all that a gradient can be asked for. At batch 1, where a step is bound by
-    what happens around the kernels, that watching was most of what checkpointing costs: see
-    docs/benchmarks.md. Gradients are torch's but for the order of additions where a block's input
+    trainable weights are all that a gradient can be asked for. At batch 1, the time of a step is
+    mostly spent around the kernels, and that watching was most of checkpointing's cost: see
+    docs/benchmarks.md. Gradients are torch's, except for the order of additions if a block's input
     is used elsewhere too.
 
     The idea is Chen et al.'s, "Training Deep Nets with Sublinear Memory Cost" (2016).
@@ -47,7 +47,7 @@ class _Recomputed(torch.autograd.Function):  # pylint: disable=abstract-method
 
     @staticmethod
     def forward(ctx: Any, block: nn.Module, count: int, *arguments: Any) -> Tensor:
-        """Compute, without a gradient, and remember what it takes to do so again.
+        """Compute without a gradient, and keep the values that are needed to compute again.
 
         Args:
             ctx: For the backward pass.
@@ -77,7 +77,7 @@ class _Recomputed(torch.autograd.Function):  # pylint: disable=abstract-method
         """Compute again, with a gradient this time.
 
         Returns:
-            A gradient for each argument of `forward`, None where none is needed.
+            A gradient for each argument of `forward`; None if none is needed.
         """
         inputs: list[Any] = list(ctx.others)
         needed: Sequence[bool] = ctx.needs_input_grad[2:]

@@ -88,14 +88,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Course:
-    """The parameters asked for, those in force, and the changes on the way.
+    """The requested parameters, those in force, and the changes between them.
 
-    It is part of every checkpoint, so that a resumed job goes on in the same way. No
-    change touches the images of a step, nor the number of steps: positions stay what they were.
+    It is part of every checkpoint, so that a resumed job continues in the same way. No change
+    affects the images of a step or the number of steps: positions stay valid.
 
     Attributes:
         asked: The job's hyper-parameters.
-        parameters: Those in force.
+        parameters: The hyper-parameters in force.
         checkpointing: Gradient checkpointing is on, regardless of the worker's setting.
         rate_halved: Training has diverged once already.
         changes: A sentence for the report for each change.
@@ -134,7 +134,7 @@ class Course:
             checkpointing_is_on: On the worker that ran out of memory.
 
         Returns:
-            The next smaller course; None where there is none.
+            The next smaller course; None if there is none.
         """
         since = f"Memory ran out: from epoch {epoch} on"
         if not (self.checkpointing or checkpointing_is_on):
@@ -154,26 +154,26 @@ class Course:
             parameters=dataclasses.replace(
                 self.parameters, batch_size=part, gradient_accumulation_steps=batches
             ),
-            # A job that ran out of memory with it needs it.
+            # A job that ran out of memory keeps gradient checkpointing on.
             checkpointing=True,
             changes=(*self.changes, sentence),
         )
 
     def at_half_the_rate(self, epoch: int) -> Self | None:
-        """The one answer to a divergence.
+        """The course after a divergence, which is possible once.
 
         Args:
             epoch: The epoch, counted from 1, from which training is repeated.
 
         Returns:
-            The slower course; None where this one is slower already, or cannot be.
+            The slower course; None if this one is slower already, or cannot be slower.
         """
         if self.rate_halved:
             return None
         rate = self.parameters.learning_rate / 2
         try:
             slower = dataclasses.replace(self.parameters, learning_rate=rate)
-        except ValueError:  # below what a learning rate may be
+        except ValueError:  # below the lowest learning rate
             return None
         sentence = (
             f"Training diverged: from epoch {epoch} on, it was repeated at half the learning rate"

@@ -1,4 +1,4 @@
-"""Training that recovers: with less memory, or once at half the learning rate.
+"""Training that recovers from errors: with less memory, or once at half the learning rate.
 
 Each start is a new `LoRATrainer`, from the newest checkpoint of the job, after all tensors of the
 failed one are freed. It first writes a checkpoint of the changed course under a new name. As soon
@@ -38,12 +38,12 @@ def train(
     emit: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], StopReason | None] = lambda: None,
 ) -> TrainingResult:
-    """Train to the last epoch, or to a stop, starting over where that helps.
+    """Train to the last epoch or to a stop, with a new start after an error that allows it.
 
-    If memory runs out, training goes on from the newest checkpoint with gradient checkpointing,
-    and then with smaller and smaller batches, as many images a step as before. If it diverges,
-    it goes back to the newest checkpoint that is sound, or to the beginning, and on at half the
-    rate; once in a job.
+    If memory runs out, training continues from the newest checkpoint with gradient checkpointing,
+    and then with smaller and smaller batches, with the same number of images per step. If it
+    diverges, it returns to the newest intact checkpoint, or to the beginning, and continues at half
+    the rate; this happens once per job.
 
     Args:
         run: The run. It starts from its `resume_from`.
@@ -53,8 +53,8 @@ def train(
         should_stop: Asked before every optimizer step.
 
     Raises:
-        GpuOutOfMemory: There is no smaller way to train.
-        TrainingDiverged: At half the rate, too.
+        GpuOutOfMemory: Training cannot use less memory.
+        TrainingDiverged: Training diverged at half the rate, too.
         TrainingFailed: See `LoRATrainer.train`.
         CheckpointUnusable: `run.resume_from` is damaged, or of another run.
     """
@@ -72,7 +72,7 @@ def train(
             result = trainer.train()
             break
         except Exception as error:  # pylint: disable=broad-exception-caught
-            # An error without a way round is raised again.
+            # An error without a remedy is raised again.
             course, start = _way_round(error, course, trainer.newest, base)
             # The frames hold the optimizer and the graph, on the GPU; a log handler may hold them.
             traceback.clear_frames(error.__traceback__)
@@ -91,7 +91,7 @@ def _way_round(
     """The course after `error`, and the checkpoint to start from (None: the beginning).
 
     Raises:
-        GpuOutOfMemory, TrainingDiverged: There is no way left.
+        GpuOutOfMemory, TrainingDiverged: There is no further remedy.
         Exception: `error` itself, which is none of these.
     """
     changed: Course | None

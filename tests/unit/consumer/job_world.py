@@ -236,6 +236,8 @@ class World:
                 trainer=cast(Any, self.trainer),
                 folders=cast(Any, Folders(root)),
                 shutdown=self.shutdown,
+                # Tests replace it later.
+                # pylint: disable-next=unnecessary-lambda
                 test_machine=lambda: self.test_machine(),
                 machine_fails=self.unfit.append,
                 observer=self.observer,
