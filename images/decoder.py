@@ -1,6 +1,6 @@
-"""The decoder process as the trainer sees it.
+"""The trainer's side of the decoder process.
 
-Images go in by path and come out as pixels, or with the reason why not.
+It sends paths of images, and receives pixels or the reason why an image cannot be used.
 """
 
 from __future__ import annotations
@@ -224,9 +224,9 @@ class _Process:
         return Answer(fact, pixels, motif, thumbnail)
 
     def log_native_lines(self) -> None:
-        """Log the first lines that the process has printed on standard error since the last call.
+        """Log the first lines of the process's standard error since the last call.
 
-        C libraries report there in which way a file is damaged.
+        C libraries report there how a file is damaged.
         """
         printed = bytearray()
         with contextlib.suppress(BlockingIOError):

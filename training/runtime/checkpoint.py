@@ -60,8 +60,7 @@ def write(
 def reading(
     folder: Path, version: int
 ) -> Iterator[tuple[dict[str, Any], dict[str, Tensors], dict[str, Any]]]:
-    """The state, the tensors (on the CPU) and the manifest of a checkpoint, after every byte is
-    verified.
+    """The state, the tensors (on the CPU) and the manifest of a checkpoint, every byte verified.
 
     A `ValueError` inside the block means that another version has written the state.
 

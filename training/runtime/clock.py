@@ -67,7 +67,10 @@ class Clock:
 
     @property
     def warm_steps_per_second(self) -> float | None:
-        """Steps per second after the slow first ones; None until there are enough."""
+        """Steps per second after the slow first ones.
+
+        None until there are enough for an estimate.
+        """
         if self._warm is None or self._steps < COLD_STEPS + MEASURED_STEPS:
             return None
         elapsed = time.monotonic() - self._warm - self._left_out_since_warm

@@ -15,7 +15,6 @@ import numpy as np
 
 from jobs.style import HyperParameters
 
-
 BATCH_ORDER = 2
 
 

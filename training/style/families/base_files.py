@@ -98,7 +98,9 @@ def _weights_of(folder: Path) -> list[Path]:
     """The weight files of a part, without variants of the weights that were loaded."""
     start = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
     found = folder.glob(f"{start}*.safetensors")
-    return sorted(path for path in found if ".non_ema" not in path.name and ".fp16" not in path.name)
+    return sorted(
+        path for path in found if ".non_ema" not in path.name and ".fp16" not in path.name
+    )
 
 
 def first_line(error: Exception, folder: Path) -> str:
