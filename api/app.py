@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import secrets
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,16 +17,28 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from sqlalchemy import select
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import config
+from api.compat import chat_service, training_api
 from api.duties.hub import Hub
 from api.duties.reconciler import Reconciler
 from api.duties.relay import BrokerPart, Relay
 from api.gate import problems
 from api.gate.keys import ADMIN, DEFAULT_ORG, Keyring, ensure_organization
 from api.gate.limits import Rates
-from api.routes import events, files, jobs, ops, webhooks
+from api.gate.requests import Requests
+from api.reference import add_reference
+from api.routes import (
+    events,
+    experiments,
+    files,
+    jobs,
+    models,
+    ops,
+    organization,
+    uploads,
+    webhooks,
+)
 from api.services import Buckets, Services
 from api.store.database import Database, Writing
 from api.store.migrating import migrate
@@ -37,6 +48,7 @@ from services.s3.s3_service import open_store
 from services.s3.uploads import open_uploads
 from services.webhooks.verification import WebhookVerifier
 from utils import logger
+from utils.metrics import ApiMetrics
 
 log = logger.get_logger(__name__)
 
@@ -80,10 +92,12 @@ def create(settings: config.Settings | None = None) -> FastAPI:
     )
     app.state.services = services
     app.state.duties = duties
+    app.state.relay = duties.relay
     problems.add_handlers(app)
     _add_routes(app)
     _describe_keys(app)
-    app.add_middleware(RequestIds)
+    app.add_middleware(Requests, metrics=services.metrics)
+    add_reference(app)
     return app
 
 
@@ -91,7 +105,18 @@ def _add_routes(app: FastAPI) -> None:
     for prefix, label in (("/v1/fine_tuning/jobs", "fine tuning"), ("/v1/jobs", "jobs")):
         app.include_router(jobs.routes(prefix, label))
         app.include_router(events.routes(prefix, label))
-    for router in (events.everything, files.router, webhooks.router, ops.router):
+    for router in (
+        events.everything,
+        files.router,
+        uploads.router,
+        models.router,
+        experiments.router,
+        organization.router,
+        chat_service.router,
+        training_api.router,
+        webhooks.router,
+        ops.router,
+    ):
         app.include_router(router)
 
 
@@ -151,6 +176,7 @@ def open_services(settings: config.Settings) -> tuple[Services, BrokerPart]:
     services = Services(
         settings=api,
         database=database,
+        metrics=ApiMetrics(),
         keys=Keyring(database, pepper_of(settings)),
         rates=Rates(api.api_requests_per_minute),
         kinds=kinds,
@@ -225,48 +251,3 @@ class Duties:
         for thread in self._threads:
             thread.join(10)
         self._services.database.close()
-
-
-class RequestIds:
-    """Middleware: each request has an id, in its answer and in the log; a failure becomes a 500.
-
-    Args:
-        app: The application.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = f"req_{secrets.token_hex(12)}"
-        scope["request_id"] = request_id
-        started = False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception as error:  # pylint: disable=broad-exception-caught
-            log.exception(
-                "request_failed",
-                request_id=request_id,
-                method=scope["method"],
-                path=scope["path"],
-                error=type(error).__name__,
-            )
-            if started:
-                raise
-            problem = problems.Problem(
-                "internal", f"The server has failed. Its log has the request {request_id}."
-            )
-            answer = problems.answer_to(problem, request_id)
-            await answer(scope, receive, send_with_id)

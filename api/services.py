@@ -15,6 +15,7 @@ from jobs.kinds import Kinds
 from services.s3.s3_service import S3Service
 from services.s3.uploads import Uploads
 from services.webhooks.verification import WebhookVerifier
+from utils.metrics import ApiMetrics
 from utils.settings.groups import ApiSettings
 
 
@@ -40,6 +41,7 @@ class Services:
     Attributes:
         settings: The API's settings.
         database: The database.
+        metrics: Metrics of this process.
         keys: API keys.
         rates: The limit of requests per key.
         kinds: All registered kinds of job.
@@ -57,6 +59,7 @@ class Services:
 
     settings: ApiSettings
     database: Database
+    metrics: ApiMetrics
     keys: Keyring
     rates: Rates
     kinds: Kinds

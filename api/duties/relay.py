@@ -6,6 +6,7 @@ confirmed it; a relay that dies in between publishes again, which the job's reco
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from concurrent.futures import Future, wait
@@ -128,7 +129,7 @@ class Relay:
     """
 
     def __init__(self, services: Services, broker: BrokerPart) -> None:
-        self.ran_at = 0.0
+        self._ran_at = math.nan
         self._services = services
         self._broker = broker
         self._owner = new_id("relay_")
@@ -144,7 +145,7 @@ class Relay:
             try:
                 if hold_lease(self._services, "relay", self._owner):
                     self.turn()
-                    self.ran_at = time.monotonic()
+                    self._ran_at = time.monotonic()
             except DatabaseAway as error:
                 log.warning("relay_without_database", reason=str(error))
                 self._stop.wait(RELAY_SECONDS)
@@ -153,6 +154,10 @@ class Relay:
         """End `run`."""
         self._stop.set()
         self._services.wake.set()
+
+    def age_seconds(self) -> float:
+        """Seconds since the last turn; not a number before the first."""
+        return time.monotonic() - self._ran_at
 
     def turn(self) -> None:
         """Admit, publish and tidy up, once."""

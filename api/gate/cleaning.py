@@ -85,7 +85,7 @@ def cleaned(value: Any) -> Any:
     return str(value)
 
 
-def _is_storable(number: float | None) -> bool:
+def _is_storable(number: Any) -> bool:
     if isinstance(number, float):
         return math.isfinite(number)
     return number is None or -MOST <= number <= MOST

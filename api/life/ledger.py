@@ -26,7 +26,7 @@ log = get_logger(__name__)
 _KEPT = (
     *("id", "org_id", "kind", "subject", "subject_number", "name", "tags", "job_metadata"),
     *("base_model", "training_files", "validation_files", "parameters", "hyperparameters", "seed"),
-    *("suffix", "min_level", "priority", "created_at"),
+    *("suffix", "min_level", "priority", "created_at", "deleted_at"),
 )
 
 
@@ -42,12 +42,6 @@ def keep_order(services: Services, row: JobRow) -> bool:
         log.warning("order_not_kept", job_id=row.id, reason=str(error))
         return False
     return True
-
-
-def forget_order(services: Services, job_id: str) -> None:
-    """Delete the order of a job that its owner has deleted. Raises `StorageError`."""
-    place = order_at(services.buckets.state, job_id)
-    services.state_s3.delete(place.bucket, [place.key])
 
 
 def kept_orders(services: Services) -> list[str]:

@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sqlalchemy import delete, select
@@ -201,6 +202,11 @@ def _metrics(session: Writing, row: JobRow, progress: dict[str, Any], claim: int
     step = progress.get("step", progress.get("current_epoch"))
     if not numbers or not isinstance(step, int) or isinstance(step, bool):
         return
+    loss, validation = numbers.get("loss"), numbers.get("validation_loss")
+    row.loss = row.loss if loss is None else float(loss)
+    if validation is not None:
+        best = math.inf if row.best_validation_loss is None else row.best_validation_loss
+        row.best_validation_loss = min(float(validation), best)
     point = session.get(MetricRow, (row.id, claim, step))
     if point is not None:
         point.numbers = numbers

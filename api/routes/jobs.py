@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -9,6 +10,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from api import views
+from api.gate import cleaning
 from api.gate.guard import Called, GuardedRoute, Served, needs
 from api.gate.keys import READ, TRAIN, Caller
 from api.gate.limits import limit_of, take_create
@@ -21,8 +23,12 @@ from api.services import Services
 from api.store import jobs as store
 from api.store.database import Writing, now
 from api.store.tables import ENDED, JobRow, MetricRow
+from jobs.addresses import S3Location
+from jobs.layout import REPORT, place_of
+from utils.errors import ObjectNotFound
 
 MAX_POINTS = 2000
+MAX_REPORT_BYTES = 16 * 1024**2
 STATUSES = ("validating_files", "queued", "running", "pausing", "paused", *ENDED)
 
 
@@ -265,6 +271,29 @@ def checkpoints(services: Services, caller: Caller, job_id: str) -> dict[str, An
     return views.page(data, has_more=False)
 
 
+def report(services: Services, caller: Caller, job_id: str) -> dict[str, Any]:
+    """The report of a job that has succeeded.
+
+    Raises:
+        Problem: There is no report.
+    """
+    with services.database.reading() as session:
+        row = found(session, caller, job_id)
+    missing = Problem("report_not_found", f"The job {job_id} has no report: it is {row.status}.")
+    if row.status != "succeeded":
+        raise missing
+    prefix = place_of(row.kind, row.subject, row.id).models
+    place = S3Location(services.buckets.models, prefix + REPORT)
+    try:
+        stored = services.s3.read(place, max_bytes=MAX_REPORT_BYTES)
+    except ObjectNotFound:
+        raise missing from None
+    try:
+        return dict(cleaning.cleaned(json.loads(stored.body)))
+    except (ValueError, TypeError):
+        raise missing from None
+
+
 def estimate(services: Services, caller: Caller, order: JobOrder) -> dict[str, Any]:
     """How long an order would wait and take, from measured rates."""
     kind = _validated(services, caller, order)["kind"]
@@ -339,6 +368,11 @@ def routes(prefix: str, label: str) -> APIRouter:
     def list_checkpoints(job_id: str, services: Served, caller: Called) -> dict[str, Any]:
         """List the checkpoints that the job can resume from, newest first."""
         return checkpoints(services, caller, job_id)
+
+    @router.get("/{job_id}/report", openapi_extra=needs(READ), operation_id=f"report_{name}")
+    def get_report(job_id: str, services: Served, caller: Called) -> dict[str, Any]:
+        """Show the report of a job that has succeeded: images, losses, versions, warnings."""
+        return report(services, caller, job_id)
 
     @router.get("/{job_id}/metrics", openapi_extra=needs(READ), operation_id=f"metrics_{name}")
     def list_metrics(

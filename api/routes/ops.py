@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from api.gate.guard import Served
 from api.gate.problems import CODES, Problem
 from api.store.database import DatabaseAway
+from api.store.tables import OPEN, JobRow, OutboxRow
 from utils.errors import StorageError
 
 router = APIRouter(tags=["operations"])
@@ -44,6 +46,30 @@ def ready(services: Served) -> JSONResponse:
     is_ready = not any(problems.values())
     body = {"status": "ready" if is_ready else "not ready", "checks": checks}
     return JSONResponse(body, 200 if is_ready else 503)
+
+
+@router.get("/metrics", operation_id="metrics", response_class=Response)
+def metrics(request: Request, services: Served) -> Response:
+    """The metrics of this process, for Prometheus."""
+    measured = services.metrics
+    with contextlib.suppress(DatabaseAway), services.database.reading() as session:
+        counts = dict(
+            session.execute(
+                select(JobRow.status, func.count())
+                .where(JobRow.status.in_(OPEN))
+                .group_by(JobRow.status)
+            ).tuples()
+        )
+        for status in OPEN:
+            measured.jobs.labels(status).set(counts.get(status, 0))
+        due = select(func.count()).where(
+            OutboxRow.published_at.is_(None), OutboxRow.due_at.is_not(None)
+        )
+        measured.outbox.set(session.scalar(due) or 0)
+    measured.streams.set(services.hub.streams)
+    measured.relay_age.set(request.app.state.relay.age_seconds())
+    text, kind = measured.render(request.headers.get("accept", ""))
+    return Response(text, headers={"Content-Type": kind})
 
 
 @router.get("/problems/{code}", response_class=HTMLResponse, operation_id="problem_page")

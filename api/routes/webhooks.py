@@ -35,6 +35,7 @@ async def _received(request: Request, services: Served, kind: str) -> dict[str, 
         values = None
     if not isinstance(values, dict) or not values:
         raise Problem("invalid_json", "The body of a webhook must be a JSON object.")
+    services.metrics.webhooks.labels(kind).inc()
     webhook_id = headers["webhook-id"][:255]
     return await run_in_threadpool(news.take, services, kind, values, webhook_id)
 

@@ -188,6 +188,8 @@ class JobRow(Table):
     cancel_requested_at: Mapped[float | None]
     pause_requested_at: Mapped[float | None]
     attempts: Mapped[int]
+    loss: Mapped[float | None]
+    best_validation_loss: Mapped[float | None]
     error_code: Mapped[str | None]
     error_message: Mapped[str | None] = mapped_column(Text())
     model_id: Mapped[str | None]

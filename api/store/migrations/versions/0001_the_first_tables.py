@@ -197,6 +197,8 @@ def upgrade() -> None:
         sa.Column("cancel_requested_at", sa.Double(), nullable=True),
         sa.Column("pause_requested_at", sa.Double(), nullable=True),
         sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("loss", sa.Double(), nullable=True),
+        sa.Column("best_validation_loss", sa.Double(), nullable=True),
         sa.Column("error_code", sa.String(length=255), nullable=True),
         sa.Column("error_message", sa.Text(), nullable=True),
         sa.Column("model_id", sa.String(length=255), nullable=True),
