@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jobs.addresses import AddressRules, S3Location
-from jobs.fields import Order
+from jobs.fields import Order, WrongField
 from utils.errors import NewerRecord
 from utils.events import Finished, Progress
 
@@ -225,7 +225,6 @@ def order_of(kind: Any, order: ApiOrder) -> dict[str, Any]:
     if order.seed is not None:
         parameters.setdefault("seed", order.seed)
     data: dict[str, Any] = {
-        **order.fields,
         "subject": order.subject,
         "base_model": order.model or None,
         "training_file": training[0].address if training else None,
@@ -233,7 +232,24 @@ def order_of(kind: Any, order: ApiOrder) -> dict[str, Any]:
         "validation_file": validation[0].address if validation else None,
         "parameters": parameters or None,
     }
-    return {name: value for name, value in data.items() if value is not None}
+    return with_fields(data, order.fields)
+
+
+def with_fields(data: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `data` of a message, with the fields that only its kind understands.
+
+    Args:
+        data: The fields that the API sets; None for those that the order leaves out.
+        fields: The others.
+
+    Raises:
+        WrongField: A field is one that the API sets.
+    """
+    if both := [name for name in fields if name in data]:
+        raise WrongField(
+            f"options.{both[0]}", "is set from the other parameters of the request. Leave it out"
+        )
+    return {name: value for name, value in {**fields, **data}.items() if value is not None}
 
 
 class JobKind(Protocol):

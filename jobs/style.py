@@ -35,7 +35,7 @@ from jobs.fields import (
     text,
     whole_number,
 )
-from jobs.kinds import ApiOrder, Claim, Fetched, Input, KindSettings
+from jobs.kinds import ApiOrder, Claim, Fetched, Input, KindSettings, with_fields
 from jobs.layout import HTML_REPORT, STYLE, WEIGHTS
 from utils.captions import clean_caption
 from utils.errors import ImageDownloadFailed
@@ -587,13 +587,13 @@ class StyleKind:
             )
         if not images:
             raise WrongField("training_files", "must name the uploaded images")
-        return {
-            **order.fields,
+        data = {
             "style_id": int(order.subject),
             "images": [each.address for each in images],
             "parameters": self._api_parameters(order) or None,
             "validation_images": [each.address for each in order.validation_files] or None,
         }
+        return with_fields(data, order.fields)
 
     def _api_parameters(self, order: ApiOrder) -> dict[str, Any]:
         given = order.hyperparameters

@@ -401,7 +401,7 @@ def _refused(field: str, sentence: str) -> Problem:
         param = "training_files"
     elif first == "validation_images":
         param = "validation_files"
-    elif first in _FIELDS:
+    elif first in _FIELDS or first == "org_id":
         param = name
     else:
         param = f"options.{name}"

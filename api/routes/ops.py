@@ -18,13 +18,15 @@ from utils.errors import StorageError
 router = APIRouter(tags=["operations"])
 
 
-@router.api_route("/health", methods=["GET", "HEAD"], operation_id="health")
+@router.head("/health", include_in_schema=False)
+@router.get("/health", operation_id="health")
 def health() -> dict[str, str]:
     """The process is alive."""
     return {"status": "ok"}
 
 
-@router.api_route("/ready", methods=["GET", "HEAD"], operation_id="ready")
+@router.head("/ready", include_in_schema=False)
+@router.get("/ready", operation_id="ready")
 def ready(services: Served) -> JSONResponse:
     """Whether database, storage and broker can be used; 503 if one cannot.
 
