@@ -75,6 +75,11 @@ class World:
             **more,
         )
 
+    def get(self, path: str, key: str | None = None) -> httpx.Response:
+        """The answer to one request."""
+        with self.client(key) as client:
+            return client.get(path)
+
     def new_key(self, org: str = ORG, *scopes: str) -> str:
         """A key of an organisation."""
         return create_key(self.services, org, "test", list(scopes) or ["admin"], None)
