@@ -1,6 +1,6 @@
 """Every S3 key and every published file name.
 
-    state bucket   jobs/{task_id}.json, .cancel, .settled     the record and files beside it
+    state bucket   jobs/{task_id}.json, .cancel, .pause, .settled   the record and files beside it
                    jobs/live/{task_id}                        index of the unsettled records
                    jobs/{place}.turn                          who publishes into a folder
                    checkpoints/{place}/{task_id}/             checkpoints and curves
@@ -27,6 +27,7 @@ INVENTORY = RECORDS + "inventory"
 RECORD_SUFFIX = ".json"
 SETTLED_SUFFIX = ".settled"
 CANCEL_SUFFIX = ".cancel"
+PAUSE_SUFFIX = ".pause"
 INVALID_PREFIX = "invalid/"
 MODELS = "models/"
 CHECKPOINTS = "checkpoints/"
@@ -61,6 +62,11 @@ def record_at(bucket: str, task_id: str) -> S3Location:
 def cancel_file_at(bucket: str, task_id: str) -> S3Location:
     """Location of the file that cancels a job."""
     return S3Location(bucket, f"{RECORDS}{task_id}{CANCEL_SUFFIX}")
+
+
+def pause_file_at(bucket: str, task_id: str) -> S3Location:
+    """Location of the file that pauses a job."""
+    return S3Location(bucket, f"{RECORDS}{task_id}{PAUSE_SUFFIX}")
 
 
 def live_mark_at(bucket: str, task_id: str) -> S3Location:
