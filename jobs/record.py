@@ -6,7 +6,7 @@ A record lives like this, each arrow one conditional write:
     new ──▶ held ──▶ checkpoint … ──▶ ended, delivery pending ──▶ delivered or set aside
              │ ▲                              │ ▲
              ▼ │ claim                        ▼ │ claim (the ending stays as it is)
-           released                         released
+           released, paused                 released
 
 A person may send a job back: one that failed, and of which the backend has heard, is released as it
 was before its ending; an ending that was set aside has its delivery pending again.
@@ -15,11 +15,14 @@ A copy of the message that belongs in the dead queue is owed (`owed`) from the w
 it until the broker has confirmed it. A record that owes one is not settled, so that any worker
 makes up for a worker that died in between.
 
+A paused job is live and released, with a silence that does not end (`PAUSED_SECONDS`): no message
+points to it, and the sweep leaves it alone. Its message is published again when it is resumed.
+
 **How attempts are counted.** `attempts` is the number of attempts in a row that are over and made
 no new checkpoint. An attempt is judged when it is over, not when it begins:
 
-- a release after an error counts it, a release for a shutdown does not: being preempted is not a
-  failure;
+- a release after an error counts it, a release for a shutdown or a pause does not: being preempted
+  is not a failure;
 - a holder that went silent (killed, or it took its machine down) is counted by whoever takes the
   record from it, unless that is itself: then it was S3 that was silent;
 - a checkpoint beyond the furthest step that any attempt reached sets the count to 0, and its
@@ -42,6 +45,8 @@ SEQUENCES_PER_CLAIM = 1_000_000
 PROTOCOL_LEVEL = 1
 """The newest features of messages and records that this worker understands. A message that needs
 newer ones says so in the header `x-min-level`, and its record in `min_level`."""
+PAUSED_SECONDS = 10 * 365 * 86_400.0
+"""The silence of a paused job. Releases that know no pause leave such a record alone, too."""
 _RUNS = uuid.UUID("6f1d3a52-3a0e-5a6c-9d27-5b0f6b6f3f4e")
 _SWEEP_GROWTH = 8
 _LONGEST_SILENCE_SECONDS = 86_400.0
@@ -310,6 +315,12 @@ class JobRecord(HeldRecord):
         return self.delivery in _FINAL and self.owed is None
 
     @property
+    def is_paused(self) -> bool:
+        """No worker holds the job, and it waits for `resume`."""
+        hold = self.hold
+        return self.state is State.LIVE and hold.released and hold.quiet_seconds >= PAUSED_SECONDS
+
+    @property
     def rejecters_with_this(self) -> tuple[str, ...]:
         """The workers that have rejected the job once its present holder does, each once."""
         before = tuple(filter(None, self.rejected_by.split(",")))
@@ -482,6 +493,12 @@ class JobRecord(HeldRecord):
             rejections=self.rejections + 1 if rejected else self.rejections,
             rejected_by=",".join(self.rejecters_with_this) if rejected else self.rejected_by,
         )
+
+    def resumed(self) -> JobRecord:
+        """No longer paused: its message is about to be published."""
+        if not self.is_paused:
+            return self
+        return dataclasses.replace(self, hold=self.hold.dropped(), sweeps=0)
 
     def swept(self) -> JobRecord:
         """Found abandoned, and about to be published again.

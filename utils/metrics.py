@@ -23,7 +23,7 @@ NO_CODE = "none"
 READINESS = ("broker", "s3", "gpu", "base_model")
 """The parts of readiness: the label `check`, and what `/ready` names."""
 
-WASTE = ("failed", "retry", "machine", "lease_lost", "shutdown", "cancelled")
+WASTE = ("failed", "retry", "machine", "lease_lost", "shutdown", "paused", "cancelled")
 """Why GPU time led to nothing: the label `reason` of `wasted_gpu_seconds_total`."""
 
 PUT_OFFS = ("storage", "damaged_record", "newer_record", "newer_message", "crash")

@@ -116,6 +116,9 @@ def test_an_answer_tells_whether_an_application_gave_it(
     [
         (b'{"cancel": true}', ProgressAnswer.CANCEL),
         (b'{"status": "ok", "cancel": true}', ProgressAnswer.CANCEL),
+        (b'{"pause": true}', ProgressAnswer.PAUSE),
+        (b'{"pause": true, "cancel": true}', ProgressAnswer.CANCEL),
+        (b'{"pause": 1}', ProgressAnswer.DONE),
         (b'{"cancel": false}', ProgressAnswer.DONE),
         (b'{"cancel": "true"}', ProgressAnswer.DONE),
         (b'{"cancel": 1}', ProgressAnswer.DONE),
@@ -126,7 +129,7 @@ def test_an_answer_tells_whether_an_application_gave_it(
         (b"", ProgressAnswer.DONE),
     ],
 )
-def test_a_report_can_be_answered_with_a_cancel(
+def test_a_report_can_be_answered_with_a_cancel_or_a_pause(
     backend: Backend, webhooks: WebhookService, body: bytes, answer: ProgressAnswer
 ) -> None:
     backend.answer = sequence(Answer(200, body=body))
