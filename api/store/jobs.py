@@ -53,8 +53,8 @@ def add(session: Writing, row: JobRow, *, waits: bool = True) -> None:
         put_out(session, row)
 
 
-def put_out(session: Writing, row: JobRow) -> None:
-    """Add a job's message to the outbox, where it waits for the job's admission."""
+def put_out(session: Writing, row: JobRow, due_at: float | None = None) -> None:
+    """Add a job's message to the outbox, where it waits for the job's admission, or is due."""
     session.add(
         OutboxRow(
             job_id=row.id,
@@ -62,6 +62,7 @@ def put_out(session: Writing, row: JobRow) -> None:
             body=row.message,
             headers={"x-min-level": row.min_level} if row.min_level else {},
             created_at=now(),
+            due_at=due_at,
             attempts=0,
         )
     )
