@@ -28,6 +28,7 @@ from utils.settings import file as settings_file
 from utils.settings import names as names_of_settings
 from utils.settings import values as setting_values
 from utils.settings.groups import (
+    ApiSettings,
     BrokerSettings,
     JobLimits,
     LogSettings,
@@ -174,6 +175,7 @@ class Settings(LocalSettings):
     storage: StorageSettings
     webhooks: WebhookSettings
     telemetry: TelemetrySettings
+    api: ApiSettings
 
     def kinds(self, *, every: bool = False) -> Kinds:
         """All kinds of job, configured.
@@ -231,6 +233,14 @@ def load(*, file: Path | None = None, **overrides: Any) -> Settings:
     return _load(Settings, file, overrides)
 
 
+def load_api(*, file: Path | None = None, **overrides: Any) -> Settings:
+    """Read the settings of the API server; arguments and errors as for `load`.
+
+    The API is the backend of its workers, so `BACKEND_API_URL` defaults to its own address.
+    """
+    return _load(Settings, file, overrides, is_backend=True)
+
+
 def load_local(*, file: Path | None = None, **overrides: Any) -> LocalSettings:
     """Read the settings of local training; arguments and errors as for `load`."""
     return _load(LocalSettings, file, overrides)
@@ -278,7 +288,13 @@ def _reader(names: frozenset[str]) -> type[_Sources]:
     return _create_model("Given", __base__=_Sources, **fields)
 
 
-def _load(kind: type[_Loaded], file: Path | None, overrides: Mapping[str, Any]) -> _Loaded:
+def _load(
+    kind: type[_Loaded],
+    file: Path | None,
+    overrides: Mapping[str, Any],
+    *,
+    is_backend: bool = False,
+) -> _Loaded:
     try:
         given = _reader(setting_names())(**overrides).model_dump(exclude_unset=True)
     except (OSError, UnicodeDecodeError) as error:
@@ -286,6 +302,9 @@ def _load(kind: type[_Loaded], file: Path | None, overrides: Mapping[str, Any]) 
         raise ConfigurationError(f"The file .env cannot be read: {reason}.") from None
     if file:
         given = settings_file.read(file) | given
+    if is_backend and not given.get("backend_api_url"):
+        own = f"http://127.0.0.1:{given.get('api_port') or 8000}"
+        given["backend_api_url"] = given.get("api_public_url") or own
     places = _places(kind, _first_kind(given), in_file=file is not None)
     values: dict[str, Any] = {place[0]: {} for place in places.values()}
     used: dict[_Place, str] = {}

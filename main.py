@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from cli.api import app as api_app
 from cli.commands import add_commands, worker
 from cli.program import EXIT_BROKER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MACHINE, EXIT_SETTINGS
 
@@ -25,6 +26,7 @@ def default(context: typer.Context) -> None:
 
 
 add_commands(app)
+app.add_typer(api_app, name="api")
 
 if __name__ == "__main__":
     app()

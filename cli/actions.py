@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from cli.jobs import order, screen
-from cli.jobs.cancel import ask_to_cancel, cancellable, live_of_style
 from cli.jobs.dead_queue import DeadLetter, go_through
 from cli.jobs.follow import JobBar, follow
 from cli.jobs.job_view import JobView, view
 from cli.jobs.redrive import MOST, Redrive, Waiting
 from cli.jobs.screen import print_details, print_jobs
+from cli.jobs.steering import Steering, live_of_style, unended
 from cli.jobs.styles import at_stake
 from cli.jobs.task_ids import confirm, is_clear, resolve
 from cli.server import Server
@@ -183,7 +183,7 @@ def cancel(
         return _cancel_style(server, style, yes=yes, as_json=as_json)
     assert task is not None
     task_id = resolve(server.state_s3, server.state, task)
-    record = cancellable(server.state_s3, server.state, task_id)
+    record = unended(server.state_s3, server.state, task_id, "cancel")
     if not is_clear(task, task_id):
         confirm(f"There is no job {task}; {task_id} begins like this. Cancel it?", yes=yes)
     stake = ""
@@ -191,7 +191,7 @@ def cancel(
         what = "When this job is cancelled"
         stake = at_stake(server.models, server.s3, record.style_id, what)
     screen.warn([stake])
-    ask_to_cancel(server.state_s3, server.state, task_id)
+    _warn_unpublished(_steering(server).cancel(record, task_id))
     looks_every = record.hold.lease_seconds / 4 if record else None
     if as_json:
         values = {"task_id": task_id, "looked_for_every_seconds": looks_every, "warning": stake}
@@ -225,7 +225,7 @@ def _cancel_style(server: Server, style: Style, *, yes: bool, as_json: bool) -> 
     stake = at_stake(server.models, server.s3, style.style_id, "When a job is cancelled")
     screen.warn([stake])
     for record in records:
-        ask_to_cancel(server.state_s3, server.state, record.task_id)
+        _warn_unpublished(_steering(server).cancel(record, record.task_id))
         if not as_json:
             screen.say(_will_be_cancelled(record.task_id, record.hold.lease_seconds / 4))
     if not as_json:
@@ -248,6 +248,57 @@ def _ask_for_all(style_id: int, records: list[JobRecord], yes: bool) -> None:
 
 def _will_be_cancelled(task_id: str, looks_every: float) -> str:
     return f"{task_id} will be cancelled; its worker looks every {looks_every:.0f} s"
+
+
+def pause(server: Server, task: str, *, yes: bool, as_json: bool) -> int:
+    """Pause a job."""
+    task_id = resolve(server.state_s3, server.state, task)
+    record = unended(server.state_s3, server.state, task_id, "pause")
+    if not is_clear(task, task_id):
+        confirm(f"There is no job {task}; {task_id} begins like this. Pause it?", yes=yes)
+    _steering(server).pause(task_id)
+    looks_every = record.hold.lease_seconds / 4 if record else None
+    if as_json:
+        screen.print_json({"task_id": task_id, "looked_for_every_seconds": looks_every})
+    elif record is None:
+        screen.say(
+            f"{task_id} will be paused as soon as a worker takes it. No worker has seen it yet: "
+            "is the id right?"
+        )
+    elif record.hold.released:
+        screen.say(f"{task_id} is paused; `resume {task_id}` continues it")
+    else:
+        screen.say(
+            f"{task_id} will be saved and paused; its worker looks every {looks_every:.0f} s"
+        )
+    return DONE
+
+
+def resume(server: Server, task: str, *, yes: bool, as_json: bool) -> int:
+    """Let a paused job go on."""
+    task_id = resolve(server.state_s3, server.state, task)
+    unended(server.state_s3, server.state, task_id, "resume")
+    if not is_clear(task, task_id):
+        confirm(f"There is no job {task}; {task_id} begins like this. Resume it?", yes=yes)
+    problem = _steering(server).resume(task_id)
+    _warn_unpublished(problem)
+    if as_json:
+        screen.print_json({"task_id": task_id, "warning": problem})
+    else:
+        screen.say(f"{task_id} is resumed; it continues when a worker takes its message")
+    return DONE
+
+
+def _steering(server: Server) -> Steering:
+    settings = server.settings
+    return Steering(settings.broker, settings.kinds(every=True), server.state_s3, server.state)
+
+
+def _warn_unpublished(problem: str) -> None:
+    if problem:
+        screen.warn(
+            [f"Its message could not be published ({problem}). A worker publishes it later."]
+        )
 
 
 def redrive(

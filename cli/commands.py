@@ -39,7 +39,7 @@ def _epochs(given: str) -> int:
 
 def add_commands(app: typer.Typer) -> None:
     """Add all commands to the program."""
-    for command in (worker, doctor, inspect, train, publish, jobs, cancel, redrive):
+    for command in (worker, doctor, inspect, train, publish, jobs, cancel, pause, resume, redrive):
         # Line breaks inside a paragraph of a docstring would show in the help.
         paragraphs = (command.__doc__ or "").split("\n\n")
         text = "\n\n".join(" ".join(each.split()) for each in paragraphs)
@@ -277,6 +277,41 @@ def cancel(
             raise ConfigurationError("Use --newest or --all, not both.")
         meant = None if style is None else actions.Style(style, newest, everything)
         return actions.cancel(_server(config_file), task, meant, yes=yes, as_json=as_json)
+
+    end(ask)
+
+
+def pause(
+    task: Annotated[str, typer.Argument(help=f"The job's id. {_SHORT}")],
+    yes: Yes = False,
+    as_json: Json = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Pause a job. Its worker saves a checkpoint and takes the next job.
+
+    A paused job waits until it is resumed or cancelled. The time counts in no limit.
+    """
+
+    def ask() -> int:
+        from cli import actions
+
+        return actions.pause(_server(config_file), task, yes=yes, as_json=as_json)
+
+    end(ask)
+
+
+def resume(
+    task: Annotated[str, typer.Argument(help=f"The job's id. {_SHORT}")],
+    yes: Yes = False,
+    as_json: Json = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Resume a paused job. It waits in the queue and continues from its last checkpoint."""
+
+    def ask() -> int:
+        from cli import actions
+
+        return actions.resume(_server(config_file), task, yes=yes, as_json=as_json)
 
     end(ask)
 

@@ -18,7 +18,7 @@ from consumer.life.checkpoint_uploads import CheckpointUploads, clear_up, newest
 from consumer.life.inputs import fetch_inputs
 from consumer.life.job_size import require_room
 from consumer.life.lease_relay import relayed
-from consumer.life.progress_reporter import ProgressReporter, queued
+from consumer.life.progress_reporter import ProgressReporter, paused, queued
 from consumer.life.put_offs import Why, why_of
 from consumer.life.stop_signal import Shutdown, StopSignal
 from consumer.pages.queue_watch import age_of
@@ -26,6 +26,7 @@ from jobs.kinds import Claim, JobKind, KindRun
 from jobs.layout import CURVES, Place, place_of
 from jobs.message import Job, from_understood, parse
 from jobs.record import (
+    PAUSED_SECONDS,
     PROTOCOL_LEVEL,
     Ending,
     EndingKind,
@@ -232,9 +233,9 @@ class Pipeline:
 
     def _train_and_publish(self, job: Job, lease: JobLease, stop: StopSignal) -> Ending:
         desk, limits, kind = self._desk, self._limits, self._kind(job)
+        stop.check()  # a paused job stays as it is, also beyond its limits
         if lease.record.attempts >= limits.max_attempts:
             raise _given_up(lease)
-        stop.check()
         self._require_time(job, lease)
         desk.publisher.repair(_place(job), job.task_id, lease)
         with (
@@ -394,14 +395,50 @@ class Pipeline:
         return ending, OwedCopy(str(code), str(error), attempts)
 
     def _give_back(self, job: Job, lease: JobLease, stopped: Stopped) -> Settlement:
-        """Return a job because of a shutdown or a lost lease; no attempt is counted."""
+        """Return a job because of a shutdown, a pause or a lost lease; no attempt is counted."""
         log.info("job_given_back", reason=str(stopped.reason))
         self._desk.observer.given_back(stopped.reason)
         if stopped.reason is StopReason.LEASE_LOST:
             return self._watch(job, lease)
+        if stopped.reason is StopReason.PAUSED and self._stays_paused(job, lease):
+            return self._pause(job, lease)
         with contextlib.suppress(LeaseLost):
             lease.release(count_attempt=False, within=Shutdown.RESERVE_SECONDS / 2)
         return Settlement.requeue()
+
+    def _stays_paused(self, job: Job, lease: JobLease) -> bool:
+        """Make the pause durable. False if it was taken back meanwhile, or S3 cannot be used."""
+        requests = self._desk.records.requests
+        try:
+            if not self._desk.shutdown.event.is_set():  # which has seconds only
+                self._desk.publisher.repair(_place(job), job.task_id, lease)
+            if lease.paused.is_set():
+                return requests.wants_pause(job.task_id)
+            requests.pause(job.task_id)  # the backend asked for it in an answer
+        except (StorageError, MachineError) as error:
+            log.warning("job_not_paused", reason=str(error))
+            return False
+        return True
+
+    def _pause(self, job: Job, lease: JobLease) -> Settlement:
+        """The job waits without a message until it is resumed."""
+        stopping = self._desk.shutdown.event.is_set()
+        lease.release(
+            count_attempt=False,
+            quiet_seconds=PAUSED_SECONDS,
+            within=Shutdown.RESERVE_SECONDS / 2 if stopping else None,
+        )
+        log.info("job_paused")
+        if not stopping:
+            self._tell_paused(job, lease)
+        return Settlement.ack()
+
+    def _tell_paused(self, job: Job, lease: JobLease) -> None:
+        """Report the pause to the backend in one attempt: the record holds it."""
+        desk = self._desk
+        latest = desk.observer.job.latest if desk.observer.job else None
+        report = paused(self._kind(job), job, latest, sequence=lease.next_sequence())
+        desk.webhooks.send_progress(desk.webhooks.origin_for(job.webhook_url), report)
 
     def _watch(self, job: Job, lease: JobLease) -> Settlement:
         """Leave a job to another worker; its message is checked until the job is settled."""

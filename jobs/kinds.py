@@ -11,10 +11,10 @@ import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jobs.addresses import AddressRules, S3Location
-from jobs.fields import Order
+from jobs.fields import Order, WrongField
 from utils.errors import NewerRecord
 from utils.events import Finished, Progress
 
@@ -147,6 +147,109 @@ class KindSettings:
     addresses: AddressRules
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OrderedFile:
+    """A file that an order of the API names.
+
+    Attributes:
+        address: `s3://bucket/key`.
+        name: The client's name of the file.
+    """
+
+    address: str
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ApiOrder:
+    """An order as it came over the API, before its kind has read it.
+
+    Attributes:
+        subject: The thing that the job makes, as the API names it: a number as text for a kind with
+            `subject_is_number`, else a name.
+        org_id: The organisation.
+        model: The base model, as the client names it.
+        training_files, validation_files: The files.
+        parameters: The kind's own parameters.
+        hyperparameters: OpenAI's names, as far as they were given: `n_epochs`, `batch_size`,
+            `learning_rate_multiplier`.
+        seed: The seed, if one was given.
+        fields: Fields of the order that only the kind understands.
+    """
+
+    subject: str
+    org_id: str
+    model: str
+    training_files: tuple[OrderedFile, ...]
+    validation_files: tuple[OrderedFile, ...]
+    parameters: Mapping[str, Any]
+    hyperparameters: Mapping[str, Any]
+    seed: int | None
+    fields: Mapping[str, Any]
+
+
+@runtime_checkable
+class OrderedOverApi(Protocol):
+    """A kind that writes its orders itself. Orders of every other kind are of `order_of`'s form.
+
+    Attributes:
+        subject_is_number: The API counts the kind's subjects, so that none is used twice.
+    """
+
+    subject_is_number: bool
+
+    def api_order(self, order: ApiOrder) -> dict[str, Any]:
+        """The `data` of the message.
+
+        Raises:
+            WrongField: A field cannot be used; the field is named as in the request.
+        """
+
+
+def order_of(kind: Any, order: ApiOrder) -> dict[str, Any]:
+    """The `data` of the message for an order of the API.
+
+    Raises:
+        WrongField: A field cannot be used.
+    """
+    if isinstance(kind, OrderedOverApi):
+        return kind.api_order(order)
+    training, validation = order.training_files, order.validation_files
+    parameters = dict(order.parameters)
+    if "n_epochs" in order.hyperparameters:
+        parameters.setdefault("epochs", order.hyperparameters["n_epochs"])
+    if "batch_size" in order.hyperparameters:
+        parameters.setdefault("batch_size", order.hyperparameters["batch_size"])
+    if order.seed is not None:
+        parameters.setdefault("seed", order.seed)
+    data: dict[str, Any] = {
+        "subject": order.subject,
+        "base_model": order.model or None,
+        "training_file": training[0].address if training else None,
+        "training_files": [each.address for each in training] if len(training) > 1 else None,
+        "validation_file": validation[0].address if validation else None,
+        "parameters": parameters or None,
+    }
+    return with_fields(data, order.fields)
+
+
+def with_fields(data: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `data` of a message, with the fields that only its kind understands.
+
+    Args:
+        data: The fields that the API sets; None for those that the order leaves out.
+        fields: The others.
+
+    Raises:
+        WrongField: A field is one that the API sets.
+    """
+    if both := [name for name in fields if name in data]:
+        raise WrongField(
+            f"options.{both[0]}", "is set from the other parameters of the request. Leave it out"
+        )
+    return {name: value for name, value in {**fields, **data}.items() if value is not None}
 
 
 class JobKind(Protocol):

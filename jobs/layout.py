@@ -1,6 +1,7 @@
 """Every S3 key and every published file name.
 
-    state bucket   jobs/{task_id}.json, .cancel, .settled     the record and its marks
+    state bucket   jobs/{task_id}.json, .cancel, .pause, .settled   the record and its marks
+                   orders/{task_id}.json                      an order that the API accepted
                    jobs/live/{task_id}                        index of the unsettled records
                    jobs/{place}.turn                          the publisher of a folder
                    checkpoints/{place}/{task_id}/             checkpoints and curves
@@ -27,6 +28,9 @@ INVENTORY = RECORDS + "inventory"
 RECORD_SUFFIX = ".json"
 SETTLED_SUFFIX = ".settled"
 CANCEL_SUFFIX = ".cancel"
+PAUSE_SUFFIX = ".pause"
+ORDERS = "orders/"
+"""Orders that the API server has accepted, from which it restores jobs that its database lost."""
 INVALID_PREFIX = "invalid/"
 MODELS = "models/"
 CHECKPOINTS = "checkpoints/"
@@ -61,6 +65,16 @@ def record_at(bucket: str, task_id: str) -> S3Location:
 def cancel_file_at(bucket: str, task_id: str) -> S3Location:
     """Location of the file that cancels a job."""
     return S3Location(bucket, f"{RECORDS}{task_id}{CANCEL_SUFFIX}")
+
+
+def pause_file_at(bucket: str, task_id: str) -> S3Location:
+    """Location of the file that pauses a job."""
+    return S3Location(bucket, f"{RECORDS}{task_id}{PAUSE_SUFFIX}")
+
+
+def order_at(bucket: str, task_id: str) -> S3Location:
+    """Location of the order that the API server accepted for a job."""
+    return S3Location(bucket, f"{ORDERS}{task_id}{RECORD_SUFFIX}")
 
 
 def live_mark_at(bucket: str, task_id: str) -> S3Location:

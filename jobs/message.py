@@ -29,6 +29,7 @@ MAX_DIGITS = 400  # of a whole number; Python refuses to read more than 4300
 MAX_WEBHOOK_URL = 2048
 MAX_CREATED_AT = 64
 MAX_NAMED = 20
+_ORG_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _BODIES = uuid.UUID("8c1f4f3e-2b77-5d0a-9f0e-6a3d8c5b1e42")  # namespace of ids made from bodies
@@ -46,6 +47,7 @@ class Job:
         created_at: As in the message.
         id_is_derived: The id was made from the body: the publisher gave none.
         ignored_fields: Names of fields that have no effect here (the first few).
+        org_id: The organisation of the API server that ordered it; None for any other order.
         body: The message itself.
         headers: The AMQP headers that its copies carry.
     """
@@ -57,6 +59,7 @@ class Job:
     created_at: str | None = None
     id_is_derived: bool = False
     ignored_fields: tuple[str, ...] = ()
+    org_id: str | None = None
     body: bytes = dataclasses.field(default=b"", compare=False, repr=False)
     headers: dict[str, str | int | bool] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
@@ -83,6 +86,8 @@ class Job:
             "task_id": self.task_id,
             **dataclasses.asdict(self.spec),
             **{name: getattr(self, name) for name in _ENVELOPE},
+            # Older workers refuse records with fields that they do not know.
+            **({"org_id": self.org_id} if self.org_id else {}),
         }
         return dict(json.loads(json.dumps(values)))
 
@@ -160,6 +165,7 @@ def from_understood(kind: JobKind, values: Mapping[str, Any]) -> Job:
             created_at=values.get("created_at"),
             id_is_derived=bool(values.get("id_is_derived", False)),
             ignored_fields=tuple(values.get("ignored_fields", ())),
+            org_id=_org_id(values.get("org_id")),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"not the order of a job: {error!r}") from error
@@ -171,7 +177,7 @@ def to_message(kind: JobKind, job: Job) -> bytes:
     message = {
         "task_id": job.task_id,
         "type": kind.message_type,
-        "data": kind.order(job.spec),
+        "data": kind.order(job.spec) | ({"org_id": job.org_id} if job.org_id else {}),
         "webhook_url": job.webhook_url,
         "created_at": job.created_at,
     }
@@ -251,6 +257,7 @@ def _job(
     message: dict[str, Any], order: Order, kind: JobKind, body: bytes, task_id: str | None
 ) -> Job:
     spec = kind.read(order)
+    org_id = _org_id(order.get("org_id"))
     return Job(
         kind=kind.name,
         task_id=task_id or derive_task_id(body),
@@ -259,6 +266,7 @@ def _job(
         created_at=_created_at(message),
         id_is_derived=task_id is None,
         ignored_fields=(*_ignored(message, order), *order.unused)[:MAX_NAMED],
+        org_id=org_id,
         body=body,
     )
 
@@ -292,6 +300,10 @@ def _readable_task_id(message: dict[str, Any], message_id: str | None) -> str | 
     candidate = message_id if given is None else given
     is_task_id = isinstance(candidate, str) and _TASK_ID.fullmatch(candidate) is not None
     return candidate if is_task_id else None
+
+
+def _org_id(value: Any) -> str | None:
+    return value if isinstance(value, str) and _ORG_ID.fullmatch(value) else None
 
 
 def _created_at(message: dict[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ section 4). A record has these states; each arrow is one conditional write:
     new ──▶ held ──▶ checkpoint … ──▶ ended, delivery pending ──▶ delivered or set aside
              │ ▲                              │ ▲
              ▼ │ claim                        ▼ │ claim (the ending stays as it is)
-           released                         released
+           released, paused                 released
 
 An operator may send a job back. A job whose failure the backend knows is released again without its
 ending. An ending that was set aside becomes pending again.
@@ -15,11 +15,14 @@ If a copy of the message belongs in the dead queue, the record owes it (`owed`) 
 decides on it until the broker has confirmed it. A record that owes a copy is not settled, so
 another worker sends the copy if this one dies.
 
+A paused job is live and released, with a silence that does not end (`PAUSED_SECONDS`): no message
+points to it, and the sweep leaves it alone. Its message is published again when it is resumed.
+
 **How attempts are counted.** `attempts` is the number of attempts in a row that are over and made
 no new checkpoint. An attempt is judged when it is over, not when it begins:
 
-- a release after an error counts it, a release for a shutdown does not: being preempted is not a
-  failure;
+- a release after an error counts it, a release for a shutdown or a pause does not: being preempted
+  is not a failure;
 - if a holder stopped writing (it was killed, or its machine failed), the worker that takes the
   record over counts it, unless that is the same worker: then S3 did not answer;
 - a checkpoint beyond the furthest step of all attempts sets the count to 0, and its attempt is not
@@ -42,6 +45,8 @@ SEQUENCES_PER_CLAIM = 1_000_000
 PROTOCOL_LEVEL = 1
 """The level of the newest features of messages and records that this worker understands. A message
 that needs a higher level has it in the header `x-min-level`, and its record in `min_level`."""
+PAUSED_SECONDS = 10 * 365 * 86_400.0
+"""The silence of a paused job. Releases that know no pause leave such a record as it is, too."""
 _RUNS = uuid.UUID("6f1d3a52-3a0e-5a6c-9d27-5b0f6b6f3f4e")
 _SWEEP_GROWTH = 8
 _LONGEST_SILENCE_SECONDS = 86_400.0
@@ -311,6 +316,12 @@ class JobRecord(HeldRecord):
         return self.delivery in _FINAL and self.owed is None
 
     @property
+    def is_paused(self) -> bool:
+        """No worker holds the job, and it waits for `resume`."""
+        hold = self.hold
+        return self.state is State.LIVE and hold.released and hold.quiet_seconds >= PAUSED_SECONDS
+
+    @property
     def rejecters_with_this(self) -> tuple[str, ...]:
         """The workers that have rejected the job, including its present holder, each once."""
         before = tuple(filter(None, self.rejected_by.split(",")))
@@ -484,6 +495,12 @@ class JobRecord(HeldRecord):
             rejections=self.rejections + 1 if rejected else self.rejections,
             rejected_by=",".join(self.rejecters_with_this) if rejected else self.rejected_by,
         )
+
+    def resumed(self) -> JobRecord:
+        """No longer paused: its message is about to be published."""
+        if not self.is_paused:
+            return self
+        return dataclasses.replace(self, hold=self.hold.dropped(), sweeps=0)
 
     def swept(self) -> JobRecord:
         """The record after a sweep found it abandoned; its message is published again next.

@@ -37,7 +37,7 @@ from jobs.fields import (
     text,
     whole_number,
 )
-from jobs.kinds import Claim, Fetched, Input, KindSettings
+from jobs.kinds import ApiOrder, Claim, Fetched, Input, KindSettings, with_fields
 from jobs.layout import HTML_REPORT, STYLE, WEIGHTS
 from utils.captions import clean_caption
 from utils.errors import ImageDownloadFailed
@@ -494,6 +494,7 @@ class StyleKind:
     options_type = StyleOptions
     last_file = WEIGHTS
     needs_gpu = True
+    subject_is_number = True
 
     def __init__(self, settings: KindSettings) -> None:
         self._defaults = HyperParameters(**settings.parameters)
@@ -622,6 +623,39 @@ class StyleKind:
             "parameters": spec.parameters or None,
         }
         return {name: value for name, value in data.items() if value is not None}
+
+    def api_order(self, order: ApiOrder) -> dict[str, Any]:
+        """The `data` of a message for an order of the API; see `OrderedOverApi`."""
+        images = order.training_files
+        if any(each.name.lower().endswith((".txt", ".caption")) for each in images):
+            raise WrongField(
+                "training_files",
+                "must be images. Give captions in `captions`, one for each image, or null",
+            )
+        if not images:
+            raise WrongField("training_files", "must name the uploaded images")
+        data = {
+            "style_id": int(order.subject),
+            "images": [each.address for each in images],
+            "parameters": self._api_parameters(order) or None,
+            "validation_images": [each.address for each in order.validation_files] or None,
+        }
+        return with_fields(data, order.fields)
+
+    def _api_parameters(self, order: ApiOrder) -> dict[str, Any]:
+        given = order.hyperparameters
+        found: dict[str, Any] = {}
+        if "n_epochs" in given:
+            found["epochs"] = given["n_epochs"]
+        if "batch_size" in given:
+            found["batch_size"] = given["batch_size"]
+        if "learning_rate_multiplier" in given:
+            found["learning_rate"] = (
+                self._defaults.learning_rate * given["learning_rate_multiplier"]
+            )
+        if order.seed is not None:
+            found["seed"] = order.seed
+        return found | dict(order.parameters)
 
     # --- from a spec to a run
 

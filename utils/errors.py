@@ -71,6 +71,7 @@ class StopReason(enum.StrEnum):
 
     CANCELLED = "cancelled"
     SHUTDOWN = "shutdown"
+    PAUSED = "paused"
     LEASE_LOST = "lease_lost"
     TIME_LIMIT = "time_limit"
 

@@ -30,6 +30,7 @@ class Stage(enum.StrEnum):
     TRAINING = "training"
     EXPORTING = "exporting"
     UPLOADING = "uploading"
+    PAUSED = "paused"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ _SECRET_NAMES = re.compile(r"secret|token|passw|authorization|credential|signatu
 _SECRET_SHAPES = (
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 " + MASK),
     (re.compile(r"whsec_[\w+/=-]+"), MASK),
+    (re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"), MASK),
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), MASK),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), MASK),
     (re.compile(r"(://[^/\s:@]*):[^@/\s]+@"), r"\1:" + MASK + "@"),
@@ -33,7 +34,7 @@ _SECRET_SHAPES = (
 # These libraries log every request at DEBUG, with its headers.
 TALKATIVE = (
     *("botocore", "boto3", "s3transfer", "urllib3", "pika", "PIL", "matplotlib", "httpx"),
-    "asyncio",
+    *("asyncio", "alembic", "uvicorn.error"),
 )
 
 

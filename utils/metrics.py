@@ -23,7 +23,7 @@ NO_CODE = "none"
 READINESS = ("broker", "s3", "gpu", "base_model")
 """The parts of readiness: the label `check`, and the names in `/ready`."""
 
-WASTE = ("failed", "retry", "machine", "lease_lost", "shutdown", "cancelled")
+WASTE = ("failed", "retry", "machine", "lease_lost", "shutdown", "paused", "cancelled")
 """Reasons for wasted GPU time: the label `reason` of `wasted_gpu_seconds_total`."""
 
 PUT_OFFS = ("storage", "damaged_record", "newer_record", "newer_message", "crash")
@@ -236,11 +236,7 @@ class Metrics:
         Returns:
             The text, and its content type: OpenMetrics if the request accepts it.
         """
-        # Not `choose_encoder`, which would take versions and escapings from an untrusted header.
-        if _OPENMETRICS in _kinds(accept):
-            encode: Callable[[CollectorRegistry], bytes] = openmetrics.generate_latest
-            return encode(self.registry), openmetrics.CONTENT_TYPE_LATEST
-        return prometheus_client.generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+        return _rendered(self.registry, accept)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)
@@ -252,6 +248,59 @@ class Metrics:
         self, name: str, text: str, buckets: tuple[float, ...], *labels: str
     ) -> Histogram:
         return Histogram(f"{PREFIX}_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+
+class ApiMetrics:
+    """The metrics of one API process. Safe to share between threads.
+
+    Attributes are named as in `Metrics`.
+    """
+
+    def __init__(self) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=self.registry)
+        self.requests = Counter(
+            f"{PREFIX}_api_requests",
+            "Requests, by route and status",
+            ("method", "route", "status"),
+            registry=self.registry,
+        )
+        self.request_seconds = Histogram(
+            f"{PREFIX}_api_request_seconds",
+            "Time from a request to the end of its answer, without event streams",
+            ("route",),
+            buckets=_QUICK,
+            registry=self.registry,
+        )
+        self.webhooks = Counter(
+            f"{PREFIX}_api_webhooks",
+            "Webhooks of workers that were verified, by kind",
+            ("kind",),
+            registry=self.registry,
+        )
+        self.jobs = self._gauge("api_jobs", "Jobs that have not ended, by status", "status")
+        self.outbox = self._gauge("api_outbox", "Messages that are due and not confirmed")
+        self.streams = self._gauge("api_event_streams", "Open event streams of this process")
+        self.relay_age = self._gauge(
+            "api_relay_age_seconds",
+            "Seconds since the relay of this process last ran; NaN: never",
+        )
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """As `Metrics.render`."""
+        return _rendered(self.registry, accept)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+
+
+def _rendered(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    # Not `choose_encoder`, which would read versions and escapings off a stranger's header.
+    if _OPENMETRICS in _kinds(accept):
+        encode: Callable[[CollectorRegistry], bytes] = openmetrics.generate_latest
+        return encode(registry), openmetrics.CONTENT_TYPE_LATEST
+    return prometheus_client.generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
 def formats(accept: str) -> frozenset[str]:

@@ -53,6 +53,8 @@ _STATES = {
     "held": "training",
     "silent": "worker silent",
     "waiting": "waiting for its turn",
+    "pausing": "pausing",
+    "paused": "paused",
 }
 
 

@@ -10,6 +10,8 @@ from jobs.record import Delivery, JobRecord, State
 from services.records.listing import Found
 from services.records.record_object import Version
 
+_HELD = ("held", "pausing")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobView:
@@ -19,9 +21,9 @@ class JobView:
         task_id: Its id.
         style_id: Its style; None for another kind of job, and if the record cannot be read.
         kind, subject: The kind of the job, and the thing that it makes.
-        state: `waiting` (for its message to be taken again), `held`, `silent` (its holder's lease
-            has run out), `ended`, `dead` (a message in the dead queue, without a record), or
-            `unknown`.
+        state: `waiting` (for its message to be taken again), `paused`, `held`, `pausing` (held, and
+            about to be paused), `silent` (its holder's lease has run out), `ended`, `dead` (a
+            message in the dead queue, without a record), or `unknown`.
         owner: The worker that holds it, or held it last.
         claim: The number of that hold.
         attempts: Attempts in a row without a new checkpoint.
@@ -69,7 +71,7 @@ def view(found: Found) -> JobView:
         return JobView(found.task_id, detail=found.problem)
     record = found.version.record
     ending = record.ending
-    state = _state(found.version)
+    state = _state(found.version, pause_requested=found.pause_requested)
     return JobView(
         task_id=record.task_id,
         style_id=record.style_id,
@@ -82,7 +84,7 @@ def view(found: Found) -> JobView:
         epoch=_epoch(record),
         epochs=_epochs(record.message),
         loss=_loss(record, state),
-        seconds_left=(record.seconds_left or None) if state == "held" else None,
+        seconds_left=(record.seconds_left or None) if state in _HELD else None,
         ending=f"{ending.kind} {ending.code or ''}".strip() if ending else "",
         delivery=str(record.delivery),
         model_url=str(ending.body.get("model_url", "")) if ending else "",
@@ -101,13 +103,15 @@ def _message_task_id(record: JobRecord) -> str:
     return str(record.ending.body.get("task_id", ""))
 
 
-def _state(version: Version[JobRecord]) -> str:
+def _state(version: Version[JobRecord], *, pause_requested: bool) -> str:
     record = version.record
     if record.state is State.ENDED:
         return "ended"
     if record.hold.released:
-        return "waiting"
-    return "held" if version.age_seconds <= record.hold.lease_seconds else "silent"
+        return "paused" if pause_requested else "waiting"
+    if version.age_seconds > record.hold.lease_seconds:
+        return "silent"
+    return "pausing" if pause_requested else "held"
 
 
 def _epoch(record: JobRecord) -> int:
@@ -121,7 +125,7 @@ def _loss(record: JobRecord, state: str) -> float | None:
     if record.ending and (trained := record.ending.body.get("training_metric")):
         loss = trained.get("loss")
         return float(loss) if isinstance(loss, (int, float)) else None
-    return (record.loss_seen or None) if state == "held" else None
+    return (record.loss_seen or None) if state in _HELD else None
 
 
 def _epochs(message: dict[str, Any]) -> int | None:

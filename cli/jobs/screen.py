@@ -112,11 +112,20 @@ def _print_indented(words: Text, console: Console) -> None:
 WIDE = 110
 """Columns from which a line also shows the start of the job's error."""
 
-_STATES = {"held": "green", "silent": "bold red", "waiting": "yellow", "unknown": "bold red"}
+_STATES = {
+    "held": "green",
+    "pausing": "yellow",
+    "silent": "bold red",
+    "waiting": "yellow",
+    "paused": "yellow",
+    "unknown": "bold red",
+}
 _STATES_IN_WORDS = {
     "held": "held: a worker has the job",
     "silent": "silent: the lease of its worker has run out; another worker takes it over",
+    "pausing": "pausing: its worker saves it and releases it",
     "waiting": "waiting for its message to be taken again",
+    "paused": "paused; `resume` continues it",
     "ended": "ended",
     "dead": "in the dead queue, without a record",
 }

@@ -17,7 +17,14 @@ from typing import Self
 from consumer.life.curve_uploads import CurveUploads
 from jobs.addresses import S3Location
 from jobs.checkpoint_name import NOT_OURS, order
-from jobs.layout import CHECKPOINT_WEIGHTS, Place, place_of, record_at, staging_of
+from jobs.layout import (
+    CHECKPOINT_WEIGHTS,
+    Place,
+    pause_file_at,
+    place_of,
+    record_at,
+    staging_of,
+)
 from jobs.message import Job
 from jobs.record import Checkpoint, EndingKind, JobRecord
 from services.records.job_lease import JobLease
@@ -282,6 +289,8 @@ def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
             newest = _newest(record, prefix, found)
             unneeded = [key for key in found if not key.startswith(newest)]
         unneeded += [each.key for each in s3.list_objects(bucket, staging)]
+        if s3.exists(paused := pause_file_at(bucket, record.task_id)):
+            unneeded.append(paused.key)
         _delete_of_ended(s3, bucket, record, unneeded)
     except StorageError as error:
         log.warning("not_cleared_up", task_id=record.task_id, reason=str(error))

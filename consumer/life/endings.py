@@ -262,6 +262,8 @@ class Endings:
                     return Settlement.ack(self.watched(record, one.message, looks=one.looks))
                 return Settlement.ack(one.again(_at_least(seconds, self._retry_delays)))
             case Unclaimed(record=record, seconds_silent=seconds):
+                if record.is_paused:
+                    return self._copy_if_resumed(record, one.message)
                 if record.hold.released and seconds < record.hold.quiet_seconds:
                     # Released by its worker: its message is in a delay queue.
                     return Settlement.ack(self.watched(record, one.message, looks=one.looks))
@@ -272,6 +274,12 @@ class Endings:
                 with lease, logger.bound(**self._identity(lease.record)):
                     left = self.deliver(lease, original=one.message, for_seconds=0, tries=one.tries)
                 return Settlement.ack(*left)
+
+    def _copy_if_resumed(self, record: JobRecord, message: bytes) -> Settlement:
+        """A paused job needs no message until it is resumed or cancelled."""
+        if self._records.requests.keeps_paused(record.task_id):
+            return Settlement.ack()
+        return Settlement.ack(training_copy(record, message))
 
     def _identity(self, record: JobRecord) -> dict[str, Any]:
         """The fields that name a record's subject in log lines."""

@@ -1,4 +1,4 @@
-"""Stops a job when its lease is lost or when a cancel file appears."""
+"""Stops a job when its lease is lost, or when a file asks for its end or for a pause."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ _SECONDS = 0.1
 
 @contextlib.contextmanager
 def relayed(lease: JobLease, stop: StopSignal) -> Iterator[None]:
-    """While the block runs, a lost lease or a cancel file asks the job to stop."""
+    """While the block runs, a lost lease, a cancel file or a pause file asks the job to stop."""
 
     def relay() -> None:
         if lease.lost.is_set():
             stop.request(StopReason.LEASE_LOST)
         if lease.cancelled.is_set():
             stop.request(StopReason.CANCELLED)
+        if lease.paused.is_set():
+            stop.request(StopReason.PAUSED)
 
-    relay()  # a cancel file from before the first claim stops the job before any work
+    relay()  # a file from before the first claim stops the job before any work
     with Every(_SECONDS, relay, name="relay", at_once=False):
         yield

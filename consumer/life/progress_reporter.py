@@ -34,7 +34,7 @@ class ProgressReporter:
         job: The job.
         webhooks: Sends the reports.
         next_sequence: Gives each report its number.
-        stop: Requested if the backend answers that the job is cancelled.
+        stop: Requested if the backend answers that the job is cancelled or paused.
         interval_seconds: Time between two reports.
     """
 
@@ -97,6 +97,9 @@ class ProgressReporter:
         if answer is ProgressAnswer.CANCEL:
             log.info("job_cancelled_by_backend", answer=answer.name)
             self._stop.request(StopReason.CANCELLED)
+        elif answer is ProgressAnswer.PAUSE:
+            log.info("job_paused_by_backend")
+            self._stop.request(StopReason.PAUSED)
 
     def _body(self) -> dict[str, Any]:
         report = self._kind.progress(self._latest)
@@ -123,6 +126,12 @@ def queued(
         "queue_position": place,
     }
     return _report(kind, job, kind.progress(latest) | waiting, sequence)
+
+
+def paused(kind: JobKind, job: Job, latest: Progress | None, *, sequence: int) -> dict[str, Any]:
+    """The report of a job that is paused; the arguments are those of `queued`."""
+    state = {"stage": str(Stage.PAUSED), "estimated_seconds": 0}
+    return _report(kind, job, kind.progress(latest or beginning(kind, job)) | state, sequence)
 
 
 def beginning(kind: JobKind, job: Job) -> Progress:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from utils.errors import Cancelled, LeaseLost, Stopped, StopReason, TimeLimit, TrainingServerError
 
 # A lost lease comes first: the worker that lost it may not write any more, not even that the job
-# was cancelled. A cancelled job has an ending, so it comes before a shutdown, which has none.
+# was cancelled. A cancelled job has an ending, so it comes before a pause and a shutdown, which
+# have none. A paused job must not return to the queue, so a pause comes before a shutdown.
 _WEIGHT = {
     StopReason.SHUTDOWN: 1,
-    StopReason.TIME_LIMIT: 2,
-    StopReason.CANCELLED: 3,
-    StopReason.LEASE_LOST: 4,
+    StopReason.PAUSED: 2,
+    StopReason.TIME_LIMIT: 3,
+    StopReason.CANCELLED: 4,
+    StopReason.LEASE_LOST: 5,
 }
 
 
@@ -86,7 +88,7 @@ class StopSignal:
             Cancelled: The job was cancelled.
             TimeLimit: The job took too long.
             LeaseLost: Another worker holds the job.
-            Stopped: The worker shuts down.
+            Stopped: The worker shuts down, or the job was paused.
         """
         if error := self.error():
             raise error

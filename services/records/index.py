@@ -23,6 +23,7 @@ from jobs.layout import (
     RECORDS,
     cancel_file_at,
     live_mark_at,
+    pause_file_at,
     record_at,
     settled_mark_at,
 )
@@ -174,6 +175,7 @@ class RecordIndex:
             # is deleted: an operator may send the job back at this moment.
             self._s3.delete_version(record_at(self._bucket, task_id), version.etag)
             self._delete(cancel_file_at(self._bucket, task_id))
+            self._delete(pause_file_at(self._bucket, task_id))
             self._delete(settled_mark_at(self._bucket, task_id))
         except StorageError as error:
             log.warning("record_not_deleted", task_id=task_id, reason=str(error))

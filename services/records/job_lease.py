@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
 
 from jobs.hold import stamped, utc_now
 from jobs.record import (
@@ -20,6 +19,7 @@ from jobs.record import (
 )
 from services.records.lease import Lease
 from services.records.record_object import RecordObject
+from services.records.requests import Requests
 from utils.errors import StorageError
 from utils.logger import get_logger
 
@@ -35,6 +35,7 @@ class JobLease(Lease[JobRecord]):
     Attributes:
         cancelled: Set once `jobs/{task_id}.cancel` exists, which is checked by the claim and at
             each renewal.
+        paused: The same for `jobs/{task_id}.pause`.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class JobLease(Lease[JobRecord]):
         record: JobRecord,
         etag: str,
         began_at: float,
-        cancel_requested: Callable[[str], bool],
+        requests: Requests,
     ) -> None:
         super().__init__(target, record, etag, began_at)
         self.cancelled = threading.Event()
-        self._cancel_requested = cancel_requested
+        self.paused = threading.Event()
+        self._requests = requests
         self._sequence = 0
         self._counting = threading.Lock()
         self._claimed_at = began_at
@@ -157,16 +159,28 @@ class JobLease(Lease[JobRecord]):
         return stamped(record)
 
     def after_renewal(self) -> None:
-        """Check whether the job is to be cancelled."""
+        """Check whether the job is to be cancelled or paused."""
         self.look_for_cancel()
+        self.look_for_pause()
 
     def look_for_cancel(self) -> None:
         """Set `cancelled` if the cancel file exists. If S3 fails, the next renewal checks again."""
         if self.cancelled.is_set():
             return
         try:
-            if self._cancel_requested(self.record.task_id):
+            if self._requests.wants_cancel(self.record.task_id):
                 log.info("cancel_file_seen", task_id=self.record.task_id)
                 self.cancelled.set()
         except StorageError as error:
             log.warning("cancel_not_looked_for", task_id=self.record.task_id, error=str(error))
+
+    def look_for_pause(self) -> None:
+        """Set `paused` if the pause file is there; S3's troubles put it off to a renewal."""
+        if self.paused.is_set() or self.record.state is not State.LIVE:
+            return
+        try:
+            if self._requests.wants_pause(self.record.task_id):
+                log.info("pause_file_seen", task_id=self.record.task_id)
+                self.paused.set()
+        except StorageError as error:
+            log.warning("pause_not_looked_for", task_id=self.record.task_id, error=str(error))

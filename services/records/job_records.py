@@ -18,6 +18,7 @@ from jobs.record import PROTOCOL_LEVEL, Ending, JobRecord, JobRequest, State
 from services.records.index import RecordIndex
 from services.records.job_lease import JobLease
 from services.records.record_object import Expiry, RecordObject, Version
+from services.records.requests import Requests
 from services.s3.s3_service import S3Service
 from utils.errors import NewerRecord, PreconditionFailed, StorageError
 from utils.logger import get_logger
@@ -90,6 +91,9 @@ class JobRecords:
         owner: This process's unique name: a holder that finds its own name on a record knows that
             it was not dead. The nonce protects a claim.
         lease_seconds: The lease of this worker's claims.
+
+    Attributes:
+        requests: The files that cancel and pause jobs.
     """
 
     def __init__(self, s3: S3Service, bucket: str, *, owner: str, lease_seconds: float) -> None:
@@ -99,6 +103,7 @@ class JobRecords:
         self._lease_seconds = lease_seconds
         self._expiry = Expiry()
         self._index = RecordIndex(s3, bucket)
+        self.requests = Requests(s3, bucket)
         # Claims of this process that S3 did not answer: key -> nonce. A record with one of them
         # is this process's own and not worked on.
         self._unanswered: dict[str, str] = {}
@@ -216,14 +221,6 @@ class JobRecords:
         with contextlib.suppress(StorageError):
             self._index.remove(task_id)
 
-    def cancel_requested(self, task_id: str) -> bool:
-        """Whether `jobs/{task_id}.cancel` exists.
-
-        Raises:
-            StorageError: S3 cannot be used.
-        """
-        return self._s3.exists(cancel_file_at(self._bucket, task_id))
-
     def _claim_one(self, request: JobRequest, *, create: bool) -> Claim | None:
         target = self._target(request.task_id)
         for _ in range(_RACES):
@@ -292,8 +289,9 @@ class JobRecords:
         with self._lock:
             self._unanswered.pop(key, None)
         log.info("job_claimed", task_id=record.task_id, claim=record.claim, state=record.state)
-        lease = JobLease(target, record, written, began_at, self.cancel_requested)
+        lease = JobLease(target, record, written, began_at, self.requests)
         lease.look_for_cancel()
+        lease.look_for_pause()
         return Claimed(lease)
 
     def _target(self, task_id: str) -> RecordObject[JobRecord]:

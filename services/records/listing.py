@@ -21,8 +21,9 @@ from jobs.layout import (
     place_of,
     record_at,
 )
-from jobs.record import JobRecord
+from jobs.record import JobRecord, State
 from services.records.record_object import RecordObject, Version
+from services.records.requests import Requests
 from services.s3.s3_service import S3Service
 from utils.errors import StorageError
 
@@ -43,11 +44,13 @@ class Found:
     Attributes:
         version: The record and its age; None if there is no readable record.
         problem: The reason if there is none.
+        pause_requested: The job is live, and it is to be paused.
     """
 
     task_id: str
     version: Version[JobRecord] | None
     problem: str = ""
+    pause_requested: bool = False
 
     @property
     def record(self) -> JobRecord | None:
@@ -60,13 +63,17 @@ def look_up(s3: S3Service, bucket: str, task_ids: Iterable[str]) -> list[Found]:
 
     A record that cannot be read is reported with its problem; the others are still returned.
     """
+    requests = Requests(s3, bucket)
 
     def read(task_id: str) -> Found:
         try:
             version = RecordObject(s3, record_at(bucket, task_id), JobRecord).read()
+            if version is None:
+                return Found(task_id, None, "there is no such record")
+            live = version.record.state is State.LIVE
+            return Found(task_id, version, pause_requested=live and requests.wants_pause(task_id))
         except StorageError as error:
             return Found(task_id, None, str(error))
-        return Found(task_id, version, "" if version else "there is no such record")
 
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
         return list(pool.map(read, task_ids))

@@ -22,6 +22,7 @@ from jobs.hold import stamped
 from jobs.record import PROTOCOL_LEVEL, Delivery, JobRecord, State
 from services.records.index import RecordIndex
 from services.records.record_object import RecordObject, Version
+from services.records.requests import Requests
 from services.s3.s3_service import ObjectInfo, S3Service
 from utils.errors import PreconditionFailed, StorageError
 from utils.logger import get_logger
@@ -78,6 +79,7 @@ class RecordSweep:
         may_wait: Callable[[JobRecord], bool] = lambda record: False,
     ) -> None:
         self.index = RecordIndex(s3, bucket)
+        self._requests = Requests(s3, bucket)
         self.census = Census()
         self._lease_seconds = lease_seconds
         self._clear_up = clear_up
@@ -131,7 +133,7 @@ class RecordSweep:
     def _taken_over(
         self, target: RecordObject[JobRecord], version: Version[JobRecord]
     ) -> JobRecord | None:
-        if not is_abandoned(version) or self._may_still_come(version):
+        if not self._is_to_be_published(version):
             return None
         if version.record.min_level > PROTOCOL_LEVEL:
             # Only a newer worker can write this job's message, and its own sweep does.
@@ -148,6 +150,12 @@ class RecordSweep:
             age_seconds=version.age_seconds,
         )
         return record
+
+    def _is_to_be_published(self, version: Version[JobRecord]) -> bool:
+        if version.record.is_paused:
+            # A person may have deleted the pause file, or the message of a resumed job was lost.
+            return not self._requests.keeps_paused(version.record.task_id)
+        return is_abandoned(version) and not self._may_still_come(version)
 
     def _may_still_come(self, version: Version[JobRecord]) -> bool:
         """A job that was released properly waits in the queue as long as necessary."""

@@ -122,6 +122,11 @@ class S3Service:
         self._deletes_one_by_one = checksums == "md5"
 
     @property
+    def client(self) -> S3Client:
+        """boto3's client, for the other modules of this package."""
+        return self._client
+
+    @property
     def endpoint(self) -> str:
         """The address that requests go to, from whichever configuration."""
         return str(self._client.meta.endpoint_url)

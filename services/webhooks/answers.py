@@ -36,6 +36,7 @@ class ProgressAnswer(enum.Enum):
     DONE = "done"
     DROPPED = "dropped"
     CANCEL = "cancel"
+    PAUSE = "pause"
     NOT_FOUND = "not_found"
     UNAUTHORIZED = "unauthorized"
     REJECTED = "rejected"
@@ -147,8 +148,10 @@ _OF_PAGES = {_Kind.TAKEN: _Kind.TAKEN_BY_A_PAGE, _Kind.REFUSED: _Kind.REFUSED_BY
 def judge_progress(reply: Reply) -> ProgressAnswer:
     """The answer to a progress report, by the protocol's table."""
     kind = _kind_of(reply)
-    if kind is _Kind.TAKEN and _wants_cancel(reply.body):
+    if kind is _Kind.TAKEN and _wants("cancel", reply.body):
         return ProgressAnswer.CANCEL
+    if kind is _Kind.TAKEN and _wants("pause", reply.body):
+        return ProgressAnswer.PAUSE
     return kind.value[0]
 
 
@@ -197,9 +200,9 @@ def retry_after_of(headers: Mapping[str, str]) -> float | None:
     return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
-def _wants_cancel(body: bytes) -> bool:
+def _wants(what: str, body: bytes) -> bool:
     answer = _json_object(body)
-    return answer is not None and answer.get("cancel") is True
+    return answer is not None and answer.get(what) is True
 
 
 def _json_object(body: bytes) -> dict[str, Any] | None:

@@ -180,7 +180,7 @@ class WebhookService:
         """
         reply = self._exchange("PATCH", origin, "progress", f"msg_{uuid.uuid4().hex}", body)
         answer = judge_progress(reply)
-        if answer is not ProgressAnswer.DONE:
+        if answer not in (ProgressAnswer.DONE, ProgressAnswer.PAUSE):
             level = log.error if answer is ProgressAnswer.UNAUTHORIZED else log.warning
             level(
                 "progress_not_taken",

@@ -14,7 +14,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = (
-    *("main", "config", "cli", "consumer", "images", "jobs", "reports", "services", "training"),
+    *(
+        "main",
+        "config",
+        "api",
+        "cli",
+        "consumer",
+        "images",
+        "jobs",
+        "reports",
+        "services",
+        "training",
+    ),
     "utils",
 )
 BESIDE_IT = {"tests", "sandbox", "benchmarks", "tools"}
@@ -23,7 +34,8 @@ MOST_SIBLINGS = 15
 # room -> the rooms that it may import. `main` composes everything.
 ARROWS: dict[str, set[str]] = {
     "main": {"config", "cli", "consumer", "services", "utils"},
-    "cli": {"config", "consumer", "images", "jobs", "services", "training", "utils"},
+    "api": {"config", "images", "jobs", "reports", "services", "utils"},
+    "cli": {"api", "config", "consumer", "images", "jobs", "services", "training", "utils"},
     "consumer": {"config", "jobs", "services", "utils"},
     "services": {"jobs", "utils"},
     "config": {"jobs", "utils"},
@@ -36,24 +48,30 @@ ARROWS: dict[str, set[str]] = {
 
 # They see all settings; every other module gets the values that it needs.
 COMPOSITION_ROOTS = {
+    *("api/app.py", "cli/api.py"),
     *("cli/doctor/command.py", "cli/server.py", "cli/train.py", "cli/train_command.py"),
     *("cli/worker.py", "consumer/worker.py"),
 }
 
-# A foreign client -> the one file that may import it, and that translates its errors.
-ONE_IMPORTER = {
+# A foreign client -> the one file that may import it, and that translates its errors. The two web
+# servers, and the two directions of webhooks, have a file each.
+ONE_IMPORTER: dict[str, str | set[str]] = {
     "pika": "services/broker/client.py",
     "boto3": "services/s3/client.py",
     "botocore": "services/s3/client.py",
     "requests": "services/webhooks/webhook_service.py",
-    "standardwebhooks": "services/webhooks/webhook_service.py",
+    "standardwebhooks": {
+        "services/webhooks/webhook_service.py",
+        "services/webhooks/verification.py",
+    },
     "huggingface_hub": "cli/doctor/base_model.py",
     "pynvml": "utils/gpu_monitor.py",
     "prometheus_client": "utils/metrics.py",
     "opentelemetry": "services/telemetry/tracing.py",
     "sentry_sdk": "services/telemetry/error_reports.py",
-    "starlette": "consumer/pages/http_pages.py",
-    "uvicorn": "consumer/pages/http_pages.py",
+    "uvicorn": {"consumer/pages/http_pages.py", "api/serve.py"},
+    "alembic": {"api/store/migrating.py", "api/store/migrations"},
+    "python_multipart": "api/gate/intake.py",
     "dotenv": "config.py",
     "pydantic_settings": "config.py",
 }
@@ -79,6 +97,15 @@ OPTIONAL = {"bitsandbytes"}
 PACKAGES: dict[str, set[str]] = {
     "main": {"typer"},
     "config": {"pydantic", "pydantic_settings"},
+    "api": {
+        "alembic",
+        "fastapi",
+        "pydantic",
+        "python_multipart",
+        "sqlalchemy",
+        "starlette",
+        "uvicorn",
+    },
     "cli": {"huggingface_hub", "rich", "structlog", "typer"},
     "consumer": {"starlette", "structlog", "uvicorn"},
     "services": {
@@ -218,10 +245,16 @@ def test_only_composition_roots_see_all_settings() -> None:
     assert importers == COMPOSITION_ROOTS
 
 
+def _is_in(path: Path, places: set[str]) -> bool:
+    return any(str(path) == place or place in map(str, path.parents) for place in places)
+
+
 @pytest.mark.parametrize("client", ONE_IMPORTER)
 def test_a_foreign_client_has_one_importer(client: str) -> None:
-    importers = {str(path) for path in product_files() if client in imports(path)}
-    assert importers <= {ONE_IMPORTER[client]}
+    allowed = ONE_IMPORTER[client]
+    allowed = {allowed} if isinstance(allowed, str) else allowed
+    importers = {path for path in product_files() if client in imports(path)}
+    assert {str(each) for each in importers if not _is_in(each, allowed)} == set()
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -327,6 +360,48 @@ import main, cli.actions, cli.doctor.command, cli.worker, consumer.worker
 import images.vetting, reports.html_report
 """)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_requirements_of_the_api_are_what_it_imports() -> None:
+    ran = python("""
+import sys
+import api.app, api.serve, main
+print(sorted({name.partition(".")[0] for name in sys.modules}))
+""")
+    assert ran.returncode == 0, ran.stderr
+    loaded = set(ast.literal_eval(ran.stdout.strip().splitlines()[-1]))
+    packages = importlib.metadata.packages_distributions()
+    ours = {name for path in product_files() for name in imports(path)}
+    # FastAPI loads OpenTelemetry if it is installed.
+    direct = {normal(packages[name][0]) for name in (ours - set(SHARED)) & loaded & set(packages)}
+    of_the_api = distributions("requirements-api.txt")
+    in_part = {normal(each) for each in PART_OF}
+    assert direct - in_part <= of_the_api
+    # SQLAlchemy loads the driver by the database's address; of the other only files are used.
+    by_name = {"psycopg", "fastapi-offline"}
+    assert of_the_api - direct == by_name
+
+
+def test_packages_in_two_requirement_files_have_one_version() -> None:
+    def pins(file: str) -> dict[str, str]:
+        lines = (ROOT / file).read_text("utf-8").splitlines()
+        found = (re.match(r"([A-Za-z0-9._-]+)(?:\[.*\])?==(\S+)", line) for line in lines)
+        return {normal(match[1]): match[2] for match in found if match}
+
+    worker, api = pins("requirements.txt"), pins("requirements-api.txt")
+    assert {name: api[name] for name in worker.keys() & api} == {
+        name: worker[name] for name in worker.keys() & api
+    }
+
+
+def test_the_api_imports_no_worker_and_no_training() -> None:
+    ran = python(f"""
+import sys
+import api.app, api.serve
+print(sorted({{"consumer", "training", *{TORCH!r}}} & set(sys.modules)))
+""")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "[]"
 
 
 def test_every_installed_package_is_locked() -> None:

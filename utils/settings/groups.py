@@ -177,3 +177,41 @@ class TelemetrySettings(Group):
     otel_service_name: str = "training-server"
     sentry_dsn: SecretStr | None = None
     sentry_environment: str | None = None
+
+
+class ApiSettings(Group):
+    """The API server: its address, its database, its keys, and the limits of organisations."""
+
+    api_database_url: SecretStr | None = None
+    api_host: str = "127.0.0.1"
+    api_port: int = Field(default=8000, ge=0, le=65535)
+    api_key_pepper: SecretStr | None = None
+    api_open: bool = False
+    api_public_url: Origin | None = None
+    api_style_id_start: int = Field(default=1_000_000_000, ge=1, le=2**53)
+    api_max_file_bytes: int = Field(default=512 * 1024**2, ge=1)
+    api_max_storage_bytes: int = Field(default=100 * 1024**3, ge=1)
+    api_requests_per_minute: int = Field(default=1200, ge=1)
+    api_creates_per_minute: int = Field(default=120, ge=1)
+    api_silent_seconds: Seconds = 120.0
+    max_concurrent_trainings: int = Field(default=2, ge=1)
+    broker_depth: int = Field(default=2, ge=1)
+    aws_public_endpoint_url_s3: Annotated[str, AfterValidator(values.endpoint)] | None = None
+
+    @field_validator("api_open")
+    @classmethod
+    def _open_only_on_this_machine(cls, value: bool, info: ValidationInfo) -> bool:
+        host = info.data.get("api_host", "127.0.0.1")
+        if value and host not in LOCAL_HOSTS:
+            raise ValueError(
+                f"serves every caller without a key, so it needs API_HOST=127.0.0.1, not {host}. "
+                "Set API_OPEN=false, or bind to the loopback address"
+            )
+        return value
+
+    @field_validator("api_key_pepper")
+    @classmethod
+    def _pepper_is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < 32:
+            raise ValueError("must have 32 characters or more")
+        return value

@@ -173,7 +173,7 @@ def test_a_cancel_file_is_seen_when_the_job_is_claimed_and_at_each_renewal(s3: S
     s3.write(S3Location(BUCKET, f"jobs/{before.task_id}.cancel"), b"")
     assert claimed(worker(s3), before).cancelled.is_set()
     with claimed(worker(s3), after) as lease:
-        assert not worker(s3).cancel_requested(after.task_id)
+        assert not worker(s3).requests.wants_cancel(after.task_id)
         assert not lease.cancelled.wait(LEASE / 2)
         s3.write(S3Location(BUCKET, f"jobs/{after.task_id}.cancel"), b"")
         assert lease.cancelled.wait(LEASE)

@@ -126,6 +126,9 @@ def test_an_answer_of_an_application_is_recognised(
     [
         (b'{"cancel": true}', ProgressAnswer.CANCEL),
         (b'{"status": "ok", "cancel": true}', ProgressAnswer.CANCEL),
+        (b'{"pause": true}', ProgressAnswer.PAUSE),
+        (b'{"pause": true, "cancel": true}', ProgressAnswer.CANCEL),
+        (b'{"pause": 1}', ProgressAnswer.DONE),
         (b'{"cancel": false}', ProgressAnswer.DONE),
         (b'{"cancel": "true"}', ProgressAnswer.DONE),
         (b'{"cancel": 1}', ProgressAnswer.DONE),
@@ -136,7 +139,7 @@ def test_an_answer_of_an_application_is_recognised(
         (b"", ProgressAnswer.DONE),
     ],
 )
-def test_a_report_can_be_answered_with_a_cancel(
+def test_a_report_can_be_answered_with_a_cancel_or_a_pause(
     backend: Backend, webhooks: WebhookService, body: bytes, answer: ProgressAnswer
 ) -> None:
     backend.answer = sequence(Answer(200, body=body))

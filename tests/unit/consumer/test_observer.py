@@ -48,7 +48,7 @@ def _observer(clock: Clock) -> Iterator[Observer]:
     observer = Observer()
     record = JobRecord.new(JobRequest("t-1", "style", "10", "identity", {}), "me", 120.0)
     target: Any = None
-    lease = JobLease(target, record, "etag", time.monotonic(), lambda task_id: False)
+    lease = JobLease(target, record, "etag", time.monotonic(), target)
     with observer.holding(style_kind(), read(envelope()), lease):
         with observer.training():
             observer.saw(Started("t-1", 0, 30))

@@ -150,8 +150,18 @@ def test_a_backend_that_no_longer_wants_the_job_cancels_it(backend: Backend) -> 
     assert stop.reason is StopReason.CANCELLED
 
 
+def test_a_backend_can_pause_the_job(backend: Backend) -> None:
+    backend.answer = ProgressAnswer.PAUSE
+    stop = StopSignal()
+    with reporter(backend, stop) as reports:
+        reports.saw(training(0))
+        assert stop.wait(10)
+    assert stop.reason is StopReason.PAUSED
+
+
 @pytest.mark.parametrize(
-    "answer", [one for one in ProgressAnswer if one is not ProgressAnswer.CANCEL]
+    "answer",
+    [one for one in ProgressAnswer if one not in (ProgressAnswer.CANCEL, ProgressAnswer.PAUSE)],
 )
 def test_no_other_answer_stops_the_job(backend: Backend, answer: ProgressAnswer) -> None:
     backend.answer = answer

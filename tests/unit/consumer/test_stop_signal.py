@@ -29,15 +29,16 @@ def test_each_reason_is_raised_as_its_own_error(reason: StopReason, error: type[
         signal.check()
 
 
-def test_a_lost_lease_outweighs_a_cancellation_which_outweighs_a_shutdown() -> None:
+def test_a_lost_lease_outweighs_a_cancellation_a_pause_and_a_shutdown_in_this_order() -> None:
     signal = StopSignal()
     heard: list[StopReason] = []
     signal.subscribe(heard.append)
-    for reason in (StopReason.SHUTDOWN, StopReason.CANCELLED, StopReason.LEASE_LOST):
+    order = (StopReason.SHUTDOWN, StopReason.PAUSED, StopReason.CANCELLED, StopReason.LEASE_LOST)
+    for reason in order:
         signal.request(reason)
     signal.request(StopReason.SHUTDOWN)
     assert signal.reason is StopReason.LEASE_LOST
-    assert heard == [StopReason.SHUTDOWN, StopReason.CANCELLED, StopReason.LEASE_LOST]
+    assert heard == list(order)
 
 
 def test_a_late_subscriber_is_called_at_once() -> None:

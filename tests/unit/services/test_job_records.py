@@ -194,9 +194,9 @@ def test_taking_a_record_off_the_index_never_fails_a_job(s3: MemoryS3) -> None:
 
 def test_a_cancel_file_is_seen_when_the_job_is_claimed(s3: MemoryS3) -> None:
     records = worker(s3)
-    assert not records.cancel_requested("task-1")
+    assert not records.requests.wants_cancel("task-1")
     s3.write(S3Location(BUCKET, "jobs/task-1.cancel"), b"")
-    assert records.cancel_requested("task-1")
+    assert records.requests.wants_cancel("task-1")
     assert claimed(records.claim(REQUEST)).cancelled.is_set()
 
 

@@ -1,0 +1,1 @@
+"""The API server: order, follow and steer jobs over HTTP (docs/api.md)."""

@@ -1,0 +1,1 @@
+"""The dialects of other services, translated to the API's own routes."""

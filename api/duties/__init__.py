@@ -1,0 +1,1 @@
+"""The threads of the API: publication, reconciliation, and news for open streams."""

@@ -1,0 +1,1 @@
+"""The gate before every route: keys, limits, clean input, repetitions, problems, pages."""

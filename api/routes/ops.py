@@ -1,0 +1,86 @@
+"""Health, readiness, metrics, and the pages about problems. They need no key."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from sqlalchemy import func, select
+
+from api.gate.guard import Served
+from api.gate.problems import CODES, Problem
+from api.store.database import DatabaseAway
+from api.store.tables import OPEN, JobRow, OutboxRow
+from utils.errors import StorageError
+
+router = APIRouter(tags=["operations"])
+
+
+@router.head("/health", include_in_schema=False)
+@router.get("/health", operation_id="health")
+def health() -> dict[str, str]:
+    """The process is alive."""
+    return {"status": "ok"}
+
+
+@router.head("/ready", include_in_schema=False)
+@router.get("/ready", operation_id="ready")
+def ready(services: Served) -> JSONResponse:
+    """Whether database, storage and broker can be used; 503 if one cannot.
+
+    Without the broker jobs are still accepted, and wait in the database.
+    """
+    problems = {"broker": services.broker_state()}
+    try:
+        with services.database.reading() as session:
+            session.execute(select(1))
+        problems["database"] = ""
+    except DatabaseAway as error:
+        problems["database"] = str(error)
+    try:
+        services.state_s3.reach(services.buckets.state)
+        problems["storage"] = ""
+    except StorageError as error:
+        problems["storage"] = str(error)
+    checks = {name: problem or "ok" for name, problem in sorted(problems.items())}
+    is_ready = not any(problems.values())
+    body = {"status": "ready" if is_ready else "not ready", "checks": checks}
+    return JSONResponse(body, 200 if is_ready else 503)
+
+
+@router.get("/metrics", operation_id="metrics", response_class=Response)
+def metrics(request: Request, services: Served) -> Response:
+    """The metrics of this process, for Prometheus."""
+    measured = services.metrics
+    with contextlib.suppress(DatabaseAway), services.database.reading() as session:
+        rows = session.execute(
+            select(JobRow.status, func.count())
+            .where(JobRow.status.in_(OPEN))
+            .group_by(JobRow.status)
+        )
+        counts = {row[0]: row[1] for row in rows}
+        for status in OPEN:
+            measured.jobs.labels(status).set(counts.get(status, 0))
+        due = select(func.count()).where(
+            OutboxRow.published_at.is_(None), OutboxRow.due_at.is_not(None)
+        )
+        measured.outbox.set(session.scalar(due) or 0)
+    measured.streams.set(services.hub.streams)
+    measured.relay_age.set(request.app.state.relay.age_seconds())
+    text, kind = measured.render(request.headers.get("accept", ""))
+    return Response(text, headers={"Content-Type": kind})
+
+
+@router.get("/problems/{code}", response_class=HTMLResponse, operation_id="problem_page")
+def problem_page(code: str) -> Response:
+    """The page about a code of an error."""
+    if code not in CODES:
+        raise Problem("not_found", "There is no error with this code.")
+    status, title = CODES[code]
+    text = f"<p>HTTP status {status}. The answer's <code>detail</code> has the remedy.</p>"
+    return HTMLResponse(
+        f"<!doctype html><html lang=en><title>{html.escape(code)}</title>"
+        f"<h1>{html.escape(title)}</h1><p><code>{html.escape(code)}</code></p>{text}</html>"
+    )

@@ -1,0 +1,1 @@
+"""The database of the API: tables, transactions and queries (SQLAlchemy, Alembic)."""

@@ -1,0 +1,1 @@
+"""Tests of the API on real databases, S3 and RabbitMQ."""
