@@ -307,6 +307,7 @@ class TrainerOptions:
         mixed_precision: `fp16`, `bf16` or `no`; on a CPU always `no`.
         gradient_checkpointing: `true`, `false` or `auto`.
         allow_cpu: Train on the CPU if there is no CUDA, instead of failing.
+        deterministic: Use only algorithms that give the same bits each time, also on a GPU.
         log_level: Level of the trainer's own log lines.
         log_format: `json` or `text`.
         runner: The class whose base model is loaded before the first run, as `module:class`.
@@ -317,6 +318,7 @@ class TrainerOptions:
     mixed_precision: str = "fp16"
     gradient_checkpointing: str = "true"
     allow_cpu: bool = False
+    deterministic: bool = False
     log_level: str = "INFO"
     log_format: str = "json"
     runner: str = "training.style.work:StyleWork"
