@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from jobs.style import HyperParameters
@@ -32,7 +34,7 @@ def test_every_epoch_sees_every_image_once_in_steps_of_the_right_size(
     for epoch in range(3):
         steps = [plan.batches(epoch * len(sizes) + i) for i in range(len(sizes))]
         found = [[len(b) for b in step] for step in steps]
-        assert sorted(sum(found, [])) == sorted(sum(sizes, []))
+        assert sorted(itertools.chain(*found)) == sorted(itertools.chain(*sizes))
         assert [len(step) for step in found] == [len(step) for step in sizes]
         assert sorted(i for step in steps for b in step for i in b) == list(range(images))
 
