@@ -24,6 +24,7 @@ from jobs.addresses import (
 )
 from jobs.fields import (
     AUTO_WORD,
+    LONGEST_NAME,
     STRICT,
     Auto,
     Order,
@@ -182,6 +183,8 @@ class HyperParameters:
             )
 
 
+BROKEN = "\x1a"
+"""Begins a broken address in a copy of a message: ASCII's substitute for a faulty character."""
 AUTO_VIEWS, AUTO_MOST_EPOCHS = 3000, 500
 """`epochs: auto`: 500 epochs for up to 6 images, 300 for 10, 100 for 30."""
 AUTO_LEVEL = 1
@@ -403,6 +406,20 @@ class StyleSpec:
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
+def _shown(address: str) -> str:
+    """A broken address for people, without its query; that of a copy is shown as in the message."""
+    own = address.removeprefix(BROKEN)
+    if own != address and own.isprintable() and len(own) <= LONGEST_NAME:
+        return own
+    return printable(own.partition("?")[0])
+
+
+def _address(image: ImageRef) -> str:
+    """The image's address for a copy of the message, which means the same image."""
+    # The shown form of a broken address may be a sound address of another object.
+    return image.source if image.location else BROKEN + image.source
+
+
 def _places(images: tuple[ImageRef, ...]) -> list[Any]:
     """Locations of images, independent of the spelling of their addresses."""
     return [
@@ -555,7 +572,7 @@ class StyleKind:
             try:
                 source, location = read_address(address or "", self._addresses)
             except BrokenAddress as broken:
-                shown = printable((address or "").partition("?")[0])
+                shown = _shown(address or "")
                 images.append(ImageRef(shown, None, f"has an address that {broken}"))
             except ValueError as error:
                 raise WrongField(order.at(f"{field}.{index}"), str(error)) from None
@@ -615,10 +632,10 @@ class StyleKind:
         """The `data` of a message; see `JobKind.order`."""
         data = {
             "style_id": spec.style_id,
-            "images": [image.source for image in spec.images],
+            "images": [_address(image) for image in spec.images],
             "captions": list(spec.captions) if any(c is not None for c in spec.captions) else None,
             "tags": list(spec.tags) or None,
-            "validation_images": [image.source for image in spec.validation_images] or None,
+            "validation_images": [_address(image) for image in spec.validation_images] or None,
             "sample_prompts": list(spec.sample_prompts) or None,
             "trigger_word": spec.trigger_word or None,
             "parameters": spec.parameters or None,
