@@ -128,6 +128,7 @@ class LocalSettings(Group):
             mixed_precision=self.trainer.mixed_precision,
             gradient_checkpointing=self.trainer.gradient_checkpointing,
             allow_cpu=self.trainer.allow_cpu,
+            deterministic=self.trainer.deterministic,
             log_level=self.log.log_level,
             log_format=self.log.log_format,
         )

@@ -32,6 +32,8 @@ from utils.wording import counted
 AUTO_WORD = "auto"
 """The value of a parameter in messages and settings that the kind finds for each job."""
 MAX_COMPLAINTS = 5
+LONGEST_NAME = 80
+"""Characters of a name from a message in a log line or a header."""
 STRICT = ConfigDict(strict=True, frozen=True, hide_input_in_errors=True)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]+")
 
@@ -245,7 +247,7 @@ def checked(
 def printable(name: str) -> str:
     """A name from a message, made safe for a log line and a header."""
     shown = repr(name)[1:-1]
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+    return shown if len(shown) <= LONGEST_NAME else shown[: LONGEST_NAME - 3] + "..."
 
 
 def _reason(problem: ErrorDetails, parameters: Sequence[str], left_out: Mapping[str, str]) -> str:

@@ -24,6 +24,7 @@ from jobs.addresses import (
 )
 from jobs.fields import (
     AUTO_WORD,
+    LONGEST_NAME,
     STRICT,
     Auto,
     Order,
@@ -182,6 +183,8 @@ class HyperParameters:
             )
 
 
+BROKEN = "\x1a"
+"""Begins a broken address in a copy of a message: ASCII's substitute for a faulty character."""
 AUTO_VIEWS, AUTO_MOST_EPOCHS = 3000, 500
 """`epochs: auto`: 500 epochs for up to 6 images, 300 for 10, 100 for 30."""
 AUTO_LEVEL = 1
@@ -307,6 +310,7 @@ class TrainerOptions:
         mixed_precision: `fp16`, `bf16` or `no`; on a CPU always `no`.
         gradient_checkpointing: `true`, `false` or `auto`.
         allow_cpu: Train on the CPU if there is no CUDA, instead of failing.
+        deterministic: Use only algorithms that give the same bits each time, also on a GPU.
         log_level: Level of the trainer's own log lines.
         log_format: `json` or `text`.
         runner: The class whose base model is loaded before the first run, as `module:class`.
@@ -317,6 +321,7 @@ class TrainerOptions:
     mixed_precision: str = "fp16"
     gradient_checkpointing: str = "true"
     allow_cpu: bool = False
+    deterministic: bool = False
     log_level: str = "INFO"
     log_format: str = "json"
     runner: str = "training.style.work:StyleWork"
@@ -399,6 +404,20 @@ class StyleSpec:
         if self.trigger_word:
             meaning["trigger_word"] = self.trigger_word
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+
+def _shown(address: str) -> str:
+    """A broken address for people, without its query; that of a copy is shown as in the message."""
+    own = address.removeprefix(BROKEN)
+    if own != address and own.isprintable() and len(own) <= LONGEST_NAME:
+        return own
+    return printable(own.partition("?")[0])
+
+
+def _address(image: ImageRef) -> str:
+    """The image's address for a copy of the message, which means the same image."""
+    # The shown form of a broken address may be a sound address of another object.
+    return image.source if image.location else BROKEN + image.source
 
 
 def _places(images: tuple[ImageRef, ...]) -> list[Any]:
@@ -554,7 +573,7 @@ class StyleKind:
             try:
                 source, location = read_address(address or "", self._addresses)
             except BrokenAddress as broken:
-                shown = printable((address or "").partition("?")[0])
+                shown = _shown(address or "")
                 images.append(ImageRef(shown, None, f"has an address that {broken}"))
             except ValueError as error:
                 raise WrongField(order.at(f"{field}.{index}"), str(error)) from None
@@ -614,10 +633,10 @@ class StyleKind:
         """The `data` of a message; see `JobKind.order`."""
         data = {
             "style_id": spec.style_id,
-            "images": [image.source for image in spec.images],
+            "images": [_address(image) for image in spec.images],
             "captions": list(spec.captions) if any(c is not None for c in spec.captions) else None,
             "tags": list(spec.tags) or None,
-            "validation_images": [image.source for image in spec.validation_images] or None,
+            "validation_images": [_address(image) for image in spec.validation_images] or None,
             "sample_prompts": list(spec.sample_prompts) or None,
             "trigger_word": spec.trigger_word or None,
             "parameters": spec.parameters or None,

@@ -128,7 +128,7 @@ def why_not(record: JobRecord) -> str:
     if not ending.body.get("retryable"):
         return f"another attempt cannot help ({ending.code}); order it again with another task id"
     if record.delivery is not Delivery.DELIVERED:
-        return "the backend has not heard yet that it failed; wait until it has"
+        return "the backend does not know of the failure yet; retry after its webhook"
     return ""
 
 

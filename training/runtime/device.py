@@ -6,6 +6,7 @@ import collections
 import contextlib
 import gc
 import logging
+import os
 import resource
 from collections.abc import Iterator
 
@@ -66,6 +67,19 @@ def choose_device(
     # Only for the report: the front desk logs it.
     sentence = "There is no CUDA GPU: training runs on the CPU in fp32, which is slow."
     return torch.device("cpu"), torch.float32, (sentence,)
+
+
+def use_deterministic_algorithms() -> None:
+    """Compute the same bits each time from now on, at the cost of speed.
+
+    An operation that has no such algorithm raises an error instead. To be called before the first
+    operation on the GPU.
+    """
+    # cuBLAS reads this when it starts; with other sizes its sums may differ from run to run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # The benchmark may choose another algorithm in each process.
+    torch.backends.cudnn.benchmark = False
 
 
 def gpu_error(error: BaseException) -> TrainingServerError | None:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 CAPTION_IGNORED = "its caption was ignored: "
 """How a reason begins that is about a caption and not about an image."""
 FEW_IMAGES = 10
-"""With fewer usable images than this, a style comes out weakly."""
+"""By experience of users of such trainers, a style comes out weakly with fewer usable images."""
 MUCH_LOST = 0.1
 """A part of the image; a crop of more is named in the report."""
 ORDERS = 8
@@ -258,8 +258,8 @@ def _warnings(run: TrainingRun, usable: int, found: _Found) -> tuple[str, ...]:
     warnings = list(run.notes)
     if usable < FEW_IMAGES:
         warnings.append(
-            f"Only {counted(usable, 'image')} can be trained on; a style holds better with "
-            f"{FEW_IMAGES} to 30."
+            f"Only {counted(usable, 'image')} can be trained on; by experience, a style holds "
+            f"better with {FEW_IMAGES} to 30."
         )
     if all(looks.is_grey for _, looks in found.seen):
         warnings.append(

@@ -1,4 +1,8 @@
-"""The training loop: a LoRA on SD1.5's frozen UNet, resumable at any step to the same bits."""
+"""The training loop: a LoRA on SD1.5's frozen UNet, resumable at any step.
+
+On a CPU a resumed run ends with the same bits as one that was not stopped. On a GPU it does so only
+with deterministic algorithms (`use_deterministic_algorithms`), and only on the same kind of GPU.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +55,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 UPDATES_BEFORE_CHECK = 3
 """After this many updates every `lora_B` must have left zero."""
 USUAL_STEPS = 4000
+"""By experience of users of such trainers; there is no measurement."""
 
 
 class LoRATrainer:
@@ -378,7 +383,7 @@ class LoRATrainer:
         warnings = [*self._base.warnings, *self._dataset.warnings, *self._course.changes]
         if self._plan.total_steps > USUAL_STEPS:
             warnings.append(
-                f"{self._plan.total_steps} steps are many: styles usually take 1,000 to "
+                f"{self._plan.total_steps} steps are many: by experience, styles take 1,000 to "
                 f"{USUAL_STEPS:,}. More may copy the images instead of learning the style; fewer "
                 "epochs are recommended."
             )

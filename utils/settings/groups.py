@@ -51,6 +51,7 @@ class TrainerSettings(Group):
     ] = "true"
     cuda_visible_devices: str | None = None
     allow_cpu: bool = False
+    deterministic: bool = False
     omp_num_threads: str | None = Field(default=None, pattern=r"^[1-9]\d*(,[1-9]\d*)*$")
     stall_seconds: Seconds = 300.0
 

@@ -142,7 +142,7 @@ def test_a_job_whose_failure_the_backend_does_not_know_stays(
     _end(JobRecords(s3, bucket, owner="one", lease_seconds=5), settings, letter, told=False)
     _die(client, queue, letter)
     one = only(send_back(settings, s3, None))
-    assert not one.sent_back and "not heard" in one.outcome
+    assert not one.sent_back and "does not know of the failure" in one.outcome
     assert client.waiting(f"{queue}.dead") == 1 and client.waiting(queue) == 0
 
 

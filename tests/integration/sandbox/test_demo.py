@@ -64,4 +64,4 @@ def test_a_ctrl_c_during_the_import_of_libraries_ends_with_a_sentence(tmp_path: 
         said, _ = demo.communicate(timeout=60)
     assert demo.returncode == 130, said
     assert "Traceback" not in said
-    assert said.strip() == "Stopped; everything that was started has ended."
+    assert said.strip() == "Stopped. All started programs have ended."

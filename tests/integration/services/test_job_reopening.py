@@ -95,7 +95,7 @@ def test_a_completed_job_is_not_trained_again(store: S3Service) -> None:
 
 def test_an_undelivered_ending_is_not_lost(store: S3Service) -> None:
     job = _failed(store, delivered=False)
-    with pytest.raises(CannotReopen, match="not heard"):
+    with pytest.raises(CannotReopen, match="does not know of the failure"):
         reopen(store, BUCKET, job.task_id, identity=job.identity)
     assert stored(store, job.task_id).delivery is Delivery.PENDING
 
@@ -125,7 +125,7 @@ def test_a_refused_ending_is_sent_again_unchanged(store: S3Service) -> None:
     again = adopted(worker(store, "two"), job.task_id)
     assert again.record.ending == told
     again.mark_delivered()
-    with pytest.raises(CannotReopen, match="taken"):
+    with pytest.raises(CannotReopen, match="accepted"):
         tell_again(store, BUCKET, job.task_id)
 
 

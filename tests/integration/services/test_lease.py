@@ -80,7 +80,7 @@ def test_a_holder_whose_record_changed_under_it_notices_at_its_next_write(s3: S3
     lease = claimed(worker(s3, lease=60.0), job)
     overwrite(s3, job.task_id, lambda record: record.claimed("two", 60.0))
     lease.check()
-    with pytest.raises(LeaseLost, match="changed by somebody else"):
+    with pytest.raises(LeaseLost, match="changed by another process"):
         lease.register_checkpoint(Checkpoint("epoch-0010", 10, 10, "p", 1))
     assert lease.lost.is_set()
     with pytest.raises(LeaseLost):

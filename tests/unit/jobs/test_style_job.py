@@ -55,6 +55,28 @@ def test_a_job_written_as_a_message_parses_to_the_same_job() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "\x1f",
+        "",
+        "photo\n.png",
+        f"https://{BUCKET}.s3.amazonaws.com/photo.png?versionId=one&versionId=two",
+        "both 'quotes' and \"quotes\" and a \\ \x07",
+        f"s3://{BUCKET}/{'long' * 600}.png",
+        f"s3://{BUCKET}/../photo.png",
+    ],
+)
+def test_a_broken_address_is_the_same_broken_one_in_each_copy_of_the_message(address: str) -> None:
+    job = read(envelope(images=[f"s3://{BUCKET}/sound.png", address], validation_images=[address]))
+    copy = read(to_message(style_kind(), job))
+    once_more = read(to_message(style_kind(), copy))
+    for each in (copy, once_more):
+        assert each.identity == job.identity
+        assert each.spec.images[1].location is None
+        assert each.spec.images[1].source == job.spec.images[1].source
+
+
 def test_identity_depends_on_the_meaning_of_a_message_and_not_on_its_spelling() -> None:
     job = read(envelope(parameters={"epochs": 5}, tags=["a"]))
     https = f"https://{BUCKET}.s3.amazonaws.com/a.jpg?X-Amz-Date=1"

@@ -129,8 +129,8 @@ def test_a_conflict_with_another_workers_write_loses_the_lease_at_once(
     target: Target, clock: Clock
 ) -> None:
     lease = make(target, clock)
-    target.before = failing(1, PreconditionFailed("changed by somebody else"), lambda: None)
-    with pytest.raises(LeaseLost, match="changed by somebody else"):
+    target.before = failing(1, PreconditionFailed("changed by another process"), lambda: None)
+    with pytest.raises(LeaseLost, match="changed by another process"):
         lease.update(change)
     assert lease.lost.is_set()
     with pytest.raises(LeaseLost, match="Another worker has changed"):

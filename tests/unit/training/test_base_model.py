@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from jobs.style import HyperParameters, TrainerOptions
 from sandbox.stand_in_model import build_stand_in
+from tests.unit.training.conftest import MakeRun
+from tests.unit.training.runs import same, trained
 from training.runtime.device import gpu_error
 from training.style.families.sd15 import ADAPTER, BaseModel
 from utils.errors import (
@@ -370,3 +374,50 @@ def test_checkpointing_is_automatic_by_the_room_that_the_batch_needs(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib * 1024**3, None))
     base.attach(HyperParameters(resolution=resolution, batch_size=batch_size))
     assert base.checkpointing is on
+
+
+@pytest.fixture(name="any_algorithm")
+def _any_algorithm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Deterministic algorithms are off again after the test."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("any_algorithm")
+def test_deterministic_algorithms_are_used_where_the_setting_asks_for_them(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    load(stand_in)
+    assert not torch.are_deterministic_algorithms_enabled()
+    BaseModel.load(TrainerOptions(str(stand_in), allow_cpu=True, deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.backends.cudnn.benchmark is False
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_the_base_names_its_vae_and_its_text_encoder_by_their_weights(
+    base: BaseModel, stand_in: Path, tmp_path: Path
+) -> None:
+    for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        folder = Path(shutil.copytree(stand_in, tmp_path / part))
+        path = folder / part / f"{name}.safetensors"
+        tensors = load_file(path)
+        next(iter(tensors.values())).flatten()[0] += 1
+        save_file(tensors, path, metadata={"format": "pt"})
+        other = load(folder)
+        assert other.hash == base.hash
+        assert other.encoders_hash != base.encoders_hash
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("any_algorithm")
+def test_on_a_gpu_deterministic_algorithms_give_the_same_bits_twice(
+    stand_in: Path, make_run: MakeRun
+) -> None:
+    base = BaseModel.load(TrainerOptions(str(stand_in), deterministic=True))
+    run = make_run(count=4, epochs=3, batch_size=2, dropout=0.1)
+    assert same(trained(base, run)[1], trained(base, run)[1])

@@ -45,6 +45,8 @@ STATE = RunState(
     updates=14,
     skipped_in_a_row=1,
     losses=(0.1, 1 / 3, 0.30000000000000004),
+    encoders="ef" * 32,
+    batch_order=2,
     scaler={"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 5},
 )
 SAVED = Checkpoint(
@@ -187,6 +189,7 @@ def test_a_checkpoint_of_another_format_is_refused(
     [
         ({"task_id": "task-2"}, "belongs to job task-1"),
         ({"base_model": "cd" * 32}, "base model's weights"),
+        ({"encoders": "cd" * 32}, "VAE or text encoder"),
         ({"pictures": ("two", "one")}, "images or their captions"),
         ({"total_steps": 100}, "schedule had 200 steps, has 100"),
         (
@@ -201,6 +204,21 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_difference_named(
 ) -> None:
     with pytest.raises(CheckpointUnusable, match=said):
         refuse_another_run(STATE, dataclasses.replace(STATE, **change))
+
+
+def test_an_earlier_releases_checkpoint_names_no_encoders_and_is_continued() -> None:
+    earlier = dataclasses.replace(STATE, encoders=None, batch_order=1)
+    refuse_another_run(earlier, STATE)
+
+
+def test_an_earlier_release_reads_the_state_without_a_new_field(folder: Path) -> None:
+    state = json.loads((folder / "state.json").read_bytes())
+    assert not {"encoders", "batch_order"} & state.keys()
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    assert (manifest["encoders"], manifest["batch_order"]) == ("ef" * 32, 2)
+    del manifest["encoders"], manifest["batch_order"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert (load(folder).state.encoders, load(folder).state.batch_order) == (None, 1)
 
 
 def test_a_later_claim_may_go_on_from_an_earlier_claims_checkpoint() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from jobs.style import HyperParameters
@@ -31,8 +33,38 @@ def test_every_epoch_sees_every_image_once_in_steps_of_the_right_size(
     assert plan.steps_per_epoch == len(sizes) and plan.total_steps == 3 * len(sizes)
     for epoch in range(3):
         steps = [plan.batches(epoch * len(sizes) + i) for i in range(len(sizes))]
-        assert [[len(b) for b in step] for step in steps] == sizes
+        found = [[len(b) for b in step] for step in steps]
+        assert sorted(itertools.chain(*found)) == sorted(itertools.chain(*sizes))
+        assert [len(step) for step in found] == [len(step) for step in sizes]
         assert sorted(i for step in steps for b in step for i in b) == list(range(images))
+
+
+@pytest.mark.parametrize(("shapes", "batch"), [((0,) * 5, 2), ((0, 0, 0, 1, 2, 0, 0), 2)])
+def test_batches_that_are_not_full_come_anywhere_in_an_epoch(
+    shapes: tuple[int, ...], batch: int
+) -> None:
+    parameters = HyperParameters(epochs=40, batch_size=batch)
+    plan = Plan(shapes, parameters)
+    places = {
+        place
+        for epoch in range(40)
+        for place in range(plan.steps_per_epoch)
+        if len(plan.batches(epoch * plan.steps_per_epoch + place)[0]) < batch
+    }
+    assert places == set(range(plan.steps_per_epoch))
+    again = [Plan(shapes, parameters).batches(step) for step in range(plan.total_steps)]
+    assert again == [plan.batches(step) for step in range(plan.total_steps)]
+
+
+def test_jobs_of_earlier_releases_keep_their_order() -> None:
+    parameters = HyperParameters(epochs=3, batch_size=2)
+    earlier = Plan(SQUARE * 5, parameters, batch_order=1)
+    sizes = [len(earlier.batches(step)[0]) for step in range(earlier.total_steps)]
+    assert sizes == [2, 2, 1] * 3
+    whole = HyperParameters(epochs=3)
+    steps = range(15)
+    one, other = Plan(SQUARE * 5, whole, batch_order=1), Plan(SQUARE * 5, whole)
+    assert [one.batches(step) for step in steps] == [other.batches(step) for step in steps]
 
 
 def test_each_epoch_has_its_own_order_that_depends_only_on_the_seed() -> None:

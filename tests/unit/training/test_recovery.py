@@ -35,6 +35,7 @@ from training.style.families.sd15 import BaseModel
 from training.style.objective import denoising_losses
 from training.style.plan import Course, Plan
 from training.style.results import report
+from training.style.results.probe import Probe, Probed
 from utils.errors import CheckpointUnusable, GpuOutOfMemory, TrainingDiverged
 from utils.events import Event, Started
 
@@ -116,19 +117,19 @@ def test_then_batches_are_halved_until_they_fit_and_a_step_has_as_many_images_as
     base: BaseModel, make_run: MakeRun
 ) -> None:
     """Started again, the run is the one that would have been asked for so."""
-    run = make_run(count=10, batch_size=8, dropout=0.1)
-    with SmallMemory(base.unet, images=2)() as seen:
+    run = make_run(count=8, batch_size=4, dropout=0.1)
+    with SmallMemory(base.unet, images=1)() as seen:
         result, weights, events = trained(base, run)
-    assert seen[:4] == [8, 8, 4, 2]
-    small = dataclasses.replace(run.parameters, batch_size=2, gradient_accumulation_steps=4)
+    assert seen[:4] == [4, 4, 2, 1]
+    small = dataclasses.replace(run.parameters, batch_size=1, gradient_accumulation_steps=4)
     assert result.parameters == small
     assert (result.steps, result.epochs, result.resumed_from) == (4, 2, None)
     _, asked_for, _ = trained(base, dataclasses.replace(run, parameters=small))
     assert close(weights, asked_for)
     assert result.warnings[-2:] == (
-        "Memory ran out: from epoch 1 on, a batch had 4 instead of 8 images, and a step 2 "
+        "Memory ran out: from epoch 1 on, a batch had 2 instead of 4 images, and a step 2 "
         "batches.",
-        "Memory ran out: from epoch 1 on, a batch had 2 instead of 4 images, and a step 4 "
+        "Memory ran out: from epoch 1 on, a batch had 1 instead of 2 images, and a step 4 "
         "batches.",
     )
     starts = [event for event in events if isinstance(event, Started)]
@@ -143,12 +144,12 @@ def test_it_goes_on_from_the_newest_checkpoint_and_ends_where_a_roomy_run_ends(
 
     (The LoRA's dropout is off: its masks are drawn batch by batch.)
     """
-    run = make_run(count=5, epochs=4, batch_size=2, dropout=0.0, checkpoint_interval=1)
+    run = make_run(count=6, epochs=4, batch_size=2, dropout=0.0, checkpoint_interval=1)
     roomy, expected, _ = trained(base, run)
     # Three passes an epoch; the memory goes in the third epoch.
     with SmallMemory(base.unet, images=1, after=7)() as seen:
         result, weights, events = trained(base, run)
-    assert seen[:11] == [2, 2, 1, 2, 2, 1, 2, 2, 2, 1, 1]
+    assert seen[:11] == [2] * 9 + [1, 1]
     assert close(weights, expected) and not same(weights, expected)
     assert result.losses == pytest.approx(roomy.losses, rel=1e-3)
     assert (result.steps, result.resumed_from) == (12, None)
@@ -352,6 +353,63 @@ def test_a_divergence_goes_back_to_the_last_checkpoint_and_on_at_half_the_rate(
     )
     names = [saved.name for saved in checkpoints(events)]
     assert names == ["epoch-0002", "epoch-0004", "epoch-0004-retake-1", "epoch-0006-retake-1"]
+
+
+class Measurements:
+    """Takes the place of the probe: its values by start and epoch; the last start's are repeated.
+
+    Args:
+        starts: The loss on the training images by epoch, for each start of the run.
+    """
+
+    def __init__(self, *starts: dict[int, float]) -> None:
+        self._starts = list(starts)
+
+    def __call__(self, epoch: int, step: int) -> Probed:
+        found = Probed(epoch, step, self._starts[0][epoch])
+        if len(self._starts) > 1 and epoch == max(self._starts[0]):
+            del self._starts[0]
+        return found
+
+
+GOOD = {0: 1.0, 2: 0.9, 4: 0.8, 6: 0.7}
+
+
+def test_a_loss_that_climbs_and_stays_is_a_divergence_although_it_is_finite(
+    base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(epochs=6, checkpoint_interval=2)
+    monkeypatch.setattr(Probe, "measure", Measurements({0: 1.0, 2: 1.6, 4: 1.7}, GOOD))
+    result, weights, events = trained(base, run)
+    monkeypatch.setattr(Probe, "measure", Measurements(GOOD))
+    _, expected, _ = trained(base, make_run(epochs=6, checkpoint_interval=2, learning_rate=5e-4))
+    assert same(weights, expected), "no checkpoint on the way up is a place to go back to"
+    names = [saved.name for saved in checkpoints(events)]
+    assert names[0] == "epoch-0000-retake-1"
+    assert any("at half the learning rate" in warning for warning in result.warnings)
+
+
+def test_a_climb_goes_back_to_the_checkpoint_before_it(
+    base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    climb = {0: 1.0, 2: 0.9, 4: 1.6, 6: 1.6}
+    monkeypatch.setattr(Probe, "measure", Measurements(climb, GOOD))
+    result, _, events = trained(base, make_run(epochs=6, checkpoint_interval=2))
+    names = [saved.name for saved in checkpoints(events)]
+    assert names[:2] == ["epoch-0002", "epoch-0002-retake-1"]
+    assert [each.training for each in result.probes] == [1.0, 0.9, 0.8, 0.7]
+
+
+def test_a_peak_that_passes_is_no_divergence_but_at_the_end_it_is_one(
+    base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(epochs=6, checkpoint_interval=2)
+    monkeypatch.setattr(Probe, "measure", Measurements(GOOD | {2: 1.6}))
+    result, _, _ = trained(base, run, through=in_one_go)
+    assert result.epochs == 6
+    monkeypatch.setattr(Probe, "measure", Measurements(GOOD | {6: 1.6}))
+    with pytest.raises(TrainingDiverged, match="after epoch 6 .* is 1.6000; without the LoRA"):
+        trained(base, run, through=in_one_go)
 
 
 def test_the_checkpoint_of_a_resumed_run_is_as_it_was_when_it_is_needed_again(

@@ -169,3 +169,14 @@ def test_resuming_a_finished_run_trains_nothing_more(base: BaseModel, make_run: 
     assert same(weights, same_weights)
     assert (result.steps, result.losses) == (first.steps, first.losses)
     assert not checkpoints(events)
+
+
+def test_a_checkpoint_is_not_continued_with_another_vae_or_text_encoder(
+    base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(epochs=2, checkpoint_interval=1)
+    _, _, events = trained(base, run, should_stop=stop_after(4))
+    again = dataclasses.replace(run, claim=2, resume_from=checkpoints(events)[-1].folder)
+    monkeypatch.setattr(base, "encoders_hash", "cd" * 32)
+    with pytest.raises(CheckpointUnusable, match="VAE or text encoder are others"):
+        trained(base, again)

@@ -19,6 +19,7 @@ from training.runtime.device import (
     free_memory,
     gpu_error,
     out_of_memory,
+    use_deterministic_algorithms,
 )
 from training.runtime.recomputation import Recomputation
 from training.style.families import memory
@@ -91,6 +92,8 @@ class BaseModel:
             GpuBroken: There is no usable CUDA device, and training on the CPU is not allowed.
             BaseModelUnavailable: The model is missing, incomplete or cannot be reached.
         """
+        if options.deterministic:
+            use_deterministic_algorithms()
         device, dtype, warnings = choose_device(
             options.mixed_precision, allow_cpu=options.allow_cpu
         )
