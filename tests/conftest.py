@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from sandbox.backend import Backend
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.s3.s3_service import S3Service
 

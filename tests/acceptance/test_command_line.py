@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from sandbox.photographs import photographs
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.worker_process import ROOT
 from tests.acceptance.world import World, until
 

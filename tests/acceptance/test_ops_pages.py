@@ -14,7 +14,7 @@ import pytest
 
 from sandbox.backend import Backend
 from sandbox.photographs import photographs
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import S3Server
 from sandbox.worker_process import WorkerProcess
 from tests.acceptance.pages import Pages

@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sandbox.photographs import photographs
-from sandbox.stand_in_model import build_stand_in
+from training.style.stand_in_model import build_stand_in
 from tests.chaos import journal, old_release
 from tests.chaos.breaking import break_things, upgrade
 from tests.chaos.conductor import Conductor

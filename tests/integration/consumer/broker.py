@@ -15,7 +15,7 @@ from typing import Any
 import pika
 
 from config import Settings, load
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from services.broker.connection import BrokerLoop
 from services.broker.settlement import Delivery, Settlement
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jobs.style import HyperParameters, TrainerOptions
-from sandbox.stand_in_model import build_stand_in
+from training.style.stand_in_model import build_stand_in
 from training.runtime.device import gpu_error
 from training.style.families.sd15 import ADAPTER, BaseModel
 from utils.errors import (
