@@ -12,7 +12,7 @@ from schemathesis.checks import not_a_server_error
 
 from tests.integration.api.world import Ground, World, running
 
-PER_OPERATION = 12
+PER_OPERATION = 20
 # They wait for events, or ask other servers.
 LEFT_OUT = ("/v1/events",)
 
