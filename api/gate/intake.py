@@ -92,12 +92,7 @@ class ToS3:
         """
         self.size += len(data)
         if self.size > self._most:
-            raise Problem(
-                "too_large",
-                f"file: has more than the allowed {self._most:,} bytes. Upload a larger file in "
-                "parts, with POST /v1/uploads.",
-                param="file",
-            )
+            raise too_large(self._most)
         self._hash.update(data)
         self._buffer += data
         while len(self._buffer) >= PIECE_BYTES:
@@ -136,12 +131,23 @@ class ToS3:
             self._uploads.abort(self._location, self._upload_id)
 
 
+def too_large(most: int) -> Problem:
+    """The problem of a form with more bytes than allowed."""
+    return Problem(
+        "too_large",
+        f"file: a form may have {most:,} bytes. Upload a larger file in parts, with POST "
+        "/v1/uploads.",
+        param="file",
+    )
+
+
 class Form:
     """A form with files, read once.
 
     Args:
         content_type: The request's header.
         open_file: Makes the target of a file: from its name and type.
+        most: The most bytes of the whole form.
 
     Attributes:
         fields: The text fields.
@@ -149,11 +155,13 @@ class Form:
     """
 
     def __init__(
-        self, content_type: str, open_file: Callable[[str, str], tuple[str, ToS3]]
+        self, content_type: str, open_file: Callable[[str, str], tuple[str, ToS3]], most: int
     ) -> None:
         self.fields: dict[str, str] = {}
         self.files: list[Received] = []
         self._open_file = open_file
+        self._most = most
+        self._size = 0
         self._events: list[tuple[str, bytes]] = []
         self._opened: list[ToS3] = []
         parsed = email.message.Message()
@@ -187,6 +195,9 @@ class Form:
         try:
             part = _Part()
             async for chunk in chunks:
+                self._size += len(chunk)
+                if self._size > self._most:
+                    raise too_large(self._most)
                 try:
                     self._parser.write(chunk)
                 except FormParserError as error:

@@ -142,5 +142,13 @@ class Keyring:
 def ensure_organization(session: Writing, org_id: str, name: str = "") -> None:
     """Add an organisation unless it exists."""
     if session.get(OrganizationRow, org_id) is None:
-        session.add(OrganizationRow(id=org_id, name=name or org_id, created_at=now(), limits={}))
+        session.add(
+            OrganizationRow(
+                id=org_id,
+                name=name or org_id,
+                created_at=now(),
+                limits={},
+                last_turn_at=0.0,
+            )
+        )
         session.flush()

@@ -20,7 +20,7 @@ from api.store import jobs as store
 from api.store.database import Writing, now
 from api.store.tables import ENDED, EventRow, JobRow, MetricRow, ModelRow, ReceiptRow
 from jobs.layout import place_of
-from jobs.record import SEQUENCES_PER_CLAIM
+from jobs.record import SEQUENCES_PER_CLAIM, JobRecord
 from utils.logger import get_logger
 
 log = get_logger(__name__)
@@ -119,7 +119,7 @@ def adopt(services: Services, job_id: str) -> bool:
     return True
 
 
-def follow_record(services: Services, job_id: str, record: Any) -> bool:
+def follow_record(services: Services, job_id: str, record: JobRecord) -> bool:
     """Give a job the state of its record. Returns whether the ending was news."""
     ending = ledger.ending_of(record)
     if ending is not None:
@@ -133,7 +133,12 @@ def follow_record(services: Services, job_id: str, record: Any) -> bool:
         if row is None or row.status in ENDED:
             return
         row.heard_at = now()
-        if row.status == "queued" and record.hold.claim:
+        if record.is_paused and row.status in ("queued", "running", "pausing"):
+            if row.pause_requested_at is not None:
+                row.status, row.stage, row.admitted_at = "paused", PAUSED_STAGE, None
+                row.started_at = row.started_at or now()
+                store.note_state(session, row.id, row.org_id, "paused", "Job paused")
+        elif row.status == "queued" and record.hold.claim:
             row.status, row.started_at = "running", row.started_at or now()
             row.admitted_at = row.admitted_at or now()
             store.note_state(session, row.id, row.org_id, "running", "Job started")

@@ -119,8 +119,12 @@ def _follow_wishes(services: Services, job_id: str) -> None:
             store.note_state(session, row.id, row.org_id, "paused", "Job paused")
         else:
             row.pause_requested_at = row.pause_requested_at or now()
+            row.status = "pausing" if row.status == "running" else row.status
 
     services.database.write(act)
+    record = ledger.record_of(services, job_id) if paused else None
+    if record is not None and record.is_paused:
+        news.follow_record(services, job_id, record)
 
 
 def _raise_counters(services: Services) -> None:

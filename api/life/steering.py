@@ -32,9 +32,17 @@ def cancel(services: Services, caller: Caller, job_id: str, request: Request) ->
     def act(session: Writing) -> None:
         row = _open_job(session, caller, job_id)
         audit(session, caller, "job.cancel", job_id, request)
-        if not store.cancel_waiting(session, row) and row.cancel_requested_at is None:
+        if store.cancel_waiting(session, row):
+            return
+        if row.cancel_requested_at is None:
             row.cancel_requested_at = now()
             session.note(store.event(row.id, row.org_id, "Cancellation requested"))
+        if row.status == "paused":
+            # No message points to a paused job. Its worker ends it when it gets one.
+            row.status, row.admitted_at, row.pause_requested_at = "queued", now(), None
+            drop_waiting(session, job_id)
+            store.put_out(session, row, due_at=now())
+            store.note_state(session, row.id, row.org_id, "queued", "Job resumed to be cancelled")
 
     services.database.write(act)
     services.wake.set()

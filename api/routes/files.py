@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api import views
 from api.gate.guard import Called, GuardedRoute, Served, needs
-from api.gate.intake import Form, Received, ToS3
+from api.gate.intake import Form, Received, ToS3, too_large
 from api.gate.keys import READ, TRAIN, Caller, new_id
 from api.gate.limits import limit_of, require_room, take_create
 from api.gate.once import Once
@@ -26,6 +26,8 @@ from jobs.addresses import S3Location
 router = APIRouter(prefix="/v1/files", tags=["files"], route_class=GuardedRoute)
 PURPOSES = ("fine-tune", "vision", "user_data", "evals", "assistants", "batch")
 LINK_SECONDS = 600
+FORM_BYTES = 64 * 1024
+"""Bytes of a form that are not its files'."""
 _FORM = {
     "content": {
         "multipart/form-data": {
@@ -52,14 +54,17 @@ async def create_file(request: Request, services: Served, caller: Called) -> dic
     """Upload a file, or many in one form."""
     declared = request.headers.get("content-length", "")
     most = services.settings.api_max_file_bytes
-    await run_in_threadpool(_admit, services, caller, int(declared) if declared.isdigit() else 0)
+    size = int(declared) if declared.isdigit() else 0
+    if size > most + FORM_BYTES:
+        raise too_large(most)
+    await run_in_threadpool(_admit, services, caller, max(0, size - FORM_BYTES))
 
     def open_file(_: str, content_type: str) -> tuple[str, ToS3]:
         file_id = new_id("file-")
         place = services.file_at(caller.org_id, file_id)
         return file_id, ToS3(services.s3, services.uploads, place, content_type, most)
 
-    form = Form(request.headers.get("content-type", ""), open_file)
+    form = Form(request.headers.get("content-type", ""), open_file, most + FORM_BYTES)
     await form.read(request.stream())
     try:
         purpose = form.fields.get("purpose", "fine-tune")

@@ -55,13 +55,12 @@ def metrics(request: Request, services: Served) -> Response:
     """The metrics of this process, for Prometheus."""
     measured = services.metrics
     with contextlib.suppress(DatabaseAway), services.database.reading() as session:
-        counts = dict(
-            session.execute(
-                select(JobRow.status, func.count())
-                .where(JobRow.status.in_(OPEN))
-                .group_by(JobRow.status)
-            ).tuples()
+        rows = session.execute(
+            select(JobRow.status, func.count())
+            .where(JobRow.status.in_(OPEN))
+            .group_by(JobRow.status)
         )
+        counts = {row[0]: row[1] for row in rows}
         for status in OPEN:
             measured.jobs.labels(status).set(counts.get(status, 0))
         due = select(func.count()).where(

@@ -190,7 +190,7 @@ async def add_part(
     def open_part(_: str, content_type: str) -> tuple[str, ToS3]:
         return part_id, ToS3(services.s3, services.uploads, place, content_type, MAX_PART_BYTES)
 
-    form = Form(request.headers.get("content-type", ""), open_part)
+    form = Form(request.headers.get("content-type", ""), open_part, 2 * MAX_PART_BYTES)
     await form.read(request.stream())
     if len(form.files) != 1:
         await form.drop()

@@ -16,6 +16,7 @@ from api.store.tables import (
     WITH_WORKERS,
     EventRow,
     JobRow,
+    OrganizationRow,
     OutboxRow,
 )
 
@@ -52,8 +53,8 @@ def add(session: Writing, row: JobRow, *, waits: bool = True) -> None:
         put_out(session, row)
 
 
-def put_out(session: Writing, row: JobRow) -> None:
-    """Add a job's message to the outbox, where it waits for the job's admission."""
+def put_out(session: Writing, row: JobRow, due_at: float | None = None) -> None:
+    """Add a job's message to the outbox, where it waits for the job's admission, or is due."""
     session.add(
         OutboxRow(
             job_id=row.id,
@@ -61,6 +62,7 @@ def put_out(session: Writing, row: JobRow) -> None:
             body=row.message,
             headers={"x-min-level": row.min_level} if row.min_level else {},
             created_at=now(),
+            due_at=due_at,
             attempts=0,
         )
     )
@@ -141,39 +143,29 @@ class Waiting:
 def waiting(session: Session) -> list[Waiting]:
     """All jobs on their way to a worker, in the order of their turns.
 
-    Admitted jobs come first. Organisations take turns: of two that wait, the one with fewer jobs at
-    the workers goes first. Within an organisation the higher priority goes first, then the older
-    order.
+    Admitted jobs come first. Then organisations take turns: the one whose last turn is the longest
+    ago goes first, each with one job per round. Within an organisation the higher priority goes
+    first, then the older order. So the order does not depend on when running jobs end.
     """
-    held = (
-        select(JobRow.org_id, func.count().label("count"))
-        .where(JobRow.status.in_(WITH_WORKERS), JobRow.admitted_at.is_not(None))
-        .group_by(JobRow.org_id)
-        .subquery()
-    )
     turn = func.row_number().over(
         partition_by=JobRow.org_id,
         order_by=(JobRow.priority.desc(), JobRow.created_at, JobRow.id),
     )
     of_waiting = (
-        select(
-            JobRow.id,
-            (turn + func.coalesce(held.c.count, 0)).label("turn"),
-        )
-        .select_from(JobRow)
-        .outerjoin(held, held.c.org_id == JobRow.org_id)
-        .where(JobRow.status == "queued", JobRow.admitted_at.is_(None))
+        select(JobRow.id, turn.label("turn"))
+        .where(JobRow.status == "queued", JobRow.admitted_at.is_(None), JobRow.deleted_at.is_(None))
         .subquery()
     )
     rows = session.execute(
         select(JobRow.id, JobRow.org_id, JobRow.kind, JobRow.admitted_at)
         .outerjoin(of_waiting, of_waiting.c.id == JobRow.id)
+        .outerjoin(OrganizationRow, OrganizationRow.id == JobRow.org_id)
         .where(JobRow.status == "queued", JobRow.deleted_at.is_(None))
         .order_by(
             JobRow.admitted_at.is_(None),
             JobRow.admitted_at,
             of_waiting.c.turn,
-            JobRow.priority.desc(),
+            func.coalesce(OrganizationRow.last_turn_at, 0.0),
             JobRow.created_at,
             JobRow.id,
         )
@@ -194,7 +186,7 @@ def with_workers(session: Session) -> dict[str | None, int]:
 def admit(session: Writing, job_ids: Sequence[str]) -> int:
     """Give the messages of waiting jobs to the relay. Returns the number of jobs."""
     at = now()
-    admitted = session.scalars(
+    admitted = session.execute(
         update(JobRow)
         .where(
             JobRow.id.in_(job_ids),
@@ -202,12 +194,20 @@ def admit(session: Writing, job_ids: Sequence[str]) -> int:
             JobRow.status == "queued",
         )
         .values(admitted_at=at, heard_at=at)
-        .returning(JobRow.id)
+        .returning(JobRow.id, JobRow.org_id)
+        .execution_options(synchronize_session=False)
     ).all()
+    ids, organizations = [row[0] for row in admitted], {row[1] for row in admitted}
+    session.execute(
+        update(OrganizationRow)
+        .where(OrganizationRow.id.in_(organizations))
+        .values(last_turn_at=at)
+        .execution_options(synchronize_session=False)
+    )
     session.execute(
         update(OutboxRow)
         .where(
-            OutboxRow.job_id.in_(admitted),
+            OutboxRow.job_id.in_(ids),
             OutboxRow.due_at.is_(None),
             OutboxRow.published_at.is_(None),
         )

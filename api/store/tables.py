@@ -55,7 +55,10 @@ class Table(DeclarativeBase):
 
 
 class OrganizationRow(Table):
-    """An organisation: the owner of keys, files, jobs and models."""
+    """An organisation: the owner of keys, files, jobs and models.
+
+    `last_turn_at` is the time of its last admitted job; 0 before the first.
+    """
 
     __tablename__ = "organizations"
 
@@ -63,6 +66,7 @@ class OrganizationRow(Table):
     name: Mapped[str]
     created_at: Mapped[float]
     limits: Mapped[dict[str, Any]]
+    last_turn_at: Mapped[float]
     deleted_at: Mapped[float | None]
 
 

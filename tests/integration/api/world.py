@@ -66,14 +66,17 @@ class World:
     key: str
     settings: config.Settings
 
-    def client(self, key: str | None = None, **more: Any) -> httpx.Client:
+    def client(
+        self, key: str | None = None, headers_more: dict[str, str] | None = None
+    ) -> httpx.Client:
         """A client with a key."""
-        return httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {key or self.key}"},
-            timeout=30,
-            **more,
-        )
+        headers = {"Authorization": f"Bearer {key or self.key}"} | (headers_more or {})
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30)
+
+    def get(self, path: str, key: str | None = None) -> httpx.Response:
+        """The answer to one request."""
+        with self.client(key) as client:
+            return client.get(path)
 
     def new_key(self, org: str = ORG, *scopes: str) -> str:
         """A key of an organisation."""
