@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -245,6 +245,29 @@ def load_api(*, file: Path | None = None, **overrides: Any) -> Settings:
 def load_local(*, file: Path | None = None, **overrides: Any) -> LocalSettings:
     """Read the settings of local training; arguments and errors as for `load`."""
     return _load(LocalSettings, file, overrides)
+
+
+def child_environment(
+    settings: Mapping[str, str], *, without: Collection[str] = ()
+) -> dict[str, str]:
+    """The environment of a child process that this program configures.
+
+    Settings of the environment and of `.env` are passed on, except those of some groups.
+
+    Args:
+        settings: Settings of the child, by name; they win.
+        without: Names of groups, such as `broker`.
+    """
+    given = _reader(setting_names())().model_dump(exclude_unset=True)
+    places = _places(Settings, _first_kind(given))
+    own = setting_names()
+    passed_on = {
+        name.upper(): str(value)
+        for name, value in given.items()
+        if name in places and places[name][0] not in without
+    }
+    rest = {name: value for name, value in os.environ.items() if name.upper() not in own}
+    return rest | passed_on | dict(settings)
 
 
 def setting_names(*, every_spelling: bool = True) -> frozenset[str]:

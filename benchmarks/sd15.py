@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sandbox.stand_in_model import build_stand_in
+from training.style.stand_in_model import build_stand_in
 
 NARROW = 8
 """For machines without a GPU: every part an eighth as wide, and as deep as it is."""

@@ -39,7 +39,19 @@ def _epochs(given: str) -> int:
 
 def add_commands(app: typer.Typer) -> None:
     """Add all commands to the program."""
-    for command in (worker, doctor, inspect, train, publish, jobs, cancel, pause, resume, redrive):
+    for command in (
+        worker,
+        up,
+        doctor,
+        inspect,
+        train,
+        publish,
+        jobs,
+        cancel,
+        pause,
+        resume,
+        redrive,
+    ):
         # Line breaks inside a paragraph of a docstring would show in the help.
         paragraphs = (command.__doc__ or "").split("\n\n")
         text = "\n\n".join(" ".join(each.split()) for each in paragraphs)
@@ -63,6 +75,34 @@ def worker(
     from cli.worker import run
 
     run(config_file, idle_seconds if once else None)
+
+
+def up(
+    data: Annotated[Path, typer.Option(help="Folder of all data; kept over restarts.")] = Path(
+        "data"
+    ),
+    stand_in: Annotated[
+        bool,
+        typer.Option(
+            "--stand-in", help="Train a toy in place of a base model: its images are noise."
+        ),
+    ] = False,
+) -> None:
+    """Run everything on this machine: API, worker, RabbitMQ and S3.
+
+    Prints the address and a key, and runs until Ctrl-C. The next start continues with the same
+    jobs, models and key. API_PORT changes the port; settings of training come from the
+    environment and `.env`.
+
+    Exit code 1: a server did not start; 2: it runs already, or no base model can be trained.
+    """
+
+    def start() -> int:
+        from cli.up import run
+
+        return run(data, stand_in=stand_in)
+
+    end(start)
 
 
 def doctor(

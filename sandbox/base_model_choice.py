@@ -12,7 +12,7 @@ import torch
 import transformers
 from huggingface_hub import constants, try_to_load_from_cache
 
-from sandbox.stand_in_model import build_stand_in
+from training.style.stand_in_model import build_stand_in
 
 DEFAULT = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 HUB_SECONDS = 5.0

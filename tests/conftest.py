@@ -16,8 +16,8 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.backend import Backend
-from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.s3.s3_service import S3Service
 from utils.logger import TALKATIVE

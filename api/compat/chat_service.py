@@ -155,6 +155,7 @@ def _conversations(services: Services, caller: Caller, conversations: list[Conve
 @router.get("/training/status/{training_id}", openapi_extra=needs(READ), operation_id="chat_status")
 def status(training_id: str, services: Served, caller: Called) -> dict[str, Any]:
     """Show a training."""
+    caller = kinds.of_job(services, caller, training_id)
     with services.database.reading() as session:
         return _shown(found(session, caller, training_id))
 
@@ -177,6 +178,7 @@ def jobs(org_id: str, services: Served, caller: Called) -> dict[str, Any]:
 )
 def cancel(training_id: str, request: Request, services: Served, caller: Called) -> dict[str, Any]:
     """Cancel a training."""
+    caller = kinds.of_job(services, caller, training_id)
     with services.database.reading() as session:
         row = found(session, caller, training_id)
     if row.status in ENDED:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from sqlalchemy import select
+
 from api.gate.keys import OPEN_KEY, Caller, ensure_organization
 from api.gate.problems import Problem
 from api.life.orders import ORG_ID
 from api.services import Services
+from api.store.tables import JobRow
 
 CHAT, VISION, DATA, EXPORT, EVALUATION = "llm", "vlm", "dataset", "export", "evaluation"
 
@@ -59,3 +62,15 @@ def of_organization(services: Services, caller: Caller, org_id: str) -> Caller:
         )
     services.database.write(lambda session: ensure_organization(session, org_id))
     return dataclasses.replace(caller, org_id=org_id)
+
+
+def of_job(services: Services, caller: Caller, job_id: str) -> Caller:
+    """The caller; on an open server, the organisation of the job.
+
+    The dialect's requests about one job do not name its organisation.
+    """
+    if caller.key_id != OPEN_KEY:
+        return caller
+    with services.database.reading() as session:
+        org_id = session.scalar(select(JobRow.org_id).where(JobRow.id == job_id))
+    return dataclasses.replace(caller, org_id=org_id or caller.org_id)

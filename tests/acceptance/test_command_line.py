@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.photographs import photographs
-from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.worker_process import ROOT
 from tests.acceptance.world import World, until
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from jobs.layout import WEIGHTS
 from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
-from sandbox.stand_in_model import build_stand_in
 from training.style.families.sd15 import BaseModel
+from training.style.stand_in_model import build_stand_in
 from training.style.work import StyleWork
 
 SIDE, SQUARE, COUNT = 64, 8, 8

@@ -23,7 +23,7 @@ import config
 from api.app import create
 from api.gate.administration import create_key
 from api.services import Services
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from utils.settings.values import derived_signing_secret
 

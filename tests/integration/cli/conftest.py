@@ -6,7 +6,7 @@ import secrets
 
 import pytest
 
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from tests.integration.consumer.broker import Client
 
 

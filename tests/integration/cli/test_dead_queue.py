@@ -13,7 +13,7 @@ from consumer.life.endings import failed
 from jobs import message as messages
 from jobs.layout import record_at
 from jobs.record import JobRequest, State
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
 from services.broker.client import properties_of
 from services.broker.settlement import Publication

@@ -16,7 +16,7 @@ import pytest
 import config
 from cli.doctor import base_model as examination
 from cli.doctor.findings import Finding, Verdict
-from sandbox.stand_in_model import build_stand_in
+from training.style.stand_in_model import build_stand_in
 
 NAME = "artists/stable-diffusion"
 RENAMED = "artists/moved"

@@ -11,7 +11,7 @@ import pytest
 
 from cli.doctor import broker
 from cli.doctor.findings import Finding, Verdict
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from tests.integration.consumer.broker import Client, make_settings
 
 Examine = Callable[..., dict[str, Finding]]

@@ -13,7 +13,7 @@ from config import Settings
 from consumer.life.endings import failed, parked
 from jobs import message as messages
 from jobs.record import Delivery, Ending, EndingKind, JobRecord, JobRequest, OwedCopy, State
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.broker.client import properties_of
 from services.broker.settlement import OWN_COPY, Publication

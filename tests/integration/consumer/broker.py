@@ -14,7 +14,7 @@ import pika
 import pika.exceptions
 
 from config import Settings, load
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from services.broker.connection import BrokerLoop
 from services.broker.settlement import Delivery, Settlement
 

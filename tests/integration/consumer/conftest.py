@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from consumer.training_consumer import training_consumer
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from services.broker.settlement import Delivery, Queue, Settlement
 from tests.integration.consumer.broker import Client, Start, Worker, make_settings, until
 

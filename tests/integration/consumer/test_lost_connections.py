@@ -6,7 +6,7 @@ import time
 
 from structlog.testing import capture_logs
 
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from services.broker.settlement import Delivery, Publication, Queue, Settlement
 from tests.integration.consumer.broker import SOON, Client, Handler, Start, until
 

@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from consumer.training_consumer import training_consumer
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from services.broker.client import ERRORS
 from tests.integration.consumer.broker import Client, Handler, Start, make_settings, until
 from utils.errors import BrokerError, BrokerRefused

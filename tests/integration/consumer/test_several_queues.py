@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from services.broker import connection
 from services.broker.client import Subscription
 from services.broker.settlement import Delivery, Publication, Queue, Settlement

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from sandbox.photographs import photographs
-from sandbox.stand_in_model import build_stand_in
+from training.style.stand_in_model import build_stand_in
 from utils import confined
 
 ROOT = Path(__file__).resolve().parents[3]

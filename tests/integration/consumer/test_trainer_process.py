@@ -27,7 +27,7 @@ from consumer.trainer.trainer_process import TrainerProcess
 from jobs.kinds import Run
 from jobs.style import HyperParameters, StyleKind, TrainerOptions, TrainingImage, TrainingRun
 from sandbox.photographs import photographs as real_photographs
-from sandbox.stand_in_model import build_stand_in
+from training.style.stand_in_model import build_stand_in
 from utils.errors import (
     LowQualityData,
     Stopped,

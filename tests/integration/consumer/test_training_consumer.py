@@ -15,7 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from consumer.training_consumer import training_consumer
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from services.broker.settlement import Delivery, Publication, Queue, Settlement
 from tests.integration.consumer.broker import SOON, Client, Handler, Start, make_settings, until
 

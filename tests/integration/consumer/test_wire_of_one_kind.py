@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pika.exceptions import ChannelClosedByBroker
 
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from services.broker.settlement import Delivery, Publication, Queue, Settlement
 from tests.integration.consumer.broker import Client, Handler, Start, until
 

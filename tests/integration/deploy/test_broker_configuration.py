@@ -15,7 +15,7 @@ import pytest
 import requests
 import yaml
 
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 from tests.acceptance.world import until
 from tests.unit.deploy.test_monitoring import BROKERS_OWN
 from utils.settings.groups import JobLimits

@@ -13,13 +13,13 @@ from pathlib import Path
 import pika
 import pytest
 
+from local.rabbitmq_node import RabbitMqMissing, RabbitMqNode
 from sandbox import rabbitmq_node
-from sandbox.rabbitmq_node import RabbitMqMissing, RabbitMqNode
 
 ROOT = Path(__file__).parents[3]
 OWNER = """
 import sys, time
-from sandbox.rabbitmq_node import RabbitMqNode
+from local.rabbitmq_node import RabbitMqNode
 node = RabbitMqNode(sys.argv[1])
 node.start()
 print(node.port, flush=True)

@@ -1,4 +1,4 @@
-"""A private RabbitMQ node in a separate folder, for the demo and the tests.
+"""A private RabbitMQ node in a separate folder, for `main.py up`, the demo and the tests.
 
 It does not use the machine's own broker: the node has its own name, ports, cookie, data, log,
 configuration and `epmd` (Erlang's name server), all bound to the loopback interface. Everything
@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-HOST = "127.0.0.1"
+from local.processes import HOST, free_ports, inherited
+
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 # Debian and the generic tarball have the real script here. The one in PATH is often a wrapper that
@@ -47,11 +48,13 @@ class RabbitMqNode:
             30 minutes.
         configuration: More lines of `rabbitmq.conf`; they take precedence.
         plugins: Plugins to enable.
+        name: The node's name, without a host. A node finds the data of a node of the same name.
+        user, password: The account that a new node is created with.
 
     Attributes:
         host: Always the loopback address.
         port: AMQP port, the same after a restart.
-        url: `amqp://guest:guest@host:port/`, for any client.
+        url: `amqp://user:password@host:port/`, for any client.
 
     Raises:
         RabbitMqMissing: From the constructor: this machine has no RabbitMQ. The message has the
@@ -65,12 +68,16 @@ class RabbitMqNode:
         consumer_timeout_ms: int | None = None,
         configuration: str = "",
         plugins: Sequence[str] = (),
+        name: str = "",
+        user: str = "guest",
+        password: str = "guest",  # noqa: S107  # RabbitMQ's own default
     ) -> None:
         self.folder = Path(folder).resolve()
         self.host = HOST
-        self.port, self._dist_port, self._epmd_port = _free_ports(3)
-        self.url = f"amqp://guest:guest@{HOST}:{self.port}/"
-        self.name = f"private-{secrets.token_hex(4)}@localhost"
+        self.port, self._dist_port, self._epmd_port = free_ports(3)
+        self.url = f"amqp://{user}:{password}@{HOST}:{self.port}/"
+        self.name = f"{name or f'private-{secrets.token_hex(4)}'}@localhost"
+        self._account = (user, password)
         self._scripts = _find_scripts()
         self._consumer_timeout_ms = consumer_timeout_ms
         self._more_configuration = configuration
@@ -125,6 +132,19 @@ class RabbitMqNode:
             _kill_group(self._server)
             self._server = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the server's process runs."""
+        return self._server is not None and self._server.poll() is None
+
+    def shut_down(self) -> None:
+        """End the node as an operator would; the data stay in the folder."""
+        if self._server is not None:
+            self._server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._server.wait(STOP_SECONDS)
+        self.stop()
+
     def restart(self) -> None:
         """End the node as an operator would, and start it again with the same data."""
         self._dismiss_guard()
@@ -162,12 +182,15 @@ class RabbitMqNode:
         files = {
             "rabbitmq.conf": f"listeners.tcp.1 = {HOST}:{self.port}\n"
             "disk_free_limit.absolute = 1MB\n"  # the default would block publishers on a small disk
-            "log.file.level = info\n" + self._more_configuration,
+            "log.file.level = info\n"
+            f"default_user = {self._account[0]}\ndefault_pass = {self._account[1]}\n"
+            + self._more_configuration,
             "advanced.config": self._advanced_configuration(),
             "enabled_plugins": f"[{','.join(self._plugins)}].\n",
             "environment.conf": "",  # in place of /etc/rabbitmq/rabbitmq-env.conf
         }
         for name, text in files.items():
+            (self.folder / name).touch(mode=0o600)  # the account is in one of them
             (self.folder / name).write_text(text, encoding="utf-8")
         cookie = self.folder / ".erlang.cookie"
         if not cookie.exists():
@@ -210,7 +233,7 @@ class RabbitMqNode:
         }
         kept = {
             name: value
-            for name, value in os.environ.items()
+            for name, value in inherited().items()
             if not name.startswith(("RABBITMQ_", "ERL_")) and name != "NOTIFY_SOCKET"
         }
         return kept | {name: str(value) for name, value in own.items()}
@@ -269,21 +292,7 @@ def _find_scripts() -> Path:
 
 
 def _search_path() -> str:
-    return os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports below the range that outgoing connections take theirs from.
-
-    The node finds them free after a restart too.
-    """
-    found: list[int] = []
-    while len(found) < count:
-        port = secrets.choice(range(20000, 32000))
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((HOST, port))
-            found = list(dict.fromkeys([*found, port]))
-    return found
+    return inherited().get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
 
 
 def _speaks_amqp(port: int) -> bool:

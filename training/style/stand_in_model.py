@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,7 @@ def _unet() -> Any:
         attention_head_dim=8,
         norm_num_groups=8,
     )
+
+
+if __name__ == "__main__":
+    build_stand_in(Path(sys.argv[1]))
