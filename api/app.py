@@ -27,6 +27,7 @@ from api.gate import problems
 from api.gate.keys import ADMIN, DEFAULT_ORG, Keyring, ensure_organization
 from api.gate.limits import Rates
 from api.gate.requests import Requests
+from api.life.line import Line
 from api.reference import add_reference
 from api.routes import (
     events,
@@ -190,6 +191,7 @@ def open_services(settings: config.Settings) -> tuple[Services, BrokerPart]:
             settings.webhooks.internal_api_token.get_secret_value(),
             settings.webhooks.signing_secrets(),
         ),
+        line=Line(api.broker_depth),
         hub=Hub(database),
         backend_url=settings.webhooks.backend_api_url,
         wake=threading.Event(),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from api.duties.hub import Hub
 from api.gate.keys import Keyring
 from api.gate.limits import Rates
+from api.life.line import Line
 from api.store.database import Database
 from jobs.addresses import S3Location
 from jobs.kinds import Kinds
@@ -50,6 +51,7 @@ class Services:
         uploads: Uploads and signed addresses of files and models.
         buckets: Names of the buckets.
         verifier: Verifies webhooks.
+        line: The places of waiting jobs.
         hub: Hands new events to open streams.
         backend_url: The address that messages name for webhooks.
         wake: Set to have the relay look at the outbox at once.
@@ -68,6 +70,7 @@ class Services:
     uploads: Uploads
     buckets: Buckets
     verifier: WebhookVerifier
+    line: Line
     hub: Hub
     backend_url: str
     wake: threading.Event

@@ -170,20 +170,25 @@ class Relay:
     def admit(self) -> int:
         """Admit the jobs whose turn it is. Returns their number."""
         with self._services.database.reading() as session:
-            if not any(not each.is_admitted for each in store.waiting(session)):
+            if sum(store.with_workers(session).values()) >= self._depth():
+                return 0
+            if all(each.is_admitted for each in store.waiting(session)):
                 return 0
         return self._services.database.write(self._admit)
+
+    def _depth(self) -> int:
+        """Jobs that may be with the workers at once: more, if more workers are connected."""
+        consumers = sum(
+            self._broker.consumers.get(str(each), 0) for each in self._training_queues()
+        )
+        return max(self._services.settings.broker_depth, consumers + 1)
 
     def _admit(self, session: Writing) -> int:
         """Under the lock of the lease's row, so two processes never admit at once."""
         session.scalar(select(LeaseRow).where(LeaseRow.name == "relay").with_for_update())
         settings = self._services.settings
         held = store.with_workers(session)
-        total = sum(held.values())
-        depth = max(
-            settings.broker_depth,
-            sum(self._broker.consumers.get(str(each), 0) for each in self._training_queues()) + 1,
-        )
+        total, depth = sum(held.values()), self._depth()
         chosen: list[str] = []
         for each in store.waiting(session):
             if each.is_admitted:

@@ -127,30 +127,7 @@ def _turn(services: Services, session: Session, row: JobRow) -> views.Turn | Non
     """A waiting job's place in the queue."""
     if row.status != "queued":
         return None
-    line = store.waiting(session)
-    ids = [each.job_id for each in line]
-    if row.id not in ids:
-        return None
-    return _turns(services, session, line).get(row.id)
-
-
-def _turns(
-    services: Services, session: Session, line: list[store.Waiting]
-) -> dict[str, views.Turn]:
-    """The places of all waiting jobs, and their expected starts from measured rates."""
-    depth = services.settings.broker_depth
-    rates: dict[str, float | None] = {}
-    turns: dict[str, views.Turn] = {}
-    seconds = 0.0
-    known = True
-    for position, each in enumerate(line, 1):
-        if each.kind not in rates:
-            rates[each.kind] = store.mean_seconds(session, each.kind)
-        rate = rates[each.kind]
-        known = known and rate is not None
-        turns[each.job_id] = views.Turn(position, now() + seconds if known else None)
-        seconds += (rate or 0.0) / max(1, depth - 1)
-    return turns
+    return services.line.turns(session, (row.id,)).get(row.id)
 
 
 def found(session: Session, caller: Caller, job_id: str) -> JobRow:
@@ -210,9 +187,8 @@ def list_jobs(
     with services.database.reading() as session:
         query = filters.applied(store.visible(caller.org_id), services.database.engine.dialect.name)
         rows, has_more = page.rows(session, query, JobRow)
-        turns: dict[str, views.Turn] = {}
-        if any(row.status == "queued" for row in rows):
-            turns = _turns(services, session, store.waiting(session))
+        queued = [row.id for row in rows if row.status == "queued"]
+        turns = services.line.turns(session, queued) if queued else {}
     return views.page([views.job(row, turns.get(row.id)) for row in rows], has_more=has_more)
 
 

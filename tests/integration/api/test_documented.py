@@ -27,8 +27,8 @@ PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 @pytest.fixture(name="ground")
 def _ground(request: pytest.FixtureRequest, tmp_path: Path) -> Ground:
-    s3_server, rabbitmq = map(request.getfixturevalue, ("s3_server", "rabbitmq"))
-    return Ground(f"sqlite:///{tmp_path / 'api.db'}", s3_server, rabbitmq, tmp_path)
+    s3, broker = request.getfixturevalue("s3_server"), request.getfixturevalue("rabbitmq")
+    return Ground(f"sqlite:///{tmp_path / 'api.db'}", s3, broker, tmp_path)
 
 
 @contextlib.contextmanager

@@ -27,8 +27,8 @@ def _world(
     url = f"sqlite:///{folder / 'api.db'}"
     if request.param == "postgresql":
         url = request.getfixturevalue("postgres").create_database("awkward_input")
-    s3_server, rabbitmq = map(request.getfixturevalue, ("s3_server", "rabbitmq"))
-    with running(Ground(url, s3_server, rabbitmq, folder), api_max_file_bytes=4 * 1024**2) as world:
+    s3, broker = request.getfixturevalue("s3_server"), request.getfixturevalue("rabbitmq")
+    with running(Ground(url, s3, broker, folder), api_max_file_bytes=4 * 1024**2) as world:
         yield world
 
 
