@@ -78,13 +78,13 @@ class Generate(BaseModel):
 
 
 def _shown(row: JobRow) -> dict[str, Any]:
-    status = _STATUS.get(row.status, "training" if row.started_at else "queued")
+    shown = _STATUS.get(row.status, "training" if row.started_at else "queued")
     percent = row.progress.get("progress_percent", 0)
     done = percent / 100 if isinstance(percent, (int, float)) else 0.0
     return {
         "training_id": row.id,
         "org_id": row.org_id,
-        "status": status,
+        "status": shown,
         "progress": 1.0 if row.status == "succeeded" else done,
         "started_at": _time(row.started_at),
         "completed_at": _time(row.finished_at),

@@ -197,7 +197,7 @@ async def add_part(
         raise Problem(
             "invalid_parameter", "data: the form must have one part `data`.", param="data"
         )
-    [received] = form.files
+    received = form.files[0]
 
     def insert(session: Writing) -> dict[str, Any]:
         session.add(

@@ -409,7 +409,7 @@ def test_organisations_take_turns_and_positions_are_exact(ground: Ground) -> Non
         assert sorted(positions.values()) == [1, 2, 3, 4, 5, 6]
         ran = []
         for _ in range(6):
-            [message] = until(lambda: messages(world))
+            message = until(lambda: messages(world))[0]
             ran.append(message["task_id"])
             job = world.job(message["task_id"], keys[message["task_id"]])
             world.worker().failed(job, 1_000_001)
