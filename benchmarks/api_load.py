@@ -25,8 +25,8 @@ import httpx
 import psutil
 import sqlalchemy
 
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.postgres_node import PostgresNode
-from sandbox.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +118,7 @@ def server(
 
 
 async def load(key: str, arguments: argparse.Namespace, pid: int) -> dict[str, Any]:
-    """Send reads and creates at fixed rates, whatever the latency, and measure."""
+    """Send reads and creates at fixed rates, independent of the latency, and measure."""
     reads, creates, memory = Measured(), Measured(), list[float]()
     headers = {"Authorization": f"Bearer {key}"}
     limits = httpx.Limits(max_connections=100, max_keepalive_connections=100)

@@ -27,13 +27,13 @@ from pathlib import Path
 
 import psutil
 
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.backend import Backend
 from sandbox.photographs import photographs
-from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import S3Server
-from training.style.stand_in_model import build_stand_in
 from sandbox.worker_process import WorkerProcess
 from tests.acceptance.world import World, log_lines, until
+from training.style.stand_in_model import build_stand_in
 
 Epoch = tuple[float, int]
 

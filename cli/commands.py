@@ -28,7 +28,19 @@ _SHORT = "The first characters of an id are enough if they match one id only."
 
 def add_commands(app: typer.Typer) -> None:
     """Add all commands to the program."""
-    for command in (worker, up, doctor, inspect, train, publish, jobs, cancel, pause, resume, redrive):
+    for command in (
+        worker,
+        up,
+        doctor,
+        inspect,
+        train,
+        publish,
+        jobs,
+        cancel,
+        pause,
+        resume,
+        redrive,
+    ):
         # Line breaks inside a paragraph of a docstring would show in the help.
         paragraphs = (command.__doc__ or "").split("\n\n")
         text = "\n\n".join(" ".join(each.split()) for each in paragraphs)
@@ -146,7 +158,7 @@ def train(  # pylint: disable=too-many-locals  # one for each option
     trigger_word: Annotated[
         str, typer.Option(help="A word in front of every caption, which later calls the style.")
     ] = "",
-    resume: Annotated[
+    resume: Annotated[  # pylint: disable=redefined-outer-name  # the command below
         bool, typer.Option(help="Continue from the newest checkpoint in OUTPUT.")
     ] = False,
     validate_only: Annotated[

@@ -1,4 +1,4 @@
-"""A private RabbitMQ node in a folder of its own, for `main.py up`, the demo and the tests.
+"""A private RabbitMQ node in its own folder, for `main.py up`, the demo and the tests.
 
 Nothing of the machine's own broker is touched: the node has its own name, ports, cookie, data, log,
 configuration and its own `epmd` (Erlang's name server), all bound to the loopback interface, and
@@ -43,7 +43,7 @@ class RabbitMqNode:
     """A broker that belongs to one `with` block.
 
     Args:
-        folder: Where data, log and configuration go; made if it is not there.
+        folder: The folder of data, log and configuration; made if it does not exist.
         consumer_timeout_ms: The broker's delivery-ack time-out, looked at every second; None leaves
             30 minutes.
         configuration: More lines of `rabbitmq.conf`; they win.
@@ -69,7 +69,7 @@ class RabbitMqNode:
         plugins: Sequence[str] = (),
         name: str = "",
         user: str = "guest",
-        password: str = "guest",
+        password: str = "guest",  # noqa: S107  # as RabbitMQ itself
     ) -> None:
         self.folder = Path(folder).resolve()
         self.host = HOST
@@ -158,10 +158,10 @@ class RabbitMqNode:
         """Run `rabbitmqctl` on this node.
 
         Returns:
-            What it printed.
+            Its output.
 
         Raises:
-            RuntimeError: It failed; the message has what it said.
+            RuntimeError: It failed; the message has its output.
         """
         done = subprocess.run(
             [str(self._scripts / "rabbitmqctl"), "--quiet", "-n", self.name, *arguments],
@@ -281,7 +281,7 @@ def _find_scripts() -> Path:
     if found := shutil.which("rabbitmq-server", path=_search_path()):
         folders.append(Path(found).resolve().parent)
     for folder in folders:
-        # `rabbitmq-env` lies beside the real scripts only, never beside a distribution's wrapper.
+        # Only the real scripts have `rabbitmq-env` next to them, never a distribution's wrapper.
         if all((folder / name).exists() for name in ("rabbitmq-server", "rabbitmq-env")):
             return folder
     raise RabbitMqMissing(

@@ -1,4 +1,4 @@
-"""An S3 server that keeps its objects in a folder: ministack, in an environment of its own.
+"""An S3 server that keeps its objects in a folder: ministack, in a separate environment.
 
 ministack needs another version of botocore than this program, so `scripts/setup` installs it apart.
 It checks no signature: every program on this machine can read and write the store. It listens on

@@ -13,10 +13,10 @@ from typing import Any
 import pika
 from pika.exceptions import ChannelClosedByBroker
 
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.backend import COMPLETE, Backend, ReceivedRequest
 from sandbox.demo_screen import DemoFailed, Screen
 from sandbox.photographs import photographs
-from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import S3Server
 from sandbox.worker_process import WorkerProcess
 

@@ -11,11 +11,11 @@ import signal
 import tempfile
 from pathlib import Path
 
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.backend import Backend
 from sandbox.base_model_choice import choose_base_model
 from sandbox.demo_job import MEDIA, MODELS, QUEUE, STATE, DemoJob
 from sandbox.demo_screen import Screen
-from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from sandbox.worker_process import WorkerProcess
 

@@ -15,13 +15,13 @@ import signal
 import sys
 from pathlib import Path
 
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.backend import Backend
 from sandbox.backend_server import show
 from sandbox.base_model_choice import choose_base_model
 from sandbox.demo_job import MEDIA, MODELS, STATE
 from sandbox.demo_parts import settings_of_the_worker, signing_secret
 from sandbox.photographs import photographs
-from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import S3Server
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from sandbox.backend import Backend
 from local.rabbitmq_node import RabbitMqNode
+from sandbox.backend import Backend
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.s3.s3_service import S3Service
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT, TESTS, BUILD = "requirements", "requirements-dev", "requirements-build"
-API = "requirements-api"
+API, S3 = "requirements-api", "requirements-s3"
 CPU, CUDA = "requirements-cpu", "requirements-cuda"
 CUDA_LIBRARIES = re.compile(r"(nvidia-(?!ml-py$)|cuda-|triton$)")
 """Packages that only torch's CUDA build depends on."""
@@ -124,7 +124,7 @@ def cpu_hashes(version: str, known: Iterable[str]) -> tuple[str, ...]:
 
 def main() -> None:
     """Write every lock file."""
-    old = {name: _read(name) for name in (PRODUCT, TESTS, CUDA, CPU, BUILD, API)}
+    old = {name: _read(name) for name in (PRODUCT, TESTS, CUDA, CPU, BUILD, API, S3)}
     everything = resolve(TESTS, "\n".join(old[name] for name in (PRODUCT, TESTS, CUDA)))
     product = resolve(PRODUCT, render(everything))
     torch = next(package for package in product if package.name == "torch")
@@ -145,6 +145,7 @@ def main() -> None:
         TESTS: [each for each in everything if each.pin not in pins],
         BUILD: resolve(BUILD, old[BUILD]),
         API: resolve(API, render(everything)),
+        S3: resolve(S3, old[S3]),
     }
     also = {
         PRODUCT: [],
@@ -152,6 +153,7 @@ def main() -> None:
         CPU: ["torch's build for CPUs, in place of the one in requirements.lock."],
         TESTS: ["The packages that the tests need in addition to requirements.lock."],
         BUILD: [],
+        S3: ["The S3 server of `main.py up`, for a separate environment."],
         API: ["All packages of the API server, for its image; requirements-dev.lock has them too."],
     }
     for name, packages in made.items():

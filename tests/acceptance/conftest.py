@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.backend import Backend
 from sandbox.photographs import photographs
-from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import S3Server
-from training.style.stand_in_model import build_stand_in
 from sandbox.worker_process import WorkerProcess
 from tests.acceptance.world import World
+from training.style.stand_in_model import build_stand_in
 
 
 @pytest.fixture(scope="session", name="base_model")

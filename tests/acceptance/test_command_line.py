@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sandbox.photographs import photographs
 from local.rabbitmq_node import RabbitMqNode
+from sandbox.photographs import photographs
 from sandbox.worker_process import ROOT
 from tests.acceptance.world import World, until
 

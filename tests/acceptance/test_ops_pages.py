@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
+from local.rabbitmq_node import RabbitMqNode
 from sandbox.backend import Backend
 from sandbox.photographs import photographs
-from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import S3Server
 from sandbox.worker_process import WorkerProcess
 from tests.acceptance.pages import Pages

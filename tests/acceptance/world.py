@@ -15,8 +15,8 @@ import pika
 from mypy_boto3_s3 import S3Client
 from pika.exceptions import ChannelClosedByBroker
 
-from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from local.rabbitmq_node import RabbitMqNode
+from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from sandbox.worker_process import ROOT, WorkerProcess
 

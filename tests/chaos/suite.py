@@ -31,7 +31,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sandbox.photographs import photographs
-from training.style.stand_in_model import build_stand_in
 from tests.chaos import journal, old_release
 from tests.chaos.breaking import break_things, upgrade
 from tests.chaos.conductor import Conductor
@@ -50,6 +49,7 @@ from tests.chaos.timing import MEDIA
 from tests.chaos.verdict import Evidence, Verdict
 from tests.chaos.watcher import Watcher
 from tests.chaos.world import Message, World
+from training.style.stand_in_model import build_stand_in
 
 STOP_SECONDS = 8.0
 MORE_FILES, MORE_THREADS, MORE_MEMORY_KIB = 16, 4, 40_000

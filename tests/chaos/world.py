@@ -15,8 +15,8 @@ import pika
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 from jobs.message import derive_task_id
-from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from local.rabbitmq_node import RabbitMqNode
+from sandbox.backend import SIGNING_SECRET, TOKEN, Backend
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.broker.settlement import Queue
 from services.broker.topology import declaration

@@ -48,7 +48,7 @@ def build_stand_in(folder: Path, *, seed: int = 0) -> Path:
     left alone.
 
     Args:
-        folder: Where the model is to lie; a half-written one there is replaced.
+        folder: The folder of the model; a half-written one is replaced.
         seed: Seed of the weights: the same seed gives the same files.
 
     Returns:
@@ -97,7 +97,7 @@ def _write_parts(folder: Path) -> None:
 
 
 def _tokenizer() -> Any:
-    """CLIP's rules over single characters: every byte, alone and at a word's end, and no merges."""
+    """CLIP's rules over single characters: every byte, also at a word's end, and no merges."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     # Byte-level BPE (Radford et al., 2019) spells unprintable bytes with characters from 256 on.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.postgres_node import PostgresNode
 from local.rabbitmq_node import RabbitMqNode
+from sandbox.postgres_node import PostgresNode
 from sandbox.s3_server import S3Server
 from tests.integration.api.world import Ground, World, running
 

@@ -17,8 +17,8 @@ from consumer.life.image_download import ImageRequest, download_images, object_s
 from jobs.addresses import S3Location
 from sandbox.photographs import photographs
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
-from training.style.stand_in_model import build_stand_in
 from services.s3.s3_service import S3Service
+from training.style.stand_in_model import build_stand_in
 
 ROOT = Path(__file__).resolve().parents[3]
 OWN_MOUNTS = (

@@ -13,7 +13,7 @@ from pathlib import Path
 import pika
 import pytest
 
-from sandbox import rabbitmq_node
+from local import rabbitmq_node
 from local.rabbitmq_node import RabbitMqMissing, RabbitMqNode
 
 ROOT = Path(__file__).parents[3]

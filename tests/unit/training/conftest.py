@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
-from training.style.stand_in_model import build_stand_in
 from training.style.families.sd15 import BaseModel
 from training.style.results import probe
+from training.style.stand_in_model import build_stand_in
 
 MakeRun = Callable[..., TrainingRun]
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jobs.style import HyperParameters, TrainerOptions
-from training.style.stand_in_model import build_stand_in
 from training.runtime.device import gpu_error
 from training.style.families.sd15 import ADAPTER, BaseModel
+from training.style.stand_in_model import build_stand_in
 from utils.errors import (
     BaseModelUnavailable,
     GpuBroken,
