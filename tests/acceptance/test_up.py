@@ -148,7 +148,7 @@ def test_a_job_survives_sigkill_to_all_of_it_and_a_second_up_is_refused(tmp_path
 
 def _progress(up: Up, job: str) -> bool:
     """Whether the job has begun to train."""
-    return up.curl(f"/v1/fine_tuning/jobs/{job}")["status"] == "running"
+    return bool(up.curl(f"/v1/fine_tuning/jobs/{job}")["status"] == "running")
 
 
 def test_without_a_base_model_that_can_train_it_refuses_and_says_how_to_get_one(
