@@ -141,7 +141,7 @@ def test_a_job_survives_sigkill_to_all_of_it_and_a_second_up_is_refused(tmp_path
         until(lambda: again.curl(f"/v1/fine_tuning/jobs/{job}")["status"] == "succeeded", 400)
         running = again.processes()
         again.process.send_signal(signal.SIGINT)
-        assert again.process.wait(90) == 130
+        assert again.process.wait(150) == 130
         assert "Stopped." in again.said
         assert not psutil.wait_procs(running, timeout=10)[1]
 
