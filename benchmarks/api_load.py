@@ -119,7 +119,7 @@ def server(
 
 # pylint: disable-next=too-many-locals
 async def load(key: str, arguments: argparse.Namespace, pid: int) -> dict[str, Any]:
-    """Send reads and creates at fixed rates, also while answers are late, and measure."""
+    """Send reads and creates at fixed rates, independent of the latency, and measure."""
     reads, creates, memory = Measured(), Measured(), list[float]()
     headers = {"Authorization": f"Bearer {key}"}
     limits = httpx.Limits(max_connections=100, max_keepalive_connections=100)

@@ -176,7 +176,7 @@ def train(  # pylint: disable=too-many-locals  # one for each option
     trigger_word: Annotated[
         str, typer.Option(help="A word in front of every caption, which later calls the style.")
     ] = "",
-    resume: Annotated[
+    resume: Annotated[  # pylint: disable=redefined-outer-name  # the command below
         bool, typer.Option(help="Continue from the newest checkpoint in OUTPUT.")
     ] = False,
     validate_only: Annotated[

@@ -496,12 +496,6 @@ class JobRecord(HeldRecord):
             rejected_by=",".join(self.rejecters_with_this) if rejected else self.rejected_by,
         )
 
-    def resumed(self) -> JobRecord:
-        """No longer paused: its message is about to be published."""
-        if not self.is_paused:
-            return self
-        return dataclasses.replace(self, hold=self.hold.dropped(), sweeps=0)
-
     def swept(self) -> JobRecord:
         """The record after a sweep found it abandoned; its message is published again next.
 

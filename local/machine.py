@@ -56,7 +56,7 @@ class OneMachine:
         home: The folder of the data.
         program: How the API and the worker are started.
         settings: Settings of the API and the worker, by name.
-        report: Receives a sentence about each step.
+        show: Receives a sentence about each event.
 
     Raises:
         ConfigurationError: A program is not installed.
@@ -67,11 +67,11 @@ class OneMachine:
         home: Home,
         program: Program,
         settings: Mapping[str, str],
-        report: Callable[[str], None],
+        show: Callable[[str], None],
     ) -> None:
         self._home = home
         self._program = program
-        self._report = report
+        self._show = show
         self._secrets = home.secrets()
         try:
             self._broker = RabbitMqNode(
@@ -114,14 +114,14 @@ class OneMachine:
             TrainingServerError: A program ends again and again.
         """
         if not self._broker.is_running:
-            self._report("RabbitMQ has ended; it is started again.")
+            self._show("RabbitMQ has ended; it is started again.")
             self._broker.kill()
             self._broker.start()
         if self._store.process.exit_code is not None:
-            self._report("The S3 server has ended; it is started again.")
+            self._show("The S3 server has ended; it is started again.")
             self._store.start()
         for one in self._watched:
-            one.look(self._report)
+            one.look(self._show)
 
     def _own_settings(self) -> dict[str, str]:
         """The addresses and secrets of this machine's servers."""
@@ -206,7 +206,7 @@ class _Watched:
         self._started_at = time.monotonic()
         self._quick_ends = 0
 
-    def look(self, report: Callable[[str], None]) -> None:
+    def look(self, show: Callable[[str], None]) -> None:
         code = self._process.exit_code
         if code is None:
             return
@@ -218,7 +218,7 @@ class _Watched:
                 f"The {self._process.name} ends again and again, with exit code {code}. "
                 f"The end of {self._process.log}:\n{words}"
             )
-        report(f"The {self._process.name} has ended with exit code {code}; it is started again.")
+        show(f"The {self._process.name} has ended with exit code {code}; it is started again.")
         time.sleep(1.0)
         self._started_at = time.monotonic()
         self._process.start()

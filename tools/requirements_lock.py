@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRODUCT, TESTS, BUILD = "requirements", "requirements-dev", "requirements-build"
 ROOMS = ("requirements-front",)
 """Parts of the product that have their own lock; their packages are in the product's lock too."""
-API = "requirements-api"
+API, S3 = "requirements-api", "requirements-s3"
 CPU, CUDA = "requirements-cpu", "requirements-cuda"
 CUDA_LIBRARIES = re.compile(r"(nvidia-(?!ml-py$)|cuda-|triton$)")
 """Packages that only torch's CUDA build depends on."""
@@ -126,7 +126,7 @@ def cpu_hashes(version: str, known: Iterable[str]) -> tuple[str, ...]:
 
 def main() -> None:
     """Write every lock file."""
-    old = {name: _read(name) for name in (PRODUCT, TESTS, CUDA, CPU, BUILD, API)}
+    old = {name: _read(name) for name in (PRODUCT, TESTS, CUDA, CPU, BUILD, API, S3)}
     everything = resolve(TESTS, "\n".join(old[name] for name in (PRODUCT, TESTS, CUDA)))
     product = resolve(PRODUCT, render(everything))
     torch = next(package for package in product if package.name == "torch")
@@ -147,6 +147,7 @@ def main() -> None:
         TESTS: [each for each in everything if each.pin not in pins],
         BUILD: resolve(BUILD, old[BUILD]),
         API: resolve(API, render(everything)),
+        S3: resolve(S3, old[S3]),
     }
     made |= {room: _part(room, product) for room in ROOMS}
     also = {
@@ -155,6 +156,7 @@ def main() -> None:
         CPU: ["torch's build for CPUs, in place of the one in requirements.lock."],
         TESTS: ["The packages that the tests need in addition to requirements.lock."],
         BUILD: [],
+        S3: ["The S3 server of `main.py up`, for a separate environment."],
         API: ["All packages of the API server, for its image; requirements-dev.lock has them too."],
     } | {room: [f"The part of requirements.lock that {room}.txt needs."] for room in ROOMS}
     for name, packages in made.items():

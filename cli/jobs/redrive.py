@@ -117,10 +117,9 @@ def of_the_endings(letter: DeadLetter) -> tuple[str, bytes] | None:
 def why_not(record: JobRecord) -> str:
     """Why a job cannot be sent back by its record; empty where it can."""
     ending = record.ending
-    if record.is_paused:
-        return "it is paused: resume it"
     if record.state is State.LIVE or ending is None:
-        return "it has not ended: workers go on with it by themselves"
+        paused = record.is_paused
+        return f"it {'is paused: resume it' if paused else 'has not ended: workers continue it'}"
     if record.delivery is Delivery.SET_ASIDE:
         return ""
     if ending.kind is EndingKind.COMPLETE:

@@ -262,24 +262,24 @@ class Endings:
                     return Settlement.ack(self.watched(record, one.message, looks=one.looks))
                 return Settlement.ack(one.again(_at_least(seconds, self._retry_delays)))
             case Unclaimed(record=record, seconds_silent=seconds):
-                if record.is_paused:
-                    return self._copy_if_resumed(record, one.message)
-                if record.hold.released and seconds < record.hold.quiet_seconds:
-                    # Released by its worker: its message is in a delay queue.
-                    return Settlement.ack(self.watched(record, one.message, looks=one.looks))
-                log.warning("holder_vanished", claim=record.claim, holder=record.hold.owner)
-                return Settlement.ack(training_copy(record, one.message))
+                return self._of_unclaimed(one, record, seconds)
             case Claimed(lease=lease):
                 # A single attempt: endings of other jobs wait behind this one.
                 with lease, logger.bound(**self._identity(lease.record)):
                     left = self.deliver(lease, original=one.message, for_seconds=0, tries=one.tries)
                 return Settlement.ack(*left)
 
-    def _copy_if_resumed(self, record: JobRecord, message: bytes) -> Settlement:
-        """A paused job needs no message until it is resumed or cancelled."""
-        if self._records.requests.keeps_paused(record.task_id):
-            return Settlement.ack()
-        return Settlement.ack(training_copy(record, message))
+    def _of_unclaimed(self, one: _Parked, record: JobRecord, seconds: float) -> Settlement:
+        """The message of a live job that no worker holds."""
+        if record.is_paused:  # it needs no message until it is resumed or cancelled
+            if self._records.requests.keeps_paused(record.task_id):
+                return Settlement.ack()
+        elif record.hold.released and seconds < record.hold.quiet_seconds:
+            # Given back in good order: its message is in a delay queue.
+            return Settlement.ack(self.watched(record, one.message, looks=one.looks))
+        else:
+            log.warning("holder_vanished", claim=record.claim, holder=record.hold.owner)
+        return Settlement.ack(training_copy(record, one.message))
 
     def _identity(self, record: JobRecord) -> dict[str, Any]:
         """The fields that name a record's subject in log lines."""

@@ -6,6 +6,8 @@ jobs/{task_id}.pause    the job is saved and released, and waits until the file 
 
 from __future__ import annotations
 
+import dataclasses
+
 from jobs.hold import stamped
 from jobs.layout import cancel_file_at, pause_file_at, record_at
 from jobs.record import JobRecord
@@ -68,9 +70,10 @@ class Requests:
             version = target.read()
             if version is None:
                 return None
-            record = version.record.resumed()
-            if record is version.record:
-                return record
+            if not version.record.is_paused:
+                return version.record
+            free = version.record.hold.dropped()
+            record = dataclasses.replace(version.record, hold=free, sweeps=0)
             try:
                 target.write(stamped(record), version.etag)
             except PreconditionFailed:

@@ -22,6 +22,7 @@ ROOMS = (
         "consumer",
         "images",
         "jobs",
+        "local",
         "reports",
         "services",
         "training",
@@ -35,7 +36,18 @@ MOST_SIBLINGS = 15
 ARROWS: dict[str, set[str]] = {
     "main": {"config", "cli", "consumer", "services", "utils"},
     "api": {"config", "images", "jobs", "reports", "services", "utils"},
-    "cli": {"api", "config", "consumer", "images", "jobs", "services", "training", "utils"},
+    "cli": {
+        "api",
+        "config",
+        "consumer",
+        "images",
+        "jobs",
+        "local",
+        "services",
+        "training",
+        "utils",
+    },
+    "local": {"utils"},
     "consumer": {"config", "jobs", "services", "utils"},
     "services": {"jobs", "utils"},
     "config": {"jobs", "utils"},
@@ -50,7 +62,7 @@ ARROWS: dict[str, set[str]] = {
 COMPOSITION_ROOTS = {
     *("api/app.py", "cli/api.py"),
     *("cli/doctor/command.py", "cli/server.py", "cli/train.py", "cli/train_command.py"),
-    *("cli/worker.py", "consumer/worker.py"),
+    *("cli/up.py", "cli/worker.py", "consumer/worker.py"),
 }
 
 # A foreign client -> the one file that may import it, and that translates its errors. The two web
@@ -116,6 +128,7 @@ PACKAGES: dict[str, set[str]] = {
     "reports": {"PIL", "jinja2", "markupsafe", "numpy"},
     "images": {"PIL", "imagehash", "numpy"},
     "jobs": {"pydantic", "pydantic_core"},
+    "local": set(),
     "utils": {"prometheus_client", "pydantic", "pynvml", "structlog"},
 }
 # Packages that a machine for training only does not have.
@@ -268,13 +281,13 @@ def test_a_room_imports_only_its_packages(room: str) -> None:
     assert not wrong
 
 
-def test_the_environment_is_read_only_in_config() -> None:
+def test_the_environment_is_read_only_in_config_and_where_children_inherit_it() -> None:
     readers = {
         str(path)
         for path in product_files()
         if attributes(path) & {"os.environ", "os.environb", "os.getenv", "os.putenv"}
     }
-    assert readers <= {"config.py"}
+    assert readers <= {"config.py", "local/processes.py"}
 
 
 # ---- proofs by running ---------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from pathlib import Path
 import pika
 import pytest
 
+from local import rabbitmq_node
 from local.rabbitmq_node import RabbitMqMissing, RabbitMqNode
-from sandbox import rabbitmq_node
 
 ROOT = Path(__file__).parents[3]
 OWNER = """
