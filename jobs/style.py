@@ -280,6 +280,8 @@ class TrainerOptions:
         base_model_revision: Hub revision; None for the default branch.
         mixed_precision: `fp16`, `bf16` or `no`; on a CPU always `no`.
         gradient_checkpointing: `true`, `false` or `auto`.
+        fast_training: Train with fewer and larger operations. False gives the weights of earlier
+            versions, to the bit in fp32 on a CPU.
         allow_cpu: Train on the CPU where there is no CUDA, instead of failing.
         log_level: Level of the trainer's own log lines.
         log_format: `json` or `text`.
@@ -290,6 +292,7 @@ class TrainerOptions:
     base_model_revision: str | None = None
     mixed_precision: str = "fp16"
     gradient_checkpointing: str = "true"
+    fast_training: bool = True
     allow_cpu: bool = False
     log_level: str = "INFO"
     log_format: str = "json"

@@ -52,6 +52,7 @@ class BaseModel:
         unet, vae, text_encoder, tokenizer: The parts, in evaluation mode, without gradients.
         scheduler: The base's own noise schedule and prediction type, as a DDPM scheduler.
         warnings: Sentences for the report, about the machine rather than a run.
+        fast: Train on the fast paths (see `TrainerOptions`).
         drifted: True once GPU memory did not come back after a run: the process should be replaced.
     """
 
@@ -63,9 +64,10 @@ class BaseModel:
         device: torch.device,
         dtype: torch.dtype,
         checkpointing: str,
+        fast: bool = True,
     ) -> None:
         """Load from a complete local diffusers folder; `load` is the way in."""
-        self.name, self.device, self.dtype = name, device, dtype
+        self.name, self.device, self.dtype, self.fast = name, device, dtype, fast
         self.warnings: tuple[str, ...] = ()
         self.drifted = False
         self._checkpointing = checkpointing
@@ -97,6 +99,7 @@ class BaseModel:
                 device=device,
                 dtype=dtype,
                 checkpointing=options.gradient_checkpointing,
+                fast=options.fast_training,
             )
         except Exception as error:
             if out_of_memory(error):

@@ -219,6 +219,6 @@ def evaluating(base: BaseModel, *, with_lora: bool = True) -> Iterator[None]:
 
 
 def mixed_precision(base: BaseModel) -> torch.autocast:
-    """For a forward pass: the frozen weights may be in half precision, the LoRA is in single."""
-    half = base.dtype != torch.float32
-    return torch.autocast(base.device.type, dtype=base.dtype, enabled=half)
+    """For a forward pass: the frozen weights may be in half precision, and the LoRA in single."""
+    mixed = any(weight.dtype != base.dtype for weight in base.unet.parameters())
+    return torch.autocast(base.device.type, dtype=base.dtype, enabled=mixed)
