@@ -217,6 +217,7 @@ def _with_previews(
             folder,
             resolution=run.parameters.resolution,
             steps=sample_steps(run, base),
+            embeddings=data.embeddings,
         )
 
     def plot_losses() -> None:

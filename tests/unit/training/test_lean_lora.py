@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from jobs.style import HyperParameters
+from jobs.style import HyperParameters, TrainerOptions
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import Weights, checkpoints, in_one_go, lora_of, stop_after, trained
 from training.style import loop_state, trainer
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.lean_lora import LeanLora, suits
+from training.style.results.probe import mixed_precision
 from training.style.trainer import LoRATrainer
 
 ROUNDING = 1e-5
@@ -34,7 +36,8 @@ def wake(base: BaseModel) -> None:
     with torch.no_grad():
         for weight in base.unet.parameters():
             if weight.requires_grad:
-                weight.normal_(0.0, 0.05, generator=generator)
+                drawn = torch.randn(weight.shape, generator=generator)
+                weight.copy_(0.05 * drawn)
 
 
 def loss_of(base: BaseModel, dtype: torch.dtype) -> Tensor:
@@ -278,3 +281,54 @@ def test_memory_that_runs_out_on_the_fast_path_leaves_a_network_that_can_start_o
         handle.remove()
     assert result.steps == expected.steps
     assert distance(again, weights) < 1e-3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_gradient_is_no_further_from_the_exact_one_than_under_autocast(
+    stand_in: Path,
+) -> None:
+    found: dict[str, Tensor] = {}
+    for precision in ("no", "fp16"):
+        base = BaseModel.load(TrainerOptions(str(stand_in), mixed_precision=precision))
+        base.attach(HyperParameters(rank=2, alpha=4.0, dropout=0.0))
+        wake(base)
+        weights = [weight for weight in base.unet.parameters() if weight.requires_grad]
+        with mixed_precision(base):
+            loss = loss_on(base) * SCALE
+        parts = torch.autograd.grad(loss, weights)
+        found[precision] = torch.cat([part.reshape(-1) for part in parts]) / SCALE
+        if precision == "fp16":
+            lean = LeanLora(base.unet, base.dtype)
+            with lean:
+                torch.autograd.backward(loss_on(base) * SCALE)
+                lean.gather()
+            assert lean.flat.grad is not None
+            found["lean"] = lean.flat.grad / SCALE
+        base.detach()
+    exact = found["no"]
+    assert away(found["lean"], exact) < 1.5 * away(found["fp16"], exact)
+
+
+SCALE = 1024.0
+"""Of the loss, so that fp16 gradients do not vanish."""
+
+
+def loss_on(base: BaseModel) -> Tensor:
+    """The UNet's mean square on the base's device and in its dtype."""
+    generator = torch.Generator().manual_seed(4)
+    noisy = torch.randn((2, 4, 16, 16), generator=generator).to(base.device, base.dtype)
+    width = base.unet.config.cross_attention_dim
+    text = torch.randn((2, 77, width), generator=generator).to(base.device, base.dtype)
+    levels = torch.tensor([3, 700], device=base.device)
+    mean: Tensor = base.unet(noisy, levels, encoder_hidden_states=text).sample.float().square()
+    return mean.mean()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_latents_in_tf32_are_those_in_float32_but_for_its_rounding(stand_in: Path) -> None:
+    pixels = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    fast, exact = (
+        BaseModel.load(TrainerOptions(str(stand_in), fast_training=on)).encode_images(pixels)[0]
+        for on in (True, False)
+    )
+    assert away(fast, exact) < 1e-2

@@ -13,7 +13,14 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from jobs.style import HyperParameters, TrainerOptions
-from training.runtime.device import choose_device, free_memory, gpu_error, out_of_memory
+from training.runtime.device import (
+    choose_device,
+    free_memory,
+    gpu_error,
+    out_of_memory,
+    prefer_speed,
+    tf32,
+)
 from training.runtime.recomputation import Recomputation
 from training.style.families.base_files import (
     first_line,
@@ -76,6 +83,11 @@ class BaseModel:
         self.text_encoder = load_part(CLIPTextModel, folder, "text_encoder", dtype).to(device)
         self.vae = load_part(AutoencoderKL, folder, "vae", torch.float32).to(device)
         self.unet = load_part(UNet2DConditionModel, folder, "unet", dtype).to(device)
+        if fast and device.type == "cuda":
+            prefer_speed(device)
+            # The layout that tensor cores compute in: cuDNN need not rearrange the weights.
+            self.unet.to(memory_format=torch.channels_last)
+            self.vae.to(memory_format=torch.channels_last)
         self.hash = hash_of_weights(folder / "unet")
         self._fresh = self._fingerprint()
         self._fresh_bytes = self._allocated_bytes()
@@ -137,7 +149,8 @@ class BaseModel:
         factor = float(self.vae.config.scaling_factor)
 
         def encode() -> tuple[Tensor, Tensor]:
-            posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
+            with tf32(self.device, enabled=self.fast):
+                posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
             return posterior.mean * factor, posterior.std * factor
 
         return self._with_room(encode)
