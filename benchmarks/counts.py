@@ -9,7 +9,7 @@ fake tensors, which have shapes and no values, and counts what torch dispatches:
 
 Fake tensors of a CPU build are CPU tensors. Two things differ on CUDA: its autocast computes the
 norms in float32, which is imitated here, and it has one kernel for dropout where a CPU has three
-operations. So the counts with dropout are higher than on CUDA. Counts say nothing about the time
+operations. So the counts with dropout are higher than on CUDA. Counts do not show the time
 that a kernel takes.
 """
 

@@ -1,6 +1,6 @@
 """Run another trainer's script on a machine without torchvision: `launch_peer.py SCRIPT ARGUMENTS`.
 
-torchvision has no part in a step but its transforms of images. Where it is not installed, a module
+torchvision has no part in a step but its transforms of images. If it is not installed, a module
 of that name offers the few that diffusers' script uses, by Pillow. This file imports nothing of the
 project, because it runs with the interpreter of the other trainer.
 """

@@ -105,7 +105,7 @@ def one_run_accelerator(device: torch.device, dtype: torch.dtype) -> Iterator[Ac
 def prefer_speed(device: torch.device) -> None:
     """Let cuDNN try its convolutions once for each shape and keep the fastest one.
 
-    Training has few shapes: at most 24 frames. Where torch must be deterministic, the choice would
+    Training has few shapes: at most 24 frames. If torch must be deterministic, the choice would
     differ from run to run, so nothing is changed.
     """
     if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():

@@ -20,7 +20,7 @@ number. Prodigy sums over all weights: by parts that is 16 kernels and two reads
 each weight, and a flat parameter needs that once. 8-bit AdamW scales its state in blocks, which
 would reach from one weight into the next."""
 _FLATTENED = ("p0", "s")
-"""Entries that Prodigy keeps as vectors, whatever the shape of the weight."""
+"""Entries that Prodigy keeps as vectors for weights of any shape."""
 
 
 def create(

@@ -133,7 +133,7 @@ def suits(network: nn.Module) -> bool:
 
 
 def _factors(layers: Mapping[str, Linear], trained: Mapping[str, Tensor]) -> Tensor:
-    """What each weight is multiplied by in the copy, [n] float32: 1 for A, the scaling for B."""
+    """The factor of each weight in the copy, [n] float32: 1 for A, the scaling for B."""
     parts = []
     for name, weight in trained.items():
         path, _, rest = name.partition(".lora_B.")
