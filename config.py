@@ -127,6 +127,7 @@ class LocalSettings(Group):
             base_model_revision=self.trainer.base_model_revision,
             mixed_precision=self.trainer.mixed_precision,
             gradient_checkpointing=self.trainer.gradient_checkpointing,
+            fast_training=self.trainer.fast_training,
             allow_cpu=self.trainer.allow_cpu,
             deterministic=self.trainer.deterministic,
             log_level=self.log.log_level,

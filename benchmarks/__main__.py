@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -53,8 +54,8 @@ def main(
 ) -> None:
     """Measure, print a table, write it as JSON and as a plot."""
     logging.getLogger("training").setLevel(logging.ERROR)
-    peers = [_peer(script, peer_python) for script in peer_script or ()]
     on_gpu = torch.cuda.is_available()
+    peers = [_peer(script, peer_python, on_gpu) for script in peer_script or ()]
     if quick:
         repeats, steps = 1, 8
     if not on_gpu:
@@ -72,9 +73,9 @@ def main(
     console.print(f"{output}/benchmarks.json and {output}/benchmarks.png have the whole of it.")
 
 
-def _peer(script: Path, python: Path | None) -> Peer:
+def _peer(script: Path, python: Path | None, on_gpu: bool) -> Peer:
     try:
-        return Peer(script.absolute(), str(python)) if python else Peer(script.absolute())
+        return Peer(script.absolute(), str(python or sys.executable), on_cpu=not on_gpu)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--peer-script") from error
 
@@ -157,9 +158,6 @@ class _Bench:
         names = [field.name for field in dataclasses.fields(Case)]
         found = []
         for peer in peers:
-            if self._base.device.type != "cuda":
-                console.print(f"{peer.name} needs a GPU, and was not run.")
-                continue
             for row in results:
                 case = Case(**{name: row[name] for name in names})
                 try:
@@ -252,6 +250,8 @@ def _show(document: dict[str, Any]) -> None:
             ]
         table.add_row(*cells)
     console.print(table)
+    if not document["peers"]:
+        console.print("diffusers' and kohya's own scripts: not measured (--peer-script).")
     for peer in document["peers"]:
         console.print(f"{peer['peer']}, {peer['case']}: we are {peer['ratio']:.2f} x as fast.")
     console.print(

@@ -72,6 +72,7 @@ def run_of(case: Case, images: list[Path], folder: Path, *, steps: int, every: i
         epochs=min(1000, 1 + max(2, -(-steps // an_epoch))),  # the first warms up
         batch_size=case.batch_size,
         resolution=case.resolution,
+        dropout=0.0,  # the other trainers have none
     )
     return TrainingRun(
         task_id="benchmark",

@@ -34,10 +34,12 @@ class Peer:
     Attributes:
         script: Its file, named as its project names it.
         python: The interpreter to run it with: its environment must have what it imports.
+        on_cpu: Run it on the CPU in float32, on one thread, and measure the time that it computes.
     """
 
     script: Path
     python: str = sys.executable
+    on_cpu: bool = False
 
     def __post_init__(self) -> None:
         if self.script.name not in (DIFFUSERS, KOHYA) or not self.script.is_file():
@@ -93,7 +95,7 @@ class Peer:
             "max_train_steps": steps,
             "learning_rate": 1e-4,
             "lr_scheduler": "constant",
-            "mixed_precision": "fp16",
+            "mixed_precision": "no" if self.on_cpu else "fp16",
             "seed": 42,
         }
         flags = ["--gradient_checkpointing"] if case.checkpointing else []
@@ -116,10 +118,14 @@ class Peer:
     def _timed(self, case: Case, model: Path, data: Path, out: Path, steps: int) -> float:
         arguments = self.arguments(case, model, data, out, steps)
         environment = os.environ | {"HF_DATASETS_CACHE": str(out.parent / "datasets-cache")}
-        began = time.monotonic()
+        launcher: list[str] = []
+        if self.on_cpu:
+            environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            launcher = [str(Path(__file__).with_name("launch_peer.py"))]
+        began = _seconds(self.on_cpu)
         try:
             done = subprocess.run(
-                [self.python, str(self.script), *arguments],
+                [self.python, *launcher, str(self.script), *arguments],
                 cwd=self.script.parent,
                 env=environment,
                 capture_output=True,
@@ -133,4 +139,12 @@ class Peer:
         if done.returncode:
             last = done.stderr.strip().splitlines()[-3:]
             raise PeerFailed(f"{self.name} ended with code {done.returncode}: {' / '.join(last)}")
-        return time.monotonic() - began
+        return _seconds(self.on_cpu) - began
+
+
+def _seconds(computing: bool) -> float:
+    """The clock of a run: of the wall, or of what finished children have computed."""
+    if not computing:
+        return time.monotonic()
+    used = os.times()
+    return used.children_user + used.children_system

@@ -309,6 +309,8 @@ class TrainerOptions:
         base_model_revision: Hub revision; None for the default branch.
         mixed_precision: `fp16`, `bf16` or `no`; on a CPU always `no`.
         gradient_checkpointing: `true`, `false` or `auto`.
+        fast_training: Train with fewer and larger operations. False gives the weights of earlier
+            versions, to the bit in fp32 on a CPU.
         allow_cpu: Train on the CPU if there is no CUDA, instead of failing.
         deterministic: Use only algorithms that give the same bits each time, also on a GPU.
         log_level: Level of the trainer's own log lines.
@@ -320,6 +322,7 @@ class TrainerOptions:
     base_model_revision: str | None = None
     mixed_precision: str = "fp16"
     gradient_checkpointing: str = "true"
+    fast_training: bool = True
     allow_cpu: bool = False
     deterministic: bool = False
     log_level: str = "INFO"

@@ -151,7 +151,7 @@ def _progress(up: Up, job: str) -> bool:
     return bool(up.curl(f"/v1/fine_tuning/jobs/{job}")["status"] == "running")
 
 
-def test_without_a_base_model_that_can_train_it_refuses_and_says_how_to_get_one(
+def test_without_a_base_model_that_can_train_it_refuses_and_names_the_way_to_one(
     tmp_path: Path,
 ) -> None:
     environment = {n: v for n, v in os.environ.items() if n.upper() not in setting_names()}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import loops, sd15
+from benchmarks import counts, loops, sd15
 from benchmarks.case import Case
 from benchmarks.images import paint
 from benchmarks.peers import DIFFUSERS, KOHYA, Peer, PeerFailed
@@ -91,6 +91,37 @@ def test_the_narrow_model_has_as_many_layers_as_the_full_one() -> None:
     assert [name for name, _ in full.named_modules()] == [
         name for name, _ in narrow.named_modules()
     ]
+
+
+def test_a_step_of_the_full_model_meets_the_goals_for_launches_and_kept_memory() -> None:
+    goal = counts.count(counts.SHIPPED[-1])
+    assert 1000 < goal.launches <= counts.MOST_LAUNCHES
+    assert 0.1 < goal.kept_gib <= counts.MOST_KEPT
+    assert goal.update < 30
+    assert 1.6 < goal.teraflops < 1.9
+
+
+TRANSFORMS = """
+import sys
+from torchvision import transforms as t
+from PIL import Image
+filter = t.InterpolationMode["LANCZOS"]
+steps = [t.Resize(64, interpolation=filter), t.CenterCrop(64), t.Lambda(lambda x: x)]
+made = t.Compose([*steps, t.ToTensor(), t.Normalize([0.5], [0.5])])(Image.new("RGB", (128, 128)))
+print(sys.argv[1:], tuple(made.shape), float(made.min()))
+"""
+
+
+def test_a_script_finds_the_transforms_where_there_is_no_torchvision(tmp_path: Path) -> None:
+    script = tmp_path / DIFFUSERS
+    script.write_text(TRANSFORMS, "utf-8")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "launch_peer.py"), str(script), "--seed=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "['--seed=1'] (3, 64, 64) -1.0\n", done.stderr
 
 
 PEER = """

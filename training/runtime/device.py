@@ -116,6 +116,31 @@ def one_run_accelerator(device: torch.device, dtype: torch.dtype) -> Iterator[Ac
         GradientState._reset_state()  # pylint: disable=protected-access
 
 
+def prefer_speed(device: torch.device) -> None:
+    """Let cuDNN try its convolutions once for each shape and keep the fastest one.
+
+    Training has few shapes: at most 24 frames. If torch must be deterministic, the choice would
+    differ from run to run, so nothing is changed.
+    """
+    if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        torch.backends.cudnn.benchmark = True
+
+
+@contextlib.contextmanager
+def tf32(device: torch.device, *, enabled: bool = True) -> Iterator[None]:
+    """Within the block, float32 matrix products on a GPU round their factors to TF32 (10 bits).
+
+    Convolutions do so by torch's default. Latents and samples are far coarser than that.
+    """
+    before = torch.get_float32_matmul_precision()
+    if enabled and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Pace:
     """Keeps the host no more than two steps ahead of the GPU, so that a stop is obeyed that soon.
 

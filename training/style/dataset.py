@@ -98,7 +98,8 @@ class Dataset:
         usable: The images to train on, in order.
         latents: By the image's identity, never by position: a shuffle cannot pair an image with
             another's caption.
-        embeddings: [77, d] by caption, in each of its orders; the empty prompt's is always there.
+        embeddings: [77, d] by caption, in each of its orders, and by prompt of the samples; the
+            empty prompt's is always there.
         warnings: Sentences for the report.
         held_out: Images that the probe looks at and the loop never sees, if there are any.
         thumbnails: JPEG files of the images that could be decoded, by the path of their files.
@@ -224,7 +225,11 @@ def _prepare_one(
             log.warning("picture_left_out", extra={"image": _name(entry), "reasons": entry.reasons})
         on_image()
     _refuse_too_few(run, entries, len(usable))
-    captions = dict.fromkeys(["", *(caption for each in usable for caption in each.orders)])
+    # Those of the samples too, because the text encoder waits on the CPU during training.
+    prompts = [with_trigger(run.trigger_word, prompt) for prompt in run.sample_prompts]
+    captions = dict.fromkeys(
+        ["", *(caption for each in usable for caption in each.orders), *prompts]
+    )
     return Dataset(
         tuple(entries),
         tuple(usable),

@@ -15,6 +15,7 @@ from jobs.style import HyperParameters
 from training.runtime import optimizer as optimizers
 from training.style.checkpoint import Checkpoint, RunState
 from training.style.families.sd15 import BaseModel
+from training.style.lean_lora import LeanLora, suits
 from training.style.plan import Course
 from training.style.results.probe import Probed
 from utils.errors import TrainingFailed
@@ -104,7 +105,9 @@ class LoopState:
 
     Attributes:
         lora: Trainable float32 weights by their name in the UNet.
-        optimizer: Over them, as Accelerate wraps it.
+        stepped: The parameters that the optimizer has: those weights, or one that contains them.
+        lean: How the UNet computes with them on the fast path; None on the plain one.
+        optimizer: As Accelerate wraps it.
         noise: Source of noise, timesteps, posterior samples and caption dropout. (The LoRA's own
             dropout draws from torch's global generators, which are part of a checkpoint too.
             Nothing draws from Python's or NumPy's.)
@@ -121,6 +124,8 @@ class LoopState:
     """
 
     lora: dict[str, torch.nn.Parameter]
+    stepped: list[torch.nn.Parameter]
+    lean: LeanLora | None
     optimizer: Any
     noise: torch.Generator
     tally: Tally
@@ -160,12 +165,21 @@ def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopStat
     weights = base.attach(parameters, checkpointing=course.checkpointing)
     if wrong := {weight.dtype for weight in weights} - {torch.float32}:
         raise TrainingFailed(f"The LoRA's weights are {wrong}, not float32.")
-    optimizer = accelerator.prepare_optimizer(_optimizer(parameters, weights))
+    lora = {name: w for name, w in base.unet.named_parameters() if w.requires_grad}
+    stepped, lean = weights, None
+    if base.fast and suits(base.unet):
+        lean = LeanLora(base.unet, base.dtype)
+        lora = lean.weights
+        flat = parameters.optimizer in optimizers.INDIFFERENT_TO_SHAPE
+        stepped = [lean.flat] if flat else list(lora.values())
+    optimizer = accelerator.prepare_optimizer(_optimizer(parameters, stepped))
     # Two streams: with one seed for both, the dropout masks would follow the noise.
     noise_seed, dropout_seed = np.random.SeedSequence(parameters.seed).generate_state(2)
     torch.manual_seed(int(dropout_seed))
     return LoopState(
-        lora={name: w for name, w in base.unet.named_parameters() if w.requires_grad},
+        lora=lora,
+        stepped=stepped,
+        lean=lean,
         optimizer=optimizer,
         noise=torch.Generator(base.device).manual_seed(int(noise_seed)),
         tally=Tally(base.device),
@@ -201,7 +215,11 @@ def update(state: LoopState, norm: Tensor, accelerator: Accelerator) -> None:
         state.optimizer.optimizer.found_inf = skipped.to(torch.float32)
     if accelerator.scaler or optimizers.heeds_found_inf(state.optimizer) or not bool(skipped):
         state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    if state.lean:
+        state.lean.zero_grad()
+        state.lean.refresh()
+    else:
+        state.optimizer.zero_grad(set_to_none=True)
     state.tally.add_step(skipped)
 
 
@@ -238,7 +256,7 @@ def capture(
             probes=tuple(state.probes),
         ),
         lora=_copied(state.lora),
-        optimizer=_copied(optimizers.state_tensors(state.optimizer, list(state.lora))),
+        optimizer=_copied(optimizers.state_tensors(state.optimizer, state.lora)),
         random=_copied(random),
         # Nothing changes these in place.
         best=dict(state.best),
@@ -256,7 +274,7 @@ def restore(state: LoopState, saved: Checkpoint, accelerator: Accelerator) -> No
     with torch.no_grad():
         for name, weight in state.lora.items():
             weight.copy_(saved.lora[name])
-    optimizers.restore(state.optimizer, saved.optimizer, list(state.lora))
+    optimizers.restore(state.optimizer, saved.optimizer, state.lora)
     if accelerator.scaler and saved.state.scaler:
         accelerator.scaler.load_state_dict(saved.state.scaler)
     state.tally.restore(

@@ -6,6 +6,7 @@ with deterministic algorithms (`use_deterministic_algorithms`), and only on the 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
@@ -113,8 +114,10 @@ class LoRATrainer:
         if self._base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._base.device)
         with self._writer, one_run_accelerator(self._base.device, self._base.dtype) as accelerator:
-            with self._curves:
+            with self._curves, contextlib.ExitStack() as stack:
                 state = self._begin(accelerator)
+                if state.lean:
+                    stack.enter_context(state.lean)
                 self._base.offload_encoders()
                 stopped = self._loop(state, accelerator)
             self._writer.settle()
@@ -207,13 +210,14 @@ class LoRATrainer:
                 chance,
                 empty_text=self._dataset.embeddings[""],
                 weights=self._loss_weights,
-                autocast=accelerator.autocast(),
+                autocast=contextlib.nullcontext() if state.lean else accelerator.autocast(),
             )
             # Every image of a step counts alike, also where the last batch is smaller.
             accelerator.backward(weighted.sum() / images)
+            if state.lean:
+                state.lean.gather()
             state.tally.add_losses(losses)
-        weights = list(state.lora.values())  # an iterator would be empty where it is needed
-        norm: Tensor = accelerator.clip_grad_norm_(weights, self._parameters.max_grad_norm)
+        norm: Tensor = accelerator.clip_grad_norm_(state.stepped, self._parameters.max_grad_norm)
         return norm
 
     def _parts(

@@ -227,6 +227,7 @@ def _with_previews(
             folder,
             resolution=run.parameters.resolution,
             steps=sample_steps(run, base),
+            embeddings=data.embeddings,
         )
         for files, images in zip(final, columns, strict=True):
             files += [preview.jpeg(image, SAMPLE_SIDE) for image in images]

@@ -49,6 +49,7 @@ class TrainerSettings(Group):
     gradient_checkpointing: Annotated[
         Literal["true", "false", "auto"], BeforeValidator(values.lower)
     ] = "true"
+    fast_training: bool = True
     cuda_visible_devices: str | None = None
     allow_cpu: bool = False
     deterministic: bool = False

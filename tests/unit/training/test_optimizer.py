@@ -54,11 +54,13 @@ def downhill(
     made = optimizer.create("prodigy", [weight], learning_rate=1e-4, weight_decay=1e-2)
     if start:
         state = {key: tensor for key, tensor in start.items() if key != "place"}
-        optimizer.restore(made, state, ["w"])
+        optimizer.restore(made, state, {"w": weight})
     for _ in range(steps):
         weight.grad = 2 * (weight.detach() - torch.tensor([1.0, -2.0, 3.0]))
         made.step()
-    state = {key: value.clone() for key, value in optimizer.state_tensors(made, ["w"]).items()}
+    state = {
+        key: value.clone() for key, value in optimizer.state_tensors(made, {"w": weight}).items()
+    }
     return state | {"place": weight.detach().clone()}, made.param_groups[0]["d"]
 
 
@@ -95,8 +97,8 @@ def test_nested_entries_and_numbers_of_an_optimizer_s_state_come_back_as_they_we
     }
     one.load_state_dict({**one.state_dict(), "state": {0: state, 1: state}})
     one.param_groups[0]["found"] = 0.1 + 0.2
-    names = ["a.lora_A.weight", "b.lora_B.weight"]
-    optimizer.restore(other, optimizer.state_tensors(one, names), names)
+    named = dict(zip(["a.lora_A.weight", "b.lora_B.weight"], weights, strict=True))
+    optimizer.restore(other, optimizer.state_tensors(one, named), named)
     assert repr(other.state_dict()) == repr(one.state_dict())
     assert other.param_groups[0]["found"] == 0.1 + 0.2
 
@@ -133,12 +135,14 @@ def settings() -> LocalSettings:
     return load_local(_env_file=None)
 
 
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["prodigy", "adamw"])
 def test_a_gradient_that_is_not_finite_moves_neither_weights_nor_optimizer(
-    base: BaseModel, name: str, bad: float
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, name: str, bad: float, fast: bool
 ) -> None:
     """Prodigy would keep the value in its rate for ever; no gradient scaler looks out for it."""
+    monkeypatch.setattr(base, "fast", fast)
     parameters = HyperParameters(optimizer=name, resolution=64, rank=2)
     with one_run_accelerator(base.device, base.dtype) as accelerator:
         assert accelerator.scaler is None
@@ -160,19 +164,21 @@ def test_a_gradient_that_is_not_finite_moves_neither_weights_nor_optimizer(
 def step(state: LoopState, accelerator: Accelerator, *, value: float) -> None:
     """One step on gradients of ones, the first weight's with `value` in it."""
     for weight in state.lora.values():
-        weight.grad = torch.ones_like(weight)
+        if weight.grad is None:
+            weight.grad = torch.ones_like(weight)
+        weight.grad.fill_(1.0)
     first = next(iter(state.lora.values()))
     assert first.grad is not None
     first.grad[0, 0] = value
     norm = torch.nn.utils.get_total_norm(
-        [weight.grad for weight in state.lora.values() if weight.grad is not None]
+        [weight.grad for weight in state.stepped if weight.grad is not None]
     )
     loop_state.update(state, norm, accelerator)
 
 
 def everything(state: LoopState) -> dict[str, torch.Tensor]:
     """Weights and the optimizer's state, copied."""
-    found = optimizer.state_tensors(state.optimizer, list(state.lora))
+    found = optimizer.state_tensors(state.optimizer, state.lora)
     return {name: tensor.detach().clone() for name, tensor in (state.lora | found).items()}
 
 

@@ -16,9 +16,13 @@ from PIL import Image
 
 from jobs.style import HyperParameters
 from reports.charts import smoothed
+from tests.unit.training.conftest import MakeRun
+from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.results import preview
+from training.style.results.examiner import Examiner
 from training.style.results.preview import write_loss_curve, write_samples
+from training.style.trainer import LoRATrainer
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -190,3 +194,26 @@ def test_smoothing_calms_the_loss_and_passes_over_gaps() -> None:
     assert np.std(calm[10:]) < 0.5 * np.std(noisy)
     assert smoothed([math.nan, 2.0, math.nan]) == pytest.approx([math.nan, 2.0, 2.0], nan_ok=True)
     assert not smoothed([])
+
+
+def test_the_prompts_of_the_samples_are_encoded_once_and_not_again_at_each_checkpoint(
+    base: BaseModel, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(
+        epochs=2,
+        checkpoint_interval=1,
+        sample_prompts=("a harbour",),
+        trigger_word="mystyle",
+        preview_share=1.0,
+        sample_steps=1,
+    )
+    data = prepare(run, base)
+    assert "mystyle, a harbour" in data.embeddings
+
+    def refuse(_: object) -> torch.Tensor:
+        raise AssertionError("The text encoder was used during training.")
+
+    monkeypatch.setattr(base, "encode_prompts", refuse)
+    monkeypatch.setattr(Examiner, "_has_time_for", lambda *_: True)
+    result = LoRATrainer(run, base, data).train()
+    assert preview.sampled_epochs(result.samples) == [1, 2]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from jobs.style import TrainingImage
 from tests.unit.training.conftest import MakeRun
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
@@ -46,6 +47,32 @@ def test_the_order_of_the_images_does_not_matter_where_all_are_looked_at(
     base.attach(run.parameters)
     values = [Probe(base, each).measure(0, 0).training for each in (data, turned)]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_in_batches_it_is_what_it_is_image_by_image_with_fewer_passes(
+    base: BaseModel,
+    make_run: MakeRun,
+    mixed: tuple[TrainingImage, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Images of different frames are never in one batch."""
+    monkeypatch.setattr(probe, "CPU_PASSES", 16)
+    run = make_run(images=mixed, resolution=128)
+    data = prepare(run, base)
+    assert len(set(data.shapes)) > 1
+    base.attach(run.parameters)
+    calls: list[int] = []
+    handle = base.unet.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    found, counts = [], []
+    for size in (1, 4):
+        monkeypatch.setattr(probe, "BATCHES", {"cpu": size})
+        calls.clear()
+        found.append(Probe(base, data).measure(0, 0).training)
+        counts.append(list(calls))
+    handle.remove()
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert counts[0] == [1] * 16 and sum(counts[1]) == 16
+    assert max(counts[1]) == 4 and len(counts[1]) <= 6
 
 
 def test_it_falls_where_training_learns(base: BaseModel, make_run: MakeRun) -> None:

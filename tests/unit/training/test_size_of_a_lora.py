@@ -26,7 +26,7 @@ def test_a_checkpoint_has_no_more_numbers_for_each_weight_than_estimated(name: s
     made = optimizer.create(name, [weight], learning_rate=1e-4, weight_decay=1e-2)
     weight.grad = torch.ones(1000)
     made.step()
-    state = optimizer.state_tensors(made, ["weight"]).values()
+    state = optimizer.state_tensors(made, {"weight": weight}).values()
     numbers = weight.numel() + sum(tensor.numel() for tensor in state if tensor.dim())
     assert numbers <= NUMBERS_PER_WEIGHT[name] * weight.numel()
     assert set(NUMBERS_PER_WEIGHT) == set(OPTIMIZERS)

@@ -19,6 +19,8 @@ from training.runtime.device import (
     free_memory,
     gpu_error,
     out_of_memory,
+    prefer_speed,
+    tf32,
     use_deterministic_algorithms,
 )
 from training.runtime.recomputation import Recomputation
@@ -57,6 +59,7 @@ class BaseModel:
         unet, vae, text_encoder, tokenizer: The parts, in evaluation mode, without gradients.
         scheduler: The base's own noise schedule and prediction type, as a DDPM scheduler.
         warnings: Sentences for the report, about the machine rather than a run.
+        fast: Train on the fast paths (see `TrainerOptions`).
         drifted: True once GPU memory did not come back after a run: the process should be replaced.
     """
 
@@ -68,9 +71,10 @@ class BaseModel:
         device: torch.device,
         dtype: torch.dtype,
         checkpointing: str,
+        fast: bool = True,
     ) -> None:
         """Load from a complete local diffusers folder; `load` is the way in."""
-        self.name, self.device, self.dtype = name, device, dtype
+        self.name, self.device, self.dtype, self.fast = name, device, dtype, fast
         self.warnings: tuple[str, ...] = ()
         self.drifted = False
         self._checkpointing = checkpointing
@@ -79,6 +83,11 @@ class BaseModel:
         self.text_encoder = load_part(CLIPTextModel, folder, "text_encoder", dtype).to(device)
         self.vae = load_part(AutoencoderKL, folder, "vae", torch.float32).to(device)
         self.unet = load_part(UNet2DConditionModel, folder, "unet", dtype).to(device)
+        if fast and device.type == "cuda":
+            prefer_speed(device)
+            # The layout that tensor cores compute in: cuDNN need not rearrange the weights.
+            self.unet.to(memory_format=torch.channels_last)
+            self.vae.to(memory_format=torch.channels_last)
         self.hash = hash_of_weights(folder / "unet")
         self.encoders_hash = hash_of_weights(folder / "vae", folder / "text_encoder")
         self._fresh = self._fingerprint()
@@ -105,6 +114,7 @@ class BaseModel:
                 device=device,
                 dtype=dtype,
                 checkpointing=options.gradient_checkpointing,
+                fast=options.fast_training,
             )
         except Exception as error:
             if out_of_memory(error):
@@ -142,7 +152,8 @@ class BaseModel:
         factor = float(self.vae.config.scaling_factor)
 
         def encode() -> tuple[Tensor, Tensor]:
-            posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
+            with tf32(self.device, enabled=self.fast):
+                posterior = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
             return posterior.mean * factor, posterior.std * factor
 
         return self._with_room(encode)

@@ -61,6 +61,7 @@ class Examiner:
         self._run, self._base, self._clock = run, base, clock
         self._should_stop = lambda: should_stop() is not None
         self._probe = Probe(base, dataset, self._should_stop)
+        self._embeddings = dataset.embeddings
         self._prompts = preview.chosen_prompts(prompts_of(run, dataset))
         self._steps = sample_steps(run, base)
         self.probe_seconds = self.sample_seconds = 0.0
@@ -151,6 +152,7 @@ class Examiner:
             with_lora=with_lora,
             resolution=self._run.parameters.resolution,
             steps=self._steps,
+            embeddings=self._embeddings,
             should_stop=self._should_stop,
         )
 

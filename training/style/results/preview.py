@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jobs.layout import LOSS_CURVE, SAMPLES
 from reports.charts import smoothed
+from training.runtime.device import tf32
 from training.style.results.probe import Interrupted, Probed, evaluating, mixed_precision
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def paint(
     with_lora: bool,
     resolution: int,
     steps: int,
+    embeddings: Mapping[str, Tensor] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Image.Image]:
     """One image a prompt; the n-th is painted from the noise of `seed` + n.
@@ -66,12 +68,13 @@ def paint(
         with_lora: Whether the LoRA has an effect.
         resolution: Side of each image in pixels, a multiple of 8.
         steps: Steps of the DDIM sampler (arXiv:2010.02502).
+        embeddings: [77, d] by prompt; the text encoder is used if one is missing.
         should_stop: Called after each step.
 
     Raises:
         Interrupted: A stop was asked for.
     """
-    texts = base.encode_prompts(["", *prompts])
+    texts = _encoded(base, ["", *prompts], embeddings or {})
     pipeline, side = _pipeline(base), resolution // 8
 
     def check_stop(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> Any:
@@ -107,6 +110,7 @@ def write_samples(
     *,
     resolution: int = 512,
     steps: int = 25,
+    embeddings: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Paint a few prompts without and with the attached LoRA, side by side, into `samples.png`.
 
@@ -121,6 +125,7 @@ def write_samples(
         folder: Receives the file.
         resolution: Side of each image in pixels, a multiple of 8.
         steps: Steps of the DDIM sampler (arXiv:2010.02502).
+        embeddings: [77, d] by prompt; the text encoder is used if one is missing.
 
     Returns:
         The images without the LoRA and those with it, one a prompt.
@@ -130,7 +135,15 @@ def write_samples(
     """
     chosen = chosen_prompts(prompts)
     before, after = (
-        paint(base, chosen, seed, with_lora=on, resolution=resolution, steps=steps)
+        paint(
+            base,
+            chosen,
+            seed,
+            with_lora=on,
+            resolution=resolution,
+            steps=steps,
+            embeddings=embeddings,
+        )
         for on in (False, True)
     )
     sheet = _sheet(chosen, list(zip(before, after, strict=True)))
@@ -198,6 +211,13 @@ def _plot_probes(axes: Any, probes: Sequence[Probed]) -> None:
     axes.set(ylabel="probe", title="Probe: the same images and noise each time")
 
 
+def _encoded(base: BaseModel, prompts: Sequence[str], embeddings: Mapping[str, Tensor]) -> Tensor:
+    """[n, 77, d]; from the embeddings if all are there."""
+    if all(prompt in embeddings for prompt in prompts):
+        return torch.stack([embeddings[prompt] for prompt in prompts])
+    return base.encode_prompts(prompts)
+
+
 def _pipeline(base: BaseModel) -> Any:
     """The diffusers pipeline on the loaded UNet.
 
@@ -224,8 +244,9 @@ def _pipeline(base: BaseModel) -> Any:
 
 
 def _decode(base: BaseModel, latents: torch.Tensor) -> Image.Image:
-    base.restore_encoders()
-    pixels = base.vae.decode(latents / base.vae.config.scaling_factor).sample[0]
+    base.vae.to(base.device)
+    with tf32(base.device, enabled=base.fast):
+        pixels = base.vae.decode(latents / base.vae.config.scaling_factor).sample[0]
     if not pixels.isfinite().all():
         log.warning("sample_not_finite")
         pixels = pixels.nan_to_num(nan=-1.0)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 PASSES = 48
 """Forward passes a data set: about as long as sixteen training steps of one image."""
 CPU_PASSES = 16
+BATCHES = {"cuda": 8, "cpu": 4}
+"""Images of one frame that are measured at once: a batch takes about as long as a training step, so
+that a stop waits for a batch no longer than for a step."""
 LEVELS = (0.125, 0.375, 0.625, 0.875)
 """Timesteps as parts of the schedule: the middles of its quarters."""
 ASK_SECONDS = 1.0
@@ -64,7 +67,7 @@ class Probe:
     training goes on to the same bits as without it.
 
     Attributes:
-        pass_seconds: Of one forward pass, as measured last.
+        pass_seconds: Of one image's forward pass, as measured last.
 
     Args:
         base: The base model.
@@ -97,34 +100,60 @@ class Probe:
         most = PASSES if self._base.device.type == "cuda" else CPU_PASSES
         chosen = passes(len(data.usable), most)
         losses = []
-        for index, level in chosen:
+        for batch in self._batches(data, chosen):
             if time.monotonic() - self._asked_at > ASK_SECONDS:
                 self._asked_at = time.monotonic()
                 if self._should_stop():
                     raise Interrupted
-            losses.append(self._loss(data, data.usable[index], level))
-        mean = float(torch.stack(losses).mean())
+            losses.append(self._losses(data, batch))
+        mean = float(torch.cat(losses).mean())
         self.pass_seconds = (time.monotonic() - began) / len(chosen)
         return mean if math.isfinite(mean) else None
 
-    def _loss(self, data: Dataset, example: Example, level: int) -> torch.Tensor:
-        """The loss of one image at one level, on the device."""
+    def _batches(
+        self, data: Dataset, chosen: Sequence[tuple[int, int]]
+    ) -> Iterator[list[tuple[int, int]]]:
+        """The passes, as many images of one frame at once as the device is given."""
+        size = BATCHES.get(self._base.device.type, 1)
+        by_frame: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for index, level in chosen:
+            by_frame.setdefault(data.shapes[index], []).append((index, level))
+        for alike in by_frame.values():
+            yield from (alike[i : i + size] for i in range(0, len(alike), size))
+
+    def _losses(self, data: Dataset, batch: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The loss of each image of a batch at its level, [n], on the device."""
         base = self._base
         schedule = base.scheduler.config.num_train_timesteps
-        timestep = torch.tensor([int(LEVELS[level] * schedule)], device=base.device)
-        clean = data.latents[example.identity].mean[None]
-        # By the image and not by its place: one image less does not change the noise of the others.
-        seed = hashlib.sha256(f"{example.identity}/{level}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
-        noise = torch.randn(clean.shape, generator=generator).to(base.device)
-        noisy = base.scheduler.add_noise(clean, noise, timestep)
-        text = data.embeddings[example.caption][None]
+        timesteps = torch.tensor(
+            [int(LEVELS[level] * schedule) for _, level in batch], device=base.device
+        )
+        examples = [data.usable[index] for index, _ in batch]
+        clean = torch.stack([data.latents[example.identity].mean for example in examples])
+        noise = torch.stack(
+            [
+                _noise(example, level, clean.shape[1:])
+                for example, (_, level) in zip(examples, batch, strict=True)
+            ]
+        ).to(base.device)
+        noisy = base.scheduler.add_noise(clean, noise, timesteps)
+        text = torch.stack([data.embeddings[example.caption] for example in examples])
         with mixed_precision(base):
-            predicted = base.unet(noisy.to(base.dtype), timestep, encoder_hidden_states=text).sample
+            predicted = base.unet(
+                noisy.to(base.dtype), timesteps, encoder_hidden_states=text
+            ).sample
         target = noise
         if base.scheduler.config.prediction_type == "v_prediction":
-            target = base.scheduler.get_velocity(clean, noise, timestep)
-        return F.mse_loss(predicted.float(), target)
+            target = base.scheduler.get_velocity(clean, noise, timesteps)
+        return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+
+
+def _noise(example: Example, level: int, shape: Sequence[int]) -> torch.Tensor:
+    """The noise of an image at a level, on the CPU, so that it is the same on every machine."""
+    # By the image and not by its place: one image less does not change the noise of the others.
+    seed = hashlib.sha256(f"{example.identity}/{level}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
+    return torch.randn(tuple(shape), generator=generator)
 
 
 def passes(images: int, most: int) -> list[tuple[int, int]]:
@@ -248,6 +277,6 @@ def evaluating(base: BaseModel, *, with_lora: bool = True) -> Iterator[None]:
 
 
 def mixed_precision(base: BaseModel) -> torch.autocast:
-    """For a forward pass: the frozen weights may be in half precision, the LoRA is in single."""
-    half = base.dtype != torch.float32
-    return torch.autocast(base.device.type, dtype=base.dtype, enabled=half)
+    """For a forward pass: the frozen weights may be in half precision, and the LoRA in single."""
+    mixed = any(weight.dtype != base.dtype for weight in base.unet.parameters())
+    return torch.autocast(base.device.type, dtype=base.dtype, enabled=mixed)
