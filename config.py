@@ -248,7 +248,11 @@ def unknown_names(file: Path | None = None) -> str | None:
         names = settings_file.read(file).keys() - names_of_settings.ALIASES_IN_FILES.keys()
         found[str(file)] = {name.upper() for name in names}
     environment = {name for name, value in os.environ.items() if value}
-    return names_of_settings.unknown(found, setting_names(), environment)
+    given = (settings_file.read(file) if file else {}) | _reader(frozenset({"KINDS"}))().model_dump(
+        exclude_unset=True
+    )
+    known = frozenset(name.upper() for name in _places(Settings, _first_kind(given)))
+    return names_of_settings.unknown(found, known, environment)
 
 
 class _Sources(BaseSettings):

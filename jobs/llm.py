@@ -127,8 +127,12 @@ class LlmParameters:
         low=0.0,
         high=0.9,
     )
-    eval_steps: int = parameter(500, "steps between evaluations; at least four a job", low=1)
-    save_steps: int = parameter(500, "steps between checkpoints; at least four a job", low=1)
+    eval_steps: int = parameter(
+        500, "steps between evaluations; at least four a job", low=1, high=1_000_000
+    )
+    save_steps: int = parameter(
+        500, "steps between checkpoints; at least four a job", low=1, high=1_000_000
+    )
     deliver: str = parameter(
         "last",
         "which checkpoint becomes the model; best is the lowest held-out loss",

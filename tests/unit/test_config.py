@@ -18,6 +18,7 @@ import config
 from config import load, load_local
 from jobs.fields import Order
 from jobs.kinds import REGISTRY
+from jobs.llm import LlmParameters
 from jobs.style import HyperParameters
 from services.s3.s3_service import S3Service
 from tests.unit.environment import DOCUMENTED, REQUIRED, TOKEN, problems, settings
@@ -414,7 +415,10 @@ def test_an_address_without_a_web_origin_is_refused(url: str) -> None:
 
 
 def test_defaults_are_those_of_the_hyper_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settings(monkeypatch).parameters == {"style": HyperParameters()}
+    assert settings(monkeypatch).parameters == {
+        "style": HyperParameters(),
+        "llm": LlmParameters(),
+    }
 
 
 def test_the_parameters_of_a_message_win_over_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,8 @@ def longest_copy(generated: str, training: Sequence[str]) -> int:
 
 def _substrings(text: str) -> tuple[list[int], list[int], list[dict[str, int]]]:
     """A suffix automaton: links, lengths and edges of its states (Blumer et al. 1985)."""
-    links, lengths, edges, last = [-1], [0], [{}], 0
+    links, lengths, last = [-1], [0], 0
+    edges: list[dict[str, int]] = [{}]
     for letter in text:
         new = len(links)
         links.append(0)

@@ -48,7 +48,7 @@ def config_of(run: LlmRun) -> peft.LoraConfig:
     targets = parameters.target_modules
     return peft.LoraConfig(
         r=parameters.rank,
-        lora_alpha=parameters.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
+        lora_alpha=parameters.alpha,
         lora_dropout=parameters.dropout,
         target_modules=targets if targets == ALL_LINEAR else targets.split(","),
         use_rslora=parameters.rslora,
