@@ -199,6 +199,11 @@ class Settings(LocalSettings):
             configured, addresses=addresses, served=tuple(REGISTRY) if every else self.worker.kinds
         )
 
+    def trainer_options(self) -> TrainerOptions:
+        """The options of a trainer process, which is ready for the first kind of `KINDS`."""
+        runner = next(iter(self.kinds())).runner
+        return dataclasses.replace(super().trainer_options(), runner=runner)
+
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, with the signing secrets that are derived from the token."""
         return super().secrets() + self.webhooks.signing_secrets()

@@ -62,7 +62,9 @@ class Screen:
             if self.console.is_terminal:
                 self._bar.start()
         loss, left = progress.get("loss"), progress.get("estimated_seconds")
-        epoch, total = progress["current_epoch"], progress["total_epochs"]
+        epoch, total = progress.get("current_epoch", progress.get("step", 0)), progress.get(
+            "total_epochs", progress.get("total_steps", 0)
+        )
         loss_text = "" if loss is None else f"loss {loss:.4f}"
         left_text = f"{left} s left" if left and epoch else ""  # before that nobody knows
         self._bar.update(

@@ -51,7 +51,7 @@ COMPOSITION_ROOTS = {
     *("cli/worker.py", "consumer/worker.py"),
 }
 
-# What reaches outside -> the one file of each process that may import it, and that wraps its errors.
+# What reaches outside -> the one file (of each process) that may import it and wraps its errors.
 ONE_IMPORTER = {
     "pika": "services/broker/client.py",
     "boto3": "services/s3/client.py",

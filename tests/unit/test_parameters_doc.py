@@ -17,7 +17,7 @@ def test_every_hyper_parameter_has_its_row() -> None:
     assert rows == [
         _row(field, kind)
         for kind, parameters in (("style", HyperParameters), ("llm", LlmParameters))
-        for field in dataclasses.fields(parameters)  # type: ignore[arg-type]
+        for field in dataclasses.fields(parameters)
     ]
 
 

@@ -337,13 +337,14 @@ class _Job:
 
 @contextlib.contextmanager
 def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
-    """Recompute activations inside the block, without hooks that would stay behind."""
+    """Recompute activations inside the block. No hook stays behind."""
     if not wanted:
         yield
         return
     inner = model.get_base_model()
-    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     try:
         yield
     finally:
-        inner.gradient_checkpointing_disable()
+        inner.activation_checkpointing_disable()
+        inner.disable_input_require_grads()
