@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT, TESTS, BUILD = "requirements", "requirements-dev", "requirements-build"
-CPU, CUDA = "requirements-cpu", "requirements-cuda"
+CPU, CUDA, LLM = "requirements-cpu", "requirements-cuda", "requirements-llm"
 CUDA_LIBRARIES = re.compile(r"(nvidia-(?!ml-py$)|cuda-|triton$)")
 """Packages that only torch's CUDA build depends on."""
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -123,7 +123,7 @@ def cpu_hashes(version: str, known: Iterable[str]) -> tuple[str, ...]:
 
 def main() -> None:
     """Write every lock file."""
-    old = {name: _read(name) for name in (PRODUCT, TESTS, CUDA, CPU, BUILD)}
+    old = {name: _read(name) for name in (PRODUCT, TESTS, CUDA, CPU, LLM, BUILD)}
     everything = resolve(TESTS, "\n".join(old[name] for name in (PRODUCT, TESTS, CUDA)))
     product = resolve(PRODUCT, render(everything))
     torch = next(package for package in product if package.name == "torch")
@@ -141,6 +141,7 @@ def main() -> None:
         PRODUCT: [each for each in product if not CUDA_LIBRARIES.match(each.name)],
         CUDA: [each for each in product if CUDA_LIBRARIES.match(each.name)],
         CPU: [Package(cpu_pin, for_cpus)] if for_cpus else [],
+        LLM: [each for each in resolve(LLM, render(everything)) if each.pin not in pins],
         TESTS: [each for each in everything if each.pin not in pins],
         BUILD: resolve(BUILD, old[BUILD]),
     }
@@ -148,6 +149,7 @@ def main() -> None:
         PRODUCT: [],
         CUDA: ["The libraries of torch's CUDA build; its build for CPUs needs none of them."],
         CPU: ["torch's build for CPUs, in place of the one in requirements.lock."],
+        LLM: ["The packages that the kind llm needs in addition to requirements.lock."],
         TESTS: ["The packages that the tests need in addition to requirements.lock."],
         BUILD: [],
     }

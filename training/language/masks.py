@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from conversations.cleaning import Conversation, Turn
 from conversations.intake import Reasons
@@ -67,6 +68,7 @@ class Tokens:
                 "or -Chat)."
             )
         self._tokenizer = tokenizer
+        self._template = _compile_jinja_template(str(tokenizer.chat_template))
         self._now = datetime.datetime.fromisoformat(template_date)
         self._max_length, self._train_on = max_length, train_on
         added = {str(token) for token in tokenizer.get_added_vocab()}
@@ -93,11 +95,14 @@ class Tokens:
     def render(self, turns: Sequence[Turn], *, ask: bool = False) -> str:
         """The text of some turns; with `ask` it ends with the template's prompt for an answer."""
         try:
-            text = self._tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": turn.text} for turn in turns],
-                tokenize=False,
+            text = self._template.render(
+                messages=[{"role": turn.role, "content": turn.text} for turn in turns],
+                tools=None,
+                documents=None,
                 add_generation_prompt=ask,
+                # transformers gives templates the clock of this moment.
                 strftime_now=self._now.strftime,
+                **self._tokenizer.special_tokens_map,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             said = str(error).splitlines()[0][:160] if str(error) else type(error).__name__

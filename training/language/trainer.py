@@ -223,7 +223,7 @@ class Trainer:
             if reason := self._should_stop():
                 return reason
             try:
-                self._step()
+                self.step()
             except _StopInside:
                 return self._should_stop() or StopReason.SHUTDOWN
             self._clock.tick()
@@ -242,7 +242,7 @@ class Trainer:
                 break
         return None
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """One optimizer step, with smaller forward passes if memory does not suffice."""
         state = self.state
         chosen = [self._rows[i] for i in self.plan.rows_of(state.step, self._parameters.seed)]

@@ -11,7 +11,7 @@ import transformers
 
 from conversations.cleaning import Conversation, Turn
 from conversations.intake import Reasons
-from training.language.masks import MASKED, Tokens, TokenRow, tokenise
+from training.language.masks import MASKED, TokenRow, Tokens, tokenise
 from utils.errors import LowQualityData
 
 QUESTION, ANSWER = Turn("user", "Where is the kettle?"), Turn("assistant", "At the mill.", True)

@@ -1,0 +1,1 @@
+"""How fast a language model trains here, beside plain TRL."""
