@@ -94,6 +94,8 @@ def build(
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
+                # With the usual 0.02, a frozen head of so few columns could prefer no token.
+                initializer_range=0.1,
             )
         )
     model.save_pretrained(folder)

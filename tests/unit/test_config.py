@@ -67,6 +67,7 @@ def test_every_documented_default_is_the_real_one(monkeypatch: pytest.MonkeyPatc
     derived = {"model_bucket_name", "state_bucket_name", "image_buckets"}
     groups = [group for _, group in default if isinstance(group, Group)]
     values = {name: value for group in groups for name, value in group}
+    values["llm_default_base_model"] = default.options["llm"].default_base_model or None
     assert not [name for name in empty - derived if values[name] not in (None, ())]
 
 
