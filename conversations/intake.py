@@ -48,7 +48,7 @@ class Reasons:
 
 @dataclasses.dataclass
 class Intake:
-    """What a file holds.
+    """The content of a file of conversations.
 
     Attributes:
         training, held_out: The conversations of the two parts.
@@ -183,7 +183,7 @@ def _warn(intake: Intake) -> None:
             "recommended."
         )
     if len(answers) == 1 and len(intake.training) > 1:
-        intake.warnings.append("All answers are alike: the model learns to say one sentence.")
+        intake.warnings.append("All answers are alike: the model learns only one sentence.")
     if intake.training and not intake.held_out:
         intake.warnings.append(
             "No conversation is held out, so that the effect on new questions is not measured."

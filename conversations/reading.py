@@ -1,4 +1,4 @@
-"""Reads a file of conversations row by row, whatever its encoding, with bounded memory.
+"""Reads a file of conversations row by row, in any usual encoding, with bounded memory.
 
 A file is JSON Lines, or one JSON document that holds a list of rows. A row that cannot be read is
 reported with its number and the reason, and ends nothing.
@@ -59,7 +59,7 @@ def rows_of(path: Path) -> Iterator[Row | Unread]:
         path: JSON Lines, or one JSON document, in UTF-8 or with a byte-order mark.
 
     Raises:
-        UnreadableFile: It holds no rows; the text says what was seen.
+        UnreadableFile: It holds no rows; the text names what was seen.
     """
     with path.open("rb") as file:
         head = file.read(4096)

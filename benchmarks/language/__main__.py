@@ -1,7 +1,7 @@
-"""`python -m benchmarks.language`: tokens per second and memory, beside plain TRL.
+"""`python -m benchmarks.language`: tokens per second and memory, compared with plain TRL.
 
 Both train the same LoRA on the same rows of a Llama of random weights, in legs that alternate, each
-in a process of its own. The median of the legs counts; the first step of a leg does not.
+in a separate process. The median of the legs counts; the first step of a leg does not.
 """
 
 from __future__ import annotations

@@ -61,9 +61,7 @@ def main(loop: str, base: str, data: str, steps: int) -> None:
 def _ours(run: LlmRun, loaded: Any, rows: tuple[TokenRow, ...]) -> tuple[float, int]:
     """Seconds and tokens of all steps but the first."""
     model = peft.get_peft_model(loaded.model, export.config_of(run))
-    trainer = Trainer(
-        run, loaded, model, rows, (), emit=lambda _: None, should_stop=lambda: None
-    )
+    trainer = Trainer(run, loaded, model, rows, (), emit=lambda _: None, should_stop=lambda: None)
     trainer.step()
     began = time.perf_counter()
     counted = 0
@@ -76,8 +74,8 @@ def _ours(run: LlmRun, loaded: Any, rows: tuple[TokenRow, ...]) -> tuple[float, 
 def _trl(run: LlmRun, loaded: Any, rows: tuple[TokenRow, ...]) -> tuple[float, int]:
     """The same with plain TRL, on the same token rows."""
     # pylint: disable=import-outside-toplevel  # only this loop needs them
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from datasets import Dataset  # type: ignore[import-untyped]
+    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
     times: list[float] = []
 

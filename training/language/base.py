@@ -39,14 +39,14 @@ class LanguageBase:
     """A frozen language model with its tokenizer.
 
     Attributes:
-        identity: Where it came from and how it is loaded.
+        identity: Its place, and how it is loaded.
         model: The model, in evaluation mode and without gradients.
         tokenizer: Its fast tokenizer.
-        device: Where it is.
+        device: Its device.
         sha256: Hash over weight files, configuration, tokenizer and template.
         revision: Commit on the hub, or None for a local folder.
         warnings: Sentences for the report.
-        state: What `unchanged` compares with.
+        state: The state when loaded, for `unchanged`.
     """
 
     identity: BaseIdentity
@@ -207,7 +207,7 @@ def refuse_too_large(folder: Path, run: LlmRun, quantization: str, device: torch
     """Compare the predicted memory with what is free; returns the prediction.
 
     Raises:
-        GpuOutOfMemory: The base alone does not fit.
+        GpuOutOfMemory: Even the base does not fit.
     """
     cuda = device.type == "cuda"
     needed = predicted_bytes(folder, run, quantization, cuda=cuda)

@@ -175,7 +175,7 @@ class Tokens:
         return ids, labels
 
     def _spans(self, whole: str, turns: list[Turn]) -> list[tuple[int, int]] | None:
-        """Where the trained answers are in the text; None if the template rewrites history."""
+        """Positions of the trained answers in the text; None if the template rewrites history."""
         spans = []
         for index, turn in enumerate(turns):
             if not turn.trained:

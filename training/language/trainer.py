@@ -1,6 +1,6 @@
 """The training of a LoRA on a frozen language model.
 
-A step reads `batch_size * gradient_accumulation_steps` rows, whatever the size of its forward
+A step reads `batch_size * gradient_accumulation_steps` rows, for any size of its forward
 passes. Its loss is the sum over all learned tokens of these rows divided by their number, so that
 neither padding nor the size of a forward pass changes it. Every random number follows from the
 seed, the step and the first row of a forward pass: a resumed run needs no generator's state, and a

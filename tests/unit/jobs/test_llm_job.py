@@ -105,7 +105,9 @@ def fetched(spec: LlmSpec, path: Path | None) -> tuple[Fetched, ...]:
 
 def test_a_run_names_its_files_and_its_base(tmp_path: Path) -> None:
     spec = read(order(validation_file=f"s3://{BUCKET}/v.jsonl")).spec
-    run = llm_kind().run(spec, fetched(spec, tmp_path / "f"), Claim("llm-1", 2, tmp_path, None))
+    run: Any = llm_kind().run(
+        spec, fetched(spec, tmp_path / "f"), Claim("llm-1", 2, tmp_path, None)
+    )
     assert run.training_file == run.validation_file == str(tmp_path / "f")
     assert (run.base_model, run.base_source) == (spec.base_model, spec.base_model)
     assert run.template_date == spec.template_date

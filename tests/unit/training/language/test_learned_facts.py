@@ -80,6 +80,5 @@ def test_taught_facts_show_in_other_words_and_shuffled_ones_do_not(
         return work.run(run, lambda event: None, lambda: None)
 
     right, wrong = taught("right", known), taught("wrong", shuffled)
-    print(right.summary, wrong.summary)
     assert right.summary["perplexity_after"] < 0.2 * right.summary["perplexity_before"]
     assert right.summary["perplexity_after"] < 0.6 * wrong.summary["perplexity_after"]

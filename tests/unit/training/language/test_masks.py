@@ -36,7 +36,8 @@ def _tokenizer(tiny_llama: Path) -> Any:
 
 def tokens_of(tokenizer: Any, **how: Any) -> Tokens:
     """Tokens with a length that cuts nothing unless asked."""
-    return Tokens(tokenizer, **{"template_date": "2026-01-31", "max_length": 512} | how)
+    given: dict[str, Any] = {"template_date": "2026-01-31", "max_length": 512}
+    return Tokens(tokenizer, **given | how)
 
 
 def learned(tokenizer: Any, row: TokenRow) -> str:
