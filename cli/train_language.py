@@ -27,7 +27,7 @@ from utils.wording import counted
 KIND = "llm"
 
 
-def train(
+def train(  # pylint: disable=too-many-locals  # one for each option
     data: Path,
     output: Path | None,
     overrides: dict[str, Any],
@@ -70,9 +70,9 @@ def train(
     stop = StopSignal()
     on_stop_signals(lambda: stop.request(StopReason.SHUTDOWN))
     run = _run(data, validation, parameters, options, base_model)
-    with Bar() as bar:
+    with Bar() as progress_bar:
         finished = train_conversations(
-            run, output, settings=settings, resume=resume, on_event=bar.saw, stop=stop
+            run, output, settings=settings, resume=resume, on_event=progress_bar.saw, stop=stop
         )
     if finished.stopped:
         console.print(f"Stopped after step {finished.done}; continue with --resume.")

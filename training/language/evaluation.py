@@ -119,8 +119,7 @@ def measure(model: Any, rows: Sequence[TokenRow], device: torch.device) -> Measu
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     with evaluating(model):
         while by_length:
-            longest = len(rows[by_length[-1]].ids)
-            count = max(1, EVALUATION_TOKENS // longest)
+            count = max(1, EVALUATION_TOKENS // len(rows[by_length[-1]].ids))
             batch, by_length = by_length[-count:], by_length[:-count]
             logits, wanted, of = learned_logits(model, [rows[i] for i in batch], device)
             losses = F.cross_entropy(logits, wanted, reduction="none").double()

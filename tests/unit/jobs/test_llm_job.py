@@ -1,4 +1,4 @@
-"""Orders of language models: what becomes a job, what is refused by name, and what is told of it."""
+"""Orders of language models: accepted, refused by name, and reported in webhooks."""
 
 from __future__ import annotations
 
