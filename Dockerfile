@@ -97,5 +97,16 @@ RUN --mount=type=secret,id=hf_token,env=HF_TOKEN \
 USER 1000:1000
 ENV BASE_MODEL=/opt/base-model
 
+# The worker with quantization for language models: --target worker-llm.
+FROM build AS build-llm
+COPY requirements-llm.lock /build/
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --python /opt/venv/bin/python --require-hashes --no-deps --only-binary :all: \
+        --requirements /build/requirements-llm.lock
+
+FROM worker AS worker-llm
+COPY --from=build-llm /opt/venv /opt/venv
+ENV KINDS=style,llm
+
 # The default target of `docker build`.
 FROM worker

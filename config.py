@@ -203,14 +203,14 @@ class Settings(LocalSettings):
             configured, addresses=addresses, served=tuple(REGISTRY) if every else self.worker.kinds
         )
 
+    def trainer_options(self) -> TrainerOptions:
+        """The options of a trainer process, which is ready for the first kind of `KINDS`."""
+        runner = next(iter(self.kinds())).runner
+        return dataclasses.replace(super().trainer_options(), runner=runner)
+
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, with the signing secrets that are derived from the token."""
         return super().secrets() + self.webhooks.signing_secrets()
-
-    def trainer_options(self) -> TrainerOptions:
-        """The options of the worker's trainer, which loads the base model of the first kind."""
-        first = job_kinds.load(REGISTRY[self.worker.kinds[0]])
-        return dataclasses.replace(super().trainer_options(), runner=first.runner)
 
     def may_use_cpu(self) -> bool:
         """Whether a machine without a GPU may take the jobs of `KINDS`."""
@@ -292,7 +292,11 @@ def unknown_names(file: Path | None = None) -> str | None:
         names = settings_file.read(file).keys() - names_of_settings.ALIASES_IN_FILES.keys()
         found[str(file)] = {name.upper() for name in names}
     environment = {name for name, value in os.environ.items() if value}
-    return names_of_settings.unknown(found, setting_names(), environment)
+    given = (settings_file.read(file) if file else {}) | _reader(frozenset({"KINDS"}))().model_dump(
+        exclude_unset=True
+    )
+    known = frozenset(name.upper() for name in _places(Settings, _first_kind(given)))
+    return names_of_settings.unknown(found, known, environment)
 
 
 class _Sources(BaseSettings):

@@ -147,7 +147,10 @@ def inspect(
 
 def train(  # pylint: disable=too-many-locals  # one for each option
     folder: Annotated[
-        Path, typer.Argument(help="Folder of images; `name.txt` captions `name.jpg`.")
+        Path,
+        typer.Argument(
+            help="Folder of images (`name.txt` captions `name.jpg`), or a file of conversations."
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option(help="Folder that receives the model, report and samples.")
@@ -180,8 +183,12 @@ def train(  # pylint: disable=too-many-locals  # one for each option
         bool, typer.Option(help="Continue from the newest checkpoint in OUTPUT.")
     ] = False,
     validate_only: Annotated[
-        bool, typer.Option("--validate-only", help="Report on the images, and do not train.")
+        bool, typer.Option("--validate-only", help="Report on the data, and do not train.")
     ] = False,
+    kind: Annotated[str, typer.Option(help="style (images) or llm (conversations).")] = "style",
+    base_model: Annotated[
+        str | None, typer.Option(help="Base of a language model: a hub name or a local folder.")
+    ] = None,
     config_file: ConfigFile = None,
 ) -> None:
     """Train on a folder of images: no broker, no S3, no backend.
@@ -205,8 +212,21 @@ def train(  # pylint: disable=too-many-locals  # one for each option
     how = {"validation": validation, "trigger_word": trigger_word, "resume": resume}
 
     def work() -> int:
-        from cli import train_command
+        from cli import train_command, train_language
 
+        if kind == "llm":
+            return train_language.train(
+                folder,
+                output,
+                overrides | {"resolution": None},
+                config_file,
+                base_model=base_model,
+                validation=validation,
+                resume=resume,
+                validate_only=validate_only,
+            )
+        if kind != "style":
+            raise ConfigurationError(f"--kind: {kind} is not style or llm.")
         if validate_only:
             return train_command.validate(
                 folder, overrides, config_file, validation=validation, trigger_word=trigger_word

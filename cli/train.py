@@ -19,6 +19,7 @@ from jobs.checkpoint_name import order
 from jobs.fields import Auto
 from jobs.kinds import Run
 from jobs.layout import CURVES, REPORT, STYLE, STYLE_FILES
+from jobs.llm import LlmKind, LlmRun
 from jobs.style import (
     HyperParameters,
     StyleKind,
@@ -144,16 +145,54 @@ def train_folder(
     return finished
 
 
+def train_conversations(
+    run: LlmRun,
+    output: Path,
+    *,
+    settings: LocalSettings,
+    resume: bool,
+    on_event: Callable[[Event], None],
+    stop: StopSignal,
+) -> Finished:
+    """Train a language model on a file of conversations.
+
+    Args:
+        run: The run; its work folder and its checkpoint are set here.
+        output: Receives the model's files; while training also its checkpoints, in `.training`.
+        settings: The settings that do not depend on the job.
+        resume: Continue from the newest checkpoint in `output`, if there is one.
+        on_event: Sees every event of the trainer.
+        stop: Ends training at the next step, with a checkpoint.
+
+    Raises:
+        ConfigurationError: The output folder cannot be written.
+        JobError: Training failed.
+        MachineError: This machine cannot train.
+    """
+    _refuse_unprintable(output, run.base_source)
+    machine = require_fit(settings.trainer_environment(), allow_cpu=settings.trainer.allow_cpu)
+    work = output.resolve() / _WORK
+    _make_folder(work, output, emptied=not resume)
+    resume_from = _newest_checkpoint(work) if resume else None
+    run = dataclasses.replace(run, work_folder=str(work), resume_from=resume_from)
+    finished = _run(run, settings, machine, on_event, stop, LlmKind.runner)
+    if not finished.stopped:
+        _hand_over(finished, output)
+        shutil.rmtree(work, ignore_errors=True)
+    return finished
+
+
 def _run(
-    run: TrainingRun,
+    run: TrainingRun | LlmRun,
     settings: LocalSettings,
     machine: Machine,
     on_event: Callable[[Event], None],
     stop: StopSignal,
+    runner: str = StyleKind.runner,
 ) -> Finished:
     work = Path(run.work_folder)
     trainer = TrainerProcess(
-        settings.trainer_options(),
+        dataclasses.replace(settings.trainer_options(), runner=runner),
         settings.trainer_environment() | {"TMPDIR": str(work / _TEMPORARY)},
         stall_seconds=settings.trainer.stall_seconds,
         secrets=settings.secrets(),
@@ -161,9 +200,7 @@ def _run(
     )
     try:
         with _pages(settings, machine, on_event) as see:
-            return trainer.run(
-                Run.of(run, StyleKind.runner, {}), see, stop, max_seconds=float("inf")
-            )
+            return trainer.run(Run.of(run, runner, {}), see, stop, max_seconds=float("inf"))
     except TrainingServerError:
         if _newest_checkpoint(work) is None:  # nothing to continue from
             shutil.rmtree(work, ignore_errors=True)

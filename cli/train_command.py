@@ -59,7 +59,7 @@ def run(
         console.print(f"note: {unknown}", markup=False, highlight=False, soft_wrap=True)
     stop = StopSignal()
     on_stop_signals(lambda: stop.request(StopReason.SHUTDOWN))
-    with _Bar() as progress_bar:
+    with Bar() as progress_bar:
         finished = train_folder(
             folder,
             output,
@@ -176,7 +176,7 @@ def _print_results(output: Path, finished: Finished) -> None:
 
 
 @dataclasses.dataclass
-class _Bar:
+class Bar:
     """A progress bar that shows the trainer's events."""
 
     def __post_init__(self) -> None:
@@ -193,7 +193,7 @@ class _Bar:
         self._task = self._progress.add_task(str(Stage.PREPARING), total=None, steps="", loss="")
         self._waiting = console.status("getting ready")
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         self._waiting.start()
         return self
 

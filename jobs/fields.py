@@ -169,6 +169,8 @@ def _parameter_type(field: dataclasses.Field[Any], kind: Any) -> Any:
     limits = field.metadata
     if limits["choices"]:
         return Literal[limits["choices"]]
+    if kind is str:
+        return Annotated[str, Field(max_length=500)]
     bounds = Field(ge=limits["low"], le=limits["high"])
     if kind is bool:
         return bool
@@ -263,6 +265,7 @@ def _reason(problem: ErrorDetails, parameters: Sequence[str], left_out: Mapping[
         "finite_number": "must be a finite number",
         "string_type": "must be text",
         "string_unicode": "is not valid Unicode",
+        "string_pattern_mismatch": "must match {pattern}",
         "string_too_long": "must have at most {limit}",
         "list_type": "must be a list",
         "too_short": "must have at least {limit} and has {size}",

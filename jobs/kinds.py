@@ -20,6 +20,7 @@ from utils.events import Finished, Progress
 
 REGISTRY = {
     "style": "jobs.style:StyleKind",
+    "llm": "jobs.llm:LlmKind",
 }
 """Every kind, by its name: `module:class`. The first one takes messages without a type."""
 

@@ -23,7 +23,9 @@ def main() -> int:
     """Run the demo. The exit code is 0 only if every check succeeded."""
     parser = argparse.ArgumentParser(description="Run the whole main job on this machine.")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
-    output: Path = parser.parse_args().output.absolute()
+    parser.add_argument("--kind", choices=("style", "llm"), default="style")
+    given = parser.parse_args()
+    output: Path = given.output.absolute()
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     interrupted = threading.Event()
@@ -40,7 +42,7 @@ def main() -> int:
             # pylint: disable-next=import-outside-toplevel
             from sandbox.demo_parts import play
 
-            screen.conclude(play(screen, output))
+            screen.conclude(play(screen, output, given.kind))
             return 0
         except (KeyboardInterrupt, Exception) as error:  # pylint: disable=broad-exception-caught
             if interrupted.is_set():  # a library that is being imported turns it into another error

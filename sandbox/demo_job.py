@@ -47,6 +47,10 @@ class DemoJob:
         minutes: A job that takes longer has failed.
     """
 
+    queue = QUEUE
+    files: tuple[str, ...] = MODEL_FILES
+    folder = f"models/style_{STYLE}/"
+
     def __init__(
         self,
         screen: Screen,
@@ -78,16 +82,18 @@ class DemoJob:
             DemoFailed: A check failed; the message names it.
         """
         began = time.monotonic()
-        self._upload_photographs()
-        self._publish()
+        self.upload()
+        self.publish()
         ending = self._watch(began + 60 * self._minutes)
         report = self._fetch_model()
         self._stop_worker()
         self._check_queues()
         self._check_webhooks(ending)
-        return self._last_lines(report, time.monotonic() - began)
+        self.check_model(ending)
+        return self.last_lines(report, time.monotonic() - began)
 
-    def _upload_photographs(self) -> None:
+    def upload(self) -> None:
+        """Put the photographs on S3."""
         captions = 0
         for photograph in photographs():
             key = f"training/{STYLE}/{photograph.name}"
@@ -98,7 +104,7 @@ class DemoJob:
                 self._s3.put_object(Bucket=MEDIA, Key=text, Body=photograph.caption.encode())
         self._screen.say(f"ten photographs, {captions} with a caption, are in s3://{MEDIA}")
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Like the backend: a durable queue without arguments, a persistent message."""
         task_id = str(uuid.uuid4())
         names = [photograph.name for photograph in photographs()]
@@ -197,10 +203,10 @@ class DemoJob:
 
     def _fetch_model(self) -> dict[str, Any]:
         self._look_at_s3()
-        folder = f"models/style_{STYLE}/"
+        folder = self.folder
         listing = self._s3.list_objects_v2(Bucket=MODELS, Prefix=folder).get("Contents", [])
         present = {entry["Key"].removeprefix(folder) for entry in listing}
-        if missing := set(MODEL_FILES) - present:
+        if missing := set(self.files) - present:
             raise DemoFailed(f"not on S3 after the complete webhook: {', '.join(sorted(missing))}")
         for name in sorted(present):
             self._s3.download_file(MODELS, folder + name, str(self._output / name))
@@ -215,10 +221,10 @@ class DemoJob:
 
     def _check_queues(self) -> None:
         """The worker has ended, so messages that it had not acknowledged would be in the queue."""
-        left = {name: self._messages_in(name) for name in (QUEUE, f"{QUEUE}.dead")}
+        left = {name: self._messages_in(name) for name in (self.queue, f"{QUEUE}.dead")}
         if any(left.values()):
             raise DemoFailed(f"messages are left in the queues: {left}")
-        self._screen.say(f"the queue {QUEUE} is empty, and so is the dead queue", good=True)
+        self._screen.say(f"the queue {self.queue} is empty, and so is the dead queue", good=True)
 
     def _messages_in(self, name: str) -> int:
         with self._channel() as channel:
@@ -234,13 +240,18 @@ class DemoJob:
         endings = self._backend.endings()
         if len(endings) != 1:
             raise DemoFailed(f"the job had {len(endings)} endings, not one")
-        expected = f"s3://{MODELS}/models/style_{STYLE}/lora_weights.safetensors"
+        last = "adapter_model.safetensors" if "fingerprint.json" in self.files else self.files[0]
+        expected = f"s3://{MODELS}/{self.folder}{last}"
         if ending.body["model_url"] != expected:
             raise DemoFailed(f"the ending names {ending.body['model_url']}, not {expected}")
         count = len(self._backend.requests)
         self._screen.say(f"{count} webhooks, one ending, every signature right", good=True)
 
-    def _last_lines(self, report: dict[str, Any], seconds: float) -> dict[str, str]:
+    def check_model(self, ending: ReceivedRequest) -> None:
+        """Further checks of a kind; styles have none."""
+
+    def last_lines(self, report: dict[str, Any], seconds: float) -> dict[str, str]:
+        """Name and text of the last lines."""
         used = sum(image["status"] != "left_out" for image in report["pictures"])
         return {
             "Trained": f"{report['epochs']} epochs on {used} photographs, {report['steps']} steps, "

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from local.rabbitmq_node import RabbitMqNode
+from sandbox import demo_language
 from sandbox.backend import Backend
 from sandbox.base_model_choice import choose_base_model
 from sandbox.demo_job import MEDIA, MODELS, QUEUE, STATE, DemoJob
@@ -45,7 +46,7 @@ def settings_of_the_worker(
     }
 
 
-def play(screen: Screen, output: Path) -> dict[str, str]:
+def play(screen: Screen, output: Path, kind: str = "style") -> dict[str, str]:
     """Start the parts, run the job, and end the parts in any case.
 
     Returns:
@@ -54,7 +55,10 @@ def play(screen: Screen, output: Path) -> dict[str, str]:
     token = secrets.token_hex(24)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="training-demo-")))
-        choice = choose_base_model(folder / "stand-in-for-sd15")
+        if kind == "llm":
+            choice = demo_language.choice(folder / "tiny-llama")
+        else:
+            choice = choose_base_model(folder / "stand-in-for-sd15")
         for words in choice.words:
             screen.say(words)
         s3 = stack.enter_context(S3Server())
@@ -71,7 +75,7 @@ def play(screen: Screen, output: Path) -> dict[str, str]:
             WorkerProcess(settings | choice.settings, folder=folder, log=log)
         )
         screen.say(f"worker started: python main.py worker (its log: {log})")
-        job = DemoJob(
+        job = (demo_language.LanguageDemoJob if kind == "llm" else DemoJob)(
             screen,
             rabbit=rabbit,
             s3=s3,

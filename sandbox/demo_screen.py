@@ -26,7 +26,7 @@ class Screen:
         self._bar = Progress(
             TextColumn("        {task.fields[stage]:9}"),
             BarColumn(bar_width=30),
-            TextColumn("epoch {task.completed:.0f} of {task.total:.0f}"),
+            TextColumn("{task.fields[unit]} {task.completed:.0f} of {task.total:.0f}"),
             TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[left]}"),
             console=self.console,
@@ -58,25 +58,28 @@ class Screen:
             progress: The webhook's `progress` object.
         """
         if self._task is None:
-            self._task = self._bar.add_task("", total=1, stage="", loss="", left="")
+            self._task = self._bar.add_task("", total=1, unit="", stage="", loss="", left="")
             if self.console.is_terminal:
                 self._bar.start()
         loss, left = progress.get("loss"), progress.get("estimated_seconds")
-        epoch, total = progress["current_epoch"], progress["total_epochs"]
+        unit = "step" if "step" in progress else "epoch"
+        epoch = progress["step" if unit == "step" else "current_epoch"]
+        total = progress[f"total_{unit}s"]
         loss_text = "" if loss is None else f"loss {loss:.4f}"
         left_text = f"{left} s left" if left and epoch else ""  # unknown before that
         self._bar.update(
             self._task,
             completed=epoch,
             total=total,
+            unit=unit,
             stage=progress.get("stage", ""),
             loss=loss_text,
             left=left_text,
         )
         # In a file or a pipe, a line per fifth of the training replaces the bar.
-        if not self.console.is_terminal and epoch >= self._told_epoch + total / 5:
+        if not self.console.is_terminal and total and epoch >= self._told_epoch + total / 5:
             self._told_epoch = epoch
-            facts = (f"epoch {epoch} of {total}", loss_text, left_text)
+            facts = (f"{unit} {epoch} of {total}", loss_text, left_text)
             self.say(", ".join(fact for fact in facts if fact))
 
     def finish_bar(self) -> None:

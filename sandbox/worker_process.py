@@ -48,7 +48,7 @@ class WorkerProcess:
         code: Path = ROOT,
         launcher: Sequence[str] = (),
     ) -> None:
-        self.log = log
+        self.log, self.settings = log, settings
         self._command = (*launcher, sys.executable, str(code / "main.py"), "worker")
         self._folder = folder
         self._environment = {

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRODUCT, TESTS, BUILD = "requirements", "requirements-dev", "requirements-build"
 ROOMS = ("requirements-front",)
 """Parts of the product that have their own lock; their packages are in the product's lock too."""
-API, S3 = "requirements-api", "requirements-s3"
+API, S3, LLM = "requirements-api", "requirements-s3", "requirements-llm"
 CPU, CUDA = "requirements-cpu", "requirements-cuda"
 CUDA_LIBRARIES = re.compile(r"(nvidia-(?!ml-py$)|cuda-|triton$)")
 """Packages that only torch's CUDA build depends on."""
@@ -126,7 +126,7 @@ def cpu_hashes(version: str, known: Iterable[str]) -> tuple[str, ...]:
 
 def main() -> None:
     """Write every lock file."""
-    old = {name: _read(name) for name in (PRODUCT, TESTS, CUDA, CPU, BUILD, API, S3)}
+    old = {name: _read(name) for name in (PRODUCT, TESTS, CUDA, CPU, LLM, BUILD, API, S3)}
     everything = resolve(TESTS, "\n".join(old[name] for name in (PRODUCT, TESTS, CUDA)))
     product = resolve(PRODUCT, render(everything))
     torch = next(package for package in product if package.name == "torch")
@@ -144,6 +144,7 @@ def main() -> None:
         PRODUCT: [each for each in product if not CUDA_LIBRARIES.match(each.name)],
         CUDA: [each for each in product if CUDA_LIBRARIES.match(each.name)],
         CPU: [Package(cpu_pin, for_cpus)] if for_cpus else [],
+        LLM: [each for each in resolve(LLM, render(everything)) if each.pin not in pins],
         TESTS: [each for each in everything if each.pin not in pins],
         BUILD: resolve(BUILD, old[BUILD]),
         API: resolve(API, render(everything)),
@@ -154,6 +155,7 @@ def main() -> None:
         PRODUCT: [],
         CUDA: ["The libraries of torch's CUDA build; its build for CPUs needs none of them."],
         CPU: ["torch's build for CPUs, in place of the one in requirements.lock."],
+        LLM: ["The packages that the kind llm needs in addition to requirements.lock."],
         TESTS: ["The packages that the tests need in addition to requirements.lock."],
         BUILD: [],
         S3: ["The S3 server of `main.py up`, for a separate environment."],

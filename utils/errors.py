@@ -6,8 +6,10 @@
     │   └── UnknownType               a message of a type that this worker does not serve
     ├── JobError                      a job that ends in `failed`
     │   ├── ImageDownloadFailed       too few images could be fetched
+    │   ├── TrainingDataUnavailable   a file of training data could not be fetched
     │   ├── LowQualityData            too few of the fetched images are usable
-    │   ├── BaseModelUnavailable      Stable Diffusion could not be loaded
+    │   ├── BaseModelUnavailable      the base model could not be loaded
+    │   │   └── BaseModelGated        the hub wants a token with access to it
     │   ├── GpuOutOfMemory
     │   ├── TrainingDiverged
     │   ├── TrainingFailed            training failed for a reason that has no other class
@@ -53,6 +55,8 @@ class ErrorCode(enum.StrEnum):
     IMAGE_DOWNLOAD_FAILED = "IMAGE_DOWNLOAD_FAILED"
     LOW_QUALITY_DATA = "LOW_QUALITY_DATA"
     BASE_MODEL_UNAVAILABLE = "BASE_MODEL_UNAVAILABLE"
+    BASE_MODEL_GATED = "BASE_MODEL_GATED"
+    TRAINING_DATA_UNAVAILABLE = "TRAINING_DATA_UNAVAILABLE"
     GPU_OOM = "GPU_OOM"
     TRAINING_DIVERGED = "TRAINING_DIVERGED"
     TRAINING_FAILED = "TRAINING_FAILED"
@@ -136,6 +140,14 @@ class LowQualityData(JobError):
 
 class BaseModelUnavailable(JobError):
     """The base model could not be loaded."""
+
+
+class BaseModelGated(BaseModelUnavailable):
+    """The base model is gated, and the token has no access to it."""
+
+
+class TrainingDataUnavailable(JobError):
+    """A file of training data could not be fetched."""
 
 
 class GpuOutOfMemory(JobError):
@@ -278,7 +290,9 @@ CODES: dict[type[TrainingServerError], tuple[ErrorCode, bool]] = {
     UnknownType: (ErrorCode.UNKNOWN_TYPE, False),
     ImageDownloadFailed: (ErrorCode.IMAGE_DOWNLOAD_FAILED, False),
     LowQualityData: (ErrorCode.LOW_QUALITY_DATA, False),
+    TrainingDataUnavailable: (ErrorCode.TRAINING_DATA_UNAVAILABLE, False),
     BaseModelUnavailable: (ErrorCode.BASE_MODEL_UNAVAILABLE, True),
+    BaseModelGated: (ErrorCode.BASE_MODEL_GATED, False),
     GpuOutOfMemory: (ErrorCode.GPU_OOM, False),
     TrainingDiverged: (ErrorCode.TRAINING_DIVERGED, False),
     TrainingFailed: (ErrorCode.TRAINING_FAILED, False),
@@ -320,6 +334,8 @@ REPORTABLE: dict[str, type[TrainingServerError]] = {
         ImageDownloadFailed,
         LowQualityData,
         BaseModelUnavailable,
+        BaseModelGated,
+        TrainingDataUnavailable,
         GpuOutOfMemory,
         TrainingDiverged,
         TrainingFailed,

@@ -14,20 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = (
-    *(
-        "main",
-        "config",
-        "api",
-        "cli",
-        "consumer",
-        "images",
-        "jobs",
-        "local",
-        "reports",
-        "services",
-        "training",
-    ),
-    "utils",
+    *("main", "config", "api", "cli", "consumer", "conversations", "images", "jobs", "local"),
+    *("reports", "services", "training", "utils"),
 )
 BESIDE_IT = {"tests", "sandbox", "benchmarks", "tools"}
 MOST_SIBLINGS = 15
@@ -37,12 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "main": {"config", "cli", "consumer", "services", "utils"},
     "api": {"config", "images", "jobs", "reports", "services", "utils"},
     "cli": {
-        "api",
-        "config",
-        "consumer",
-        "images",
-        "jobs",
-        "local",
+        *("api", "config", "consumer", "conversations", "images", "jobs", "local"),
         "services",
         "training",
         "utils",
@@ -51,9 +34,10 @@ ARROWS: dict[str, set[str]] = {
     "consumer": {"config", "jobs", "services", "utils"},
     "services": {"jobs", "utils"},
     "config": {"jobs", "utils"},
-    "training": {"images", "reports", "jobs", "utils"},
+    "training": {"conversations", "images", "reports", "jobs", "utils"},
     "reports": {"jobs", "utils"},
     "images": {"utils"},
+    "conversations": {"utils"},
     "jobs": {"utils"},
     "utils": set(),
 }
@@ -62,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
 COMPOSITION_ROOTS = {
     *("api/app.py", "cli/api.py"),
     *("cli/doctor/command.py", "cli/server.py", "cli/train.py", "cli/train_command.py"),
+    "cli/train_language.py",
     *("cli/up.py", "cli/worker.py", "consumer/worker.py"),
 }
 
@@ -76,7 +61,7 @@ ONE_IMPORTER: dict[str, str | set[str]] = {
         "services/webhooks/webhook_service.py",
         "services/webhooks/verification.py",
     },
-    "huggingface_hub": "cli/doctor/base_model.py",
+    "huggingface_hub": {"cli/doctor/base_model.py", "training/language/base.py"},
     "pynvml": "utils/gpu_monitor.py",
     "prometheus_client": "utils/metrics.py",
     "opentelemetry": "services/telemetry/tracing.py",
@@ -124,9 +109,10 @@ PACKAGES: dict[str, set[str]] = {
         *("boto3", "botocore", "mypy_boto3_s3", "opentelemetry", "pika", "requests"),
         *("sentry_sdk", "standardwebhooks", "urllib3"),
     },
-    "training": {*TORCH, *OPTIMIZERS, "PIL", "matplotlib", "numpy"},
+    "training": {*TORCH, *OPTIMIZERS, "PIL", "huggingface_hub", "jinja2", "matplotlib", "numpy"},
     "reports": {"PIL", "jinja2", "markupsafe", "numpy"},
     "images": {"PIL", "imagehash", "numpy"},
+    "conversations": set(),
     "jobs": {"pydantic", "pydantic_core"},
     "local": set(),
     "utils": {"prometheus_client", "pydantic", "pynvml", "structlog"},

@@ -18,6 +18,7 @@ import config
 from config import load, load_local
 from jobs.fields import Order
 from jobs.kinds import REGISTRY
+from jobs.llm import LlmParameters
 from jobs.style import HyperParameters
 from services.s3.s3_service import S3Service
 from tests.unit.environment import DOCUMENTED, REQUIRED, TOKEN, problems, settings
@@ -66,6 +67,7 @@ def test_every_documented_default_is_the_real_one(monkeypatch: pytest.MonkeyPatc
     derived = {"model_bucket_name", "state_bucket_name", "image_buckets"}
     groups = [group for _, group in default if isinstance(group, Group)]
     values = {name: value for group in groups for name, value in group}
+    values["llm_default_base_model"] = default.options["llm"].default_base_model or None
     assert not [name for name in empty - derived if values[name] not in (None, ())]
 
 
@@ -448,7 +450,10 @@ def test_an_address_without_a_web_origin_is_refused(url: str) -> None:
 
 
 def test_defaults_are_those_of_the_hyper_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settings(monkeypatch).parameters == {"style": HyperParameters()}
+    assert settings(monkeypatch).parameters == {
+        "style": HyperParameters(),
+        "llm": LlmParameters(),
+    }
 
 
 def test_the_parameters_of_a_message_win_over_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:

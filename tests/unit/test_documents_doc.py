@@ -98,7 +98,7 @@ def test_a_script_that_is_named_prints_its_help(name: str) -> None:
     assert ran.returncode == 0 and f"scripts/{name}" in ran.stdout
 
 
-@pytest.mark.parametrize("name", ["HUGGINGFACE_TOKEN", "DEFAULT_BASE_MODEL"])
+@pytest.mark.parametrize("name", ["DEFAULT_BASE_MODEL"])
 def test_an_older_name_points_to_its_successor(name: str) -> None:
     (row,) = [row for row in ROWS if row.line == name]
     assert all(f"`{successor}`" in row.here for successor in OLD_NAMES[name].now)

@@ -33,12 +33,11 @@ class OldName:
 
 _GOOGLE = "see docs/operations.md, Google Cloud Storage"
 _REGION = OldName(("AWS_S3_REGION_NAME",), "the name for boto3 is not read")
-_NO_TEXT_MODELS = OldName((), "for language models, which this server does not train")
 _ATTENTION = OldName((), "PyTorch chooses the fastest attention of the GPU", ours=False)
 _CONTAINER = OldName((), "read by the container runtime, not by this program", ours=False)
 _OTHER_SERVICE = OldName((), "a setting of another service", ours=False)
 
-ALIASES = {"s3_bucket": "model_bucket_name"}
+ALIASES = {"s3_bucket": "model_bucket_name", "huggingface_token": "hf_token"}
 """Second names of settings, in lower case, accepted everywhere."""
 
 ALIASES_IN_FILES = {
@@ -82,7 +81,6 @@ OLD_NAMES: dict[str, OldName] = {
     "BACKEND_URL": OldName(("BACKEND_API_URL",), ours=False),
     "INTERNAL_TOKEN": OldName(("INTERNAL_API_TOKEN",), ours=False),
     "WEBHOOK_SECRET": OldName(("WEBHOOK_SIGNING_SECRET",), ours=False),
-    "HUGGINGFACE_TOKEN": OldName(("HF_TOKEN",)),
     "HUGGING_FACE_HUB_TOKEN": OldName(("HF_TOKEN",)),
     "DEFAULT_BASE_MODEL": OldName(("BASE_MODEL",)),
     "COMPILE_FROM_STEPS": OldName((), "has no effect: compilation was removed"),
@@ -90,9 +88,9 @@ OLD_NAMES: dict[str, OldName] = {
     "LORA_TARGET_MODULES": OldName(("LORA_TARGET",), "attention, or attention+ff"),
     "NUM_TRAIN_EPOCHS": OldName(("EPOCHS",)),
     "CHECKPOINT_DIR": OldName(("WORK_DIR",), "checkpoints are stored in STATE_BUCKET_NAME"),
-    "USE_4BIT": _NO_TEXT_MODELS,
-    "USE_8BIT": _NO_TEXT_MODELS,
-    "MAX_SEQ_LENGTH": _NO_TEXT_MODELS,
+    "USE_4BIT": OldName(("LLM_USE_4BIT",), "for language models"),
+    "USE_8BIT": OldName(("LLM_USE_8BIT",), "for language models"),
+    "MAX_SEQ_LENGTH": OldName(("LLM_MAX_SEQ_LENGTH",), "for language models"),
     "USE_FLASH_ATTENTION": _ATTENTION,
     "LOGGING_STEPS": OldName(("PROGRESS_INTERVAL_SECONDS",), "in seconds", ours=False),
     "NVIDIA_VISIBLE_DEVICES": _CONTAINER,
@@ -124,7 +122,7 @@ def unknown(
     old = [
         f"{name} ({OLD_NAMES[name]})"
         for name in sorted(set(environment) & set(OLD_NAMES))
-        if OLD_NAMES[name].ours and not every_name & set(OLD_NAMES[name].now)
+        if OLD_NAMES[name].ours and name not in known and not every_name & set(OLD_NAMES[name].now)
     ]
     if old:
         found.append(f"old names in the environment: {', '.join(old)}")

@@ -1,0 +1,1 @@
+"""How fast a language model trains here, compared with plain TRL."""
