@@ -143,6 +143,7 @@ class LocalSettings(Group):
             hf_home=trainer.hf_home,
             cuda_visible_devices=trainer.cuda_visible_devices,
             threads=trainer.omp_num_threads,
+            deterministic=trainer.deterministic,
         )
 
     def trainer_confinement(self, *folders: Path) -> Confinement:
