@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,10 @@ def locate(options: TrainerOptions) -> tuple[Path, str]:
     revision = options.base_model_revision
     try:
         # Only model_index.json, so that no other family is downloaded whole.
-        index = DiffusionPipeline.load_config(wanted, revision=revision)
+        with warnings.catch_warnings():
+            # diffusers passes an argument that huggingface_hub calls deprecated.
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            index = DiffusionPipeline.load_config(wanted, revision=revision)
         _refuse(base_models.of_another_family(index.get("_class_name")), wanted)
         folder = DiffusionPipeline.download(
             wanted,
