@@ -44,7 +44,7 @@ for filler in (0, 300):
     try:
         size = require_room(
             s3, s3, style_kind(settings), job, folder, StopSignal(),
-            state_bucket=bucket, max_job_bytes=settings.max_job_bytes,
+            state_bucket=bucket, max_job_bytes=settings.limits.max_job_bytes,
         )
         print(json.dumps(["fits", size.images]))
     except TrainingServerError as error:
