@@ -396,7 +396,7 @@ def test_every_exception_has_a_reportable_name_and_a_sentence(
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("cannot open '/var/lib/work/task-1/x.bin'", "cannot open 'x.bin'"),
+        ("cannot open '/var/lib/scratch/task-1/x.bin'", "cannot open 'x.bin'"),
         ("no file at /root/models/sd", "no file at sd"),
         ("there is no folder /srv/models/base: BASE", "there is no folder base: BASE"),
         ("s3://media/a/b.png and a/b stay", "s3://media/a/b.png and a/b stay"),
