@@ -36,7 +36,7 @@ from utils.settings.groups import (
     TrainerSettings,
     WebhookSettings,
 )
-from utils.settings.parameters import KindSettings
+from utils.settings.parameters import DataclassSettings
 from utils.settings.storage import StorageSettings
 from utils.settings.surroundings import ROOT, confinement, trainer_environment
 from utils.settings.values import Group
@@ -52,7 +52,7 @@ _Loaded = TypeVar("_Loaded", bound="LocalSettings")
 # ---- the settings of the kinds -------------------------------------------------------------------
 
 
-def settings_of_kinds(section: str) -> dict[str, KindSettings]:
+def settings_of_kinds(section: str) -> dict[str, DataclassSettings]:
     """The settings of each registered kind that has any.
 
     Args:
@@ -64,8 +64,8 @@ def settings_of_kinds(section: str) -> dict[str, KindSettings]:
 
 
 @functools.cache
-def _kind_settings(dataclass: type[Any]) -> KindSettings:
-    return KindSettings(dataclass)
+def _kind_settings(dataclass: type[Any]) -> DataclassSettings:
+    return DataclassSettings(dataclass)
 
 
 def _of_kinds(section: str) -> Any:

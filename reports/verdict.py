@@ -52,7 +52,7 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Verdict:
+class TrainingVerdict:
     """The first screen of a report.
 
     Attributes:
@@ -75,7 +75,7 @@ class Verdict:
         return _HEADLINES[self.level]
 
 
-def of_style(report: Mapping[str, Any], copies: Sequence[Copy | None]) -> Verdict:
+def of_style(report: Mapping[str, Any], copies: Sequence[Copy | None]) -> TrainingVerdict:
     """The verdict on the training of a style.
 
     Args:
@@ -86,7 +86,7 @@ def of_style(report: Mapping[str, Any], copies: Sequence[Copy | None]) -> Verdic
     points = [_learnt(report), _copied(report), *_copied_samples(copies), *_images(report)]
     machine = set(report.get("machine_warnings", ()))
     notes = tuple(each for each in report["warnings"] if each not in machine)
-    return Verdict(tuple(point for point in points if point), notes)
+    return TrainingVerdict(tuple(point for point in points if point), notes)
 
 
 def _learnt(report: Mapping[str, Any]) -> Point:

@@ -30,7 +30,7 @@ _LONGEST_NAME = 80
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Order:
+class PlacedOrder:
     """The order of a training.
 
     Attributes:
@@ -59,7 +59,7 @@ def place(
     tags: Sequence[str] = (),
     parameters: dict[str, Any] | None = None,
     on_upload: Callable[[int, int], None] = lambda done, total: None,
-) -> Order:
+) -> PlacedOrder:
     """Upload the images of a folder, and publish the message that asks for a training on them.
 
     Nothing is uploaded before the order is found sound and the broker is there. `NAME.txt` captions
@@ -93,7 +93,7 @@ def place(
     broker.check_training_queue(settings)
     _upload(s3, images, places, on_upload)
     broker.publish(settings, Publication(Queue.TRAINING, body, task_id, headers=_headers(job)))
-    return Order(
+    return PlacedOrder(
         task_id, style_id, tuple(each.uri() for each in places), job.spec.hyper_parameters.epochs
     )
 

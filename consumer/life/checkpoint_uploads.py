@@ -19,7 +19,7 @@ from jobs.addresses import S3Location
 from jobs.checkpoint_name import NOT_OURS, order
 from jobs.layout import CHECKPOINT_WEIGHTS, Place, place_of, record_at, staging_of
 from jobs.message import Job
-from jobs.record import Checkpoint, EndingKind, JobRecord
+from jobs.record import EndingKind, JobRecord, StoredCheckpoint
 from services.records.job_lease import JobLease
 from services.records.record_object import RecordObject
 from services.s3.s3_service import S3Service
@@ -183,7 +183,7 @@ class CheckpointUploads:
             check=self._lease.check,
         )
         self._lease.register_checkpoint(
-            Checkpoint(
+            StoredCheckpoint(
                 name=saved.name,
                 epoch=saved.epoch,
                 step=saved.step,

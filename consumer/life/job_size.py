@@ -11,7 +11,7 @@ from consumer.life.image_download import object_sizes
 from consumer.life.stop_signal import StopSignal
 from jobs.kinds import JobKind
 from jobs.message import Job
-from jobs.record import Checkpoint
+from jobs.record import StoredCheckpoint
 from services.s3.s3_service import S3Service
 from utils.errors import DiskFull, JobTooLarge, NoRoomForJob
 from utils.logger import get_logger
@@ -51,7 +51,7 @@ def require_room(
     *,
     state_bucket: str,
     max_job_bytes: int,
-    checkpoints: Sequence[Checkpoint] = (),
+    checkpoints: Sequence[StoredCheckpoint] = (),
 ) -> JobSize:
     """Refuse a job that is too large, before anything is downloaded.
 
@@ -105,7 +105,7 @@ def require_room(
     return size
 
 
-def _size_of(s3: S3Service, bucket: str, checkpoints: Sequence[Checkpoint]) -> int:
+def _size_of(s3: S3Service, bucket: str, checkpoints: Sequence[StoredCheckpoint]) -> int:
     """Of the newest checkpoint's files."""
     if not checkpoints:
         return 0

@@ -359,6 +359,15 @@ def test_no_error_is_caught_without_naming_its_class() -> None:
     assert not wrong
 
 
+def test_a_public_class_name_stands_once_in_the_product() -> None:
+    places: dict[str, list[str]] = {}
+    for path in product_files():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(f"{path}:{node.lineno}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_no_folder_has_more_than_fifteen_siblings() -> None:
     folders = {path.parent for path in product_files() if len(path.parts) > 1}
     sizes = {

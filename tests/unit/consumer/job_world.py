@@ -33,7 +33,12 @@ from jobs.style import TrainingRun
 from services.broker.settlement import Delivery, Publication, Queue
 from services.records.job_records import JobRecords
 from services.records.sweep import RecordSweep
-from services.webhooks.webhook_service import Ending, EndingAnswer, EndingOutcome, ProgressAnswer
+from services.webhooks.webhook_service import (
+    EndingAnswer,
+    EndingOutcome,
+    EndingWebhook,
+    ProgressAnswer,
+)
 from tests.memory_s3 import MemoryS3
 from tests.unit.jobs.message_samples import BUCKET, flat, make_settings
 from utils.errors import MachineError
@@ -53,7 +58,7 @@ class Backend:
 
     def __init__(self) -> None:
         self.answers: list[EndingAnswer] = []
-        self.endings: list[Ending] = []
+        self.endings: list[EndingWebhook] = []
         self.patience: list[float] = []
         self.reports: list[dict[str, Any]] = []
         self.on_ending: Callable[[], None] = lambda: None
@@ -66,7 +71,9 @@ class Backend:
         self.reports.append(body)
         return ProgressAnswer.DONE
 
-    def deliver(self, origin: str, ending: Ending, *, for_seconds: float, **_: Any) -> EndingAnswer:
+    def deliver(
+        self, origin: str, ending: EndingWebhook, *, for_seconds: float, **_: Any
+    ) -> EndingAnswer:
         del origin
         self.patience.append(for_seconds)
         self.on_ending()
