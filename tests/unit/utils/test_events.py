@@ -31,7 +31,9 @@ FACTS: tuple[Any, ...] = (
     Started("job", 0, 300, "token"),
     Progress("job", Stage.PREPARING, 0, 300),
     Progress("job", Stage.TRAINING, 123, 300, per_second=9.5, facts={"loss": 0.125}),
-    CheckpointSaved("job", "epoch-0012-step-0123", 12, 123, "/scratch/job/epoch-0012-step-0123", 0.2),
+    CheckpointSaved(
+        "job", "epoch-0012-step-0123", 12, 123, "/scratch/job/epoch-0012-step-0123", 0.2
+    ),
     Finished("job", "/scratch/job/model", ("a.safetensors", "b.png"), 300, 60.0),
     Finished("job", "", (), 31, 6.0, stopped=StopReason.SHUTDOWN),
     Finished(
