@@ -43,29 +43,45 @@ def noisy(image: Image.Image) -> Image.Image:
 )
 def test_a_copy_is_found_by_name(changed: object) -> None:
     assert callable(changed)
-    images = {f"{n}.jpg": file(scene(n)) for n in range(10)}
+    images = [(f"{n}.jpg", file(scene(n))) for n in range(10)]
     (found,) = copies([file(scene(99))], [file(changed(scene(3)), 60)], images)
     assert found is not None and found.name == "3.jpg"
     assert found.likeness > 0.9 > found.before
 
 
 def test_another_image_is_no_copy() -> None:
-    images = {f"{n}.jpg": file(scene(n)) for n in range(10)}
+    images = [(f"{n}.jpg", file(scene(n))) for n in range(10)]
     before, after = [file(scene(n)) for n in range(50, 60)], [file(scene(n)) for n in range(60, 70)]
     assert copies(before, after, images) == [None] * 10
 
 
 def test_a_prompt_that_gives_this_image_without_training_is_no_copy() -> None:
-    images = {"sky.jpg": file(scene(1))}
+    images = [("sky.jpg", file(scene(1)))]
     assert copies([file(noisy(scene(1)))], [file(scene(1))], images) == [None]
 
 
 def test_an_image_of_one_grey_is_like_nothing() -> None:
     grey = file(Image.new("RGB", (64, 64), "grey"))
     assert not pattern(grey).any()
-    assert copies([grey], [grey], {"grey.jpg": grey}) == [None]
+    assert copies([grey], [grey], [("grey.jpg", grey)]) == [None]
 
 
 def test_without_images_there_is_nothing_to_copy() -> None:
-    assert copies([file(scene(1))], [file(scene(2))], {}) == [None]
-    assert not copies([], [], {"1.jpg": file(scene(1))})
+    assert copies([file(scene(1))], [file(scene(2))], []) == [None]
+    assert not copies([], [], [("1.jpg", file(scene(1)))])
+
+
+def test_images_of_one_name_are_all_compared() -> None:
+    images = [("image.jpg", file(scene(n))) for n in range(3)]
+    for n in range(3):
+        (found,) = copies([file(scene(99))], [file(scene(n))], images)
+        assert found is not None and found.name == "image.jpg"
+
+
+def test_half_of_an_image_in_a_blend_is_no_copy() -> None:
+    images = [("sky.jpg", file(scene(1))), ("noisy.jpg", file(noisy(scene(2))))]
+    half = Image.blend(scene(1), scene(2), 0.5)
+    (found,) = copies([file(scene(1))], [file(half)], images)
+    assert found is None
+    (found,) = copies([file(scene(1))], [file(scene(2))], images)
+    assert found is not None and found.name == "noisy.jpg"
