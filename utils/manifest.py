@@ -70,11 +70,13 @@ def verify(folder: Path) -> dict[str, Any]:
         }
     except FileNotFoundError as error:
         raise CheckpointUnusable(
-            f"The checkpoint {folder.name} has no {MANIFEST}: it was never finished."
+            f"The checkpoint {folder.name} has no {MANIFEST}: it was never finished. The job "
+            "continues without it."
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointUnusable(
-            f"The checkpoint {folder.name} has a damaged {MANIFEST}."
+            f"The checkpoint {folder.name} has a damaged {MANIFEST}: it is not JSON that lists the "
+            "files with size and sha256. The job continues without it."
         ) from error
     for name, (size, sha256) in listing.items():
         _verify_file(folder, name, size, sha256)
