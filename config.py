@@ -83,7 +83,10 @@ def _of_kinds(section: str) -> Any:
 
 def _known_kinds(kinds: tuple[str, ...]) -> tuple[str, ...]:
     if unknown := [kind for kind in kinds if kind not in REGISTRY]:
-        raise ValueError(f"unknown kind {', '.join(unknown)}. Known kinds: {', '.join(REGISTRY)}")
+        raise ValueError(
+            f"unknown kind {', '.join(unknown)}. Known kinds: {', '.join(REGISTRY)}. Correct or "
+            "remove the name; a newer kind needs a newer version of this server"
+        )
     return tuple(dict.fromkeys(kinds))
 
 

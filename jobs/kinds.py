@@ -21,7 +21,7 @@ from utils.events import Finished, Progress
 REGISTRY = {
     "style": "jobs.style:StyleKind",
 }
-"""Every kind, by its name: `module:class`. The first one takes messages without a type."""
+"""Every kind, by its name: `module:class`. A message without a type is of the first of `KINDS`."""
 
 
 class Spec(Protocol):

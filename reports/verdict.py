@@ -11,6 +11,8 @@ from typing import Any
 from reports.likeness import Copy
 from utils.wording import counted
 
+HELD_OUT = "is held out: it is not trained on, and the choice of the checkpoint depends on it"
+"""The reason in the report for an image that was sent for training and is held out."""
 LEAST_FALL = 0.01
 """Part of the base model's own loss. A smaller fall is called slight."""
 RISE = 0.005

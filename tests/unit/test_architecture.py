@@ -244,6 +244,20 @@ def test_the_environment_is_read_only_in_config() -> None:
     assert readers <= {"config.py"}
 
 
+def test_the_beginning_of_an_s3_key_is_written_only_in_the_layout() -> None:
+    beginnings = ("jobs/", "models/", "checkpoints/", "staging/", "archive/", "training/")
+    found = {
+        f"{path}:{node.lineno}: {node.value[:40]}"
+        for path in product_files()
+        if str(path) != "jobs/layout.py"
+        for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.startswith(beginnings)
+    }
+    assert not found
+
+
 # ---- proofs by running ---------------------------------------------------------------------------
 
 

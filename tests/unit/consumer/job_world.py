@@ -28,6 +28,7 @@ from consumer.pipeline import Pipeline
 from consumer.publishing.model_publisher import Published
 from jobs.addresses import S3Location
 from jobs.hold import decode
+from jobs.kinds import Kinds
 from jobs.record import JobRecord
 from jobs.style import TrainingRun
 from services.broker.settlement import Delivery, Publication, Queue
@@ -257,8 +258,8 @@ class World:
         """Another worker on the same storage."""
         return World(self.root.parent / name, self.s3, **settings)
 
-    def sweeper(self) -> Sweeper:
-        """The worker's sweep, which reaches its broker."""
+    def sweeper(self, kinds: Kinds | None = None) -> Sweeper:
+        """The worker's sweep, which reaches its broker; of these kinds, else of its own."""
         s3 = self.s3
         sweep = RecordSweep(
             s3,
@@ -266,11 +267,10 @@ class World:
             lease_seconds=self.settings.limits.lease_ttl_seconds,
             clear_up=functools.partial(clear_up, s3, STATE),
         )
-        kinds = self.settings.kinds()
         return Sweeper(
             sweep,
             self.broker.publish,
-            kinds,
+            kinds or self.settings.kinds(),
             s3,
             STATE,
             every_seconds=self.settings.limits.lease_ttl_seconds,

@@ -118,8 +118,8 @@ def test_a_job_with_more_bytes_than_the_limit_fails_and_both_sizes_are_named(
     with pytest.raises(JobTooLarge) as caught:
         measure(validation=1, max_job_bytes=3 * MIB)
     sentence = str(caught.value)
-    assert "3.5 MiB in all" in sentence and "3 MiB are allowed" in sentence
-    assert "fewer or smaller images" in sentence
+    assert "3.5 MiB in all" in sentence and "MAX_JOB_BYTES allows 3 MiB" in sentence
+    assert "fewer or smaller files" in sentence
 
 
 def test_the_default_limit_takes_the_largest_job_that_the_other_limits_allow() -> None:

@@ -314,7 +314,8 @@ def test_a_damaged_checkpoint_fails_the_run_without_a_stack_trace_or_a_path(
     ending = child.ending()
     assert isinstance(ending, Failed) and ending.error == "CheckpointUnusable"
     assert ending.message == (
-        "The checkpoint no-such-checkpoint has no manifest.json: it was never finished."
+        "The checkpoint no-such-checkpoint has no manifest.json: it was never finished. A worker "
+        "continues without it; delete its folder before `train --resume`."
     )
     log = child.log.read_text()
     assert "run_not_possible" in log and "FileNotFoundError" in log
