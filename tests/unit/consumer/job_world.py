@@ -259,7 +259,7 @@ class World:
         return World(self.root.parent / name, self.s3, **settings)
 
     def sweeper(self, kinds: Kinds | None = None) -> Sweeper:
-        """The worker's sweep, which reaches its broker; of these kinds, else of its own."""
+        """The worker's sweep, which reaches its broker; of its kinds unless others are given."""
         s3 = self.s3
         sweep = RecordSweep(
             s3,
