@@ -37,7 +37,7 @@ from utils.settings.groups import (
     TrainerSettings,
     WebhookSettings,
 )
-from utils.settings.parameters import KindSettings
+from utils.settings.parameters import DataclassSettings
 from utils.settings.storage import StorageSettings
 from utils.settings.surroundings import ROOT, confinement, trainer_environment
 from utils.settings.values import Group
@@ -53,7 +53,7 @@ _Loaded = TypeVar("_Loaded", bound="LocalSettings")
 # ---- the settings of the kinds -------------------------------------------------------------------
 
 
-def settings_of_kinds(section: str) -> dict[str, KindSettings]:
+def settings_of_kinds(section: str) -> dict[str, DataclassSettings]:
     """The settings of each registered kind that has any.
 
     Args:
@@ -65,8 +65,8 @@ def settings_of_kinds(section: str) -> dict[str, KindSettings]:
 
 
 @functools.cache
-def _kind_settings(dataclass: type[Any]) -> KindSettings:
-    return KindSettings(dataclass)
+def _kind_settings(dataclass: type[Any]) -> DataclassSettings:
+    return DataclassSettings(dataclass)
 
 
 def _of_kinds(section: str) -> Any:
@@ -84,7 +84,10 @@ def _of_kinds(section: str) -> Any:
 
 def _known_kinds(kinds: tuple[str, ...]) -> tuple[str, ...]:
     if unknown := [kind for kind in kinds if kind not in REGISTRY]:
-        raise ValueError(f"unknown kind {', '.join(unknown)}. Known kinds: {', '.join(REGISTRY)}")
+        raise ValueError(
+            f"unknown kind {', '.join(unknown)}. Known kinds: {', '.join(REGISTRY)}. Correct or "
+            "remove the name; a newer kind needs a newer version of this server"
+        )
     return tuple(dict.fromkeys(kinds))
 
 
@@ -145,6 +148,7 @@ class LocalSettings(Group):
             hf_home=trainer.hf_home,
             cuda_visible_devices=trainer.cuda_visible_devices,
             threads=trainer.omp_num_threads,
+            deterministic=trainer.deterministic,
         )
 
     def trainer_confinement(self, *folders: Path) -> Confinement:

@@ -64,7 +64,7 @@ def main(
         cases = _cases(on_gpu, batch_sizes, quick)
         bench = _Bench(Path(place), on_gpu, max(case.images for case in cases), steps, repeats)
         gc.freeze()  # as in the trainer's process, for both loops
-        results = _with_lost_seconds([bench.measure(case) for case in cases])
+        results = with_lost_seconds([bench.measure(case) for case in cases])
         document = bench.facts | {"results": results, "peers": bench.ask(peers, results)}
     output.mkdir(parents=True, exist_ok=True)
     (output / "benchmarks.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
@@ -109,7 +109,7 @@ class _Bench:
         self._place, self._steps, self._repeats = place, steps, repeats
         self.model = sd15.build(place / "model", 1 if on_gpu else sd15.NARROW)
         side = FULL_SIDE if on_gpu else NARROW_SIDE
-        self._images = images.paint(place / "pictures", most)
+        self._images = images.paint(place / "images", most)
         began = time.monotonic()
         self._base = BaseModel.load(
             TrainerOptions(str(self.model), gradient_checkpointing="false", allow_cpu=True)
@@ -204,13 +204,13 @@ def _compared(case: Case, pairs: list[tuple[loops.Leg, loops.Leg]]) -> dict[str,
     return found
 
 
-def _with_lost_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_lost_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The time of an epoch besides its steps: by two rows that differ only in their images."""
     alike: dict[tuple[int, bool], list[dict[str, Any]]] = {}
     for row in rows:
         alike.setdefault((row["batch_size"], row["checkpointing"]), []).append(row)
     for few, many in (pair for pair in alike.values() if len(pair) == 2):
-        steps = [-(-row["pictures"] // row["batch_size"]) for row in (few, many)]
+        steps = [-(-row["images"] // row["batch_size"]) for row in (few, many)]
         spent = [n * row["ours"]["step_seconds"] for n, row in zip(steps, (few, many), strict=True)]
         slope = (spent[1] - spent[0]) / (steps[1] - steps[0])
         few["epoch_seconds_lost"] = many["epoch_seconds_lost"] = spent[0] - steps[0] * slope

@@ -74,7 +74,7 @@ def publish(
     return DONE
 
 
-def _wait(server: Server, placed: order.Order, as_json: bool) -> int:
+def _wait(server: Server, placed: order.PlacedOrder, as_json: bool) -> int:
     if not as_json:
         screen.say(f"published {placed.task_id}; Ctrl-C ends the waiting, not the job")
     try:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Refusal:
+class ChannelClose:
     """AMQP's code and the broker's text for a channel that it closed."""
 
     code: int
@@ -63,7 +63,7 @@ class BrokerVisit:
             with contextlib.suppress(BrokerError), translated(self._settings, "closing"):
                 self._connection.close()
 
-    def attempt(self, doing: str, act: Callable[[Any], T]) -> T | Refusal:
+    def attempt(self, doing: str, act: Callable[[Any], T]) -> T | ChannelClose:
         """Use a new channel.
 
         Args:
@@ -79,7 +79,7 @@ class BrokerVisit:
         results: list[T] = []
         with translated(self._settings, doing):
             refusal = refusal_of(self._connection, lambda channel: results.append(act(channel)))
-        return Refusal(*refusal) if refusal else results[0]
+        return ChannelClose(*refusal) if refusal else results[0]
 
     def count(self, queue: str) -> Any:
         """The broker's answer about an existing queue, with its counts, or its refusal."""
@@ -95,11 +95,11 @@ class BrokerVisit:
         """
         name = declaration(self._settings.training_queue, queue).name
         answer = self.count(name)
-        if isinstance(answer, Refusal) and answer.code == NOT_FOUND:
+        if isinstance(answer, ChannelClose) and answer.code == NOT_FOUND:
             answer = self.attempt(
                 f"declaring {name}", lambda channel: channel.queue_declare(name, durable=True)
             )
-        if isinstance(answer, Refusal):
+        if isinstance(answer, ChannelClose):
             raise BrokerRefused(f"RabbitMQ refuses to declare the queue {name}: {answer.text}")
 
 
@@ -123,7 +123,7 @@ def publish(settings: BrokerSettings, publication: Publication) -> None:
     with BrokerVisit(settings) as visit:
         visit.ensure(publication.queue)
         answer = visit.attempt("publishing", act)
-    if isinstance(answer, Refusal):
+    if isinstance(answer, ChannelClose):
         raise BrokerError(f"RabbitMQ did not accept the message: {answer.text}")
 
 

@@ -332,7 +332,10 @@ def cancel(
         from cli import actions
 
         if style is None and (newest or everything):
-            raise ConfigurationError("--newest and --all go with --style N.")
+            raise ConfigurationError(
+                "--newest and --all choose among the jobs of a style. Add --style N, or leave the "
+                "option out."
+            )
         if newest and everything:
             raise ConfigurationError("Use --newest or --all, not both.")
         meant = None if style is None else actions.Style(style, newest, everything)

@@ -70,7 +70,9 @@ def read_folder(folder: Path, *, ignored: Collection[str] = ()) -> ImageFolder:
         ConfigurationError: The folder is missing, holds no images, or too many files.
     """
     if not folder.is_dir():
-        raise ConfigurationError(f"{printable(str(folder))} is not a folder")
+        raise ConfigurationError(
+            f"{printable(str(folder))} is not a folder. Name an existing folder of images."
+        )
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     files = [path for path in entries if path.is_file() and path.name not in ignored]
     images = [path for path in files if path.suffix.lower() not in _NO_IMAGES]
@@ -80,7 +82,8 @@ def read_folder(folder: Path, *, ignored: Collection[str] = ()) -> ImageFolder:
         raise ConfigurationError(" ".join(filter(None, (f"{shown} holds no images.", layout))))
     if len(images) > MAX_IMAGES:
         raise ConfigurationError(
-            f"{shown} holds {len(images)} files; at most {MAX_IMAGES} images can be trained " "on"
+            f"{shown} holds {len(images)} files that may be images; at most {MAX_IMAGES} can be "
+            "trained on. Move the others out of the folder."
         )
     captions = _Captions(path for path in files if path.suffix.lower() in SUFFIXES)
     listed, problems = _listed(folder / METADATA)

@@ -306,6 +306,6 @@ def _look_for_base_model(name: str) -> None:
 
 
 def _newest_checkpoint(work: Path) -> str | None:
-    complete = [manifest.parent for manifest in work.glob(f"checkpoints/*/{_MANIFEST}")]
+    complete = [manifest.parent for manifest in (work / "checkpoints").glob(f"*/{_MANIFEST}")]
     newest = max(complete, key=lambda folder: order(folder.name), default=None)
     return str(newest) if newest else None

@@ -16,7 +16,7 @@ import config
 from cli.program import EXIT_FAILED, EXIT_INTERRUPTED, console, on_stop_signals
 from cli.train import folder_run, train_folder
 from consumer.life.stop_signal import StopSignal
-from jobs.layout import STYLE
+from jobs.layout import HTML_REPORT, LOSS_CURVE, SAMPLES, STYLE, WEIGHTS
 from jobs.style import HyperParameters
 from utils import logger
 from utils.errors import ConfigurationError, StopReason
@@ -166,10 +166,10 @@ def _print_results(output: Path, finished: Finished) -> None:
         f"Trained {finished.facts.get('epoch', 0)} epochs in {finished.seconds:.0f} s{loss}."
     )
     for label, name in (
-        ("model", "lora_weights.safetensors"),
-        ("report", "training_report.html"),
-        ("samples", "samples.png"),
-        ("loss", "loss_curve.png"),
+        ("model", WEIGHTS),
+        ("report", HTML_REPORT),
+        ("samples", SAMPLES),
+        ("loss", LOSS_CURVE),
     ):
         if name in finished.files:
             console.print(f"  {label:9}{output / name}", highlight=False, soft_wrap=True)

@@ -114,8 +114,8 @@ def read_address(address: str, rules: AddressRules) -> tuple[str, S3Location]:
         raise BrokenAddress("names no valid bucket")
     if location.bucket not in rules.allowed:
         raise ValueError(
-            f"is in the bucket {location.bucket!r}, which this worker may not read "
-            "(see IMAGE_BUCKETS)"
+            f"is in the bucket {location.bucket!r}, which this worker may not read. Use a bucket "
+            "of IMAGE_BUCKETS, or add this one to that setting"
         )
     _check_key(location.key)
     return shown, location
@@ -178,7 +178,7 @@ def _from_url(address: str, endpoint: str | None) -> tuple[str, S3Location]:
     except ValueError as error:
         raise BrokenAddress("is not a well-formed address") from error
     if parts.username is not None or parts.password is not None:
-        raise ValueError("carries a user name or password")
+        raise ValueError("carries a user name or password. Remove it from the address")
     # `hostname` is lower case, as buckets are.
     bucket, base = _bucket_in_host(parts, port, endpoint)
     if not parts.path.startswith(f"{base}/"):

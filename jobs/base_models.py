@@ -37,6 +37,9 @@ _OTHER_FAMILIES: Mapping[str, str] = {
 }
 """Beginning of a pipeline's class name -> family; the longer beginning first."""
 
+_WIDTH_OF_SD2 = 1024
+"""Numbers of a token that the cross-attention of Stable Diffusion 2 reads; 1.5 reads 768."""
+
 Configuration = Mapping[str, Any]
 
 
@@ -120,10 +123,6 @@ def labels(unet: Configuration, scheduler: Configuration) -> dict[str, str]:
     if scheduler.get("rescale_betas_zero_snr"):
         entries["ss_zero_terminal_snr"] = "True"
     return entries
-
-
-_WIDTH_OF_SD2 = 1024
-"""Numbers of a token that the cross-attention of Stable Diffusion 2 reads; 1.5 reads 768."""
 
 
 def _unlike_sd15(found: Mapping[str, Configuration]) -> str | None:

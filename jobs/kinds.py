@@ -22,7 +22,7 @@ REGISTRY = {
     "style": "jobs.style:StyleKind",
     "llm": "jobs.llm:LlmKind",
 }
-"""Every kind, by its name: `module:class`. The first one takes messages without a type."""
+"""Every kind, by its name: `module:class`. A message without a type is of the first of `KINDS`."""
 
 
 class Spec(Protocol):

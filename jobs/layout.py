@@ -1,8 +1,11 @@
 """Every S3 key and every published file name.
 
+    images' bucket training/{style_id}/{task_id}/             images that `main.py publish` uploads
     state bucket   jobs/{task_id}.json, .cancel, .pause, .settled   the record and its marks
+                   jobs/invalid/{id}.json                     the record of an invalid message
                    orders/{task_id}.json                      an order that the API accepted
                    jobs/live/{task_id}                        index of the unsettled records
+                   jobs/inventory                             the last inventory of all records
                    jobs/{place}.turn                          the publisher of a folder
                    checkpoints/{place}/{task_id}/             checkpoints and curves
                    staging/{task_id}/{claim}/                 a model that is about to be published
@@ -32,12 +35,13 @@ PAUSE_SUFFIX = ".pause"
 ORDERS = "orders/"
 """Orders that the API server has accepted, from which it restores jobs that its database lost."""
 INVALID_PREFIX = "invalid/"
+UPLOADS = "training/"
 MODELS = "models/"
 CHECKPOINTS = "checkpoints/"
 STAGING = "staging/"
 ARCHIVE = "archive/"
 
-# Files of a style's model and of its checkpoints. Published names are part of the protocol.
+# Files of a style's model. Published names are part of the protocol.
 WEIGHTS = "lora_weights.safetensors"
 KOHYA_WEIGHTS = "lora_weights_kohya.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -53,6 +57,8 @@ STYLE_FILES = (
 """All files of a published style, in the order of their upload. The last one is the signal that the
 others are in place."""
 CHECKPOINT_WEIGHTS = "lora.safetensors"
+"""The trained weights in a checkpoint of any kind (see `training.runtime.checkpoint`). An old
+checkpoint, and one of a completed job, keeps only this file."""
 CURVES = "tensorboard"
 """Folder of the event files, in a run's work folder and among its checkpoints."""
 
@@ -90,6 +96,11 @@ def settled_mark_at(bucket: str, task_id: str) -> S3Location:
 def staging_of(task_id: str, claim: int | None = None) -> str:
     """Key prefix of the staged files of a job, or of one claim on it."""
     return f"{STAGING}{task_id}/" + ("" if claim is None else f"{claim}/")
+
+
+def uploads_of(subject: str, task_id: str) -> str:
+    """Key prefix of the inputs that a command uploads for a job."""
+    return f"{UPLOADS}{subject}/{task_id}/"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ class State(enum.StrEnum):
     ENDED = "ended"
 
 
-class Delivery(enum.StrEnum):
+class DeliveryState(enum.StrEnum):
     """Whether the backend has accepted the ending."""
 
     NONE = "none"
@@ -68,7 +68,7 @@ class Delivery(enum.StrEnum):
     SET_ASIDE = "set_aside"
 
 
-_FINAL = (Delivery.DELIVERED, Delivery.SET_ASIDE)
+_FINAL = (DeliveryState.DELIVERED, DeliveryState.SET_ASIDE)
 
 
 class EndingKind(enum.StrEnum):
@@ -79,7 +79,7 @@ class EndingKind(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Checkpoint:
+class StoredCheckpoint:
     """A checkpoint that is complete on S3.
 
     Attributes:
@@ -227,9 +227,9 @@ class JobRecord(HeldRecord):
     attempts: int = 0
     fruitful: bool = False
     furthest_step: int = 0
-    checkpoints: tuple[Checkpoint, ...] = ()
+    checkpoints: tuple[StoredCheckpoint, ...] = ()
     ending: Ending | None = None
-    delivery: Delivery = Delivery.NONE
+    delivery: DeliveryState = DeliveryState.NONE
     delivery_detail: str | None = None
     last_error: LastError | None = None
     sweeps: int = 0
@@ -295,7 +295,7 @@ class JobRecord(HeldRecord):
         return self.hold.claim
 
     @property
-    def checkpoint(self) -> Checkpoint | None:
+    def checkpoint(self) -> StoredCheckpoint | None:
         """The newest checkpoint."""
         return self.checkpoints[-1] if self.checkpoints else None
 
@@ -347,7 +347,7 @@ class JobRecord(HeldRecord):
             seconds_left=0.0,
         )
 
-    def with_checkpoint(self, checkpoint: Checkpoint) -> JobRecord:
+    def with_checkpoint(self, checkpoint: StoredCheckpoint) -> JobRecord:
         """The record with a further checkpoint, which is complete on S3.
 
         Checkpoints at or beyond its step are removed: training went back before them because the
@@ -378,13 +378,13 @@ class JobRecord(HeldRecord):
             self,
             state=State.ENDED,
             ending=ending,
-            delivery=Delivery.PENDING,
+            delivery=DeliveryState.PENDING,
             ended_at=ending.at,
             owed=owed,
         )
 
     def settled(
-        self, delivery: Delivery, detail: str | None = None, owed: OwedCopy | None = None
+        self, delivery: DeliveryState, detail: str | None = None, owed: OwedCopy | None = None
     ) -> JobRecord:
         """The record after its ending was delivered, or set aside because the backend refuses it.
 
@@ -437,7 +437,7 @@ class JobRecord(HeldRecord):
             attempts=0,
             fruitful=False,
             ending=None,
-            delivery=Delivery.NONE,
+            delivery=DeliveryState.NONE,
             delivery_detail=None,
             last_error=LastError(ending.code or "", reason, claim=self.claim, at=ending.at),
             sweeps=0,
@@ -457,12 +457,12 @@ class JobRecord(HeldRecord):
         Raises:
             ValueError: It was not set aside.
         """
-        if self.delivery is not Delivery.SET_ASIDE:
+        if self.delivery is not DeliveryState.SET_ASIDE:
             raise ValueError(f"an ending that is {self.delivery} cannot be sent again")
         return dataclasses.replace(
             self,
             hold=self.hold.dropped(),
-            delivery=Delivery.PENDING,
+            delivery=DeliveryState.PENDING,
             delivery_detail=None,
             owed=None,
             sweeps=0,

@@ -107,14 +107,14 @@ def rendered(report: Mapping[str, Any], images: ReportImages) -> str:
 
 def _content(report: Mapping[str, Any], images: ReportImages) -> dict[str, Any]:
     """Everything that the template shows."""
-    used = [
+    trained = [
         (shown_name(entry["source"]), content)
         for entry, content in zip(report["pictures"], images.training, strict=True)
-        if content and entry["status"] != "left_out"
+        if content and _is_trained_on(entry)
     ]
     style = report["style_id"]
     cards = _cards(report["pictures"], images.training)
-    shown = [each for each in cards if each["thumbnail"] and each["status"] != "left_out"]
+    shown = [each for each in cards if each["thumbnail"] and _is_trained_on(each)]
     return {
         "machine_warnings": (),
         "files": {},
@@ -122,7 +122,7 @@ def _content(report: Mapping[str, Any], images: ReportImages) -> dict[str, Any]:
         **report,
         "title": f"Style {style}" if style else "Training report",
         "finished": _day(report.get("finished_at")),
-        "verdict": verdict.of_style(report, copies(images.before, images.after, dict(used))),
+        "verdict": verdict.of_style(report, copies(images.before, images.after, trained)),
         "strip": shown[:IN_THE_STRIP],
         "pairs": _pairs(images),
         "prompt": _prompt(report, images.prompts),
@@ -132,6 +132,10 @@ def _content(report: Mapping[str, Any], images: ReportImages) -> dict[str, Any]:
         "charts": _charts(report),
         "rows": _rows(images),
     }
+
+
+def _is_trained_on(entry: Mapping[str, Any]) -> bool:
+    return entry["status"] != "left_out" and verdict.HELD_OUT not in entry["reasons"]
 
 
 def _cards(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,16 +39,16 @@ class Copy:
 
 
 def copies(
-    before: Sequence[bytes], after: Sequence[bytes], images: Mapping[str, bytes]
+    before: Sequence[bytes], after: Sequence[bytes], images: Sequence[tuple[str, bytes]]
 ) -> list[Copy | None]:
     """The image that each sample repeats, or None.
 
     Args:
         before: The base model's samples, as image files.
         after: Those with the LoRA, of the same prompts and seeds.
-        images: The training images, as image files by name.
+        images: The training images: the name, which several may have, and the image file.
     """
-    known = {name: pattern(content) for name, content in images.items()}
+    known = [(name, pattern(content)) for name, content in images]
     return [_copy(one, other, known) for one, other in zip(before, after, strict=True)]
 
 
@@ -69,10 +69,10 @@ def pattern(content: bytes) -> NDArray[np.float64]:
     return values / length if length > SIDE else np.zeros_like(values)
 
 
-def _copy(before: bytes, after: bytes, known: Mapping[str, NDArray[np.float64]]) -> Copy | None:
+def _copy(
+    before: bytes, after: bytes, known: Sequence[tuple[str, NDArray[np.float64]]]
+) -> Copy | None:
     one, other = pattern(before), pattern(after)
-    found = [Copy(name, float(other @ each), float(one @ each)) for name, each in known.items()]
-    nearest = max(found, key=lambda copy: copy.likeness, default=None)
-    if nearest is None or nearest.likeness < COPY:
-        return None
-    return nearest if nearest.likeness - nearest.before >= LEAST_GAIN else None
+    found = [Copy(name, float(other @ each), float(one @ each)) for name, each in known]
+    alike = [copy for copy in found if copy.likeness >= max(COPY, copy.before + LEAST_GAIN)]
+    return max(alike, key=lambda copy: copy.likeness, default=None)

@@ -11,6 +11,8 @@ from typing import Any
 from reports.likeness import Copy
 from utils.wording import counted
 
+HELD_OUT = "is held out: it is not trained on, and the choice of the checkpoint depends on it"
+"""The reason in the report for an image that was sent for training and is held out."""
 LEAST_FALL = 0.01
 """Part of the base model's own loss. A smaller fall is called slight."""
 RISE = 0.005
@@ -52,7 +54,7 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Verdict:
+class TrainingVerdict:
     """The first screen of a report.
 
     Attributes:
@@ -75,7 +77,7 @@ class Verdict:
         return _HEADLINES[self.level]
 
 
-def of_style(report: Mapping[str, Any], copies: Sequence[Copy | None]) -> Verdict:
+def of_style(report: Mapping[str, Any], copies: Sequence[Copy | None]) -> TrainingVerdict:
     """The verdict on the training of a style.
 
     Args:
@@ -86,7 +88,7 @@ def of_style(report: Mapping[str, Any], copies: Sequence[Copy | None]) -> Verdic
     points = [_learnt(report), _copied(report), *_copied_samples(copies), *_images(report)]
     machine = set(report.get("machine_warnings", ()))
     notes = tuple(each for each in report["warnings"] if each not in machine)
-    return Verdict(tuple(point for point in points if point), notes)
+    return TrainingVerdict(tuple(point for point in points if point), notes)
 
 
 def _learnt(report: Mapping[str, Any]) -> Point:

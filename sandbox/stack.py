@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     stopped = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, stopped)
     token = secrets.token_hex(24)
-    images = folder / "pictures"
+    images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     for photograph in photographs():
         (images / photograph.name).write_bytes(photograph.content)

@@ -1,4 +1,4 @@
-"""Checks the English of comments, docstrings, error texts, help texts, Markdown and test names.
+"""Checks the English of comments, docstrings, error texts, help texts, Markdown and names.
 
     python -m tools.prose                 # exit code 1 if a room has more findings than its limit
     python -m tools.prose cli tests/unit/cli   # list every finding below these paths
@@ -35,6 +35,13 @@ LEFT_OUT = (
 )
 COMMENTED = {".sh", ".yaml", ".yml", ".toml", ".conf", ".ini", ".example", ""}
 
+PICTURE = "picture"
+# Names with this word that are part of the wire, of a file's format or of a log event.
+FIXED_NAMES = frozenset(
+    {"pictures", "pictures_asked", "pictures_held_out", "pictures_left_out", "pictures_used"}
+    | {"validation_pictures", "picture_left_out", "pictures_fetched"}
+)
+
 # Findings that are printed for a room above its limit.
 SHOWN = 20
 RELATIVE = "sentence opens with a free relative"
@@ -60,7 +67,7 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
         "write `its own …` or `a separate …`",
     ),
     "to be had": (r"(?:is|are|be|was) to be had|(?:not )?to be had", "write `available`"),
-    "picture": (r"pictures?", "write `image`"),
+    PICTURE: (r"pictures?", "write `image`"),
 }
 _WORDS = re.compile(
     "|".join(
@@ -128,6 +135,7 @@ def texts(path: str, source: str) -> Iterator[tuple[int, str]]:
         case ".py":
             yield from _comments(source)
             yield from _strings(source, only_docstrings=path.startswith("tests/"))
+            yield from _names(source, strings=not path.startswith("tests/"))
         case ".md":
             yield from _markdown(source)
         case suffix if suffix in COMMENTED:
@@ -173,6 +181,23 @@ def _strings(source: str, *, only_docstrings: bool) -> Iterator[tuple[int, str]]
                 words = len(re.findall(r"[A-Za-z]{2,}", text))
                 if id(node) in docstrings or (not only_docstrings and words > 2 and " " in text):
                     yield node.lineno, text
+
+
+def _names(source: str, *, strings: bool) -> Iterator[tuple[int, str]]:
+    """Names in code that contain `picture`, as words; with `strings` also names in strings."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                if name.startswith("test_"):
+                    continue  # read as a sentence
+            case ast.ClassDef(name=name) | ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()):
+                pass
+            case ast.Constant(value=str() as name) if strings and name.isidentifier():
+                pass
+            case _:
+                continue
+        if PICTURE in name.lower() and name not in FIXED_NAMES:
+            yield node.lineno, re.sub(r"_|(?<=[a-z])(?=[A-Z])", " ", name)
 
 
 def _markdown(source: str) -> Iterator[tuple[int, str]]:

@@ -101,7 +101,7 @@ def confine(confinement: Confinement) -> None:
         OSError: Landlock is there and refuses. The rest is in place.
     """
     _drop_capabilities()
-    _check(_libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    _check(_libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     version = landlock_version()
     if version < LEAST_ABI:
         return
@@ -111,8 +111,9 @@ def confine(confinement: Confinement) -> None:
             _allow_path(ruleset, path, _READ_FILE if readable_only else _files(version))
         if version >= _PORTS_ABI:
             for port in sorted(set(confinement.ports)):
-                _check(_add_rule(ruleset, _PORT_RULE, struct.pack("=QQ", _CONNECT, port)))
-        _check(_libc().syscall(_RESTRICT_SELF, ruleset, 0))
+                rule = struct.pack("=QQ", _CONNECT, port)
+                _check(_add_rule(ruleset, _PORT_RULE, rule), "landlock_add_rule")
+        _check(_libc().syscall(_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
     finally:
         os.close(ruleset)
 
@@ -167,7 +168,8 @@ def _ruleset(version: int) -> int:
         attributes += struct.pack("=Q", _BIND | _CONNECT)
     if version >= _SCOPE_ABI:
         attributes += struct.pack("=Q", _ABSTRACT_SOCKETS | _SIGNALS)
-    return _check(_libc().syscall(_CREATE_RULESET, attributes, len(attributes), 0))
+    made = _libc().syscall(_CREATE_RULESET, attributes, len(attributes), 0)
+    return _check(made, "landlock_create_ruleset")
 
 
 def _allow_path(ruleset: int, path: str, rights: int) -> None:
@@ -207,9 +209,13 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _check(result: int) -> int:
+def _check(result: int, call: str) -> int:
     if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        reason = os.strerror(ctypes.get_errno())
+        raise OSError(
+            ctypes.get_errno(),
+            f"{call} failed: {reason}. Allow this call in the seccomp profile of the container",
+        )
     return result
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from utils.errors import CheckpointUnusable
 
 MANIFEST = "manifest.json"
+_REMEDY = "A worker continues without it; delete its folder before `train --resume`."
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
@@ -70,11 +71,12 @@ def verify(folder: Path) -> dict[str, Any]:
         }
     except FileNotFoundError as error:
         raise CheckpointUnusable(
-            f"The checkpoint {folder.name} has no {MANIFEST}: it was never finished."
+            f"The checkpoint {folder.name} has no {MANIFEST}: it was never finished. " f"{_REMEDY}"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointUnusable(
-            f"The checkpoint {folder.name} has a damaged {MANIFEST}."
+            f"The checkpoint {folder.name} has a damaged {MANIFEST}: it is not JSON that lists the "
+            f"files with size and sha256. {_REMEDY}"
         ) from error
     for name, (size, sha256) in listing.items():
         _verify_file(folder, name, size, sha256)
@@ -84,14 +86,16 @@ def verify(folder: Path) -> dict[str, Any]:
 def _verify_file(folder: Path, name: str, size: int, sha256: str) -> None:
     where = f"The checkpoint {folder.name} cannot be used: {name}"
     if Path(name).name != name:
-        raise CheckpointUnusable(f"{where} is not a plain file name.")
+        raise CheckpointUnusable(f"{where} is not a plain file name. {_REMEDY}")
     if not (folder / name).is_file():
-        raise CheckpointUnusable(f"{where} is missing.")
+        raise CheckpointUnusable(f"{where} is missing. {_REMEDY}")
     if (found := (folder / name).stat().st_size) != size:
-        raise CheckpointUnusable(f"{where} has {found} bytes instead of {size}.")
+        raise CheckpointUnusable(f"{where} has {found} bytes instead of {size}. {_REMEDY}")
     with (folder / name).open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise CheckpointUnusable(f"{where} was altered: its SHA-256 is not the manifest's.")
+            raise CheckpointUnusable(
+                f"{where} was altered: its SHA-256 is not the manifest's. {_REMEDY}"
+            )
 
 
 def _write_synced(path: Path, content: bytes) -> None:

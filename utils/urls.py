@@ -76,8 +76,11 @@ def _host(name: str) -> str:
         return f"[{ipaddress.IPv6Address(name)}]"
     try:
         ascii_name = name.encode("idna").decode("ascii").lower()
-    except UnicodeError as error:
-        raise ValueError("has a host name that cannot exist") from error
+    except UnicodeError:
+        ascii_name = ""  # a label is empty or too long
     if not _HOST.fullmatch(ascii_name):
-        raise ValueError("has a host name that cannot exist")
+        raise ValueError(
+            f"has an invalid host name, {name[:100]!r}: use letters, digits, hyphens and single "
+            "dots, as in api.example.com"
+        )
     return ascii_name

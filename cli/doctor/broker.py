@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cli.broker import NOT_FOUND, BrokerVisit, Refusal
+from cli.broker import NOT_FOUND, BrokerVisit, ChannelClose
 from cli.doctor.broker_limits import advice
 from cli.doctor.findings import Finding, Verdict, fail, ok, warn
 from jobs.layout import STYLE
@@ -108,22 +108,22 @@ def _queues(
     name, dead = settings.training_queue, name_of(settings.training_queue, Queue.DEAD)
     found = visit.count(name)
     trial = _declare(visit, name, TYPE_TRIAL)
-    is_there = not isinstance(found, Refusal)
-    queue_type = queue_type_of(trial.text) if is_there and isinstance(trial, Refusal) else None
+    is_there = not isinstance(found, ChannelClose)
+    queue_type = queue_type_of(trial.text) if is_there and isinstance(trial, ChannelClose) else None
     check = f"queue {name}"
     yield _training_queue(visit, name, found, queue_type) if is_there else _no_queue(check, found)
     training = [Queue.of_kind(kind) for kind in kinds]
     yield _own_queues(settings, training, limits.retry_delays_seconds, visit, queue_type)
     yield _permissions(settings, visit, exists=is_there)
     of_the_dead = visit.count(dead)
-    if not isinstance(of_the_dead, Refusal) and of_the_dead.method.message_count:
+    if not isinstance(of_the_dead, ChannelClose) and of_the_dead.method.message_count:
         detail = f"It holds {counted(of_the_dead.method.message_count, 'message')}."
         remedy = "`main.py redrive` shows the reasons and sends back what should be tried again."
         yield warn(f"queue {dead}", detail, remedy)
     yield advice(settings, limits.max_job_seconds, visit.product, visit.version, queue_type)
 
 
-def _no_queue(check: str, refusal: Refusal) -> Finding:
+def _no_queue(check: str, refusal: ChannelClose) -> Finding:
     if refusal.code == NOT_FOUND:
         return ok(check, "It is not there yet. The worker declares it as the backend does.")
     if refusal.code == LOCKED:
@@ -169,7 +169,7 @@ def _declare(visit: BrokerVisit, name: str, arguments: dict[str, Any]) -> Any:
 
 def _difference(trial: Any) -> str | None:
     """The argument in which an existing queue differs from a declaration."""
-    if isinstance(trial, Refusal) and trial.code == PRECONDITION:
+    if isinstance(trial, ChannelClose) and trial.code == PRECONDITION:
         argument = different_argument(trial.text)
         return argument if argument not in IMPOSSIBLE else None
     return None
@@ -194,7 +194,7 @@ def _own_queues(
         answers = []
         for arguments in queue.variants(queue_type) if queue.ours else ({},):
             answer = _declare(visit, queue.name, arguments | IMPOSSIBLE)
-            if isinstance(answer, Refusal) and answer.code == FORBIDDEN:
+            if isinstance(answer, ChannelClose) and answer.code == FORBIDDEN:
                 return fail(check, answer.text, *_permission_remedy(settings))
             answers.append(answer)
             if not _difference(answer):
@@ -225,12 +225,12 @@ def _permissions(settings: BrokerSettings, visit: BrokerVisit, *, exists: bool) 
         )
 
     answer = visit.attempt("trying to publish", publish)
-    if isinstance(answer, Refusal) and answer.code != NO_ROUTE:
+    if isinstance(answer, ChannelClose) and answer.code != NO_ROUTE:
         return fail(check, answer.text, *_permission_remedy(settings))
     if not exists:
         return ok(check, "may publish; taking messages can be tested once the queue exists")
     answer = visit.attempt("trying to take messages", subscribe)
-    if isinstance(answer, Refusal) and answer.code == FORBIDDEN:
+    if isinstance(answer, ChannelClose) and answer.code == FORBIDDEN:
         return fail(check, answer.text, *_permission_remedy(settings))
     return ok(check, "may publish and take messages")
 

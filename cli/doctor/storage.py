@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from cli.doctor.findings import Finding, clock, fail, now, ok, warn
 from cli.doctor.storage_rights import PROBE, Right, Use, uses
 from jobs.addresses import S3Location
+from jobs.layout import MODELS, RECORDS
 from services.records.condition_probe import probe
 from services.s3.s3_service import S3Service, open_store
 from utils.errors import AccessDenied, ConfigurationError, ObjectNotFound, StorageError
@@ -50,9 +51,9 @@ def examine(settings: StorageSettings) -> Iterator[Finding]:
     state = (settings.state_store() != settings.main_store(), settings.state_bucket_name)
     models = (False, settings.model_bucket_name)
     if models in usable and models != state:
-        yield _conditions(settings, s3, models[1], "models/")
+        yield _conditions(settings, s3, models[1], MODELS)
     if state in usable:
-        yield _conditions(settings, state_s3, state[1], "jobs/")
+        yield _conditions(settings, state_s3, state[1], RECORDS)
         yield _privacy(settings, state_s3)
     yield from [visit.clock for visit in visits.values() if visit.clock][:1]
 
@@ -242,7 +243,7 @@ def _conditions(settings: StorageSettings, s3: S3Service, bucket: str, prefix: s
         return fail(check, str(error), _POLICY)
     if support.complete:
         return ok(check, "If-None-Match and If-Match are honoured.")
-    if prefix == "models/":
+    if prefix == MODELS:
         return warn(
             check,
             f"The store does not honour {support.missing}. Publishing relies on the style's turn "
@@ -268,8 +269,8 @@ def _privacy(settings: StorageSettings, s3: S3Service) -> Finding:
     """Test whether the public can read a job record, which holds a customer's message."""
     bucket = settings.state_bucket_name
     check = f"privacy of {bucket}"
-    location = S3Location(bucket, f"jobs/{PROBE}{uuid.uuid4()}")
-    listing = f"{bucket}?list-type=2&prefix=jobs/&max-keys=1"
+    location = S3Location(bucket, f"{RECORDS}{PROBE}{uuid.uuid4()}")
+    listing = f"{bucket}?list-type=2&prefix={RECORDS}&max-keys=1"
     try:
         s3.write(location, _BODY, "text/plain")
         try:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from typing import Any
 
+from jobs.layout import ARCHIVE, CHECKPOINTS, MODELS, RECORDS, STAGING
 from utils.settings.storage import StorageSettings
 
 PROBE = ".probe-"
@@ -36,10 +37,10 @@ class Use:
 
 _ALL = frozenset(Right)
 _STATE: dict[str, frozenset[Right]] = {
-    "jobs/": _ALL,
-    "checkpoints/": _ALL,
-    "staging/": frozenset({Right.WRITE, Right.DELETE}),
-    "archive/": frozenset({Right.READ, Right.WRITE}),
+    RECORDS: _ALL,
+    CHECKPOINTS: _ALL,
+    STAGING: frozenset({Right.WRITE, Right.DELETE}),
+    ARCHIVE: frozenset({Right.READ, Right.WRITE}),
 }
 
 
@@ -48,7 +49,7 @@ def uses(settings: StorageSettings) -> tuple[Use, ...]:
     images = [Use(bucket, "", frozenset({Right.READ})) for bucket in settings.image_buckets]
     apart = settings.state_store() != settings.main_store()
     state = [Use(settings.state_bucket_name, *item, of_state=apart) for item in _STATE.items()]
-    return (*images, Use(settings.model_bucket_name, "models/", _ALL), *state)
+    return (*images, Use(settings.model_bucket_name, MODELS, _ALL), *state)
 
 
 def least_policy(settings: StorageSettings) -> dict[str, Any]:

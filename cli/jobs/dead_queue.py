@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from cli.broker import NOT_FOUND, BrokerVisit, Refusal, publish_on
+from cli.broker import NOT_FOUND, BrokerVisit, ChannelClose, publish_on
 from services.broker.settlement import (
     BODY_BYTES,
     BODY_SHA256,
@@ -95,7 +95,7 @@ def go_through(settings: BrokerSettings, judge: Judge, *, limit: int) -> int:
 
     with BrokerVisit(settings) as visit:
         answer = visit.attempt(f"reading the queue {dead}", act)
-    if isinstance(answer, Refusal):
+    if isinstance(answer, ChannelClose):
         if answer.code == NOT_FOUND:
             return 0  # no worker has declared it yet
         raise BrokerError(f"RabbitMQ refuses to read the queue {dead}: {answer.text}")

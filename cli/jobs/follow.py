@@ -78,7 +78,7 @@ class JobBar:
             expand=True,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task("pictures", total=None, count="")
+        self._task = self._progress.add_task("images", total=None, count="")
         self._last: tuple[str, int] | None = None
 
     def __enter__(self) -> Self:

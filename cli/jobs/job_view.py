@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from jobs.layout import INVALID_PREFIX
-from jobs.record import Delivery, JobRecord, State
+from jobs.record import DeliveryState, JobRecord, State
 from services.records.listing import Found
 from services.records.record_object import Version
 
@@ -134,7 +134,7 @@ def _epochs(message: dict[str, Any]) -> int | None:
 
 
 def _detail(record: JobRecord) -> str:
-    if record.delivery is Delivery.SET_ASIDE:
+    if record.delivery is DeliveryState.SET_ASIDE:
         return record.delivery_detail or ""
     if record.ending:
         return str(record.ending.body.get("error_message", ""))

@@ -17,7 +17,7 @@ from jobs import message as messages
 from jobs.addresses import S3Location
 from jobs.fields import AUTO_WORD
 from jobs.kinds import Kinds
-from jobs.layout import record_at
+from jobs.layout import record_at, uploads_of
 from jobs.style import AUTO_LEVEL, StyleKind, TrainingImage
 from services.broker.settlement import MIN_LEVEL, Publication, Queue
 from services.s3.s3_service import S3Service
@@ -30,7 +30,7 @@ _LONGEST_NAME = 80
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Order:
+class PlacedOrder:
     """The order of a training.
 
     Attributes:
@@ -59,7 +59,7 @@ def place(
     tags: Sequence[str] = (),
     parameters: dict[str, Any] | None = None,
     on_upload: Callable[[int, int], None] = lambda done, total: None,
-) -> Order:
+) -> PlacedOrder:
     """Upload the images of a folder, and publish the message that asks for a training on them.
 
     Nothing is uploaded before the order is found sound and the broker is there. `NAME.txt` captions
@@ -85,7 +85,7 @@ def place(
     """
     images = images_in(folder)
     task_id = task_id or str(uuid.uuid4())
-    places = _places(storage.aws_storage_bucket_name, f"training/{style_id}/{task_id}", images)
+    places = _places(storage.aws_storage_bucket_name, uploads_of(str(style_id), task_id), images)
     body = _message(task_id, style_id, images, places, tags, parameters or {})
     job = _checked(body, kinds)
     if (state_s3 or s3).exists(record_at(storage.state_bucket_name, task_id)):
@@ -93,7 +93,7 @@ def place(
     broker.check_training_queue(settings)
     _upload(s3, images, places, on_upload)
     broker.publish(settings, Publication(Queue.TRAINING, body, task_id, headers=_headers(job)))
-    return Order(
+    return PlacedOrder(
         task_id, style_id, tuple(each.uri() for each in places), job.spec.hyper_parameters.epochs
     )
 
@@ -125,7 +125,7 @@ def _upload(
 def _places(bucket: str, prefix: str, images: Sequence[TrainingImage]) -> list[S3Location]:
     """The images' addresses: names that every tool can spell, in the folder's order."""
     return [
-        S3Location(bucket, f"{prefix}/{index:04d}-{_UNSAFE.sub('_', each.source)[-_LONGEST_NAME:]}")
+        S3Location(bucket, f"{prefix}{index:04d}-{_UNSAFE.sub('_', each.source)[-_LONGEST_NAME:]}")
         for index, each in enumerate(images)
     ]
 

@@ -28,7 +28,7 @@ from consumer.life.endings import parked, training_copy
 from jobs import message as messages
 from jobs.kinds import Kinds
 from jobs.layout import STYLE
-from jobs.record import Delivery, EndingKind, JobRecord, State
+from jobs.record import DeliveryState, EndingKind, JobRecord, State
 from services.broker.settlement import Publication, Queue
 from services.records.listing import RecordListing, look_up
 from services.records.reopening import CannotReopen, reopen, tell_again
@@ -120,20 +120,20 @@ def why_not(record: JobRecord) -> str:
     if record.state is State.LIVE or ending is None:
         paused = record.is_paused
         return f"it {'is paused: resume it' if paused else 'has not ended: workers continue it'}"
-    if record.delivery is Delivery.SET_ASIDE:
+    if record.delivery is DeliveryState.SET_ASIDE:
         return ""
     if ending.kind is EndingKind.COMPLETE:
         return "it has completed, and its model is in place"
     if not ending.body.get("retryable"):
         return f"another attempt cannot help ({ending.code}); order it again with another task id"
-    if record.delivery is not Delivery.DELIVERED:
+    if record.delivery is not DeliveryState.DELIVERED:
         return "the backend does not know of the failure yet; retry after its webhook"
     return ""
 
 
 def reason_of(record: JobRecord) -> str:
     """Why a job was given up, in words."""
-    if record.delivery is Delivery.SET_ASIDE:
+    if record.delivery is DeliveryState.SET_ASIDE:
         return record.delivery_detail or ""
     return str(record.ending.body.get("error_message", "")) if record.ending else ""
 
@@ -326,7 +326,7 @@ class Redrive:
         """The message to publish for a job without a message in the dead queue."""
         if reason := why_not(record):
             raise CannotReopen(reason)
-        if record.delivery is Delivery.SET_ASIDE:
+        if record.delivery is DeliveryState.SET_ASIDE:
             body = self._message_of(record) if record.message else b""  # it never became a job
             tell_again(self._s3, self._bucket, record.task_id)
             return parked(record.task_id, body, tries=0, delay=None), _TOLD
@@ -380,9 +380,9 @@ class Redrive:
                     reason=reason_of(record),
                     attempts=record.attempts,
                     in_dead_queue=False,
-                    trains=record.delivery is not Delivery.SET_ASIDE,
+                    trains=record.delivery is not DeliveryState.SET_ASIDE,
                 ),
-                record if record.delivery is not Delivery.SET_ASIDE else None,
+                record if record.delivery is not DeliveryState.SET_ASIDE else None,
             )
             for record in records
             if record and not why_not(record)

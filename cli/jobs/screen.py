@@ -16,7 +16,7 @@ from cli.jobs.job_view import JobView
 from cli.jobs.redrive import Redriven, Waiting
 from cli.jobs.task_ids import short_ids
 from jobs.layout import INVALID_PREFIX, STYLE
-from jobs.record import Delivery
+from jobs.record import DeliveryState
 from utils.wording import counted
 
 
@@ -132,15 +132,15 @@ _STATES_IN_WORDS = {
 # delivery -> whether the backend received the ending, in a word; and in a sentence.
 _TOLD = {
     "": "",
-    str(Delivery.NONE): "",
-    str(Delivery.PENDING): "not yet",
-    str(Delivery.DELIVERED): "yes",
-    str(Delivery.SET_ASIDE): "refused",
+    str(DeliveryState.NONE): "",
+    str(DeliveryState.PENDING): "not yet",
+    str(DeliveryState.DELIVERED): "yes",
+    str(DeliveryState.SET_ASIDE): "refused",
 }
 _TOLD_IN_WORDS = {
-    str(Delivery.PENDING): "not notified yet; workers keep trying",
-    str(Delivery.DELIVERED): "was notified (delivered)",
-    str(Delivery.SET_ASIDE): "refused the ending (set_aside); `redrive` sends it again",
+    str(DeliveryState.PENDING): "not notified yet; workers keep trying",
+    str(DeliveryState.DELIVERED): "was notified (delivered)",
+    str(DeliveryState.SET_ASIDE): "refused the ending (set_aside); `redrive` sends it again",
 }
 
 
@@ -266,7 +266,7 @@ def _red(text: str) -> Text:
 
 
 def _refused(job: JobView) -> bool:
-    return job.delivery == Delivery.SET_ASIDE
+    return job.delivery == DeliveryState.SET_ASIDE
 
 
 def _epochs(job: JobView) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from consumer.publishing.model_folder import ORDERED_AT, TASK_ID
 from consumer.publishing.order_time import instant, order_time
 from jobs.addresses import S3Location
-from jobs.layout import WEIGHTS
+from jobs.layout import STYLE, WEIGHTS, place_of
 from jobs.record import EndingKind, JobRecord, State
 from services.records.listing import RecordListing, look_up
 from services.s3.s3_service import S3Service
@@ -23,7 +23,7 @@ from utils.settings.storage import StorageSettings
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Published:
+class PublishedModel:
     """The published model of a style.
 
     Attributes:
@@ -56,14 +56,14 @@ class Later:
         return f"{self.task_id} was ordered later ({self.ordered_at:%Y-%m-%d %H:%M} UTC) and {has}"
 
 
-def published(bucket: str, s3: S3Service, style_id: int) -> Published | None:
+def published(bucket: str, s3: S3Service, style_id: int) -> PublishedModel | None:
     """The model that a style has; None if it has none, or if S3 does not answer."""
-    weights = S3Location(bucket, f"models/style_{style_id}/{WEIGHTS}")
+    weights = S3Location(bucket, place_of(STYLE, str(style_id), "").models + WEIGHTS)
     try:
         metadata = s3.head(weights).metadata
     except StorageError:
         return None  # this is only a warning; if S3 is down, the next step fails anyway
-    return Published(style_id, metadata.get(TASK_ID, ""), instant(metadata.get(ORDERED_AT)))
+    return PublishedModel(style_id, metadata.get(TASK_ID, ""), instant(metadata.get(ORDERED_AT)))
 
 
 def at_stake(bucket: str, s3: S3Service, style_id: int, what: str) -> str:

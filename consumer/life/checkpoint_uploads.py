@@ -26,7 +26,7 @@ from jobs.layout import (
     staging_of,
 )
 from jobs.message import Job
-from jobs.record import Checkpoint, EndingKind, JobRecord
+from jobs.record import EndingKind, JobRecord, StoredCheckpoint
 from services.records.job_lease import JobLease
 from services.records.record_object import RecordObject
 from services.s3.s3_service import S3Service
@@ -76,14 +76,14 @@ class CheckpointUploads:
         """Prepare the uploads of one claim.
 
         Args:
-        job: The job that the checkpoints belong to.
-        lease: Registers each checkpoint; once it is lost, nothing more is uploaded.
-        s3: The storage.
-        bucket: The state bucket.
-        curves: Folder of the trainer's event files, which are uploaded with each checkpoint; it
-                may be missing.
-        patience: Returns the seconds that `settle` may wait for the last upload.
-        uploaded: Called for each registered checkpoint, with its name and the seconds it took.
+            job: The job that the checkpoints belong to.
+            lease: Registers each checkpoint; once it is lost, nothing more is uploaded.
+            s3: The storage.
+            bucket: The state bucket.
+            curves: Folder of the trainer's event files, which are uploaded with each checkpoint;
+                it may be missing.
+            patience: Returns the seconds that `settle` may wait for the last upload.
+            uploaded: Called for each registered checkpoint, with its name and the seconds it took.
         """
         self._uploaded = uploaded
         self._job = job
@@ -190,7 +190,7 @@ class CheckpointUploads:
             check=self._lease.check,
         )
         self._lease.register_checkpoint(
-            Checkpoint(
+            StoredCheckpoint(
                 name=saved.name,
                 epoch=saved.epoch,
                 step=saved.step,
@@ -218,7 +218,7 @@ class CheckpointUploads:
 def prune(
     s3: S3Service, bucket: str, prefix: str, *, kept: Collection[str], lease: JobLease
 ) -> None:
-    """Reduce the checkpoints that were made before all of the kept ones to the LoRA's weights.
+    """Reduce the checkpoints that were made before all of the kept ones to the trained weights.
 
     Another worker may have continued the job while this process was suspended. So a checkpoint is
     reduced only if all of its files are from this claim or an earlier one, and the lease is renewed
@@ -267,7 +267,7 @@ def _claim_of(s3: S3Service, bucket: str, key: str) -> int:
 def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
     """Delete the checkpoint files that an ended job no longer needs.
 
-    A completed job keeps the LoRA's weights of each checkpoint, and a failed one keeps its newest
+    A completed job keeps the trained weights of each checkpoint, and a failed one keeps its newest
     checkpoint in full, in case it is sent back. Both keep their curves. A cancelled job keeps
     nothing.
 

@@ -25,15 +25,14 @@ from jobs.kinds import JobKind, Kinds
 from jobs.message import Job
 from jobs.record import (
     SEQUENCES_PER_CLAIM,
-    Delivery,
+    DeliveryState,
     Ending,
     EndingKind,
     JobRecord,
     OwedCopy,
     State,
 )
-from services.broker import settlement
-from services.broker.settlement import MIN_LEVEL, OWN_COPY, Publication, Queue, Settlement
+from services.broker.settlement import MIN_LEVEL, OWN_COPY, Delivery, Publication, Queue, Settlement
 from services.records.job_lease import JobLease
 from services.records.job_records import (
     Claim,
@@ -43,8 +42,12 @@ from services.records.job_records import (
     JobRecords,
     Unclaimed,
 )
-from services.webhooks import webhook_service
-from services.webhooks.webhook_service import EndingAnswer, EndingOutcome, WebhookService
+from services.webhooks.webhook_service import (
+    EndingAnswer,
+    EndingOutcome,
+    EndingWebhook,
+    WebhookService,
+)
 from utils import logger
 from utils.errors import (
     ErrorCode,
@@ -182,7 +185,7 @@ class Endings:
         """
         self._pay(lease, original)
         delay, tried = self._retry_delays[0], tries
-        if lease.record.delivery is Delivery.PENDING:
+        if lease.record.delivery is DeliveryState.PENDING:
             answer = self._send(lease, for_seconds)
             tried = tries + 1
             if answer.outcome is EndingOutcome.DELIVERED:
@@ -216,7 +219,7 @@ class Endings:
         delay = _at_least(lease, delays or self._retry_delays[:1], looks - 1) if looks else lease
         return parked(record.task_id, original, tries=0, delay=delay, looks=looks + 1)
 
-    def handle(self, delivery: settlement.Delivery) -> Settlement:
+    def handle(self, delivery: Delivery) -> Settlement:
         """Check a job whose ending or message is parked: the handler of `<queue>.endings`."""
         try:
             one = _unpark(delivery.body)
@@ -293,9 +296,7 @@ class Endings:
         assert record.ending is not None
         answer = self._webhooks.deliver(
             self._webhooks.origin_for(record.webhook_url),
-            webhook_service.Ending(
-                str(record.ending.kind), record.ending.webhook_id, record.ending.body
-            ),
+            EndingWebhook(str(record.ending.kind), record.ending.webhook_id, record.ending.body),
             for_seconds=for_seconds,
             stop=self._stop,
         )
@@ -344,7 +345,7 @@ class Endings:
                 return False
         return False
 
-    def refuse(self, delivery: settlement.Delivery, error: InvalidMessage) -> Settlement:
+    def refuse(self, delivery: Delivery, error: InvalidMessage) -> Settlement:
         """Send a message that can never become a job to the dead queue.
 
         If the message names its subject, the backend also gets a `failed` webhook.
@@ -369,7 +370,7 @@ class Endings:
             return self._put_offs.put_off(delivery, why, str(trouble), task_id=error.task_id)
 
     def _tell_refused(
-        self, delivery: settlement.Delivery, error: InvalidMessage, subject: str
+        self, delivery: Delivery, error: InvalidMessage, subject: str
     ) -> tuple[Publication, ...]:
         if error.task_id and self._records.read(error.task_id):
             log.info("refusal_not_told", reason="its task id belongs to another job")

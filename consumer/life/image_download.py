@@ -164,7 +164,7 @@ def _report(requests: Sequence[ImageRequest], fetched: Sequence[FetchedImage]) -
         # an operator can correct while the job waits.
         buckets = ", ".join(sorted({request.location.bucket for request in requests}))
         raise AccessDenied(
-            f"S3 refuses access to every image of the job. Allow reading the bucket {buckets}."
+            f"S3 refuses access to every input file of the job. Allow reading the bucket {buckets}."
         )
 
 
@@ -186,7 +186,7 @@ def _fetch(
     except AccessDenied:
         return FetchedImage(request.source, None, problem=REFUSED)
     except ObjectTooLarge:
-        problem = f"is too large: an image may have at most {spoken(max_bytes)}"
+        problem = f"is too large: send a file of at most {spoken(max_bytes)}"
         return FetchedImage(request.source, None, problem=problem)
     if request.caption is not None:
         return FetchedImage(request.source, path, request.caption)

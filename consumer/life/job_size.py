@@ -11,7 +11,7 @@ from consumer.life.image_download import object_sizes
 from consumer.life.stop_signal import StopSignal
 from jobs.kinds import JobKind
 from jobs.message import Job
-from jobs.record import Checkpoint
+from jobs.record import StoredCheckpoint
 from services.s3.s3_service import S3Service
 from utils.errors import DiskFull, JobTooLarge, NoRoomForJob
 from utils.logger import get_logger
@@ -51,13 +51,13 @@ def require_room(
     *,
     state_bucket: str,
     max_job_bytes: int,
-    checkpoints: Sequence[Checkpoint] = (),
+    checkpoints: Sequence[StoredCheckpoint] = (),
 ) -> JobSize:
     """Refuse a job that is too large, before anything is downloaded.
 
-    An image that is missing, forbidden or larger than `MAX_IMAGE_BYTES` counts as 0, because it is
-    not downloaded. The checkpoint counts for the disk space only: a job that was allowed to begin
-    is allowed to continue.
+    An input that is missing, forbidden or larger than the kind's `max_input_bytes` counts as 0,
+    because it is not downloaded. The checkpoint counts for the disk space only: a job that was
+    allowed to begin is allowed to continue.
 
     Args:
         s3: The storage of the images.
@@ -71,7 +71,7 @@ def require_room(
         checkpoints: The registered checkpoints, newest last.
 
     Raises:
-        JobTooLarge: The images have more than `MAX_JOB_BYTES`.
+        JobTooLarge: The inputs have more than `MAX_JOB_BYTES`.
         NoRoomForJob: The disk of this machine has too little room.
         StorageError: S3 as a whole cannot be used.
         Stopped, Cancelled: A stop was requested.
@@ -90,22 +90,22 @@ def require_room(
     )
     if size.images > max_job_bytes:
         raise JobTooLarge(
-            f"The images of this job have {spoken(size.images)} in all, and "
-            f"{spoken(max_job_bytes)} are allowed: order the training with fewer or "
-            "smaller images."
+            f"The input files of this job have {spoken(size.images)} in all, and MAX_JOB_BYTES "
+            f"allows {spoken(max_job_bytes)}. Order the job with fewer or smaller files, or raise "
+            "MAX_JOB_BYTES."
         )
     free = _free_bytes(folder)
     log.info("job_measured", bytes=size.total, images_bytes=size.images, free_bytes=free)
     if size.total > free:
         raise NoRoomForJob(
             f"This job needs {spoken(size.total)} of disk space ({spoken(size.images)} for its "
-            f"images), and {spoken(free)} are free on the worker: use fewer or smaller images, "
-            "or give the workers a larger disk."
+            f"input files), and {spoken(free)} are free on the worker. Order the job with fewer or "
+            "smaller files, or give the workers a larger disk (WORK_DIR)."
         )
     return size
 
 
-def _size_of(s3: S3Service, bucket: str, checkpoints: Sequence[Checkpoint]) -> int:
+def _size_of(s3: S3Service, bucket: str, checkpoints: Sequence[StoredCheckpoint]) -> int:
     """Of the newest checkpoint's files."""
     if not checkpoints:
         return 0

@@ -50,7 +50,9 @@ def turn_errors() -> Iterator[None]:
         yield
     except LeaseLost as error:
         raise StorageError(
-            "The turn to publish was lost: S3 answers too slowly, or this worker was suspended."
+            f"Publishing stopped, because this worker lost its turn. {error} S3 answered too "
+            "slowly, or the worker was suspended. The job is retried. If this happens again, check "
+            "S3's response times, or raise LEASE_TTL_SECONDS."
         ) from error
 
 
@@ -108,7 +110,8 @@ def persistently(act: Callable[[], bool], fence: Fence) -> None:
     while True:
         fence.check()
         failure = StorageError(
-            "Other jobs of the style publish their models at the same time. The job is retried."
+            "Publishing did not succeed: another job wrote to the same folder each time. The job "
+            "is retried; no action is needed."
         )
         try:
             if act():

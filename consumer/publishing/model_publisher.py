@@ -309,7 +309,8 @@ def _archived(
             return before, None
         log.info("publishing_again", reason="a file changed while it was archived")
     raise StorageError(
-        "Other jobs of the style publish their models at the same time. The job is retried."
+        f"The model was not published: each of {_LOOKS} times, another job changed a file in "
+        f"{style.place('').uri()} while it was archived. The job is retried; no action is needed."
     )
 
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 
 from jobs.addresses import S3Location
+from jobs.layout import RECORDS
 from services.s3.errors import NotSupported
 from services.s3.s3_service import S3Service
 from utils.errors import PreconditionFailed, StorageError
@@ -54,7 +55,7 @@ class ConditionalSupport:
         )
 
 
-def probe(s3: S3Service, bucket: str, prefix: str = "jobs/") -> ConditionalSupport:
+def probe(s3: S3Service, bucket: str, prefix: str = RECORDS) -> ConditionalSupport:
     """Try the conditions on an object made for the test, and remove it.
 
     Args:

@@ -9,13 +9,13 @@ import time
 from jobs.hold import stamped, utc_now
 from jobs.record import (
     SEQUENCES_PER_CLAIM,
-    Checkpoint,
-    Delivery,
+    DeliveryState,
     Ending,
     JobRecord,
     LastError,
     OwedCopy,
     State,
+    StoredCheckpoint,
 )
 from services.records.lease import Lease
 from services.records.record_object import RecordObject
@@ -80,7 +80,7 @@ class JobLease(Lease[JobRecord]):
             self._sequence += 1
             return self.claim_number * SEQUENCES_PER_CLAIM + self._sequence
 
-    def register_checkpoint(self, checkpoint: Checkpoint) -> JobRecord:
+    def register_checkpoint(self, checkpoint: StoredCheckpoint) -> JobRecord:
         """Register a checkpoint, from which the job resumes. All of its files must be on S3."""
         return self.update(lambda record: record.with_checkpoint(checkpoint))
 
@@ -100,7 +100,7 @@ class JobLease(Lease[JobRecord]):
 
     def mark_delivered(self, detail: str | None = None) -> None:
         """Note that the backend has the ending, or no longer wants it; the job is settled."""
-        self.update(lambda record: record.settled(Delivery.DELIVERED, detail))
+        self.update(lambda record: record.settled(DeliveryState.DELIVERED, detail))
 
     def set_aside(self, detail: str, owed: OwedCopy) -> None:
         """Note that the backend refuses the ending for good; the dead queue will keep the message.
@@ -109,7 +109,7 @@ class JobLease(Lease[JobRecord]):
             detail: The backend's answer.
             owed: The copy that the dead queue will get.
         """
-        self.update(lambda record: record.settled(Delivery.SET_ASIDE, detail, owed))
+        self.update(lambda record: record.settled(DeliveryState.SET_ASIDE, detail, owed))
 
     def paid(self) -> None:
         """Note that the broker has confirmed the copy that the record owed."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from jobs.hold import stamped
 from jobs.layout import cancel_file_at, record_at
-from jobs.record import Delivery, EndingKind, JobRecord, State
+from jobs.record import DeliveryState, EndingKind, JobRecord, State
 from services.records.index import RecordIndex
 from services.records.record_object import RecordObject
 from services.s3.s3_service import S3Service
@@ -52,7 +52,7 @@ def reopen(s3: S3Service, bucket: str, task_id: str, *, identity: str) -> JobRec
             return record
         if record.ending is not None and record.ending.kind is EndingKind.COMPLETE:
             raise CannotReopen("the job has completed since, and its model is in place")
-        if record.delivery is Delivery.PENDING:
+        if record.delivery is DeliveryState.PENDING:
             raise CannotReopen(
                 "the backend does not know of the failure yet; retry after its webhook"
             )
@@ -73,9 +73,9 @@ def tell_again(s3: S3Service, bucket: str, task_id: str) -> JobRecord:
     """
 
     def change(record: JobRecord) -> JobRecord:
-        if record.delivery is Delivery.PENDING:
+        if record.delivery is DeliveryState.PENDING:
             return record
-        if record.delivery is not Delivery.SET_ASIDE:
+        if record.delivery is not DeliveryState.SET_ASIDE:
             raise CannotReopen("the backend has accepted the ending since")
         return record.to_be_told_again()
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from jobs.hold import stamped
-from jobs.record import PROTOCOL_LEVEL, Delivery, JobRecord, State
+from jobs.record import PROTOCOL_LEVEL, DeliveryState, JobRecord, State
 from services.records.index import RecordIndex
 from services.records.record_object import RecordObject, Version
 from services.records.requests import Requests
@@ -194,7 +194,7 @@ def _census(records: Iterator[JobRecord]) -> Census:
     now = datetime.datetime.now(datetime.UTC)
     for record in records:
         live += record.state is State.LIVE
-        if record.delivery is Delivery.PENDING:
+        if record.delivery is DeliveryState.PENDING:
             pending += 1
             oldest = max(oldest, _seconds_since(record.ended_at, now))
     return Census(live, pending, oldest)

@@ -16,7 +16,7 @@ MAX_RETRY_AFTER_SECONDS = 3600.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Ending:
+class EndingWebhook:
     """A job's last word.
 
     Attributes:

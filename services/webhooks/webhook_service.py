@@ -28,9 +28,9 @@ from requests.adapters import HTTPAdapter
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from services.webhooks.answers import (
-    Ending,
     EndingAnswer,
     EndingOutcome,
+    EndingWebhook,
     ProgressAnswer,
     Reply,
     RetrySchedule,
@@ -44,7 +44,7 @@ from utils.settings.groups import WebhookSettings
 from utils.urls import base_of, origin_of, shown
 
 __all__ = [
-    "Ending",
+    "EndingWebhook",
     "EndingAnswer",
     "EndingOutcome",
     "ProgressAnswer",
@@ -205,7 +205,7 @@ class WebhookService:
         )
         return reply, self._detail(reply)
 
-    def send_ending(self, origin: str, ending: Ending) -> EndingAnswer:
+    def send_ending(self, origin: str, ending: EndingWebhook) -> EndingAnswer:
         """Deliver an ending in one attempt; no error of the network or the backend is raised."""
         reply = self._exchange("POST", origin, ending.kind, ending.webhook_id, ending.body)
         answer = judge_ending(reply, self._detail(reply))
@@ -220,7 +220,7 @@ class WebhookService:
         return answer
 
     def deliver(
-        self, origin: str, ending: Ending, *, for_seconds: float, stop: threading.Event
+        self, origin: str, ending: EndingWebhook, *, for_seconds: float, stop: threading.Event
     ) -> EndingAnswer:
         """Deliver an ending, with retries by the schedule. There is always one attempt.
 

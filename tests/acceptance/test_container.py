@@ -19,7 +19,7 @@ import pytest
 
 from sandbox.backend import SIGNING_SECRET, TOKEN
 from sandbox.worker_process import ROOT
-from services.webhooks.webhook_service import Ending, EndingOutcome, WebhookService
+from services.webhooks.webhook_service import EndingOutcome, EndingWebhook, WebhookService
 from tests.acceptance.world import World, until
 from training.style.families.fetch_base_model import fetch
 
@@ -230,7 +230,7 @@ def _tell(url: str, secret: str) -> EndingOutcome:
         backend_url=url, allowed_origins=(), token=TOKEN, signing_secrets=(secret,)
     )
     body = {"style_id": 7, "error_message": "it broke", "error_code": "GPU_OOM"}
-    ending = Ending("failed", "msg_1", body)
+    ending = EndingWebhook("failed", "msg_1", body)
     return webhooks.deliver(url, ending, for_seconds=0, stop=threading.Event()).outcome
 
 

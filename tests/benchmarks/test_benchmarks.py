@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import __main__ as program
 from benchmarks import counts, loops, sd15
 from benchmarks.case import Case
 from benchmarks.images import paint
@@ -142,6 +144,17 @@ def peer(folder: Path, name: str, *, start: float = 0.3, step: float = 0.05) -> 
     text = PEER.replace("{start}", str(start)).replace("{step}", str(step))
     script.write_text(text, "utf-8")
     return Peer(script)
+
+
+def test_two_rows_that_differ_in_their_images_give_the_time_of_an_epoch_besides_its_steps() -> None:
+    few, many = Case(4, True, 10, 64), Case(4, True, 30, 64)
+    rows = [
+        dataclasses.asdict(few) | {"ours": {"step_seconds": 0.5}},
+        dataclasses.asdict(many) | {"ours": {"step_seconds": 0.3}},
+    ]
+    # 3 steps take 1.5 s and 8 take 2.4 s: 0.18 s a step, and 0.96 s an epoch.
+    lost = [row["epoch_seconds_lost"] for row in program.with_lost_seconds(rows)]
+    assert lost == pytest.approx([0.96, 0.96])
 
 
 @pytest.mark.parametrize("name", [DIFFUSERS, KOHYA])

@@ -276,6 +276,20 @@ def test_the_environment_is_read_only_in_config_and_where_children_inherit_it() 
     assert readers <= {"config.py", "local/processes.py"}
 
 
+def test_the_beginning_of_an_s3_key_is_written_only_in_the_layout() -> None:
+    beginnings = ("jobs/", "models/", "checkpoints/", "staging/", "archive/", "training/")
+    found = {
+        f"{path}:{node.lineno}: {node.value[:40]}"
+        for path in product_files()
+        if str(path) != "jobs/layout.py"
+        for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.startswith(beginnings)
+    }
+    assert not found
+
+
 # ---- proofs by running ---------------------------------------------------------------------------
 
 
@@ -431,6 +445,15 @@ def test_no_error_is_caught_without_naming_its_class() -> None:
         if isinstance(node, ast.ExceptHandler) and node.type is None
     }
     assert not wrong
+
+
+def test_a_public_class_name_stands_once_in_the_product() -> None:
+    places: dict[str, list[str]] = {}
+    for path in product_files():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(f"{path}:{node.lineno}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def test_no_folder_has_more_than_fifteen_siblings() -> None:

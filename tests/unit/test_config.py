@@ -500,6 +500,20 @@ def test_the_trainer_s_environment_has_no_secret_but_the_hub_s(
         assert value not in text
 
 
+@pytest.mark.parametrize(
+    ("deterministic", "given", "expected"),
+    [("true", None, ":4096:8"), ("true", ":16:8", ":16:8"), ("false", None, None)],
+)
+def test_cublas_gives_the_same_bits_each_time_if_the_setting_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, deterministic: str, given: str | None, expected: str | None
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if given:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+    environment = settings(monkeypatch, DETERMINISTIC=deterministic).trainer_environment()
+    assert environment.get("CUBLAS_WORKSPACE_CONFIG") == expected
+
+
 def test_the_secrets_of_local_training_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_token")
     loaded = load_local()

@@ -56,7 +56,7 @@ class Runner(Protocol):
 
     @property
     def on_gpu(self) -> bool:
-        """The dataclass of its runs."""
+        """Whether the base model is loaded and on a GPU."""
 
     def load(self, tell: Callable[[Event | BaseModelReady], None]) -> None:
         """Load the base model, unless it is loaded."""

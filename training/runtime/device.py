@@ -6,7 +6,6 @@ import collections
 import contextlib
 import gc
 import logging
-import os
 import resource
 from collections.abc import Iterator
 
@@ -72,11 +71,9 @@ def choose_device(
 def use_deterministic_algorithms() -> None:
     """Compute the same bits each time from now on, at the cost of speed.
 
-    An operation that has no such algorithm raises an error instead. To be called before the first
-    operation on the GPU.
+    An operation that has no such algorithm raises an error instead. The environment must have
+    `CUBLAS_WORKSPACE_CONFIG`, which cuBLAS reads when it starts; see `utils.settings.surroundings`.
     """
-    # cuBLAS reads this when it starts; with other sizes its sums may differ from run to run.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # The benchmark may choose another algorithm in each process.
     torch.backends.cudnn.benchmark = False

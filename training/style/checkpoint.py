@@ -132,7 +132,7 @@ def load(folder: Path) -> Checkpoint:
         return Checkpoint(from_dict(RunState, state | known), **tensors)
 
 
-def pictures_in(folder: Path) -> tuple[str, ...] | None:
+def images_in(folder: Path) -> tuple[str, ...] | None:
     """The images that a checkpoint's run trains on, unverified; None if they cannot be read."""
     try:
         found = json.loads((folder / checkpoint.STATE).read_bytes())["pictures"]

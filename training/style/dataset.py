@@ -198,7 +198,7 @@ def prepare(
             others = dataclasses.replace(run, images=run.validation_images, min_images=0, notes=())
             found = held_out.apart(prepare_one(others), data)
             data = dataclasses.replace(data, held_out=found)
-    trained = checkpoint.pictures_in(Path(run.resume_from)) if run.resume_from else None
+    trained = checkpoint.images_in(Path(run.resume_from)) if run.resume_from else None
     return held_out.for_the_choice(data, run, trained)
 
 

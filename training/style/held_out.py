@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from reports.verdict import HELD_OUT
 from utils.errors import LowQualityData
 from utils.names import shown_name
 from utils.wording import counted
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from training.style.dataset import Dataset, Example, ImageReport
 
 TRAINED_ON = "is one of the training images, too, so it cannot show what was learnt beyond them"
-HELD_OUT = "is held out: it is not trained on, and the choice of the checkpoint depends on it"
 ENOUGH_IMAGES = 10
 """With so many usable images a tenth of them can be held out."""
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, ValidatorFunctionWrapHandler, WrapValidator
 from utils.settings.values import Group
 
 
-class KindSettings:
+class DataclassSettings:
     """The settings of one kind that become one dataclass.
 
     The dataclass has the defaults, and its constructor checks the limits. A method

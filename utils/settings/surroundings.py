@@ -57,6 +57,7 @@ def trainer_environment(
     hf_home: Path | None,
     cuda_visible_devices: str | None,
     threads: str | None,
+    deterministic: bool = False,
 ) -> dict[str, str]:
     """The whole environment of the trainer.
 
@@ -66,6 +67,7 @@ def trainer_environment(
         secrets: Values that no variable may hold.
         hf_token, hf_home, cuda_visible_devices: Settings that libraries read from the environment.
         threads: `OMP_NUM_THREADS`; None for one thread per usable core.
+        deterministic: The GPU must give the same bits each time.
     """
     names, values = set(own), [secret for secret in secrets if len(secret) >= _SHORT]
     made = {
@@ -86,6 +88,9 @@ def trainer_environment(
     # A waiting thread gives its core away. If it spins, it takes the core from the thread that it
     # waits for as soon as another program computes on this machine.
     made.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if deterministic:
+        # With workspaces of another size the sums of cuBLAS may differ from run to run.
+        made.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return made
 
 

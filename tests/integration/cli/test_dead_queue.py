@@ -10,7 +10,10 @@ from cli.jobs.dead_queue import MOST_RETURNS, DeadLetter, go_through
 from cli.jobs.redrive import Redrive, Redriven, Waiting
 from config import Settings
 from consumer.life.endings import failed
+from jobs import kinds
 from jobs import message as messages
+from jobs.addresses import AddressRules
+from jobs.kinds import Kinds
 from jobs.layout import record_at
 from jobs.record import JobRequest, State
 from local.rabbitmq_node import RabbitMqNode
@@ -133,6 +136,27 @@ def test_a_job_that_was_given_up_is_sent_back_with_a_live_record_and_the_others_
     assert [letter.task_id for letter in look(settings, s3)] == ["other"]
     states = {name: records.read(name) for name in ("chosen", "other")}
     assert [each and each.state for each in states.values()] == [State.LIVE, State.ENDED]
+
+
+def test_a_job_of_another_kind_is_sent_back_to_the_queue_of_its_kind(
+    client: Client,
+    queue: str,
+    settings: Settings,
+    s3: S3Service,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(kinds.REGISTRY, "toy", "tests.toy.kind:ToyKind")
+    order = {"task_id": "toy-1", "type": "toy_training", "data": {"name": "seven"}}
+    letter = Publication.to_dead(
+        json.dumps(order).encode(), code="INVALID_MESSAGE", message="no text", task_id="toy-1"
+    )
+    _die(client, queue, letter)
+    both = Kinds({}, addresses=AddressRules("media", ("media",)), served=("style", "toy"))
+    (one,), _ = Redrive(settings.broker, settings.storage, both, s3).send_back({"toy-1"})
+    assert one.sent_back
+    assert client.waiting(queue) == 0 and client.waiting(f"{queue}.dead") == 0
+    taken = client.get(f"{queue}.toy")
+    assert taken is not None and taken[1] == letter.body
 
 
 def test_a_job_whose_failure_the_backend_does_not_know_stays(

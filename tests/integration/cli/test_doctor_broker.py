@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,9 +21,9 @@ Examine = Callable[..., dict[str, Finding]]
 def _examine(rabbitmq: RabbitMqNode, queue: str) -> Examine:
     """The doctor's findings at the run's broker, by check."""
 
-    def examine(**values: Any) -> dict[str, Finding]:
+    def examine(kinds: Sequence[str] = ("style",), **values: Any) -> dict[str, Finding]:
         settings = make_settings(rabbitmq, queue, **values)
-        found = broker.examine(settings.broker, settings.limits)
+        found = broker.examine(settings.broker, settings.limits, kinds)
         return {each.check: each for each in found}
 
     return examine
@@ -118,6 +118,17 @@ def test_an_own_queue_with_other_arguments_stops_the_worker_and_is_named(
     with client.channel() as channel:
         channel.queue_declare(f"{queue}.delay.500", durable=True)
     assert f"{queue}.delay.500 exists with other arguments" in examine()["own queues"].detail
+
+
+def test_the_own_queues_are_those_of_the_kinds_that_the_worker_serves(
+    queue: str, client: Client, examine: Examine
+) -> None:
+    with client.channel() as channel:
+        channel.queue_declare(f"{queue}.llm.delay.500", durable=True)
+    assert examine()["own queues"].verdict is Verdict.OK
+    found = examine(("style", "llm"))["own queues"]
+    assert found.verdict is Verdict.FAIL
+    assert f"{queue}.llm.delay.500 exists with other arguments" in found.detail
 
 
 def test_letters_in_the_dead_queue_are_reported_to_the_operator(

@@ -12,7 +12,7 @@ from cli.jobs.redrive import Redrive
 from config import Settings
 from consumer.life.endings import failed, parked
 from jobs import message as messages
-from jobs.record import Delivery, Ending, EndingKind, JobRecord, JobRequest, OwedCopy, State
+from jobs.record import DeliveryState, Ending, EndingKind, JobRecord, JobRequest, OwedCopy, State
 from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.broker.client import properties_of
@@ -178,7 +178,7 @@ def test_an_ending_that_was_set_aside_is_sent_again_by_its_record(
     assert one.sent_back and "nothing is trained" in one.outcome
     taken = client.get(f"{queue}.endings")
     assert taken is not None and json.loads(taken[1])["task_id"] == "refused"
-    assert jobs.record("refused").delivery is Delivery.PENDING and client.waiting(queue) == 0
+    assert jobs.record("refused").delivery is DeliveryState.PENDING and client.waiting(queue) == 0
 
 
 def test_a_job_that_still_owes_its_dead_letter_is_sent_back_and_owes_nothing(

@@ -44,7 +44,7 @@ for filler in (0, 300):
     try:
         size = require_room(
             s3, s3, style_kind(settings), job, folder, StopSignal(),
-            state_bucket=bucket, max_job_bytes=settings.max_job_bytes,
+            state_bucket=bucket, max_job_bytes=settings.limits.max_job_bytes,
         )
         print(json.dumps(["fits", size.images]))
     except TrainingServerError as error:
@@ -68,7 +68,7 @@ def test_a_job_without_room_is_refused_by_the_disk_s_real_size_before_anything_i
     assert lines[0] == ["fits", 3000]
     kind, sentence = lines[1]
     assert kind == "NoRoomForJob"
-    assert "needs 402 MiB of disk space (2.93 KiB for its images)" in sentence
+    assert "needs 402 MiB of disk space (2.93 KiB for its input files)" in sentence
     assert "212 MiB are free" in sentence
     assert lines[2] == ["files", ["filler"]]
 

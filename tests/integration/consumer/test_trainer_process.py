@@ -216,7 +216,7 @@ def test_the_trainer_ends_when_its_desk_is_killed(tmp_path: Path, options: Train
     [
         ("import sys; sys.exit(7)", "exit code 7"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
-        ("import os, sys; os.write(int(sys.argv[4]), b'nonsense\\n'); input()", "no event"),
+        ("import os, sys; os.write(int(sys.argv[4]), b'nonsense\\n'); input()", "not an event"),
     ],
 )
 def test_every_way_to_die_has_a_message(

@@ -103,7 +103,7 @@ def test_an_image_that_declares_too_many_bytes_is_refused_before_it_is_read(
     (fetched,) = fetch(proxied, tmp_path, bucket, "big.jpg", max_bytes=4096)
     assert time.monotonic() - began < 5
     assert fetched.path is None
-    assert fetched.problem == "is too large: an image may have at most 4 KiB"
+    assert fetched.problem == "is too large: send a file of at most 4 KiB"
     assert not list(tmp_path.iterdir())
 
 

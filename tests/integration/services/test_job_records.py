@@ -11,7 +11,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
 
-from jobs.record import Checkpoint, Delivery, EndingKind, JobRequest, derived_task_id
+from jobs.record import DeliveryState, EndingKind, JobRequest, StoredCheckpoint, derived_task_id
 from sandbox.s3_server import S3Server
 from services.records.job_lease import JobLease
 from services.records.job_records import (
@@ -179,7 +179,7 @@ def test_attempts_are_counted_for_deaths_and_failures_but_not_for_preemptions_or
     lease.release(count_attempt=True)  # failed
     lease = next_lease()
     assert lease.record.attempts == 2
-    lease.register_checkpoint(Checkpoint("epoch-0001", 1, 10, "p", lease.claim_number))
+    lease.register_checkpoint(StoredCheckpoint("epoch-0001", 1, 10, "p", lease.claim_number))
     assert lease.record.attempts == 0  # and dies
     assert next_lease().record.attempts == 0
 
@@ -202,7 +202,7 @@ def test_an_ending_is_durable_with_its_delivery_pending_before_it_is_sent(
     lease = claimed(worker(s3), job)
     assert lease.end(last_word) == last_word
     record = stored(s3, job.task_id)
-    assert (record.ending, record.delivery) == (last_word, Delivery.PENDING)
+    assert (record.ending, record.delivery) == (last_word, DeliveryState.PENDING)
     revision = record.hold.revision
     assert lease.end(ending(EndingKind.FAILED)) == last_word
     assert stored(s3, job.task_id).hold.revision == revision
@@ -229,7 +229,7 @@ def test_an_undelivered_ending_is_renewed_then_adopted_with_its_webhook_id_and_s
     assert other.adopt_ending(job.task_id) is None
     outcome = other.claim(job)
     assert isinstance(outcome, Ended)
-    assert outcome.record.is_settled and outcome.record.delivery is Delivery.DELIVERED
+    assert outcome.record.is_settled and outcome.record.delivery is DeliveryState.DELIVERED
     assert 0 <= outcome.seconds_ago < 30
 
 
@@ -250,7 +250,7 @@ def test_a_refused_ending_is_set_aside_with_the_answer(s3: S3Service) -> None:
     lease.paid()
     record = stored(s3, job.task_id)
     assert (record.delivery, record.delivery_detail) == (
-        Delivery.SET_ASIDE,
+        DeliveryState.SET_ASIDE,
         "400 style_id is unknown",
     )
 

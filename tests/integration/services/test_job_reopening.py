@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from jobs.layout import cancel_file_at, settled_mark_at
-from jobs.record import Checkpoint, Delivery, EndingKind, JobRequest, State
+from jobs.record import DeliveryState, EndingKind, JobRequest, State, StoredCheckpoint
 from sandbox.s3_server import S3Server
 from services.records.job_records import Ended
 from services.records.reopening import CannotReopen, reopen, tell_again
@@ -50,7 +50,7 @@ def _failed(s3: S3Service, *, delivered: bool = True) -> JobRequest:
     """A job that has failed under its first claim, with a checkpoint behind it."""
     job = request()
     lease = claimed(worker(s3), job)
-    lease.register_checkpoint(Checkpoint("epoch-0010", 10, 100, "checkpoints/x/", 1))
+    lease.register_checkpoint(StoredCheckpoint("epoch-0010", 10, 100, "checkpoints/x/", 1))
     lease.end(ending(EndingKind.FAILED))
     if delivered:
         lease.mark_delivered()
@@ -64,7 +64,7 @@ def test_a_failed_job_gets_a_new_attempt_from_its_checkpoint_under_the_next_clai
     first = stored(store, job.task_id).ending
     reopen(store, BUCKET, job.task_id, identity=job.identity)
     record = stored(store, job.task_id)
-    assert (record.state, record.delivery, record.attempts) == (State.LIVE, Delivery.NONE, 0)
+    assert (record.state, record.delivery, record.attempts) == (State.LIVE, DeliveryState.NONE, 0)
     assert record.ending is None and record.last_error is not None
     lease = claimed(worker(store, "two"), job)
     assert lease.claim_number == 2 and lease.record.checkpoint is not None
@@ -97,7 +97,7 @@ def test_an_undelivered_ending_is_not_lost(store: S3Service) -> None:
     job = _failed(store, delivered=False)
     with pytest.raises(CannotReopen, match="does not know of the failure"):
         reopen(store, BUCKET, job.task_id, identity=job.identity)
-    assert stored(store, job.task_id).delivery is Delivery.PENDING
+    assert stored(store, job.task_id).delivery is DeliveryState.PENDING
 
 
 def test_the_record_of_another_job_is_not_changed(store: S3Service) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jobs.addresses import S3Location
-from jobs.record import Checkpoint, Delivery, JobRecord, JobRequest
+from jobs.record import DeliveryState, JobRecord, JobRequest, StoredCheckpoint
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.records.job_records import Claimed, HeldElsewhere
 from services.records.lease import SAFE_PART
@@ -81,7 +81,7 @@ def test_a_holder_whose_record_changed_under_it_notices_at_its_next_write(s3: S3
     overwrite(s3, job.task_id, lambda record: record.claimed("two", 60.0))
     lease.check()
     with pytest.raises(LeaseLost, match="changed by another process"):
-        lease.register_checkpoint(Checkpoint("epoch-0010", 10, 10, "p", 1))
+        lease.register_checkpoint(StoredCheckpoint("epoch-0010", 10, 10, "p", 1))
     assert lease.lost.is_set()
     with pytest.raises(LeaseLost):
         lease.check()
@@ -110,7 +110,7 @@ def test_a_renewing_holder_notices_within_a_renewal_that_it_was_replaced_or_its_
 
 SLEEPER = """
 import sys, time
-from jobs.record import JobRequest, Checkpoint
+from jobs.record import JobRequest, StoredCheckpoint
 from services.records.job_records import JobRecords
 from services.s3.s3_service import S3Service
 from utils import logger
@@ -126,7 +126,7 @@ with outcome.lease as lease:
     try:
         while True:
             step += 1
-            lease.register_checkpoint(Checkpoint("c", step, step, "p", lease.claim_number))
+            lease.register_checkpoint(StoredCheckpoint("c", step, step, "p", lease.claim_number))
             time.sleep(0.05)
     except LeaseLost:
         print("lost", lease.lost.is_set(), flush=True)
@@ -247,7 +247,7 @@ def test_a_change_survives_s3_being_away_for_less_than_the_lease(faulty: Faulty)
         faulty.before = times(3)
         lease.end(ending())
         lease.check()
-    assert stored(faulty, job.task_id).delivery is Delivery.PENDING
+    assert stored(faulty, job.task_id).delivery is DeliveryState.PENDING
 
 
 def test_a_conflict_with_a_write_that_then_fails_does_not_lose_the_lease(faulty: Faulty) -> None:

@@ -13,8 +13,8 @@ from structlog.testing import capture_logs
 
 from sandbox.backend import SIGNING_SECRET, TOKEN, Answer, Backend
 from services.webhooks.webhook_service import (
-    Ending,
     EndingOutcome,
+    EndingWebhook,
     ProgressAnswer,
     WebhookService,
 )
@@ -378,7 +378,7 @@ def test_no_error_of_requests_escapes(
 def test_an_id_that_no_header_can_carry_is_refused_without_an_attempt(
     backend: Backend, webhooks: WebhookService
 ) -> None:
-    ending = Ending("failed", "msg\r\nx: y", ENDING.body)
+    ending = EndingWebhook("failed", "msg\r\nx: y", ENDING.body)
     assert webhooks.send_ending(backend.url, ending).outcome is EndingOutcome.REJECTED
     assert not backend.requests and not backend.rejected
 

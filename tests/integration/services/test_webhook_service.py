@@ -16,9 +16,9 @@ from structlog.testing import capture_logs
 from sandbox.backend import COMPLETE, FAILED, PROGRESS, SIGNING_SECRET, Answer, Backend
 from services.webhooks import webhook_service
 from services.webhooks.webhook_service import (
-    Ending,
     EndingAnswer,
     EndingOutcome,
+    EndingWebhook,
     ProgressAnswer,
     RetrySchedule,
     WebhookService,
@@ -53,7 +53,7 @@ def test_an_ending_is_a_signed_post_under_its_own_id(
     backend: Backend, webhooks: WebhookService, kind: str, path: str
 ) -> None:
     backend.answer = sequence(Answer(204, body=b""))
-    answer = webhooks.send_ending(backend.url, Ending(kind, "msg_7", {"style_id": 1}))
+    answer = webhooks.send_ending(backend.url, EndingWebhook(kind, "msg_7", {"style_id": 1}))
     assert answer == EndingAnswer(EndingOutcome.DELIVERED, status=204)
     (request,) = backend.endings()
     assert (request.method, request.path, request.webhook_id) == ("POST", path, "msg_7")

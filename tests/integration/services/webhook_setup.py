@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from sandbox.backend import SIGNING_SECRET, TOKEN, Answer
-from services.webhooks.webhook_service import Ending, RetrySchedule, WebhookService
+from services.webhooks.webhook_service import EndingWebhook, RetrySchedule, WebhookService
 
 REPORT = {"style_id": 1, "progress": {"current_epoch": 3, "total_epochs": 100}, "task_id": "t"}
-ENDING = Ending(
+ENDING = EndingWebhook(
     "failed", "msg_1", {"style_id": 1, "error_message": "no", "error_code": "X", "task_id": "t"}
 )
 QUICK = RetrySchedule(delays=(0.05, 0.1), slow_delays=(0.3,), jitter=0.0)

@@ -8,7 +8,7 @@ import pytest
 
 from cli.jobs.job_view import view
 from consumer.pages.job_watch import JobWatch
-from jobs.record import Checkpoint, Ending, EndingKind, JobRequest
+from jobs.record import Ending, EndingKind, JobRequest, StoredCheckpoint
 from services.records.job_lease import JobLease
 from services.records.job_records import Claimed, JobRecords
 from services.records.listing import look_up
@@ -69,7 +69,7 @@ def test_a_job_that_was_given_back_is_as_far_as_its_checkpoint(
     s3: S3Service, lease: JobLease
 ) -> None:
     _trained(lease, epoch=17)
-    lease.register_checkpoint(Checkpoint("epoch-0010", 10, 100, "checkpoints/x/", 1))
+    lease.register_checkpoint(StoredCheckpoint("epoch-0010", 10, 100, "checkpoints/x/", 1))
     assert _seen(s3).epoch == 17
     lease.release(count_attempt=False)
     job = _seen(s3)
@@ -78,7 +78,7 @@ def test_a_job_that_was_given_back_is_as_far_as_its_checkpoint(
 
 def test_the_next_holder_begins_with_the_checkpoint(s3: S3Service, lease: JobLease) -> None:
     _trained(lease, epoch=17)
-    lease.register_checkpoint(Checkpoint("epoch-0010", 10, 100, "checkpoints/x/", 1))
+    lease.register_checkpoint(StoredCheckpoint("epoch-0010", 10, 100, "checkpoints/x/", 1))
     lease.release(count_attempt=False)
     again = JobRecords(s3, BUCKET, owner="two", lease_seconds=60).claim(
         JobRequest("task", "style", "7", "abc", lease.record.message)

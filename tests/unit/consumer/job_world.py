@@ -28,12 +28,18 @@ from consumer.pipeline import Pipeline
 from consumer.publishing.model_publisher import Published
 from jobs.addresses import S3Location
 from jobs.hold import decode
+from jobs.kinds import Kinds
 from jobs.record import JobRecord
 from jobs.style import TrainingRun
 from services.broker.settlement import Delivery, Publication, Queue
 from services.records.job_records import JobRecords
 from services.records.sweep import RecordSweep
-from services.webhooks.webhook_service import Ending, EndingAnswer, EndingOutcome, ProgressAnswer
+from services.webhooks.webhook_service import (
+    EndingAnswer,
+    EndingOutcome,
+    EndingWebhook,
+    ProgressAnswer,
+)
 from tests.memory_s3 import MemoryS3
 from tests.unit.jobs.message_samples import BUCKET, flat, make_settings
 from utils.errors import MachineError
@@ -53,7 +59,7 @@ class Backend:
 
     def __init__(self) -> None:
         self.answers: list[EndingAnswer] = []
-        self.endings: list[Ending] = []
+        self.endings: list[EndingWebhook] = []
         self.patience: list[float] = []
         self.reports: list[dict[str, Any]] = []
         self.on_ending: Callable[[], None] = lambda: None
@@ -66,7 +72,9 @@ class Backend:
         self.reports.append(body)
         return ProgressAnswer.DONE
 
-    def deliver(self, origin: str, ending: Ending, *, for_seconds: float, **_: Any) -> EndingAnswer:
+    def deliver(
+        self, origin: str, ending: EndingWebhook, *, for_seconds: float, **_: Any
+    ) -> EndingAnswer:
         del origin
         self.patience.append(for_seconds)
         self.on_ending()
@@ -250,8 +258,8 @@ class World:
         """Another worker on the same storage."""
         return World(self.root.parent / name, self.s3, **settings)
 
-    def sweeper(self) -> Sweeper:
-        """The worker's sweep, which reaches its broker."""
+    def sweeper(self, kinds: Kinds | None = None) -> Sweeper:
+        """The worker's sweep, which reaches its broker; of its kinds unless others are given."""
         s3 = self.s3
         sweep = RecordSweep(
             s3,
@@ -259,11 +267,10 @@ class World:
             lease_seconds=self.settings.limits.lease_ttl_seconds,
             clear_up=functools.partial(clear_up, s3, STATE),
         )
-        kinds = self.settings.kinds()
         return Sweeper(
             sweep,
             self.broker.publish,
-            kinds,
+            kinds or self.settings.kinds(),
             s3,
             STATE,
             every_seconds=self.settings.limits.lease_ttl_seconds,

@@ -23,16 +23,18 @@ from jobs import kinds
 from jobs.addresses import AddressRules, S3Location
 from jobs.kinds import Kinds, Run
 from jobs.style import TrainerOptions
-from services.broker.settlement import Settlement
+from services.broker.settlement import Queue, Settlement
 from services.records.style_turn import StyleTurns
 from tests.toy.work import ToyWork
 from tests.unit.consumer.job_world import STATE, World, delivery
 from tests.unit.jobs.message_samples import BUCKET
 from training.runtime.child import Child
 from training.runtime.inbox import Inbox
+from utils.errors import WorkerCrashed
 from utils.events import Event, Finished
 
 TOY = "tests.toy.kind:ToyKind"
+TOY_QUEUE = Queue.of_kind("toy")
 OPTIONS = TrainerOptions("none", allow_cpu=True, runner="tests.toy.work:ToyWork")
 
 
@@ -59,6 +61,11 @@ def _world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     yield world
 
 
+def both_kinds() -> Kinds:
+    """The style kind and the toy kind."""
+    return Kinds({}, addresses=AddressRules(BUCKET, (BUCKET,)), served=("style", "toy"))
+
+
 def pipeline_of(world: World, trainer: Any) -> Pipeline:
     """The world's pipeline, serving both kinds, with this trainer and a real publisher."""
     desk = world.pipeline._desk  # pylint: disable=protected-access
@@ -67,21 +74,16 @@ def pipeline_of(world: World, trainer: Any) -> Pipeline:
     publisher = ModelPublisher(
         s3, s3, model_bucket="models", state_bucket=STATE, url_scheme="s3", turns=turns
     )
-    both = Kinds(
-        {},
-        addresses=AddressRules(BUCKET, (BUCKET,)),
-        served=("style", "toy"),
-    )
     values = {name: getattr(desk, name) for name in desk.__dataclass_fields__}
     return Pipeline(
-        type(desk)(**values | {"kinds": both, "trainer": trainer, "publisher": publisher})
+        type(desk)(**values | {"kinds": both_kinds(), "trainer": trainer, "publisher": publisher})
     )
 
 
-def toy_order(**values: Any) -> bytes:
+def toy_order(task_id: str = "toy-1", **values: Any) -> bytes:
     """A message of the toy kind."""
     data = {"name": "seven", "text": f"s3://{BUCKET}/word.txt"} | values
-    return json.dumps({"task_id": "toy-1", "type": "toy_training", "data": data}).encode()
+    return json.dumps({"task_id": task_id, "type": "toy_training", "data": data}).encode()
 
 
 def test_a_job_of_another_kind_runs_from_its_message_to_its_webhook(world: World) -> None:
@@ -112,6 +114,39 @@ def test_an_invalid_order_of_another_kind_is_reported_with_its_subject(world: Wo
     assert (ending.body["kind"], ending.body["subject"]) == ("toy", "seven")
     assert ending.body["error_code"] == "INVALID_MESSAGE"
     assert ending.body["error_message"].startswith("data.text: is an absolute path")
+
+
+class BrokenTrainer(ToyTrainer):
+    """A trainer whose runs end with this error."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self._error = error
+
+    def run(self, *_: Any, **__: Any) -> Finished:
+        raise self._error
+
+
+def test_a_job_of_another_kind_waits_for_its_next_attempt_in_its_own_queue(world: World) -> None:
+    handler = pipeline_of(world, BrokenTrainer(WorkerCrashed("it died")))
+    (copy,) = handler.handle(delivery(toy_order(), queue=TOY_QUEUE)).publish
+    assert (copy.queue, copy.delay_seconds) == (TOY_QUEUE, 10.0)
+    queues = world.observer.queues
+    queues.looked(TOY_QUEUE, 3, 1)
+    queues.finished(100.0)
+    handler.handle(delivery(toy_order(task_id="toy-2"), queue=TOY_QUEUE))
+    (told,) = [one for one in world.backend.reports if one["progress"]["stage"] == "queued"]
+    assert told["progress"]["queue_position"] == 4, "the style kind's queue has not been seen"
+
+
+def test_the_sweep_publishes_a_job_of_another_kind_to_its_own_queue(world: World) -> None:
+    with pytest.raises(KeyboardInterrupt):  # the worker is killed
+        killed = pipeline_of(world, BrokenTrainer(KeyboardInterrupt()))
+        killed.handle(delivery(toy_order(), queue=TOY_QUEUE))
+    world.s3.pass_seconds(400.0)
+    world.sweeper(both_kinds()).sweep_once()
+    (copy,) = world.broker.published
+    assert (copy.queue, copy.message_id) == (TOY_QUEUE, "toy-1")
 
 
 def test_a_worker_that_does_not_serve_the_kind_refuses_its_type(world: World) -> None:

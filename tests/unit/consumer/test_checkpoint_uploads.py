@@ -19,7 +19,7 @@ from consumer.life.checkpoint_uploads import (
 from jobs.addresses import S3Location
 from jobs.hold import decode, encode, stamped
 from jobs.layout import record_at
-from jobs.record import Checkpoint, Ending, EndingKind, JobRecord
+from jobs.record import Ending, EndingKind, JobRecord, StoredCheckpoint
 from services.records.job_lease import JobLease
 from tests.memory_s3 import MemoryS3, StoredObject, away, works
 from tests.publishing import STYLE, World, job_of
@@ -49,8 +49,8 @@ def put(s3: MemoryS3, name: str, claim: int = 1, files: tuple[str, ...] = NAMES)
         s3.objects[STATE, f"{PREFIX}{name}/{file}"] = StoredObject(b"content", mark, s3.now)
 
 
-def checkpoint(name: str, epoch: int, claim: int = 1) -> Checkpoint:
-    return Checkpoint(name, epoch, epoch * 10, f"{PREFIX}{name}/", claim)
+def checkpoint(name: str, epoch: int, claim: int = 1) -> StoredCheckpoint:
+    return StoredCheckpoint(name, epoch, epoch * 10, f"{PREFIX}{name}/", claim)
 
 
 def register(lease: JobLease, s3: MemoryS3, *epochs: int) -> None:

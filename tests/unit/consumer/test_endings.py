@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from consumer.life.endings import parked, parking_delay
 from jobs.addresses import S3Location
-from jobs.record import Delivery, State
+from jobs.record import DeliveryState, State
 from services.broker.settlement import (
     MIN_LEVEL,
     OWN_COPY,
@@ -85,7 +85,7 @@ def test_an_ending_that_the_backend_cannot_accept_waits_on_the_endings_queue(wor
     waiting = only(world.pipeline.handle(delivery()))
     assert (waiting.queue, waiting.delay_seconds) == (Queue.ENDINGS, 300.0)
     record = world.record()
-    assert (record.state, record.delivery) == (State.ENDED, Delivery.PENDING)
+    assert (record.state, record.delivery) == (State.ENDED, DeliveryState.PENDING)
     assert (record.hold.released, record.hold.quiet_seconds) == (True, 300.0)
     assert world.endings.handle(redelivery_of(waiting)) == Settlement.ack()
     first, second = world.backend.endings
@@ -228,11 +228,11 @@ def test_a_404_of_the_backend_itself_is_set_aside_after_the_last_delay(world: Wo
     settlement = world.pipeline.handle(delivery())
     tries = 1
     while settlement.publish:
-        assert world.record().delivery is Delivery.PENDING
+        assert world.record().delivery is DeliveryState.PENDING
         settlement = world.endings.handle(redelivery_of(only(settlement)))
         tries += 1
     assert tries == 5
-    assert world.record().delivery is Delivery.SET_ASIDE
+    assert world.record().delivery is DeliveryState.SET_ASIDE
     assert [one.headers["x-error-code"] for one in world.broker.published] == ["WEBHOOK_REJECTED"]
 
 
@@ -242,14 +242,14 @@ def test_a_404_that_a_router_may_give_is_never_final(world: World) -> None:
     for _ in range(19):
         settlement = world.endings.handle(redelivery_of(only(settlement)))
     assert only(settlement).delay_seconds == 7200.0
-    assert world.record().delivery is Delivery.PENDING
+    assert world.record().delivery is DeliveryState.PENDING
     assert not world.broker.in_queue(Queue.DEAD)
 
 
 def test_a_404_at_the_first_try_is_not_final(world: World) -> None:
     world.backend.answers = [NOT_FOUND]
     assert only(world.pipeline.handle(delivery())).queue is Queue.ENDINGS
-    assert world.record().delivery is Delivery.PENDING
+    assert world.record().delivery is DeliveryState.PENDING
 
 
 def test_checks_of_a_live_job_do_not_count_as_tries_of_its_ending(world: World) -> None:
@@ -263,7 +263,7 @@ def test_checks_of_a_live_job_do_not_count_as_tries_of_its_ending(world: World) 
     world.backend.answers = [NOT_FOUND]
     again = only(world.endings.handle(delivery(json.dumps(watched).encode(), queue=Queue.ENDINGS)))
     assert parked_body(again)["tries"] == 1
-    assert world.record().delivery is Delivery.PENDING
+    assert world.record().delivery is DeliveryState.PENDING
 
 
 def test_an_ending_that_another_worker_delivers_is_not_acknowledged_but_kept(world: World) -> None:

@@ -13,7 +13,7 @@ import pytest
 from consumer.life.job_size import JobSize, require_room
 from consumer.life.stop_signal import StopSignal
 from jobs.addresses import S3Location
-from jobs.record import Checkpoint
+from jobs.record import StoredCheckpoint
 from services.s3.s3_service import S3Service
 from tests.memory_s3 import MemoryS3
 from tests.unit.jobs.message_samples import BUCKET, envelope, make_settings, read, style_kind
@@ -118,8 +118,8 @@ def test_a_job_with_more_bytes_than_the_limit_fails_and_both_sizes_are_named(
     with pytest.raises(JobTooLarge) as caught:
         measure(validation=1, max_job_bytes=3 * MIB)
     sentence = str(caught.value)
-    assert "3.5 MiB in all" in sentence and "3 MiB are allowed" in sentence
-    assert "fewer or smaller images" in sentence
+    assert "3.5 MiB in all" in sentence and "MAX_JOB_BYTES allows 3 MiB" in sentence
+    assert "fewer or smaller files" in sentence
 
 
 def test_the_default_limit_takes_the_largest_job_that_the_other_limits_allow() -> None:
@@ -149,7 +149,7 @@ def test_the_checkpoint_to_resume_from_needs_room_too_but_never_fails_the_job(
     put(s3, {"0": 10, "1": 10, "2": 10})
     put(s3, {"old/lora": 500, "new/lora": 3000, "new/optimizer": 4000}, bucket="state")
     checkpoints = tuple(
-        Checkpoint(name=name, epoch=1, step=1, prefix=f"{name}/", claim=1)
+        StoredCheckpoint(name=name, epoch=1, step=1, prefix=f"{name}/", claim=1)
         for name in ("old", "new")
     )
     size = measure(checkpoints=checkpoints, max_job_bytes=1024)

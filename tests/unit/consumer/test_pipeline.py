@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from jobs.addresses import S3Location
 from jobs.hold import encode, values_beside
-from jobs.record import PROTOCOL_LEVEL, Delivery, State
+from jobs.record import PROTOCOL_LEVEL, DeliveryState, State
 from services.broker.settlement import (
     MIN_LEVEL,
     OWN_COPY,
@@ -80,7 +80,7 @@ def test_a_job_is_trained_published_and_reported_and_only_then_acknowledged(worl
     record = world.record()
     assert (record.state, record.delivery, record.is_settled) == (
         State.ENDED,
-        Delivery.DELIVERED,
+        DeliveryState.DELIVERED,
         True,
     )
     assert world.publisher.published == ["task-1"]
@@ -97,10 +97,10 @@ def test_a_job_is_trained_published_and_reported_and_only_then_acknowledged(worl
 
 
 def test_the_ending_is_durable_before_it_is_sent_to_the_backend(world: World) -> None:
-    seen: list[tuple[State, Delivery]] = []
+    seen: list[tuple[State, DeliveryState]] = []
     world.backend.on_ending = lambda: seen.append((world.record().state, world.record().delivery))
     world.pipeline.handle(delivery())
-    assert seen == [(State.ENDED, Delivery.PENDING)]
+    assert seen == [(State.ENDED, DeliveryState.PENDING)]
 
 
 def test_a_job_that_has_ended_is_neither_trained_nor_reported_again(world: World) -> None:
@@ -215,7 +215,7 @@ def test_a_copy_that_is_not_confirmed_stays_owed_and_the_ending_is_parked(world:
     parked = only(world.pipeline.handle(delivery()))
     assert (parked.queue, parked.delay_seconds) == (Queue.ENDINGS, 60.0)
     record = world.record()
-    assert (record.delivery, record.is_settled) == (Delivery.DELIVERED, False)
+    assert (record.delivery, record.is_settled) == (DeliveryState.DELIVERED, False)
 
     world.broker.confirms = True
     assert world.endings.handle(redelivery_of(parked)) == Settlement.ack()
@@ -231,7 +231,11 @@ def test_an_ending_that_the_backend_refuses_is_set_aside_with_its_copy(world: Wo
     assert dead.headers["x-error-code"] == "WEBHOOK_REJECTED"
     assert "no such style" in str(dead.headers["x-error-message"])
     record = world.record()
-    assert (record.delivery, record.owed, record.is_settled) == (Delivery.SET_ASIDE, None, True)
+    assert (record.delivery, record.owed, record.is_settled) == (
+        DeliveryState.SET_ASIDE,
+        None,
+        True,
+    )
 
 
 def test_a_job_that_another_attempt_cannot_help_owes_no_copy(world: World) -> None:

@@ -39,7 +39,7 @@ RUN = TrainingRun(
     work_folder="/work",
 )
 SENT = Run.of(RUN, StyleKind.runner, {})
-DONE = Finished("task-1", "/work/output", ("lora.safetensors",), 3, 1.0)
+DONE = Finished("task-1", "/scratch/output", ("lora.safetensors",), 3, 1.0)
 
 
 class Child:

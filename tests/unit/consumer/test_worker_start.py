@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import config
+from consumer import worker
 from consumer.life.stop_signal import Shutdown
+from consumer.pages.condition import Condition
 from consumer.worker import run_worker
+from jobs import kinds
+from jobs.record import JobRecord
+from services.broker.outbox import Outbox
+from services.broker.settlement import Queue
+from services.records.sweep import RecordSweep
+from tests.unit.consumer.job_world import World, delivery
 from utils.errors import ConfigurationError
 
 
@@ -27,3 +39,42 @@ def test_a_local_base_model_of_another_family_is_refused_before_the_machine_is_t
     monkeypatch.setattr("consumer.worker.require_fit", lambda *_, **__: pytest.fail("was tested"))
     with pytest.raises(ConfigurationError, match="is Stable Diffusion XL.*Set BASE_MODEL"):
         run_worker(settings, Shutdown(1.0))
+
+
+def test_a_worker_takes_the_queue_of_each_kind_and_its_sweep_looks_at_that_of_the_records_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(kinds.REGISTRY, "toy", "tests.toy.kind:ToyKind")
+    world = World(tmp_path / "one")
+    world.pipeline.handle(delivery())
+    toys = Queue.of_kind("toy")
+    queues: list[Queue] = []
+    may_wait: list[Callable[[JobRecord], bool]] = []
+
+    class Sweep(RecordSweep):
+        """The sweep, which shows its question about a queue."""
+
+        def __init__(self, *args: Any, **how: Any) -> None:
+            super().__init__(*args, **how)
+            may_wait.append(how["may_wait"])
+
+    def consumer(*_: Any, **how: Any) -> Any:
+        """A consumer without a broker."""
+        queues.extend(how["queues"])
+        return SimpleNamespace(publish=world.broker.publish, run=lambda: None)
+
+    monkeypatch.setattr(worker, "RecordSweep", Sweep)
+    monkeypatch.setattr(worker, "training_consumer", consumer)
+    served = {"kinds": ("style", "toy")}
+    settings = world.settings.model_copy(
+        update={"worker": world.settings.worker.model_copy(update=served)}
+    )
+    condition = Condition(world.observer, world.shutdown.event, base_model="none", queue="q")
+    # pylint: disable-next=protected-access
+    worker._take_jobs(settings, world.pipeline._desk, condition, Outbox(), None)
+    assert queues == [Queue.TRAINING, toys]
+    for queue, kind, other in ((toys, "toy", "style"), (Queue.TRAINING, "style", "toy")):
+        world.observer.queues.lost_sight()
+        world.observer.queues.looked(queue, 0, 1)
+        assert not may_wait[0](dataclasses.replace(world.record(), kind=kind))
+        assert may_wait[0](dataclasses.replace(world.record(), kind=other))

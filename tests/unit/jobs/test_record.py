@@ -11,8 +11,7 @@ import pytest
 from jobs.hold import decode, encode, stamped, values_beside
 from jobs.record import (
     CHECKPOINTS_KEPT,
-    Checkpoint,
-    Delivery,
+    DeliveryState,
     Ending,
     EndingKind,
     JobRecord,
@@ -20,6 +19,7 @@ from jobs.record import (
     LastError,
     OwedCopy,
     State,
+    StoredCheckpoint,
     derived_task_id,
 )
 from utils.errors import DamagedRecord, NewerRecord
@@ -39,8 +39,10 @@ def new() -> JobRecord:
     return JobRecord.new(REQUEST, "one", 120.0)
 
 
-def checkpoint(step: int, claim: int = 1) -> Checkpoint:
-    return Checkpoint(f"epoch-{step:04}", step, step, f"checkpoints/style_7/task-1/{step}", claim)
+def checkpoint(step: int, claim: int = 1) -> StoredCheckpoint:
+    return StoredCheckpoint(
+        f"epoch-{step:04}", step, step, f"checkpoints/style_7/task-1/{step}", claim
+    )
 
 
 def crash(record: JobRecord) -> JobRecord:
@@ -80,7 +82,7 @@ def test_fields_that_only_a_newer_worker_knows_are_kept_and_written_back() -> No
     values["checkpoints"][0]["format"] = 2
     values["ending"]["report"] = "s3://models/report"
     record = decode(JobRecord, json.dumps(values).encode(), "k")
-    assert json.loads(encode(record.settled(Delivery.DELIVERED))) == values | {
+    assert json.loads(encode(record.settled(DeliveryState.DELIVERED))) == values | {
         "delivery": "delivered",
         "hold": values["hold"] | {"released": True},
     }
@@ -185,7 +187,7 @@ def test_a_job_has_one_ending() -> None:
     assert record.ended(Ending(EndingKind.COMPLETE, {})) is record
     assert (record.state, record.delivery, record.ending) == (
         State.ENDED,
-        Delivery.PENDING,
+        DeliveryState.PENDING,
         FAILED,
     )
 
@@ -200,19 +202,19 @@ def test_delivering_an_ending_counts_no_attempts_and_keeps_it() -> None:
     assert record.released(count_attempt=True).attempts == 0
 
 
-@pytest.mark.parametrize("delivery", [Delivery.DELIVERED, Delivery.SET_ASIDE])
-def test_a_settled_record_is_released_and_final(delivery: Delivery) -> None:
+@pytest.mark.parametrize("delivery", [DeliveryState.DELIVERED, DeliveryState.SET_ASIDE])
+def test_a_settled_record_is_released_and_final(delivery: DeliveryState) -> None:
     record = new().ended(FAILED).settled(delivery, "400")
     assert record.is_settled and record.hold.released
-    assert record.settled(Delivery.SET_ASIDE) is record
+    assert record.settled(DeliveryState.SET_ASIDE) is record
     assert record.released(count_attempt=True) is record
 
 
 def test_only_an_ended_job_can_be_settled() -> None:
     with pytest.raises(ValueError, match="live cannot be settled"):
-        new().settled(Delivery.DELIVERED)
+        new().settled(DeliveryState.DELIVERED)
     with pytest.raises(ValueError, match="as pending"):
-        new().ended(FAILED).settled(Delivery.PENDING)
+        new().ended(FAILED).settled(DeliveryState.PENDING)
 
 
 def test_a_swept_record_is_released_counted_once_and_waits_longer_each_time() -> None:
@@ -235,7 +237,7 @@ def test_the_sweep_publishes_few_copies_of_a_job_that_waits_for_days() -> None:
 
 def test_a_copy_that_is_owed_keeps_the_record_unsettled_and_held_until_it_is_sent() -> None:
     copy = OwedCopy("WORKER_CRASHED", "given up", 3)
-    delivered = new().ended(FAILED, copy).settled(Delivery.DELIVERED)
+    delivered = new().ended(FAILED, copy).settled(DeliveryState.DELIVERED)
     assert not delivered.is_settled
     assert not delivered.hold.released
     paid = delivered.paid()
@@ -246,11 +248,11 @@ def test_a_copy_that_is_owed_keeps_the_record_unsettled_and_held_until_it_is_sen
 
 def test_an_ending_set_aside_owes_its_copy_and_one_that_is_sent_again_does_not() -> None:
     copy = OwedCopy("WEBHOOK_REJECTED", "the backend answered 400", 0)
-    aside = new().ended(FAILED).settled(Delivery.SET_ASIDE, "400", copy)
+    aside = new().ended(FAILED).settled(DeliveryState.SET_ASIDE, "400", copy)
     assert (aside.is_settled, aside.owed) == (False, copy)
     assert aside.to_be_told_again().owed is None
     first = OwedCopy("WORKER_CRASHED", "given up", 3)
-    assert new().ended(FAILED, first).settled(Delivery.DELIVERED).owed == first
+    assert new().ended(FAILED, first).settled(DeliveryState.DELIVERED).owed == first
 
 
 def test_a_job_whose_copy_is_sent_before_its_ending_stays_pending() -> None:
@@ -270,7 +272,7 @@ def test_only_a_failed_job_that_the_backend_knows_of_can_be_sent_back() -> None:
         new().reopened()
     with pytest.raises(ValueError, match="pending.* cannot be reopened"):
         new().ended(FAILED).reopened()
-    complete = new().ended(Ending(EndingKind.COMPLETE, {})).settled(Delivery.DELIVERED)
+    complete = new().ended(Ending(EndingKind.COMPLETE, {})).settled(DeliveryState.DELIVERED)
     with pytest.raises(ValueError, match="cannot be reopened"):
         complete.reopened()
     with pytest.raises(ValueError, match="delivered cannot be sent again"):
@@ -279,7 +281,7 @@ def test_only_a_failed_job_that_the_backend_knows_of_can_be_sent_back() -> None:
 
 def test_a_job_that_is_sent_back_has_its_whole_time_again() -> None:
     record = dataclasses.replace(new(), seconds_run=5000.0, rejections=3)
-    again = record.ended(FAILED).settled(Delivery.DELIVERED).reopened()
+    again = record.ended(FAILED).settled(DeliveryState.DELIVERED).reopened()
     assert (again.seconds_run, again.rejections, again.owed) == (0.0, 0, None)
 
 
@@ -310,6 +312,6 @@ def test_an_invalid_messages_record_begins_with_its_ending() -> None:
     record = JobRecord.new(dataclasses.replace(REQUEST, ending=FAILED), "one", 120.0)
     assert (record.state, record.delivery, record.ending) == (
         State.ENDED,
-        Delivery.PENDING,
+        DeliveryState.PENDING,
         FAILED,
     )

@@ -150,7 +150,7 @@ def test_the_run_and_its_report_know_that_the_epochs_were_found() -> None:
     for parameters, auto in (({"epochs": "auto"}, True), ({"epochs": 500}, False)):
         spec = read(envelope(parameters=parameters)).spec
         kind = style_kind(make_settings(min_images=1))
-        fetched = [Fetched(each, Path("/work/a.jpg")) for each in kind.inputs(spec)]
+        fetched = [Fetched(each, Path("/scratch/a.jpg")) for each in kind.inputs(spec)]
         run = kind.run(spec, fetched, claim)
         assert isinstance(run, TrainingRun) and run.epochs_auto is auto
         assert run.parameters.epochs == 500

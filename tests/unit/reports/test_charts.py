@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from reports.charts import DOTS_UP_TO, HEIGHT, LEFT, WIDTH, Line, line_chart
+from reports.charts import DOTS_UP_TO, HEIGHT, LEFT, WIDTH, Line, line_chart, smoothed
 
 
 def drawn(*lines: Line, mark: float | None = None) -> str:
@@ -61,11 +61,26 @@ def test_a_long_line_has_no_dots() -> None:
 
 
 def test_the_delivered_epoch_is_marked_where_it_is_in_the_chart() -> None:
-    line = Line("a", [(1, 0.5), (4, 0.3)])
-    assert paths(drawn(line, mark=2), "mark")
+    line = Line("a", [(1, 0.5), (2, 0.4), (4, 0.3)])
+    chart = drawn(line, mark=2)
+    (mark,), (path,) = paths(chart, "mark"), paths(chart, "line")
+    second = re.split("[ML]", path)[2]
+    assert mark.split()[0] == f"M{second.split()[0]}"
     assert not paths(drawn(line, mark=9), "mark") and not paths(drawn(line), "mark")
 
 
-def test_names_are_text() -> None:
-    chart = drawn(Line("<script>", [(1, 1.0)]))
-    assert "<script>" not in chart and "&lt;script&gt;" in chart
+def test_every_name_is_text() -> None:
+    evil = "<script>\"'"
+    chart = line_chart(
+        [Line(evil, [(1, 1.0)])], title=f"{evil}1", x_name=f"{evil}2", y_name=f"{evil}3"
+    )
+    assert chart is not None
+    assert "<script>" not in chart and chart.count("&lt;script&gt;") == 4
+    ElementTree.fromstring(chart)
+
+
+def test_a_smoothed_curve_averages_five_epochs_or_a_tenth_and_skips_unknown_values() -> None:
+    assert smoothed([3.0, 0.0, math.nan, 0.0]) == pytest.approx([3.0, 2.0, 2.0, 4 / 3])
+    long = smoothed([1.0, *[0.0] * 99])
+    assert long[1] == pytest.approx(1 - 2 / 11)
+    assert math.isnan(smoothed([math.nan])[0])

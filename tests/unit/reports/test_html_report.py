@@ -19,6 +19,7 @@ from images.decoder import Decoder
 from images.decoding import Request
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from reports.html_report import ReportImages, write_html
+from reports.verdict import HELD_OUT
 from tests.unit.training.browser import chromium, look
 from training.style.results.preview import jpeg, with_row
 from training.style.results.probe import Probed
@@ -249,6 +250,17 @@ def test_it_is_whole_in_itself_and_forbids_what_it_does_not_need(page: Path) -> 
     assert not re.findall(r"https?://", text)
     assert str(page.parent) not in text
     assert len(text) < 1_500_000
+
+
+def test_an_image_that_is_held_out_is_not_shown_as_trained_on(tmp_path: Path) -> None:
+    report, run, result = make(tmp_path)
+    text = written(report, run, result, PROMPTS, tmp_path).read_text(encoding="utf-8")
+    report["pictures"][0] |= {"reasons": [HELD_OUT]}
+    report["pictures_held_out"] = 1
+    held = written(report, run, result, PROMPTS, tmp_path).read_text(encoding="utf-8")
+    assert "10 of 14 images were trained on" in text and "9 of 14 images were trained on" in held
+    strips = [each.split('class="strip">')[1].split("</div>")[0] for each in (text, held)]
+    assert "a red house, 0" in strips[0] and "a red house, 0" not in strips[1]
 
 
 def test_a_report_that_does_not_fit_the_template_is_refused(tmp_path: Path) -> None:

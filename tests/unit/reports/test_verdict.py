@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from reports.likeness import Copy
-from reports.verdict import Level, of_style
+from reports.verdict import Level, Point, TrainingVerdict, of_style
 
 
 def report(*probes: tuple[int, float, float | None], **changed: Any) -> dict[str, Any]:
@@ -62,6 +62,28 @@ def test_a_loss_that_hardly_falls_is_no_success(after: float, level: Level, said
     assert said in found.points[0].text
 
 
+@pytest.mark.parametrize(
+    ("after", "level"), [(0.1981, Level.WARNING), (0.1979, Level.GOOD)], ids=["0.95%", "1.05%"]
+)
+def test_a_fall_of_less_than_a_hundredth_is_a_slight_one(after: float, level: Level) -> None:
+    found = of_style(report((0, 0.2, 0.2), (10, 0.1, after)), [])
+    assert found.points[0].level is level and found.level is level
+
+
+def test_each_level_has_its_own_headline() -> None:
+    headlines = {
+        Level.GOOD: "has learnt your style",
+        Level.NOTE: "is ready.",
+        Level.WARNING: "is ready. Read the notes",
+        Level.BAD: "may not do what you expect",
+    }
+    for level, said in headlines.items():
+        found = TrainingVerdict(
+            (Point(Level.GOOD, "fine"), Point(level, "news"), Point(Level.GOOD, "fine"))
+        )
+        assert found.level is level and said in found.headline
+
+
 def test_without_a_measurement_nothing_is_claimed() -> None:
     unmeasured = report((0, 0.2, None), (10, 0.1, None))
     unmeasured["probes"][1]["training"] = None
@@ -74,7 +96,10 @@ def test_without_a_measurement_nothing_is_claimed() -> None:
 def test_a_held_out_loss_that_rises_again_is_copying_and_names_the_better_epoch() -> None:
     copied = report((0, 0.2, 0.2), (10, 0.15, 0.15), (20, 0.1, 0.17))
     assert "began to copy your images after epoch 10" in texts(copied)
-    stood_still = report((0, 0.2, 0.2), (10, 0.15, 0.15), (20, 0.1, 0.1503))
+    assert of_style(copied, []).level is Level.WARNING
+    slightly = report((0, 0.2, 0.2), (10, 0.15, 0.15), (20, 0.1, 0.1509))
+    assert "began to copy your images after epoch 10" in texts(slightly)
+    stood_still = report((0, 0.2, 0.2), (10, 0.15, 0.15), (20, 0.1, 0.1506))
     assert "has not begun to copy" in texts(stood_still)
 
 
@@ -93,17 +118,24 @@ def test_a_sample_that_repeats_an_image_is_named_with_its_numbers() -> None:
     assert found.points[2].numbers == "likeness to harbour.jpg: 0.97 with the LoRA, 0.12 without"
 
 
+def test_an_image_that_several_samples_repeat_is_named_once() -> None:
+    copy = Copy("harbour.jpg", 0.97, 0.12)
+    said = texts(report((0, 0.2, 0.2), (10, 0.1, 0.15)), copy, copy)
+    assert "2 of 2 samples" in said and said.count("harbour.jpg") == 1
+
+
 def test_images_that_were_left_out_are_counted_by_reason() -> None:
-    left_out = {"status": "left_out", "reasons": ["is damaged", "and small"]}
-    content = report(
-        (0, 0.2, 0.2),
-        (10, 0.1, 0.15),
-        pictures_used=8,
-        pictures=[left_out, left_out, {"status": "used", "reasons": []}],
-    )
+    reasons = ["is damaged", "is small", "is small", "is a film", "is missing", "is damaged"]
+    left_out = [{"status": "left_out", "reasons": [each, "and more"]} for each in reasons]
+    others = [
+        {"status": "used", "reasons": []},
+        {"status": "warned", "reasons": ["is a film"]},
+    ]
+    content = report((0, 0.2, 0.2), (10, 0.1, 0.15), pictures_used=4, pictures=[*left_out, *others])
     point = of_style(content, []).points[-1]
-    assert point.text == "2 of 10 images were left out. Replace or remove them."
-    assert point.numbers == "is damaged (2)"
+    assert point.level is Level.WARNING
+    assert point.text == "6 of 10 images were left out. Replace or remove them."
+    assert point.numbers == "is damaged (2); is small (2); is a film (1)", "the most common three"
 
 
 def test_warnings_of_the_run_lower_the_verdict_and_those_of_the_machine_do_not() -> None:

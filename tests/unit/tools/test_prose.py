@@ -67,6 +67,22 @@ def test_comments_docstrings_errors_and_test_names_are_read_and_code_is_not() ->
     ]
 
 
+def test_a_name_with_a_word_that_the_code_does_not_use_is_found_unless_its_form_is_fixed() -> None:
+    source = (
+        "def pictures_in(pictures, path):\n"
+        "    first_picture = row['pictures_used']\n"
+        "    return folder / 'picture_folder'\n"
+        "class PictureFolder:\n    picture_left_out: int\n"
+    )
+    assert list(prose.texts("cli/x.py", source)) == [
+        (1, "pictures in"),
+        (4, "Picture Folder"),
+        (2, "first picture"),
+        (3, "picture folder"),
+    ]
+    assert (3, "picture folder") not in list(prose.texts("tests/x.py", source))
+
+
 def test_a_string_in_a_test_is_data() -> None:
     source = '"""Module."""\nPROMPT = "somebody lies beside a river"\n'
     assert [text for _, text in prose.texts("tests/x.py", source)] == ["Module."]

@@ -314,7 +314,8 @@ def test_a_damaged_checkpoint_fails_the_run_without_a_stack_trace_or_a_path(
     ending = child.ending()
     assert isinstance(ending, Failed) and ending.error == "CheckpointUnusable"
     assert ending.message == (
-        "The checkpoint no-such-checkpoint has no manifest.json: it was never finished."
+        "The checkpoint no-such-checkpoint has no manifest.json: it was never finished. A worker "
+        "continues without it; delete its folder before `train --resume`."
     )
     log = child.log.read_text()
     assert "run_not_possible" in log and "FileNotFoundError" in log
@@ -396,7 +397,7 @@ def test_every_exception_has_a_reportable_name_and_a_sentence(
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("cannot open '/var/lib/work/task-1/x.bin'", "cannot open 'x.bin'"),
+        ("cannot open '/var/lib/scratch/task-1/x.bin'", "cannot open 'x.bin'"),
         ("no file at /root/models/sd", "no file at sd"),
         ("there is no folder /srv/models/base: BASE", "there is no folder base: BASE"),
         ("s3://media/a/b.png and a/b stay", "s3://media/a/b.png and a/b stay"),

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from jobs.style import TrainingImage
+from reports.verdict import HELD_OUT
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import checkpoints, same, stop_after, trained
 from training.style import held_out
@@ -79,7 +80,7 @@ def test_the_best_checkpoint_is_chosen_by_a_tenth_that_is_not_trained_on(
     report = build_report(run, base, data, result)
     assert (report["pictures_used"], report["pictures_held_out"]) == (10, 1)
     reasons = [each["reasons"] for each in report["pictures"]]
-    assert sum(held_out.HELD_OUT in each for each in reasons) == 1
+    assert sum(HELD_OUT in each for each in reasons) == 1
     assert report["validation_pictures"] == []
 
 

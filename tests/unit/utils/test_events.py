@@ -31,8 +31,8 @@ FACTS: tuple[Any, ...] = (
     Started("job", 0, 300, "token"),
     Progress("job", Stage.PREPARING, 0, 300),
     Progress("job", Stage.TRAINING, 123, 300, per_second=9.5, facts={"loss": 0.125}),
-    CheckpointSaved("job", "epoch-0012-step-0123", 12, 123, "/work/job/epoch-0012-step-0123", 0.2),
-    Finished("job", "/work/job/model", ("a.safetensors", "b.png"), 300, 60.0),
+    CheckpointSaved("job", "epoch-0012-step-0123", 12, 123, "/tmp/job/epoch-0012-step-0123", 0.2),
+    Finished("job", "/tmp/job/model", ("a.safetensors", "b.png"), 300, 60.0),
     Finished("job", "", (), 31, 6.0, stopped=StopReason.SHUTDOWN),
     Finished(
         "job",
@@ -50,12 +50,12 @@ RUN = TrainingRun(
     style_id=123,
     claim=2,
     images=(
-        TrainingImage("s3://b/a.jpg", "/work/job/0.jpg", "a harbour"),
+        TrainingImage("s3://b/a.jpg", "/tmp/job/0.jpg", "a harbour"),
         TrainingImage("s3://b/b.jpg", None, problem="it is not there"),
     ),
     parameters=HyperParameters(epochs=3, learning_rate=5e-4, alpha=8.0),
-    work_folder="/work/job",
-    resume_from="/work/job/epoch-0010",
+    work_folder="/tmp/job",
+    resume_from="/tmp/job/epoch-0010",
 )
 INWARD = (TrainingRun, Stop, TrainerOptions)
 

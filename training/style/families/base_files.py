@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,24 @@ def locate(options: TrainerOptions) -> tuple[Path, str]:
         _refuse(base_models.unsuitable(path), name)
         if missing := [part for part in base_models.PARTS if not (path / part).is_dir()]:
             raise BaseModelUnavailable(
-                f"The folder of the base model {name} lacks {', '.join(missing)}; BASE_MODEL "
-                "must name a whole diffusers folder of Stable Diffusion 1.5, or a model on the "
-                "Hugging Face hub."
+                f"The folder of the base model {name} lacks {', '.join(missing)}. Set BASE_MODEL "
+                "to a whole diffusers folder of Stable Diffusion 1.5, or to a model on the Hugging "
+                "Face hub."
             )
         return path.resolve(), name
     if path.is_absolute() or wanted.startswith((".", "~")) or wanted.count("/") != 1:
         raise BaseModelUnavailable(
-            f"The base model {path.name} does not exist, there is no folder {path.absolute()}: "
-            "BASE_MODEL must name a diffusers folder, or a model on the Hugging Face hub, as "
+            f"There is no base model {path.name}: the folder {path.absolute()} does not exist. Set "
+            "BASE_MODEL to a diffusers folder, or to a model on the Hugging Face hub, such as "
             "stable-diffusion-v1-5/stable-diffusion-v1-5."
         )
     revision = options.base_model_revision
     try:
         # Only model_index.json, so that no other family is downloaded whole.
-        index = DiffusionPipeline.load_config(wanted, revision=revision)
+        with warnings.catch_warnings():
+            # diffusers passes an argument that huggingface_hub calls deprecated.
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            index = DiffusionPipeline.load_config(wanted, revision=revision)
         _refuse(base_models.of_another_family(index.get("_class_name")), wanted)
         folder = DiffusionPipeline.download(
             wanted,
