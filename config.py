@@ -20,8 +20,7 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfig
 
 from jobs import kinds as job_kinds
 from jobs.addresses import AddressRules
-from jobs.kinds import REGISTRY, Kinds
-from jobs.style import TrainerOptions
+from jobs.kinds import FIRST_KIND, REGISTRY, Kinds, TrainerOptions
 from utils.confined import Confinement
 from utils.errors import ConfigurationError
 from utils.settings import file as settings_file
@@ -42,7 +41,7 @@ from utils.settings.storage import StorageSettings
 from utils.settings.surroundings import ROOT, confinement, trainer_environment
 from utils.settings.values import Group
 
-DEFAULT_KINDS = (next(iter(REGISTRY)),)
+DEFAULT_KINDS = (FIRST_KIND,)
 OF_KINDS = ("parameters", "options")
 """The two dataclasses of settings that a kind may have, as `JobKind` names them."""
 

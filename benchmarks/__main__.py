@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks import images, loops, machine, sd15
 from benchmarks.case import Case
 from benchmarks.peers import Peer, PeerFailed
-from jobs.style import TrainerOptions
+from jobs.kinds import TrainerOptions
 from training.style.dataset import Dataset, prepare
 from training.style.families.sd15 import BaseModel
 

@@ -125,6 +125,18 @@ class Place:
         return f"{self.checkpoints}{CURVES}/"
 
 
+def jobs_folders_of(kind: str, subject: str) -> tuple[str, ...]:
+    """Key prefixes, in the state bucket, that are followed by the ids of a subject's jobs."""
+    if kind == STYLE:
+        return (f"{CHECKPOINTS}style_{subject}/", f"{ARCHIVE}style_{subject}/")
+    return (f"{ARCHIVE}{kind}/{subject}/",)
+
+
+def queue_suffix_of(kind: str) -> str:
+    """The part of a queue's name that follows `TRAINING_QUEUE`; none for the first kind."""
+    return "" if kind == STYLE else f".{kind}"
+
+
 def place_of(kind: str, subject: str, task_id: str) -> Place:
     """The place of a job.
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from jobs import epochs
 from jobs.addresses import S3Location, read_address, version_of
 from jobs.fields import (
     STRICT,
@@ -29,8 +30,9 @@ from jobs.fields import (
     parameters_model,
     text,
 )
-from jobs.kinds import Claim, Fetched, Input, KindSettings
-from jobs.layout import ADAPTER_WEIGHTS, HTML_REPORT
+from jobs.kinds import Claim, Fetched, Input, KindSettings, Shown, Standing
+from jobs.layout import ADAPTER_WEIGHTS, CHECKPOINT_WEIGHTS, HTML_REPORT
+from jobs.record import JobRecord
 from utils.errors import TrainingDataUnavailable
 from utils.events import Finished, Progress, from_dict
 
@@ -385,12 +387,21 @@ class LlmKind:
     parameters_type = LlmParameters
     options_type = LlmOptions
     last_file = ADAPTER_WEIGHTS
+    checkpoint_file = CHECKPOINT_WEIGHTS
+    labels = ("kind", "subject")
+    counters, gauges = epochs.COUNTERS, epochs.GAUGES
+    needs_gpu = True
 
     def __init__(self, settings: KindSettings) -> None:
         self._defaults = LlmParameters(**settings.parameters)
         self._options = LlmOptions(**settings.options)
         self._addresses = settings.addresses
         self.max_input_bytes = self._options.max_file_bytes
+
+    def refusal(self, base_model: str) -> str | None:
+        """None: each order names its base model, and `BASE_MODEL` is not used."""
+        del base_model
+        return None
 
     # --- from a message to a spec, and back
 
@@ -477,6 +488,11 @@ class LlmKind:
         }
         return {name: value for name, value in data.items() if value is not None}
 
+    def min_level(self, spec: LlmSpec) -> int:
+        """The level of the first workers that know the kind."""
+        del spec
+        return 1
+
     # --- from a spec to a run
 
     def inputs(self, spec: LlmSpec) -> tuple[Input, ...]:
@@ -554,6 +570,17 @@ class LlmKind:
         }
         names = ("epoch", "loss", "held_out_loss", "tokens_per_second")
         return told | {name: facts[name] for name in names if facts.get(name) is not None}
+
+    def shown(self, facts: Mapping[str, Any]) -> Shown:
+        """Epochs and loss; see `JobKind.shown`."""
+        return epochs.shown(facts)
+
+    def standing(self, record: JobRecord | None) -> Standing:
+        """Epochs and loss; see `JobKind.standing`."""
+        parameters = (record.message.get("llm_parameters") if record else None) or {}
+        # A limit of steps ends the job sooner than its epochs do.
+        total = None if parameters.get("max_steps") else parameters.get("epochs")
+        return epochs.standing(record, total)
 
     def complete(self, spec: LlmSpec, finished: Finished, model_url: str) -> dict[str, Any]:
         """Steps, losses and counts; see `JobKind.complete`."""

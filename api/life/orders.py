@@ -28,7 +28,6 @@ from jobs.addresses import S3Location
 from jobs.fields import WrongField
 from jobs.kinds import ApiOrder, JobKind, OrderedFile, OrderedOverApi, order_of
 from jobs.layout import place_of
-from jobs.record import PROTOCOL_LEVEL
 from utils.errors import InvalidMessage
 from utils.logger import get_logger
 
@@ -288,8 +287,8 @@ def _message(
 
 
 def level_needed(prepared: Prepared, services: Services) -> int:
-    """The protocol level that a message asks for: every kind but the first is younger than 1."""
-    return 0 if prepared.kind == services.kinds.served[0] else PROTOCOL_LEVEL
+    """The protocol level that a message asks for."""
+    return services.kinds.of(prepared.kind).min_level(prepared.job.spec)
 
 
 def _named_files(session: Session, caller: Caller, order: JobOrder) -> dict[str, FileRow]:

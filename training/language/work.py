@@ -18,9 +18,9 @@ import transformers
 
 from conversations.intake import Intake, take_in
 from conversations.reading import UnreadableFile
+from jobs.kinds import TrainerOptions
 from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HTML_REPORT, REPORT
 from jobs.llm import LlmRun
-from jobs.style import TrainerOptions
 from training.language import base as bases
 from training.language import evaluation, export, report
 from training.language.base import LanguageBase

@@ -14,8 +14,9 @@ from typing import Any
 import diffusers
 import transformers
 
+from jobs.kinds import TrainerOptions
 from jobs.layout import STYLE_FILES
-from jobs.style import TrainerOptions, TrainingRun
+from jobs.style import TrainingRun
 from reports import html_report
 from training.runtime.device import free_memory, gpu_error, out_of_memory
 from training.style import recovery

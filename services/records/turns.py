@@ -1,4 +1,4 @@
-"""Runs of one style take turns at publishing: a lease for each style's folder.
+"""Jobs that publish into one folder take turns: a lease for each folder.
 
 A folder of several files cannot be replaced in one act, so two publishers at once would mix their
 files. The turn is a record like a job's (`jobs.hold`), at the key `jobs.layout.Place.turn`. From
@@ -29,7 +29,7 @@ _PAUSE_SECONDS = 0.5
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReplacedFile:
-    """A file that the style's folder had before a publication.
+    """A file that the folder had before a publication.
 
     Attributes:
         name: Its name in the folder.
@@ -68,7 +68,7 @@ class Replacement:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Turn(HeldRecord):
-    """The job that publishes into a style's folder.
+    """The job that publishes into a folder.
 
     Attributes:
         task_id: The job that publishes, or published last; for people.
@@ -80,8 +80,8 @@ class Turn(HeldRecord):
     replacement: Replacement | None = later(None)
 
 
-class StyleTurns:
-    """Every style's turn, as one worker sees them.
+class Turns:
+    """Every folder's turn, as one worker sees them.
 
     Args:
         s3: The storage. Its time-outs are well within the lease.
@@ -98,7 +98,7 @@ class StyleTurns:
         self._expiry = Expiry()
 
     def read(self, key: str) -> Turn | None:
-        """The style's present turn, by one request; None if the style was never published.
+        """The folder's present turn, by one request; None if nothing was published into it.
 
         Raises:
             StorageError: S3 cannot be used.
