@@ -20,7 +20,7 @@ class Server:
 
     Attributes:
         settings: The settings.
-        s3: The storage of images and models.
+        s3: The storage of inputs and models.
         state_s3: The storage of the state bucket, which may be another one.
     """
 

@@ -126,7 +126,7 @@ def open_desk(
 def _stores(
     storage: StorageSettings, state_s3: S3Service, lease_seconds: float, metrics: Metrics
 ) -> tuple[S3Service, S3Service]:
-    """The store of images and models, and the store of the records."""
+    """The store of inputs and models, and the store of the records."""
     # If both are one store, they are one object, so that the publisher can copy inside the store.
     s3 = state_s3
     if storage.state_store() != storage.main_store():

@@ -206,7 +206,7 @@ class Pipeline:
             if not self._is_last_attempt(lease):
                 return self._try_again(job, lease, trouble)
             # The turn's note stays: the next publisher repairs the folder.
-            log.error("style_folder_not_repaired", reason=str(trouble))
+            log.error("folder_not_repaired", reason=str(trouble))
         ending, owed = self._failed(job, lease, error)
         return self._settle(job, lease, ending, owed)
 

@@ -50,10 +50,9 @@ REPORT = "training_report.json"
 HTML_REPORT = "training_report.html"
 SAMPLES = "samples.png"
 LOSS_CURVE = "loss_curve.png"
-STYLE_FILES = (
-    *(REPORT, HTML_REPORT, LOSS_CURVE, SAMPLES),
-    *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS),
-)
+MODEL_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS)
+"""The model of a style, in each of its formats."""
+STYLE_FILES = (*(REPORT, HTML_REPORT, LOSS_CURVE, SAMPLES), *MODEL_FILES)
 """All files of a published style, in the order of their upload. The last one is the signal that the
 others are in place."""
 CHECKPOINT_WEIGHTS = "lora.safetensors"

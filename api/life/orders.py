@@ -43,7 +43,7 @@ ShortText = Annotated[str, Field(max_length=200)]
 FileIds = Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=MAX_FILES)]
 
 
-class HyperParameters(BaseModel):
+class OpenAiHyperParameters(BaseModel):
     """OpenAI's hyper-parameters; `auto` means the kind's default."""
 
     model_config = ConfigDict(extra="forbid")
@@ -63,7 +63,7 @@ class Supervised(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    hyperparameters: HyperParameters = Field(default_factory=HyperParameters)
+    hyperparameters: OpenAiHyperParameters = Field(default_factory=OpenAiHyperParameters)
 
 
 class Method(BaseModel):
@@ -109,7 +109,7 @@ class JobOrder(BaseModel):
     validation_file: Annotated[str | None, Field(max_length=64)] = None
     validation_files: FileIds = Field(default_factory=list)
     method: Method | None = None
-    hyperparameters: HyperParameters | None = None
+    hyperparameters: OpenAiHyperParameters | None = None
     parameters: Annotated[
         dict[str, Any], Field(description="Parameters of the kind (docs/parameters.md).")
     ] = Field(default_factory=dict)

@@ -63,7 +63,7 @@ class JobView:
     ordered_at: str = ""
 
     def values(self) -> dict[str, Any]:
-        """The job as JSON values: `epoch` and `epochs` if its kind counts these."""
+        """The job as JSON values. The standing has the names that its kind gives."""
         own = dataclasses.asdict(self)
         del own["standing"]
         counted = {

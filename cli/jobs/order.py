@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cli import broker
-from cli.train import images_in
+from cli.training.local import images_in
 from jobs import message as messages
 from jobs.addresses import S3Location
 from jobs.kinds import Kinds

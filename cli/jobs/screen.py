@@ -204,7 +204,7 @@ def age(seconds: float | None) -> str:
 
 
 def progress(job: JobView) -> str:
-    """How far a job is, in a few words: `epoch 24/200, loss 0.1234, 0:12:05 left`."""
+    """How far a job is, in a few words: `step 24/200, 0:12:05 left`."""
     parts = []
     if job.standing.total:
         parts.append(f"{job.standing.unit} {_done(job.standing)}")

@@ -17,7 +17,7 @@ from jobs.addresses import S3Location
 from jobs.layout import Place
 from services.records.job_lease import JobLease
 from services.records.lease import Lease
-from services.records.turns import ReplacedFile, Turn
+from services.records.turns import PublishingTurn, ReplacedFile
 from services.s3.s3_service import FILES_AT_ONCE, ObjectInfo, S3Service
 from utils.errors import (
     AccessDenied,
@@ -64,7 +64,7 @@ class Fence:
         turn: The hold on the folder.
     """
 
-    def __init__(self, lease: JobLease, turn: Lease[Turn]) -> None:
+    def __init__(self, lease: JobLease, turn: Lease[PublishingTurn]) -> None:
         self._lease = lease
         self._turn = turn
 

@@ -38,7 +38,7 @@ from consumer.publishing.order_time import instant, order_time
 from jobs.layout import Place, staging_of
 from services.records.job_lease import JobLease
 from services.records.lease import Lease
-from services.records.turns import ReplacedFile, Replacement, Turn, Turns
+from services.records.turns import PublishingTurn, ReplacedFile, Replacement, Turns
 from services.s3.s3_service import ObjectInfo, S3Service
 from utils.errors import MachineError, StorageError
 from utils.logger import get_logger
@@ -159,7 +159,7 @@ class ModelPublisher:
         self,
         target: ModelFolder,
         run: _Run,
-        turn: Lease[Turn],
+        turn: Lease[PublishingTurn],
         fence: Fence,
         check: Callable[[], None],
     ) -> Published:
@@ -253,7 +253,7 @@ class ModelPublisher:
         )
 
     def _repaired(
-        self, target: ModelFolder, turn: Lease[Turn], fence: Fence, task_id: str
+        self, target: ModelFolder, turn: Lease[PublishingTurn], fence: Fence, task_id: str
     ) -> tuple[ReplacedFile, ...] | None:
         """Roll back the publication that a dead publisher left unfinished.
 
@@ -325,7 +325,7 @@ def _later_order(
     return there[TASK_ID] if theirs and ours and theirs > ours else None
 
 
-def _roll_back(target: ModelFolder, turn: Lease[Turn], fence: Fence) -> None:
+def _roll_back(target: ModelFolder, turn: Lease[PublishingTurn], fence: Fence) -> None:
     note = turn.record.replacement
     assert note is not None  # the caller has seen it
     persistently(lambda: target.restore(note.before, fence), fence)
@@ -333,16 +333,16 @@ def _roll_back(target: ModelFolder, turn: Lease[Turn], fence: Fence) -> None:
     log.warning("publication_rolled_back", task_id_left=note.task_id, files=len(note.before))
 
 
-def _write_note(turn: Lease[Turn], note: Replacement | None) -> None:
+def _write_note(turn: Lease[PublishingTurn], note: Replacement | None) -> None:
     with turn_errors():
         turn.update(lambda record: dataclasses.replace(record, replacement=note))
 
 
-def _is_done(turn: Turn, task_id: str) -> bool:
+def _is_done(turn: PublishingTurn, task_id: str) -> bool:
     left = turn.replacement
     return left is not None and left.done and left.task_id == task_id
 
 
-def _is_to_be_repaired(turn: Turn, task_id: str) -> bool:
+def _is_to_be_repaired(turn: PublishingTurn, task_id: str) -> bool:
     left = turn.replacement
     return left is not None and (left.task_id == task_id or not left.done)

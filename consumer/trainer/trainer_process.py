@@ -269,7 +269,7 @@ class _Child:
             if heard is None:
                 return
             if isinstance(heard, ValueError):
-                watch.verdict = f"the trainer sent a line that is not an event: {heard}"
+                watch.condemn(f"the trainer sent a line that is not an event: {heard}")
                 return
             yield heard
 

@@ -77,7 +77,8 @@ class Queue:
             raise ValueError(
                 f"a kind named {kind!r} cannot have a queue: use another name of a-z, 0-9, _ and -"
             )
-        return cls(queue_suffix_of(kind))
+        suffix = queue_suffix_of(kind)
+        return cls(suffix) if suffix else cls.TRAINING
 
     @property
     def is_training(self) -> bool:

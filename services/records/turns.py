@@ -67,7 +67,7 @@ class Replacement:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Turn(HeldRecord):
+class PublishingTurn(HeldRecord):
     """The job that publishes into a folder.
 
     Attributes:
@@ -97,7 +97,7 @@ class Turns:
         self._lease_seconds = lease_seconds
         self._expiry = Expiry()
 
-    def read(self, key: str) -> Turn | None:
+    def read(self, key: str) -> PublishingTurn | None:
         """The folder's present turn, by one request; None if nothing was published into it.
 
         Raises:
@@ -107,7 +107,9 @@ class Turns:
         return version.record if version else None
 
     @contextlib.contextmanager
-    def take(self, key: str, task_id: str, check: Callable[[], None]) -> Iterator[Lease[Turn]]:
+    def take(
+        self, key: str, task_id: str, check: Callable[[], None]
+    ) -> Iterator[Lease[PublishingTurn]]:
         """Wait for the turn and hold it while the block runs.
 
         A note that a dead publisher left in the turn is still there when the block begins.
@@ -130,12 +132,12 @@ class Turns:
                         within=self._lease_seconds / 2,
                     )
 
-    def _target(self, key: str) -> RecordObject[Turn]:
-        return RecordObject(self._s3, S3Location(self._bucket, key), Turn)
+    def _target(self, key: str) -> RecordObject[PublishingTurn]:
+        return RecordObject(self._s3, S3Location(self._bucket, key), PublishingTurn)
 
     def _wait_for(
-        self, target: RecordObject[Turn], task_id: str, check: Callable[[], None]
-    ) -> Lease[Turn]:
+        self, target: RecordObject[PublishingTurn], task_id: str, check: Callable[[], None]
+    ) -> Lease[PublishingTurn]:
         waiting = False
         while True:
             check()
@@ -151,9 +153,9 @@ class Turns:
                 log.info("waiting_for_turn", publisher=version.record.task_id)
             time.sleep(_PAUSE_SECONDS * random.uniform(0.5, 1.0))
 
-    def _taken(self, turn: Turn | None, task_id: str) -> Turn:
+    def _taken(self, turn: PublishingTurn | None, task_id: str) -> PublishingTurn:
         if turn is None:
             hold = Hold(owner=self._owner, claim=1, lease_seconds=self._lease_seconds)
-            return Turn(hold=hold, task_id=task_id)
+            return PublishingTurn(hold=hold, task_id=task_id)
         hold = turn.hold.taken(self._owner, self._lease_seconds)
         return dataclasses.replace(turn, hold=hold, task_id=task_id)

@@ -20,7 +20,8 @@ from jobs.style import TrainingRun
 from reports import html_report
 from training.runtime.device import free_memory, gpu_error, out_of_memory
 from training.style import recovery
-from training.style.dataset import Dataset, prepare
+from training.style.dataset import prepare
+from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
 from training.style.results import export, preview, report
 from training.style.results.examiner import prompts_of, sample_steps

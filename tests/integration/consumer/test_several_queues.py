@@ -57,12 +57,12 @@ def test_queues_with_waiting_messages_take_turns(
     declare()
     client.publish(queue, *[b"style"] * 4)
     client.publish(f"{queue}.llm", *[b"llm"] * 4)
-    client.publish(f"{queue}.base.sdxl", b"sdxl")
+    client.publish(f"{queue}.toy", b"toy")
     handler = Handler()
     start(handler, queues=ALL)
     until(lambda: handler.returned == 9)
     assert [str(delivery.queue) for delivery in handler.deliveries] == [
-        *("training", "llm", "base.sdxl"),
+        *("training", "llm", "toy"),
         *("training", "llm", "training", "llm", "training", "llm"),
     ]
     assert handler.most_running == 1
@@ -141,7 +141,7 @@ def test_a_message_moves_to_a_queue_that_this_worker_does_not_serve(
     handler = Handler(lambda delivery: Settlement.moved(delivery, TOY))
     start(handler, queues=(Queue.TRAINING, LLM))
     client.publish(queue, b"order", message_id="t", headers={"x-min-level": 1, "theirs": "not"})
-    properties, body = until(lambda: _get(client, f"{queue}.base.sdxl"))
+    properties, body = until(lambda: _get(client, f"{queue}.toy"))
     assert (body, properties.message_id, properties.headers) == (b"order", "t", {"x-min-level": 1})
     assert client.waiting(queue) == 0
 
@@ -179,8 +179,8 @@ def test_missing_queues_are_made_with_the_type_of_the_backends_queue(
     listed = rabbitmq.ctl("list_queues", "--no-table-headers", "name", "type").splitlines()
     types = dict(line.split("\t") for line in listed if line.startswith(queue))
     assert {name.removeprefix(queue) for name in types} == {
-        *("", ".llm", ".base.sdxl", ".endings", ".dead"),
-        *(".delay.500", ".llm.delay.500", ".base.sdxl.delay.500"),
+        *("", ".llm", ".toy", ".endings", ".dead"),
+        *(".delay.500", ".llm.delay.500", ".toy.delay.500"),
     }
     assert set(types.values()) == {queue_type}
 

@@ -225,7 +225,7 @@ class Jobs:
         self.broker.waiting = {
             Queue.TRAINING: waiting.get("training", 0),
             LLM: waiting.get("llm", 0),
-            TOY: waiting.get("sdxl", 0),
+            TOY: waiting.get("toy", 0),
         }
 
     def _start(self, _: Delivery, decide: Callable[[Settlement], None]) -> None:
@@ -260,15 +260,15 @@ def test_a_lane_consumes_one_queue_at_a_time() -> None:
 
 
 def test_queues_with_waiting_messages_are_served_in_turn() -> None:
-    assert Jobs(training=9, llm=9, sdxl=9).served(7) == [
-        *("training", "llm", "base.sdxl"),
-        *("training", "llm", "base.sdxl", "training"),
+    assert Jobs(training=9, llm=9, toy=9).served(7) == [
+        *("training", "llm", "toy"),
+        *("training", "llm", "toy", "training"),
     ]
 
 
 def test_an_empty_queue_takes_no_turn() -> None:
-    assert Jobs(training=9, sdxl=2).served(5) == [
-        *("training", "base.sdxl", "training", "base.sdxl", "training")
+    assert Jobs(training=9, toy=2).served(5) == [
+        *("training", "toy", "training", "toy", "training")
     ]
 
 
@@ -297,7 +297,7 @@ def test_an_idle_lane_moves_to_a_queue_with_messages_at_the_next_look(clock: Clo
     assert jobs.loop.turn() == []
     clock.now += broker_loop.LOOK_SECONDS
     jobs.loop.turn()
-    assert jobs.loop.turn() == ["unsubscribe training", "subscribe base.sdxl"]
+    assert jobs.loop.turn() == ["unsubscribe training", "subscribe toy"]
     assert jobs.loop.turn() == [], "it has arrived"
     clock.now += broker_loop.LOOK_SECONDS
     jobs.broker.waiting[TOY] = 0

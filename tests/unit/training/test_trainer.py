@@ -26,7 +26,8 @@ from tests.unit.training.runs import (
     trained,
 )
 from training.style import loop_state, trainer
-from training.style.dataset import Dataset, prepare
+from training.style.dataset import prepare
+from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
 from training.style.plan import Plan
 from training.style.trainer import LoRATrainer

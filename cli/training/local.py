@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cli.image_folder import ImageFolder, read_folder
+from cli.training.image_folder import ImageFolder, read_folder
 from config import LocalSettings
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.machine import Machine, require_fit
