@@ -26,6 +26,7 @@ from jobs.fields import (
     WrongField,
     check_limits,
     checked,
+    naming_the_parameter,
     parameter,
     parameters_model,
     text,
@@ -455,13 +456,9 @@ class LlmKind:
         return DataFile(source, location)
 
     def _with_defaults(self, parameters: dict[str, Any], order: Order) -> LlmParameters:
-        try:
+        with naming_the_parameter(order, PARAMETER_NAMES):
             made = dataclasses.replace(self._defaults, **parameters)
             made.require_libraries()
-        except ValueError as error:
-            name = next((one for one in PARAMETER_NAMES if str(error).startswith(f"{one} ")), None)
-            field = f"parameters.{name}" if name else "parameters"
-            raise WrongField(order.at(field), str(error)) from None
         return made
 
     def subject_in(self, order: Mapping[str, Any]) -> str | None:

@@ -32,6 +32,7 @@ from jobs.fields import (
     WrongField,
     check_limits,
     checked,
+    naming_the_parameter,
     one_line,
     parameter,
     parameters_model,
@@ -577,12 +578,8 @@ class StyleKind:
     def _with_defaults(
         self, parameters: dict[str, Any], images: int, order: Order
     ) -> HyperParameters:
-        try:
+        with naming_the_parameter(order, PARAMETER_NAMES):
             return self.hyper_parameters(parameters, images)
-        except ValueError as error:  # a rule beyond a plain limit; its text begins with the name
-            name = next((one for one in PARAMETER_NAMES if str(error).startswith(f"{one} ")), None)
-            field = f"parameters.{name}" if name else "parameters"
-            raise WrongField(order.at(field), str(error)) from None
 
     def hyper_parameters(self, given: Mapping[str, Any], images: int) -> HyperParameters:
         """The parameters of an order, with the worker's defaults for the others.
