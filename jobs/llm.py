@@ -496,8 +496,7 @@ class LlmKind:
         """The training file, and the validation file if there is one."""
         files = ((DATA, spec.training_file), (VALIDATION, spec.validation_file))
         return tuple(
-            # The caption is empty and not None: no caption file belongs to a file of conversations.
-            Input(file.source, file.location, version_of(file.source), role=role, caption="")
+            Input(file.source, file.location, version_of(file.source), role=role)
             for role, file in files
             if file
         )
@@ -516,8 +515,7 @@ class LlmKind:
         paths = {each.input.role: each.path for each in fetched}
         for each in fetched:
             if each.path is None:
-                problem = (each.problem or "").replace("an image", "a file")
-                raise TrainingDataUnavailable(f"The file {each.input.source} {problem}.")
+                raise TrainingDataUnavailable(f"The file {each.input.source} {each.problem}.")
         source = self._options.source_of(spec.base_model)
         if source is None:
             raise TrainingDataUnavailable(

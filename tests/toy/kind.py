@@ -113,7 +113,7 @@ class ToyKind:
     def inputs(self, spec: ToySpec) -> tuple[Input, ...]:
         """The text."""
         source, location = read_address(spec.text, self._addresses)
-        return (Input(source, location, role="texts", caption=""),)
+        return (Input(source, location, role="texts"),)
 
     def output_bytes(self, spec: ToySpec) -> int:
         """Next to nothing."""
