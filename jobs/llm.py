@@ -402,7 +402,7 @@ class LlmKind:
     def refusal(self, base_model: str) -> str | None:
         """None: each order names its base model, and `BASE_MODEL` is not used."""
         del base_model
-        return None
+        return None  # pylint: disable=useless-return  # the type says so
 
     # --- from a message to a spec, and back
 

@@ -79,7 +79,7 @@ class ToyKind:
     def refusal(self, base_model: str) -> str | None:
         """None: it uses no base model."""
         del base_model
-        return None
+        return None  # pylint: disable=useless-return  # the type says so
 
     def read(self, order: Order) -> ToySpec:
         """See `JobKind.read`."""
