@@ -123,7 +123,7 @@ def _row(
     )
 
 
-def _turn(services: Services, session: Session, row: JobRow) -> views.Turn | None:
+def _turn(services: Services, session: Session, row: JobRow) -> views.QueueTurn | None:
     """A waiting job's place in the queue."""
     if row.status != "queued":
         return None

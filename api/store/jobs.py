@@ -126,7 +126,7 @@ def visible(org_id: str) -> Select[JobRow]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Waiting:
+class WaitingJob:
     """A job on its way to a worker.
 
     Attributes:
@@ -140,7 +140,7 @@ class Waiting:
     is_admitted: bool
 
 
-def waiting(session: Session) -> list[Waiting]:
+def waiting(session: Session) -> list[WaitingJob]:
     """All jobs on their way to a worker, in the order of their turns.
 
     Admitted jobs come first. Then organisations take turns: the one whose last turn is the longest
@@ -170,7 +170,7 @@ def waiting(session: Session) -> list[Waiting]:
             JobRow.id,
         )
     )
-    return [Waiting(row[0], row[1], row[2], row[3] is not None) for row in rows]
+    return [WaitingJob(row[0], row[1], row[2], row[3] is not None) for row in rows]
 
 
 def with_workers(session: Session) -> dict[str | None, int]:

@@ -25,7 +25,7 @@ from jobs.checkpoint_name import folder_name
 from jobs.llm import LlmParameters, LlmRun
 from training.language import checkpoint
 from training.language.base import LanguageBase
-from training.language.checkpoint import Checkpoint, RunState
+from training.language.checkpoint import LanguageCheckpoint, LanguageState
 from training.language.evaluation import learned_logits, measure
 from training.language.masks import TokenRow
 from training.runtime import optimizer as optimizers
@@ -46,7 +46,7 @@ Tensors = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
+class LanguagePlan:
     """The steps of a job.
 
     Attributes:
@@ -65,7 +65,7 @@ class Plan:
     evaluate_every: int
 
     @classmethod
-    def of(cls, parameters: LlmParameters, rows: int) -> Plan:
+    def of(cls, parameters: LlmParameters, rows: int) -> LanguagePlan:
         """The plan for so many rows."""
         per_step = parameters.batch_size * parameters.gradient_accumulation_steps
         per_epoch = math.ceil(rows / per_step)
@@ -106,7 +106,7 @@ class Plan:
 class Trained:
     """A training that ended: its state, the delivered adapter, and why it stopped early."""
 
-    state: RunState
+    state: LanguageState
     lora: Tensors
     delivered_step: int
     stopped: StopReason | None
@@ -144,7 +144,7 @@ class Trainer:
         self._rows, self._held_out = rows, held_out
         self._emit, self._should_stop = emit, should_stop
         self._parameters = run.parameters
-        self.plan = Plan.of(run.parameters, len(rows))
+        self.plan = LanguagePlan.of(run.parameters, len(rows))
         self.weights = {n: w for n, w in model.named_parameters() if w.requires_grad}
         self._refuse_other_dtypes()
         self._optimizer = optimizers.create(
@@ -154,7 +154,7 @@ class Trainer:
             weight_decay=run.parameters.weight_decay,
         )
         self._best: Tensors = {}
-        self._sound: Checkpoint | None = None
+        self._sound: LanguageCheckpoint | None = None
         self._clock = Clock()
         self.state = self._first_state()
 
@@ -166,9 +166,9 @@ class Trainer:
                 "float32. Check target_modules."
             )
 
-    def _first_state(self) -> RunState:
+    def _first_state(self) -> LanguageState:
         run = self._run
-        return RunState(
+        return LanguageState(
             task_id=run.task_id,
             subject=run.subject,
             claim=run.claim,
@@ -197,7 +197,7 @@ class Trainer:
         self._restore(saved)
         self.state = dataclasses.replace(saved.state, claim=self._run.claim)
 
-    def _restore(self, saved: Checkpoint) -> None:
+    def _restore(self, saved: LanguageCheckpoint) -> None:
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(saved.lora[name])
@@ -357,7 +357,7 @@ class Trainer:
 
     def _save(self, writer: CheckpointWriter) -> None:
         state = self.state
-        saved = Checkpoint(
+        saved = LanguageCheckpoint(
             state,
             {name: w.detach().cpu().clone() for name, w in self.weights.items()},
             {

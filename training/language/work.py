@@ -18,17 +18,17 @@ import transformers
 
 from conversations.intake import Intake, take_in
 from conversations.reading import UnreadableFile
+from jobs.kinds import TrainerOptions
 from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HTML_REPORT, REPORT
 from jobs.llm import LlmRun
-from jobs.style import TrainerOptions
 from training.language import base as bases
 from training.language import evaluation, export, report
 from training.language.base import LanguageBase
 from training.language.evaluation import Measured
 from training.language.masks import TokenData, Tokens, tokenise
 from training.language.trainer import Trained, Trainer, load_weights
-from training.runtime.device import free_memory, gpu_error
-from utils.errors import LowQualityData, Stopped, StopReason, TrainingServerError
+from training.runtime.device import device_errors_as_ours, free_memory
+from utils.errors import LowQualityData, Stopped, StopReason
 from utils.events import BaseModelReady, Event, Finished, Progress, Stage, Started
 
 log = logging.getLogger(__name__)
@@ -39,19 +39,6 @@ FILES = (
     *(ADAPTER_CONFIG, ADAPTER_WEIGHTS),
 )
 """The files of a model, in the order of their publication."""
-
-
-@contextlib.contextmanager
-def _errors_of_the_device_as_ours() -> Iterator[None]:
-    try:
-        yield
-    except TrainingServerError:
-        raise
-    except Exception as error:
-        if not (known := gpu_error(error)):
-            raise
-        log.error("run_failed", exc_info=error)
-        raise known from error
 
 
 class LanguageWork:
@@ -90,7 +77,7 @@ class LanguageWork:
             free_memory(device)
             tell(BaseModelReady(False))
 
-    @_errors_of_the_device_as_ours()
+    @device_errors_as_ours()
     def run(
         self, run: LlmRun, tell: Emit, should_stop: Callable[[], StopReason | None]
     ) -> Finished:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jobs.style import HyperParameters, TrainerOptions
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import same, trained
 from training.runtime.device import gpu_error
