@@ -191,12 +191,15 @@ def _run(
     runner: str = StyleKind.runner,
 ) -> Finished:
     work = Path(run.work_folder)
+    shared = runner == LlmKind.runner
+    processes = settings.trainer.processes_on(machine.count) if shared else 1
+    environment = settings.trainer_environment(processes=processes)
     trainer = TrainerProcess(
-        dataclasses.replace(settings.trainer_options(), runner=runner),
-        settings.trainer_environment() | {"TMPDIR": str(work / _TEMPORARY)},
+        dataclasses.replace(settings.trainer_options(processes=processes), runner=runner),
+        environment | {"TMPDIR": str(work / _TEMPORARY)},
         stall_seconds=settings.trainer.stall_seconds,
         secrets=settings.secrets(),
-        confinement=settings.trainer_confinement(work),
+        confinement=settings.trainer_confinement(work, processes=processes),
     )
     try:
         with _pages(settings, machine, on_event) as see:

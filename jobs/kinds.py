@@ -267,6 +267,7 @@ class JobKind(Protocol):
         last_file: The published file that is written when all others are in place.
         max_input_bytes: Larger inputs are not fetched.
         needs_gpu: A machine without a GPU is unfit for this kind unless `ALLOW_CPU` is set.
+        shares_gpus: Whether several processes, one to a GPU, can do one of its runs together.
     """
 
     name: str
@@ -278,6 +279,7 @@ class JobKind(Protocol):
     last_file: str
     max_input_bytes: int
     needs_gpu: bool
+    shares_gpus: bool
 
     def read(self, order: Order) -> Any:
         """Check an order.

@@ -385,6 +385,8 @@ class LlmKind:
     parameters_type = LlmParameters
     options_type = LlmOptions
     last_file = ADAPTER_WEIGHTS
+    needs_gpu = True
+    shares_gpus = True
 
     def __init__(self, settings: KindSettings) -> None:
         self._defaults = LlmParameters(**settings.parameters)

@@ -316,6 +316,11 @@ class TrainerOptions:
         log_level: Level of the trainer's own log lines.
         log_format: `json` or `text`.
         runner: The class whose base model is loaded before the first run, as `module:class`.
+        processes: Processes that train a run together, for the kinds that can.
+        fsdp: Share the weights of a language model out among the processes.
+        stall_seconds: A process waits this long for a sum with the others.
+        rank: Number of this process; 0 for the one that the desk starts.
+        meeting: Folder in which the processes find each other; set by process 0.
     """
 
     base_model: str
@@ -328,6 +333,11 @@ class TrainerOptions:
     log_level: str = "INFO"
     log_format: str = "json"
     runner: str = "training.style.work:StyleWork"
+    processes: int = 1
+    fsdp: bool = False
+    stall_seconds: float = 300.0
+    rank: int = 0
+    meeting: str = ""
 
 
 # ---- spec ----------------------------------------------------------------------------------------
@@ -516,6 +526,7 @@ class StyleKind:
     options_type = StyleOptions
     last_file = WEIGHTS
     needs_gpu = True
+    shares_gpus = False
     subject_is_number = True
 
     def __init__(self, settings: KindSettings) -> None:

@@ -66,6 +66,7 @@ class ToyKind:
     last_file = "letters.json"
     max_input_bytes = 1000
     needs_gpu = False
+    shares_gpus = False
 
     def __init__(self, settings: KindSettings) -> None:
         self._options = ToyOptions(**settings.options)
