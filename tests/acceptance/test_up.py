@@ -176,7 +176,7 @@ def test_without_a_base_model_that_can_train_it_refuses_and_names_the_way_to_one
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert "./missing" in done.stderr and "Set BASE_MODEL" in done.stderr
+    assert str(tmp_path / "missing") in done.stderr and "Set BASE_MODEL" in done.stderr
     assert "main.py up --stand-in" in done.stderr
     assert not (tmp_path / "data" / "rabbitmq").exists()
 
