@@ -52,10 +52,10 @@ def run_worker(
     """Take jobs until the shutdown.
 
     Args:
-            settings: All settings.
-            shutdown: Stops the worker after the current job is saved.
-            trainer_command: Starts the trainer process.
-            once_idle: Stop after one training message, or after this many seconds without one.
+        settings: All settings.
+        shutdown: Stops the worker after the current job is saved.
+        trainer_command: Starts the trainer process.
+        once_idle: Stop after one training message, or after this many seconds without one.
 
     Raises:
         ConfigurationError: A folder, a port or a service cannot be opened with these settings, a

@@ -68,6 +68,23 @@ def put_out(session: Writing, row: JobRow, due_at: float | None = None) -> None:
     )
 
 
+def put_out_again(session: Writing, row: JobRow) -> None:
+    """Publish the message of a job that is to be cancelled and that no message points to.
+
+    The job needs no admission. A request to pause it is over.
+    """
+    row.status, row.admitted_at, row.pause_requested_at = "queued", now(), None
+    drop_waiting(session, row.id)
+    put_out(session, row, due_at=now())
+
+
+def drop_waiting(session: Writing, job_id: str) -> None:
+    """Drop the messages of a job that the relay has not published."""
+    session.execute(
+        delete(OutboxRow).where(OutboxRow.job_id == job_id, OutboxRow.published_at.is_(None))
+    )
+
+
 def get(session: Session, job_id: str, org_id: str, *, lock: bool = False) -> JobRow | None:
     """A job of an organisation."""
     query = select(JobRow).where(
@@ -258,9 +275,7 @@ def cancel_waiting(session: Writing, row: JobRow) -> bool:
     )
     if cancelled is None:
         return False
-    session.execute(
-        delete(OutboxRow).where(OutboxRow.job_id == row.id, OutboxRow.published_at.is_(None))
-    )
+    drop_waiting(session, row.id)
     note_state(session, row.id, row.org_id, "cancelled", "Job cancelled")
     return True
 
