@@ -101,17 +101,17 @@ def _wait_again(services: Services, job_id: str) -> None:
 
 
 def _follow_wishes(services: Services, job_id: str) -> None:
-    """Requests to cancel or pause that were made in the lost time."""
+    """Requests to cancel, pause or resume that were made in the lost time."""
     cancelled = ledger.is_cancelled(services, job_id)
     paused = ledger.is_paused(services, job_id)
-    if not cancelled and not paused:
-        return
 
     def act(session: Writing) -> None:
         row = store.locked(session, job_id)
         if row is None or row.status in ENDED:
             return
-        if cancelled:
+        if not cancelled and not paused:
+            _resume(session, row)
+        elif cancelled:
             if not store.cancel_waiting(session, row):
                 row.cancel_requested_at = row.cancel_requested_at or now()
         elif row.status == "queued" and row.admitted_at is None:
@@ -125,6 +125,17 @@ def _follow_wishes(services: Services, job_id: str) -> None:
     record = ledger.record_of(services, job_id) if paused else None
     if record is not None and record.is_paused:
         news.follow_record(services, job_id, record)
+
+
+def _resume(session: Writing, row: JobRow) -> None:
+    """Resume a job that the backup shows as paused, if nobody asks for the pause any more."""
+    if row.pause_requested_at is None:
+        return
+    row.pause_requested_at = None
+    if row.status in ("paused", "pausing"):
+        row.status, row.stage, row.admitted_at = "queued", None, None
+        store.put_out(session, row)
+        store.note_state(session, row.id, row.org_id, "queued", "Job resumed")
 
 
 def _raise_counters(services: Services) -> None:

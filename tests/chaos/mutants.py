@@ -77,13 +77,19 @@ class Mutant:
         )
 
 
-def apply(name: str) -> None:
+def apply(name: str, *, of_api: bool = False) -> None:
     """Change this process.
+
+    Args:
+        name: The mutant.
+        of_api: This process is an API server, and not a worker.
 
     Raises:
         SymbolGone: Something that the mutant names is not there.
     """
     for symbol, make in BY_NAME[name].changes:
+        if symbol.startswith("api.") is not of_api:
+            continue
         owner, attribute, original = find(symbol)
         setattr(owner, attribute, make(original))
 
