@@ -167,7 +167,7 @@ MUTANTS = (
         "a worker that stops returns its message",
         (("services.broker.settlement:Settlement.requeue", change.acknowledged),),
         "only the sweep",
-        only="SIGTERM",
+        only="SIGTERM with",
         faults=4,
     ),
     Mutant(

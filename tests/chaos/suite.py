@@ -184,7 +184,7 @@ def _play(plan: Plan, world: World, jobs: Jobs, line: TimeLine, old_tree: Path |
     ):
         baseline = _warm_up(fleet, world, jobs, conductor)
         line.note(f"workers are warm: {baseline}")
-        injector = Injector(world, fleet, jobs, line, old_tree, api and api.faults)
+        injector = Injector(world, fleet, jobs, line, old_tree, api.faults if api else None)
         with Watcher(world, jobs) as watcher:
             faults = upgrade(plan, injector, jobs, conductor) if plan.upgrades else []
             faults += break_things(plan, injector, jobs)

@@ -1,1 +1,1 @@
-"""The API server in the suite: its processes, its database, its clients, its faults, its verdict."""
+"""The API server in the suite: processes, database, clients, faults and verdict."""

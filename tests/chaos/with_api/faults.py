@@ -114,9 +114,8 @@ class ApiFaults:
                 for follower in self._followers:
                     follower.begin_again()
                 self._ground.restore(backup)
-        self._line.note(
-            f"{fault.number:3}  … the database is that of {3 * fault.seconds:.1f} s ago"
-        )
+        ago = 3 * fault.seconds
+        self._line.note(f"{fault.number:3}  … the database is that of {ago:.1f} s ago")
 
     def _orders_are_kept(self) -> bool:
         try:
