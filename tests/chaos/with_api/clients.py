@@ -234,7 +234,7 @@ class Follower:
         self._thread = threading.Thread(target=self._loop, name=f"follower-{org}", daemon=True)
 
     def __enter__(self) -> Self:
-        self.begin = self._newest()
+        self.begin = max(1, self._newest())  # 0 stands for all that is new
         self._thread.start()
         return self
 
@@ -267,13 +267,13 @@ class Follower:
     def _read(self, target: str) -> None:
         if self._restart.is_set():
             with self._ground.turn.alone():
-                self.begin = self._newest()
+                self.begin = max(1, self._newest())
                 self.seen.clear()
                 self._restart.clear()
         headers = {
             "Authorization": f"Bearer {self._ground.keys[self.org]}",
             "Accept": "text/event-stream",
-            "Last-Event-ID": str(self.seen[-1] if self.seen else max(self.begin, 1)),
+            "Last-Event-ID": str(self.seen[-1] if self.seen else self.begin),
         }
         with (
             httpx.Client(timeout=httpx.Timeout(5.0, read=20.0)) as client,
