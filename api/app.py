@@ -234,6 +234,7 @@ class Duties:
     def start(self) -> None:
         """Start all of them."""
         self._broker.start()
+        self._services.hub.begin()
         for name, run in (
             ("relay", self.relay.run),
             ("reconciler", self.reconciler.run),

@@ -179,6 +179,11 @@ class TrainerOptions:
         log_level: Level of the trainer's own log lines.
         log_format: `json` or `text`.
         runner: The class whose base model is loaded before the first run, as `module:class`.
+        processes: Processes that train a run together, for the kinds that can.
+        fsdp: Share the weights of a language model out among the processes.
+        stall_seconds: A process waits this long for a sum with the others.
+        rank: Number of this process; 0 for the one that the desk starts.
+        meeting: Folder in which the processes find each other; set by process 0.
     """
 
     base_model: str
@@ -191,6 +196,11 @@ class TrainerOptions:
     log_level: str = "INFO"
     log_format: str = "json"
     runner: str = dataclasses.field(default_factory=runner_of_first_kind)
+    processes: int = 1
+    fsdp: bool = False
+    stall_seconds: float = 300.0
+    rank: int = 0
+    meeting: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -365,6 +375,7 @@ class JobKind(Protocol):
         labels: Names of the fields of `identity_fields`. They label error reports.
         counters, gauges: The kind's metrics, by name, each with its help text. Kinds may share one.
         needs_gpu: A machine without a GPU is unfit for this kind unless `ALLOW_CPU` is set.
+        shares_gpus: Whether several processes, one to a GPU, can do one of its runs together.
     """
 
     name: str
@@ -380,6 +391,7 @@ class JobKind(Protocol):
     counters: Mapping[str, str]
     gauges: Mapping[str, str]
     needs_gpu: bool
+    shares_gpus: bool
 
     def refusal(self, base_model: str) -> str | None:
         """Why a worker with this `BASE_MODEL` cannot do the kind's jobs; None if it can."""

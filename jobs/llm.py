@@ -392,6 +392,7 @@ class LlmKind:
     labels = ("kind", "subject")
     counters, gauges = epochs.COUNTERS, epochs.GAUGES
     needs_gpu = True
+    shares_gpus = True
 
     def __init__(self, settings: KindSettings) -> None:
         self._defaults = LlmParameters(**settings.parameters)

@@ -503,6 +503,7 @@ class StyleKind:
     labels = ("style_id",)
     counters, gauges = epochs.COUNTERS, epochs.GAUGES
     needs_gpu = True
+    shares_gpus = False
     subject_is_number = True
 
     def __init__(self, settings: KindSettings) -> None:

@@ -132,6 +132,10 @@ class Metrics:
         self.trainer_restarts = self._counter(
             "trainer_restarts", "Trainer processes started in place of one that died or hung"
         )
+        self.trainer_processes = self._gauge(
+            "trainer_processes",
+            "Processes, one to a GPU, that train a run of a language model together",
+        )
         self.trainer_gpu_memory_allocated_bytes = self._gauge(
             "trainer_gpu_memory_allocated_bytes", "Memory of the GPU that the trainer's tensors use"
         )

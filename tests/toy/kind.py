@@ -71,6 +71,7 @@ class ToyKind:
     gauges = {"letters": "Letters that the newest run has counted"}
     max_input_bytes = 1000
     needs_gpu = False
+    shares_gpus = False
 
     def __init__(self, settings: KindSettings) -> None:
         self._options = ToyOptions(**settings.options)
