@@ -128,7 +128,7 @@ def _follow_wishes(services: Services, job_id: str) -> None:
 
 
 def _resume(session: Writing, row: JobRow) -> None:
-    """Resume a job that the backup shows as paused, if nobody asks for the pause any more."""
+    """Resume a job that the backup shows as paused, if the request to pause was taken back."""
     if row.pause_requested_at is None:
         return
     row.pause_requested_at = None

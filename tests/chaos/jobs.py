@@ -219,7 +219,7 @@ class Jobs:
                 job
                 for job in self.published
                 if job.valid and job.destiny not in _WITHOUT_ID
-                # The API alone decides when a job of its own goes to the workers.
+                # The API decides when one of its jobs goes to the workers.
                 and (not job.over_api or job.record_id in records)
             ]
             if not named:

@@ -242,7 +242,7 @@ class Follower:
         self._stopping.set()
 
     def begin_again(self) -> None:
-        """The database is another one: its ids say nothing about those that were seen."""
+        """The database is another one: its ids cannot be compared with those that were seen."""
         self._restart.set()
 
     def expected(self) -> list[int]:

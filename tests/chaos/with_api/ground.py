@@ -34,7 +34,7 @@ _MOST_WITH_WORKERS = 4
 
 
 class Turn:
-    """Any number of clients at once, or one operator alone."""
+    """Any number of clients at once, or one operator and no client."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.RLock())
