@@ -68,6 +68,23 @@ def put_out(session: Writing, row: JobRow, due_at: float | None = None) -> None:
     )
 
 
+def put_out_again(session: Writing, row: JobRow) -> None:
+    """Publish the message of a job that is to be cancelled and that no message points to.
+
+    The job needs no admission. A request to pause it is over.
+    """
+    row.status, row.admitted_at, row.pause_requested_at = "queued", now(), None
+    drop_waiting(session, row.id)
+    put_out(session, row, due_at=now())
+
+
+def drop_waiting(session: Writing, job_id: str) -> None:
+    """Drop the messages of a job that the relay has not published."""
+    session.execute(
+        delete(OutboxRow).where(OutboxRow.job_id == job_id, OutboxRow.published_at.is_(None))
+    )
+
+
 def get(session: Session, job_id: str, org_id: str, *, lock: bool = False) -> JobRow | None:
     """A job of an organisation."""
     query = select(JobRow).where(
@@ -126,7 +143,7 @@ def visible(org_id: str) -> Select[JobRow]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Waiting:
+class WaitingJob:
     """A job on its way to a worker.
 
     Attributes:
@@ -140,7 +157,7 @@ class Waiting:
     is_admitted: bool
 
 
-def waiting(session: Session) -> list[Waiting]:
+def waiting(session: Session) -> list[WaitingJob]:
     """All jobs on their way to a worker, in the order of their turns.
 
     Admitted jobs come first. Then organisations take turns: the one whose last turn is the longest
@@ -165,7 +182,7 @@ def waiting(session: Session) -> list[Waiting]:
             JobRow.id,
         )
     )
-    return [Waiting(row[0], row[1], row[2], row[3] is not None) for row in rows]
+    return [WaitingJob(row[0], row[1], row[2], row[3] is not None) for row in rows]
 
 
 def with_workers(session: Session) -> dict[str | None, int]:
@@ -253,9 +270,7 @@ def cancel_waiting(session: Writing, row: JobRow) -> bool:
     )
     if cancelled is None:
         return False
-    session.execute(
-        delete(OutboxRow).where(OutboxRow.job_id == row.id, OutboxRow.published_at.is_(None))
-    )
+    drop_waiting(session, row.id)
     note_state(session, row.id, row.org_id, "cancelled", "Job cancelled")
     return True
 
