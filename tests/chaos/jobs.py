@@ -292,7 +292,8 @@ class Jobs:
                 epochs = LONG_EPOCHS
             case Destiny.CANCEL_PUBLISHING:
                 # Of a style that has a model, so that a mixture would be seen.
-                style_id, epochs = self.published[0].style_id if self.published else 101, 2
+                styles = [job.style_id for job in self.published if job.kind == STYLE]
+                style_id, epochs = (styles or [101])[0], 2
             case Destiny.TOO_LARGE:
                 images = [f"s3://{MEDIA}/{HUGE}"] * (MAX_JOB_BYTES // HUGE_BYTES + 2)
         if destiny in SEEDS:
