@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from jobs.style import TrainerOptions
 from training.runtime.device import out_of_memory
@@ -168,7 +169,7 @@ def join(options: TrainerOptions) -> Team:
     with _answers_expected():
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(str(Path(options.meeting) / "store"), options.processes),
+            store=FileStore(str(Path(options.meeting) / "store"), options.processes),
             rank=options.rank,
             world_size=options.processes,
             timeout=longest,
