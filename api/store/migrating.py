@@ -15,7 +15,6 @@ import sqlalchemy
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 
 from api.store.database import Database
@@ -35,13 +34,6 @@ def migrate(database: Database) -> str:
         command.upgrade(configuration, "head")
         connection.commit()
         return version_of(connection) or ""
-
-
-def is_current(database: Database) -> bool:
-    """Whether the tables have this program's version."""
-    head = ScriptDirectory.from_config(_configuration()).get_current_head()
-    with database.engine.connect() as connection:
-        return version_of(connection) == head
 
 
 def check(database: Database) -> None:
