@@ -180,7 +180,9 @@ class Followed:
         while not self.has_ended:
             last = {"Last-Event-ID": str(self.ids[-1])} if self.ids else {}
             try:
-                with httpx.stream("GET", self._url, headers=self._headers | last, timeout=60) as got:
+                with httpx.stream(
+                    "GET", self._url, headers=self._headers | last, timeout=60
+                ) as got:
                     for line in got.iter_lines():
                         self._take(line)
             except httpx.HTTPError:
@@ -210,9 +212,7 @@ class ApiDemo:
         minutes: Jobs that take longer have failed.
     """
 
-    def __init__(
-        self, screen: Screen, *, url: str, key: str, output: Path, minutes: float
-    ) -> None:
+    def __init__(self, screen: Screen, *, url: str, key: str, output: Path, minutes: float) -> None:
         self._screen = screen
         self._url = url
         self._key = key

@@ -55,7 +55,10 @@ class Comparison(BaseModel):
 
 def shown(services: Services, row: JobRow) -> dict[str, Any]:
     """An experiment as clients see it."""
-    return views.job(row, notice=services.settings.api_notice) | {"object": "experiment", "metrics": numbers(row)}
+    return views.job(row, notice=services.settings.api_notice) | {
+        "object": "experiment",
+        "metrics": numbers(row),
+    }
 
 
 def numbers(row: JobRow) -> dict[str, float | None]:
