@@ -15,6 +15,7 @@ import sqlalchemy
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 
 from api.store.database import Database
@@ -22,8 +23,12 @@ from api.store.database import Database
 _MIGRATIONS_LOCK = 7_264_000
 
 
-def migrate(database: Database) -> str:
+def migrate(database: Database, to: str = "head") -> str:
     """Run the migrations that are missing.
+
+    Args:
+        database: The database.
+        to: The version of the tables; the newest by default.
 
     Returns:
         The version of the tables.
@@ -31,9 +36,15 @@ def migrate(database: Database) -> str:
     with _alone(database) as connection:
         configuration = _configuration()
         configuration.attributes["connection"] = connection
-        command.upgrade(configuration, "head")
+        command.upgrade(configuration, to)
         connection.commit()
         return version_of(connection) or ""
+
+
+def versions() -> list[str]:
+    """All versions of the tables, the first one first."""
+    scripts = ScriptDirectory.from_config(_configuration()).walk_revisions()
+    return [each.revision for each in scripts][::-1]
 
 
 def check(database: Database) -> None:
