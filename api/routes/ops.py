@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import html
+from collections.abc import Callable
+from typing import Annotated, Literal, get_args
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from sqlalchemy import func, select
 
 from api.gate.guard import Served
 from api.gate.problems import CODES, Problem
+from api.services import Services
 from api.store.database import DatabaseAway
 from api.store.tables import OPEN, JobRow, OutboxRow
 from utils.errors import StorageError
 
 router = APIRouter(tags=["operations"])
+Part = Literal["broker", "database", "storage"]
+"""A part that the server needs."""
 
 
 @router.head("/health", include_in_schema=False)
@@ -27,27 +32,44 @@ def health() -> dict[str, str]:
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", operation_id="ready")
-def ready(services: Served) -> JSONResponse:
+def ready(
+    services: Served,
+    check: Annotated[
+        list[Part] | None, Query(description="Only these parts; all of them by default.")
+    ] = None,
+) -> JSONResponse:
     """Whether database, storage and broker can be used; 503 if one cannot.
 
     Without the broker jobs are still accepted, and wait in the database.
     """
-    problems = {"broker": services.broker_state()}
-    try:
-        with services.database.reading() as session:
-            session.execute(select(1))
-        problems["database"] = ""
-    except DatabaseAway as error:
-        problems["database"] = str(error)
-    try:
-        services.state_s3.reach(services.buckets.state)
-        problems["storage"] = ""
-    except StorageError as error:
-        problems["storage"] = str(error)
-    checks = {name: problem or "ok" for name, problem in sorted(problems.items())}
+    looks: dict[Part, Callable[[], str]] = {
+        "broker": services.broker_state,
+        "database": lambda: _database_problem(services),
+        "storage": lambda: _storage_problem(services),
+    }
+    wanted = frozenset(check or get_args(Part))
+    problems = {part: look() for part, look in looks.items() if part in wanted}
+    checks = {part: problem or "ok" for part, problem in problems.items()}
     is_ready = not any(problems.values())
     body = {"status": "ready" if is_ready else "not ready", "checks": checks}
     return JSONResponse(body, 200 if is_ready else 503)
+
+
+def _database_problem(services: Services) -> str:
+    try:
+        with services.database.reading() as session:
+            session.execute(select(1))
+    except DatabaseAway as error:
+        return str(error)
+    return ""
+
+
+def _storage_problem(services: Services) -> str:
+    try:
+        services.state_s3.reach(services.buckets.state)
+    except StorageError as error:
+        return str(error)
+    return ""
 
 
 @router.get("/metrics", operation_id="metrics", response_class=Response)
