@@ -281,6 +281,15 @@ class ApiMetrics:
         )
         self.jobs = self._gauge("api_jobs", "Jobs that have not ended, by status", "status")
         self.outbox = self._gauge("api_outbox", "Messages that are due and not confirmed")
+        self.outbox_oldest_seconds = self._gauge(
+            "api_outbox_oldest_seconds", "How long the oldest of them has been due; 0 with none"
+        )
+        self.waiting_oldest_seconds = self._gauge(
+            "api_waiting_oldest_seconds",
+            "How long the oldest job has waited for its organisation's turn; 0 with none",
+        )
+        self.database_up = self._gauge("api_database_up", "1 if the database can be used")
+        self.broker_connected = self._gauge("api_broker_connected", "1 while connected to RabbitMQ")
         self.streams = self._gauge("api_event_streams", "Open event streams of this process")
         self.relay_age = self._gauge(
             "api_relay_age_seconds",
@@ -313,11 +322,11 @@ def _kinds(accept: str) -> set[str]:
 
 
 def exported_names() -> frozenset[str]:
-    """The name of every series that a worker exports, as a query spells it.
+    """The name of every series that a worker or the API exports, as a query spells it.
 
     A histogram has three: `_bucket`, `_sum` and `_count`.
     """
-    return frozenset(_series(Metrics().registry))
+    return frozenset(_series(Metrics().registry)) | frozenset(_series(ApiMetrics().registry))
 
 
 def _series(registry: CollectorRegistry) -> Iterator[str]:

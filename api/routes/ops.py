@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 from collections.abc import Callable
 from typing import Annotated, Literal, get_args
@@ -10,13 +9,15 @@ from typing import Annotated, Literal, get_args
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from api.gate.guard import Served
 from api.gate.problems import CODES, Problem
 from api.services import Services
-from api.store.database import DatabaseAway
+from api.store.database import DatabaseAway, now
 from api.store.tables import OPEN, JobRow, OutboxRow
 from utils.errors import StorageError
+from utils.metrics import ApiMetrics
 
 router = APIRouter(tags=["operations"])
 Part = Literal["broker", "database", "storage"]
@@ -76,23 +77,40 @@ def _storage_problem(services: Services) -> str:
 def metrics(request: Request, services: Served) -> Response:
     """The metrics of this process, for Prometheus."""
     measured = services.metrics
-    with contextlib.suppress(DatabaseAway), services.database.reading() as session:
-        rows = session.execute(
-            select(JobRow.status, func.count())
-            .where(JobRow.status.in_(OPEN))
-            .group_by(JobRow.status)
-        )
-        counts = {row[0]: row[1] for row in rows}
-        for status in OPEN:
-            measured.jobs.labels(status).set(counts.get(status, 0))
-        due = select(func.count()).where(
-            OutboxRow.published_at.is_(None), OutboxRow.due_at.is_not(None)
-        )
-        measured.outbox.set(session.scalar(due) or 0)
+    try:
+        with services.database.reading() as session:
+            _measure(session, measured)
+        measured.database_up.set(1)
+    except DatabaseAway:
+        measured.database_up.set(0)
+    measured.broker_connected.set(0 if services.broker_state() else 1)
     measured.streams.set(services.hub.streams)
     measured.relay_age.set(request.app.state.relay.age_seconds())
     text, kind = measured.render(request.headers.get("accept", ""))
     return Response(text, headers={"Content-Type": kind})
+
+
+def _measure(session: Session, measured: ApiMetrics) -> None:
+    """Set the metrics that the database has."""
+    rows = session.execute(
+        select(JobRow.status, func.count()).where(JobRow.status.in_(OPEN)).group_by(JobRow.status)
+    )
+    counts = {row[0]: row[1] for row in rows}
+    for status in OPEN:
+        measured.jobs.labels(status).set(counts.get(status, 0))
+    due, oldest = session.execute(
+        select(func.count(), func.min(OutboxRow.due_at)).where(
+            OutboxRow.published_at.is_(None), OutboxRow.due_at.is_not(None)
+        )
+    ).one()
+    measured.outbox.set(due)
+    measured.outbox_oldest_seconds.set(max(0.0, now() - oldest) if oldest else 0)
+    first = session.scalar(
+        select(func.min(JobRow.created_at)).where(
+            JobRow.status == "queued", JobRow.admitted_at.is_(None), JobRow.deleted_at.is_(None)
+        )
+    )
+    measured.waiting_oldest_seconds.set(max(0.0, now() - first) if first else 0)
 
 
 @router.get("/problems/{code}", response_class=HTMLResponse, operation_id="problem_page")
