@@ -279,6 +279,18 @@ class ApiMetrics:
             ("kind",),
             registry=self.registry,
         )
+        self.webhooks_sent = Counter(
+            f"{PREFIX}_api_webhooks_sent",
+            "Webhooks sent to organisations, by status class",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.webhooks_waiting = self._gauge(
+            "api_webhooks_waiting", "Webhooks for organisations that are not delivered yet"
+        )
+        self.webhooks_oldest_seconds = self._gauge(
+            "api_webhooks_oldest_seconds", "Age of the oldest of them; 0 with none"
+        )
         self.jobs = self._gauge("api_jobs", "Jobs that have not ended, by status", "status")
         self.outbox = self._gauge("api_outbox", "Messages that are due and not confirmed")
         self.outbox_oldest_seconds = self._gauge(

@@ -15,6 +15,7 @@ from api.gate.guard import Served
 from api.gate.problems import CODES, Problem
 from api.services import Services
 from api.store.database import DatabaseAway, now
+from api.store.endpoints import waiting_count
 from api.store.tables import OPEN, JobRow, OutboxRow
 from utils.errors import StorageError
 from utils.metrics import ApiMetrics
@@ -110,6 +111,9 @@ def _measure(session: Session, measured: ApiMetrics) -> None:
             JobRow.status == "queued", JobRow.admitted_at.is_(None), JobRow.deleted_at.is_(None)
         )
     )
+    waiting, age = waiting_count(session)
+    measured.webhooks_waiting.set(waiting)
+    measured.webhooks_oldest_seconds.set(age)
     measured.waiting_oldest_seconds.set(max(0.0, now() - first) if first else 0)
 
 

@@ -196,6 +196,7 @@ class ApiSettings(Group):
     api_requests_per_minute: int = Field(default=1200, ge=1)
     api_creates_per_minute: int = Field(default=120, ge=1)
     api_silent_seconds: Seconds = 120.0
+    api_private_webhooks: bool = False
     max_concurrent_trainings: int = Field(default=2, ge=1)
     broker_depth: int = Field(default=2, ge=1)
     aws_public_endpoint_url_s3: Annotated[str, AfterValidator(values.endpoint)] | None = None

@@ -102,7 +102,7 @@ def _environment(ground: Ground, postgres: PostgresNode) -> dict[str, str]:
 
 @pytest.fixture(name="database_url")
 def _database_url(tmp_path: Path) -> str:
-    """Not used: the servers of this file have databases of their own."""
+    """A database that no server of this file uses."""
     return f"sqlite:///{tmp_path / 'api.db'}"
 
 
