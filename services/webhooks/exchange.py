@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import socket
 import ssl
 import threading
@@ -177,9 +178,9 @@ class _ReportingAdapter(HTTPAdapter):
         """The pool of `requests` for a proxy, with our certificate authorities."""
         return super().proxy_manager_for(proxy, **kwargs, ssl_context=self._context)
 
-    def get_connection_with_tlscertificates(self, *args: Any, **kwargs: Any) -> Any:
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         """The pool for a request; each of its connections reports."""
-        pool: Any = super().get_connection_with_tlscertificates(*args, **kwargs)
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
         make = pool.ConnectionCls
 
         def reporting(*args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections.abc import Iterator
@@ -89,6 +90,10 @@ def sent(world: World, endpoint: dict[str, Any]) -> list[dict[str, Any]]:
     return list(world.get(f"{PATH}/{endpoint['id']}/webhooks").json()["data"])
 
 
+def _tried(world: World, endpoint: dict[str, Any], attempts: int) -> bool:
+    return bool(sent(world, endpoint)[0]["attempts"] == attempts)
+
+
 def make_due(world: World) -> None:
     """Have all waiting webhooks due now."""
     world.services.database.write(
@@ -143,7 +148,7 @@ def test_a_webhook_that_nobody_takes_is_given_up(world: World, customer: Custome
     customer.status = 500
     world.worker().complete(world.order(), 1_000_001)
     for attempt in range(1, len(DELAYS) + 2):
-        until(lambda number=attempt: sent(world, endpoint)[0]["attempts"] == number)
+        until(functools.partial(_tried, world, endpoint, attempt))
         make_due(world)
     (row,) = sent(world, endpoint)
     assert (row["state"], row["attempts"]) == ("given_up", len(DELAYS) + 1)
