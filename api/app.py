@@ -27,8 +27,8 @@ from api.duties.relay import BrokerPart, Relay
 from api.gate import problems
 from api.gate.keys import ADMIN, DEFAULT_ORG, Keyring, ensure_organization
 from api.gate.limits import Rates
-from api.gate.requests import Requests
-from api.life.line import Line
+from api.gate.requests import RequestMiddleware
+from api.life.line import WaitingLine
 from api.reference import add_reference
 from api.routes import (
     endpoints,
@@ -102,7 +102,7 @@ def create(settings: config.Settings | None = None) -> FastAPI:
     problems.add_handlers(app)
     _add_routes(app)
     _describe_keys(app)
-    app.add_middleware(Requests, metrics=services.metrics)
+    app.add_middleware(RequestMiddleware, metrics=services.metrics)
     add_reference(app)
     return app
 
@@ -217,7 +217,7 @@ def open_services(settings: config.Settings) -> tuple[Services, BrokerPart]:
             settings.webhooks.internal_api_token.get_secret_value(),
             settings.webhooks.signing_secrets(),
         ),
-        line=Line(api.broker_depth),
+        line=WaitingLine(api.broker_depth),
         hub=Hub(database),
         backend_url=settings.webhooks.backend_api_url,
         wake=threading.Event(),
@@ -263,6 +263,7 @@ class Duties:
     def start(self) -> None:
         """Start all of them."""
         self._broker.start()
+        self._services.hub.begin()
         for name, run in (
             ("relay", self.relay.run),
             ("reconciler", self.reconciler.run),

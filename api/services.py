@@ -9,7 +9,7 @@ from collections.abc import Callable
 from api.duties.hub import Hub
 from api.gate.keys import Keyring
 from api.gate.limits import Rates
-from api.life.line import Line
+from api.life.line import WaitingLine
 from api.store.database import Database
 from jobs.addresses import S3Location
 from jobs.kinds import Kinds
@@ -74,7 +74,7 @@ class Services:
     uploads: Uploads
     buckets: Buckets
     verifier: WebhookVerifier
-    line: Line
+    line: WaitingLine
     hub: Hub
     backend_url: str
     wake: threading.Event

@@ -200,14 +200,14 @@ class Pipeline:
         return self._settle(job, lease, ending, None)
 
     def _fail(self, job: Job, lease: JobLease, error: TrainingServerError) -> Settlement:
-        """End the job as failed, once no file of it is left in the style's folder."""
+        """End the job as failed, once no file of it is left in the model's folder."""
         try:
             self._desk.publisher.repair(_place(job), job.task_id, lease)
         except (StorageError, MachineError) as trouble:
             if not self._is_last_attempt(lease):
                 return self._try_again(job, lease, trouble)
-            # The turn's note stays: the style's next publisher repairs the folder.
-            log.error("style_folder_not_repaired", reason=str(trouble))
+            # The turn's note stays: the next publisher repairs the folder.
+            log.error("folder_not_repaired", reason=str(trouble))
         ending, owed = self._failed(job, lease, error)
         return self._settle(job, lease, ending, owed)
 
@@ -218,18 +218,19 @@ class Pipeline:
 
         The message is acknowledged only after that.
         """
+        desk = self._desk
         lease.end(ending, owed)
         if ending.kind is EndingKind.COMPLETE:
-            self._desk.publisher.confirm(_place(job), job.task_id, lease)
+            desk.publisher.confirm(_place(job), job.task_id, lease)
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
-        self._desk.observer.ended(ending)
-        cleared = clear_up(self._desk.state_s3, self._desk.state_bucket, lease.record)
-        with self._desk.observer.tracing.span("tell"):
-            left = self._desk.endings.deliver(
+        desk.observer.ended(ending)
+        cleared = clear_up(desk.state_s3, desk.state_bucket, lease.record, kinds=desk.kinds)
+        with desk.observer.tracing.span("tell"):
+            left = desk.endings.deliver(
                 lease, original=job.body, for_seconds=endings.DELIVER_AT_ONCE_SECONDS
             )
         if cleared and not left:
-            self._desk.records.forget(job.task_id)
+            desk.records.forget(job.task_id)
         return Settlement.ack(*left)
 
     def _train_and_publish(self, job: Job, lease: JobLease, stop: StopSignal) -> Ending:
@@ -254,6 +255,7 @@ class Pipeline:
                 lease,
                 desk.state_s3,
                 desk.state_bucket,
+                kept_file=kind.checkpoint_file,
                 curves=folder / CURVES,
                 patience=desk.shutdown.seconds_for_saving,
                 uploaded=desk.observer.uploaded,

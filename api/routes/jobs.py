@@ -91,7 +91,7 @@ def _created(
         row.trace_headers = trace
         store.add(session, row)
         session.flush()
-        answer = views.job(row, _turn(services, session, row))
+        answer = views.job(row, _turn(services, session, row), notice=services.settings.api_notice)
         once.keep(session, answer)
         return answer, row
 
@@ -147,7 +147,7 @@ def _row(
     )
 
 
-def _turn(services: Services, session: Session, row: JobRow) -> views.Turn | None:
+def _turn(services: Services, session: Session, row: JobRow) -> views.QueueTurn | None:
     """A waiting job's place in the queue."""
     if row.status != "queued":
         return None
@@ -175,7 +175,7 @@ def show(services: Services, caller: Caller, job_id: str) -> dict[str, Any]:
     """A job as the client sees it."""
     with services.database.reading() as session:
         row = found(session, caller, job_id)
-        return views.job(row, _turn(services, session, row))
+        return views.job(row, _turn(services, session, row), notice=services.settings.api_notice)
 
 
 def _filters(
@@ -213,7 +213,9 @@ def list_jobs(
         rows, has_more = page.rows(session, query, JobRow)
         queued = [row.id for row in rows if row.status == "queued"]
         turns = services.line.turns(session, queued) if queued else {}
-    return views.page([views.job(row, turns.get(row.id)) for row in rows], has_more=has_more)
+    notice = services.settings.api_notice
+    shown = [views.job(row, turns.get(row.id), notice=notice) for row in rows]
+    return views.page(shown, has_more=has_more)
 
 
 def metrics(services: Services, caller: Caller, job_id: str, max_points: int) -> dict[str, Any]:

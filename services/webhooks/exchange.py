@@ -181,21 +181,22 @@ class _ReportingAdapter(HTTPAdapter):
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         """The pool for a request; each of its connections reports."""
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-        make = pool.ConnectionCls
-
-        def reporting(*args: Any, **kwargs: Any) -> Any:
-            connection = make(*args, **kwargs)
-            connect = connection.connect
-
-            def connect_and_report() -> None:
-                connect()
-                self._exchange.connected(connection.sock)
-
-            connection.connect = connect_and_report
-            return connection
-
-        pool.ConnectionCls = reporting
+        pool.ConnectionCls = _reporting(pool.ConnectionCls, self._exchange)
         return pool
+
+
+def _reporting(connection_class: Any, exchange: Exchange) -> type[Any]:
+    """A class of urllib3's connections that report their socket when it is open."""
+
+    class Reporting(connection_class):  # type: ignore[misc]  # a class of the library's choice
+        """The connection."""
+
+        def connect(self) -> None:
+            """urllib3's hook."""
+            super().connect()
+            exchange.connected(self.sock)
+
+    return Reporting
 
 
 def _shut_down(opened: socket.socket) -> None:

@@ -17,8 +17,9 @@ from jobs.message import derive_task_id
 from jobs.record import derived_task_id
 from tests.chaos.fates import SEEDS
 from tests.chaos.journal import Journal
-from tests.chaos.reference import Destiny
+from tests.chaos.reference import OVER_API, Destiny
 from tests.chaos.timing import MAX_JOB_BYTES, MEDIA
+from tests.chaos.with_api.clients import Orders, Steering
 from tests.chaos.world import World
 
 _FIRST_ORDER = datetime.datetime(2026, 1, 20, 10, tzinfo=datetime.UTC)
@@ -29,6 +30,16 @@ _REFUSED_CREATIONS = 4
 _WITH_LARGE_HEADERS = {Destiny.GIVEN_UP, Destiny.GIVEN_UP_REDRIVEN}
 """Jobs that are put off for sure: their copies must not carry what fills a frame."""
 _LARGE_HEADERS = {"x-junk": "j" * 130_950}
+_DIRECTLY = (
+    *(Destiny.NO_ID, Destiny.ORDERED_TWICE, Destiny.INVALID, Destiny.TOO_LARGE),
+    *(Destiny.CANCEL_PUBLISHING, Destiny.GIVEN_UP),
+)
+"""Jobs whose messages the API does not write: another backend publishes them."""
+_ANSWERED = (
+    *(Destiny.CANCEL_FILE, Destiny.CANCEL_ANSWER, Destiny.CANCEL_GONE, Destiny.REFUSED),
+    *(Destiny.REFUSED_REDRIVEN, Destiny.NOT_FOUND, Destiny.RECORD_DAMAGED),
+)
+"""Destinies that the suite brings about while the job runs."""
 LONG_EPOCHS = 60
 """Of a job that is to be cancelled: it must not complete before anybody can cancel it."""
 HUGE = "training/huge.jpg"
@@ -44,6 +55,7 @@ class Job:
         destiny: The outcome that it is ordered for.
         body: The message.
         again: It is the second order of the same message.
+        over_api: It was ordered over the API.
     """
 
     task_id: str
@@ -52,6 +64,7 @@ class Job:
     body: bytes
     destiny: Destiny = Destiny.PLAIN
     again: bool = False
+    over_api: bool = False
 
     @property
     def valid(self) -> bool:
@@ -76,7 +89,14 @@ class Jobs:
         plain_first: The number of jobs ordered to complete before the first other destiny.
         images: Addresses; None for two images without content.
         one_style: All are of one style.
+
+    Attributes:
+        orders: Orders jobs over the API; None without one.
+        steering: Leads jobs to their destiny over the API.
     """
+
+    orders: Orders | None = None
+    steering: Steering | None = None
 
     def __init__(
         self,
@@ -93,10 +113,12 @@ class Jobs:
         self._one_style = one_style
         self.journal = journal
         self.published: list[Job] = []
+        self._numbers = 0
         self._world = world
         self._epochs = epochs
         self._dice = dice
-        self._destinies = tuple(one for one in destinies if one is not Destiny.PLAIN)
+        never = (Destiny.PLAIN, *(() if world.api else OVER_API))
+        self._destinies = tuple(one for one in destinies if one not in never)
         self._deck: list[Destiny] = []
         self._plain_first = plain_first
         self._images = images or self._upload_blanks()
@@ -110,8 +132,13 @@ class Jobs:
             destiny: The outcome that it is ordered for; None for the next of the deck.
         """
         with self._lock:
-            number = len(self.published) + 1
-            job = self._job(number, destiny or self._next_destiny(number))
+            self._numbers += 1
+            number = self._numbers
+            destiny = destiny or self._next_destiny(number)
+            job = self._job(number, destiny)
+        if self.orders and times == 1 and destiny not in _DIRECTLY:
+            return self._order(self.orders, number, job)
+        with self._lock:
             self.published.append(job)
         self._world.mood.destinies[job.task_id] = job.destiny
         if job.destiny is Destiny.CANCEL_PUBLISHING:
@@ -121,6 +148,29 @@ class Jobs:
         headers = _LARGE_HEADERS if job.destiny in _WITH_LARGE_HEADERS else None
         self._world.publish(job.body, times, headers)
         self.journal.note("published", task=job.task_id, destiny=job.destiny, times=times)
+        return job
+
+    def _order(self, orders: Orders, number: int, job: Job) -> Job:
+        """Order a job over the API. One whose order took long is to complete."""
+        parameters = json.loads(job.body)["data"]["parameters"]
+        row, was_soon = orders.order(parameters, f"order-{number:04d}")
+        destiny = job.destiny
+        if not was_soon and destiny in _ANSWERED:
+            destiny = Destiny.PLAIN
+        self._world.mood.destinies[row.job_id] = destiny
+        job = dataclasses.replace(
+            job,
+            task_id=row.job_id,
+            style_id=row.number or 0,
+            body=row.message,
+            destiny=destiny,
+            over_api=True,
+        )
+        with self._lock:
+            self.published.append(job)
+        if self.steering:
+            self.steering.lead(row, destiny, number)
+        self.journal.note("published", task=job.task_id, destiny=destiny, times=1)
         return job
 
     def order_again(self, first: Job) -> Job:
@@ -143,11 +193,14 @@ class Jobs:
         """How many there are whose record has no ending, or that have no record yet."""
         records = self._world.records()
         ended = {name for name, one in records.items() if one["state"] in ("ended", "damaged")}
+        ended |= self._world.never_claimed() - set(records)
         return sum(job.record_id not in ended for job in tuple(self.published))
 
     def unsettled(self) -> set[str]:
         """The record ids of jobs that still have something to do."""
-        settled = {name for name, one in self._world.records().items() if is_settled(one)}
+        records = self._world.records()
+        settled = {name for name, one in records.items() if is_settled(one)}
+        settled |= self._world.never_claimed() - set(records)
         return {job.record_id for job in tuple(self.published)} - settled
 
     def damaged(self) -> set[str]:
@@ -160,8 +213,17 @@ class Jobs:
 
         Only a message with its publisher's id: without an id it may be a new order.
         """
+        records = self._world.records()
         with self._lock:
-            named = [job for job in self.published if job.valid and job.destiny not in _WITHOUT_ID]
+            named = [
+                job
+                for job in self.published
+                if job.valid and job.destiny not in _WITHOUT_ID
+                # The API alone decides when a job of its own goes to the workers.
+                and (not job.over_api or job.record_id in records)
+            ]
+            if not named:
+                return None
             job = named[which % len(named)]
         self._world.publish(job.body)
         self.journal.note("published", task=job.task_id, destiny=job.destiny, times=1)
@@ -181,6 +243,8 @@ class Jobs:
             jobs = tuple(self.published)
         lost = [job for job in jobs if job.record_id not in records]
         lost = [job for job in lost if held is None or job.body in held]
+        waits = self._world.with_the_api()
+        lost = [job for job in lost if job.task_id not in waits]
         for job in lost:
             self._world.publish(job.body)
         return [job.task_id for job in lost]
@@ -207,6 +271,9 @@ class Jobs:
                 | Destiny.CANCEL_ANSWER
                 | Destiny.CANCEL_GONE
                 | Destiny.RECORD_DAMAGED
+                | Destiny.API_CANCELLED
+                | Destiny.API_PAUSED
+                | Destiny.API_PAUSED_CANCELLED
             ):
                 epochs = LONG_EPOCHS
             case Destiny.CANCEL_PUBLISHING:

@@ -37,6 +37,8 @@ from tests.chaos.timing import (
     WINDOW_SECONDS,
 )
 from tests.chaos.windows import BackendMood, FaultyS3
+from tests.chaos.with_api.ground import ApiGround
+from tests.chaos.with_api.recorder import Recorder
 
 PUBLISH_SECONDS = 90.0
 SECRETS = (TOKEN, SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SECRET_ACCESS_KEY)
@@ -79,7 +81,10 @@ class World:
         destined: The S3 faults of jobs' destinies.
         sweep_allowed: Records that the sweep may publish; the others must need no sweep.
         queue_type: Type of the training queue.
+        api: The API with its database; None in a run without one.
     """
+
+    api: ApiGround | None = None
 
     def __init__(
         self,
@@ -113,13 +118,25 @@ class World:
     @classmethod
     @contextlib.contextmanager
     def running(
-        cls, folder: Path, *, workers: int, queue_type: str, lease: float, hits: Hits
+        cls,
+        folder: Path,
+        *,
+        workers: int,
+        queue_type: str,
+        lease: float,
+        hits: Hits,
+        api: tuple[str, ...] | None = None,
     ) -> Iterator[World]:
-        """All servers, for as long as the block runs."""
+        """All servers, for as long as the block runs.
+
+        Args:
+            api: More arguments of the API's processes; None for a run without an API.
+        """
+        recorder = Recorder()
         with (
             RabbitMqNode(folder / "broker", consumer_timeout_ms=ACK_TIMEOUT_MS) as broker,
             S3Server() as s3_server,
-            Backend() as backend,
+            Backend() if api is None else recorder as backend,
             Backend() as elsewhere,
             contextlib.ExitStack() as stack,
         ):
@@ -133,7 +150,7 @@ class World:
             backend.answer = world.mood
             port = int(backend.url.rsplit(":", 1)[1])
             world.backend_way = stack.enter_context(TcpProxy("127.0.0.1", port))
-            for _ in range(workers):
+            for _ in range(workers + (api is not None)):  # the last way is that of the API
                 world.ways.append(
                     Ways(
                         stack.enter_context(TcpProxy(broker.host, broker.port, amqp=True)),
@@ -145,7 +162,21 @@ class World:
             for bucket in (MEDIA, STATE):
                 s3_server.create_bucket(bucket)
             world.declare()
+            if api is not None:
+                backend.answer = recorder.through(world.mood)
+                ground = ApiGround.running(recorder, folder, world.settings(workers), api)
+                world.api = stack.enter_context(ground)
             yield world
+
+    def never_claimed(self) -> set[str]:
+        """Jobs that were cancelled over the API; those without a record were never claimed."""
+        return self.api.never_claimed() if self.api else set()
+
+    def with_the_api(self) -> set[str]:
+        """Jobs whose messages the API has not given to the broker, or will not."""
+        if self.api is None:
+            return set()
+        return {row.job_id for row in self.api.rows() if not row.admitted or row.status != "queued"}
 
     def settings(self, slot: int | None) -> dict[str, str]:
         """The whole environment of a worker; with None, that of an operator, whom no fault hits."""
@@ -349,6 +380,9 @@ class World:
         """End all faults."""
         self.mood.calm()
         self.backend_way.calm()
+        if self.api:
+            self.api.database_way.calm()
+            self.api.recorder.late_until = 0.0
         for way in self.ways:
             way.broker.calm()
             way.s3.calm()

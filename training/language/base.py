@@ -17,6 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 
 from jobs.llm import LlmRun
 from training.runtime.device import choose_device
+from training.runtime.team import ALONE, Team
 from utils.errors import BaseModelGated, BaseModelUnavailable, GpuOutOfMemory
 from utils.wording import spoken
 
@@ -203,8 +204,14 @@ def predicted_bytes(folder: Path, run: LlmRun, quantization: str, *, cuda: bool)
     return 0
 
 
-def refuse_too_large(folder: Path, run: LlmRun, quantization: str, device: torch.device) -> int:
+def refuse_too_large(
+    folder: Path, run: LlmRun, quantization: str, device: torch.device, processes: int = 1
+) -> int:
     """Compare the predicted memory with what is free; returns the prediction.
+
+    Args:
+        folder, run, quantization, device: The base, and how it is loaded.
+        processes: Processes that load it at the same time. On a CPU they share the memory.
 
     Raises:
         GpuOutOfMemory: Even the base does not fit.
@@ -212,7 +219,7 @@ def refuse_too_large(folder: Path, run: LlmRun, quantization: str, device: torch
     cuda = device.type == "cuda"
     needed = predicted_bytes(folder, run, quantization, cuda=cuda)
     base = parameters_in(folder) * (BYTES[quantization] if cuda else 4.0)
-    free = torch.cuda.mem_get_info(device)[0] if cuda else _free_memory()
+    free = torch.cuda.mem_get_info(device)[0] if cuda else _free_memory() // processes
     if free and base > free:
         raise GpuOutOfMemory(
             f"The base model {run.base_model} needs about {spoken(int(base))} with quantization "
@@ -230,12 +237,14 @@ def _free_memory() -> int:
     return 0
 
 
-def load(run: LlmRun, *, allow_cpu: bool) -> LanguageBase:
+def load(run: LlmRun, *, allow_cpu: bool, team: Team = ALONE, fsdp: bool = False) -> LanguageBase:
     """Load a base.
 
     Args:
         run: The run that needs it.
         allow_cpu: Whether a CPU may train.
+        team: The processes that train together. Each loads the base, on a GPU of its own.
+        fsdp: Share the weights out among the processes.
 
     Raises:
         GpuBroken: There is no GPU, and the CPU is not allowed.
@@ -244,8 +253,14 @@ def load(run: LlmRun, *, allow_cpu: bool) -> LanguageBase:
     """
     device, _, warnings = choose_device("bf16", allow_cpu=allow_cpu)
     identity = identity_of(run, cuda=device.type == "cuda")
-    folder, revision = locate(run)
-    refuse_too_large(folder, run, identity.quantization, device)
+    if team.size > 1 and device.type == "cuda":
+        device = torch.device("cuda", team.rank)
+    if team.leads:  # the others find the files in the cache
+        folder, revision = locate(run)
+    team.meet()
+    if not team.leads:
+        folder, revision = locate(run)
+    refuse_too_large(folder, run, identity.quantization, device, team.size)
     dtype = torch.float32
     if device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

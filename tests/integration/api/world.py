@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 from fastapi import FastAPI
 from standardwebhooks import Webhook
 
 import config
 from api.app import create
 from api.gate.administration import create_key
+from api.serve import ApiServer
 from api.services import Services
 from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
@@ -259,16 +259,7 @@ def running(ground: Ground, **values: Any) -> Iterator[World]:
 def serving(settings: config.Settings) -> Iterator[World]:
     """An API with these settings that serves while the block runs."""
     app = create(settings)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host="127.0.0.1",
-            port=settings.api.api_port,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=1,
-        )
-    )
+    server = ApiServer(app, "127.0.0.1", settings.api.api_port, grace_seconds=1)
     thread = threading.Thread(target=server.run, name="uvicorn")
     thread.start()
     try:

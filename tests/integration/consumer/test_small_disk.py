@@ -106,7 +106,8 @@ from config import load_local
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs.kinds import Run
-from jobs.style import HyperParameters, StyleKind, TrainingImage, TrainerOptions, TrainingRun
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters, StyleKind, TrainingImage, TrainingRun
 from utils.errors import TrainingServerError
 model, images, place = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 settings = load_local(_env_file=None)

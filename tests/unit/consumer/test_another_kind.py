@@ -21,11 +21,10 @@ from consumer.publishing.model_publisher import ModelPublisher
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs import kinds
 from jobs.addresses import AddressRules, S3Location
-from jobs.kinds import Kinds, Run
-from jobs.style import TrainerOptions
-from services.telemetry.tracing import trace_id_of
+from jobs.kinds import Kinds, Run, TrainerOptions
 from services.broker.settlement import Queue, Settlement
-from services.records.style_turn import StyleTurns
+from services.records.turns import Turns
+from services.telemetry.tracing import trace_id_of
 from tests.toy.work import ToyWork
 from tests.unit.consumer.job_world import STATE, World, delivery
 from tests.unit.jobs.message_samples import BUCKET
@@ -71,7 +70,7 @@ def pipeline_of(world: World, trainer: Any) -> Pipeline:
     """The world's pipeline, serving both kinds, with this trainer and a real publisher."""
     desk = world.pipeline._desk  # pylint: disable=protected-access
     s3 = desk.s3
-    turns = StyleTurns(s3, STATE, owner="one", lease_seconds=60.0)
+    turns = Turns(s3, STATE, owner="one", lease_seconds=60.0)
     publisher = ModelPublisher(
         s3, s3, model_bucket="models", state_bucket=STATE, url_scheme="s3", turns=turns
     )

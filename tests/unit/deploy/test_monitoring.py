@@ -15,9 +15,10 @@ import yaml
 from api.gate.problems import CODES
 from api.routes import webhooks
 from services.broker.settlement import Queue
+from tests.metric_names import exported_names
 from utils.errors import ErrorCode, Refusal
 from utils.gpu_monitor import THROTTLE_REASONS
-from utils.metrics import NO_CODE, PREFIX, PUT_OFFS, WASTE, ApiMetrics, Metrics, exported_names
+from utils.metrics import NO_CODE, PREFIX, PUT_OFFS, WASTE, ApiMetrics, Metrics
 from utils.settings.groups import BrokerSettings
 
 ROOT = Path(__file__).parents[3]
