@@ -83,6 +83,13 @@ class Services:
     tracing: Tracing
     is_open: bool
 
+    def cost(self, seconds: float | None) -> float | None:
+        """The cost of so much GPU time; None without a price or a time."""
+        price = self.settings.gpu_price_per_hour
+        if price is None or seconds is None:
+            return None
+        return round(price * seconds / 3600, 4)
+
     def file_at(self, org_id: str, file_id: str) -> S3Location:
         """Location of an uploaded file. Its name is no part of it."""
         return S3Location(self.buckets.files, f"orgs/{org_id}/files/{file_id}")

@@ -307,6 +307,7 @@ def estimate(services: Services, caller: Caller, order: JobOrder) -> dict[str, A
         "kind": kind,
         "queue_position": len(line) + 1,
         "seconds": seconds,
+        "cost": services.cost(seconds),
         "basis": "mean of the last finished jobs of this kind" if seconds is not None else None,
     }
 

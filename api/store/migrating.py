@@ -44,6 +44,17 @@ def is_current(database: Database) -> bool:
         return version_of(connection) == head
 
 
+def state_of(database: Database) -> tuple[str | None, str | None]:
+    """The version of the tables, None for an empty database, and the version of this program.
+
+    Raises:
+        DatabaseAway: The database cannot be used.
+    """
+    head = ScriptDirectory.from_config(_configuration()).get_current_head()
+    with database.reading() as session:
+        return version_of(session.connection()), head
+
+
 def check(database: Database) -> None:
     """Compare the tables of the database with those of the program.
 
