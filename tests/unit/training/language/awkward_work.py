@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from jobs.llm import LlmRun
-from jobs.style import TrainerOptions
+from jobs.kinds import TrainerOptions
 from training.language import trainer
 from training.language.work import LanguageWork
 from utils.errors import DiskFull, StopReason
