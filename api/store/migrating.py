@@ -47,6 +47,17 @@ def versions() -> list[str]:
     return [each.revision for each in scripts][::-1]
 
 
+def state_of(database: Database) -> tuple[str | None, str | None]:
+    """The version of the tables, None for an empty database, and the version of this program.
+
+    Raises:
+        DatabaseAway: The database cannot be used.
+    """
+    head = ScriptDirectory.from_config(_configuration()).get_current_head()
+    with database.reading() as session:
+        return version_of(session.connection()), head
+
+
 def check(database: Database) -> None:
     """Compare the tables of the database with those of the program.
 

@@ -88,13 +88,14 @@ COMPOSITION_ROOTS = {
 }
 
 # A foreign client -> the one file that may import it, and that translates its errors. The two web
-# servers, and the two directions of webhooks, have a file each.
+# servers, and each way of webhooks, have a file.
 ONE_IMPORTER: dict[str, str | set[str]] = {
     "pika": "services/broker/client.py",
     "boto3": "services/s3/client.py",
     "botocore": "services/s3/client.py",
-    "requests": "services/webhooks/webhook_service.py",
+    "requests": "services/webhooks/exchange.py",
     "standardwebhooks": {
+        "services/webhooks/customers.py",
         "services/webhooks/webhook_service.py",
         "services/webhooks/verification.py",
     },
@@ -466,7 +467,7 @@ print(sorted(sys.modules))
     in_part = {normal(each) for each in PART_OF}
     assert direct - in_part <= of_the_api
     # SQLAlchemy loads the driver by the database's address; of the other only files are used.
-    by_name = {"psycopg", "fastapi-offline"}
+    by_name = {"psycopg", "fastapi-offline", *SHARED["opentelemetry"]}
     assert of_the_api - direct == by_name
 
 
