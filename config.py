@@ -20,8 +20,7 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfig
 
 from jobs import kinds as job_kinds
 from jobs.addresses import AddressRules
-from jobs.kinds import REGISTRY, Kinds
-from jobs.style import TrainerOptions
+from jobs.kinds import FIRST_KIND, REGISTRY, Kinds, TrainerOptions
 from utils.confined import Confinement
 from utils.errors import ConfigurationError
 from utils.settings import file as settings_file
@@ -42,7 +41,7 @@ from utils.settings.storage import StorageSettings
 from utils.settings.surroundings import ROOT, confinement, trainer_environment
 from utils.settings.values import Group
 
-DEFAULT_KINDS = (next(iter(REGISTRY)),)
+DEFAULT_KINDS = (FIRST_KIND,)
 OF_KINDS = ("parameters", "options")
 """The two dataclasses of settings that a kind may have, as `JobKind` names them."""
 
@@ -123,8 +122,12 @@ class LocalSettings(Group):
     options: _of_kinds("options")  # type: ignore[valid-type]
     source: Path | None = None
 
-    def trainer_options(self) -> TrainerOptions:
-        """The options of a trainer process, which it gets when it starts."""
+    def trainer_options(self, *, processes: int = 1) -> TrainerOptions:
+        """The options of a trainer process, which it gets when it starts.
+
+        Args:
+            processes: Processes that train a run together (`TrainerSettings.processes_on`).
+        """
         return TrainerOptions(
             base_model=self.trainer.base_model,
             base_model_revision=self.trainer.base_model_revision,
@@ -135,10 +138,17 @@ class LocalSettings(Group):
             deterministic=self.trainer.deterministic,
             log_level=self.log.log_level,
             log_format=self.log.log_format,
+            processes=processes,
+            fsdp=self.trainer.trainer_fsdp and processes > 1,
+            stall_seconds=self.trainer.stall_seconds,
         )
 
-    def trainer_environment(self) -> dict[str, str]:
-        """The environment of the trainer process: ours, without the secrets it does not need."""
+    def trainer_environment(self, *, processes: int = 1) -> dict[str, str]:
+        """The environment of the trainer process: ours, without the secrets it does not need.
+
+        Args:
+            processes: Processes that train a run together.
+        """
         trainer = self.trainer
         return trainer_environment(
             os.environ,
@@ -149,13 +159,15 @@ class LocalSettings(Group):
             cuda_visible_devices=trainer.cuda_visible_devices,
             threads=trainer.omp_num_threads,
             deterministic=trainer.deterministic,
+            processes=processes,
         )
 
-    def trainer_confinement(self, *folders: Path) -> Confinement:
+    def trainer_confinement(self, *folders: Path, processes: int = 1) -> Confinement:
         """Files and processes that the trainer process cannot reach.
 
         Args:
             folders: Folders that the trainer works in.
+            processes: Processes that train a run together; they connect to each other.
         """
         return confinement(
             os.environ,
@@ -163,6 +175,7 @@ class LocalSettings(Group):
             files=(Path(".env"), ROOT / ".env", *([self.source] if self.source else [])),
             writable=folders,
             caches=self.trainer_environment(),
+            among_themselves=processes > 1,
         )
 
     def secrets(self) -> tuple[str, ...]:
@@ -207,10 +220,29 @@ class Settings(LocalSettings):
             configured, addresses=addresses, served=tuple(REGISTRY) if every else self.worker.kinds
         )
 
-    def trainer_options(self) -> TrainerOptions:
+    def trainer_options(self, *, processes: int = 1) -> TrainerOptions:
         """The options of a trainer process, which is ready for the first kind of `KINDS`."""
         runner = next(iter(self.kinds())).runner
-        return dataclasses.replace(super().trainer_options(), runner=runner)
+        return dataclasses.replace(super().trainer_options(processes=processes), runner=runner)
+
+    def trainer_processes(self, gpus: int) -> int:
+        """The processes of the trainer on a machine with so many GPUs.
+
+        Raises:
+            ConfigurationError: More than one is set, and no kind of `KINDS` can use them, or the
+                machine has fewer GPUs.
+        """
+        share = [kind.name for kind in self.kinds(every=True) if kind.shares_gpus]
+        if set(share) & set(self.worker.kinds):
+            return self.trainer.processes_on(gpus)
+        if self.trainer.trainer_processes not in ("auto", 1):
+            raise ConfigurationError(
+                f"TRAINER_PROCESSES={self.trainer.trainer_processes}: of the kinds, only "
+                f"{', '.join(share)} can train on several GPUs, and KINDS has "
+                f"{', '.join(self.worker.kinds)}. Remove TRAINER_PROCESSES, and start one worker "
+                "for each GPU (CUDA_VISIBLE_DEVICES)."
+            )
+        return 1
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, with the signing secrets that are derived from the token."""
@@ -328,16 +360,7 @@ def _load(
     *,
     is_backend: bool = False,
 ) -> _Loaded:
-    try:
-        given = _reader(setting_names())(**overrides).model_dump(exclude_unset=True)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise ConfigurationError(f"The file .env cannot be read: {reason}.") from None
-    if file:
-        given = settings_file.read(file) | given
-    if is_backend and not given.get("backend_api_url"):
-        own = f"http://127.0.0.1:{given.get('api_port') or 8000}"
-        given["backend_api_url"] = given.get("api_public_url") or own
+    given = _given(file, overrides, is_backend=is_backend)
     places = _places(kind, _first_kind(given), in_file=file is not None)
     values: dict[str, Any] = {place[0]: {} for place in places.values()}
     used: dict[_Place, str] = {}
@@ -360,6 +383,21 @@ def _load(
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise ConfigurationError(f"The settings are wrong (see .env.example):{lines}")
     return settings
+
+
+def _given(file: Path | None, overrides: Mapping[str, Any], *, is_backend: bool) -> dict[str, Any]:
+    """The values that are set, by the names under which they are set, in lower case."""
+    try:
+        given = _reader(setting_names())(**overrides).model_dump(exclude_unset=True)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigurationError(f"The file .env cannot be read: {reason}.") from None
+    if file:
+        given = settings_file.read(file) | given
+    if is_backend and not given.get("backend_api_url"):
+        own = f"http://127.0.0.1:{given.get('api_port') or 8000}"
+        given["backend_api_url"] = given.get("api_public_url") or own
+    return given
 
 
 def _places(kind: type[LocalSettings], first: str, *, in_file: bool = False) -> dict[str, _Place]:

@@ -11,7 +11,7 @@ from api.store.tables import ENDED, EventRow, FileRow, JobRow, ModelRow
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Turn:
+class QueueTurn:
     """The place of a job in the queue.
 
     Attributes:
@@ -24,7 +24,7 @@ class Turn:
     starts_at: float | None
 
 
-def job(row: JobRow, turn: Turn | None = None, *, notice: str | None) -> dict[str, Any]:
+def job(row: JobRow, turn: QueueTurn | None = None, *, notice: str | None) -> dict[str, Any]:
     """A job.
 
     Args:

@@ -24,8 +24,6 @@ from consumer.pipeline import Pipeline
 from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from consumer.training_consumer import training_consumer
-from jobs import base_models
-from jobs.layout import STYLE
 from services.broker.outbox import Outbox
 from services.broker.settlement import Queue
 from services.records.sweep import RecordSweep
@@ -60,9 +58,9 @@ def run_worker(
         once_idle: Stop after one training message, or after this many seconds without one.
 
     Raises:
-        ConfigurationError: A folder, a port or a service cannot be opened with these settings,
-            BASE_MODEL is a folder of another family, or the state bucket does not honour
-            conditional writes.
+        ConfigurationError: A folder, a port or a service cannot be opened with these settings, a
+            kind cannot use BASE_MODEL, TRAINER_PROCESSES does not fit this machine or KINDS, or
+            the state bucket does not honour conditional writes.
         MachineError: This machine cannot train; the current job is returned to the queue.
         BrokerRefused: RabbitMQ refuses the worker, and waiting does not help.
     """
@@ -76,9 +74,12 @@ def run_worker(
         secrets=settings.secrets(),
     )
     observer = Observer(tracing=tracing)
+    for kind in (kinds := settings.kinds()):
+        observer.metrics.declare(kind.counters, kind.gauges)
     condition = Condition(
         observer,
         shutdown.event,
+        first_kind=next(iter(kinds)),
         base_model=settings.trainer.base_model,
         queue=settings.broker.training_queue,
     )
@@ -88,7 +89,9 @@ def run_worker(
         _log_start(settings.trainer, settings.broker.training_queue, machine, observer)
         condition.machine_tested(machine)
         try:
-            _serve(settings, shutdown, observer, condition, trainer_command, once_idle)
+            processes = settings.trainer_processes(machine.count)
+            observer.metrics.trainer_processes.set(processes)
+            _serve(settings, shutdown, observer, condition, trainer_command, processes, once_idle)
         finally:
             tracing.close(LAST_WORDS_SECONDS)
     log.info("worker_stopped")
@@ -100,6 +103,7 @@ def _serve(
     observer: Observer,
     condition: Condition,
     trainer_command: Sequence[str],
+    processes: int,
     once_idle: float | None,
 ) -> None:
     """Take jobs on a machine that can train, until the shutdown."""
@@ -112,7 +116,7 @@ def _serve(
     )
     guard.test()  # a store without conditional writes is refused before anything is loaded
     folders = WorkFolder(settings.worker.work_dir)
-    trainer = _trainer(settings, folders, trainer_command, observer)
+    trainer = _trainer(settings, folders, trainer_command, observer, processes)
     condition.has_trainer(trainer)
     failures: list[MachineError] = []
 
@@ -154,10 +158,10 @@ def _serve(
 
 
 def _refuse_base_model(settings: Settings) -> None:
-    """Refuse a local base model of another family: every job would fail on it."""
-    refused = base_models.refusal_of(settings.trainer.base_model)
-    if refused and STYLE in settings.worker.kinds:
-        raise ConfigurationError(refused)
+    """Refuse a base model on which every job of a kind would fail."""
+    for kind in settings.kinds():
+        if refused := kind.refusal(settings.trainer.base_model):
+            raise ConfigurationError(refused)
 
 
 def _machine_test(settings: Settings) -> Callable[[], Machine]:
@@ -168,16 +172,21 @@ def _machine_test(settings: Settings) -> Callable[[], Machine]:
 
 
 def _trainer(
-    settings: Settings, folders: WorkFolder, command: Sequence[str], observer: Observer
+    settings: Settings,
+    folders: WorkFolder,
+    command: Sequence[str],
+    observer: Observer,
+    processes: int,
 ) -> TrainerProcess:
+    environment = settings.trainer_environment(processes=processes)
     return TrainerProcess(
-        settings.trainer_options(),
-        settings.trainer_environment() | {"TMPDIR": str(folders.temporary)},
+        settings.trainer_options(processes=processes),
+        environment | {"TMPDIR": str(folders.temporary)},
         stall_seconds=settings.trainer.stall_seconds,
         command=command,
         metrics=observer.metrics,
         secrets=settings.secrets(),
-        confinement=settings.trainer_confinement(folders.path),
+        confinement=settings.trainer_confinement(folders.path, processes=processes),
     )
 
 
@@ -227,7 +236,7 @@ def _take_jobs(
         desk.state_s3,
         desk.state_bucket,
         lease_seconds=limits.lease_ttl_seconds,
-        clear_up=functools.partial(clear_up, desk.state_s3, desk.state_bucket),
+        clear_up=functools.partial(clear_up, desk.state_s3, desk.state_bucket, kinds=desk.kinds),
         may_wait=lambda record: observer.queues.may_hold_messages(Queue.of_kind(record.kind)),
     )
     with Sweeper(

@@ -81,5 +81,5 @@ class Reconciler:
             return False
         found = news.follow_record(self._services, row.id, record)
         if found:
-            log.warning("job_reconciled", job_id=row.id)
+            log.warning("job_reconciled", task_id=row.id)
         return found

@@ -162,7 +162,10 @@ def get_usage(
     caller: Called,
     days: Annotated[int, Query(ge=1, le=366)] = 30,
 ) -> dict[str, Any]:
-    """Jobs, their running time, and stored bytes of the last days."""
+    """Jobs, their running time and its cost, and stored bytes of the last days.
+
+    The cost is null unless the server has a price (`GPU_PRICE_PER_HOUR`).
+    """
     since = now() - days * DAY
     seconds = func.coalesce(JobRow.finished_at, now()) - JobRow.started_at
     with services.database.reading() as session:
@@ -184,7 +187,12 @@ def get_usage(
         "object": "usage",
         "days": days,
         "kinds": {
-            kind: {"jobs": count, "seconds": float(total or 0)} for kind, count, total in kinds
+            kind: {
+                "jobs": count,
+                "seconds": float(total or 0),
+                "cost": services.cost(float(total or 0)),
+            }
+            for kind, count, total in kinds
         },
         "stored_bytes": int(stored or 0),
     }

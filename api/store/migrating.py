@@ -41,17 +41,21 @@ def migrate(database: Database, to: str = "head") -> str:
         return version_of(connection) or ""
 
 
-def is_current(database: Database) -> bool:
-    """Whether the tables have this program's version."""
-    head = ScriptDirectory.from_config(_configuration()).get_current_head()
-    with database.engine.connect() as connection:
-        return version_of(connection) == head
-
-
 def versions() -> list[str]:
     """All versions of the tables, the first one first."""
     scripts = ScriptDirectory.from_config(_configuration()).walk_revisions()
     return [each.revision for each in scripts][::-1]
+
+
+def state_of(database: Database) -> tuple[str | None, str | None]:
+    """The version of the tables, None for an empty database, and the version of this program.
+
+    Raises:
+        DatabaseAway: The database cannot be used.
+    """
+    head = ScriptDirectory.from_config(_configuration()).get_current_head()
+    with database.reading() as session:
+        return version_of(session.connection()), head
 
 
 def check(database: Database) -> None:

@@ -23,8 +23,7 @@ from pathlib import Path
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer import trainer_log
 from consumer.trainer.run_watch import STOP_PATIENCE_SECONDS, RunWatch
-from jobs.kinds import Run
-from jobs.style import TrainerOptions
+from jobs.kinds import Run, TrainerOptions
 from utils.confined import LEAST_ABI, Confinement, hide_own_memory, landlock_version
 from utils.errors import REPORTABLE, StopReason, TrainingFailed, WorkerCrashed
 from utils.events import (
@@ -270,7 +269,7 @@ class _Child:
             if heard is None:
                 return
             if isinstance(heard, ValueError):
-                watch.verdict = f"the trainer sent a line that is not an event: {heard}"
+                watch.condemn(f"the trainer sent a line that is not an event: {heard}")
                 return
             yield heard
 
@@ -312,8 +311,9 @@ class _Child:
         return f"the trainer ended by itself with exit code {code}; see its last log lines"
 
     def kill(self) -> None:
-        """Kill the process."""
-        self.process.kill()
+        """Kill the process and those that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Close the pipe, which ends a healthy child, and kill one that does not end."""
@@ -324,7 +324,7 @@ class _Child:
         try:
             self.process.wait(timeout=3)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.kill()
             self.process.wait()
         if self._log:
             self._log.join(timeout=1)

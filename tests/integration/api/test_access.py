@@ -98,6 +98,7 @@ class Things:
     upload: str
     model: str
     key: str
+    endpoint: str
 
     def path(self, template: str) -> str:
         """A path with these ids."""
@@ -106,6 +107,7 @@ class Things:
             "upload_id": self.upload,
             "model": self.model,
             "key_id": self.key,
+            "endpoint_id": self.endpoint,
             "org_id": "org_one",
             "export_id": self.job,
             "code": "internal",
@@ -121,8 +123,10 @@ def _things(world: World) -> Things:
     with world.client() as client:
         upload = client.post("/v1/uploads", json={"filename": "a", "bytes": 10}).json()
         key = client.post("/v1/organization/api_keys", json={"name": "other"}).json()
+        address = {"url": "https://customer.example.org/hooks"}
+        endpoint = client.post("/v1/organization/webhook_endpoints", json=address).json()
         model = world.job(job["id"])["fine_tuned_model"]
-    return Things(job["id"], world.upload()[0], upload["id"], model, key["id"])
+    return Things(job["id"], world.upload()[0], upload["id"], model, key["id"], endpoint["id"])
 
 
 def call(client: httpx.Client, operation: Operation, path: str) -> httpx.Response:

@@ -141,6 +141,7 @@ class FakeWorker:
         token: str = TOKEN,
         at: datetime.datetime | None = None,
         change: Callable[[bytes], bytes] = lambda raw: raw,
+        headers_more: dict[str, str] | None = None,
     ) -> httpx.Response:
         """Send news, and return the answer."""
         webhook_id = webhook_id or f"msg_{secrets.token_hex(8)}"
@@ -153,7 +154,7 @@ class FakeWorker:
             "webhook-id": webhook_id,
             "webhook-timestamp": str(int(at.timestamp())),
             "webhook-signature": self._webhook.sign(webhook_id, at, raw.decode()),
-        }
+        } | (headers_more or {})
         method = "PATCH" if kind == "progress" else "POST"
         url = f"{self._url}/api/webhooks/training/{kind}"
         return httpx.request(method, url, content=change(raw), headers=headers, timeout=30)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jobs.style import HyperParameters, TrainerOptions
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import same, trained
 from training.runtime.device import gpu_error
@@ -107,7 +108,7 @@ def test_a_model_that_does_not_exist_is_named_with_the_folder_that_was_looked_fo
 ) -> None:
     with pytest.raises(BaseModelUnavailable, match="BASE_MODEL") as caught:
         load(name)
-    assert f"there is no folder {Path(name).absolute()}:" in str(caught.value)
+    assert f"the folder {Path(name).absolute()} does not exist" in str(caught.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_named_with_the_way_out(

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from jobs.layout import STYLE_FILES
+from jobs.layout import MODEL_FILES, STYLE_FILES
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
-from training.style.dataset import CAPTION_IGNORED, Dataset, ImageReport
+from training.style.dataset import CAPTION_IGNORED
+from training.style.examples import Dataset, ImageReport
 from training.style.families.sd15 import BaseModel
-from training.style.results.lora_formats import MODEL_FILES
 from training.style.results.report import (
     MOST_REASONS,
     TrainingResult,
