@@ -78,7 +78,7 @@ def run(command: list[str], world: World, folder: Path) -> str:
 
 
 def test_the_page_has_the_snippets_that_are_run() -> None:
-    assert (len(BASH), len(PYTHON)) == (3, 3)
+    assert (len(BASH), len(PYTHON)) == (4, 3)
 
 
 def test_the_commands_of_the_page_run_one_after_the_other(ground: Ground, tmp_path: Path) -> None:
