@@ -44,6 +44,7 @@ CHECKS: tuple[Check, ...] = (
             all_.trainer_environment(),
             allow_cpu=all_.trainer.allow_cpu,
             needed=any(kind.needs_gpu for kind in all_.kinds()),
+            processes=all_.trainer_processes,
         ),
         _GPU_SECONDS,
     ),

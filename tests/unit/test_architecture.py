@@ -61,10 +61,8 @@ NAMED_ALL_THE_SAME = {
     # The checkpoint of every kind has an epoch, in records and in names.
     "consumer/life/checkpoint_uploads.py": {"epoch"},
     "utils/events.py": {"epoch", "epochs"},
-    # The text next to an input, and log events that dashboards may use.
-    "consumer/life/image_download.py": {"caption", "captions", "picture"},
-    "consumer/life/inputs.py": {"caption", "pictures"},
-    "utils/captions.py": {"caption", "captions"},
+    # Log events that dashboards may use.
+    "consumer/life/inputs.py": {"caption", "picture", "pictures"},
     # Names of settings of earlier programs.
     "utils/settings/names.py": {"epochs", "llm", "lora"},
     # The spelling of an address, and of a text on the terminal.

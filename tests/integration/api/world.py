@@ -58,6 +58,7 @@ class World:
         url: Its address.
         key: An admin key of the organisation `ORG`.
         settings: Its settings.
+        server: Serves the application.
     """
 
     app: FastAPI
@@ -65,6 +66,11 @@ class World:
     url: str
     key: str
     settings: config.Settings
+    server: ApiServer
+
+    def stop(self) -> None:
+        """Let the server end, as a signal does."""
+        self.server.should_exit = True
 
     def client(
         self, key: str | None = None, headers_more: dict[str, str] | None = None
@@ -267,7 +273,8 @@ def serving(settings: config.Settings) -> Iterator[World]:
         assert server.started, "the API did not start"
         services: Services = app.state.services
         key = create_key(services, ORG, "test", ["admin"], None)
-        yield World(app, services, f"http://127.0.0.1:{settings.api.api_port}", key, settings)
+        url = f"http://127.0.0.1:{settings.api.api_port}"
+        yield World(app, services, url, key, settings, server)
     finally:
         server.should_exit = True
         thread.join(20)
