@@ -106,7 +106,7 @@ def test_a_model_that_does_not_exist_is_named_with_the_folder_that_was_looked_fo
 ) -> None:
     with pytest.raises(BaseModelUnavailable, match="BASE_MODEL") as caught:
         load(name)
-    assert f"there is no folder {Path(name).absolute()}:" in str(caught.value)
+    assert f"the folder {Path(name).absolute()} does not exist" in str(caught.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_named_with_the_way_out(
