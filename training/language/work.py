@@ -28,6 +28,7 @@ from training.language.evaluation import Measured
 from training.language.masks import TokenData, Tokens, tokenise
 from training.language.trainer import Trained, Trainer, load_weights
 from training.runtime.device import free_memory, gpu_error
+from training.runtime.quantisers import look_for_quantised_layers_only_if_loaded
 from utils.errors import LowQualityData, Stopped, StopReason, TrainingServerError
 from utils.events import BaseModelReady, Event, Finished, Progress, Stage, Started
 
@@ -73,6 +74,7 @@ class LanguageWork:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each 8-bit layer
+        look_for_quantised_layers_only_if_loaded()
 
     @property
     def on_gpu(self) -> bool:
