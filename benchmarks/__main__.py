@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import json
 import logging
+import os
 import statistics
 import sys
 import tempfile
@@ -25,10 +26,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import images, loops, machine, sd15
+from benchmarks import counts, images, loops, machine, sd15
 from benchmarks.case import Case
 from benchmarks.peers import Peer, PeerFailed
 from jobs.kinds import TrainerOptions
+from jobs.style import TrainingRun
 from training.style.dataset import prepare
 from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
@@ -52,6 +54,13 @@ def main(
     steps: Annotated[int, typer.Option(min=4, help="Optimizer steps a leg.")] = 60,
     batch_sizes: Annotated[str, typer.Option(help="On a GPU, separated by commas.")] = "1,4,8",
     quick: Annotated[bool, typer.Option(help="One small case, a pair of short legs.")] = False,
+    goal_only: Annotated[
+        bool,
+        typer.Option(help="Only batch 1, checkpointing off, 10 images: the case of the goals."),
+    ] = False,
+    count: Annotated[
+        bool, typer.Option(help="Count kernels, kept memory and FLOPs, too: two minutes.")
+    ] = False,
 ) -> None:
     """Measure, print a table, write it as JSON and as a plot."""
     logging.getLogger("training").setLevel(logging.ERROR)
@@ -63,14 +72,19 @@ def main(
         torch.set_num_threads(1)  # two would wait for each other, and the waiting would count
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as place:
         cases = _cases(on_gpu, batch_sizes, quick)
+        if goal_only:
+            cases = [case for case in cases if case.is_goal] or cases[:1]
         bench = _Bench(Path(place), on_gpu, max(case.images for case in cases), steps, repeats)
         gc.freeze()  # as in the trainer's process, for both loops
         results = with_lost_seconds([bench.measure(case) for case in cases])
-        document = bench.facts | {"results": results, "peers": bench.ask(peers, results)}
+        document = bench.facts | {"results": results, "peers": bench.ask(peers, cases)}
+    document["counts"] = counts.count_all() if count else {}
     output.mkdir(parents=True, exist_ok=True)
     (output / "benchmarks.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
     _plot(document, output / "benchmarks.png")
     _show(document)
+    if count:
+        console.print(counts.table(document["counts"]))
     console.print(f"{output}/benchmarks.json and {output}/benchmarks.png have the whole of it.")
 
 
@@ -132,10 +146,7 @@ class _Bench:
 
     def measure(self, case: Case) -> dict[str, Any]:
         """One row: pairs of legs, and what a checkpoint costs."""
-        base, folder = self._base, self._place / "work"
-        run = loops.run_of(case, self._images, folder, steps=self._steps, every=1000)
-        base.restore_encoders()
-        data = prepare(run, base)
+        base, (run, data) = self._base, self._prepared(case)
         pairs = []
         for number in range(1 + self._repeats):
             console.print(f"[dim]{case}: pair {number} of {self._repeats}[/]", highlight=False)
@@ -154,29 +165,54 @@ class _Bench:
         run = dataclasses.replace(run, parameters=parameters)
         return loops.checkpoint_cost(self._base, case, run, data)
 
-    def ask(self, peers: list[Peer], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _prepared(self, case: Case) -> tuple[TrainingRun, Dataset]:
+        """A run of this case, and its images encoded."""
+        folder = self._place / "work"
+        run = loops.run_of(case, self._images, folder, steps=self._steps, every=1000)
+        self._base.restore_encoders()
+        return run, prepare(run, self._base)
+
+    def ask(self, peers: list[Peer], cases: list[Case]) -> list[dict[str, Any]]:
         """The other trainers, case by case; a failure is reported, and the other cases go on."""
-        names = [field.name for field in dataclasses.fields(Case)]
         found = []
         for peer in peers:
-            for row in results:
-                case = Case(**{name: row[name] for name in names})
+            for case in cases:
                 try:
-                    step = peer.step_seconds(
-                        case,
-                        self.model,
-                        self._images,
-                        self._place / "peer",
-                        few=self._steps,
-                        many=4 * self._steps,
-                    )
+                    found.append(self._beside(peer, case))
                 except PeerFailed as error:
                     console.print(f"{case}: {error}", markup=False)
-                    continue
-                ratio = step / row["ours"]["step_seconds"]
-                found.append({"peer": peer.name, "case": str(case), "step_seconds": step})
-                found[-1]["ratio"] = ratio
         return found
+
+    def _beside(self, peer: Peer, case: Case) -> dict[str, Any]:
+        """Legs of ours and of another trainer in turn; each of its legs is between two of ours.
+
+        Raises:
+            PeerFailed: The other trainer cannot be measured.
+        """
+        run, data = self._prepared(case)
+        ours = [loops.ours(self._base, case, run, data).step_seconds]
+        theirs = []
+        for number in range(self._repeats):
+            console.print(f"[dim]{peer.name}, {case}: {number + 1} of {self._repeats}[/]")
+            folder, few = self._place / "peer", self._steps
+            theirs.append(
+                peer.step_seconds(case, self.model, self._images, folder, few=few, many=4 * few)
+            )
+            ours.append(loops.ours(self._base, case, run, data).step_seconds)
+        ratios = [
+            2 * step / (before + after)
+            for step, before, after in zip(theirs, ours, ours[1:], strict=False)
+        ]
+        return {
+            "peer": peer.name,
+            "case": str(case),
+            "step_seconds": statistics.median(theirs),
+            "legs": theirs,
+            "ours": ours,
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "load": round(os.getloadavg()[0], 1),
+        }
 
 
 def _compared(case: Case, pairs: list[tuple[loops.Leg, loops.Leg]]) -> dict[str, Any]:
@@ -254,7 +290,11 @@ def _show(document: dict[str, Any]) -> None:
     if not document["peers"]:
         console.print("diffusers' and kohya's own scripts: not measured (--peer-script).")
     for peer in document["peers"]:
-        console.print(f"{peer['peer']}, {peer['case']}: we are {peer['ratio']:.2f} x as fast.")
+        console.print(
+            f"{peer['peer']}, {peer['case']}: we are {peer['ratio']:.2f} x as fast ("
+            f"{min(peer['ratios']):.2f} to {max(peer['ratios']):.2f}, {len(peer['ratios'])} pairs, "
+            f"load average {peer['load']})."
+        )
     console.print(
         f"First step of a cold job {document['first_step_cold_seconds']:.2f} s after the start of "
         f"loading, of a warm one {document['first_step_warm_seconds']:.2f} s after its images "

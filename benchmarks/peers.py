@@ -1,8 +1,8 @@
 """Other trainers, from checkouts of the user's, on the same images and the same model.
 
 Each is run twice, with few steps and with many: the difference is what a step takes, without the
-start and the caches. Their arguments were held against diffusers' main branch of August 2026 and
-sd-scripts' of February 2026; nothing here has run them.
+start and the caches. diffusers' script was run in its version 0.40.0 with diffusers 0.42.1. Kohya's
+was never run: its arguments were held against sd-scripts' sources of February 2026.
 """
 
 from __future__ import annotations

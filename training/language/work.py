@@ -30,6 +30,7 @@ from training.language.masks import TokenData, Tokens, tokenise
 from training.language.trainer import Trained, Trainer, load_weights
 from training.runtime import team as teams
 from training.runtime.device import device_errors_as_ours, free_memory
+from training.runtime.quantisers import look_for_quantised_layers_only_if_loaded
 from training.runtime.team import Team
 from utils.errors import LowQualityData, Stopped, StopReason
 from utils.events import BaseModelReady, Event, Finished, Progress, Stage, Started
@@ -66,6 +67,7 @@ class LanguageWork:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each 8-bit layer
+        look_for_quantised_layers_only_if_loaded()
 
     @property
     def on_gpu(self) -> bool:

@@ -127,14 +127,24 @@ def one_run_accelerator(device: torch.device, dtype: torch.dtype) -> Iterator[Ac
         GradientState._reset_state()  # pylint: disable=protected-access
 
 
-def prefer_speed(device: torch.device) -> None:
-    """Let cuDNN try its convolutions once for each shape and keep the fastest one.
+def prefer_speed(device: torch.device, *networks: torch.nn.Module) -> None:
+    """Choose fast convolutions on a GPU; on a CPU nothing changes.
 
-    Training has few shapes: at most 24 frames. If torch must be deterministic, the choice would
-    differ from run to run, so nothing is changed.
+    cuDNN tries its convolutions once for each shape and keeps the fastest one: training has few
+    shapes, at most 24 frames. If torch must be deterministic it does not try, because the choice
+    would differ from run to run.
+
+    Args:
+        device: Device of the networks.
+        networks: Get the layout that tensor cores compute in (channels last), so that cuDNN need
+            not rearrange their weights.
     """
-    if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+    if device.type != "cuda":
+        return
+    if not torch.are_deterministic_algorithms_enabled():
         torch.backends.cudnn.benchmark = True
+    for network in networks:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @contextlib.contextmanager

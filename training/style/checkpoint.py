@@ -42,6 +42,8 @@ class RunState:
         scaler: State of the gradient scaler, or None.
         probes: Measurements of the probe at the beginning and at each checkpoint.
         batch_order: The rule for the order of batches (see `Plan`).
+        fast: Whether the run trains on the fast path (see `training.style.lean_lora`). False in
+            checkpoints of earlier releases, which have only the plain one.
     """
 
     task_id: str
@@ -60,10 +62,11 @@ class RunState:
     probes: tuple[Probed, ...] = ()
     encoders: str | None = None
     batch_order: int = 1
+    fast: bool = False
 
 
 # These are entries of the manifest: earlier releases refuse a state with unknown fields.
-_IN_THE_MANIFEST = ("encoders", "batch_order")
+_IN_THE_MANIFEST = ("encoders", "batch_order", "fast")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

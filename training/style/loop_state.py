@@ -161,8 +161,17 @@ class LoopState:
                 weight.copy_(self.best[name])
 
 
-def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopState:
+def begin(
+    base: BaseModel, course: Course, accelerator: Accelerator, *, fast: bool = True
+) -> LoopState:
     """Attach a fresh LoRA and seed everything from the run's seed.
+
+    Args:
+        base: The base model.
+        course: How the LoRA is trained.
+        accelerator: Wraps the optimizer.
+        fast: Whether the run may train on the fast path. It does so unless the base's options or
+            the LoRA's layers forbid it.
 
     Raises:
         TrainingFailed: A trainable weight is not float32: its gradients could not be unscaled.
@@ -173,7 +182,7 @@ def begin(base: BaseModel, course: Course, accelerator: Accelerator) -> LoopStat
         raise TrainingFailed(f"The LoRA's weights are {wrong}, not float32.")
     lora = {name: w for name, w in base.unet.named_parameters() if w.requires_grad}
     stepped, lean = weights, None
-    if base.fast and suits(base.unet):
+    if fast and base.fast and suits(base.unet):
         lean = LeanLora(base.unet, base.dtype)
         lora = lean.weights
         flat = parameters.optimizer in optimizers.INDIFFERENT_TO_SHAPE
@@ -260,6 +269,7 @@ def capture(
             losses=tuple(state.losses),
             scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
             probes=tuple(state.probes),
+            fast=state.lean is not None,
         ),
         lora=_copied(state.lora),
         optimizer=_copied(optimizers.state_tensors(state.optimizer, state.lora)),

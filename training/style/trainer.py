@@ -298,7 +298,9 @@ class LoRATrainer:
 
     def _begin(self, accelerator: Accelerator) -> LoopState:
         """A fresh state, or the one of the checkpoint to start from."""
-        state = loop_state.begin(self._base, self._course, accelerator)
+        # A run ends on the path on which it began, so that an update changes none of its bits.
+        fast = self._start.state.fast if self._start else True
+        state = loop_state.begin(self._base, self._course, accelerator, fast=fast)
         changed = bool(self._course.changes)
         if self._start:
             checkpoint.refuse_another_run(

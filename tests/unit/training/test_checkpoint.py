@@ -47,6 +47,7 @@ STATE = RunState(
     losses=(0.1, 1 / 3, 0.30000000000000004),
     encoders="ef" * 32,
     batch_order=2,
+    fast=True,
     scaler={"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 5},
 )
 SAVED = Checkpoint(
@@ -213,12 +214,13 @@ def test_an_earlier_releases_checkpoint_names_no_encoders_and_is_continued() -> 
 
 def test_an_earlier_release_reads_the_state_without_a_new_field(folder: Path) -> None:
     state = json.loads((folder / "state.json").read_bytes())
-    assert not {"encoders", "batch_order"} & state.keys()
+    assert not {"encoders", "batch_order", "fast"} & state.keys()
     manifest = json.loads((folder / "manifest.json").read_bytes())
-    assert (manifest["encoders"], manifest["batch_order"]) == ("ef" * 32, 2)
-    del manifest["encoders"], manifest["batch_order"]
+    new = [manifest.pop(name) for name in ("encoders", "batch_order", "fast")]
+    assert new == ["ef" * 32, 2, True]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert (load(folder).state.encoders, load(folder).state.batch_order) == (None, 1)
+    earlier = load(folder).state
+    assert (earlier.encoders, earlier.batch_order, earlier.fast) == (None, 1, False)
 
 
 def test_a_later_claim_may_go_on_from_an_earlier_claims_checkpoint() -> None:

@@ -145,8 +145,8 @@ def test_a_part_of_the_lora_that_does_not_move_fails_the_run(
 ) -> None:
     begin = loop_state.begin
 
-    def with_one_frozen(*arguments: Any) -> Any:
-        state = begin(*arguments)
+    def with_one_frozen(*arguments: Any, **named: Any) -> Any:
+        state = begin(*arguments, **named)
         name = next(name for name in state.lora if ".lora_B." in name)
         hooked: Any = base.unet.get_parameter(name)
         hooked.register_hook(torch.zeros_like)

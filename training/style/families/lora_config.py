@@ -5,6 +5,9 @@ from __future__ import annotations
 from peft import LoraConfig
 
 from jobs.style import TARGETS, HyperParameters
+from training.runtime.quantisers import look_for_quantised_layers_only_if_loaded
+
+look_for_quantised_layers_only_if_loaded()
 
 
 def peft_config(parameters: HyperParameters) -> LoraConfig:

@@ -90,11 +90,8 @@ class BaseModel:
         self.text_encoder = load_part(CLIPTextModel, folder, "text_encoder", dtype).to(device)
         self.vae = load_part(AutoencoderKL, folder, "vae", torch.float32).to(device)
         self.unet = load_part(UNet2DConditionModel, folder, "unet", dtype).to(device)
-        if fast and device.type == "cuda":
-            prefer_speed(device)
-            # The layout that tensor cores compute in: cuDNN need not rearrange the weights.
-            self.unet.to(memory_format=torch.channels_last)
-            self.vae.to(memory_format=torch.channels_last)
+        if fast:
+            prefer_speed(device, self.unet, self.vae)
         self.hash = hash_of_weights(folder / "unet")
         self.encoders_hash = hash_of_weights(folder / "vae", folder / "text_encoder")
         self._fresh = self._fingerprint()
@@ -333,9 +330,9 @@ class BaseModel:
 def _checksums(model: torch.nn.Module) -> dict[str, list[int]]:
     names, sums = [], []
     for name, tensor in model.state_dict().items():
-        bits = (
-            tensor.contiguous().view(torch.uint8).flatten() if tensor.dim() else tensor.reshape(1)
-        )
+        # Flat first: a channels-last weight of 1 x 1 is contiguous, yet its last stride is not 1.
+        flat = tensor.reshape(-1)
+        bits = flat.view(torch.uint8) if tensor.dim() else flat
         if bits.dtype == torch.uint8 and bits.numel() % 4 == 0:
             bits = bits.view(torch.int32)
         # The second sum skips every other word: two swapped neighbours change it.
