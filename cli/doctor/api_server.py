@@ -25,9 +25,7 @@ def examine(settings: ApiSettings, backend_url: str) -> Iterator[Finding]:
     public = settings.api_public_url
     if public and urlsplit(public).netloc != urlsplit(backend_url).netloc:
         detail = f"API_PUBLIC_URL is {public}, and messages name {backend_url} for webhooks."
-        remedy = (
-            "This is right only if workers reach the API there. Else unset one of them."
-        )
+        remedy = "This is right only if workers reach the API there. Else unset one of them."
         yield warn("API address", detail, remedy)
 
 
