@@ -21,6 +21,7 @@ ROOMS = (
 )
 BESIDE_IT = {"tests", "sandbox", "benchmarks", "tools"}
 MOST_SIBLINGS = 15
+MOST_TESTS = 30
 
 # room -> the rooms that it may import. `main` composes everything.
 ARROWS: dict[str, set[str]] = {
@@ -539,6 +540,15 @@ def test_no_folder_has_more_than_fifteen_siblings() -> None:
         for folder in folders
     }
     assert not {folder: size for folder, size in sizes.items() if size > MOST_SIBLINGS}
+
+
+def test_no_folder_of_tests_has_more_than_thirty_siblings() -> None:
+    folders = {path.parent for path in all_files() if path.parts[0] == "tests"}
+    sizes = {
+        str(folder): len([one for one in (ROOT / folder).iterdir() if one.name != "__pycache__"])
+        for folder in folders - {Path("tests/chaos")}  # one suite, whose parts belong together
+    }
+    assert not {folder: size for folder, size in sizes.items() if size > MOST_TESTS}
 
 
 def test_no_file_is_named_helpers_or_misc() -> None:

@@ -86,7 +86,7 @@ def unit_tests_of(root: Path, module: str, extra: Mapping[str, Sequence[str]]) -
     stem = Path(module).stem
     found = {path for path in extra.get(module, ()) if (root / path).exists()}
     for folder in TEST_FOLDERS:
-        for path in sorted((root / folder).glob("test_*.py")):
+        for path in sorted((root / folder).rglob("test_*.py")):
             name = path.relative_to(root).as_posix()
             named = path.stem == f"test_{stem}" or path.stem.startswith(f"test_{stem}_")
             same_room = folder.endswith(module.split("/", maxsplit=1)[0])

@@ -18,8 +18,8 @@ happens in every forward pass, as under autocast, and never accumulates. This is
 scheme of Micikevicius et al., "Mixed Precision Training" (arXiv:1710.03740, section 3.1: a master
 copy of the weights in single precision), applied to the LoRA of Hu et al. (arXiv:2106.09685).
 
-`benchmarks.counts` counts the launches; tests/unit/training/test_lean_lora.py compares gradients
-and whole trainings with the plain path.
+`benchmarks.counts` counts the launches; tests/unit/training/style/test_lean_lora.py compares
+gradients and whole trainings with the plain path.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """GPU memory that a training step of Stable Diffusion 1.5 needs without gradient checkpointing.
 
 The bytes that autograd keeps per image were counted at full size with tensors that have no content
-(`tests/unit/training/test_memory.py` counts them again): attention is fused and keeps no matrix,
-and under autocast the norms keep single precision. They grow with the pixels. No GPU has measured
-the total; recovery from a lack of memory turns checkpointing on if the estimate was too low.
+(`tests/unit/training/families/test_memory.py` counts them again): attention is fused and keeps no
+matrix, and under autocast the norms keep single precision. They grow with the pixels. No GPU has
+measured the total; recovery from a lack of memory turns checkpointing on if the estimate was too
+low.
 """
 
 from __future__ import annotations

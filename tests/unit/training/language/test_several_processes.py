@@ -18,7 +18,7 @@ import torch
 from jobs.kinds import Run, TrainerOptions
 from jobs.llm import LlmRun
 from sandbox.stand_in_language_model import write_conversations
-from tests.unit.training.test_child import Process
+from tests.unit.training.runtime.test_child import Process
 from training.language.trainer import passes_of
 from training.language.work import LanguageWork
 from utils.errors import StopReason

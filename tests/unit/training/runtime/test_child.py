@@ -50,7 +50,7 @@ from utils.events import (
     encode,
 )
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def sent(run: TrainingRun) -> Run:

@@ -1,0 +1,1 @@
+"""Tests of the trainer process, for every kind."""
