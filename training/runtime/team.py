@@ -119,7 +119,9 @@ class Team:
         except (Stopped, PeerFailed, TeamBroken):
             raise  # all processes know
         except Exception:
-            if self.size > 1:
+            # With FSDP the others may be in a forward pass, which no vote ends. The process that
+            # has failed reports it, and process 0 ends the run for all.
+            if self.size > 1 and not self.shards:
                 with contextlib.suppress(TeamBroken):
                     self._vote(_FAILED)
             raise
