@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[2]
 ENDING_SECONDS = 30.0
-"""Endings of the processes of one run lie at most this far apart."""
+"""The processes of one run end it within this time of each other."""
 _DEATH_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 
