@@ -20,8 +20,7 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfig
 
 from jobs import kinds as job_kinds
 from jobs.addresses import AddressRules
-from jobs.kinds import REGISTRY, Kinds
-from jobs.style import TrainerOptions
+from jobs.kinds import FIRST_KIND, REGISTRY, Kinds, TrainerOptions
 from utils.confined import Confinement
 from utils.errors import ConfigurationError
 from utils.settings import file as settings_file
@@ -42,7 +41,7 @@ from utils.settings.storage import StorageSettings
 from utils.settings.surroundings import ROOT, confinement, trainer_environment
 from utils.settings.values import Group
 
-DEFAULT_KINDS = (next(iter(REGISTRY)),)
+DEFAULT_KINDS = (FIRST_KIND,)
 OF_KINDS = ("parameters", "options")
 """The two dataclasses of settings that a kind may have, as `JobKind` names them."""
 
@@ -361,16 +360,7 @@ def _load(
     *,
     is_backend: bool = False,
 ) -> _Loaded:
-    try:
-        given = _reader(setting_names())(**overrides).model_dump(exclude_unset=True)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise ConfigurationError(f"The file .env cannot be read: {reason}.") from None
-    if file:
-        given = settings_file.read(file) | given
-    if is_backend and not given.get("backend_api_url"):
-        own = f"http://127.0.0.1:{given.get('api_port') or 8000}"
-        given["backend_api_url"] = given.get("api_public_url") or own
+    given = _given(file, overrides, is_backend=is_backend)
     places = _places(kind, _first_kind(given), in_file=file is not None)
     values: dict[str, Any] = {place[0]: {} for place in places.values()}
     used: dict[_Place, str] = {}
@@ -393,6 +383,21 @@ def _load(
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise ConfigurationError(f"The settings are wrong (see .env.example):{lines}")
     return settings
+
+
+def _given(file: Path | None, overrides: Mapping[str, Any], *, is_backend: bool) -> dict[str, Any]:
+    """The values that are set, by the names under which they are set, in lower case."""
+    try:
+        given = _reader(setting_names())(**overrides).model_dump(exclude_unset=True)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigurationError(f"The file .env cannot be read: {reason}.") from None
+    if file:
+        given = settings_file.read(file) | given
+    if is_backend and not given.get("backend_api_url"):
+        own = f"http://127.0.0.1:{given.get('api_port') or 8000}"
+        given["backend_api_url"] = given.get("api_public_url") or own
+    return given
 
 
 def _places(kind: type[LocalSettings], first: str, *, in_file: bool = False) -> dict[str, _Place]:

@@ -28,8 +28,9 @@ from rich.table import Table
 from benchmarks import images, loops, machine, sd15
 from benchmarks.case import Case
 from benchmarks.peers import Peer, PeerFailed
-from jobs.style import TrainerOptions
-from training.style.dataset import Dataset, prepare
+from jobs.kinds import TrainerOptions
+from training.style.dataset import prepare
+from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
 
 console = Console()

@@ -24,7 +24,8 @@ from torch.utils.data import Dataset as TorchDataset
 from benchmarks.case import Case
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.runtime.device import free_memory, one_run_accelerator, peak_memory_bytes
-from training.style.dataset import Dataset, prepare
+from training.style.dataset import prepare
+from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
 from training.style.plan import Course
 from training.style.results.report import TrainingResult

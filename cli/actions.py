@@ -14,10 +14,11 @@ from cli.jobs.follow import JobBar, follow
 from cli.jobs.job_view import JobView, view
 from cli.jobs.redrive import MOST, Redrive, Waiting
 from cli.jobs.screen import print_details, print_jobs
-from cli.jobs.steering import Steering, live_of_style, unended
+from cli.jobs.steering import Steering, live_of, unended
 from cli.jobs.styles import at_stake
 from cli.jobs.task_ids import confirm, is_clear, resolve
 from cli.server import Server
+from jobs.layout import STYLE
 from jobs.record import JobRecord
 from services.records.listing import RecordListing, look_up, refusals_of
 from utils.errors import BrokerError, ConfigurationError
@@ -56,7 +57,7 @@ def publish(
         placed = order.place(
             server.settings.broker,
             server.settings.storage,
-            server.settings.kinds(every=True),
+            server.kinds,
             server.s3,
             folder,
             state_s3=server.state_s3,
@@ -79,13 +80,13 @@ def _wait(server: Server, placed: order.PlacedOrder, as_json: bool) -> int:
         screen.say(f"published {placed.task_id}; Ctrl-C ends the waiting, not the job")
     try:
         with JobBar() as shown:
-            job = follow(server.state_s3, server.state, placed.task_id, shown.saw)
+            job = follow(server.state_s3, server.state, server.kinds, placed.task_id, shown.saw)
     except KeyboardInterrupt:
         screen.say(f"the job goes on: main.py jobs {placed.task_id}")
         return INTERRUPTED
     completed = job.ending == "complete"
     if as_json:
-        screen.print_json(dataclasses.asdict(placed) | {"job": dataclasses.asdict(job)})
+        screen.print_json(dataclasses.asdict(placed) | {"job": job.values()})
     else:
         told = ": ".join(filter(None, (placed.task_id, job.ending, job.model_url or job.detail)))
         screen.say(told, "green" if completed else "red")
@@ -111,16 +112,16 @@ def jobs(
     if style_id is None:
         found, more = listing.newest(limit, unsettled_only=live)
     else:
-        of_style, unread = listing.of_style(style_id)
+        of_style, unread = listing.of_subject(STYLE, str(style_id))
         if live:
             of_style = [each for each in of_style if each.record and not each.record.is_settled]
             unread = 0
         found, more = of_style[:limit], max(0, len(of_style) - limit)
         if unread:
             note = f"{counted(unread, 'older record was', 'older records were')} not read."
-    views = [view(one) for one in found]
+    views = [view(one, server.kinds) for one in found]
     if as_json:
-        screen.print_json({"jobs": [dataclasses.asdict(job) for job in views], "more": more})
+        screen.print_json({"jobs": [job.values() for job in views], "more": more})
     elif not views:
         Console().print(f"no job {'has a record yet' if style_id is None else 'was found'}")
         if style_id is not None:
@@ -140,11 +141,11 @@ def _details(server: Server, tasks: list[str], as_json: bool) -> int:
         task_id = resolve(server.state_s3, server.state, given)
         (found,) = look_up(server.state_s3, server.state, [task_id])
         if found.version is not None:
-            views.append(view(found))
+            views.append(view(found, server.kinds))
         else:
-            views += _refused(server, given) or [view(found)]
+            views += _refused(server, given) or [view(found, server.kinds)]
     if as_json:
-        screen.print_json({"jobs": [dataclasses.asdict(job) for job in views], "more": 0})
+        screen.print_json({"jobs": [job.values() for job in views], "more": 0})
     else:
         print_details(views, Console(highlight=False))
     return FAILED if any(one.state == "unknown" for one in views) else DONE
@@ -153,16 +154,18 @@ def _details(server: Server, tasks: list[str], as_json: bool) -> int:
 def _refused(server: Server, task_id: str) -> list[JobView]:
     """A message that was refused, by the task id that it gave."""
     if refusals := refusals_of(server.state_s3, server.state, task_id):
-        return [view(each) for each in refusals]
+        return [view(each, server.kinds) for each in refusals]
     letters: list[DeadLetter] = []
+    unknown = server.kinds.standing(None)
     try:
         go_through(server.settings.broker, letters.append, limit=MOST)
     except BrokerError as error:
         detail = f"there is no such record, and the dead queue cannot be looked at: {error}"
-        return [JobView(task_id, detail=detail)]
+        return [JobView(task_id, unknown, detail=detail)]
     return [
         JobView(
             each.task_id,
+            unknown,
             state="dead",
             attempts=each.attempts,
             ending=each.code,
@@ -208,7 +211,7 @@ def cancel(
 
 def _cancel_style(server: Server, style: Style, *, yes: bool, as_json: bool) -> int:
     listing = RecordListing(server.state_s3, server.state)
-    records = live_of_style(listing, style.style_id)
+    records = live_of(listing, STYLE, str(style.style_id))
     if not records:
         if as_json:
             screen.print_json({"cancelled": []})
@@ -218,7 +221,7 @@ def _cancel_style(server: Server, style: Style, *, yes: bool, as_json: bool) -> 
         records = records[:1]
     if not as_json:
         known = {each.task_id: each for each in listing.unsettled}
-        views = [view(known[each.task_id]) for each in records]
+        views = [view(known[each.task_id], server.kinds) for each in records]
         print_jobs(views, listing.ids, Console(stderr=True, highlight=False))
     if len(records) > 1 and not style.everything:
         _ask_for_all(style.style_id, records, yes)
@@ -290,8 +293,7 @@ def resume(server: Server, task: str, *, yes: bool, as_json: bool) -> int:
 
 
 def _steering(server: Server) -> Steering:
-    settings = server.settings
-    return Steering(settings.broker, settings.kinds(every=True), server.state_s3, server.state)
+    return Steering(server.settings.broker, server.kinds, server.state_s3, server.state)
 
 
 def _warn_unpublished(problem: str) -> None:
@@ -316,7 +318,7 @@ def redrive(
     work = Redrive(
         server.settings.broker,
         server.settings.storage,
-        server.settings.kinds(every=True),
+        server.kinds,
         server.state_s3,
         models=server.s3,
     )

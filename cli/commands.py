@@ -212,10 +212,11 @@ def train(  # pylint: disable=too-many-locals  # one for each option
     how = {"validation": validation, "trigger_word": trigger_word, "resume": resume}
 
     def work() -> int:
-        from cli import train_command, train_language
+        from cli.training import language
+        from cli.training import style as style_training
 
         if kind == "llm":
-            return train_language.train(
+            return language.train(
                 folder,
                 output,
                 overrides | {"resolution": None},
@@ -228,12 +229,12 @@ def train(  # pylint: disable=too-many-locals  # one for each option
         if kind != "style":
             raise ConfigurationError(f"--kind: {kind} is not style or llm.")
         if validate_only:
-            return train_command.validate(
+            return style_training.validate(
                 folder, overrides, config_file, validation=validation, trigger_word=trigger_word
             )
         if output is None:
             raise ConfigurationError("--output is missing. Name the folder for the model.")
-        return train_command.run(folder, output, overrides, config_file, how)
+        return style_training.run(folder, output, overrides, config_file, how)
 
     end(work)
 

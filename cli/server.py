@@ -10,6 +10,7 @@ import config
 from utils import logger
 
 if TYPE_CHECKING:
+    from jobs.kinds import Kinds
     from services.s3.s3_service import S3Service
 
 
@@ -19,7 +20,7 @@ class Server:
 
     Attributes:
         settings: The settings.
-        s3: The storage of images and models.
+        s3: The storage of inputs and models.
         state_s3: The storage of the state bucket, which may be another one.
     """
 
@@ -42,6 +43,11 @@ class Server:
         storage = settings.storage
         logger.configure(level="ERROR", log_format="text", secrets=settings.secrets())
         return cls(settings, open_store(storage.main_store()), open_store(storage.state_store()))
+
+    @property
+    def kinds(self) -> Kinds:
+        """All kinds of job, also those that this machine's worker does not serve."""
+        return self.settings.kinds(every=True)
 
     @property
     def state(self) -> str:

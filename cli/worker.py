@@ -45,6 +45,7 @@ def _run(config_file: Path | None, once_idle: float | None, lasting: contextlib.
         reported(
             dsn.get_secret_value() if dsn else None,
             environment=settings.telemetry.sentry_environment,
+            labels=settings.kinds().labels,
             secrets=settings.secrets(),
             flush_seconds=LAST_WORDS_SECONDS,
         )

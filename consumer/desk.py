@@ -18,7 +18,7 @@ from consumer.trainer.trainer_process import TrainerProcess
 from jobs.kinds import Kinds
 from services.broker.outbox import Outbox
 from services.records.job_records import JobRecords
-from services.records.style_turn import StyleTurns
+from services.records.turns import Turns
 from services.s3.s3_service import S3Service, open_store
 from services.webhooks.webhook_service import WebhookService, open_webhooks
 from utils.errors import MachineError
@@ -112,7 +112,7 @@ def open_desk(
             model_bucket=storage.model_bucket_name,
             state_bucket=bucket,
             url_scheme=storage.model_url_scheme,
-            turns=StyleTurns(records_s3, bucket, owner=owner, lease_seconds=lease_seconds),
+            turns=Turns(records_s3, bucket, owner=owner, lease_seconds=lease_seconds),
         ),
         trainer=trainer,
         folders=folders,
@@ -126,7 +126,7 @@ def open_desk(
 def _stores(
     storage: StorageSettings, state_s3: S3Service, lease_seconds: float, metrics: Metrics
 ) -> tuple[S3Service, S3Service]:
-    """The store of images and models, and the store of the records."""
+    """The store of inputs and models, and the store of the records."""
     # If both are one store, they are one object, so that the publisher can copy inside the store.
     s3 = state_s3
     if storage.state_store() != storage.main_store():

@@ -45,6 +45,7 @@ from services.broker.settlement import (
 )
 from services.records.job_lease import JobLease
 from services.records.job_records import Claimed, Ended, HeldElsewhere, OtherBody
+from services.telemetry.tracing import trace_id_of
 from utils import logger
 from utils.errors import (
     DiskFull,
@@ -100,7 +101,7 @@ class Pipeline:
         except InvalidMessage as error:
             return self._desk.endings.refuse(delivery, error)
         job = dataclasses.replace(job, headers=delivery.carried_headers)
-        with logger.bound(task_id=job.task_id, **self._identity(job)):
+        with logger.bound(**self._log_fields(job), task_id=job.task_id):
             try:
                 return self._handle_job(job, delivery)
             except StorageError as error:
@@ -136,7 +137,7 @@ class Pipeline:
                 )
                 if not may_be_claimed:
                     self._desk.observer.queues.took(job.created_at, delivery.queue)
-                with logger.bound(task_id=job.task_id):
+                with logger.bound(**self._log_fields(job), task_id=job.task_id):
                     return self._hold(job, lease)
             case HeldElsewhere(record=record):
                 log.info("job_held_elsewhere", wait_seconds=round(claim.wait_seconds, 1))
@@ -199,14 +200,14 @@ class Pipeline:
         return self._settle(job, lease, ending, None)
 
     def _fail(self, job: Job, lease: JobLease, error: TrainingServerError) -> Settlement:
-        """End the job as failed, once no file of it is left in the style's folder."""
+        """End the job as failed, once no file of it is left in the model's folder."""
         try:
             self._desk.publisher.repair(_place(job), job.task_id, lease)
         except (StorageError, MachineError) as trouble:
             if not self._is_last_attempt(lease):
                 return self._try_again(job, lease, trouble)
-            # The turn's note stays: the style's next publisher repairs the folder.
-            log.error("style_folder_not_repaired", reason=str(trouble))
+            # The turn's note stays: the next publisher repairs the folder.
+            log.error("folder_not_repaired", reason=str(trouble))
         ending, owed = self._failed(job, lease, error)
         return self._settle(job, lease, ending, owed)
 
@@ -217,18 +218,19 @@ class Pipeline:
 
         The message is acknowledged only after that.
         """
+        desk = self._desk
         lease.end(ending, owed)
         if ending.kind is EndingKind.COMPLETE:
-            self._desk.publisher.confirm(_place(job), job.task_id, lease)
+            desk.publisher.confirm(_place(job), job.task_id, lease)
         log.info("job_ended", ending=str(ending.kind), code=ending.code)
-        self._desk.observer.ended(ending)
-        cleared = clear_up(self._desk.state_s3, self._desk.state_bucket, lease.record)
-        with self._desk.observer.tracing.span("tell"):
-            left = self._desk.endings.deliver(
+        desk.observer.ended(ending)
+        cleared = clear_up(desk.state_s3, desk.state_bucket, lease.record, kinds=desk.kinds)
+        with desk.observer.tracing.span("tell"):
+            left = desk.endings.deliver(
                 lease, original=job.body, for_seconds=endings.DELIVER_AT_ONCE_SECONDS
             )
         if cleared and not left:
-            self._desk.records.forget(job.task_id)
+            desk.records.forget(job.task_id)
         return Settlement.ack(*left)
 
     def _train_and_publish(self, job: Job, lease: JobLease, stop: StopSignal) -> Ending:
@@ -253,6 +255,7 @@ class Pipeline:
                 lease,
                 desk.state_s3,
                 desk.state_bucket,
+                kept_file=kind.checkpoint_file,
                 curves=folder / CURVES,
                 patience=desk.shutdown.seconds_for_saving,
                 uploaded=desk.observer.uploaded,
@@ -266,7 +269,7 @@ class Pipeline:
                     desk.trainer,
                     kind,
                     run,
-                    self._identity(job),
+                    self._log_fields(job),
                     lambda event: run_events.dispatch(event, desk.observer, reporter, uploads),
                     stop,
                     max_seconds=max(0.0, limits.max_job_seconds - lease.seconds_run),
@@ -318,6 +321,10 @@ class Pipeline:
     def _identity(self, job: Job) -> dict[str, Any]:
         """The fields that name the job's subject in log lines."""
         return self._kind(job).identity_fields(job.subject)
+
+    def _log_fields(self, job: Job) -> dict[str, Any]:
+        """The fields of the job's log lines, here and in the trainer: its subject and its trace."""
+        return self._identity(job) | {"trace_id": trace_id_of(job.headers, job.task_id)}
 
     def _require_time(self, job: Job, lease: JobLease) -> None:
         """Check the time limits of a whole job: the work on it, and its wait in the queue.

@@ -24,8 +24,6 @@ from consumer.pipeline import Pipeline
 from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from consumer.training_consumer import training_consumer
-from jobs import base_models
-from jobs.layout import STYLE
 from services.broker.outbox import Outbox
 from services.broker.settlement import Queue
 from services.records.sweep import RecordSweep
@@ -60,9 +58,9 @@ def run_worker(
         once_idle: Stop after one training message, or after this many seconds without one.
 
     Raises:
-        ConfigurationError: A folder, a port or a service cannot be opened with these settings,
-            BASE_MODEL is a folder of another family, TRAINER_PROCESSES does not fit this machine or
-            KINDS, or the state bucket does not honour conditional writes.
+        ConfigurationError: A folder, a port or a service cannot be opened with these settings, a
+            kind cannot use BASE_MODEL, TRAINER_PROCESSES does not fit this machine or KINDS, or
+            the state bucket does not honour conditional writes.
         MachineError: This machine cannot train; the current job is returned to the queue.
         BrokerRefused: RabbitMQ refuses the worker, and waiting does not help.
     """
@@ -76,9 +74,12 @@ def run_worker(
         secrets=settings.secrets(),
     )
     observer = Observer(tracing=tracing)
+    for kind in (kinds := settings.kinds()):
+        observer.metrics.declare(kind.counters, kind.gauges)
     condition = Condition(
         observer,
         shutdown.event,
+        first_kind=next(iter(kinds)),
         base_model=settings.trainer.base_model,
         queue=settings.broker.training_queue,
     )
@@ -157,10 +158,10 @@ def _serve(
 
 
 def _refuse_base_model(settings: Settings) -> None:
-    """Refuse a local base model of another family: every job would fail on it."""
-    refused = base_models.refusal_of(settings.trainer.base_model)
-    if refused and STYLE in settings.worker.kinds:
-        raise ConfigurationError(refused)
+    """Refuse a base model on which every job of a kind would fail."""
+    for kind in settings.kinds():
+        if refused := kind.refusal(settings.trainer.base_model):
+            raise ConfigurationError(refused)
 
 
 def _machine_test(settings: Settings) -> Callable[[], Machine]:
@@ -235,7 +236,7 @@ def _take_jobs(
         desk.state_s3,
         desk.state_bucket,
         lease_seconds=limits.lease_ttl_seconds,
-        clear_up=functools.partial(clear_up, desk.state_s3, desk.state_bucket),
+        clear_up=functools.partial(clear_up, desk.state_s3, desk.state_bucket, kinds=desk.kinds),
         may_wait=lambda record: observer.queues.may_hold_messages(Queue.of_kind(record.kind)),
     )
     with Sweeper(

@@ -7,11 +7,12 @@ A kind states its parameters once, as a dataclass whose fields carry limits and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -244,6 +245,22 @@ def checked(
             found.append((order.at(".".join(path)), _reason(one, parameters, left_out)))
         others = "".join(f"; {field}: {reason}" for field, reason in found[1:])
         raise WrongField(found[0][0], found[0][1] + others) from None
+
+
+@contextlib.contextmanager
+def naming_the_parameter(order: Order, parameters: Sequence[str]) -> Iterator[None]:
+    """Raise the error of a parameter, whose text begins with the name, as a `WrongField`.
+
+    Args:
+        order: The order.
+        parameters: Names of all parameters.
+    """
+    try:
+        yield
+    except ValueError as error:  # a rule beyond a plain limit
+        name = next((one for one in parameters if str(error).startswith(f"{one} ")), None)
+        field = f"parameters.{name}" if name else "parameters"
+        raise WrongField(order.at(field), str(error)) from None
 
 
 def printable(name: str) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jobs.addresses import AddressRules, S3Location
 from jobs.fields import Order, WrongField
+from jobs.record import JobRecord
 from utils.errors import NewerRecord
 from utils.events import Finished, Progress
 
@@ -23,6 +24,8 @@ REGISTRY = {
     "llm": "jobs.llm:LlmKind",
 }
 """Every kind, by its name: `module:class`. A message without a type is of the first of `KINDS`."""
+FIRST_KIND = next(iter(REGISTRY))
+"""The kind of workers and commands that are not told one."""
 
 
 class Spec(Protocol):
@@ -38,6 +41,23 @@ class Spec(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TextBeside:
+    """Objects next to an input that may hold its text. The first one that exists is read.
+
+    Attributes:
+        places: The objects, the usual one first.
+        max_bytes: A larger object is not read.
+        too_large: Why it is ignored, for the customer.
+        read: Returns the text in an object's bytes, and why it is ignored; None if it is used.
+    """
+
+    places: tuple[S3Location, ...]
+    max_bytes: int
+    too_large: str
+    read: Callable[[bytes], tuple[str, str | None]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Input:
     """One object that a job reads.
 
@@ -47,7 +67,8 @@ class Input:
         version_id: The object's version; None for the present one.
         problem: Why there is no location; None if there is one.
         role: The kind's name for this sort of input; each role has a separate folder.
-        caption: The text that belongs to it; None if the order gives none.
+        text: The text that belongs to it; None if the order gives none.
+        beside: Where its text may be if the order gives none; None if it has no text.
     """
 
     source: str
@@ -55,7 +76,8 @@ class Input:
     version_id: str | None = None
     problem: str | None = None
     role: str = "inputs"
-    caption: str | None = None
+    text: str | None = None
+    beside: TextBeside | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,16 +87,16 @@ class Fetched:
     Attributes:
         input: The input.
         path: The local file; None if the object could not be fetched.
-        caption: The input's caption, or the content of the text file next to the object.
+        text: The input's text, or that of an object next to it.
         problem: The reason if there is no file, for the customer; None if there is one.
-        caption_problem: Why the text file next to the object is ignored; None if it is used.
+        text_problem: Why the text next to the input is ignored; None if it is used.
     """
 
     input: Input
     path: Path | None
-    caption: str | None = None
+    text: str | None = None
     problem: str | None = None
-    caption_problem: str | None = None
+    text_problem: str | None = None
 
 
 class KindRun(Protocol):
@@ -133,6 +155,88 @@ class Claim:
     number: int
     folder: Path
     resume_from: str | None
+
+
+def runner_of_first_kind() -> str:
+    """The class that does the runs of the first kind, as `module:class`."""
+    runner: str = load(REGISTRY[FIRST_KIND]).runner
+    return runner
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrainerOptions:
+    """Options of the trainer process for its whole life.
+
+    Attributes:
+        base_model: Hub name or local folder of the base model, for kinds whose orders name none.
+        base_model_revision: Hub revision; None for the default branch.
+        mixed_precision: `fp16`, `bf16` or `no`; on a CPU always `no`.
+        gradient_checkpointing: `true`, `false` or `auto`.
+        fast_training: Train with fewer and larger operations. False gives the weights of earlier
+            versions, to the bit in fp32 on a CPU.
+        allow_cpu: Train on the CPU if there is no CUDA, instead of failing.
+        deterministic: Use only algorithms that give the same bits each time, also on a GPU.
+        log_level: Level of the trainer's own log lines.
+        log_format: `json` or `text`.
+        runner: The class whose base model is loaded before the first run, as `module:class`.
+        processes: Processes that train a run together, for the kinds that can.
+        fsdp: Share the weights of a language model out among the processes.
+        stall_seconds: A process waits this long for a sum with the others.
+        rank: Number of this process; 0 for the one that the desk starts.
+        meeting: Folder in which the processes find each other; set by process 0.
+    """
+
+    base_model: str
+    base_model_revision: str | None = None
+    mixed_precision: str = "fp16"
+    gradient_checkpointing: str = "true"
+    fast_training: bool = True
+    allow_cpu: bool = False
+    deterministic: bool = False
+    log_level: str = "INFO"
+    log_format: str = "json"
+    runner: str = dataclasses.field(default_factory=runner_of_first_kind)
+    processes: int = 1
+    fsdp: bool = False
+    stall_seconds: float = 300.0
+    rank: int = 0
+    meeting: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shown:
+    """A kind's facts about a running job, by the names under which other programs know them.
+
+    Attributes:
+        status: Fields of the job in `/status`.
+        numbers: Fields of `/metrics` as JSON.
+        counts: The amounts that the kind's counters count, from the job's beginning.
+        gauges: Values of the kind's gauges; None for those that are not measured yet.
+        record: Fields of the job record.
+    """
+
+    status: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    numbers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    gauges: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a job is, by its record, for operators.
+
+    Attributes:
+        done: Completed units of work.
+        total: Units of the whole job; None if not known.
+        unit: Name of one unit, such as `epoch`.
+        measured: Other numbers, by their names; None for those not known.
+    """
+
+    done: float
+    total: float | None
+    unit: str
+    measured: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -265,7 +369,11 @@ class JobKind(Protocol):
             the defaults of its fields.
         options_type: The dataclass of the worker's settings for this kind, or None.
         last_file: The published file that is written when all others are in place.
+        checkpoint_file: The file that stays of an old checkpoint, and of each one of a completed
+            job.
         max_input_bytes: Larger inputs are not fetched.
+        labels: Names of the fields of `identity_fields`. They label error reports.
+        counters, gauges: The kind's metrics, by name, each with its help text. Kinds may share one.
         needs_gpu: A machine without a GPU is unfit for this kind unless `ALLOW_CPU` is set.
         shares_gpus: Whether several processes, one to a GPU, can do one of its runs together.
     """
@@ -277,9 +385,16 @@ class JobKind(Protocol):
     parameters_type: type[Any] | None
     options_type: type[Any] | None
     last_file: str
+    checkpoint_file: str
     max_input_bytes: int
+    labels: tuple[str, ...]
+    counters: Mapping[str, str]
+    gauges: Mapping[str, str]
     needs_gpu: bool
     shares_gpus: bool
+
+    def refusal(self, base_model: str) -> str | None:
+        """Why a worker with this `BASE_MODEL` cannot do the kind's jobs; None if it can."""
 
     def read(self, order: Order) -> Any:
         """Check an order.
@@ -300,6 +415,9 @@ class JobKind(Protocol):
 
     def order(self, spec: Any) -> dict[str, Any]:
         """The `data` of a message that `read` understands as this spec."""
+
+    def min_level(self, spec: Any) -> int:
+        """The lowest protocol level of a worker that understands the order."""
 
     def inputs(self, spec: Any) -> Sequence[Input]:
         """The objects to fetch."""
@@ -323,6 +441,12 @@ class JobKind(Protocol):
     def progress(self, progress: Progress) -> dict[str, Any]:
         """The kind's part of a progress webhook's `progress`."""
 
+    def shown(self, facts: Mapping[str, Any]) -> Shown:
+        """The facts of an event of the trainer, for pages, metrics and the record."""
+
+    def standing(self, record: JobRecord | None) -> Standing:
+        """How far a job is; with None, of a job whose record cannot be read."""
+
     def complete(self, spec: Any, finished: Finished, model_url: str) -> dict[str, Any]:
         """The kind's part of a `complete` webhook."""
 
@@ -342,7 +466,7 @@ class Kinds:
         settings: Mapping[str, KindSettings],
         *,
         addresses: AddressRules,
-        served: Sequence[str] = ("style",),
+        served: Sequence[str] = (FIRST_KIND,),
     ) -> None:
         self.served = tuple(served)
         self._settings = settings
@@ -352,6 +476,19 @@ class Kinds:
     def __iter__(self) -> Iterator[JobKind]:
         """The kinds that this worker serves."""
         return map(self.of, self.served)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of all served kinds, each once."""
+        return tuple(dict.fromkeys(label for kind in self for label in kind.labels))
+
+    def standing(self, record: JobRecord | None) -> Standing:
+        """How far a job is, by its record.
+
+        Raises:
+            NewerRecord: This version does not know the kind.
+        """
+        return self.of(record.kind if record else self.served[0]).standing(record)
 
     def of(self, name: str) -> JobKind:
         """The kind of this name.

@@ -50,10 +50,9 @@ REPORT = "training_report.json"
 HTML_REPORT = "training_report.html"
 SAMPLES = "samples.png"
 LOSS_CURVE = "loss_curve.png"
-STYLE_FILES = (
-    *(REPORT, HTML_REPORT, LOSS_CURVE, SAMPLES),
-    *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS),
-)
+MODEL_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS)
+"""The model of a style, in each of its formats."""
+STYLE_FILES = (*(REPORT, HTML_REPORT, LOSS_CURVE, SAMPLES), *MODEL_FILES)
 """All files of a published style, in the order of their upload. The last one is the signal that the
 others are in place."""
 CHECKPOINT_WEIGHTS = "lora.safetensors"
@@ -123,6 +122,18 @@ class Place:
     def curves(self) -> str:
         """Folder of the job's curves."""
         return f"{self.checkpoints}{CURVES}/"
+
+
+def jobs_folders_of(kind: str, subject: str) -> tuple[str, ...]:
+    """Key prefixes, in the state bucket, that are followed by the ids of a subject's jobs."""
+    if kind == STYLE:
+        return (f"{CHECKPOINTS}style_{subject}/", f"{ARCHIVE}style_{subject}/")
+    return (f"{ARCHIVE}{kind}/{subject}/",)
+
+
+def queue_suffix_of(kind: str) -> str:
+    """The part of a queue's name that follows `TRAINING_QUEUE`; none for the first kind."""
+    return "" if kind == STYLE else f".{kind}"
 
 
 def place_of(kind: str, subject: str, task_id: str) -> Place:

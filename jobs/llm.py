@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from jobs import epochs
 from jobs.addresses import S3Location, read_address, version_of
 from jobs.fields import (
     STRICT,
@@ -25,12 +26,14 @@ from jobs.fields import (
     WrongField,
     check_limits,
     checked,
+    naming_the_parameter,
     parameter,
     parameters_model,
     text,
 )
-from jobs.kinds import Claim, Fetched, Input, KindSettings
-from jobs.layout import ADAPTER_WEIGHTS, HTML_REPORT
+from jobs.kinds import Claim, Fetched, Input, KindSettings, Shown, Standing
+from jobs.layout import ADAPTER_WEIGHTS, CHECKPOINT_WEIGHTS, HTML_REPORT
+from jobs.record import JobRecord
 from utils.errors import TrainingDataUnavailable
 from utils.events import Finished, Progress, from_dict
 
@@ -385,6 +388,9 @@ class LlmKind:
     parameters_type = LlmParameters
     options_type = LlmOptions
     last_file = ADAPTER_WEIGHTS
+    checkpoint_file = CHECKPOINT_WEIGHTS
+    labels = ("kind", "subject")
+    counters, gauges = epochs.COUNTERS, epochs.GAUGES
     needs_gpu = True
     shares_gpus = True
 
@@ -394,11 +400,16 @@ class LlmKind:
         self._addresses = settings.addresses
         self.max_input_bytes = self._options.max_file_bytes
 
+    def refusal(self, base_model: str) -> str | None:
+        """None: each order names its base model, and `BASE_MODEL` is not used."""
+        del base_model
+        return None  # pylint: disable=useless-return  # the type says so
+
     # --- from a message to a spec, and back
 
     def read(self, order: Order) -> LlmSpec:
         """Check an order; see `JobKind.read`."""
-        found = {name: order.get(name) for name in LlmOrder.model_fields}
+        found = {name: order.get(name) for name in tuple(LlmOrder.model_fields)}
         given = checked(
             LlmOrder,
             {name: value for name, value in found.items() if value is not None},
@@ -446,13 +457,9 @@ class LlmKind:
         return DataFile(source, location)
 
     def _with_defaults(self, parameters: dict[str, Any], order: Order) -> LlmParameters:
-        try:
+        with naming_the_parameter(order, PARAMETER_NAMES):
             made = dataclasses.replace(self._defaults, **parameters)
             made.require_libraries()
-        except ValueError as error:
-            name = next((one for one in PARAMETER_NAMES if str(error).startswith(f"{one} ")), None)
-            field = f"parameters.{name}" if name else "parameters"
-            raise WrongField(order.at(field), str(error)) from None
         return made
 
     def subject_in(self, order: Mapping[str, Any]) -> str | None:
@@ -479,14 +486,18 @@ class LlmKind:
         }
         return {name: value for name, value in data.items() if value is not None}
 
+    def min_level(self, spec: LlmSpec) -> int:
+        """The level of the first workers that know the kind."""
+        del spec
+        return 1
+
     # --- from a spec to a run
 
     def inputs(self, spec: LlmSpec) -> tuple[Input, ...]:
         """The training file, and the validation file if there is one."""
         files = ((DATA, spec.training_file), (VALIDATION, spec.validation_file))
         return tuple(
-            # The caption is empty and not None: no caption file belongs to a file of conversations.
-            Input(file.source, file.location, version_of(file.source), role=role, caption="")
+            Input(file.source, file.location, version_of(file.source), role=role)
             for role, file in files
             if file
         )
@@ -505,8 +516,7 @@ class LlmKind:
         paths = {each.input.role: each.path for each in fetched}
         for each in fetched:
             if each.path is None:
-                problem = (each.problem or "").replace("an image", "a file")
-                raise TrainingDataUnavailable(f"The file {each.input.source} {problem}.")
+                raise TrainingDataUnavailable(f"The file {each.input.source} {each.problem}.")
         source = self._options.source_of(spec.base_model)
         if source is None:
             raise TrainingDataUnavailable(
@@ -556,6 +566,17 @@ class LlmKind:
         }
         names = ("epoch", "loss", "held_out_loss", "tokens_per_second")
         return told | {name: facts[name] for name in names if facts.get(name) is not None}
+
+    def shown(self, facts: Mapping[str, Any]) -> Shown:
+        """Epochs and loss; see `JobKind.shown`."""
+        return epochs.shown(facts)
+
+    def standing(self, record: JobRecord | None) -> Standing:
+        """Epochs and loss; see `JobKind.standing`."""
+        parameters = (record.message.get("llm_parameters") if record else None) or {}
+        # A limit of steps ends the job sooner than its epochs do.
+        total = None if parameters.get("max_steps") else parameters.get("epochs")
+        return epochs.standing(record, total)
 
     def complete(self, spec: LlmSpec, finished: Finished, model_url: str) -> dict[str, Any]:
         """Steps, losses and counts; see `JobKind.complete`."""

@@ -10,11 +10,13 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field
 
+from jobs import base_models, epochs
 from jobs.addresses import (
     BrokenAddress,
     S3Location,
@@ -22,6 +24,7 @@ from jobs.addresses import (
     unused_parts,
     version_of,
 )
+from jobs.captions import MAX_CAPTION_BYTES, TOO_LARGE, clean_caption, read_caption
 from jobs.fields import (
     AUTO_WORD,
     LONGEST_NAME,
@@ -31,6 +34,7 @@ from jobs.fields import (
     WrongField,
     check_limits,
     checked,
+    naming_the_parameter,
     one_line,
     parameter,
     parameters_model,
@@ -38,9 +42,19 @@ from jobs.fields import (
     text,
     whole_number,
 )
-from jobs.kinds import ApiOrder, Claim, Fetched, Input, KindSettings, with_fields
-from jobs.layout import HTML_REPORT, STYLE, WEIGHTS
-from utils.captions import clean_caption
+from jobs.kinds import (
+    ApiOrder,
+    Claim,
+    Fetched,
+    Input,
+    KindSettings,
+    Shown,
+    Standing,
+    TextBeside,
+    with_fields,
+)
+from jobs.layout import CHECKPOINT_WEIGHTS, HTML_REPORT, STYLE, WEIGHTS
+from jobs.record import JobRecord
 from utils.errors import ImageDownloadFailed
 from utils.events import Finished, Progress, from_dict
 from utils.wording import counted, grouped
@@ -270,7 +284,7 @@ class TrainingRun:
         min_images: Fewer usable images than this fail the run.
         max_image_pixels: Larger images are left out.
         checkpoint_interval: Epochs between checkpoints.
-        validation_pictures: Images for the probe, which are never trained on.
+        validation_images: Images for the probe, which are never trained on.
         sample_prompts: Prompts of the samples; without any, the captions.
         trigger_word: Word in front of every prompt, or the empty string.
         sample_steps: Steps of the sampler; a CPU uses fewer.
@@ -298,46 +312,6 @@ class TrainingRun:
     tensorboard: bool = False
     epochs_auto: bool = False
     notes: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TrainerOptions:
-    """Options of the trainer process for its whole life.
-
-    Attributes:
-        base_model: Hub name or local diffusers folder of a Stable Diffusion 1.5 model.
-        base_model_revision: Hub revision; None for the default branch.
-        mixed_precision: `fp16`, `bf16` or `no`; on a CPU always `no`.
-        gradient_checkpointing: `true`, `false` or `auto`.
-        fast_training: Train with fewer and larger operations. False gives the weights of earlier
-            versions, to the bit in fp32 on a CPU.
-        allow_cpu: Train on the CPU if there is no CUDA, instead of failing.
-        deterministic: Use only algorithms that give the same bits each time, also on a GPU.
-        log_level: Level of the trainer's own log lines.
-        log_format: `json` or `text`.
-        runner: The class whose base model is loaded before the first run, as `module:class`.
-        processes: Processes that train a run together, for the kinds that can.
-        fsdp: Share the weights of a language model out among the processes.
-        stall_seconds: A process waits this long for a sum with the others.
-        rank: Number of this process; 0 for the one that the desk starts.
-        meeting: Folder in which the processes find each other; set by process 0.
-    """
-
-    base_model: str
-    base_model_revision: str | None = None
-    mixed_precision: str = "fp16"
-    gradient_checkpointing: str = "true"
-    fast_training: bool = True
-    allow_cpu: bool = False
-    deterministic: bool = False
-    log_level: str = "INFO"
-    log_format: str = "json"
-    runner: str = "training.style.work:StyleWork"
-    processes: int = 1
-    fsdp: bool = False
-    stall_seconds: float = 300.0
-    rank: int = 0
-    meeting: str = ""
 
 
 # ---- spec ----------------------------------------------------------------------------------------
@@ -525,6 +499,9 @@ class StyleKind:
     parameters_type = HyperParameters
     options_type = StyleOptions
     last_file = WEIGHTS
+    checkpoint_file = CHECKPOINT_WEIGHTS
+    labels = ("style_id",)
+    counters, gauges = epochs.COUNTERS, epochs.GAUGES
     needs_gpu = True
     shares_gpus = False
     subject_is_number = True
@@ -534,6 +511,10 @@ class StyleKind:
         self._options = StyleOptions(**settings.options)
         self._addresses = settings.addresses
         self.max_input_bytes = self._options.max_image_bytes
+
+    def refusal(self, base_model: str) -> str | None:
+        """A folder that holds a model of another family; see `JobKind.refusal`."""
+        return base_models.refusal_of(base_model)
 
     # --- from a message to a spec, and back
 
@@ -600,12 +581,8 @@ class StyleKind:
     def _with_defaults(
         self, parameters: dict[str, Any], images: int, order: Order
     ) -> HyperParameters:
-        try:
+        with naming_the_parameter(order, PARAMETER_NAMES):
             return self.hyper_parameters(parameters, images)
-        except ValueError as error:  # a rule beyond a plain limit; its text begins with the name
-            name = next((one for one in PARAMETER_NAMES if str(error).startswith(f"{one} ")), None)
-            field = f"parameters.{name}" if name else "parameters"
-            raise WrongField(order.at(field), str(error)) from None
 
     def hyper_parameters(self, given: Mapping[str, Any], images: int) -> HyperParameters:
         """The parameters of an order, with the worker's defaults for the others.
@@ -690,13 +667,20 @@ class StyleKind:
             found["seed"] = order.seed
         return found | dict(order.parameters)
 
+    def min_level(self, spec: StyleSpec) -> int:
+        """That of `epochs: auto`, which the last release refuses."""
+        return AUTO_LEVEL if spec.parameters.get("epochs") == AUTO_WORD else 0
+
     # --- from a spec to a run
 
     def inputs(self, spec: StyleSpec) -> tuple[Input, ...]:
         """The images and the validation images."""
         none = (None,) * len(spec.validation_images)
         return tuple(
-            Input(image.source, image.location, image.version_id, image.problem, role, caption)
+            Input(
+                *(image.source, image.location, image.version_id, image.problem, role, caption),
+                beside=caption_beside(image.location) if caption is None else None,
+            )
             for role, images, captions in (
                 (IMAGES, spec.images, spec.captions),
                 (VALIDATION, spec.validation_images, none),
@@ -776,6 +760,16 @@ class StyleKind:
             told["loss"] = facts["loss"]
         return told
 
+    def shown(self, facts: Mapping[str, Any]) -> Shown:
+        """Epochs and loss; see `JobKind.shown`."""
+        return epochs.shown(facts)
+
+    def standing(self, record: JobRecord | None) -> Standing:
+        """Epochs and loss; see `JobKind.standing`."""
+        parameters = record.message.get("hyper_parameters") if record else None
+        total = (parameters or {}).get("epochs")
+        return epochs.standing(record, total if isinstance(total, int) else None)
+
     def complete(self, spec: StyleSpec, finished: Finished, model_url: str) -> dict[str, Any]:
         """Epochs, rank, loss and counts of images; see `JobKind.complete`."""
         used = finished.summary.get("hyperparameters", {})
@@ -812,14 +806,32 @@ def _training_images(
             path=str(each.path) if each.path else None,
             caption=_caption(each, tags),
             problem=each.problem,
-            caption_problem=each.caption_problem,
+            caption_problem=each.text_problem,
         )
         for each in fetched
         if each.input.role == role
     )
 
 
+def caption_beside(image: S3Location | None) -> TextBeside | None:
+    """The objects that may hold an image's caption; None for an image without a location."""
+    if image is None:
+        return None
+    folder, slash, name = image.key.rpartition("/")
+    stem = name.rpartition(".")[0] or name
+    names = dict.fromkeys((f"{stem}.txt", f"{name}.txt", f"{stem}.TXT", f"{stem}.caption"))
+    for form in ("NFC", "NFD"):  # a Mac decomposes the letters of names, other systems do not
+        names |= dict.fromkeys(unicodedata.normalize(form, each) for each in list(names)[:2])
+    places = (S3Location(image.bucket, f"{folder}{slash}{each}") for each in names if each != name)
+    return TextBeside(tuple(places), MAX_CAPTION_BYTES, TOO_LARGE, _read_caption)
+
+
+def _read_caption(content: bytes) -> tuple[str, str | None]:
+    found = read_caption(content)
+    return found.text, found.problem
+
+
 def _caption(fetched: Fetched, tags: Sequence[str]) -> str:
     if fetched.input.location is None:
         return ""
-    return fetched.caption if fetched.caption is not None else ", ".join(tags)
+    return fetched.text if fetched.text is not None else ", ".join(tags)

@@ -13,15 +13,14 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-HOST = "127.0.0.1"
+from local.processes import HOST, free_ports
+
 START_SECONDS = 60.0
 _FOLDERS = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin")
 _CONFIGURATION = """
@@ -60,7 +59,7 @@ class PostgresNode:
         self.folder = Path(tempfile.mkdtemp(prefix="postgres-")) if folder is None else folder
         self._data = self.folder / "data"
         self._durable = durable
-        self.port = _free_port()
+        (self.port,) = free_ports(1)
         self._server: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -68,12 +67,7 @@ class PostgresNode:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
         if self._is_temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -84,21 +78,28 @@ class PostgresNode:
 
     def create_database(self, name: str) -> str:
         """Make an empty database. Returns its SQLAlchemy address."""
-        self._run(
-            "psql",
-            "-h",
-            HOST,
-            "-p",
-            str(self.port),
-            "-U",
-            "postgres",
-            "-d",
-            "postgres",
-            "-q",
-            "-c",
-            f'CREATE DATABASE "{name}"',
-        )
+        command = f'CREATE DATABASE "{name}"'
+        self._run("psql", *self._address, "-d", "postgres", "-q", "-c", command)
         return self.url(name)
+
+    def dump(self, database: str) -> Path:
+        """Write a backup of a database. Returns its file, which the next backup replaces."""
+        path = self.folder / f"{database}.sql"
+        self._run("pg_dump", *self._address, "-d", database, "-f", str(path))
+        return path
+
+    def restore(self, database: str, backup: Path) -> None:
+        """Replace a database by its backup. Open connections to it are closed."""
+        for command in (
+            f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)',
+            f'CREATE DATABASE "{database}"',
+        ):
+            self._run("psql", *self._address, "-d", "postgres", "-q", "-c", command)
+        self._run("psql", *self._address, "-d", database, "-q", "-f", str(backup))
+
+    @property
+    def _address(self) -> tuple[str, ...]:
+        return ("-h", HOST, "-p", str(self.port), "-U", "postgres")
 
     def start(self) -> None:
         """Start the server with the data it had before, and wait until it answers.
@@ -224,12 +225,6 @@ def _other_user() -> str | None:
 def _other_group() -> int | None:
     user = _other_user()
     return pwd.getpwnam(user).pw_gid if user else None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def _guard_over(group: int) -> subprocess.Popen[bytes]:

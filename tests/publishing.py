@@ -19,7 +19,7 @@ from jobs.record import JobRecord, JobRequest
 from jobs.style import HyperParameters, StyleSpec
 from services.records.job_lease import JobLease
 from services.records.job_records import Claimed, JobRecords
-from services.records.style_turn import StyleTurns, Turn
+from services.records.turns import PublishingTurn, Turns
 from services.s3.s3_service import S3Service
 
 STYLE = 7
@@ -98,7 +98,7 @@ class World:
 
     def publisher(self, s3: S3Service, state: S3Service | None = None) -> ModelPublisher:
         """A worker's publisher; with `state`, model and state bucket are at two endpoints."""
-        turns = StyleTurns(state or s3, self.state, owner="worker", lease_seconds=LEASE)
+        turns = Turns(state or s3, self.state, owner="worker", lease_seconds=LEASE)
         return ModelPublisher(
             s3,
             state or s3,
@@ -128,7 +128,7 @@ class World:
         where = S3Location(self.state, f"jobs/style_{STYLE}.turn")
         if self.s3.exists(where):
             found = self.s3.read(where)
-            turn = decode(Turn, found.body, where.key)
+            turn = decode(PublishingTurn, found.body, where.key)
             turn = dataclasses.replace(turn, hold=turn.hold.dropped())
             self.s3.replace(where, encode(stamped(turn)), found.etag)
 

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jobs.style import TrainerOptions
+from jobs.kinds import TrainerOptions
 from training.runtime.followers import end_with_parent
 from training.runtime.inbox import Inbox
 from utils.events import from_dict

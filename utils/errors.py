@@ -95,11 +95,11 @@ class InvalidMessage(TrainingServerError):
     """The message cannot become a job. Compare it with docs/protocol.md, section 2.
 
     Attributes:
-        field: The field that is wrong, in the message's own spelling (`data.parameters.epochs`), or
+        field: The field that is wrong, in the message's own spelling (`data.parameters.seed`), or
             `body`.
         task_id: The task's id, if it could be read.
         kind: The kind of job.
-        subject: The subject of the order if it could be read, such as a style's id; then the
+        subject: The subject of the order if it could be read, by its kind; then the
             backend gets a `failed` webhook.
         webhook_url: The message's webhook address, if it could be read; not checked.
     """

@@ -60,7 +60,7 @@ class Started:
         done: Units of work that earlier runs of the job did; 0 if there were none.
         total: Units of work of the whole job.
         unit: Name of one unit, such as `step`.
-        facts: Facts of the job's kind, such as epochs.
+        facts: Facts of the job's kind.
         warnings: Sentences for the report.
     """
 
@@ -83,7 +83,7 @@ class Progress:
         per_second: Units per second, measured over this run; None before there is a measurement.
         gpu_memory_allocated: Bytes of the GPU that the trainer's tensors use; None without a GPU.
         gpu_memory_reserved: Bytes of the GPU that the trainer holds, free ones included.
-        facts: Facts of the job's kind, such as `epoch` and `loss`.
+        facts: Facts of the job's kind (see `JobKind.shown`).
     """
 
     task_id: str
@@ -133,7 +133,7 @@ class Finished:
         done: Completed units of work of the job.
         seconds: Wall time of the run in the trainer process.
         stopped: The reason for an early stop; None for a finished run.
-        facts: Facts of the job's kind, such as `epoch` and `loss`.
+        facts: Facts of the job's kind (see `JobKind.shown`).
         summary: A short report for the `complete` webhook (JSON values only).
     """
 

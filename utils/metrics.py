@@ -7,7 +7,7 @@ seconds, bytes, ratios from 0 to 1; a counter ends in `_total`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
@@ -39,12 +39,17 @@ class Metrics:
     """One worker's metrics. Safe to share between threads.
 
     An attribute has its metric's name without the prefix, and without the `_total` of counters.
+
+    Attributes:
+        counters_of_kinds, gauges_of_kinds: The metrics that kinds of jobs have declared, by name.
     """
 
     def __init__(self) -> None:
         # Without creation times: they are half of all series, and no alert uses them.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self.counters_of_kinds: dict[str, Counter] = {}
+        self.gauges_of_kinds: dict[str, Gauge] = {}
         prometheus_client.ProcessCollector(registry=self.registry)
         self._add_jobs()
         self._add_training()
@@ -99,7 +104,6 @@ class Metrics:
         self.training_seconds = self._counter(
             "training_seconds", "Time in which the trainer worked on a run"
         )
-        self.epochs = self._counter("epochs", "Epochs trained, repeated ones too")
         self.steps = self._counter("steps", "Optimizer steps trained, repeated ones too")
         self.wasted_gpu_seconds = self._counter(
             "wasted_gpu_seconds",
@@ -108,7 +112,6 @@ class Metrics:
             "reason",
         )
         self.steps_per_second = self._gauge("steps_per_second", "Speed of the current run")
-        self.loss = self._gauge("loss", "Mean loss of the last epoch of the newest run")
         self.job_progress_ratio = self._gauge(
             "job_progress_ratio", "Completed part of the current job"
         )
@@ -207,6 +210,19 @@ class Metrics:
         self.ready_check = self._gauge("ready_check", "1 while this part is ready", "check")
         self.worker = Info(f"{PREFIX}_worker", "Facts about this worker", registry=self.registry)
 
+    def declare(self, counters: Mapping[str, str], gauges: Mapping[str, str]) -> None:
+        """Add the metrics of a kind of job. One that another kind has declared is shared.
+
+        Args:
+            counters, gauges: Help texts, by name.
+        """
+        for name, text in counters.items():
+            if name not in self.counters_of_kinds:
+                self.counters_of_kinds[name] = self._counter(name, text)
+        for name, text in gauges.items():
+            if name not in self.gauges_of_kinds:
+                self.gauges_of_kinds[name] = self._gauge(name, text)
+
     def _start_at_zero(self) -> None:
         """`increase()` does not count the first event of a series that appears with it."""
         self.jobs.labels("complete", NO_CODE)
@@ -283,8 +299,29 @@ class ApiMetrics:
             ("kind",),
             registry=self.registry,
         )
+        self.webhooks_sent = Counter(
+            f"{PREFIX}_api_webhooks_sent",
+            "Webhooks sent to organisations, by status class",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.webhooks_waiting = self._gauge(
+            "api_webhooks_waiting", "Webhooks for organisations that are not delivered yet"
+        )
+        self.webhooks_oldest_seconds = self._gauge(
+            "api_webhooks_oldest_seconds", "Age of the oldest of them; 0 with none"
+        )
         self.jobs = self._gauge("api_jobs", "Jobs that have not ended, by status", "status")
         self.outbox = self._gauge("api_outbox", "Messages that are due and not confirmed")
+        self.outbox_oldest_seconds = self._gauge(
+            "api_outbox_oldest_seconds", "How long the oldest of them has been due; 0 with none"
+        )
+        self.waiting_oldest_seconds = self._gauge(
+            "api_waiting_oldest_seconds",
+            "How long the oldest job has waited for its organisation's turn; 0 with none",
+        )
+        self.database_up = self._gauge("api_database_up", "1 if the database can be used")
+        self.broker_connected = self._gauge("api_broker_connected", "1 while connected to RabbitMQ")
         self.streams = self._gauge("api_event_streams", "Open event streams of this process")
         self.relay_age = self._gauge(
             "api_relay_age_seconds",
@@ -314,21 +351,3 @@ def formats(accept: str) -> frozenset[str]:
 
 def _kinds(accept: str) -> set[str]:
     return {part.split(";")[0].strip().lower() for part in accept.split(",")}
-
-
-def exported_names() -> frozenset[str]:
-    """The name of every series that a worker exports, as a query spells it.
-
-    A histogram has three: `_bucket`, `_sum` and `_count`.
-    """
-    return frozenset(_series(Metrics().registry))
-
-
-def _series(registry: CollectorRegistry) -> Iterator[str]:
-    endings = {
-        "counter": ("_total",),
-        "histogram": ("_bucket", "_sum", "_count"),
-        "info": ("_info",),
-    }
-    for family in registry.collect():
-        yield from (family.name + ending for ending in endings.get(family.type, ("",)))

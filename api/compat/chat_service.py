@@ -19,7 +19,7 @@ from api.gate.guard import Called, GuardedRoute, Served, needs
 from api.gate.keys import INFER, READ, TRAIN, Caller, new_id
 from api.gate.problems import Problem
 from api.life import steering
-from api.life.orders import HyperParameters, JobOrder
+from api.life.orders import JobOrder, OpenAiHyperParameters
 from api.routes.jobs import create, found
 from api.services import Services
 from api.store import jobs as store
@@ -41,7 +41,7 @@ class Said(BaseModel):
     content: Annotated[str, Field(max_length=1_000_000)]
 
 
-class Conversation(BaseModel):
+class SentConversation(BaseModel):
     """A conversation to learn from."""
 
     messages: Annotated[list[Said], Field(min_length=1)]
@@ -49,12 +49,12 @@ class Conversation(BaseModel):
     timestamp: str | None = None
 
 
-class Start(BaseModel):
+class ChatOrder(BaseModel):
     """An order with its conversations in it."""
 
     org_id: Annotated[str, Field(max_length=64)]
     base_model: Annotated[str, Field(max_length=200)] = ""
-    conversations: Annotated[list[Conversation], Field(min_length=1)]
+    conversations: Annotated[list[SentConversation], Field(min_length=1)]
     validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.1
     num_epochs: Annotated[int | None, Field(ge=1, le=1000)] = None
 
@@ -104,7 +104,7 @@ def _time(value: float | None) -> str | None:
     openapi_extra=needs(TRAIN, body_limit=MAX_INLINE_BYTES),
     operation_id="chat_start",
 )
-def start(order: Start, request: Request, services: Served, caller: Called) -> dict[str, Any]:
+def start(order: ChatOrder, request: Request, services: Served, caller: Called) -> dict[str, Any]:
     """Train on conversations. They become a file of the organisation."""
     kinds.require(services, kinds.CHAT, "Training on conversations")
     caller = kinds.of_organization(services, caller, order.org_id)
@@ -112,7 +112,7 @@ def start(order: Start, request: Request, services: Served, caller: Called) -> d
         kind=kinds.CHAT,
         model=order.base_model,
         training_file=_conversations(services, caller, order.conversations),
-        hyperparameters=HyperParameters(n_epochs=order.num_epochs),
+        hyperparameters=OpenAiHyperParameters(n_epochs=order.num_epochs),
         parameters=kinds.parameters_of(
             services, kinds.CHAT, {"validation_split": order.validation_split}
         ),
@@ -122,7 +122,9 @@ def start(order: Start, request: Request, services: Served, caller: Called) -> d
         return _shown(found(session, caller, job["id"]))
 
 
-def _conversations(services: Services, caller: Caller, conversations: list[Conversation]) -> str:
+def _conversations(
+    services: Services, caller: Caller, conversations: list[SentConversation]
+) -> str:
     """Keep conversations as a file of JSON lines. Returns its id."""
     lines = [
         json.dumps({"messages": [said.model_dump() for said in each.messages]}, ensure_ascii=False)

@@ -58,7 +58,7 @@ class Config(BaseModel):
     val_data_path: Annotated[str | None, Field(max_length=1024)] = None
 
 
-class Start(BaseModel):
+class TrainingOrder(BaseModel):
     """An order."""
 
     config: Config
@@ -68,7 +68,7 @@ class Start(BaseModel):
     )
 
 
-class Comparison(BaseModel):
+class ModelsToCompare(BaseModel):
     """Experiments to compare."""
 
     experiment_ids: Annotated[
@@ -91,7 +91,9 @@ def _kind_of(model_name: str) -> str:
 
 
 @router.post("/train/start", openapi_extra=needs(TRAIN), operation_id="train_start")
-def start(order: Start, request: Request, services: Served, caller: Called) -> dict[str, Any]:
+def start(
+    order: TrainingOrder, request: Request, services: Served, caller: Called
+) -> dict[str, Any]:
     """Start a training. Paths are the ids of uploaded files."""
     kind = _kind_of(order.config.model_name)
     kinds.require(services, kind, f"Training {order.config.model_name}")
@@ -243,12 +245,12 @@ router.get(
 @router.post(
     "/experiments/compare", openapi_extra=needs(READ), operation_id="dialect_experiments_compare"
 )
-def compare(order: Comparison, services: Served, caller: Called) -> dict[str, Any]:
+def compare(order: ModelsToCompare, services: Served, caller: Called) -> dict[str, Any]:
     """Compare 2 to 10 experiments."""
     with services.database.reading() as session:
         rows = [found(session, caller, each) for each in dict.fromkeys(order.experiment_ids)]
     names = order.metrics or list(experiments.METRICS)
-    table = experiments.comparison(rows, names)
+    table = experiments.comparison(services, rows, names)
     return {
         "experiments": [_experiment(row) for row in rows],
         "comparison_table": table["comparison_table"],

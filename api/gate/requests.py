@@ -17,7 +17,7 @@ _UNMATCHED = "unmatched"
 _STREAMS = ("/events",)
 
 
-class Requests:
+class RequestMiddleware:
     """The outermost middleware. An error that nothing has handled becomes a 500 with the id.
 
     Args:

@@ -15,12 +15,13 @@ from sqlalchemy.orm import Session
 
 from api.store import jobs as store
 from api.store.database import now
-from api.views import Turn
+from api.views import QueueTurn
 
 FRESH_SECONDS = 0.25
+RATE_SECONDS = 10.0
 
 
-class Line:
+class WaitingLine:
     """The queue as one process sees it.
 
     Args:
@@ -30,10 +31,11 @@ class Line:
     def __init__(self, depth: int) -> None:
         self._at_once = max(1, depth - 1)
         self._lock = threading.Lock()
-        self._turns: dict[str, Turn] = {}
+        self._turns: dict[str, QueueTurn] = {}
         self._until = 0.0
+        self._rates: dict[str, tuple[float, float | None]] = {}
 
-    def turns(self, session: Session, needed: Collection[str]) -> dict[str, Turn]:
+    def turns(self, session: Session, needed: Collection[str]) -> dict[str, QueueTurn]:
         """The places of all waiting jobs.
 
         Args:
@@ -49,15 +51,20 @@ class Line:
             self._turns, self._until = turns, time.monotonic() + FRESH_SECONDS
         return turns
 
-    def _computed(self, session: Session) -> dict[str, Turn]:
-        rates: dict[str, float | None] = {}
-        turns: dict[str, Turn] = {}
+    def _computed(self, session: Session) -> dict[str, QueueTurn]:
+        turns: dict[str, QueueTurn] = {}
         at, seconds, known = now(), 0.0, True
         for position, each in enumerate(store.waiting(session), 1):
-            if each.kind not in rates:
-                rates[each.kind] = store.mean_seconds(session, each.kind)
-            rate = rates[each.kind]
+            rate = self._rate(session, each.kind)
             known = known and rate is not None
-            turns[each.job_id] = Turn(position, at + seconds if known else None)
+            turns[each.job_id] = QueueTurn(position, at + seconds if known else None)
             seconds += (rate or 0.0) / self._at_once
         return turns
+
+    def _rate(self, session: Session, kind: str) -> float | None:
+        """How long a job of a kind takes on average, measured every few seconds."""
+        until, rate = self._rates.get(kind, (0.0, None))
+        if time.monotonic() >= until:
+            rate = store.mean_seconds(session, kind)
+            self._rates[kind] = (time.monotonic() + RATE_SECONDS, rate)
+        return rate

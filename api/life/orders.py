@@ -28,7 +28,6 @@ from jobs.addresses import S3Location
 from jobs.fields import WrongField
 from jobs.kinds import ApiOrder, JobKind, OrderedFile, OrderedOverApi, order_of
 from jobs.layout import place_of
-from jobs.record import PROTOCOL_LEVEL
 from utils.errors import InvalidMessage
 from utils.logger import get_logger
 
@@ -44,7 +43,7 @@ ShortText = Annotated[str, Field(max_length=200)]
 FileIds = Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=MAX_FILES)]
 
 
-class HyperParameters(BaseModel):
+class OpenAiHyperParameters(BaseModel):
     """OpenAI's hyper-parameters; `auto` means the kind's default."""
 
     model_config = ConfigDict(extra="forbid")
@@ -64,7 +63,7 @@ class Supervised(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    hyperparameters: HyperParameters = Field(default_factory=HyperParameters)
+    hyperparameters: OpenAiHyperParameters = Field(default_factory=OpenAiHyperParameters)
 
 
 class Method(BaseModel):
@@ -89,7 +88,7 @@ class JobOrder(BaseModel):
                     "training_files": ["file-0123456789abcdef01234567"],
                     "parameters": {"epochs": 20},
                     "options": {"trigger_word": "harbourstyle"},
-                    "name": "harbour pictures",
+                    "name": "harbour images",
                     "tags": ["test"],
                 }
             ]
@@ -110,7 +109,7 @@ class JobOrder(BaseModel):
     validation_file: Annotated[str | None, Field(max_length=64)] = None
     validation_files: FileIds = Field(default_factory=list)
     method: Method | None = None
-    hyperparameters: HyperParameters | None = None
+    hyperparameters: OpenAiHyperParameters | None = None
     parameters: Annotated[
         dict[str, Any], Field(description="Parameters of the kind (docs/parameters.md).")
     ] = Field(default_factory=dict)
@@ -288,8 +287,8 @@ def _message(
 
 
 def level_needed(prepared: Prepared, services: Services) -> int:
-    """The protocol level that a message asks for: every kind but the first is younger than 1."""
-    return 0 if prepared.kind == services.kinds.served[0] else PROTOCOL_LEVEL
+    """The protocol level that a message asks for."""
+    return services.kinds.of(prepared.kind).min_level(prepared.job.spec)
 
 
 def _named_files(session: Session, caller: Caller, order: JobOrder) -> dict[str, FileRow]:

@@ -17,7 +17,6 @@ from typing import Any
 from cli.broker import NOT_FOUND, BrokerVisit, ChannelClose
 from cli.doctor.broker_limits import advice
 from cli.doctor.findings import Finding, Verdict, fail, ok, warn
-from jobs.layout import STYLE
 from services.broker.client import NO_ROUTE
 from services.broker.settlement import Queue
 from services.broker.topology import (
@@ -37,9 +36,7 @@ from utils.wording import counted
 LOCKED, FORBIDDEN, PRECONDITION = 405, 403, 406
 
 
-def examine(
-    settings: BrokerSettings, limits: JobLimits, kinds: Sequence[str] = (STYLE,)
-) -> Iterator[Finding]:
+def examine(settings: BrokerSettings, limits: JobLimits, kinds: Sequence[str]) -> Iterator[Finding]:
     """Test every host, then everything else on the first host that accepts the worker.
 
     If one host accepts it, a host that is down is only a warning.

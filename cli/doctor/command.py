@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import config
-from cli.doctor import backend, base_model, broker, machine, storage
+from cli.doctor import api_server, backend, base_model, broker, machine, storage
 from cli.doctor.findings import Finding, Verdict, fail, ok, warn
 from cli.doctor.storage_rights import least_policy
 from config import Settings
@@ -33,6 +33,11 @@ CHECKS: tuple[Check, ...] = (
     ("broker", lambda all_: broker.examine(all_.broker, all_.limits, all_.worker.kinds), _SECONDS),
     ("storage", lambda all_: storage.examine(all_.storage), _SECONDS),
     ("backend", lambda all_: backend.examine(all_.webhooks), _SECONDS),
+    (
+        "API",
+        lambda all_: api_server.examine(all_.api, all_.webhooks.backend_api_url),
+        _SECONDS,
+    ),
     (
         "GPU",
         lambda all_: machine.examine_gpu(

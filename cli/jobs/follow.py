@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from cli.jobs.job_view import JobView, view
 from cli.jobs.screen import progress
+from jobs.kinds import Kinds
 from services.records.listing import look_up
 from services.s3.s3_service import S3Service
 
@@ -21,6 +21,7 @@ LOOK_SECONDS = 2.0
 def follow(
     s3: S3Service,
     bucket: str,
+    kinds: Kinds,
     task_id: str,
     show: Callable[[JobView], None],
     *,
@@ -33,6 +34,7 @@ def follow(
     Args:
         s3: The storage.
         bucket: The state bucket.
+        kinds: Measure how far the job is.
         task_id: The job.
         show: Sees the job at each look.
         look_seconds: Between two looks.
@@ -41,7 +43,7 @@ def follow(
         The job at its end.
     """
     while True:
-        job = view(look_up(s3, bucket, [task_id])[0])
+        job = view(look_up(s3, bucket, [task_id])[0], kinds)
         show(job)
         if job.state == "ended":
             return job
@@ -59,9 +61,9 @@ _STATES = {
 
 
 class JobBar:
-    """Follows one job: epochs, loss and the time that is left, as its worker last reported.
+    """Follows one job: its work, measurements and the time left, as its worker last reported.
 
-    On a terminal it is a bar; elsewhere a line for each change of state or epoch.
+    On a terminal it is a bar; elsewhere a line for each change of state or completed unit.
 
     Args:
         console: The console to draw on; standard error by default.
@@ -79,18 +81,13 @@ class JobBar:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("images", total=None, count="")
-        self._last: tuple[str, int] | None = None
+        self._last: tuple[str, float] | None = None
 
     def __enter__(self) -> Self:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def uploaded(self, done: int, total: int) -> None:
@@ -104,11 +101,12 @@ class JobBar:
         self._progress.update(
             self._task,
             description=doing,
-            completed=job.epoch,
-            total=job.epochs,
+            completed=job.standing.done,
+            total=job.standing.total,
             count=count,
         )
-        if not self._console.is_terminal and self._last != (job.state, job.epoch):
-            self._last = (job.state, job.epoch)
+        now = (job.state, job.standing.done)
+        if not self._console.is_terminal and self._last != now:
+            self._last = now
             line = f"{doing}: {count}" if count else doing
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)

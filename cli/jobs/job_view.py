@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jobs.kinds import Kinds, Standing
 from jobs.layout import INVALID_PREFIX
 from jobs.record import DeliveryState, JobRecord, State
 from services.records.listing import Found
 from services.records.record_object import Version
+from utils.errors import NewerRecord
 
 _HELD = ("held", "pausing")
 
@@ -27,11 +29,9 @@ class JobView:
         owner: The worker that holds it, or held it last.
         claim: The number of that hold.
         attempts: Attempts in a row without a new checkpoint.
-        epoch: Completed epochs: those of the newest checkpoint, or of the worker's last sign of
-            life if that is further. Of a job that has completed: those that were trained.
-        epochs: Those asked for.
-        loss, seconds_left: By the worker's last sign of life; None where it is not known, and once
-            no worker holds the job.
+        standing: How far it is, as its kind measures it.
+        seconds_left: By the worker's last sign of life; None where it is not known, and once no
+            worker holds the job.
         ending: `complete`, `failed` with its code, or empty.
         delivery: Whether the backend has heard: `none`, `pending`, `delivered` or `set_aside`.
         model_url: The address of the model, if the job has completed.
@@ -43,6 +43,7 @@ class JobView:
     """
 
     task_id: str
+    standing: Standing
     style_id: int | None = None
     kind: str = ""
     subject: str = ""
@@ -50,9 +51,6 @@ class JobView:
     owner: str = ""
     claim: int = 0
     attempts: int = 0
-    epoch: int = 0
-    epochs: int | None = None
-    loss: float | None = None
     seconds_left: float | None = None
     ending: str = ""
     delivery: str = ""
@@ -64,16 +62,27 @@ class JobView:
     message_task_id: str = ""
     ordered_at: str = ""
 
+    def values(self) -> dict[str, Any]:
+        """The job as JSON values. The standing has the names that its kind gives."""
+        own = dataclasses.asdict(self)
+        del own["standing"]
+        counted = {
+            self.standing.unit: self.standing.done,
+            f"{self.standing.unit}s": self.standing.total,
+        }
+        return own | counted | dict(self.standing.measured)
 
-def view(found: Found) -> JobView:
+
+def view(found: Found, kinds: Kinds) -> JobView:
     """The view of the record under a job's id."""
     if found.version is None:
-        return JobView(found.task_id, detail=found.problem)
+        return JobView(found.task_id, kinds.standing(None), detail=found.problem)
     record = found.version.record
     ending = record.ending
     state = _state(found.version, pause_requested=found.pause_requested)
     return JobView(
         task_id=record.task_id,
+        standing=_standing(record, kinds, state),
         style_id=record.style_id,
         kind=record.kind,
         subject=record.subject,
@@ -81,9 +90,6 @@ def view(found: Found) -> JobView:
         owner=record.hold.owner,
         claim=record.claim,
         attempts=record.attempts,
-        epoch=_epoch(record),
-        epochs=_epochs(record.message),
-        loss=_loss(record, state),
         seconds_left=(record.seconds_left or None) if state in _HELD else None,
         ending=f"{ending.kind} {ending.code or ''}".strip() if ending else "",
         delivery=str(record.delivery),
@@ -114,23 +120,15 @@ def _state(version: Version[JobRecord], *, pause_requested: bool) -> str:
     return "pausing" if pause_requested else "held"
 
 
-def _epoch(record: JobRecord) -> int:
-    if record.ending and (trained := record.ending.body.get("training_metric")):
-        return int(trained.get("epochs", 0))
-    saved = record.checkpoint.epoch if record.checkpoint else 0
-    return saved if record.hold.released else max(saved, record.epoch_seen)
-
-
-def _loss(record: JobRecord, state: str) -> float | None:
-    if record.ending and (trained := record.ending.body.get("training_metric")):
-        loss = trained.get("loss")
-        return float(loss) if isinstance(loss, (int, float)) else None
-    return (record.loss_seen or None) if state in _HELD else None
-
-
-def _epochs(message: dict[str, Any]) -> int | None:
-    epochs = (message.get("hyper_parameters") or {}).get("epochs")
-    return epochs if isinstance(epochs, int) else None
+def _standing(record: JobRecord, kinds: Kinds, state: str) -> Standing:
+    try:
+        standing = kinds.standing(record)
+    except NewerRecord:
+        standing = kinds.standing(None)
+    if record.ending or state in _HELD:
+        return standing
+    # The measurements of a worker that does not hold the job any more may be void.
+    return dataclasses.replace(standing, measured=dict.fromkeys(standing.measured))
 
 
 def _detail(record: JobRecord) -> str:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from cli import broker
-from cli.train import images_in
+from cli.training.local import images_in
 from jobs import message as messages
 from jobs.addresses import S3Location
-from jobs.fields import AUTO_WORD
 from jobs.kinds import Kinds
 from jobs.layout import record_at, uploads_of
-from jobs.style import AUTO_LEVEL, StyleKind, TrainingImage
+from jobs.style import StyleKind, TrainingImage
 from services.broker.settlement import MIN_LEVEL, Publication, Queue
 from services.s3.s3_service import S3Service
 from utils.errors import ConfigurationError, InvalidMessage
@@ -92,16 +91,18 @@ def place(
         raise ConfigurationError(f"A job {task_id} already exists. Choose another --task-id.")
     broker.check_training_queue(settings)
     _upload(s3, images, places, on_upload)
-    broker.publish(settings, Publication(Queue.TRAINING, body, task_id, headers=_headers(job)))
+    broker.publish(
+        settings, Publication(Queue.TRAINING, body, task_id, headers=_headers(job, kinds))
+    )
     return PlacedOrder(
         task_id, style_id, tuple(each.uri() for each in places), job.spec.hyper_parameters.epochs
     )
 
 
-def _headers(job: messages.Job) -> dict[str, int]:
+def _headers(job: messages.Job, kinds: Kinds) -> dict[str, int]:
     """The lowest level of the workers that understand the order."""
-    auto = job.spec.parameters.get("epochs") == AUTO_WORD
-    return {MIN_LEVEL: AUTO_LEVEL} if auto else {}
+    level = kinds.of(job.kind).min_level(job.spec)
+    return {MIN_LEVEL: level} if level else {}
 
 
 def _checked(body: bytes, kinds: Kinds) -> messages.Job:

@@ -15,7 +15,8 @@ from rich.text import Text
 from cli.jobs.job_view import JobView
 from cli.jobs.redrive import Redriven, Waiting
 from cli.jobs.task_ids import short_ids
-from jobs.layout import INVALID_PREFIX, STYLE
+from jobs.kinds import FIRST_KIND, Standing
+from jobs.layout import INVALID_PREFIX
 from jobs.record import DeliveryState
 from utils.wording import counted
 
@@ -158,7 +159,7 @@ def print_jobs(jobs: Sequence[JobView], known: Iterable[str], console: Console) 
     table.add_column("TASK", no_wrap=True, min_width=8)
     table.add_column("SUBJECT", no_wrap=True, justify="right")
     table.add_column("STATE")
-    table.add_column("EPOCHS", no_wrap=True, justify="right")
+    table.add_column("DONE", no_wrap=True, justify="right")
     table.add_column("TOLD", no_wrap=True)
     table.add_column("AGE", no_wrap=True, justify="right")
     wide = console.width >= WIDE
@@ -169,7 +170,7 @@ def print_jobs(jobs: Sequence[JobView], known: Iterable[str], console: Console) 
             printable(short[names[job.task_id]]),
             _one_line(printable(_subject(job))),
             _one_line(_state(job)),
-            _epochs(job),
+            "" if job.standing.total is None else _done(job.standing),
             Text(_TOLD.get(job.delivery, job.delivery), "red" if _refused(job) else ""),
             age(job.seconds_since_written),
         ]
@@ -203,12 +204,13 @@ def age(seconds: float | None) -> str:
 
 
 def progress(job: JobView) -> str:
-    """How far a job is, in a few words: `epoch 24/200, loss 0.1234, 0:12:05 left`."""
+    """How far a job is, in a few words: `step 24/200, 0:12:05 left`."""
     parts = []
-    if job.epochs:
-        parts.append(f"epoch {job.epoch}/{job.epochs}")
-    if job.loss is not None:
-        parts.append(f"loss {job.loss:.4f}")
+    if job.standing.total:
+        parts.append(f"{job.standing.unit} {_done(job.standing)}")
+    for name, value in job.standing.measured.items():
+        if value is not None:
+            parts.append(f"{name} {value:.4f}")
     if job.seconds_left is not None:
         parts.append(f"{datetime.timedelta(seconds=round(job.seconds_left))} left")
     return ", ".join(parts)
@@ -250,7 +252,7 @@ def _name(job: JobView) -> str:
 
 
 def _subject(job: JobView) -> str:
-    return job.subject if job.kind == STYLE else f"{job.kind} {job.subject}".strip()
+    return job.subject if job.kind == FIRST_KIND else f"{job.kind} {job.subject}".strip()
 
 
 def _state(job: JobView) -> Text:
@@ -269,8 +271,8 @@ def _refused(job: JobView) -> bool:
     return job.delivery == DeliveryState.SET_ASIDE
 
 
-def _epochs(job: JobView) -> str:
-    return "" if job.epochs is None else f"{job.epoch}/{job.epochs}"
+def _done(standing: Standing) -> str:
+    return f"{standing.done:g}/{standing.total:g}"
 
 
 def _one_line(text: Text) -> Text:

@@ -51,8 +51,8 @@ def unended(s3: S3Service, bucket: str, task_id: str, to_do: str) -> JobRecord |
     return version.record if version else None
 
 
-def live_of_style(listing: RecordListing, style_id: int) -> list[JobRecord]:
-    """The live jobs of a style that a worker has seen, the newest order first.
+def live_of(listing: RecordListing, kind: str, subject: str) -> list[JobRecord]:
+    """The live jobs of a subject that a worker has seen, the newest order first.
 
     Raises:
         StorageError: The records cannot be listed.
@@ -60,7 +60,9 @@ def live_of_style(listing: RecordListing, style_id: int) -> list[JobRecord]:
     found = [
         each.record
         for each in listing.unsettled
-        if each.record and each.record.style_id == style_id and each.record.state is State.LIVE
+        if each.record
+        and (each.record.kind, each.record.subject) == (kind, subject)
+        and each.record.state is State.LIVE
     ]
     return sorted(found, key=lambda record: record.created_at, reverse=True)
 

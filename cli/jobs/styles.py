@@ -126,7 +126,7 @@ class LaterOrders:
         return max(later, key=lambda each: each.ordered_at, default=None)
 
     def _read(self, style_id: int) -> tuple[Later, ...]:
-        found, _ = self._listing.of_style(style_id)
+        found, _ = self._listing.of_subject(STYLE, str(style_id))
         known = {each.task_id: each.record for each in found if each.record}
         model = published(self._storage.model_bucket_name, self._models, style_id)
         if model and model.task_id and model.task_id not in known and not model.ordered_at:

@@ -17,8 +17,8 @@ from typing import Self
 from consumer.life.curve_uploads import CurveUploads
 from jobs.addresses import S3Location
 from jobs.checkpoint_name import NOT_OURS, order
+from jobs.kinds import Kinds
 from jobs.layout import (
-    CHECKPOINT_WEIGHTS,
     Place,
     pause_file_at,
     place_of,
@@ -34,6 +34,7 @@ from utils.errors import (
     CheckpointUnusable,
     ErrorCode,
     LeaseLost,
+    NewerRecord,
     ObjectNotFound,
     PreconditionFailed,
     StorageError,
@@ -69,6 +70,7 @@ class CheckpointUploads:
         s3: S3Service,
         bucket: str,
         *,
+        kept_file: str,
         curves: Path,
         patience: Callable[[], float],
         uploaded: Callable[[str, float], None] = lambda name, seconds: None,
@@ -80,6 +82,7 @@ class CheckpointUploads:
             lease: Registers each checkpoint; once it is lost, nothing more is uploaded.
             s3: The storage.
             bucket: The state bucket.
+            kept_file: The file that stays of an old checkpoint (see `JobKind.checkpoint_file`).
             curves: Folder of the trainer's event files, which are uploaded with each checkpoint;
                 it may be missing.
             patience: Returns the seconds that `settle` may wait for the last upload.
@@ -90,6 +93,7 @@ class CheckpointUploads:
         self._lease = lease
         self._s3 = s3
         self._bucket = bucket
+        self._kept_file = kept_file
         self._patience = patience
         self._curves = CurveUploads(curves, s3, bucket, place(job).curves, lease)
         self._prefix = place(job).checkpoints
@@ -212,13 +216,26 @@ class CheckpointUploads:
 
     def _prune(self) -> None:
         kept = [each.name for each in self._lease.record.checkpoints[-_KEPT_IN_FULL:]]
-        prune(self._s3, self._bucket, self._prefix, kept=kept, lease=self._lease)
+        prune(
+            self._s3,
+            self._bucket,
+            self._prefix,
+            kept=kept,
+            kept_file=self._kept_file,
+            lease=self._lease,
+        )
 
 
 def prune(
-    s3: S3Service, bucket: str, prefix: str, *, kept: Collection[str], lease: JobLease
+    s3: S3Service,
+    bucket: str,
+    prefix: str,
+    *,
+    kept: Collection[str],
+    kept_file: str,
+    lease: JobLease,
 ) -> None:
-    """Reduce the checkpoints that were made before all of the kept ones to the trained weights.
+    """Reduce the checkpoints that were made before all of the kept ones to one file.
 
     Another worker may have continued the job while this process was suspended. So a checkpoint is
     reduced only if all of its files are from this claim or an earlier one, and the lease is renewed
@@ -231,6 +248,7 @@ def prune(
         bucket: The state bucket.
         prefix: Key prefix of the job's checkpoints.
         kept: Names of the checkpoints that stay in full; without any, nothing is removed.
+        kept_file: The file that stays of the others.
         lease: The hold on the job.
     """
     oldest_kept = min(map(order, kept), default=NOT_OURS)
@@ -238,9 +256,8 @@ def prune(
         folders: dict[str, list[str]] = {}
         for found in s3.list_objects(bucket, prefix):
             name = found.key.removeprefix(prefix).partition("/")[0]
-            if NOT_OURS < order(name) < oldest_kept and not found.key.endswith(
-                "/" + CHECKPOINT_WEIGHTS
-            ):
+            is_old = NOT_OURS < order(name) < oldest_kept
+            if is_old and not found.key.endswith(f"/{kept_file}"):
                 folders.setdefault(name, []).append(found.key)
         unneeded = [
             key
@@ -264,12 +281,12 @@ def _claim_of(s3: S3Service, bucket: str, key: str) -> int:
     return int(claim) if claim.isdecimal() else 0
 
 
-def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
+def clear_up(s3: S3Service, bucket: str, record: JobRecord, *, kinds: Kinds) -> bool:
     """Delete the checkpoint files that an ended job no longer needs.
 
-    A completed job keeps the trained weights of each checkpoint, and a failed one keeps its newest
-    checkpoint in full, in case it is sent back. Both keep their curves. A cancelled job keeps
-    nothing.
+    A completed job keeps one file of each checkpoint (`JobKind.checkpoint_file`), and a failed one
+    keeps its newest checkpoint in full, in case it is sent back. Both keep their curves. A
+    cancelled job keeps nothing.
 
     Returns:
         Whether everything was deleted. A failure is logged, and the sweep tries again.
@@ -282,7 +299,8 @@ def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
         there = sorted(each.key for each in s3.list_objects(bucket, prefix))
         found = [key for key in there if not key.startswith(place(record).curves)]
         if ending.kind is EndingKind.COMPLETE:
-            unneeded = [key for key in found if not key.endswith("/" + CHECKPOINT_WEIGHTS)]
+            kept_file = kinds.of(record.kind).checkpoint_file
+            unneeded = [key for key in found if not key.endswith(f"/{kept_file}")]
         elif ending.code == ErrorCode.CANCELLED:
             unneeded = there
         else:
@@ -292,7 +310,7 @@ def clear_up(s3: S3Service, bucket: str, record: JobRecord) -> bool:
         if s3.exists(paused := pause_file_at(bucket, record.task_id)):
             unneeded.append(paused.key)
         _delete_of_ended(s3, bucket, record, unneeded)
-    except StorageError as error:
+    except (NewerRecord, StorageError) as error:
         log.warning("not_cleared_up", task_id=record.task_id, reason=str(error))
         return False
     return True

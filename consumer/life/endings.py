@@ -78,7 +78,7 @@ def complete(
 ) -> Ending:
     """The ending of a job whose model is in place, or in the archive.
 
-    It is in the archive if the style keeps a later order's model.
+    It is in the archive if the folder keeps a later order's model.
     """
     model_url = published.model_url
     body: dict[str, Any] = {

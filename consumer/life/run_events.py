@@ -54,7 +54,7 @@ def continued_or_from_the_beginning(
 ) -> Finished:
     """Train, from the run's checkpoint if it has one.
 
-    An intact checkpoint may still be unusable: the images or the base model have changed, or
+    An intact checkpoint may still be unusable: the inputs or the base model have changed, or
     another version wrote it. Training then starts from the beginning, and the job continues.
 
     Raises:

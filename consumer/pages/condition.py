@@ -13,6 +13,7 @@ from consumer.pages.http_pages import numbers_of
 from consumer.pages.observer import Observer
 from consumer.trainer.machine import Machine
 from consumer.trainer.trainer_process import TrainerProcess
+from jobs.kinds import JobKind
 from services.broker.connection import BrokerLoop
 from utils.metrics import READINESS
 
@@ -33,12 +34,20 @@ class Condition:
     Args:
         observer: The facts about its work.
         stop: Set once the worker shuts down.
+        first_kind: The kind of job that the worker serves first; its numbers are shown before there
+            is a job.
         base_model: The base model's name, for `/status`.
         queue: The training queue's name, for `/status`.
     """
 
     def __init__(
-        self, observer: Observer, stop: threading.Event, *, base_model: str, queue: str
+        self,
+        observer: Observer,
+        stop: threading.Event,
+        *,
+        first_kind: JobKind,
+        base_model: str,
+        queue: str,
     ) -> None:
         self._machine: Machine | None = None
         self._machine_problem: str | None = None
@@ -49,6 +58,7 @@ class Condition:
         self._storage_problem: str | None = "not tested yet"
         self._storage_seen_at = float("inf")
         self._stop = stop
+        self._first_kind = first_kind
         self._base_model = base_model
         self._queue = queue
         self._observer = observer
@@ -158,9 +168,10 @@ class Condition:
 
     def numbers(self) -> dict[str, Any]:
         """The metrics as JSON: those of the current job, otherwise of the last one."""
-        return numbers_of(self._observer.last, self.is_training) | {
-            "queue_length": self._observer.queues.length
-        }
+        observer = self._observer
+        kind = observer.last_kind or self._first_kind
+        numbers = numbers_of(kind, observer.last, self.is_training)
+        return numbers | {"queue_length": observer.queues.length}
 
     def show(self) -> None:
         """Update the metrics of the condition."""

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from jobs.kinds import JobKind
 from utils.errors import ConfigurationError
 from utils.events import Progress
 from utils.logger import get_logger
@@ -58,26 +59,24 @@ class Answers(Protocol):
         """Update the metrics that change with time."""
 
 
-def numbers_of(latest: Progress | None, is_training: bool) -> dict[str, Any]:
+def numbers_of(kind: JobKind, latest: Progress | None, is_training: bool) -> dict[str, Any]:
     """The metrics of a job as JSON.
 
     Memory is in bytes; the fields that end in `_gb` are in gigabytes. Allocated memory holds the
     trainer's tensors, reserved memory also what its allocator keeps for the next ones.
 
     Args:
+        kind: The kind of the job; without a job, that of the first one that may come.
         latest: The newest report of the trainer; None before there is one.
         is_training: Whether the job runs. Its memory and remaining time are 0 afterwards.
     """
-    facts = latest.facts if latest else {}
     now = latest if is_training else None
     allocated = (now.gpu_memory_allocated or 0) if now else 0
     reserved = (now.gpu_memory_reserved or 0) if now else 0
     return {
         "current_step": latest.done if latest else 0,
         "total_steps": latest.total if latest else 0,
-        "current_epoch": facts.get("epoch", 0),
-        "total_epochs": facts.get("total_epochs", 0),
-        "last_loss": facts.get("loss"),
+        **kind.shown(latest.facts if latest else {}).numbers,
         "steps_per_second": latest.per_second if latest else None,
         "estimated_seconds": now.seconds_left if now else None,
         "is_training": is_training,

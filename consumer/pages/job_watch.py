@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jobs.kinds import JobKind
@@ -27,10 +27,12 @@ class JobWatch:
         metrics: Count the job.
 
     Attributes:
+        kind: The kind of the job.
         latest: The newest progress report of the trainer; None before the first.
     """
 
     def __init__(self, kind: JobKind, job: Job, lease: JobLease, metrics: Metrics) -> None:
+        self.kind = kind
         self.latest: Progress | None = None
         self._identity_fields = kind.identity_fields(job.subject)
         self._at_first = kind.beginning(job.spec)
@@ -41,7 +43,11 @@ class JobWatch:
         self._counted_to = 0.0
         self._run_over_at: float | None = None
         self._has_ended = False
-        self._epoch = self._done = 0
+        self._done = 0
+        self._counts: Mapping[str, float] = {}
+        metrics.declare(kind.counters, kind.gauges)
+        # The record still has what the holder before saw.
+        lease.saw(kind.shown(self._at_first).record, seconds_left=None)
         self._saved_at: dict[str, float] = {}
         self._kept_at = 0.0
 
@@ -80,7 +86,7 @@ class JobWatch:
         self._count_time()
         match event:
             case Started():
-                self._epoch, self._done = event.facts.get("epoch", 0), event.done
+                self._counts, self._done = self.kind.shown(event.facts).counts, event.done
             case Progress():
                 self._saw_progress(event)
             case CheckpointSaved():
@@ -122,11 +128,9 @@ class JobWatch:
             "seconds": round(self.seconds, 1),
             "lease_remaining_seconds": round(self._lease.remaining, 1),
             "stage": self.stage,
-            "epoch": latest.facts.get("epoch", 0) if latest else 0,
-            "total_epochs": (latest.facts if latest else self._at_first).get("total_epochs", 0),
+            **self.kind.shown(latest.facts if latest else self._at_first).status,
             "step": latest.done if latest else 0,
             "total_steps": latest.total if latest else 0,
-            "loss": latest.facts.get("loss") if latest else None,
             "steps_per_second": latest.per_second if latest else None,
             "estimated_seconds": latest.seconds_left if latest else None,
         }
@@ -134,19 +138,20 @@ class JobWatch:
 
     def _saw_progress(self, progress: Progress) -> None:
         self.latest = progress
-        left, facts = progress.seconds_left, progress.facts
-        epoch, loss = facts.get("epoch", 0), facts.get("loss")
-        self._lease.saw(epoch=epoch, loss=loss, seconds_left=left)
+        left, shown = progress.seconds_left, self.kind.shown(progress.facts)
+        self._lease.saw(shown.record, seconds_left=left)
         # Less than before: training had to start over from a checkpoint.
-        self._metrics.epochs.inc(max(0, epoch - self._epoch))
+        for name, count in shown.counts.items():
+            self._metrics.counters_of_kinds[name].inc(max(0, count - self._counts.get(name, 0)))
         self._metrics.steps.inc(max(0, progress.done - self._done))
-        self._epoch, self._done = epoch, progress.done
+        self._counts, self._done = shown.counts, progress.done
         if progress.total:
             self._metrics.job_progress_ratio.set(progress.done / progress.total)
         if progress.per_second is not None:
             self._metrics.steps_per_second.set(progress.per_second)
-        if loss is not None:
-            self._metrics.loss.set(loss)
+        for name, value in shown.gauges.items():
+            if value is not None:
+                self._metrics.gauges_of_kinds[name].set(value)
         if left is not None:
             self._metrics.job_remaining_seconds.set(left)
         if progress.gpu_memory_allocated is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from consumer.pages.http_pages import HttpPages, numbers_of
 from consumer.trainer.machine import Machine
+from jobs.kinds import JobKind
 from utils.events import Event, Progress
 from utils.metrics import Metrics
 
@@ -16,12 +17,14 @@ class LocalCondition:
     """The condition of a local training. Safe to share between threads.
 
     Args:
+        kind: The kind of the training.
         machine: The result of the machine's test.
         base_model: Name or folder of the base model.
         metrics: Receives the progress.
     """
 
-    def __init__(self, machine: Machine, base_model: str, metrics: Metrics) -> None:
+    def __init__(self, kind: JobKind, machine: Machine, base_model: str, metrics: Metrics) -> None:
+        self._kind = kind
         self._machine = machine
         self._base_model = base_model
         self._metrics = metrics
@@ -69,20 +72,21 @@ class LocalCondition:
 
     def numbers(self) -> dict[str, Any]:
         """The metrics as JSON."""
-        return numbers_of(self._latest, True)
+        return numbers_of(self._kind, self._latest, True)
 
     def show(self) -> None:
         """All metrics are up to date."""
 
 
 def local_pages(
-    host: str, port: int, machine: Machine, base_model: str
+    host: str, port: int, kind: JobKind, machine: Machine, base_model: str
 ) -> tuple[HttpPages, LocalCondition]:
     """The pages of a local training, to be entered as a context, and their contents.
 
     Args:
         host: `HTTP_HOST`.
         port: `HTTP_PORT`.
+        kind: The kind of the training.
         machine: The result of the machine's test.
         base_model: Name or folder of the base model.
 
@@ -90,5 +94,6 @@ def local_pages(
         ConfigurationError: The port is in use or may not be used.
     """
     metrics = Metrics()
-    condition = LocalCondition(machine, base_model, metrics)
+    metrics.declare(kind.counters, kind.gauges)
+    condition = LocalCondition(kind, machine, base_model, metrics)
     return HttpPages(host, port, condition, metrics), condition

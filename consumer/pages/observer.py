@@ -35,6 +35,7 @@ class Observer:  # pylint: disable=too-many-public-methods  # one per event
         metrics, tracing: The same.
         queues: Lengths and waiting times of the queues.
         last: The newest progress report of the newest job; kept after its end.
+        last_kind: The kind of that job.
         gpus_lost: GPUs that could be read cannot be read any more.
     """
 
@@ -43,6 +44,7 @@ class Observer:  # pylint: disable=too-many-public-methods  # one per event
         self.tracing = tracing or Tracing()
         self.queues = QueueWatch(self.metrics)
         self.last: Progress | None = None
+        self.last_kind: JobKind | None = None
         self.gpus_lost = False
         self._gpus_seen = False
         self._job: JobWatch | None = None
@@ -87,7 +89,7 @@ class Observer:  # pylint: disable=too-many-public-methods  # one per event
         if self._job is None:
             return
         self._job.saw(event)
-        self.last = self._job.latest
+        self.last, self.last_kind = self._job.latest, self._job.kind
         if isinstance(event, Progress) and event.stage is not self._stage:
             self._stage = event.stage
             self._stage_span.close()

@@ -1,6 +1,6 @@
-"""A style's folder under `models/`, and the archive of the models that it had.
+"""A folder under `models/`, and the archive of the models that it had.
 
-Every pass looks at the folder, proves by a write that the job and the style's turn are still this
+Every pass looks at the folder, proves by a write that the job and the folder's turn are still this
 publisher's, and then writes only over the versions that it has seen (`If-Match`, `If-None-Match`).
 A successor takes the turn before it writes, so a publisher that was suspended at any point changes
 nothing that a later one has made. Its clock does not matter.
@@ -17,7 +17,7 @@ from jobs.addresses import S3Location
 from jobs.layout import Place
 from services.records.job_lease import JobLease
 from services.records.lease import Lease
-from services.records.style_turn import ReplacedFile, Turn
+from services.records.turns import PublishingTurn, ReplacedFile
 from services.s3.s3_service import FILES_AT_ONCE, ObjectInfo, S3Service
 from utils.errors import (
     AccessDenied,
@@ -57,14 +57,14 @@ def turn_errors() -> Iterator[None]:
 
 
 class Fence:
-    """Proves before each write that the job and the style's turn are still this publisher's.
+    """Proves before each write that the job and the folder's turn are still this publisher's.
 
     Args:
         lease: The hold on the job.
-        turn: The hold on the style's folder.
+        turn: The hold on the folder.
     """
 
-    def __init__(self, lease: JobLease, turn: Lease[Turn]) -> None:
+    def __init__(self, lease: JobLease, turn: Lease[PublishingTurn]) -> None:
         self._lease = lease
         self._turn = turn
 
@@ -132,7 +132,7 @@ def persistently(act: Callable[[], bool], fence: Fence) -> None:
 
 
 class ModelFolder:
-    """One style's folder and archive.
+    """One folder and its archive.
 
     Args:
         models: Storage of the model bucket.
@@ -345,7 +345,7 @@ class ModelFolder:
             except ObjectNotFound as error:
                 raise StorageError(
                     f"{source.uri()} is missing or of another run, so "
-                    f"{self.place(file.name).uri()} cannot be restored. Train the style again."
+                    f"{self.place(file.name).uri()} cannot be restored. Train again."
                 ) from error
             fence.check()
             self._restored[file.name] = self._models.upload_file(

@@ -1,6 +1,6 @@
 """Puts a finished model in its place: staged first, then file by file, the weights last.
 
-Runs of one style take turns (`services.records.style_turn`). A publication goes like this:
+Jobs that publish into one folder take turns (`services.records.turns`). The steps:
 
 1. The files are staged. The turn is taken, and an unfinished publication of a dead publisher is
    rolled back.
@@ -14,7 +14,7 @@ Runs of one style take turns (`services.records.style_turn`). A publication goes
 
 So a folder without a note is of one run. If S3 fails for good, the folder is rolled back from the
 archive; if the worker dies, the next claim of the job (`ModelPublisher.repair`) or the next
-publisher of the style does that.
+publisher of the folder does that.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from consumer.publishing.order_time import instant, order_time
 from jobs.layout import Place, staging_of
 from services.records.job_lease import JobLease
 from services.records.lease import Lease
-from services.records.style_turn import ReplacedFile, Replacement, StyleTurns, Turn
+from services.records.turns import PublishingTurn, ReplacedFile, Replacement, Turns
 from services.s3.s3_service import ObjectInfo, S3Service
 from utils.errors import MachineError, StorageError
 from utils.logger import get_logger
@@ -53,10 +53,10 @@ class Published:
     """The addresses of a run's model.
 
     Attributes:
-        model_url: The style's model, `model_url` on the wire.
-        superseded_by: The job with a later order whose model the style keeps; None if the style's
+        model_url: The folder's model, `model_url` on the wire.
+        superseded_by: The job with a later order whose model the folder keeps; None if the folder's
             model is this run's.
-        archived_url: This run's model if the style keeps another one; otherwise None.
+        archived_url: This run's model if the folder keeps another one; otherwise None.
     """
 
     model_url: str
@@ -76,7 +76,7 @@ class _Run:
 
 
 class ModelPublisher:
-    """Publishes models of styles.
+    """Publishes models.
 
     Args:
         models: Storage of `models/`.
@@ -85,7 +85,7 @@ class ModelPublisher:
         model_bucket: Bucket of `models/`.
         state_bucket: Bucket of `staging/` and `archive/`.
         url_scheme: `s3` or `gs`: how the model's address is spelt to the backend.
-        turns: Keeps the runs of one style apart.
+        turns: Keep the publishers of one folder apart.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ModelPublisher:
         model_bucket: str,
         state_bucket: str,
         url_scheme: str,
-        turns: StyleTurns,
+        turns: Turns,
     ) -> None:
         self._models = models
         self._state = state
@@ -115,7 +115,7 @@ class ModelPublisher:
         *,
         ordered_at: str,
     ) -> Published:
-        """Upload a run's files and make them the style's model, unless it has a later order's.
+        """Upload a run's files and make them the folder's model, unless it has a later order's.
 
         Args:
             folder: Local folder of the files.
@@ -128,7 +128,7 @@ class ModelPublisher:
 
         Raises:
             LeaseLost: The job is another worker's now; nothing more was written.
-            Stopped, Cancelled, TimeLimit: `stop` asked for it; the style's folder is unchanged.
+            Stopped, Cancelled, TimeLimit: `stop` asked for it; the folder is unchanged.
             StorageError, MachineError: S3 or the disk failed. The folder is as it was, or the
                 turn's note records that it has to be repaired.
         """
@@ -149,37 +149,37 @@ class ModelPublisher:
         self._state.upload_folder(
             folder, self._state_bucket, staging, last=files[-1], metadata=mark, check=check
         )
-        style = self._folder(place, files[-1])
+        target = self._folder(place, files[-1])
         with self._turns.take(place.turn, task_id, check) as turn:
-            published = self._put_in_place(style, run, turn, Fence(lease, turn), check)
+            published = self._put_in_place(target, run, turn, Fence(lease, turn), check)
         self._clear_staging([staging + name for name in files])
         return published
 
     def _put_in_place(
         self,
-        style: ModelFolder,
+        target: ModelFolder,
         run: _Run,
-        turn: Lease[Turn],
+        turn: Lease[PublishingTurn],
         fence: Fence,
         check: Callable[[], None],
     ) -> Published:
-        url = style.place(run.files[-1]).uri(self._url_scheme)
-        before = self._repaired(style, turn, fence, run.task_id)
+        url = target.place(run.files[-1]).uri(self._url_scheme)
+        before = self._repaired(target, turn, fence, run.task_id)
         if before is None:
-            before, later = _archived(style, run.mark, fence)
+            before, later = _archived(target, run.mark, fence)
             if later is not None:
                 log.warning("older_order_archived", superseded_by=later)
-                archived = self._keep_in_archive(style, run, fence)
+                archived = self._keep_in_archive(target, run, fence)
                 return Published(url, superseded_by=later, archived_url=archived)
         check()
         note = Replacement(run.task_id, run.claim, run.files, before)
         _write_note(turn, note)
         try:
-            persistently(lambda: style.put(run.folder, run.files, run.mark, fence), fence)
+            persistently(lambda: target.put(run.folder, run.files, run.mark, fence), fence)
         except (StorageError, MachineError) as error:
             log.error("publication_failed", reason=str(error))
             if not turn.lost.is_set():
-                self._repaired(style, turn, fence, run.task_id)
+                self._repaired(target, turn, fence, run.task_id)
             raise
         _write_note(turn, dataclasses.replace(note, done=True))
         log.info("model_published", files=len(run.files))
@@ -188,7 +188,7 @@ class ModelPublisher:
     def confirm(self, place: Place, task_id: str, lease: JobLease) -> None:
         """The ending of a job whose model is in place is durable: keep nothing to roll back to.
 
-        If S3 fails, or another run has the turn, the next publisher of the style does it.
+        If S3 fails, or another run has the turn, the next publisher of the folder does it.
 
         Args:
             place: The keys of the job's results.
@@ -209,7 +209,7 @@ class ModelPublisher:
             log.warning("publication_not_confirmed", reason=str(error))
 
     def repair(self, place: Place, task_id: str, lease: JobLease) -> bool:
-        """Roll the style's folder back if a publication of this job was begun.
+        """Roll the folder back if a publication of this job was begun.
 
         To be called when a job is claimed, and before it ends as failed or cancelled. It costs one
         read if there is nothing to do. The note of another job is acted on only if its publisher
@@ -253,7 +253,7 @@ class ModelPublisher:
         )
 
     def _repaired(
-        self, style: ModelFolder, turn: Lease[Turn], fence: Fence, task_id: str
+        self, target: ModelFolder, turn: Lease[PublishingTurn], fence: Fence, task_id: str
     ) -> tuple[ReplacedFile, ...] | None:
         """Roll back the publication that a dead publisher left unfinished.
 
@@ -265,23 +265,23 @@ class ModelPublisher:
         if left is None or (left.done and left.task_id != task_id):
             return None
         try:
-            _roll_back(style, turn, fence)
+            _roll_back(target, turn, fence)
         except (StorageError, MachineError) as error:
             fence.check()
             log.error("publication_not_rolled_back", task_id_left=left.task_id, reason=str(error))
             return left.before
         return None
 
-    def _keep_in_archive(self, style: ModelFolder, run: _Run, fence: Fence) -> str:
+    def _keep_in_archive(self, target: ModelFolder, run: _Run, fence: Fence) -> str:
         self._state.upload_folder(
             run.folder,
             self._state_bucket,
-            style.archived(run.task_id, "").key,
+            target.archived(run.task_id, "").key,
             last=run.files[-1],
             metadata=run.mark,
             check=fence.check,
         )
-        return style.archived(run.task_id, run.files[-1]).uri(self._url_scheme)
+        return target.archived(run.task_id, run.files[-1]).uri(self._url_scheme)
 
     def _clear_staging(self, keys: Sequence[str]) -> None:
         try:
@@ -292,7 +292,7 @@ class ModelPublisher:
 
 
 def _archived(
-    style: ModelFolder, mark: Mapping[str, str], fence: Fence
+    target: ModelFolder, mark: Mapping[str, str], fence: Fence
 ) -> tuple[tuple[ReplacedFile, ...], str | None]:
     """Keep the model that is about to be replaced; nothing under `models/` changes.
 
@@ -301,16 +301,16 @@ def _archived(
         `mark`. Then nothing was archived.
     """
     for _ in range(_LOOKS):
-        present = style.look()
-        if later := _later_order(present, mark, style.last_file):
+        present = target.look()
+        if later := _later_order(present, mark, target.last_file):
             return (), later
-        before = style.archive(present, fence)
+        before = target.archive(present, fence)
         if before is not None:
             return before, None
         log.info("publishing_again", reason="a file changed while it was archived")
     raise StorageError(
         f"The model was not published: each of {_LOOKS} times, another job changed a file in "
-        f"{style.place('').uri()} while it was archived. The job is retried; no action is needed."
+        f"{target.place('').uri()} while it was archived. The job is retried; no action is needed."
     )
 
 
@@ -325,24 +325,24 @@ def _later_order(
     return there[TASK_ID] if theirs and ours and theirs > ours else None
 
 
-def _roll_back(style: ModelFolder, turn: Lease[Turn], fence: Fence) -> None:
+def _roll_back(target: ModelFolder, turn: Lease[PublishingTurn], fence: Fence) -> None:
     note = turn.record.replacement
     assert note is not None  # the caller has seen it
-    persistently(lambda: style.restore(note.before, fence), fence)
+    persistently(lambda: target.restore(note.before, fence), fence)
     _write_note(turn, None)
     log.warning("publication_rolled_back", task_id_left=note.task_id, files=len(note.before))
 
 
-def _write_note(turn: Lease[Turn], note: Replacement | None) -> None:
+def _write_note(turn: Lease[PublishingTurn], note: Replacement | None) -> None:
     with turn_errors():
         turn.update(lambda record: dataclasses.replace(record, replacement=note))
 
 
-def _is_done(turn: Turn, task_id: str) -> bool:
+def _is_done(turn: PublishingTurn, task_id: str) -> bool:
     left = turn.replacement
     return left is not None and left.done and left.task_id == task_id
 
 
-def _is_to_be_repaired(turn: Turn, task_id: str) -> bool:
+def _is_to_be_repaired(turn: PublishingTurn, task_id: str) -> bool:
     left = turn.replacement
     return left is not None and (left.task_id == task_id or not left.done)

@@ -1,4 +1,4 @@
-"""When a job was ordered: of two orders of a style the later one's model stays."""
+"""When a job was ordered: of two orders of a subject the later one's model stays."""
 
 from __future__ import annotations
 

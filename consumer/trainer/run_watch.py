@@ -47,6 +47,10 @@ class RunWatch:
         self._heard_at = time.monotonic()
         self.verdict: str | None = None
 
+    def condemn(self, reason: str) -> None:
+        """End the run for another reason."""
+        self.verdict = reason
+
     def saw(self, event: Event) -> None:
         """Take an event. The stall clock runs only between training steps."""
         self._heard_at = time.monotonic()

@@ -23,8 +23,7 @@ from pathlib import Path
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer import trainer_log
 from consumer.trainer.run_watch import STOP_PATIENCE_SECONDS, RunWatch
-from jobs.kinds import Run
-from jobs.style import TrainerOptions
+from jobs.kinds import Run, TrainerOptions
 from utils.confined import LEAST_ABI, Confinement, hide_own_memory, landlock_version
 from utils.errors import REPORTABLE, StopReason, TrainingFailed, WorkerCrashed
 from utils.events import (
@@ -270,7 +269,7 @@ class _Child:
             if heard is None:
                 return
             if isinstance(heard, ValueError):
-                watch.verdict = f"the trainer sent a line that is not an event: {heard}"
+                watch.condemn(f"the trainer sent a line that is not an event: {heard}")
                 return
             yield heard
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from jobs.layout import STYLE
+from jobs.layout import queue_suffix_of
 from utils.errors import ErrorCode
 
 MAX_ERROR_MESSAGE = 2000  # characters; headers must fit in one frame
@@ -54,7 +54,7 @@ _RESERVED = frozenset({"training", "endings", "dead", "delay", "base", "nowhere"
 class Queue:
     """One queue. Its name on the broker is the setting `TRAINING_QUEUE` followed by the suffix.
 
-    `str` gives the name for logs and metrics: `training`, `endings`, `dead`, `llm`, `base.sdxl`.
+    `str` gives the name for logs and metrics: `training`, `endings`, `dead`, or a kind of job.
     """
 
     suffix: str
@@ -68,31 +68,17 @@ class Queue:
 
     @classmethod
     def of_kind(cls, kind: str) -> Queue:
-        """The training queue of a kind of job. That of the style kind is `TRAINING`.
+        """The training queue of a kind of job.
 
         Raises:
             ValueError: The kind cannot name a queue, or another queue has this name.
         """
-        if kind == STYLE:
-            return cls.TRAINING
         if kind in _RESERVED or not _NAME.fullmatch(kind):
             raise ValueError(
                 f"a kind named {kind!r} cannot have a queue: use another name of a-z, 0-9, _ and -"
             )
-        return cls(f".{kind}")
-
-    @classmethod
-    def of_base(cls, family: str) -> Queue:
-        """The training queue of jobs that need a base model of this family.
-
-        Raises:
-            ValueError: The family cannot name a queue.
-        """
-        if not _NAME.fullmatch(family):
-            raise ValueError(
-                f"a base family named {family!r} cannot have a queue: use a-z, 0-9, _ and -"
-            )
-        return cls(f".base.{family}")
+        suffix = queue_suffix_of(kind)
+        return cls(suffix) if suffix else cls.TRAINING
 
     @property
     def is_training(self) -> bool:

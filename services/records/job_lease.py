@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from jobs.hold import stamped, utc_now
 from jobs.record import (
@@ -54,22 +56,21 @@ class JobLease(Lease[JobRecord]):
         self._counting = threading.Lock()
         self._claimed_at = began_at
         self._run_before = record.seconds_run
-        self._seen = (0, 0.0, 0.0)
+        self._seen: Mapping[str, Any] = {}
 
     @property
     def seconds_run(self) -> float:
         """Seconds that workers have held the job, in this claim and all earlier ones."""
         return self._run_before + time.monotonic() - self._claimed_at
 
-    def saw(self, *, epoch: int, loss: float | None, seconds_left: float | None) -> None:
+    def saw(self, fields: Mapping[str, Any], *, seconds_left: float | None) -> None:
         """Note the job's progress for operators; the next write of the record includes it.
 
         Args:
-            epoch: Completed epochs.
-            loss: The training loss; None before there is one.
+            fields: Fields of the record that belong to the job's kind.
             seconds_left: The remaining time; None before it can be measured.
         """
-        self._seen = (epoch, round(loss or 0.0, 6), round(seconds_left or 0.0, 1))
+        self._seen = {**fields, "seconds_left": round(seconds_left or 0.0, 1)}
 
     def next_sequence(self) -> int:
         """The next number of this job's reports.
@@ -148,14 +149,8 @@ class JobLease(Lease[JobRecord]):
 
     def _stamped(self, record: JobRecord) -> JobRecord:
         if self.record.state is State.LIVE:
-            epoch, loss, left = self._seen
-            record = dataclasses.replace(
-                record,
-                seconds_run=round(self.seconds_run, 3),
-                epoch_seen=epoch,
-                loss_seen=loss,
-                seconds_left=left,
-            )
+            seconds_run = round(self.seconds_run, 3)
+            record = dataclasses.replace(record, seconds_run=seconds_run, **self._seen)
         return stamped(record)
 
     def after_renewal(self) -> None:

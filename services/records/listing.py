@@ -1,7 +1,7 @@
-"""Finds job records for operators by id, by the beginning of an id or by style; writes nothing.
+"""Finds job records for operators by id, by the beginning of an id or by subject; writes nothing.
 
-S3 finds objects only by the beginning of their key. So a style's records are searched among the
-unsettled ones, those that the style's checkpoints and archived models name, and the newest others.
+S3 finds objects only by the beginning of their key. So a subject's records are searched among the
+unsettled ones, those that its checkpoints and archived models name, and the newest others.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from jobs.layout import (
     RECORD_SUFFIX,
     RECORDS,
     SETTLED_SUFFIX,
-    STYLE,
-    place_of,
+    jobs_folders_of,
     record_at,
 )
 from jobs.record import JobRecord, State
@@ -170,15 +169,18 @@ class RecordListing:
         names = (name for name, settled in self._settled_by_id.items() if settled)
         return look_up(self._s3, self._bucket, itertools.islice(names, limit))
 
-    def of_style(self, style_id: int, *, limit: int = SETTLED_LOOKED_AT) -> tuple[list[Found], int]:
-        """A style's records, and the number of records that were not read and may belong to it.
+    def of_subject(
+        self, kind: str, subject: str, *, limit: int = SETTLED_LOOKED_AT
+    ) -> tuple[list[Found], int]:
+        """A subject's records, and the number of records that were not read and may belong to it.
 
         Args:
-            style_id: The style.
-            limit: The most settled records to read, in addition to those that the style's
+            kind: The kind of the subject's jobs.
+            subject: The subject.
+            limit: The most settled records to read, in addition to those that the subject's
                 checkpoints and archived models name.
         """
-        named = self._named_by(style_id)
+        named = self._named_by(kind, subject)
         settled = [name for name, is_settled in self._settled_by_id.items() if is_settled]
         others = [name for name in settled if name not in named]
         wanted = named.intersection(settled).union(others[:limit])
@@ -186,7 +188,7 @@ class RecordListing:
         found = {
             each.task_id: each
             for each in (*self.unsettled, *read)
-            if each.record and (each.record.kind, each.record.subject) == (STYLE, str(style_id))
+            if each.record and (each.record.kind, each.record.subject) == (kind, subject)
         }
         in_order = [found[name] for name in self._settled_by_id if name in found]
         return in_order, max(0, len(others) - limit)
@@ -201,12 +203,10 @@ class RecordListing:
             for info in records
         }
 
-    def _named_by(self, style_id: int) -> set[str]:
-        """The ids of the jobs that have checkpoints or archived models under a style."""
+    def _named_by(self, kind: str, subject: str) -> set[str]:
+        """The ids of the jobs that have checkpoints or archived models under a subject."""
         names = set()
-        place = place_of(STYLE, str(style_id), "")
-        # Without a task id, the checkpoints' folder is the style's folder with an extra slash.
-        for prefix in (place.checkpoints.removesuffix("/"), place.archive):
+        for prefix in jobs_folders_of(kind, subject):
             for info in self._s3.list_objects(self._bucket, prefix):
                 names.add(info.key.removeprefix(prefix).partition("/")[0])
         return names

@@ -1,4 +1,4 @@
-"""S3: images in, checkpoints and models in and out, and conditional writes for job records.
+"""S3: inputs in, checkpoints and models in and out, and conditional writes for job records.
 
 Every public method raises errors of `utils.errors` and nothing else: `StorageError` and its
 subclasses for S3, `MachineError` and `DiskFull` for the local disk.

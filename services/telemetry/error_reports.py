@@ -11,25 +11,31 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from utils.errors import ConfigurationError
 from utils.logger import Redactor
 
-_TAGS = ("task_id", "style_id", "code")
+_TAGS = ("task_id", "code")
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "_logger", "_name"}
 
 
 @contextlib.contextmanager
 def reported(
-    dsn: str | None, *, environment: str | None, secrets: Iterable[str], flush_seconds: float
+    dsn: str | None,
+    *,
+    environment: str | None,
+    labels: Iterable[str],
+    secrets: Iterable[str],
+    flush_seconds: float,
 ) -> Iterator[None]:
     """Report logged errors while the block runs.
 
     Args:
         dsn: `SENTRY_DSN`; None reports nothing.
         environment: `SENTRY_ENVIRONMENT`.
+        labels: Names of fields of log lines that become tags, besides those of `_TAGS`.
         secrets: Values to mask.
         flush_seconds: The longest wait for the last report, at the end.
 
@@ -59,7 +65,7 @@ def reported(
     from_exception = functools.partial(
         sentry.utils.event_from_exception, client_options=client.options
     )
-    handler = _Handler(client.capture_event, from_exception, Redactor(secrets))
+    handler = _Handler(client.capture_event, from_exception, Redactor(secrets), (*_TAGS, *labels))
     logging.getLogger().addHandler(handler)
     try:
         yield
@@ -87,11 +93,13 @@ class _Handler(logging.Handler):
         capture: Callable[..., object],
         from_exception: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
         redactor: Redactor,
+        tags: Collection[str],
     ) -> None:
         super().__init__(logging.ERROR)
         self._capture = capture
         self._from_exception = from_exception
         self._redactor = redactor
+        self._tags = tags
 
     def emit(self, record: logging.LogRecord) -> None:
         """logging's hook."""
@@ -114,7 +122,7 @@ class _Handler(logging.Handler):
         if isinstance(trace, tuple) and trace[0] is not None:
             event, _ = self._from_exception(trace)
             event.pop("timestamp", None)
-        tags = {name: str(fields[name]) for name in _TAGS if fields.get(name) is not None}
+        tags = {name: str(fields[name]) for name in self._tags if fields.get(name) is not None}
         return event | {
             "level": record.levelname.lower().replace("critical", "fatal"),
             "logger": record.name,

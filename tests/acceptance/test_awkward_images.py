@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from cli.train import train_folder
+from cli.training.local import train_folder
 from config import load_local
 from consumer.life.stop_signal import StopSignal
 from jobs.style import HyperParameters

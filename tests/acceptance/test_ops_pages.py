@@ -21,7 +21,8 @@ from tests.acceptance.pages import Pages
 from tests.acceptance.world import World, log_lines, until
 from tests.chaos.tcp_proxy import TcpProxy
 from tests.collectors import Collector, SentryDoor, attributes
-from utils.metrics import READINESS, exported_names
+from tests.metric_names import exported_names
+from utils.metrics import READINESS
 
 TRUTH_SECONDS = 10.0
 SCRAPER = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from jobs.kinds import TrainerOptions
 from jobs.layout import WEIGHTS
-from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.style.families.sd15 import BaseModel
 from training.style.stand_in_model import build_stand_in
 from training.style.work import StyleWork

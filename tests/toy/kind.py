@@ -9,7 +9,8 @@ from typing import Any
 
 from jobs.addresses import read_address
 from jobs.fields import Order, WrongField, check_limits, parameter
-from jobs.kinds import Claim, Fetched, Input, KindSettings
+from jobs.kinds import Claim, Fetched, Input, KindSettings, Shown, Standing
+from jobs.record import JobRecord
 from utils.errors import ImageDownloadFailed
 from utils.events import Finished, Progress, from_dict
 
@@ -64,6 +65,10 @@ class ToyKind:
     parameters_type = None
     options_type = ToyOptions
     last_file = "letters.json"
+    checkpoint_file = "count.json"
+    labels = ("kind", "subject")
+    counters: Mapping[str, str] = {}
+    gauges = {"letters": "Letters that the newest run has counted"}
     max_input_bytes = 1000
     needs_gpu = False
     shares_gpus = False
@@ -71,6 +76,11 @@ class ToyKind:
     def __init__(self, settings: KindSettings) -> None:
         self._options = ToyOptions(**settings.options)
         self._addresses = settings.addresses
+
+    def refusal(self, base_model: str) -> str | None:
+        """None: it uses no base model."""
+        del base_model
+        return None  # pylint: disable=useless-return  # the type says so
 
     def read(self, order: Order) -> ToySpec:
         """See `JobKind.read`."""
@@ -96,10 +106,15 @@ class ToyKind:
         """See `JobKind.order`."""
         return dataclasses.asdict(spec)
 
+    def min_level(self, spec: ToySpec) -> int:
+        """Every worker that knows the kind understands every order."""
+        del spec
+        return 0
+
     def inputs(self, spec: ToySpec) -> tuple[Input, ...]:
         """The text."""
         source, location = read_address(spec.text, self._addresses)
-        return (Input(source, location, role="texts", caption=""),)
+        return (Input(source, location, role="texts"),)
 
     def output_bytes(self, spec: ToySpec) -> int:
         """Next to nothing."""
@@ -126,6 +141,16 @@ class ToyKind:
     def progress(self, progress: Progress) -> dict[str, Any]:
         """Letters counted."""
         return {"letter": progress.done, "letters": progress.total, "stage": str(progress.stage)}
+
+    def shown(self, facts: Mapping[str, Any]) -> Shown:
+        """Letters counted."""
+        letters = facts.get("counted", 0)
+        return Shown({"letter": letters}, {"current_letter": letters}, gauges={"letters": letters})
+
+    def standing(self, record: JobRecord | None) -> Standing:
+        """Letters counted, by the newest checkpoint."""
+        saved = record.checkpoint if record else None
+        return Standing(saved.step if saved else 0, None, "letter")
 
     def complete(self, spec: ToySpec, finished: Finished, model_url: str) -> dict[str, Any]:
         """The result."""

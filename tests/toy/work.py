@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jobs.checkpoint_name import folder_name
-from jobs.style import TrainerOptions
+from jobs.kinds import TrainerOptions
 from tests.toy.kind import ToyRun
 from utils.errors import StopReason
 from utils.events import (
@@ -58,7 +58,8 @@ class ToyWork:
             if reason := should_stop():
                 return Finished(run.task_id, "", (), done, 0.0, stopped=reason)
             time.sleep(run.pause_seconds)
-            tell(Progress(run.task_id, Stage.TRAINING, done + 1, total, "letter"))
+            facts = {"counted": done + 1}
+            tell(Progress(run.task_id, Stage.TRAINING, done + 1, total, "letter", facts=facts))
             if (done + 1) % CHECKPOINT_LETTERS == 0:
                 tell(_saved(run, done + 1))
         output = Path(run.folder) / "output"

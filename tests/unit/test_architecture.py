@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.kinds import REGISTRY
+
 ROOT = Path(__file__).parents[2]
 ROOMS = (
     *("main", "config", "api", "cli", "consumer", "conversations", "images", "jobs", "local"),
@@ -42,22 +44,58 @@ ARROWS: dict[str, set[str]] = {
     "utils": set(),
 }
 
+# Rooms that serve every kind of job, and the commands that serve one kind only.
+NEUTRAL = {"main", "config", "consumer", "services", "utils"}
+COMMANDS_OF_A_KIND = (
+    *("cli/training/*.py", "cli/inspect.py", "cli/up.py"),
+    *("cli/commands.py", "cli/actions.py", "cli/doctor/base_model.py"),
+    *("cli/jobs/order.py", "cli/jobs/styles.py", "cli/jobs/redrive.py"),
+)
+WORDS_OF_KINDS = {
+    *("style", "styles", "epoch", "epochs", "lora", "unet", "caption", "captions", "prompt"),
+    *("prompts", "picture", "pictures", "perplexity", "conversation", "conversations"),
+    *REGISTRY,
+}
+# file -> the words that it has for another reason.
+NAMED_ALL_THE_SAME = {
+    # The checkpoint of every kind has an epoch, in records and in names.
+    "consumer/life/checkpoint_uploads.py": {"epoch"},
+    "utils/events.py": {"epoch", "epochs"},
+    # Log events that dashboards may use.
+    "consumer/life/inputs.py": {"caption", "picture", "pictures"},
+    # Names of settings of earlier programs.
+    "utils/settings/names.py": {"epochs", "llm", "lora"},
+    # The spelling of an address, and of a text on the terminal.
+    "cli/doctor/command.py": {"styles"},
+    "cli/doctor/storage.py": {"style"},
+    "cli/jobs/screen.py": {"style"},
+    "main.py": {"style"},
+    # A field of the JSON output, for the scripts of the platform.
+    "cli/jobs/job_view.py": {"style"},
+    "cli/program.py": {"style"},
+    "services/s3/client.py": {"style"},
+    "services/s3/s3_service.py": {"style"},
+    "utils/logger.py": {"style"},
+    "utils/settings/groups.py": {"style"},
+}
+
 # They see all settings; every other module gets the values that it needs.
 COMPOSITION_ROOTS = {
     *("api/app.py", "cli/api.py"),
-    *("cli/doctor/command.py", "cli/server.py", "cli/train.py", "cli/train_command.py"),
-    "cli/train_language.py",
+    *("cli/doctor/command.py", "cli/server.py", "cli/training/local.py"),
+    *("cli/training/style.py", "cli/training/language.py"),
     *("cli/up.py", "cli/worker.py", "consumer/worker.py"),
 }
 
 # A foreign client -> the one file that may import it, and that translates its errors. The two web
-# servers, and the two directions of webhooks, have a file each.
+# servers, and each way of webhooks, have a file.
 ONE_IMPORTER: dict[str, str | set[str]] = {
     "pika": "services/broker/client.py",
     "boto3": "services/s3/client.py",
     "botocore": "services/s3/client.py",
-    "requests": "services/webhooks/webhook_service.py",
+    "requests": "services/webhooks/exchange.py",
     "standardwebhooks": {
+        "services/webhooks/customers.py",
         "services/webhooks/webhook_service.py",
         "services/webhooks/verification.py",
     },
@@ -227,16 +265,51 @@ def test_the_product_imports_no_test_no_sandbox_and_no_tool() -> None:
     assert not wrong
 
 
-def test_config_knows_no_kind_of_job_by_name() -> None:
-    tree = tree_of(Path("config.py"))
-    named = {name for node in ast.walk(tree) for name in modules_of(node, Path("config.py"))}
-    of_jobs = {name for name in named if name.startswith("jobs")}
-    # The options of the trainer process are still in the file of the style kind.
-    assert of_jobs == {"jobs", "jobs.addresses", "jobs.kinds", "jobs.style"}
-    assert attributes(Path("config.py")) & {
-        "jobs.style.HyperParameters",
-        "jobs.style.StyleKind",
-    } == (set())
+def is_neutral(path: Path) -> bool:
+    """Whether a file serves every kind of job, so that it may name no fact of one kind."""
+    if room_of(path) == "cli":
+        return not any(path.match(each) for each in COMMANDS_OF_A_KIND)
+    return room_of(path) in NEUTRAL or path.parts[:2] == ("training", "runtime")
+
+
+def test_neutral_rooms_import_no_kind() -> None:
+    of_kinds = {f"jobs.{name}" for name in REGISTRY} | {"jobs.base_models", "jobs.epochs"}
+    wrong = {
+        f"{path} imports {module}"
+        for path in filter(is_neutral, product_files())
+        for node in ast.walk(tree_of(path))
+        for module in modules_of(node, path)
+        if module in of_kinds
+    }
+    assert not wrong
+
+
+def words_in(line: str) -> set[str]:
+    """The words of a line of code or prose, in lower case, those inside names included."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", line)}
+
+
+def test_neutral_rooms_name_no_fact_of_a_kind() -> None:
+    """A name that has to be here belongs to the interface of kinds (`jobs.kinds.JobKind`)."""
+    found: dict[str, set[str]] = {}
+    for path in filter(is_neutral, product_files()):
+        words = words_in((ROOT / path).read_text("utf-8")) & WORDS_OF_KINDS
+        if words:
+            found[str(path)] = words
+    assert found == NAMED_ALL_THE_SAME
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    names = {".".join(path.with_suffix("").parts): path for path in product_files()}
+    arrows: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        for node in ast.walk(tree_of(path)):
+            for module in modules_of(node, path):
+                parts = [f"{module}.{each.name}" for each in getattr(node, "names", ())]
+                arrows[name] |= {*parts, module} & set(names) - {name}
+    while leaves := {name for name, used in arrows.items() if not used}:
+        arrows = {name: used - leaves for name, used in arrows.items() if name not in leaves}
+    assert not arrows  # what is left is a circle, or imports one
 
 
 def test_only_composition_roots_see_all_settings() -> None:
@@ -350,10 +423,11 @@ def required(*rooms: str) -> set[str]:
 
 
 def test_the_requirements_are_what_the_product_imports_and_no_more() -> None:
+    worker = set(ROOMS) - {"api"}
     files = ("requirements.txt", "requirements-front.txt")
-    assert distributions(*files) == required(*ROOMS) | BY_OTHERS
+    assert distributions(*files) == required(*worker) | BY_OTHERS
     front = distributions("requirements-front.txt")
-    assert front == required(*set(ROOMS) - {"training"})
+    assert front == required(*worker - {"training"})
     assert not front & distributions("requirements.txt")
 
 
@@ -379,19 +453,21 @@ def test_the_requirements_of_the_api_are_what_it_imports() -> None:
     ran = python("""
 import sys
 import api.app, api.serve, main
-print(sorted({name.partition(".")[0] for name in sys.modules}))
+print(sorted(sys.modules))
 """)
     assert ran.returncode == 0, ran.stderr
-    loaded = set(ast.literal_eval(ran.stdout.strip().splitlines()[-1]))
+    modules = set(ast.literal_eval(ran.stdout.strip().splitlines()[-1]))
+    loaded = {name.partition(".")[0] for name in modules}
     packages = importlib.metadata.packages_distributions()
-    ours = {name for path in product_files() for name in imports(path)}
+    files = [path for path in product_files() if ".".join(path.with_suffix("").parts) in modules]
+    ours = {name for path in files for name in imports(path)}
     # FastAPI loads OpenTelemetry if it is installed.
     direct = {normal(packages[name][0]) for name in (ours - set(SHARED)) & loaded & set(packages)}
     of_the_api = distributions("requirements-api.txt")
     in_part = {normal(each) for each in PART_OF}
     assert direct - in_part <= of_the_api
     # SQLAlchemy loads the driver by the database's address; of the other only files are used.
-    by_name = {"psycopg", "fastapi-offline"}
+    by_name = {"psycopg", "fastapi-offline", *SHARED["opentelemetry"]}
     assert of_the_api - direct == by_name
 
 

@@ -46,7 +46,7 @@ MODULES = (
     "services/records/lease.py",
     "services/records/index.py",
     "services/records/sweep.py",
-    "services/records/style_turn.py",
+    "services/records/turns.py",
     "training/runtime/inbox.py",
 )
 """The code that runs a job's life and the broker connection."""
@@ -61,7 +61,7 @@ EXTRA_TESTS: dict[str, tuple[str, ...]] = {
     "services/records/job_lease.py": ("tests/unit/services/test_job_records.py",),
     "services/records/index.py": ("tests/unit/services/test_job_records.py",),
     "services/records/sweep.py": ("tests/unit/consumer/test_sweeper.py",),
-    "services/records/style_turn.py": ("tests/unit/consumer/test_publishing.py",),
+    "services/records/turns.py": ("tests/unit/consumer/test_publishing.py",),
     "consumer/publishing/model_folder.py": ("tests/unit/consumer/test_publishing.py",),
     "consumer/publishing/model_publisher.py": ("tests/unit/consumer/test_publishing.py",),
 }

@@ -18,7 +18,7 @@ _TENSORS = ("lora", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RunState:
+class LanguageState:
     """The identity and the position of a run.
 
     Every random number follows from the seed and the step, so that no generator is saved.
@@ -59,16 +59,16 @@ class RunState:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Checkpoint:
+class LanguageCheckpoint:
     """The state of a run and its tensors, by file; `best` is the adapter of the best evaluation."""
 
-    state: RunState
+    state: LanguageState
     lora: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
-def save(folder: Path, saved: Checkpoint) -> None:
+def save(folder: Path, saved: LanguageCheckpoint) -> None:
     """Write a checkpoint. Afterwards `folder` is complete, or nothing has changed.
 
     Raises:
@@ -86,17 +86,17 @@ def save(folder: Path, saved: Checkpoint) -> None:
     checkpoint.write(folder, dataclasses.asdict(state), tensors, facts)
 
 
-def load(folder: Path) -> Checkpoint:
+def load(folder: Path) -> LanguageCheckpoint:
     """Read a checkpoint, its tensors on the CPU, after every byte of it is verified.
 
     Raises:
         CheckpointUnusable: It is incomplete, altered, or of another version of this software.
     """
     with checkpoint.reading(folder, FORMAT) as (state, tensors, _):
-        return Checkpoint(from_dict(RunState, state), **tensors)
+        return LanguageCheckpoint(from_dict(LanguageState, state), **tensors)
 
 
-def refuse_another_run(saved: RunState, now: RunState) -> None:
+def refuse_another_run(saved: LanguageState, now: LanguageState) -> None:
     """Refuse to go on from a checkpoint of another job, base, data set or schedule.
 
     Raises:

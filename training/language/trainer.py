@@ -26,7 +26,7 @@ from jobs.checkpoint_name import folder_name
 from jobs.llm import LlmParameters, LlmRun
 from training.language import checkpoint
 from training.language.base import LanguageBase
-from training.language.checkpoint import Checkpoint, RunState
+from training.language.checkpoint import LanguageCheckpoint, LanguageState
 from training.language.evaluation import learned_logits, measure
 from training.language.masks import TokenRow
 from training.runtime import optimizer as optimizers
@@ -48,7 +48,7 @@ Tensors = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
+class LanguagePlan:
     """The steps of a job.
 
     Attributes:
@@ -67,7 +67,7 @@ class Plan:
     evaluate_every: int
 
     @classmethod
-    def of(cls, parameters: LlmParameters, rows: int) -> Plan:
+    def of(cls, parameters: LlmParameters, rows: int) -> LanguagePlan:
         """The plan for so many rows."""
         per_step = parameters.batch_size * parameters.gradient_accumulation_steps
         per_epoch = math.ceil(rows / per_step)
@@ -108,7 +108,7 @@ class Plan:
 class Trained:
     """A training that ended: its state, the delivered adapter, and why it stopped early."""
 
-    state: RunState
+    state: LanguageState
     lora: Tensors
     delivered_step: int
     stopped: StopReason | None
@@ -165,7 +165,7 @@ class Trainer:
         self._rows, self._held_out = rows, held_out
         self._emit, self._should_stop = emit, should_stop
         self._parameters = run.parameters
-        self.plan = Plan.of(run.parameters, len(rows))
+        self.plan = LanguagePlan.of(run.parameters, len(rows))
         self.weights = {n: w for n, w in model.named_parameters() if w.requires_grad}
         self._refuse_other_dtypes()
         self._optimizer = optimizers.create(
@@ -175,7 +175,7 @@ class Trainer:
             weight_decay=run.parameters.weight_decay,
         )
         self._best: Tensors = {}
-        self._sound: Checkpoint | None = None
+        self._sound: LanguageCheckpoint | None = None
         self._clock = Clock()
         self.state = self._first_state()
         self._refuse_differences()
@@ -196,9 +196,9 @@ class Trainer:
                 "float32. Check target_modules."
             )
 
-    def _first_state(self) -> RunState:
+    def _first_state(self) -> LanguageState:
         run = self._run
-        return RunState(
+        return LanguageState(
             task_id=run.task_id,
             subject=run.subject,
             claim=run.claim,
@@ -228,7 +228,7 @@ class Trainer:
         self.state = dataclasses.replace(saved.state, claim=self._run.claim)
         self._refuse_differences()
 
-    def _restore(self, saved: Checkpoint) -> None:
+    def _restore(self, saved: LanguageCheckpoint) -> None:
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(saved.lora[name])
@@ -281,7 +281,7 @@ class Trainer:
             try:
                 loss = self._gradients(chosen)
                 break
-            except Exception as error:
+            except Exception as error:  # pylint: disable=broad-exception-caught  # raised again
                 self._optimizer.zero_grad(set_to_none=True)
                 if not out_of_memory(error) or self.state.micro_batch == 1:
                     raise
@@ -418,7 +418,7 @@ class Trainer:
 
     def _save(self, writer: CheckpointWriter) -> None:
         state = self.state
-        saved = Checkpoint(
+        saved = LanguageCheckpoint(
             state,
             {name: w.detach().cpu().clone() for name, w in self.weights.items()},
             {

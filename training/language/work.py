@@ -19,9 +19,9 @@ import transformers
 
 from conversations.intake import Intake, take_in
 from conversations.reading import UnreadableFile
+from jobs.kinds import TrainerOptions
 from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HTML_REPORT, REPORT
 from jobs.llm import LlmRun
-from jobs.style import TrainerOptions
 from training.language import base as bases
 from training.language import evaluation, export, report
 from training.language.base import LanguageBase
@@ -29,9 +29,9 @@ from training.language.evaluation import Measured
 from training.language.masks import TokenData, Tokens, tokenise
 from training.language.trainer import Trained, Trainer, load_weights
 from training.runtime import team as teams
-from training.runtime.device import free_memory, gpu_error
+from training.runtime.device import device_errors_as_ours, free_memory
 from training.runtime.team import Team
-from utils.errors import LowQualityData, Stopped, StopReason, TrainingServerError
+from utils.errors import LowQualityData, Stopped, StopReason
 from utils.events import BaseModelReady, Event, Finished, Progress, Stage, Started
 
 log = logging.getLogger(__name__)
@@ -42,19 +42,6 @@ FILES = (
     *(ADAPTER_CONFIG, ADAPTER_WEIGHTS),
 )
 """The files of a model, in the order of their publication."""
-
-
-@contextlib.contextmanager
-def _errors_of_the_device_as_ours() -> Iterator[None]:
-    try:
-        yield
-    except TrainingServerError:
-        raise
-    except Exception as error:
-        if not (known := gpu_error(error)):
-            raise
-        log.error("run_failed", exc_info=error)
-        raise known from error
 
 
 class LanguageWork:
@@ -96,7 +83,7 @@ class LanguageWork:
             free_memory(device)
             tell(BaseModelReady(False))
 
-    @_errors_of_the_device_as_ours()
+    @device_errors_as_ours()
     def run(
         self, run: LlmRun, tell: Emit, should_stop: Callable[[], StopReason | None]
     ) -> Finished:
@@ -212,7 +199,7 @@ class _Job:
         self._tokens, self._data = tokens_of(run, base.tokenizer, intake)
         self._proved = self._data.held_out or self._data.training
 
-    def done(self) -> Finished:
+    def done(self) -> Finished:  # pylint: disable=too-many-locals  # one for each result
         """Measure, train, measure, export and prove."""
         run, base, data = self._run, self._base, self._data
         before = self._measure(base.model)

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import IO, Any, Protocol
 
-from jobs.kinds import Run, load
-from jobs.style import TrainerOptions
+from jobs.kinds import Run, TrainerOptions, load
 from training.runtime.followers import Followers, PeerFailed, TeamBroken, with_meeting_place
 from training.runtime.inbox import Inbox
 from utils.errors import (

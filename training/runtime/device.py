@@ -97,6 +97,20 @@ def gpu_error(error: BaseException) -> TrainingServerError | None:
 
 
 @contextlib.contextmanager
+def device_errors_as_ours() -> Iterator[None]:
+    """Raise the errors of the device as errors of `utils.errors`, after they are logged."""
+    try:
+        yield
+    except TrainingServerError:
+        raise
+    except Exception as error:
+        if not (known := gpu_error(error)):
+            raise
+        log.error("run_failed", exc_info=error)
+        raise known from error
+
+
+@contextlib.contextmanager
 def one_run_accelerator(device: torch.device, dtype: torch.dtype) -> Iterator[Accelerator]:
     """An Accelerator for one run.
 

@@ -24,8 +24,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs.kinds import Run
-from jobs.style import TrainerOptions
+from jobs.kinds import Run, TrainerOptions
 from utils.errors import TrainingFailed, WorkerCrashed
 from utils.events import Failed, Finished, decode, encode
 

@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 class Recomputation:
     """Computes a block without keeping what its gradient needs, which is computed again for that.
 
-    An argument for `unet.enable_gradient_checkpointing`. torch's own checkpointing must serve any
-    code, and so watches every tensor that is kept, in both passes. Here a block's inputs and few
-    trainable weights are all that a gradient can be asked for. At batch 1, the time of a step is
-    mostly spent around the kernels, and that watching was most of checkpointing's cost: see
+    An argument for diffusers' `enable_gradient_checkpointing`. torch's own checkpointing must serve
+    any code, and so watches every tensor that is kept, in both passes. Here a block's inputs and
+    few trainable weights are all that a gradient can be asked for. At batch 1, the time of a step
+    is mostly spent around the kernels, and that watching was most of checkpointing's cost: see
     docs/benchmarks.md. Gradients are torch's, except for the order of additions if a block's input
     is used elsewhere too.
 

@@ -21,7 +21,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from jobs.style import TrainerOptions
+from jobs.kinds import TrainerOptions
 from training.runtime.device import out_of_memory
 from training.runtime.followers import PEER_FAILED, PeerFailed, TeamBroken
 from utils.errors import Stopped, StopReason, TrainingFailed

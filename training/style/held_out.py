@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
+from images.checks import Looks
+from jobs.style import TrainingRun
 from reports.verdict import HELD_OUT
+from training.style.examples import Dataset, Example, ImageReport
 from utils.errors import LowQualityData
 from utils.names import shown_name
 from utils.wording import counted
-
-if TYPE_CHECKING:
-    from images.checks import Looks
-    from jobs.style import TrainingRun
-    from training.style.dataset import Dataset, Example, ImageReport
 
 TRAINED_ON = "is one of the training images, too, so it cannot show what was learnt beyond them"
 ENOUGH_IMAGES = 10

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -75,12 +74,7 @@ class LeanLora:
             layer.forward = functools.partial(_forward, layer)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for layer in self._layers:
             del layer.forward  # the class's own remains
         for name, weight in self._trained.items():

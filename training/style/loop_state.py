@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from jobs.style import HyperParameters
@@ -17,6 +18,7 @@ from training.style.checkpoint import Checkpoint, RunState
 from training.style.families.sd15 import BaseModel
 from training.style.lean_lora import LeanLora, suits
 from training.style.plan import Course
+from training.style.results import preview
 from training.style.results.probe import Probed
 from utils.errors import TrainingFailed
 
@@ -147,6 +149,10 @@ class LoopState:
     def keep_as_best(self) -> None:
         """Remember the LoRA as it is now."""
         self.best = _copied(self.lora, wait=True)
+
+    def keep_samples(self, row: str, images: Sequence[Image.Image]) -> None:
+        """Add a row of sample images; see `preview.with_row`."""
+        self.samples = preview.with_row(self.samples, row, images)
 
     def take_the_best(self) -> None:
         """Set the LoRA to what was kept."""

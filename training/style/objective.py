@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.style.dataset import Latents
+from training.style.examples import Latents
 from training.style.families.sd15 import BaseModel
 from utils.errors import TrainingFailed
 

@@ -19,7 +19,7 @@ from jobs.style import TrainingRun
 from training.runtime.device import free_memory, out_of_memory
 from training.style import checkpoint
 from training.style.checkpoint import Checkpoint
-from training.style.dataset import Dataset
+from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
 from training.style.plan import Course
 from training.style.results.report import TrainingResult

@@ -32,7 +32,7 @@ from training.runtime.device import (
 )
 from training.style import checkpoint, loop_state
 from training.style.checkpoint import Checkpoint, RunState
-from training.style.dataset import Dataset
+from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
 from training.style.loop_state import Counted, LoopState
 from training.style.objective import Chance, denoising_losses, min_snr_weights

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import transformers
 
+from jobs.kinds import TrainerOptions
 from jobs.layout import STYLE_FILES
-from jobs.style import TrainerOptions, TrainingRun
+from jobs.style import TrainingRun
 from reports import html_report
-from training.runtime.device import free_memory, gpu_error, out_of_memory
+from training.runtime.device import device_errors_as_ours, free_memory, gpu_error, out_of_memory
 from training.style import recovery
-from training.style.dataset import Dataset, prepare
+from training.style.dataset import prepare
+from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
 from training.style.results import export, preview, report
 from training.style.results.examiner import prompts_of, sample_steps
 from training.style.results.lora_formats import model_card
 from training.style.results.report import TrainingResult
-from utils.errors import GpuBroken, Stopped, StopReason, TrainingServerError
+from utils.errors import GpuBroken, Stopped, StopReason
 from utils.events import BaseModelReady, Event, Finished, Progress, Stage
 
 log = logging.getLogger(__name__)
@@ -34,19 +35,6 @@ Emit = Callable[[Event | BaseModelReady], None]
 
 SAMPLE_SIDE = 512
 """Side of a sample in the HTML report, in pixels."""
-
-
-@contextlib.contextmanager
-def _errors_of_the_device_as_ours() -> Iterator[None]:
-    try:
-        yield
-    except TrainingServerError:
-        raise
-    except Exception as error:
-        if not (known := gpu_error(error)):
-            raise
-        log.error("run_failed", exc_info=error)
-        raise known from error
 
 
 class StyleWork:
@@ -94,7 +82,7 @@ class StyleWork:
             free_memory(device)
             emit(BaseModelReady(False))
 
-    @_errors_of_the_device_as_ours()
+    @device_errors_as_ours()
     def run(
         self, run: TrainingRun, emit: Emit, should_stop: Callable[[], StopReason | None]
     ) -> Finished:

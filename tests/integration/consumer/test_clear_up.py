@@ -18,6 +18,7 @@ from tests.integration.services.record_world import (
     worker,
 )
 from tests.integration.services.s3_proxy import S3Proxy, impatient, once, refusal
+from tests.unit.jobs.message_samples import all_kinds
 
 
 def test_files_that_remained_after_the_ending_are_removed_by_a_later_sweep() -> None:
@@ -36,7 +37,7 @@ def test_files_that_remained_after_the_ending_are_removed_by_a_later_sweep() -> 
             through_proxy,
             BUCKET,
             lease_seconds=1.0,
-            clear_up=functools.partial(clear_up, through_proxy, BUCKET),
+            clear_up=functools.partial(clear_up, through_proxy, BUCKET, kinds=all_kinds()),
         )
         proxy.fault = once(refusal(503, "SlowDown"), "POST")  # S3 deletes several by a POST
         assert not list(sweep.abandoned())

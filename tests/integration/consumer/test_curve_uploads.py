@@ -21,6 +21,7 @@ from tests.integration.services.record_world import (
     worker,
 )
 from tests.integration.services.s3_proxy import S3Proxy, impatient, once, refusal
+from tests.unit.jobs.message_samples import all_kinds
 from utils.errors import ErrorCode, LeaseLost
 
 LOCAL = "events.out.tfevents.1.host.2.0"
@@ -78,9 +79,9 @@ def test_curves_are_kept_longer_than_checkpoints_unless_the_job_was_cancelled(
         names = {"epoch-0002/lora.safetensors", "epoch-0002/manifest.json", f"tensorboard/{LOCAL}"}
         for name in names:
             s3.write(S3Location(BUCKET, prefix + name), b"content")
-        prune(s3, BUCKET, prefix, kept=["epoch-0002"], lease=lease)
+        prune(s3, BUCKET, prefix, kept=["epoch-0002"], kept_file="lora.safetensors", lease=lease)
         assert {key.removeprefix(prefix) for key in keys(s3, prefix)} == names
         lease.end(Ending(kind, {"style_id": 7, "sequence": 1}, code))
-        assert clear_up(s3, BUCKET, lease.record)
+        assert clear_up(s3, BUCKET, lease.record, kinds=all_kinds())
         left = {key.removeprefix(prefix) for key in keys(s3, prefix)}
         assert left == (names if stay is None else stay)

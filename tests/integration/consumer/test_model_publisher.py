@@ -17,7 +17,7 @@ from jobs.record import JobRequest
 from jobs.style import HyperParameters, StyleSpec
 from services.records.job_lease import JobLease
 from services.records.job_records import Claimed, JobRecords
-from services.records.style_turn import StyleTurns
+from services.records.turns import Turns
 from services.s3.s3_service import S3Service
 from utils.errors import LeaseLost, PreconditionFailed, Stopped, StopReason
 
@@ -31,7 +31,7 @@ def _folder(tmp_path: Path) -> Path:
 
 
 def _publisher(s3: S3Service, bucket: str) -> ModelPublisher:
-    turns = StyleTurns(s3, bucket, owner=secrets.token_hex(2), lease_seconds=5)
+    turns = Turns(s3, bucket, owner=secrets.token_hex(2), lease_seconds=5)
     return ModelPublisher(
         s3, s3, model_bucket=bucket, state_bucket=bucket, url_scheme="gs", turns=turns
     )

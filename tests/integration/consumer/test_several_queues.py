@@ -13,8 +13,8 @@ from services.broker.client import Subscription
 from services.broker.settlement import Delivery, Publication, Queue, Settlement
 from tests.integration.consumer.broker import SOON, Client, Handler, Start, until
 
-LLM, SDXL = Queue.of_kind("llm"), Queue.of_base("sdxl")
-ALL = (Queue.TRAINING, LLM, SDXL)
+LLM, TOY = Queue.of_kind("llm"), Queue.of_kind("toy")
+ALL = (Queue.TRAINING, LLM, TOY)
 
 Declare = Callable[[], None]
 
@@ -57,12 +57,12 @@ def test_queues_with_waiting_messages_take_turns(
     declare()
     client.publish(queue, *[b"style"] * 4)
     client.publish(f"{queue}.llm", *[b"llm"] * 4)
-    client.publish(f"{queue}.base.sdxl", b"sdxl")
+    client.publish(f"{queue}.toy", b"toy")
     handler = Handler()
     start(handler, queues=ALL)
     until(lambda: handler.returned == 9)
     assert [str(delivery.queue) for delivery in handler.deliveries] == [
-        *("training", "llm", "base.sdxl"),
+        *("training", "llm", "toy"),
         *("training", "llm", "training", "llm", "training", "llm"),
     ]
     assert handler.most_running == 1
@@ -75,7 +75,7 @@ def test_an_idle_worker_serves_a_message_of_any_queue_within_seconds(
     declare()
     handler = Handler()
     start(handler, queues=ALL)
-    for each in (SDXL, Queue.TRAINING, LLM, LLM):
+    for each in (TOY, Queue.TRAINING, LLM, LLM):
         handler.deliveries.clear()
         client.publish(queue + each.suffix, b"job")
         until(lambda: handler.deliveries, 3 * connection.LOOK_SECONDS)
@@ -138,10 +138,10 @@ def test_a_delayed_message_returns_to_its_queue_also_if_its_handler_broke(
 def test_a_message_moves_to_a_queue_that_this_worker_does_not_serve(
     start: Start, client: Client, queue: str
 ) -> None:
-    handler = Handler(lambda delivery: Settlement.moved(delivery, SDXL))
+    handler = Handler(lambda delivery: Settlement.moved(delivery, TOY))
     start(handler, queues=(Queue.TRAINING, LLM))
     client.publish(queue, b"order", message_id="t", headers={"x-min-level": 1, "theirs": "not"})
-    properties, body = until(lambda: _get(client, f"{queue}.base.sdxl"))
+    properties, body = until(lambda: _get(client, f"{queue}.toy"))
     assert (body, properties.message_id, properties.headers) == (b"order", "t", {"x-min-level": 1})
     assert client.waiting(queue) == 0
 
@@ -179,8 +179,8 @@ def test_missing_queues_are_made_with_the_type_of_the_backends_queue(
     listed = rabbitmq.ctl("list_queues", "--no-table-headers", "name", "type").splitlines()
     types = dict(line.split("\t") for line in listed if line.startswith(queue))
     assert {name.removeprefix(queue) for name in types} == {
-        *("", ".llm", ".base.sdxl", ".endings", ".dead"),
-        *(".delay.500", ".llm.delay.500", ".base.sdxl.delay.500"),
+        *("", ".llm", ".toy", ".endings", ".dead"),
+        *(".delay.500", ".llm.delay.500", ".toy.delay.500"),
     }
     assert set(types.values()) == {queue_type}
 
@@ -216,7 +216,7 @@ def test_once_takes_one_message_of_all_queues(
     worker.end()
     assert [str(delivery.queue) for delivery in handler.deliveries] == ["training"]
     with client.channel() as channel:
-        for each in (LLM, SDXL):
+        for each in (LLM, TOY):
             method, _, _ = channel.basic_get(queue + each.suffix, auto_ack=True)
             assert not method.redelivered
 

@@ -13,6 +13,7 @@ from consumer.pages.condition import Condition
 from consumer.pages.observer import Observer
 from sandbox.s3_server import S3Server
 from tests.integration.services.s3_proxy import Fault, S3Proxy, always, impatient
+from tests.unit.jobs.message_samples import style_kind
 from utils.errors import ConfigurationError
 
 CARELESS = Fault(careless=True)
@@ -28,7 +29,9 @@ def _store(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3P
 
 @pytest.fixture(name="condition")
 def _condition() -> Condition:
-    condition = Condition(Observer(), threading.Event(), base_model="base", queue="training")
+    condition = Condition(
+        Observer(), threading.Event(), first_kind=style_kind(), base_model="base", queue="training"
+    )
     condition.storage_tested(None)
     return condition
 

@@ -24,8 +24,8 @@ from config import load_local
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.run_watch import STOP_PATIENCE_SECONDS
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.kinds import Run
-from jobs.style import HyperParameters, StyleKind, TrainerOptions, TrainingImage, TrainingRun
+from jobs.kinds import Run, TrainerOptions
+from jobs.style import HyperParameters, StyleKind, TrainingImage, TrainingRun
 from sandbox.photographs import photographs as real_photographs
 from training.style.stand_in_model import build_stand_in
 from utils.errors import (
@@ -184,7 +184,7 @@ def test_the_trainer_ends_when_its_desk_is_killed(tmp_path: Path, options: Train
     script.write_text(
         "import json, sys, time\n"
         "from consumer.trainer.trainer_process import TrainerProcess\n"
-        "from jobs.style import TrainerOptions\n"
+        "from jobs.kinds import TrainerOptions\n"
         "import os\n"
         "trainer = TrainerProcess(TrainerOptions(**json.loads(sys.argv[1])), dict(os.environ), "
         "stall_seconds=60)\n"
@@ -282,7 +282,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
 DESK = """
 import sys
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.style import TrainerOptions
+from jobs.kinds import TrainerOptions
 from utils import logger
 logger.configure()
 trainer = TrainerProcess(

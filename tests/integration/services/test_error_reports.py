@@ -29,7 +29,9 @@ def _door() -> Iterator[SentryDoor]:
 
 def reporting(door: SentryDoor):  # type: ignore[no-untyped-def]
     """As the worker does."""
-    return reported(door.dsn, environment="tests", secrets=(SECRET,), flush_seconds=5)
+    return reported(
+        door.dsn, environment="tests", labels=("style_id",), secrets=(SECRET,), flush_seconds=5
+    )
 
 
 def test_an_error_of_a_job_is_reported_by_its_slug_with_the_job(door: SentryDoor) -> None:
@@ -67,7 +69,7 @@ def test_a_stack_trace_is_reported_without_variables_or_secrets(door: SentryDoor
 def test_after_the_block_and_without_an_address_nothing_is_reported(door: SentryDoor) -> None:
     with reporting(door):
         pass
-    with reported(None, environment=None, secrets=(), flush_seconds=1):
+    with reported(None, environment=None, labels=(), secrets=(), flush_seconds=1):
         logger.get_logger("main").error("unheard")
     assert not door.events()
 
@@ -75,5 +77,5 @@ def test_after_the_block_and_without_an_address_nothing_is_reported(door: Sentry
 @pytest.mark.parametrize("dsn", ["nonsense", "http://127.0.0.1/1", "ftp://key@host/1"])
 def test_an_invalid_address_is_reported_with_its_setting(dsn: str) -> None:
     with pytest.raises(ConfigurationError, match="SENTRY_DSN"):
-        with reported(dsn, environment=None, secrets=(), flush_seconds=1):
+        with reported(dsn, environment=None, labels=(), secrets=(), flush_seconds=1):
             pass

@@ -60,7 +60,7 @@ def _refused(store: Faulty, task_id: str) -> str:
 
 
 def _ids(listing: RecordListing, style_id: int, limit: int = 500) -> tuple[set[str], int]:
-    found, unread = listing.of_style(style_id, limit=limit)
+    found, unread = listing.of_subject("style", str(style_id), limit=limit)
     return {each.task_id for each in found}, unread
 
 

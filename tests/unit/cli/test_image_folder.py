@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.image_folder import read_folder
+from cli.training.image_folder import read_folder
 from utils.errors import ConfigurationError
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -14,7 +15,7 @@ from services.records.job_records import Claimed, JobRecords
 from services.records.listing import look_up
 from services.s3.s3_service import S3Service
 from tests.memory_s3 import MemoryS3
-from tests.unit.jobs.message_samples import envelope, read, style_kind
+from tests.unit.jobs.message_samples import all_kinds, envelope, read, style_kind
 from utils.errors import ErrorCode
 from utils.events import Progress, Stage
 from utils.metrics import Metrics
@@ -36,8 +37,9 @@ def _lease(s3: S3Service) -> JobLease:
     return claim.lease
 
 
-def _seen(s3: S3Service) -> Any:
-    return view(look_up(s3, BUCKET, ["task"])[0])
+def _seen(s3: S3Service) -> SimpleNamespace:
+    """The job's JSON values, as attributes."""
+    return SimpleNamespace(**view(look_up(s3, BUCKET, ["task"])[0], all_kinds()).values())
 
 
 def _trained(lease: JobLease, epoch: int) -> None:
@@ -111,5 +113,5 @@ def test_a_refused_message_has_the_id_that_it_gave() -> None:
     s3 = MemoryS3()
     records = JobRecords(cast(S3Service, s3), BUCKET, owner="one", lease_seconds=60)
     records.claim_invalid("ab", ending, kind="style", subject="7")
-    job = view(look_up(cast(S3Service, s3), BUCKET, ["invalid/ab"])[0])
+    job = view(look_up(cast(S3Service, s3), BUCKET, ["invalid/ab"])[0], all_kinds())
     assert job.message_task_id == "mine" and job.ending == "failed INVALID_MESSAGE"

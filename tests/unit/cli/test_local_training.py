@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.train import MADE, folder_run, images_in, train_folder
+from cli.training.local import MADE, folder_run, images_in, train_folder
 from config import load_local
 from consumer.life.stop_signal import StopSignal
 from jobs.style import HyperParameters

@@ -12,32 +12,31 @@ from cli.jobs.follow import JobBar
 from cli.jobs.job_view import JobView
 from cli.jobs.screen import WIDE, print_details, print_jobs, progress
 from cli.jobs.task_ids import SHOWN, short_ids
+from jobs.kinds import Standing
 
 LONG_ERROR = "the images could not be used because " * 8
+NONE = Standing(0, None, "epoch", {"loss": None})
 HELD = JobView(
     "550e8400-e29b-41d4-a716-446655440000",
+    Standing(1000, 1000, "epoch", {"loss": 0.12344}),
     style_id=1_000_000_123,
     kind="style",
     subject="1000000123",
     state="held",
     owner="worker-with-a-long-name-8906-dca941ad",
     claim=3,
-    epoch=1000,
-    epochs=1000,
-    loss=0.12344,
     seconds_left=3725,
     delivery="none",
     seconds_since_written=3540,
 )
 FAILED = JobView(
     "0f8fad5b-d9cb-469f-a165-70867728950e",
+    Standing(100, 1000, "epoch"),
     style_id=1_000_000_124,
     kind="style",
     subject="1000000124",
     state="ended",
     attempts=3,
-    epoch=100,
-    epochs=1000,
     ending="failed BASE_MODEL_UNAVAILABLE",
     delivery="set_aside",
     detail=LONG_ERROR,
@@ -45,6 +44,7 @@ FAILED = JobView(
 )
 REFUSED = JobView(
     "invalid/" + "f38c7d05" * 8,
+    NONE,
     style_id=77,
     kind="style",
     subject="77",
@@ -53,7 +53,12 @@ REFUSED = JobView(
     delivery="delivered",
     message_task_id="refused-one",
 )
-UNKNOWN = JobView("nobody-knows-it", detail="there is no such record")
+UNKNOWN = JobView("nobody-knows-it", NONE, detail="there is no such record")
+
+
+def at_epoch(epoch: int, loss: float | None = 0.12344) -> JobView:
+    """The held job, at an epoch."""
+    return dataclasses.replace(HELD, standing=Standing(epoch, 1000, "epoch", {"loss": loss}))
 
 
 def _lines(*jobs: JobView, width: int = 80, known: tuple[str, ...] = ()) -> list[str]:
@@ -116,7 +121,7 @@ def test_an_id_that_is_short_already_is_shown_in_full() -> None:
     ("job", "words"),
     [
         (HELD, "epoch 1000/1000, loss 0.1234, 1:02:05 left"),
-        (dataclasses.replace(HELD, loss=None, seconds_left=None), "epoch 1000/1000"),
+        (dataclasses.replace(at_epoch(1000, None), seconds_left=None), "epoch 1000/1000"),
         (UNKNOWN, ""),
     ],
 )
@@ -130,7 +135,7 @@ def test_without_a_terminal_each_epoch_gets_a_line_instead_of_the_bar() -> None:
         shown.uploaded(1, 3)
         shown.saw(UNKNOWN)
         for epoch in (4, 4, 5):
-            shown.saw(dataclasses.replace(HELD, epoch=epoch))
+            shown.saw(at_epoch(epoch))
     lines = written.getvalue().splitlines()
     assert lines[0] == "waiting for a worker"
     assert [line.split(",")[0] for line in lines[1:]] == [
@@ -143,6 +148,6 @@ def test_on_a_terminal_of_80_columns_the_bar_shows_epoch_loss_and_time_left() ->
     written = io.StringIO()
     console = Console(file=written, width=80, force_terminal=True, color_system=None)
     with JobBar(console) as shown:
-        shown.saw(dataclasses.replace(HELD, epoch=24))
+        shown.saw(at_epoch(24))
         shown._progress.refresh()  # pylint: disable=protected-access
     assert "epoch 24/1000, loss 0.1234, 1:02:05 left" in written.getvalue()

@@ -34,7 +34,7 @@ def _record(task_id: str, ordered_at: str) -> JobRecord:
 class _NothingNew:
     """A listing that has too many records to find those of the style."""
 
-    def of_style(self, _: int) -> tuple[list[Any], int]:
+    def of_subject(self, *_: str) -> tuple[list[Any], int]:
         """No record, of many that were not read."""
         return [], 90_000
 

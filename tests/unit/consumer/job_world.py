@@ -265,7 +265,7 @@ class World:
             s3,
             STATE,
             lease_seconds=self.settings.limits.lease_ttl_seconds,
-            clear_up=functools.partial(clear_up, s3, STATE),
+            clear_up=functools.partial(clear_up, s3, STATE, kinds=self.settings.kinds()),
         )
         return Sweeper(
             sweep,

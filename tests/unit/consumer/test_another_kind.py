@@ -21,10 +21,10 @@ from consumer.publishing.model_publisher import ModelPublisher
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs import kinds
 from jobs.addresses import AddressRules, S3Location
-from jobs.kinds import Kinds, Run
-from jobs.style import TrainerOptions
+from jobs.kinds import Kinds, Run, TrainerOptions
 from services.broker.settlement import Queue, Settlement
-from services.records.style_turn import StyleTurns
+from services.records.turns import Turns
+from services.telemetry.tracing import trace_id_of
 from tests.toy.work import ToyWork
 from tests.unit.consumer.job_world import STATE, World, delivery
 from tests.unit.jobs.message_samples import BUCKET
@@ -70,7 +70,7 @@ def pipeline_of(world: World, trainer: Any) -> Pipeline:
     """The world's pipeline, serving both kinds, with this trainer and a real publisher."""
     desk = world.pipeline._desk  # pylint: disable=protected-access
     s3 = desk.s3
-    turns = StyleTurns(s3, STATE, owner="one", lease_seconds=60.0)
+    turns = Turns(s3, STATE, owner="one", lease_seconds=60.0)
     publisher = ModelPublisher(
         s3, s3, model_bucket="models", state_bucket=STATE, url_scheme="s3", turns=turns
     )
@@ -96,7 +96,12 @@ def test_a_job_of_another_kind_runs_from_its_message_to_its_webhook(world: World
     model = "models/toy/seven/toy-1/letters.json"
     assert ending.body["model_url"] == f"s3://models/{model}"
     assert json.loads(world.s3.objects["models", model].body) == {"letters": 13}
-    assert trainer.runs[0].log_fields == {"kind": "toy", "subject": "seven"}
+    fields = trainer.runs[0].log_fields
+    assert fields == {
+        "kind": "toy",
+        "subject": "seven",
+        "trace_id": trace_id_of({}, "toy-1"),
+    }
 
 
 def test_its_record_names_kind_and_subject_and_comes_back_from_s3(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +24,15 @@ from jobs.record import Ending, EndingKind, JobRecord, StoredCheckpoint
 from services.records.job_lease import JobLease
 from tests.memory_s3 import MemoryS3, StoredObject, away, works
 from tests.publishing import STYLE, World, job_of
+from tests.unit.jobs.message_samples import all_kinds
 from utils.errors import ErrorCode, StorageError
 from utils.events import CheckpointSaved
 from utils.manifest import MANIFEST, write_folder
 
 STATE = "state"
 PREFIX = f"checkpoints/style_{STYLE}/job/"
-NAMES = ("lora.safetensors", "optimizer.safetensors", MANIFEST)
+LORA = "lora.safetensors"
+NAMES = (LORA, "optimizer.safetensors", MANIFEST)
 
 
 @pytest.fixture(name="s3")
@@ -81,7 +84,7 @@ def test_the_last_two_stay_in_full_and_of_older_ones_the_weights(
 ) -> None:
     with world.claim("job") as lease:
         register(lease, s3, 10, 20, 30, 40)
-        prune(s3, STATE, PREFIX, kept=["epoch-0030", "epoch-0040"], lease=lease)
+        prune(s3, STATE, PREFIX, kept=["epoch-0030", "epoch-0040"], kept_file=LORA, lease=lease)
     assert there(s3) == full("epoch-0030", "epoch-0040") | lora("epoch-0010", "epoch-0020")
 
 
@@ -95,7 +98,14 @@ def test_a_worker_that_was_suspended_while_pruning_deletes_nothing_of_its_succes
         with world.claim("job", asleep) as slept:
             register(slept, s3, 10, 20, 30)
             asleep.before = sleeping_until(number, lambda: succeed(world, s3))
-            prune(asleep, STATE, PREFIX, kept=["epoch-0020", "epoch-0030"], lease=slept)
+            prune(
+                asleep,
+                STATE,
+                PREFIX,
+                kept=["epoch-0020", "epoch-0030"],
+                kept_file=LORA,
+                lease=slept,
+            )
             asleep.before = lambda method, bucket, key: None
         assert full("epoch-0020", "epoch-0030") <= there(s3)
         if "epoch-0040/manifest.json" in there(s3):  # it was suspended
@@ -127,7 +137,7 @@ def test_the_lease_is_renewed_directly_before_the_deletion(s3: MemoryS3, world: 
     with world.claim("job") as lease:
         register(lease, s3, 10, 20, 30)
         s3.before = lambda method, _bucket, key: calls.append(f"{method} {key}")
-        prune(s3, STATE, PREFIX, kept=["epoch-0020", "epoch-0030"], lease=lease)
+        prune(s3, STATE, PREFIX, kept=["epoch-0020", "epoch-0030"], kept_file=LORA, lease=lease)
     assert calls[-2] == "PUT jobs/job.json" and calls[-1].startswith("DELETE ")
 
 
@@ -136,8 +146,8 @@ def test_if_there_is_nothing_to_delete_nothing_is_written(s3: MemoryS3, world: W
         register(lease, s3, 10, 20)
         calls: list[str] = []
         s3.before = lambda method, _bucket, key: calls.append(method)
-        prune(s3, STATE, PREFIX, kept=["epoch-0010", "epoch-0020"], lease=lease)
-        prune(s3, STATE, PREFIX, kept=[], lease=lease)
+        prune(s3, STATE, PREFIX, kept=["epoch-0010", "epoch-0020"], kept_file=LORA, lease=lease)
+        prune(s3, STATE, PREFIX, kept=[], kept_file=LORA, lease=lease)
     assert set(calls) == {"LIST"} and there(s3) == full("epoch-0010", "epoch-0020")
 
 
@@ -153,7 +163,7 @@ def test_a_checkpoint_goes_only_if_no_later_claim_has_written_a_file_of_it(
         register(lease, s3, 20, 30)
         for file, claim in zip(NAMES, claims, strict=True):
             put(s3, "epoch-0010", claim, (file,))
-        prune(s3, STATE, PREFIX, kept=["epoch-0020", "epoch-0030"], lease=lease)
+        prune(s3, STATE, PREFIX, kept=["epoch-0020", "epoch-0030"], kept_file=LORA, lease=lease)
     assert ("epoch-0010/manifest.json" not in there(s3)) == goes
 
 
@@ -162,10 +172,10 @@ def test_checkpoints_after_the_kept_ones_stay(s3: MemoryS3, world: World) -> Non
     with world.claim("job") as lease:
         register(lease, s3, 10, 20)
         put(s3, "epoch-0030")
-        prune(s3, STATE, PREFIX, kept=["epoch-0010", "epoch-0020"], lease=lease)
+        prune(s3, STATE, PREFIX, kept=["epoch-0010", "epoch-0020"], kept_file=LORA, lease=lease)
         assert full("epoch-0030") <= there(s3)
         put(s3, "epoch-0005-retake-1")
-        prune(s3, STATE, PREFIX, kept=["epoch-0005-retake-1"], lease=lease)
+        prune(s3, STATE, PREFIX, kept=["epoch-0005-retake-1"], kept_file=LORA, lease=lease)
     assert there(s3) == full("epoch-0005-retake-1") | lora("epoch-0010", "epoch-0020", "epoch-0030")
 
 
@@ -175,7 +185,7 @@ def test_files_that_belong_to_no_checkpoint_stay(s3: MemoryS3, world: World) -> 
         for key in ("tensorboard/claim-0001.events", "notes/a.txt", "readme"):
             s3.write(S3Location(STATE, PREFIX + key), b"")
         before = there(s3)
-        prune(s3, STATE, PREFIX, kept=["epoch-0020"], lease=lease)
+        prune(s3, STATE, PREFIX, kept=["epoch-0020"], kept_file=LORA, lease=lease)
     assert there(s3) == before
 
 
@@ -187,9 +197,9 @@ def test_a_deletion_that_fails_does_not_fail_the_job(s3: MemoryS3, world: World)
     with world.claim("job") as lease:
         register(lease, s3, 10, 20, 30)
         s3.before = fail
-        prune(s3, STATE, PREFIX, kept=["epoch-0020", "epoch-0030"], lease=lease)
+        prune(s3, STATE, PREFIX, kept=["epoch-0020", "epoch-0030"], kept_file=LORA, lease=lease)
         s3.before = lambda method, bucket, key: None
-        prune(s3, STATE, PREFIX, kept=["epoch-0020", "epoch-0030"], lease=lease)
+        prune(s3, STATE, PREFIX, kept=["epoch-0020", "epoch-0030"], kept_file=LORA, lease=lease)
     assert "epoch-0010/manifest.json" not in there(s3)
 
 
@@ -215,7 +225,7 @@ def test_after_the_ending_files_that_are_no_longer_needed_are_deleted(
     with world.claim("job") as lease:
         register(lease, s3, 10, 20)
         s3.write(S3Location(STATE, "staging/job/1/samples.png"), b"")
-        assert clear_up(s3, STATE, ended(lease, kind, code))
+        assert clear_up(s3, STATE, ended(lease, kind, code), kinds=all_kinds())
     assert there(s3) == left
     assert not list(s3.list_objects(STATE, "staging/"))
 
@@ -225,11 +235,13 @@ def test_of_a_failed_job_the_newest_registered_checkpoint_stays(s3: MemoryS3, wo
     with world.claim("job") as lease:
         register(lease, s3, 10)
         put(s3, "epoch-0030")
-        assert clear_up(s3, STATE, ended(lease, EndingKind.FAILED, ErrorCode.STORAGE_FAILED))
+        assert clear_up(
+            s3, STATE, ended(lease, EndingKind.FAILED, ErrorCode.STORAGE_FAILED), kinds=all_kinds()
+        )
     assert there(s3) == full("epoch-0010")
 
 
-@pytest.mark.parametrize("remove", [clear_up, delete_all_of])
+@pytest.mark.parametrize("remove", [functools.partial(clear_up, kinds=all_kinds()), delete_all_of])
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_worker_that_was_suspended_after_the_ending_deletes_nothing_of_a_job_that_was_sent_back(
     s3: MemoryS3, world: World, number: int, remove: Callable[[MemoryS3, str, JobRecord], bool]
@@ -271,6 +283,7 @@ def uploads_of(
         lease,
         s3,
         STATE,
+        kept_file=LORA,
         curves=world.scratch / "curves",
         patience=lambda: patience,
         uploaded=lambda name, seconds: None,

@@ -22,6 +22,7 @@ from consumer.pages.observer import Observer
 from consumer.trainer.machine import Machine
 from consumer.trainer.trainer_process import TrainerProcess
 from services.broker.connection import BrokerLoop
+from tests.unit.jobs.message_samples import style_kind
 from utils.errors import ConfigurationError
 from utils.events import Progress, Stage
 from utils.gpu_monitor import GpuReading
@@ -65,7 +66,9 @@ class Trainer(TrainerProcess):
 
 
 def _condition_of(observer: Observer, stop: threading.Event) -> Condition:
-    return Condition(observer, stop, base_model="owner/name", queue="model_training")
+    return Condition(
+        observer, stop, first_kind=style_kind(), base_model="owner/name", queue="model_training"
+    )
 
 
 @pytest.fixture(name="trainer")
@@ -118,15 +121,15 @@ def test_the_json_metrics_give_bytes_and_gigabytes(pages: HttpPages) -> None:
         gpu_memory_allocated=12_500_000_000,
         gpu_memory_reserved=20_000_000_000,
     )
-    assert numbers_of(progress, True)["gpu_memory_reserved_gb"] == 20
-    assert numbers_of(progress, True)["gpu_memory_allocated"] == 12_500_000_000
-    assert numbers_of(progress, True)["gpu_memory_allocated_gb"] == 12.5
-    assert numbers_of(progress, False)["gpu_memory_allocated_gb"] == 0
+    assert numbers_of(style_kind(), progress, True)["gpu_memory_reserved_gb"] == 20
+    assert numbers_of(style_kind(), progress, True)["gpu_memory_allocated"] == 12_500_000_000
+    assert numbers_of(style_kind(), progress, True)["gpu_memory_allocated_gb"] == 12.5
+    assert numbers_of(style_kind(), progress, False)["gpu_memory_allocated_gb"] == 0
 
 
 def test_a_local_training_has_the_same_pages() -> None:
     machine = Machine(cuda=True, device="NVIDIA H200", count=1, capability="9.0")
-    pages, condition = local_pages("127.0.0.1", 0, machine, "model")
+    pages, condition = local_pages("127.0.0.1", 0, style_kind(), machine, "model")
     with pages:
         assert ask(pages, "/health") == (
             200,

@@ -409,7 +409,7 @@ def test_a_folder_that_cannot_be_rolled_back_is_replaced_as_a_whole(world: World
     assert kept == OLD
     missing = f"archive/style_{STYLE}/old/loss_curve.png"
     world.s3.delete(STATE, [missing])
-    with world.claim("new") as lease, pytest.raises(StorageError, match="Train the style again"):
+    with world.claim("new") as lease, pytest.raises(StorageError, match="Train again"):
         world.publisher(world.s3).repair(PLACE, "new", lease)
     with world.claim("other") as lease:
         world.publish("other", lease)

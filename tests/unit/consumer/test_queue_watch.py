@@ -229,4 +229,4 @@ def test_each_other_queue_counts_at_most_as_many_messages_as_the_own_one(
     watch.finished(100)
     assert watch.place_at_the_end(5, LLM) == (3, 205.0)
     assert watch.place_at_the_end(5) == (101, 5105.0)
-    assert watch.place_at_the_end(5, Queue.of_base("sdxl")) is None
+    assert watch.place_at_the_end(5, Queue.of_kind("toy")) is None

@@ -14,8 +14,8 @@ from structlog.testing import capture_logs
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer import trainer_process
 from consumer.trainer.trainer_process import TrainerProcess
-from jobs.kinds import Run
-from jobs.style import HyperParameters, StyleKind, TrainerOptions, TrainingRun
+from jobs.kinds import Run, TrainerOptions
+from jobs.style import HyperParameters, StyleKind, TrainingRun
 from utils.confined import Confinement
 from utils.errors import (
     Cancelled,

@@ -104,7 +104,7 @@ def test_the_delay_grows_and_the_last_one_repeats(crashes: int, delay: float) ->
     assert publication.headers == {CRASHES: crashes + 1, PUT_OFFS: 9}
 
 
-@pytest.mark.parametrize("queue", [Queue.ENDINGS, Queue.of_kind("llm"), Queue.of_base("sdxl")])
+@pytest.mark.parametrize("queue", [Queue.ENDINGS, Queue.of_kind("llm"), Queue.of_kind("toy")])
 def test_a_message_comes_back_to_the_queue_that_it_came_from(queue: Queue) -> None:
     (publication,) = broken(ValueError(), Delivery(b"ending", "id", queue=queue)).publish
     assert publication.queue == queue

@@ -69,7 +69,13 @@ def test_a_worker_takes_the_queue_of_each_kind_and_its_sweep_looks_at_that_of_th
     settings = world.settings.model_copy(
         update={"worker": world.settings.worker.model_copy(update=served)}
     )
-    condition = Condition(world.observer, world.shutdown.event, base_model="none", queue="q")
+    condition = Condition(
+        world.observer,
+        world.shutdown.event,
+        first_kind=settings.kinds().of("style"),
+        base_model="none",
+        queue="q",
+    )
     # pylint: disable-next=protected-access
     worker._take_jobs(settings, world.pipeline._desk, condition, Outbox(), None)
     assert queues == [Queue.TRAINING, toys]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from config import Settings, load
-from jobs.kinds import JobKind
+from jobs.kinds import JobKind, Kinds
 from jobs.message import Job, parse
 from utils.errors import InvalidMessage
 
@@ -36,6 +36,11 @@ SETTINGS = make_settings()
 def style_kind(settings: Settings = SETTINGS) -> JobKind:
     """The style kind with the defaults of these settings."""
     return settings.kinds().of("style")
+
+
+def all_kinds(settings: Settings = SETTINGS) -> Kinds:
+    """Every registered kind, with the defaults of these settings."""
+    return settings.kinds(every=True)
 
 
 def flat(**values: Any) -> dict[str, Any]:

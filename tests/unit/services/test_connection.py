@@ -211,7 +211,7 @@ def test_the_queues_are_looked_at_every_few_seconds(clock: Clock) -> None:
 # --- a lane of several queues
 
 LLM = Queue.of_kind("llm")
-SDXL = Queue.of_base("sdxl")
+TOY = Queue.of_kind("toy")
 
 
 class Jobs:
@@ -219,13 +219,13 @@ class Jobs:
 
     def __init__(self, **waiting: int) -> None:
         self.decide: Callable[[Settlement], None] = lambda settlement: None
-        self.lane = Lane((Queue.TRAINING, LLM, SDXL), self._start)
+        self.lane = Lane((Queue.TRAINING, LLM, TOY), self._start)
         self.loop = FakeLoop(self.lane)
         self.broker = self.loop.broker
         self.broker.waiting = {
             Queue.TRAINING: waiting.get("training", 0),
             LLM: waiting.get("llm", 0),
-            SDXL: waiting.get("sdxl", 0),
+            TOY: waiting.get("toy", 0),
         }
 
     def _start(self, _: Delivery, decide: Callable[[Settlement], None]) -> None:
@@ -260,15 +260,15 @@ def test_a_lane_consumes_one_queue_at_a_time() -> None:
 
 
 def test_queues_with_waiting_messages_are_served_in_turn() -> None:
-    assert Jobs(training=9, llm=9, sdxl=9).served(7) == [
-        *("training", "llm", "base.sdxl"),
-        *("training", "llm", "base.sdxl", "training"),
+    assert Jobs(training=9, llm=9, toy=9).served(7) == [
+        *("training", "llm", "toy"),
+        *("training", "llm", "toy", "training"),
     ]
 
 
 def test_an_empty_queue_takes_no_turn() -> None:
-    assert Jobs(training=9, sdxl=2).served(5) == [
-        *("training", "base.sdxl", "training", "base.sdxl", "training")
+    assert Jobs(training=9, toy=2).served(5) == [
+        *("training", "toy", "training", "toy", "training")
     ]
 
 
@@ -293,14 +293,14 @@ def test_a_lane_of_one_queue_keeps_its_consumer_from_job_to_job() -> None:
 def test_an_idle_lane_moves_to_a_queue_with_messages_at_the_next_look(clock: Clock) -> None:
     jobs = Jobs()
     jobs.loop.turn()
-    jobs.broker.waiting[SDXL] = 1
+    jobs.broker.waiting[TOY] = 1
     assert jobs.loop.turn() == []
     clock.now += broker_loop.LOOK_SECONDS
     jobs.loop.turn()
-    assert jobs.loop.turn() == ["unsubscribe training", "subscribe base.sdxl"]
+    assert jobs.loop.turn() == ["unsubscribe training", "subscribe toy"]
     assert jobs.loop.turn() == [], "it has arrived"
     clock.now += broker_loop.LOOK_SECONDS
-    jobs.broker.waiting[SDXL] = 0
+    jobs.broker.waiting[TOY] = 0
     jobs.loop.turn()
     assert jobs.loop.turn() == [], "it rests where it is"
 

@@ -34,12 +34,12 @@ def test_the_queues_are_named_after_the_training_queue() -> None:
         Queue.ENDINGS,
         Queue.DEAD,
         Queue.of_kind("llm"),
-        Queue.of_base("sdxl"),
+        Queue.of_kind("toy"),
     )
     assert [name_of("q", queue) for queue in queues] == [
-        *("q", "q.endings", "q.dead", "q.llm", "q.base.sdxl")
+        *("q", "q.endings", "q.dead", "q.llm", "q.toy")
     ]
-    assert [str(queue) for queue in queues] == ["training", "endings", "dead", "llm", "base.sdxl"]
+    assert [str(queue) for queue in queues] == ["training", "endings", "dead", "llm", "toy"]
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,6 @@ def test_the_queues_are_named_after_the_training_queue() -> None:
 def test_a_kind_has_no_queue_if_its_name_could_mean_another_one(name: str) -> None:
     with pytest.raises(ValueError, match="cannot have a queue"):
         Queue.of_kind(name)
-
-
-@pytest.mark.parametrize("name", ["", "a.b", "SDXL", "x" * 65, "a\n"])
-def test_a_base_family_has_no_queue_if_its_name_cannot_be_part_of_one(name: str) -> None:
-    with pytest.raises(ValueError, match="cannot have a queue"):
-        Queue.of_base(name)
 
 
 def test_the_training_queue_is_the_backends_and_has_no_arguments() -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.style.families.sd15 import BaseModel
 from training.style.results import probe
 from training.style.stand_in_model import build_stand_in

@@ -14,7 +14,8 @@ from torch import Tensor
 from jobs.style import TrainingRun
 from training.runtime.device import one_run_accelerator
 from training.style import recovery, trainer
-from training.style.dataset import Dataset, prepare
+from training.style.dataset import prepare
+from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
 from training.style.objective import denoising_losses
 from training.style.results.report import TrainingResult

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jobs.style import HyperParameters, TrainerOptions
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import same, trained
 from training.runtime.device import gpu_error
@@ -72,7 +73,8 @@ def test_the_base_has_a_name_a_hash_and_a_warning_that_the_cpu_is_slow(
     assert base.name == stand_in.name
     assert len(base.hash) == 64
     assert (base.device.type, base.dtype) == ("cpu", torch.float32)
-    assert ["CPU" in warning for warning in base.warnings] == [True]
+    slow, stand_in_warning = base.warnings
+    assert "CPU" in slow and "stand-in" in stand_in_warning
     assert base.scheduler.config.prediction_type == "epsilon"
     assert not any(weight.requires_grad for weight in base.unet.parameters())
 
@@ -106,7 +108,7 @@ def test_a_model_that_does_not_exist_is_named_with_the_folder_that_was_looked_fo
 ) -> None:
     with pytest.raises(BaseModelUnavailable, match="BASE_MODEL") as caught:
         load(name)
-    assert f"there is no folder {Path(name).absolute()}:" in str(caught.value)
+    assert f"the folder {Path(name).absolute()} does not exist" in str(caught.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_named_with_the_way_out(

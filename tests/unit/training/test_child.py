@@ -21,8 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from jobs.kinds import Run
-from jobs.style import StyleKind, TrainerOptions, TrainingImage, TrainingRun
+from jobs.kinds import Run, TrainerOptions
+from jobs.style import StyleKind, TrainingImage, TrainingRun
 from tests.unit.training.conftest import MakeRun
 from training.runtime.child import Child, failed
 from training.runtime.inbox import Inbox

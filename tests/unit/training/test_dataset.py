@@ -20,7 +20,8 @@ from PIL import Image, ImageCms
 from images.vetting import UnusableImage, Vetted, vet
 from jobs.style import TrainingImage, TrainingRun
 from tests.unit.training.conftest import MakeRun
-from training.style.dataset import Dataset, prepare
+from training.style.dataset import prepare
+from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
 from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
 

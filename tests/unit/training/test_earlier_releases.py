@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from tests.releases import BEFORE_ROOMS, LAST_RELEASE, extract
 from tests.unit.training.runs import same, trained
 from training.style.families.sd15 import BaseModel

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.style import TrainerOptions
+from jobs.kinds import TrainerOptions
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import checkpoints, same, stop_after, trained
 from training.style.checkpoint import load

@@ -17,12 +17,13 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS
-from jobs.style import ATTENTION, HyperParameters, TrainerOptions
+from jobs.kinds import TrainerOptions
+from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, MODEL_FILES, WEIGHTS
+from jobs.style import ATTENTION, HyperParameters
 from training.style.families.lora_config import peft_config
 from training.style.families.sd15 import ADAPTER, BaseModel
 from training.style.results import export
-from training.style.results.lora_formats import MODEL_FILES, lora_layers
+from training.style.results.lora_formats import lora_layers
 from utils.errors import ExportFailed
 
 Tensors = dict[str, torch.Tensor]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.style import HyperParameters, TrainerOptions
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import Weights, checkpoints, in_one_go, lora_of, stop_after, trained
 from training.style import loop_state, objective, trainer

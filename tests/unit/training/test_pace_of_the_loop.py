@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jobs.style import TrainerOptions, TrainingRun
+from jobs.kinds import TrainerOptions
+from jobs.style import TrainingRun
 from tests.unit.training.conftest import MakeRun
 from training.style import loop_state
 from training.style.dataset import prepare

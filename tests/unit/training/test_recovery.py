@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from jobs.style import HyperParameters, TrainerOptions, TrainingImage
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters, TrainingImage
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     checkpoints,

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from jobs.layout import STYLE_FILES
+from jobs.layout import MODEL_FILES, STYLE_FILES
 from jobs.style import HyperParameters, TrainingImage, TrainingRun
-from training.style.dataset import CAPTION_IGNORED, Dataset, ImageReport
+from training.style.dataset import CAPTION_IGNORED
+from training.style.examples import Dataset, ImageReport
 from training.style.families.sd15 import BaseModel
-from training.style.results.lora_formats import MODEL_FILES
 from training.style.results.report import (
     MOST_REASONS,
     TrainingResult,
@@ -119,6 +119,10 @@ def test_each_warning_is_listed_once_from_any_source(
 ) -> None:
     own = ["Few images.", "Twice.", "The batch was halved."]
     assert report["warnings"] == [*base.warnings, *own]
+
+
+def test_a_training_on_a_stand_in_is_labelled_so(report: dict[str, Any]) -> None:
+    assert any("stand-in" in each for each in report["machine_warnings"])
 
 
 def test_the_file_is_strict_json_with_the_artists_own_letters_and_no_local_path(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.style import TrainerOptions, TrainingImage
+from jobs.kinds import TrainerOptions
+from jobs.style import TrainingImage
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     HalfPrecision,

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from jobs.style import TrainingImage, TrainingRun
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import Weights, in_one_go, lora_of, trained
-from training.style.dataset import Dataset, prepare
+from training.style.dataset import prepare
+from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
 from training.style.objective import Chance
 from training.style.plan import Plan

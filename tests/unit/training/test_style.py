@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from training.style.dataset import prepare
 from training.style.families.sd15 import BaseModel
 from training.style.results import preview

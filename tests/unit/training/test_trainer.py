@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from jobs.style import HyperParameters, TrainerOptions
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import (
     HalfPrecision,
@@ -25,7 +26,8 @@ from tests.unit.training.runs import (
     trained,
 )
 from training.style import loop_state, trainer
-from training.style.dataset import Dataset, prepare
+from training.style.dataset import prepare
+from training.style.examples import Dataset
 from training.style.families.sd15 import BaseModel
 from training.style.plan import Plan
 from training.style.trainer import LoRATrainer

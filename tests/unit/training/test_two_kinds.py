@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.kinds import Run
+from jobs.kinds import Run, TrainerOptions
 from jobs.llm import LlmKind, LlmParameters, LlmRun
-from jobs.style import StyleKind, TrainerOptions
+from jobs.style import StyleKind
 from sandbox import stand_in_language_model
 from tests.unit.training.conftest import MakeRun
 from training.runtime.child import Child

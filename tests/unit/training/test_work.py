@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.style import TrainerOptions
+from jobs.kinds import TrainerOptions
 from tests.unit.training.conftest import MakeRun
 from training.style import recovery
 from training.style.families.sd15 import BaseModel

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from jobs.style import HyperParameters, TrainerOptions, TrainingImage, TrainingRun
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters, TrainingImage, TrainingRun
 from utils.errors import REPORTABLE, StopReason
 from utils.events import (
     EVENTS,

@@ -8,8 +8,9 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as classic
 
+from tests.metric_names import exported_names
 from utils.errors import ErrorCode
-from utils.metrics import PREFIX, READINESS, Metrics, exported_names, formats
+from utils.metrics import PREFIX, READINESS, Metrics, formats
 
 SCRAPER = (
     "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from transformers import CLIPTextModel
 
 from jobs import base_models
-from jobs.style import TrainerOptions
+from jobs.kinds import TrainerOptions
 from utils.errors import BaseModelUnavailable, WrongBaseModel
 
 

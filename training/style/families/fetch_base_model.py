@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from jobs.style import TrainerOptions
+from jobs.kinds import TrainerOptions
 from training.style.families.base_files import locate
 
 

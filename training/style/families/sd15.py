@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from jobs.style import HyperParameters, TrainerOptions
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters
 from training.runtime.device import (
     available_bytes,
     choose_device,
@@ -32,10 +33,15 @@ from training.style.families.base_files import (
     locate,
 )
 from training.style.families.lora_config import peft_config
+from training.style.stand_in_model import COMPLETE as STAND_IN
 from utils.errors import BaseModelUnavailable, GpuBroken, TrainingFailed
 
 log = logging.getLogger(__name__)
 
+STAND_IN_WARNING = (
+    "The base model is a stand-in with random weights: images of this model are noise, with or "
+    "without the LoRA."
+)
 ADAPTER = "default"
 """Name of the adapter on the UNet while a run is in hand."""
 
@@ -72,10 +78,11 @@ class BaseModel:
         dtype: torch.dtype,
         checkpointing: str,
         fast: bool = True,
+        warnings: tuple[str, ...] = (),
     ) -> None:
         """Load from a complete local diffusers folder; `load` is the way in."""
         self.name, self.device, self.dtype, self.fast = name, device, dtype, fast
-        self.warnings: tuple[str, ...] = ()
+        self.warnings = warnings
         self.drifted = False
         self._checkpointing = checkpointing
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -107,6 +114,8 @@ class BaseModel:
             options.mixed_precision, allow_cpu=options.allow_cpu
         )
         folder, name = locate(options)
+        if (folder / STAND_IN).is_file():
+            warnings = (*warnings, STAND_IN_WARNING)
         try:
             base = cls(
                 folder,
@@ -115,6 +124,7 @@ class BaseModel:
                 dtype=dtype,
                 checkpointing=options.gradient_checkpointing,
                 fast=options.fast_training,
+                warnings=warnings,
             )
         except Exception as error:
             if out_of_memory(error):
@@ -129,7 +139,6 @@ class BaseModel:
                 "It must be a whole diffusers folder of Stable Diffusion 1.5 with safetensors "
                 "weights; download it again."
             ) from error
-        base.warnings = warnings
         log.info(
             "base_model_loaded",
             extra={"model": name, "device": str(device), "dtype": str(dtype), "hash": base.hash},

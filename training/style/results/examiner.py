@@ -25,7 +25,7 @@ from utils.errors import GpuBroken, StopReason
 
 if TYPE_CHECKING:
     from jobs.style import TrainingRun
-    from training.style.dataset import Dataset
+    from training.style.examples import Dataset
     from training.style.families.sd15 import BaseModel
 
 log = logging.getLogger(__name__)
@@ -128,12 +128,8 @@ class Examiner:
             return
         try:
             if first:
-                state.samples = preview.with_row(
-                    state.samples, preview.WITHOUT_LORA, self._images(with_lora=False)
-                )
-            state.samples = preview.with_row(
-                state.samples, str(state.epoch), self._images(with_lora=True)
-            )
+                state.keep_samples(preview.WITHOUT_LORA, self._images(with_lora=False))
+            state.keep_samples(str(state.epoch), self._images(with_lora=True))
         except Interrupted:
             pass
         except Exception as error:  # pylint: disable=broad-exception-caught  # logged

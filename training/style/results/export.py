@@ -21,10 +21,9 @@ import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import PeftModel
 
-from jobs.layout import ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS
+from jobs.layout import ADAPTER_WEIGHTS, KOHYA_WEIGHTS, MODEL_FILES, WEIGHTS
 from training.style.families.sd15 import ADAPTER
 from training.style.results.lora_formats import (
-    MODEL_FILES,
     Layer,
     kohya_metadata,
     lora_layers,

@@ -35,7 +35,7 @@ from training.style.results import readers
 
 if TYPE_CHECKING:
     from jobs.style import HyperParameters, TrainingRun
-    from training.style.dataset import Dataset
+    from training.style.examples import Dataset
     from training.style.families.sd15 import BaseModel
     from training.style.results.report import TrainingResult
 
@@ -51,7 +51,6 @@ _OF_ANY_FORMAT = (
     *("ss_zero_terminal_snr", "ss_base_model_version", "ss_new_sd_model_hash", "ss_tag_frequency"),
 )
 """Header entries for every file; not the date: the same weights would change their hash daily."""
-MODEL_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, KOHYA_WEIGHTS, WEIGHTS)
 MOST_TAGS = 200
 LONGEST_TAG = 200
 SHOWN_TAGS = 20

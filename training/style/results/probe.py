@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from training.style.dataset import Dataset, Example
+    from training.style.examples import Dataset, Example
     from training.style.families.sd15 import BaseModel
 
 PASSES = 48

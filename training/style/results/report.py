@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from jobs.fields import AUTO_WORD
-from jobs.layout import REPORT
+from jobs.layout import MODEL_FILES, REPORT
 from jobs.style import HyperParameters
 from reports import html_report
 from training.style.dataset import CAPTION_IGNORED
 from training.style.results import readers
-from training.style.results.lora_formats import MODEL_FILES
 from training.style.results.preview import WITHOUT_LORA, row_of, sampled_epochs
 from training.style.results.probe import Probed
 from utils.errors import StopReason
@@ -31,7 +30,7 @@ from utils.names import is_unicode, printable
 
 if TYPE_CHECKING:
     from jobs.style import TrainingRun
-    from training.style.dataset import Dataset
+    from training.style.examples import Dataset
     from training.style.families.sd15 import BaseModel
 
 LONGEST_REASON, MOST_REASONS = 200, 10

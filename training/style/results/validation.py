@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from jobs.style import TrainingRun
-from training.style.dataset import ImageReport, prepare
+from training.style.dataset import prepare
+from training.style.examples import ImageReport
 from training.style.plan import Plan
 from utils.errors import LowQualityData
 

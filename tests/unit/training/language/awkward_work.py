@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from jobs.kinds import TrainerOptions
 from jobs.llm import LlmRun
-from jobs.style import TrainerOptions
 from training.language import trainer
 from training.language.work import LanguageWork
 from utils.errors import DiskFull, StopReason, TrainingFailed

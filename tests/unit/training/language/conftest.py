@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from jobs.kinds import TrainerOptions
 from jobs.llm import LlmParameters, LlmRun
-from jobs.style import TrainerOptions
 from sandbox import stand_in_language_model as stand_in
 from training.language.work import LanguageWork
 

@@ -16,9 +16,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from jobs.kinds import Run
+from jobs.kinds import Run, TrainerOptions
 from jobs.llm import LlmRun
-from jobs.style import TrainerOptions
 from sandbox.stand_in_language_model import write_conversations
 from tests.unit.training.test_child import Process
 from training.language.trainer import passes_of

@@ -9,8 +9,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cli.image_folder import read_folder
-from utils.captions import MAX_CAPTION_BYTES, clean_caption, read_caption
+from cli.training.image_folder import read_folder
+from jobs.captions import MAX_CAPTION_BYTES, clean_caption, read_caption
 
 TEXTS = st.text(st.characters(exclude_categories=("Cc", "Cs", "Cn", "Co")), max_size=200)
 ENCODINGS = st.sampled_from(

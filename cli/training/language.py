@@ -11,8 +11,8 @@ from rich.console import Console
 
 import config
 from cli.program import EXIT_FAILED, EXIT_INTERRUPTED, console, on_stop_signals
-from cli.train import train_conversations
-from cli.train_command import Bar
+from cli.training.local import train_conversations
+from cli.training.style import Bar
 from consumer.life.stop_signal import StopSignal
 from conversations.intake import Intake, take_in
 from conversations.reading import UnreadableFile

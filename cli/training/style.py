@@ -14,7 +14,7 @@ from rich.text import Text
 
 import config
 from cli.program import EXIT_FAILED, EXIT_INTERRUPTED, console, on_stop_signals
-from cli.train import folder_run, train_folder
+from cli.training.local import folder_run, train_folder
 from consumer.life.stop_signal import StopSignal
 from jobs.layout import HTML_REPORT, LOSS_CURVE, SAMPLES, STYLE, WEIGHTS
 from jobs.style import HyperParameters
@@ -27,7 +27,7 @@ from utils.settings.groups import LogSettings
 from utils.wording import counted
 
 if TYPE_CHECKING:
-    from training.style.dataset import ImageReport
+    from training.style.examples import ImageReport
     from training.style.results.validation import Validation
 
 

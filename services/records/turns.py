@@ -1,4 +1,4 @@
-"""Runs of one style take turns at publishing: a lease for each style's folder.
+"""Jobs that publish into one folder take turns: a lease for each folder.
 
 A folder of several files cannot be replaced in one act, so two publishers at once would mix their
 files. The turn is a record like a job's (`jobs.hold`), at the key `jobs.layout.Place.turn`. From
@@ -29,7 +29,7 @@ _PAUSE_SECONDS = 0.5
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReplacedFile:
-    """A file that the style's folder had before a publication.
+    """A file that the folder had before a publication.
 
     Attributes:
         name: Its name in the folder.
@@ -67,8 +67,8 @@ class Replacement:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Turn(HeldRecord):
-    """The job that publishes into a style's folder.
+class PublishingTurn(HeldRecord):
+    """The job that publishes into a folder.
 
     Attributes:
         task_id: The job that publishes, or published last; for people.
@@ -80,8 +80,8 @@ class Turn(HeldRecord):
     replacement: Replacement | None = later(None)
 
 
-class StyleTurns:
-    """Every style's turn, as one worker sees them.
+class Turns:
+    """Every folder's turn, as one worker sees them.
 
     Args:
         s3: The storage. Its time-outs are well within the lease.
@@ -97,8 +97,8 @@ class StyleTurns:
         self._lease_seconds = lease_seconds
         self._expiry = Expiry()
 
-    def read(self, key: str) -> Turn | None:
-        """The style's present turn, by one request; None if the style was never published.
+    def read(self, key: str) -> PublishingTurn | None:
+        """The folder's present turn, by one request; None if nothing was published into it.
 
         Raises:
             StorageError: S3 cannot be used.
@@ -107,7 +107,9 @@ class StyleTurns:
         return version.record if version else None
 
     @contextlib.contextmanager
-    def take(self, key: str, task_id: str, check: Callable[[], None]) -> Iterator[Lease[Turn]]:
+    def take(
+        self, key: str, task_id: str, check: Callable[[], None]
+    ) -> Iterator[Lease[PublishingTurn]]:
         """Wait for the turn and hold it while the block runs.
 
         A note that a dead publisher left in the turn is still there when the block begins.
@@ -130,12 +132,12 @@ class StyleTurns:
                         within=self._lease_seconds / 2,
                     )
 
-    def _target(self, key: str) -> RecordObject[Turn]:
-        return RecordObject(self._s3, S3Location(self._bucket, key), Turn)
+    def _target(self, key: str) -> RecordObject[PublishingTurn]:
+        return RecordObject(self._s3, S3Location(self._bucket, key), PublishingTurn)
 
     def _wait_for(
-        self, target: RecordObject[Turn], task_id: str, check: Callable[[], None]
-    ) -> Lease[Turn]:
+        self, target: RecordObject[PublishingTurn], task_id: str, check: Callable[[], None]
+    ) -> Lease[PublishingTurn]:
         waiting = False
         while True:
             check()
@@ -151,9 +153,9 @@ class StyleTurns:
                 log.info("waiting_for_turn", publisher=version.record.task_id)
             time.sleep(_PAUSE_SECONDS * random.uniform(0.5, 1.0))
 
-    def _taken(self, turn: Turn | None, task_id: str) -> Turn:
+    def _taken(self, turn: PublishingTurn | None, task_id: str) -> PublishingTurn:
         if turn is None:
             hold = Hold(owner=self._owner, claim=1, lease_seconds=self._lease_seconds)
-            return Turn(hold=hold, task_id=task_id)
+            return PublishingTurn(hold=hold, task_id=task_id)
         hold = turn.hold.taken(self._owner, self._lease_seconds)
         return dataclasses.replace(turn, hold=hold, task_id=task_id)

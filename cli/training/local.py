@@ -9,20 +9,20 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cli.image_folder import ImageFolder, read_folder
+from cli.training.image_folder import ImageFolder, read_folder
 from config import LocalSettings
 from consumer.life.stop_signal import StopSignal
 from consumer.trainer.machine import Machine, require_fit
 from consumer.trainer.trainer_process import TrainerProcess
 from jobs import base_models
+from jobs.addresses import AddressRules
 from jobs.checkpoint_name import order
 from jobs.fields import Auto
-from jobs.kinds import Run
+from jobs.kinds import JobKind, Kinds, Run
 from jobs.layout import CURVES, REPORT, STYLE, STYLE_FILES
 from jobs.llm import LlmKind, LlmRun
 from jobs.style import (
     HyperParameters,
-    StyleKind,
     StyleOptions,
     TrainingImage,
     TrainingRun,
@@ -39,6 +39,7 @@ log = get_logger(__name__)
 MADE = frozenset(STYLE_FILES)
 """The files that a training writes into its output folder."""
 
+_NO_BUCKETS = AddressRules("", ())
 _WORK = ".training"
 _TEMPORARY = "tmp"
 _MANIFEST = "manifest.json"
@@ -137,7 +138,7 @@ def train_folder(
         tensorboard=options.tensorboard,
         notes=run.notes + held_out.notes,
     )
-    finished = _run(run, settings, machine, on_event, stop)
+    finished = _run(STYLE, run, settings, machine, on_event, stop)
     if not finished.stopped:
         _hand_over(finished, output)
         _hand_over_curves(work / CURVES, output / CURVES)
@@ -175,7 +176,7 @@ def train_conversations(
     _make_folder(work, output, emptied=not resume)
     resume_from = _newest_checkpoint(work) if resume else None
     run = dataclasses.replace(run, work_folder=str(work), resume_from=resume_from)
-    finished = _run(run, settings, machine, on_event, stop, LlmKind.runner)
+    finished = _run(LlmKind.name, run, settings, machine, on_event, stop)
     if not finished.stopped:
         _hand_over(finished, output)
         shutil.rmtree(work, ignore_errors=True)
@@ -183,27 +184,27 @@ def train_conversations(
 
 
 def _run(
+    kind_name: str,
     run: TrainingRun | LlmRun,
     settings: LocalSettings,
     machine: Machine,
     on_event: Callable[[Event], None],
     stop: StopSignal,
-    runner: str = StyleKind.runner,
 ) -> Finished:
+    kind = Kinds({}, addresses=_NO_BUCKETS).of(kind_name)
     work = Path(run.work_folder)
-    shared = runner == LlmKind.runner
-    processes = settings.trainer.processes_on(machine.count) if shared else 1
+    processes = settings.trainer.processes_on(machine.count) if kind.shares_gpus else 1
     environment = settings.trainer_environment(processes=processes)
     trainer = TrainerProcess(
-        dataclasses.replace(settings.trainer_options(processes=processes), runner=runner),
+        dataclasses.replace(settings.trainer_options(processes=processes), runner=kind.runner),
         environment | {"TMPDIR": str(work / _TEMPORARY)},
         stall_seconds=settings.trainer.stall_seconds,
         secrets=settings.secrets(),
         confinement=settings.trainer_confinement(work, processes=processes),
     )
     try:
-        with _pages(settings, machine, on_event) as see:
-            return trainer.run(Run.of(run, runner, {}), see, stop, max_seconds=float("inf"))
+        with _pages(kind, settings, machine, on_event) as see:
+            return trainer.run(Run.of(run, kind.runner, {}), see, stop, max_seconds=float("inf"))
     except TrainingServerError:
         if _newest_checkpoint(work) is None:  # nothing to continue from
             shutil.rmtree(work, ignore_errors=True)
@@ -214,7 +215,10 @@ def _run(
 
 @contextlib.contextmanager
 def _pages(
-    settings: LocalSettings, machine: Machine, on_event: Callable[[Event], None]
+    kind: JobKind,
+    settings: LocalSettings,
+    machine: Machine,
+    on_event: Callable[[Event], None],
 ) -> Iterator[Callable[[Event], None]]:
     """Serve the HTTP pages if `HTTP_PORT` is set; training does not depend on them.
 
@@ -229,7 +233,11 @@ def _pages(
 
     try:
         pages, condition = local_pages(
-            settings.pages.http_host, settings.pages.http_port, machine, settings.trainer.base_model
+            settings.pages.http_host,
+            settings.pages.http_port,
+            kind,
+            machine,
+            settings.trainer.base_model,
         )
     except ConfigurationError as error:
         log.warning("pages_not_served", reason=str(error))

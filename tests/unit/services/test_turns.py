@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from services.records import style_turn
-from services.records.style_turn import StyleTurns
+from services.records import turns as turns_module
+from services.records.turns import Turns
 from tests.memory_s3 import MemoryS3
 from utils.errors import LeaseLost
 
@@ -31,7 +31,7 @@ class Clock:
 @pytest.fixture(name="clock")
 def _clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(style_turn, "time", clock)
+    monkeypatch.setattr(turns_module, "time", clock)
     return clock
 
 
@@ -40,8 +40,8 @@ def _s3() -> MemoryS3:
     return MemoryS3()
 
 
-def turns(s3: MemoryS3, owner: str = "one") -> StyleTurns:
-    return StyleTurns(s3, "state", owner=owner, lease_seconds=60.0)
+def turns(s3: MemoryS3, owner: str = "one") -> Turns:
+    return Turns(s3, "state", owner=owner, lease_seconds=60.0)
 
 
 def fine() -> None:

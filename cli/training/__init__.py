@@ -1,0 +1,1 @@
+"""`main.py train`: training on this machine, without other servers."""
