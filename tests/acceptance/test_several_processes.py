@@ -58,14 +58,14 @@ def processes(worker: WorkerProcess) -> list[psutil.Process]:
 def test_the_job_survives_the_death_of_a_process_and_completes(
     world: World, worker: WorkerProcess
 ) -> None:
-    publish(world, "task-two", max_steps=300)
+    publish(world, "task-two", max_steps=150)
     until(lambda: world.keys(world.state, "checkpoints/llm/task-two/"))
     first, second = processes(worker)
     assert Pages(worker).metric("trainer_processes") == 2
     second.send_signal(signal.SIGKILL)
     kind, body = world.ending("task-two")
     assert kind == "complete", body
-    assert body["metadata"]["training_steps"] == 300
+    assert body["metadata"]["training_steps"] == 150
     metric = body["training_metric"]
     assert metric["perplexity_after"] < metric["perplexity_before"]
     (retry,) = log_lines(worker, "job_will_be_tried_again")

@@ -49,7 +49,7 @@ class Runner(Protocol):
         is_usable: False when the process must be replaced before the next run.
         on_gpu: Whether the base model is loaded and on a GPU.
         shares_runs: Whether several processes can do one run together (see
-            `training.runtime.team`). Otherwise process 0 does its runs alone.
+            `training.runtime.team`). Otherwise only process 0 does its runs.
     """
 
     run_type: type[Any]

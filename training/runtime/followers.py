@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[2]
 ENDING_SECONDS = 30.0
-"""Endings of the processes of one run lie at most this far apart."""
+"""The processes of one run end it within this time of each other."""
 _DEATH_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 
@@ -69,8 +69,8 @@ class Followers:
 
     Args:
         options: The options of process 0.
-        give_up: Called in a thread if a process has died and process 0 cannot end its run, or has
-            none: with a failure that names the process. Its task id is empty if there is no run.
+        give_up: Called in a thread if a process has died or failed, and process 0 does not end the
+            run or has none: with the failure. Its task id is empty if there is no run.
     """
 
     def __init__(self, options: TrainerOptions, give_up: Callable[[Failed], None]) -> None:
@@ -126,31 +126,37 @@ class Followers:
     def _trouble(self, task_id: str) -> Failed | None:
         """The death of a process, or a failure that is no consequence of another one."""
         if lost := self._lost():
-            return _death(lost, task_id)
+            return Failed(task_id, _CRASHED, lost.cause_of_death(), trainer_usable=False)
         failures = [each.ending for each in self._each if isinstance(each.ending, Failed)]
         own = (f for f in failures if f.message != PEER_FAILED and f.error != _CRASHED)
         return next(own, None)
 
+    def _in_trouble(self) -> bool:
+        return self._lost() is not None or bool(self._run and self._trouble(""))
+
     def _watch(self) -> None:
-        """Give up if a follower has died and process 0 does not end its run by itself."""
+        """Give up if a follower has died or failed, and process 0 does not end its run by itself.
+
+        Process 0 may wait for that follower.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._lost() is not None)
-            had_run = self._run is not None
-            if self._changed.wait_for(lambda: self._run is None, timeout=_DEATH_SECONDS):
-                if had_run:
-                    return  # `settle` reports it
-            self._given_up = True
-            task_id = self._run.task_id if self._run else ""
-            lost = self._lost()
-        assert lost is not None
-        self._give_up(_death(lost, task_id))
+            while not self._given_up:
+                self._changed.wait_for(self._in_trouble)
+                run = self._run
+                if run and self._changed.wait_for(
+                    lambda run=run: self._run is not run,  # type: ignore[misc]
+                    timeout=_DEATH_SECONDS,
+                ):
+                    if self._lost():
+                        return  # `settle` reports it
+                    continue
+                self._given_up = True
+            trouble = self._trouble(run.task_id if run else "")
+        assert trouble is not None
+        self._give_up(dataclasses.replace(trouble, trainer_usable=False))
 
 
 _CRASHED = WorkerCrashed.__name__
-
-
-def _death(lost: _Follower, task_id: str) -> Failed:
-    return Failed(task_id, _CRASHED, lost.cause_of_death(), trainer_usable=False)
 
 
 class _Follower:

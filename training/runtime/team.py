@@ -2,7 +2,7 @@
 
 Every process of a team runs the same code on the same data, one to a GPU. They exchange three
 things: votes, sums and hashes. Every exchange begins with a vote, so that a process that has failed
-can say so, and no process waits for one that will not come. Process 0 alone has the desk's pipe.
+can report it, and no process waits for one that will not come. Only process 0 has the desk's pipe.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Team:
-    """The processes that train a run together; without arguments, one process alone.
+    """The processes that train a run together; without arguments, a single process.
 
     Attributes:
         rank: Number of this process, from 0.
@@ -119,7 +119,9 @@ class Team:
         except (Stopped, PeerFailed, TeamBroken):
             raise  # all processes know
         except Exception:
-            if self.size > 1:
+            # With FSDP the others may be in a forward pass, which no vote ends. The process that
+            # has failed reports it, and process 0 ends the run for all.
+            if self.size > 1 and not self.shards:
                 with contextlib.suppress(TeamBroken):
                     self._vote(_FAILED)
             raise

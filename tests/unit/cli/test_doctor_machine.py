@@ -51,7 +51,7 @@ def test_more_processes_than_gpus_are_a_problem(
     gpu = Machine(cuda=gpus > 0, device="a GPU", count=gpus, capability="8.0")
     monkeypatch.setattr(machine, "check_machine", lambda _: gpu)
     monkeypatch.setattr(machine, "_gpu_memory", lambda: iter(()))
-    trainer = TrainerSettings(trainer_processes=wanted)  # type: ignore[arg-type]  # read from a text
+    trainer = TrainerSettings.model_validate({"trainer_processes": wanted})
     found = machine.examine_gpu({}, allow_cpu=True, processes=trainer.processes_on)
     verdicts = [each.verdict for each in found if each.check == "TRAINER_PROCESSES"]
     assert verdicts == ([verdict] if verdict else [])

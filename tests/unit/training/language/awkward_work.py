@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from jobs.kinds import TrainerOptions
 from jobs.llm import LlmRun
 from training.language import trainer
 from training.language.work import LanguageWork
-from utils.errors import DiskFull, StopReason
+from utils.errors import DiskFull, StopReason, TrainingFailed
 from utils.events import Finished
 
 FAULTY_STEP = 2
@@ -66,5 +67,10 @@ def _happen(fault: str, training: Any, rows: int) -> None:
         case "drift":
             with torch.no_grad():
                 next(iter(training.weights.values())).add_(1e-7)
+        case "shares":
+            model = training._model.get_base_model()
+            base = [w for w in model.parameters() if not w.requires_grad]
+            held = sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in base)
+            raise TrainingFailed(f"Of {sum(w.numel() for w in base)} weights {held} are here.")
         case "slow":
             time.sleep(3.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -34,10 +35,10 @@ ROUNDING = 2e-5
 """Largest difference between the adapters of two processes and of one, after 20 steps."""
 
 
-def start(log: Path) -> Process:
+def start(log: Path, *, fsdp: bool = False) -> Process:
     """A trainer of two processes."""
-    options = TrainerOptions("none", allow_cpu=True, runner=RUNNER, processes=2, stall_seconds=60)
-    return Process(options, log)
+    options = TrainerOptions("none", allow_cpu=True, runner=RUNNER, processes=2, fsdp=fsdp)
+    return Process(dataclasses.replace(options, stall_seconds=60.0), log)
 
 
 @pytest.fixture(scope="module", name="warm")
@@ -58,6 +59,17 @@ def _two(warm: dict[str, Process], tmp_path: Path) -> Process:
 @pytest.fixture(autouse=True)
 def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+@pytest.fixture(name="make_run")
+def _with_one_prompt(make_run: MakeRun) -> MakeRun:
+    """Makes runs that generate few answers."""
+
+    def make(folder: str, resume_from: str | None = None, **parameters: Any) -> LlmRun:
+        run = make_run(folder, resume_from, **parameters)
+        return dataclasses.replace(run, prompts=("Who are you?",))
+
+    return make
 
 
 @pytest.fixture(name="data")
@@ -261,3 +273,40 @@ def test_no_process_is_left_behind(
     two.process.wait(10)
     assert gone(follower)
     del tmp_path, warm
+
+
+@pytest.fixture(scope="module", name="sharing")
+def _sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A trainer whose two processes share the weights of the base out."""
+    process = start(tmp_path_factory.mktemp("sharing") / "log", fsdp=True)
+    yield process
+    process.close()
+
+
+def test_a_base_that_is_shared_out_trains_as_a_whole_one(
+    sharing: Process, make_run: MakeRun
+) -> None:
+    same = {"dropout": 0.0, "max_steps": 10, "gradient_accumulation_steps": 1, "batch_size": 7}
+    one = alone(make_run("one", **same))
+    first = done(sharing, make_run("first", **same))
+    again = done(sharing, make_run("again", **same))  # on the warm base
+    assert furthest(weights(one), weights(first)) < ROUNDING
+    assert furthest(weights(first), weights(again)) == 0.0
+    assert report(first)["evaluation"]["before"]["loss"] == pytest.approx(
+        report(one)["evaluation"]["before"]["loss"], abs=1e-5
+    )
+    assert "base_model_changed" not in sharing.log.read_text()
+
+
+def test_a_quantised_base_is_not_shared_out(sharing: Process, make_run: MakeRun) -> None:
+    failed = done(sharing, make_run("run", quantization="4bit"))
+    assert isinstance(failed, Failed)
+    assert "TRAINER_FSDP=true cannot share out a base model in 4bit" in failed.message
+
+
+def test_each_process_has_its_share_of_the_base_only(sharing: Process, make_run: MakeRun) -> None:
+    shown = done(sharing, dataclasses.replace(make_run("run"), task_id="shares-1"))
+    assert isinstance(shown, Failed)
+    whole, held = map(int, re.findall(r"\d+", shown.message))
+    assert held <= 0.52 * whole
+    assert not shown.trainer_usable  # the other process waits in a forward pass
