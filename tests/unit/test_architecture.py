@@ -49,6 +49,7 @@ NEUTRAL = {"main", "config", "consumer", "services", "utils"}
 COMMANDS_OF_A_KIND = (
     *("cli/training/*.py", "cli/inspect.py", "cli/up.py"),
     *("cli/commands.py", "cli/actions.py", "cli/doctor/base_model.py"),
+    "cli/doctor/language_models.py",
     *("cli/jobs/order.py", "cli/jobs/styles.py", "cli/jobs/redrive.py"),
 )
 WORDS_OF_KINDS = {

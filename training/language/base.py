@@ -15,14 +15,12 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
-from jobs.llm import LlmRun
+from jobs.llm import BYTES_OF_A_PARAMETER, LlmRun
 from training.runtime.device import choose_device
 from training.runtime.team import ALONE, Team
 from utils.errors import BaseModelGated, BaseModelUnavailable, GpuOutOfMemory
 from utils.wording import spoken
 
-BYTES = {"none": 2.0, "8bit": 1.1, "4bit": 0.6}
-"""Bytes of one parameter of the base on a GPU, rounded up for scales and unquantised layers."""
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*")
 
 
@@ -190,7 +188,11 @@ def predicted_bytes(folder: Path, run: LlmRun, quantization: str, *, cuda: bool)
         hidden = int(config.get("hidden_size", 0))
         layers = int(config.get("num_hidden_layers", 0))
         vocabulary = int(config.get("vocab_size", 0))
-        each = BYTES[quantization] if cuda else {"none": 4.0}.get(quantization, BYTES[quantization])
+        each = (
+            BYTES_OF_A_PARAMETER[quantization]
+            if cuda
+            else {"none": 4.0}.get(quantization, BYTES_OF_A_PARAMETER[quantization])
+        )
         weights = parameters_in(folder) * each
         modules = (
             7
@@ -218,7 +220,7 @@ def refuse_too_large(
     """
     cuda = device.type == "cuda"
     needed = predicted_bytes(folder, run, quantization, cuda=cuda)
-    base = parameters_in(folder) * (BYTES[quantization] if cuda else 4.0)
+    base = parameters_in(folder) * (BYTES_OF_A_PARAMETER[quantization] if cuda else 4.0)
     free = torch.cuda.mem_get_info(device)[0] if cuda else _free_memory() // processes
     if free and base > free:
         raise GpuOutOfMemory(
