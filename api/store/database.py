@@ -170,7 +170,7 @@ def _engine(url: str) -> Engine:
 
 
 def _ping_if_idle(dialect: Dialect, connection: Any, record: Any, _proxy: object) -> None:
-    """Replace a connection that broke while nobody used it. A ping each time costs a round trip."""
+    """Replace a connection that broke while it was idle. A ping each time costs a round trip."""
     idle = time.monotonic() - record.info.get(_USED_AT, -math.inf)
     if idle < PING_AFTER_SECONDS:
         return

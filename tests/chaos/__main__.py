@@ -16,6 +16,7 @@ from tests.chaos.crash_points import API_POINTS, POINTS, STOP_POINTS
 from tests.chaos.reference import Destiny
 from tests.chaos.schedule import WITHOUT_API, Kind
 from tests.chaos.suite import Outcome, Plan, run
+from tests.chaos.timing import LLM, QUEUES, STYLE
 
 _MUTANTS_FOLDER = Path(tempfile.gettempdir()) / "chaos-mutants"
 """Always the same, so that a run that was cut off goes on."""
@@ -30,6 +31,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--with-api", action="store_true", help="order over the API, and break it too"
+    )
+    parser.add_argument(
+        "--kinds", default=STYLE, help=f"of jobs, separated by commas: {STYLE}, {LLM}"
     )
     parser.add_argument("--queue-type", choices=("classic", "quorum"), default="classic")
     parser.add_argument("--workers", type=int, default=3, help="at a time; the last with --once")
@@ -93,6 +97,7 @@ def _plan(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Plan:
         stop_points=stops,
         api_points=api_points,
         with_api=parsed.with_api,
+        job_kinds=_job_kinds(parser, parsed.kinds),
         destinies=destinies,
         demand=parsed.faults >= len(kinds) and not parsed.real_trainer,
         mutant=parsed.mutant,
@@ -102,6 +107,13 @@ def _plan(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Plan:
         epochs=tuple(parsed.epochs),
         settle_seconds=parsed.settle_seconds,
     )
+
+
+def _job_kinds(parser: argparse.ArgumentParser, words: str) -> tuple[str, ...]:
+    names = tuple(words.split(","))
+    if STYLE not in names or not set(names) <= set(QUEUES):
+        parser.error(f"--kinds: must be {STYLE}, or {STYLE},{LLM}")
+    return names
 
 
 def chosen(

@@ -15,7 +15,7 @@ from tests.chaos.reference import MAX_ATTEMPTS, Destiny
 from tests.chaos.schedule import OF_API, Fault, Kind
 from tests.chaos.service_faults import ServiceFaults
 from tests.chaos.time_line import TimeLine
-from tests.chaos.timing import ATTEMPTS_TO_SPARE, DEAD_QUEUE, QUEUE
+from tests.chaos.timing import ATTEMPTS_TO_SPARE, DEAD_QUEUE, QUEUE, QUEUES
 from tests.chaos.with_api.faults import ApiFaults
 from tests.chaos.world import Message, World, task_of
 
@@ -246,7 +246,7 @@ class Injector(ProcessFaults):
         if fault.kind is Kind.DEAD_QUEUE_DELETED:
             in_time(lambda: bool(self._world.waiting().get(DEAD_QUEUE)))
             return DEAD_QUEUE
-        own = [name for name in self._world.queues() if name not in (QUEUE, DEAD_QUEUE)]
+        own = [name for name in self._world.queues() if name not in (*QUEUES.values(), DEAD_QUEUE)]
         holding: list[str] = []
 
         def holds() -> bool:

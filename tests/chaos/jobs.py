@@ -18,8 +18,9 @@ from jobs.record import derived_task_id
 from tests.chaos.fates import SEEDS
 from tests.chaos.journal import Journal
 from tests.chaos.reference import OVER_API, Destiny
-from tests.chaos.timing import MAX_JOB_BYTES, MEDIA
+from tests.chaos.timing import LLM, LLM_BASE, MAX_JOB_BYTES, MEDIA, STYLE
 from tests.chaos.with_api.clients import Orders, Steering
+from tests.chaos.with_api.ground import CONVERSATION
 from tests.chaos.world import World
 
 _FIRST_ORDER = datetime.datetime(2026, 1, 20, 10, tzinfo=datetime.UTC)
@@ -40,7 +41,13 @@ _ANSWERED = (
     *(Destiny.REFUSED_REDRIVEN, Destiny.NOT_FOUND, Destiny.RECORD_DAMAGED),
 )
 """Destinies that the suite brings about while the job runs."""
-LONG_EPOCHS = 60
+_ONLY_STYLES = (
+    *(Destiny.NO_ID, Destiny.ORDERED_TWICE, Destiny.INVALID, Destiny.TOO_LARGE),
+    *(Destiny.CANCEL_PUBLISHING, Destiny.GIVEN_UP),
+)
+"""Destinies that need the message of a style."""
+_CONVERSATIONS = "training/conversations.jsonl"
+LONG_EPOCHS = 50
 """Of a job that is to be cancelled: it must not complete before anybody can cancel it."""
 HUGE = "training/huge.jpg"
 HUGE_BYTES = 3_000_000
@@ -56,6 +63,8 @@ class Job:
         body: The message.
         again: It is the second order of the same message.
         over_api: It was ordered over the API.
+        kind: The kind of job.
+        subject: The name of the language model that it makes; empty for a style.
     """
 
     task_id: str
@@ -65,6 +74,8 @@ class Job:
     destiny: Destiny = Destiny.PLAIN
     again: bool = False
     over_api: bool = False
+    kind: str = STYLE
+    subject: str = ""
 
     @property
     def valid(self) -> bool:
@@ -146,14 +157,14 @@ class Jobs:
         if times > 1:
             self._world.destined.read_late[job.task_id] = times
         headers = _LARGE_HEADERS if job.destiny in _WITH_LARGE_HEADERS else None
-        self._world.publish(job.body, times, headers)
+        self._world.publish(job.body, times, headers, kind=job.kind)
         self.journal.note("published", task=job.task_id, destiny=job.destiny, times=times)
         return job
 
     def _order(self, orders: Orders, number: int, job: Job) -> Job:
         """Order a job over the API. One whose order took long is to complete."""
         parameters = json.loads(job.body)["data"]["parameters"]
-        row, was_soon = orders.order(parameters, f"order-{number:04d}")
+        row, was_soon = orders.order(job.kind, parameters, f"order-{number:04d}")
         destiny = job.destiny
         if not was_soon and destiny in _ANSWERED:
             destiny = Destiny.PLAIN
@@ -162,6 +173,7 @@ class Jobs:
             job,
             task_id=row.job_id,
             style_id=row.number or 0,
+            subject=row.subject if job.kind == LLM else "",
             body=row.message,
             destiny=destiny,
             over_api=True,
@@ -219,13 +231,13 @@ class Jobs:
                 job
                 for job in self.published
                 if job.valid and job.destiny not in _WITHOUT_ID
-                # The API alone decides when a job of its own goes to the workers.
+                # The API decides when one of its jobs goes to the workers.
                 and (not job.over_api or job.record_id in records)
             ]
             if not named:
                 return None
             job = named[which % len(named)]
-        self._world.publish(job.body)
+        self._world.publish(job.body, kind=job.kind)
         self.journal.note("published", task=job.task_id, destiny=job.destiny, times=1)
         return job
 
@@ -245,8 +257,10 @@ class Jobs:
         lost = [job for job in lost if held is None or job.body in held]
         waits = self._world.with_the_api()
         lost = [job for job in lost if job.task_id not in waits]
+        if held is None:  # only the queue of styles is deleted with unknown messages
+            lost = [job for job in lost if job.kind == STYLE]
         for job in lost:
-            self._world.publish(job.body)
+            self._world.publish(job.body, kind=job.kind)
         return [job.task_id for job in lost]
 
     def _next_destiny(self, number: int) -> Destiny:
@@ -278,14 +292,36 @@ class Jobs:
                 epochs = LONG_EPOCHS
             case Destiny.CANCEL_PUBLISHING:
                 # Of a style that has a model, so that a mixture would be seen.
-                style_id, epochs = self.published[0].style_id if self.published else 101, 2
+                styles = [job.style_id for job in self.published if job.kind == STYLE]
+                style_id, epochs = (styles or [101])[0], 2
             case Destiny.TOO_LARGE:
                 images = [f"s3://{MEDIA}/{HUGE}"] * (MAX_JOB_BYTES // HUGE_BYTES + 2)
         if destiny in SEEDS:
             parameters["seed"] = SEEDS[destiny]
+        if LLM in self._world.kinds and number % 2 and destiny not in _ONLY_STYLES:
+            return self._language_job(number, destiny, parameters | {"epochs": epochs})
         name = None if destiny in _WITHOUT_ID else f"job-{number:04d}"
         body = self._message(number, name, style_id, parameters | {"epochs": epochs}, images)
         return Job(name or derive_task_id(body), style_id, epochs, body, destiny)
+
+    def _language_job(self, number: int, destiny: Destiny, parameters: dict[str, Any]) -> Job:
+        subject, name = f"model-{number}", f"job-{number:04d}"
+        data = {
+            "subject": subject,
+            "base_model": LLM_BASE,
+            "training_file": f"s3://{MEDIA}/{_CONVERSATIONS}",
+            "parameters": parameters,
+        }
+        message = {
+            "task_id": name,
+            "type": "llm_training",
+            "data": data,
+            "webhook_url": f"{self._world.backend_url}/api/webhooks/training/complete",
+            "created_at": (_FIRST_ORDER + datetime.timedelta(seconds=number)).isoformat(),
+        }
+        epochs = int(parameters["epochs"])
+        body = json.dumps(message).encode()
+        return Job(name, 0, epochs, body, destiny, kind=LLM, subject=subject)
 
     def _message(
         self,
@@ -313,6 +349,7 @@ class Jobs:
         keys = [f"training/{number}.jpg" for number in range(2)]
         for key in keys:
             self._world.s3.put_object(Bucket=MEDIA, Key=key, Body=_IMAGE)
+        self._world.s3.put_object(Bucket=MEDIA, Key=_CONVERSATIONS, Body=CONVERSATION)
         self._world.s3.put_object(Bucket=MEDIA, Key=HUGE, Body=b"x" * HUGE_BYTES)
         return [f"s3://{MEDIA}/{key}" for key in keys]
 

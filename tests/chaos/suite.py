@@ -45,7 +45,7 @@ from tests.chaos.reference import Destiny
 from tests.chaos.schedule import WITHOUT_API, Fault, Kind
 from tests.chaos.settling import Patience, empty_queues, settle
 from tests.chaos.time_line import TimeLine
-from tests.chaos.timing import MEDIA
+from tests.chaos.timing import MEDIA, STYLE
 from tests.chaos.verdict import Evidence, Verdict
 from tests.chaos.watcher import Watcher
 from tests.chaos.with_api.play import ApiPlay
@@ -77,6 +77,7 @@ class Plan:
         one_style: All jobs are of one style.
         once: Whether the last worker runs with `--once`.
         mutant: The change in the workers or the API (`tests.chaos.mutants`).
+        job_kinds: The kinds of jobs.
         with_api: Jobs are ordered over the API, which breaks too.
     """
 
@@ -102,6 +103,7 @@ class Plan:
     one_at_a_time: bool = False
     mutant: str | None = None
     with_api: bool = False
+    job_kinds: tuple[str, ...] = (STYLE,)
 
     @property
     def upgrades(self) -> bool:
@@ -176,6 +178,7 @@ class _Played:
     broken: list[str]
 
 
+# pylint: disable-next=too-many-locals  # one for each part of the suite
 def _play(plan: Plan, world: World, jobs: Jobs, line: TimeLine, old_tree: Path | None) -> _Played:
     with (
         _workers(plan, world) as fleet,
@@ -234,6 +237,7 @@ def _world(plan: Plan, hits: Hits) -> contextlib.AbstractContextManager[World]:
         queue_type=plan.queue_type,
         lease=plan.lease,
         hits=hits,
+        kinds=plan.job_kinds,
         api=(("--mutant", plan.mutant) if plan.mutant else ()) if plan.with_api else None,
     )
 

@@ -28,12 +28,16 @@ from tests.chaos.timing import (
     CHECKPOINT_INTERVAL,
     ENDING_DELAYS,
     GRACE_SECONDS,
+    LLM,
+    LLM_BASE,
     LONGEST_FREEZE_IN_LEASES,
     MAX_JOB_BYTES,
     MEDIA,
     QUEUE,
+    QUEUES,
     RETRY_DELAYS,
     STATE,
+    STYLE,
     WINDOW_SECONDS,
 )
 from tests.chaos.windows import BackendMood, FaultyS3
@@ -68,7 +72,7 @@ _DAMAGED: dict[str, Any] = {
 """Stands for a record that cannot be read."""
 
 
-class World:
+class World:  # pylint: disable=too-many-public-methods  # one for each observation
     """Servers and proxies; made by `running`.
 
     Attributes:
@@ -82,9 +86,11 @@ class World:
         sweep_allowed: Records that the sweep may publish; the others must need no sweep.
         queue_type: Type of the training queue.
         api: The API with its database; None in a run without one.
+        kinds: The kinds of jobs.
     """
 
     api: ApiGround | None = None
+    kinds: tuple[str, ...] = (STYLE,)
 
     def __init__(
         self,
@@ -117,7 +123,7 @@ class World:
 
     @classmethod
     @contextlib.contextmanager
-    def running(
+    def running(  # pylint: disable=too-many-locals  # one for each part
         cls,
         folder: Path,
         *,
@@ -126,11 +132,13 @@ class World:
         lease: float,
         hits: Hits,
         api: tuple[str, ...] | None = None,
+        kinds: tuple[str, ...] = (STYLE,),
     ) -> Iterator[World]:
         """All servers, for as long as the block runs.
 
         Args:
             api: More arguments of the API's processes; None for a run without an API.
+            kinds: The kinds of jobs.
         """
         recorder = Recorder()
         with (
@@ -148,6 +156,7 @@ class World:
                 folder=folder,
             )
             backend.answer = world.mood
+            world.kinds = kinds
             port = int(backend.url.rsplit(":", 1)[1])
             world.backend_way = stack.enter_context(TcpProxy("127.0.0.1", port))
             for _ in range(workers + (api is not None)):  # the last way is that of the API
@@ -183,7 +192,10 @@ class World:
         port, endpoint = self.broker.port, self.s3_server.endpoint
         if slot is not None:
             port, endpoint = self.ways[slot].broker.port, self.ways[slot].s3.endpoint
-        return {
+        of_kinds = {"KINDS": ",".join(self.kinds)}
+        if LLM in self.kinds:
+            of_kinds["LLM_BASE_MODELS"] = f"{LLM_BASE}={self.folder.absolute()}"
+        return (of_kinds if len(self.kinds) > 1 else {}) | {
             "RABBITMQ_HOST": "127.0.0.1",
             "RABBITMQ_PORT": str(port),
             "RABBITMQ_HEARTBEAT_SECONDS": "3",
@@ -221,10 +233,10 @@ class World:
         return f"http://127.0.0.1:{self.backend_way.port}"
 
     def declare(self) -> None:
-        """The training queue, as the platform declares it. A worker may have been faster."""
-        with self._channel() as channel:
-            with contextlib.suppress(ChannelClosedByBroker):
-                channel.queue_declare(QUEUE, durable=True, arguments=self._arguments)
+        """The training queues, as the platform declares them. A worker may have been faster."""
+        for kind in self.kinds:
+            with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
+                channel.queue_declare(QUEUES[kind], durable=True, arguments=self._arguments)
 
     def declare_own_queues(self, queue_type: str | None = None) -> None:
         """Declare the worker's own queues, as classic ones unless a type is given.
@@ -242,11 +254,18 @@ class World:
     def delete_own_queues(self) -> None:
         """Delete the worker's own queues that are empty; workers make them again."""
         for name in self.queues():
-            if name != QUEUE:
+            if name not in QUEUES.values():
                 with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
                     channel.queue_delete(name, if_empty=True)
 
-    def publish(self, body: bytes, times: int = 1, headers: dict[str, Any] | None = None) -> None:
+    def publish(
+        self,
+        body: bytes,
+        times: int = 1,
+        headers: dict[str, Any] | None = None,
+        *,
+        kind: str = STYLE,
+    ) -> None:
         """Publish, once or more often in a row, until the broker has confirmed it."""
         properties = pika.BasicProperties(
             content_type="application/json", delivery_mode=2, headers=headers
@@ -256,7 +275,7 @@ class World:
             try:
                 with self._channel() as channel:
                     while times:
-                        channel.basic_publish("", QUEUE, body, properties, mandatory=True)
+                        channel.basic_publish("", QUEUES[kind], body, properties, mandatory=True)
                         times -= 1
                 return
             except (AMQPError, OSError):
@@ -290,9 +309,10 @@ class World:
 
     def queues(self) -> list[str]:
         """The names of all possible queues."""
-        delays = [f"{QUEUE}.delay.{_ms(s)}" for s in (*RETRY_DELAYS, self.lease)]
+        training = [QUEUES[kind] for kind in self.kinds]
+        delays = [f"{q}.delay.{_ms(s)}" for q in training for s in (*RETRY_DELAYS, self.lease)]
         delays += [f"{QUEUE}.endings.delay.{_ms(s)}" for s in (*ENDING_DELAYS, self.lease)]
-        return [QUEUE, f"{QUEUE}.endings", f"{QUEUE}.dead", *dict.fromkeys(delays)]
+        return [*training, f"{QUEUE}.endings", f"{QUEUE}.dead", *dict.fromkeys(delays)]
 
     def take_all(self, name: str) -> list[Message]:
         """Take a queue's ready messages; none if the queue does not exist."""

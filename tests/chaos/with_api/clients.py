@@ -16,6 +16,7 @@ import httpx
 import psycopg
 
 from tests.chaos.reference import Destiny
+from tests.chaos.timing import LLM_BASE, STYLE
 from tests.chaos.with_api.ground import ENDED, ORGANIZATIONS, ApiGround, Row
 
 ORDER_SECONDS = 90.0
@@ -47,10 +48,11 @@ class Orders:
         self._repeatable: list[tuple[str, dict[str, Any], str, str]] = []
         self._pool = ThreadPoolExecutor(2)
 
-    def order(self, parameters: dict[str, Any], name: str) -> tuple[Row, bool]:
-        """Order a style, until the order is answered.
+    def order(self, kind: str, parameters: dict[str, Any], name: str) -> tuple[Row, bool]:
+        """Order a job, until the order is answered.
 
         Args:
+            kind: The kind of job.
             parameters: The parameters of the kind.
             name: Marks the order, and is its idempotency key.
 
@@ -59,10 +61,11 @@ class Orders:
         """
         org = ORGANIZATIONS[self.sent % len(ORGANIZATIONS)]
         self.sent += 1
+        files = self._ground.files[org]
         body = {
-            "kind": "style",
-            "model": "sd15",
-            "training_files": self._ground.files[org],
+            "kind": kind,
+            "model": "sd15" if kind == STYLE else LLM_BASE,
+            "training_files": files[:2] if kind == STYLE else files[2:],
             "parameters": parameters,
             "metadata": {"order": name},
         }
@@ -242,7 +245,7 @@ class Follower:
         self._stopping.set()
 
     def begin_again(self) -> None:
-        """The database is another one: its ids say nothing about those that were seen."""
+        """The database is another one: its ids cannot be compared with those that were seen."""
         self._restart.set()
 
     def expected(self) -> list[int]:

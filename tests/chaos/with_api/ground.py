@@ -25,6 +25,9 @@ from tests.chaos.tcp_proxy import TcpProxy
 from tests.chaos.with_api.recorder import Recorder
 
 PROCESSES = 2
+CONVERSATION = (
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+)
 DATABASE = "api"
 ORGANIZATIONS = ("org_one", "org_two")
 START_SECONDS = 60.0
@@ -34,7 +37,7 @@ _MOST_WITH_WORKERS = 4
 
 
 class Turn:
-    """Any number of clients at once, or one operator alone."""
+    """Any number of clients at once, or one operator and no client."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.RLock())
@@ -71,6 +74,7 @@ class Row:
     message: bytes
     order: str | None
     admitted: bool
+    subject: str
 
 
 class ApiGround:
@@ -104,7 +108,7 @@ class ApiGround:
 
     @classmethod
     @contextlib.contextmanager
-    def running(
+    def running(  # pylint: disable=too-many-locals  # one for each part
         cls,
         recorder: Recorder,
         folder: Path,
@@ -166,9 +170,10 @@ class ApiGround:
         return True
 
     def upload(self) -> None:
-        """Two images for each organisation."""
+        """Two images and a file of conversations for each organisation."""
         for org, key in self.keys.items():
             parts = [("file", (f"{number}.png", b"not looked at")) for number in range(2)]
+            parts.append(("file", ("conversations.jsonl", CONVERSATION)))
             answer = httpx.post(
                 f"{self.targets()[0]}/v1/files",
                 files=parts,
@@ -217,7 +222,7 @@ class ApiGround:
                 Row(*row)
                 for row in self.query(
                     "SELECT id, org_id, status, subject_number, message, metadata->>'order',"
-                    " admitted_at IS NOT NULL FROM jobs ORDER BY created_at"
+                    " admitted_at IS NOT NULL, subject FROM jobs ORDER BY created_at"
                 )
             ]
         return self._rows

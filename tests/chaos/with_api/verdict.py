@@ -1,4 +1,4 @@
-"""What the API says of each job, against its record, and the invariants of its clients."""
+"""Compares the API with the records, and checks the invariants of its clients."""
 
 from __future__ import annotations
 
