@@ -52,7 +52,7 @@ def examine(
     Args:
         settings: The base model and its revision.
         environment: The trainer process's environment.
-        kinds: The kinds that the worker takes; styles alone use BASE_MODEL.
+        kinds: The kinds that the worker takes; only styles use BASE_MODEL.
     """
     if STYLE not in kinds:
         yield ok(CHECK, "BASE_MODEL is not used: KINDS has no style.")

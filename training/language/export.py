@@ -144,7 +144,7 @@ def check(
 
 
 def merge(run: LlmRun, base: LanguageBase, folder: Path, proof: Proof) -> Merged:
-    """Write the base with the exported adapter merged into it, beside the adapter.
+    """Write the base with the exported adapter merged into it, next to the adapter.
 
     The base is read again in the precision of its files, on the CPU: an adapter merged into
     quantised weights would lose what the quantisation has lost. All files but the weights are the
