@@ -310,9 +310,11 @@ def test_a_packed_run_resumes_to_the_bit(work: LanguageWork, make_run: MakeRun) 
 def test_a_base_whose_attention_mixes_packed_rows_is_refused(
     work: LanguageWork, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = torch.arange
-    mixing = lambda length: real(length) + int(torch.randint(50, 90, ()))
-    monkeypatch.setattr(evaluation.torch, "arange", mixing)
+    def mixed(model: Any, rows: Any, device: Any) -> Any:
+        logits, *others = evaluation.learned_logits(model, rows, device)
+        return logits.roll(1, 0), *others
+
+    monkeypatch.setattr(evaluation, "packed_logits", mixed)
     with pytest.raises(TrainingFailed, match="Set packing to false"):
         do(work, make_run("one", packing=True))
 
