@@ -234,7 +234,7 @@ class _Job:
         finally:
             export.unload(model, base)
         measured["proof"] = export.check(base, folder, proof, without, learned=True)
-        files = FILES
+        files: tuple[str, ...] = FILES
         if run.parameters.merged and self._team.leads:
             merged = export.merge(run, base, folder, proof)
             measured["merged"] = merged.facts
