@@ -100,7 +100,11 @@ ONE_IMPORTER: dict[str, str | set[str]] = {
         "services/webhooks/webhook_service.py",
         "services/webhooks/verification.py",
     },
-    "huggingface_hub": {"cli/doctor/base_model.py", "training/language/base.py"},
+    "huggingface_hub": {
+        "cli/doctor/base_model.py",
+        "cli/doctor/language_models.py",
+        "training/language/base.py",
+    },
     "pynvml": "utils/gpu_monitor.py",
     "prometheus_client": "utils/metrics.py",
     "opentelemetry": "services/telemetry/tracing.py",
