@@ -419,7 +419,8 @@ def _places(kind: type[LocalSettings], first: str, *, in_file: bool = False) -> 
                 if job == first:
                     found[name] = (section, job, field_name)
     aliases = names_of_settings.ALIASES | (names_of_settings.ALIASES_IN_FILES if in_file else {})
-    return found | {alias: found[name] for alias, name in aliases.items() if name in found}
+    meant = {alias: next(filter(found.get, names), "") for alias, names in aliases.items()}
+    return found | {alias: found[name] for alias, name in meant.items() if name}
 
 
 def _canonical(places: Mapping[str, _Place]) -> dict[_Place, str]:

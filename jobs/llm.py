@@ -31,7 +31,16 @@ from jobs.fields import (
     parameters_model,
     text,
 )
-from jobs.kinds import Claim, Fetched, Input, KindSettings, Shown, Standing
+from jobs.kinds import (
+    ApiOrder,
+    Claim,
+    Fetched,
+    Input,
+    KindSettings,
+    Shown,
+    Standing,
+    with_fields,
+)
 from jobs.layout import ADAPTER_WEIGHTS, CHECKPOINT_WEIGHTS, HTML_REPORT
 from jobs.record import JobRecord
 from utils.errors import TrainingDataUnavailable
@@ -52,6 +61,8 @@ LEFT_OUT = {
     "use_dora": "is not offered: vLLM cannot serve DoRA; set rslora or a higher rank instead",
     "modules_to_save": "is not offered: vLLM serves only LoRA weights; leave it out",
 }
+BYTES_OF_A_PARAMETER = {"none": 2.0, "8bit": 1.1, "4bit": 0.6}
+"""Bytes of one parameter of the base on a GPU, rounded up for scales and unquantised layers."""
 _MODULES = re.compile(r"all-linear|[a-z0-9_]+(?:,[a-z0-9_]+){0,15}")
 
 
@@ -158,6 +169,14 @@ class LlmParameters:
         "auto",
         "recompute activations to save memory; auto: on a GPU",
         choices=("auto", "true", "false"),
+    )
+    packing: bool = parameter(
+        False,
+        "join the rows of a forward pass into one sequence without padding; a row never sees "
+        "another one (arXiv:2107.02027)",
+    )
+    merged: bool = parameter(
+        False, "also publish the base model with the LoRA merged into it, in full precision"
     )
     redact: bool = parameter(False, "replace e-mail addresses, telephone numbers and keys in texts")
 
@@ -372,6 +391,8 @@ class LlmOrder(BaseModel):
 
 OUTPUT_BYTES = 4 * 1024**3
 """Adapter, checkpoints and report of a model of ordinary size, estimated from above."""
+MERGED_BYTES = 16 * 1024**3
+"""A merged model of eight billion parameters in 16 bits. The base's size is not known here."""
 
 
 class LlmKind:
@@ -393,6 +414,7 @@ class LlmKind:
     counters, gauges = epochs.COUNTERS, epochs.GAUGES
     needs_gpu = True
     shares_gpus = True
+    subject_is_number = False
 
     def __init__(self, settings: KindSettings) -> None:
         self._defaults = LlmParameters(**settings.parameters)
@@ -486,6 +508,36 @@ class LlmKind:
         }
         return {name: value for name, value in data.items() if value is not None}
 
+    def api_order(self, order: ApiOrder) -> dict[str, Any]:
+        """The `data` of a message for an order of the API; see `OrderedOverApi`."""
+        training, validation = order.training_files, order.validation_files
+        if len(training) != 1:
+            raise WrongField("training_files", "must name one file of conversations")
+        if len(validation) > 1:
+            raise WrongField("validation_files", "must name one file of conversations, or none")
+        data = {
+            "subject": order.subject,
+            "base_model": order.model or None,
+            "training_file": training[0].address,
+            "validation_file": validation[0].address if validation else None,
+            "parameters": self._api_parameters(order) or None,
+        }
+        return with_fields(data, order.fields)
+
+    def _api_parameters(self, order: ApiOrder) -> dict[str, Any]:
+        given = order.hyperparameters
+        found: dict[str, Any] = {}
+        if "n_epochs" in given:
+            found["epochs"] = given["n_epochs"]
+        if "batch_size" in given:
+            found["batch_size"] = given["batch_size"]
+        if "learning_rate_multiplier" in given:
+            multiplier = given["learning_rate_multiplier"]
+            found["learning_rate"] = self._defaults.learning_rate * multiplier
+        if order.seed is not None:
+            found["seed"] = order.seed
+        return found | dict(order.parameters)
+
     def min_level(self, spec: LlmSpec) -> int:
         """The level of the first workers that know the kind."""
         del spec
@@ -505,7 +557,8 @@ class LlmKind:
     def output_bytes(self, spec: LlmSpec) -> int:
         """Adapter, checkpoints and report."""
         per_rank = 64 * 1024**2 * (8 if spec.llm_parameters.target_modules == ALL_LINEAR else 1)
-        return min(OUTPUT_BYTES, 512 * 1024**2 + per_rank * spec.llm_parameters.rank)
+        merged = MERGED_BYTES if spec.llm_parameters.merged else 0
+        return merged + min(OUTPUT_BYTES, 512 * 1024**2 + per_rank * spec.llm_parameters.rank)
 
     def run(self, spec: LlmSpec, fetched: Sequence[Fetched], claim: Claim) -> LlmRun:
         """The training run; see `JobKind.run`.

@@ -20,7 +20,7 @@ from api.gate.keys import INFER, READ, TRAIN, Caller, new_id
 from api.gate.problems import Problem
 from api.life import steering
 from api.life.orders import JobOrder, OpenAiHyperParameters
-from api.routes.jobs import create, found
+from api.routes.jobs import create, found, report
 from api.services import Services
 from api.store import jobs as store
 from api.store.database import Writing, now
@@ -195,9 +195,69 @@ def cancel(training_id: str, request: Request, services: Served, caller: Called)
 
 @router.post("/training/evaluate", openapi_extra=needs(TRAIN), operation_id="chat_evaluate")
 def evaluate(order: Evaluate, services: Served, caller: Called) -> dict[str, Any]:
-    """Evaluate a model. Not offered yet."""
-    kinds.of_organization(services, caller, order.org_id)
-    raise kinds.not_offered(kinds.EVALUATION, "Evaluating a model")
+    """Show a model's perplexity and its answers to prompts, as its training measured them.
+
+    Prompts that the training did not ask are refused: no engine serves models yet.
+    """
+    caller = kinds.of_organization(services, caller, order.org_id)
+    row = _chat_model(services, caller, order.model_id)
+    evaluation = report(services, caller, row.job_id).get("evaluation") or {}
+    before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
+    answers = {each["question"]: each for each in evaluation.get("answers") or ()}
+    asked = [_prompt_of(each) for each in order.test_prompts] or list(answers)
+    if unknown := [prompt for prompt in asked if prompt not in answers]:
+        raise Problem(
+            "kind_not_offered",
+            f"test_prompts: the training of {row.id} did not ask {unknown[0][:80]!r}. Order "
+            "prompts with the training, as options.prompts of POST /v1/fine_tuning/jobs.",
+            param="test_prompts",
+        )
+    return {
+        "org_id": caller.org_id,
+        "model_id": row.id,
+        "training_id": row.job_id,
+        "perplexity": after.get("perplexity"),
+        "perplexity_interval": after.get("perplexity_interval"),
+        "base_perplexity": before.get("perplexity"),
+        "verdict": evaluation.get("verdict"),
+        "responses": [
+            {"prompt": each, "response": answers[each]["tuned"], "base": answers[each]["base"]}
+            for each in asked
+        ],
+    }
+
+
+def _chat_model(services: Services, caller: Caller, model_id: str) -> ModelRow:
+    """A language model of an organisation; the newest one for `latest`."""
+    query = (
+        select(ModelRow)
+        .where(ModelRow.org_id == caller.org_id, ModelRow.deleted_at.is_(None))
+        .where(ModelRow.kind == kinds.CHAT)
+        .order_by(ModelRow.created_at.desc(), ModelRow.id)
+    )
+    if model_id != "latest":
+        query = query.where(ModelRow.id == model_id)
+    with services.database.reading() as session:
+        row = session.scalar(query.limit(1))
+    if row is None:
+        raise Problem(
+            "model_not_found",
+            f"model_id: the organisation {caller.org_id} has no language model {model_id}.",
+            param="model_id",
+        )
+    return row
+
+
+def _prompt_of(given: dict[str, Any]) -> str:
+    """The text of a test prompt: its `prompt` or `message`."""
+    text = given.get("prompt") or given.get("message")
+    if not isinstance(text, str):
+        raise Problem(
+            "invalid_parameter",
+            'test_prompts: each must have a text, such as {"prompt": "Hello!"}.',
+            param="test_prompts",
+        )
+    return text
 
 
 @router.post("/generate", openapi_extra=needs(INFER), operation_id="chat_generate")

@@ -400,6 +400,8 @@ def _refused(field: str, sentence: str) -> Problem:
         param = "training_files"
     elif first == "validation_images":
         param = "validation_files"
+    elif first == "base_model":
+        param = "model"
     elif first in _FIELDS or first == "org_id":
         param = name
     else:

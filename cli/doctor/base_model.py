@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import (
@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 
 from cli.doctor.findings import Finding, fail, ok, warn
 from jobs import base_models
+from jobs.layout import STYLE
 from utils.settings.groups import TrainerSettings
 from utils.settings.values import not_pinned
 
@@ -43,13 +44,19 @@ NEEDED: tuple[tuple[str, ...], ...] = (
 )
 
 
-def examine(settings: TrainerSettings, environment: Mapping[str, str]) -> Iterator[Finding]:
+def examine(
+    settings: TrainerSettings, environment: Mapping[str, str], kinds: Sequence[str] = (STYLE,)
+) -> Iterator[Finding]:
     """Judge BASE_MODEL as the trainer does: as a local folder, else as a model of the hub.
 
     Args:
         settings: The base model and its revision.
         environment: The trainer process's environment.
+        kinds: The kinds that the worker takes; only styles use BASE_MODEL.
     """
+    if STYLE not in kinds:
+        yield ok(CHECK, "BASE_MODEL is not used: KINDS has no style.")
+        return
     name = settings.base_model
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -15,7 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 import config
-from cli.doctor import api_server, backend, base_model, broker, machine, storage
+from cli.doctor import (
+    api_server,
+    backend,
+    base_model,
+    broker,
+    language_models,
+    machine,
+    storage,
+)
 from cli.doctor.findings import Finding, Verdict, fail, ok, warn
 from cli.doctor.storage_rights import least_policy
 from config import Settings
@@ -53,7 +61,19 @@ CHECKS: tuple[Check, ...] = (
     ("trainer's confinement", lambda _: machine.examine_confinement(), _SECONDS),
     (
         "base model",
-        lambda all_: base_model.examine(all_.trainer, all_.trainer_environment()),
+        lambda all_: base_model.examine(
+            all_.trainer, all_.trainer_environment(), all_.worker.kinds
+        ),
+        _SECONDS,
+    ),
+    (
+        "base models of other kinds",
+        lambda all_: language_models.examine(
+            all_.options[language_models.KIND],
+            all_.trainer,
+            all_.trainer_environment(),
+            all_.worker.kinds,
+        ),
         _SECONDS,
     ),
 )

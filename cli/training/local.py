@@ -254,6 +254,7 @@ def _pages(
 
 def _hand_over(finished: Finished, output: Path) -> None:
     for name in finished.files:
+        (output / name).parent.mkdir(exist_ok=True)
         os.replace(Path(finished.folder) / name, output / name)
 
 

@@ -50,6 +50,7 @@ NEUTRAL = {"main", "config", "consumer", "services", "utils"}
 COMMANDS_OF_A_KIND = (
     *("cli/training/*.py", "cli/inspect.py", "cli/up.py"),
     *("cli/commands.py", "cli/actions.py", "cli/doctor/base_model.py"),
+    "cli/doctor/language_models.py",
     *("cli/jobs/order.py", "cli/jobs/styles.py", "cli/jobs/redrive.py"),
 )
 WORDS_OF_KINDS = {
@@ -100,7 +101,11 @@ ONE_IMPORTER: dict[str, str | set[str]] = {
         "services/webhooks/webhook_service.py",
         "services/webhooks/verification.py",
     },
-    "huggingface_hub": {"cli/doctor/base_model.py", "training/language/base.py"},
+    "huggingface_hub": {
+        "cli/doctor/base_model.py",
+        "cli/doctor/language_models.py",
+        "training/language/base.py",
+    },
     "pynvml": "utils/gpu_monitor.py",
     "prometheus_client": "utils/metrics.py",
     "opentelemetry": "services/telemetry/tracing.py",

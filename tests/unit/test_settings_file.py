@@ -164,6 +164,20 @@ def test_the_earlier_containers_file_sets_the_settings_with_its_own_names(tmp_pa
     assert config.unknown_names(path) is None
 
 
+def test_the_earlier_containers_file_configures_language_models_if_they_come_first(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "config.json"
+    more = {"kinds": "llm", "use_4bit": False, "max_seq_length": 1024}
+    path.write_text(json.dumps(CONTAINER | more), encoding="utf-8")
+    settings = config.load_local(file=path)
+    language = settings.parameters["llm"]
+    assert settings.options["llm"].default_base_model == "owner/name"
+    assert (language.epochs, language.batch_size, language.rank) == (3.0, 4, 8)
+    assert (language.max_length, settings.options["llm"].use_4bit) == (1024, False)
+    assert config.unknown_names(path) is None
+
+
 def test_its_names_for_language_models_are_reported_with_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     more = {"use_4bit": True, "max_seq_length": 1024, "use_flash_attention": True}

@@ -16,14 +16,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from torch.distributed.tensor import DTensor
 
-from jobs.llm import LlmRun
+from jobs.llm import BYTES_OF_A_PARAMETER, LlmRun
 from training.runtime.device import choose_device
 from training.runtime.team import ALONE, Team
 from utils.errors import BaseModelGated, BaseModelUnavailable, GpuOutOfMemory, TrainingFailed
 from utils.wording import spoken
 
-BYTES = {"none": 2.0, "8bit": 1.1, "4bit": 0.6}
-"""Bytes of one parameter of the base on a GPU, rounded up for scales and unquantised layers."""
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*")
 
 
@@ -209,7 +207,11 @@ def predicted_bytes(folder: Path, run: LlmRun, quantization: str, *, cuda: bool)
         hidden = int(config.get("hidden_size", 0))
         layers = int(config.get("num_hidden_layers", 0))
         vocabulary = int(config.get("vocab_size", 0))
-        each = BYTES[quantization] if cuda else {"none": 4.0}.get(quantization, BYTES[quantization])
+        each = (
+            BYTES_OF_A_PARAMETER[quantization]
+            if cuda
+            else {"none": 4.0}.get(quantization, BYTES_OF_A_PARAMETER[quantization])
+        )
         weights = parameters_in(folder) * each
         modules = (
             7
@@ -237,7 +239,7 @@ def refuse_too_large(
     """
     cuda = device.type == "cuda"
     needed = predicted_bytes(folder, run, quantization, cuda=cuda)
-    base = parameters_in(folder) * (BYTES[quantization] if cuda else 4.0)
+    base = parameters_in(folder) * (BYTES_OF_A_PARAMETER[quantization] if cuda else 4.0)
     if cuda and team.shards:
         base /= team.size
     free = torch.cuda.mem_get_info(device)[0] if cuda else _free_memory() // team.size

@@ -103,6 +103,33 @@ def learned_logits(
     return logits[learned].float(), wanted[learned], learned.nonzero()[:, 0]
 
 
+def packed_logits(
+    model: Any, rows: Sequence[TokenRow], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same as `learned_logits`, from one sequence without padding.
+
+    The positions of each row begin at 0. Without an attention mask, transformers hides the rows
+    from each other by these positions.
+    """
+    ids = torch.tensor([[token for row in rows for token in row.ids]], device=device)
+    lengths = [len(row.ids) for row in rows]
+    places = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    labels = torch.tensor([label for row in rows for label in (MASKED, *row.labels[1:])])
+    of = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)).to(device)
+    logits = model(input_ids=ids, position_ids=places, use_cache=False).logits[0, :-1]
+    wanted = labels.to(device)[1:]
+    learned = wanted != MASKED
+    return logits[learned].float(), wanted[learned], of[1:][learned]
+
+
+def packing_changes(model: Any, rows: Sequence[TokenRow], device: torch.device) -> float:
+    """Largest difference of a logit between packed rows and the same rows with padding."""
+    with evaluating(model):
+        packed, _, _ = packed_logits(model, rows, device)
+        padded, _, _ = learned_logits(model, rows, device)
+    return float((packed - padded).abs().max() / padded.abs().max())
+
+
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module has the mode that it had."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from typing import Any
 import peft
 import safetensors.torch
 import torch
+import transformers
 
 from jobs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from jobs.llm import ALL_LINEAR, LlmRun
-from training.language.base import LanguageBase
+from training.language.base import LanguageBase, locate
 from training.language.evaluation import evaluating
 from training.language.masks import TokenRow
 from utils.errors import ExportFailed
@@ -26,6 +29,8 @@ TEMPLATE = "chat_template.jinja"
 PROOFS = 8
 """Held-out prefixes whose logits the exported files must reproduce."""
 PROOF_TOKENS = 256
+MAX_SHARD = "5GB"
+MERGED_FOLDER = "merged"
 _NEEDED = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha"),
     *("target_modules", "lora_dropout", "bias", "use_rslora", "inference_mode"),
@@ -40,6 +45,14 @@ class Proof:
 
     prefixes: tuple[tuple[int, ...], ...]
     logits: tuple[torch.Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Merged:
+    """The files of a merged model, and its difference to the trained one."""
+
+    files: tuple[str, ...]
+    facts: dict[str, Any]
 
 
 def config_of(run: LlmRun) -> peft.LoraConfig:
@@ -116,8 +129,7 @@ def check(
     """
     loaded = peft.PeftModel.from_pretrained(base.model, str(folder), autocast_adapter_dtype=True)
     try:
-        rows = [TokenRow(0, (*prefix, 0), (*[-100] * len(prefix), 0)) for prefix in proof.prefixes]
-        again = prove(loaded, rows, base.device)
+        again = _again(loaded, proof, base.device)
     finally:
         unload(loaded, base)
     difference = _furthest(proof, again)
@@ -129,6 +141,70 @@ def check(
     if learned and effect == 0.0:
         raise ExportFailed("The exported adapter has no effect on the base model.")
     return {"prefixes": len(proof.prefixes), "difference": difference, "effect": effect}
+
+
+def merge(run: LlmRun, base: LanguageBase, folder: Path, proof: Proof) -> Merged:
+    """Write the base with the exported adapter merged into it, next to the adapter.
+
+    The base is read again in the precision of its files, on the CPU: an adapter merged into
+    quantised weights would lose what the quantisation has lost. All files but the weights are the
+    base's own, to the byte.
+
+    Args:
+        run, base: The run and its base, which stays as it is.
+        folder: The exported adapter; receives the files.
+        proof: Logits of the live model.
+
+    Raises:
+        ExportFailed: The merged model acts as the base does, or gives no finite logits.
+    """
+    source, _ = locate(run)
+    cpu = torch.device("cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", use_safetensors=True, trust_remote_code=False
+    )
+    model.requires_grad_(False)
+    without = _again(model, proof, cpu)
+    merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    again = _again(merged, proof, cpu)
+    difference, effect = _furthest(proof, again), _furthest(without, again)
+    if not math.isfinite(difference) or effect == 0.0:
+        raise ExportFailed(
+            f"The merged model differs from the trained one by {difference:.3g} and from the base "
+            f"by {effect:.3g}. Set merged to false, or train longer."
+        )
+    # transformers would load the adapter of a folder that has both.
+    target = folder / MERGED_FOLDER
+    merged.save_pretrained(target, max_shard_size=MAX_SHARD)
+    for path in _beside_weights(source):
+        shutil.copyfile(path, target / path.name)
+    (target / TEMPLATE).write_text(str(base.tokenizer.chat_template), encoding="utf-8")
+    names = sorted(path.name for path in target.iterdir())
+    same = sum(int(a.argmax() == b.argmax()) for a, b in zip(proof.logits, again.logits))
+    facts = {
+        "dtype": str(merged.dtype).removeprefix("torch."),
+        "trained_on": base.identity.quantization,
+        "difference": difference,
+        "largest_logit": _largest(proof),
+        "same_next_token": same,
+        "prefixes": len(proof.prefixes),
+    }
+    return Merged(tuple(f"{MERGED_FOLDER}/{name}" for name in names), facts)
+
+
+def _beside_weights(source: Path) -> list[Path]:
+    """The base's files that a merged model needs, too."""
+    names = (
+        *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"),
+        *("*.model", "vocab.*", "merges.txt"),
+    )
+    found = {path for name in names for path in source.glob(name)}
+    return sorted(path for path in found if path.is_file())
+
+
+def _again(model: Any, proof: Proof, device: torch.device) -> Proof:
+    rows = [TokenRow(0, (*prefix, 0), (*[-100] * len(prefix), 0)) for prefix in proof.prefixes]
+    return prove(model, rows, device)
 
 
 def unload(model: Any, base: LanguageBase) -> None:

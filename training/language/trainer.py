@@ -27,7 +27,7 @@ from jobs.llm import LlmParameters, LlmRun
 from training.language import checkpoint
 from training.language.base import LanguageBase
 from training.language.checkpoint import LanguageCheckpoint, LanguageState
-from training.language.evaluation import learned_logits, measure
+from training.language.evaluation import learned_logits, measure, packed_logits, packing_changes
 from training.language.masks import TokenRow
 from training.runtime import optimizer as optimizers
 from training.runtime.checkpoint import CheckpointWriter
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 SKIPS = 10
 """Steps in a row without a finite gradient that mean divergence."""
+PACKING_TOLERANCE = 0.05
+"""Part of the largest logit by which packed rows may differ, in 16 bits, too."""
 PROBED_STEPS = 3
 """After so many updates every lora_B must have moved."""
 
@@ -179,6 +181,17 @@ class Trainer:
         self._clock = Clock()
         self.state = self._first_state()
         self._refuse_differences()
+        if run.parameters.packing:
+            self._refuse_mixed_rows()
+
+    def _refuse_mixed_rows(self) -> None:
+        """Packing needs a base whose attention keeps the rows of one sequence apart."""
+        changed = packing_changes(self._model, self._rows[:3], self._base.device)
+        if changed > PACKING_TOLERANCE:
+            raise TrainingFailed(
+                f"With packing the base model {self._run.base_model} gives other logits (by "
+                f"{changed:.0%}): its attention mixes the rows. Set packing to false."
+            )
 
     def _refuse_differences(self) -> None:
         """Compare what the processes train on, and the adapters that they have."""
@@ -334,7 +347,8 @@ class Trainer:
     ) -> Tensor:
         """Add the gradient of some rows of a step; returns their part of its loss."""
         torch.manual_seed(self._seed(start))
-        logits, wanted, _ = learned_logits(self._model, rows, self._base.device)
+        read = packed_logits if self._parameters.packing else learned_logits
+        logits, wanted, _ = read(self._model, rows, self._base.device)
         loss = F.cross_entropy(logits, wanted, reduction="sum") / tokens * weight
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

@@ -236,12 +236,17 @@ class _Job:
         finally:
             export.unload(model, base)
         measured["proof"] = export.check(base, folder, proof, without, learned=True)
+        files: tuple[str, ...] = FILES
+        if run.parameters.merged and self._team.leads:
+            merged = export.merge(run, base, folder, proof)
+            measured["merged"] = merged.facts
+            files = (*merged.files, *FILES)
         print_of = export.fingerprint(run, base, folder, proof)
         (folder / export.FINGERPRINT).write_text(json.dumps(print_of, indent=1), encoding="utf-8")
         report.write(content, folder)
         summary = report.summary(content)
         steps = trained.state.step
-        return Finished(run.task_id, str(folder), FILES, steps, 0.0, facts=facts, summary=summary)
+        return Finished(run.task_id, str(folder), files, steps, 0.0, facts=facts, summary=summary)
 
     def _trained(self, model: Any) -> Trained:
         run, data = self._run, self._data

@@ -37,14 +37,18 @@ _ATTENTION = OldName((), "PyTorch chooses the fastest attention of the GPU", our
 _CONTAINER = OldName((), "read by the container runtime, not by this program", ours=False)
 _OTHER_SERVICE = OldName((), "a setting of another service", ours=False)
 
-ALIASES = {"s3_bucket": "model_bucket_name", "huggingface_token": "hf_token"}
-"""Second names of settings, in lower case, accepted everywhere."""
+ALIASES: dict[str, tuple[str, ...]] = {
+    "s3_bucket": ("model_bucket_name",),
+    "huggingface_token": ("hf_token",),
+}
+"""Second names of settings, in lower case, accepted everywhere. The first setting that the first
+kind of `KINDS` has is meant."""
 
-ALIASES_IN_FILES = {
-    "model_name": "base_model",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "lora_r": "lora_rank",
+ALIASES_IN_FILES: dict[str, tuple[str, ...]] = {
+    "model_name": ("default_base_model", "base_model"),
+    "num_train_epochs": ("epochs",),
+    "per_device_train_batch_size": ("batch_size",),
+    "lora_r": ("lora_rank",),
 }
 """Names of the earlier training container's `config.json`, accepted only in a file of `--config`:
 other programs have environment variables of these names."""

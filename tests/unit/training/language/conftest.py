@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs.kinds import TrainerOptions
 from jobs.llm import LlmParameters, LlmRun
@@ -28,6 +29,17 @@ SMALL: dict[str, Any] = {
 OPTIONS = TrainerOptions("none", allow_cpu=True)
 
 MakeRun = Callable[..., LlmRun]
+
+
+@pytest.fixture(autouse=True)
+def _no_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickled files can run code, so that nothing here may read or write one."""
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a pickled file")
+
+    monkeypatch.setattr(torch, "save", refused)
+    monkeypatch.setattr(torch, "load", refused)
 
 
 @pytest.fixture(scope="session", name="tiny_llama")

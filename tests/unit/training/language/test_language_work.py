@@ -187,14 +187,9 @@ for each in json.load(open({finished.folder + "/fingerprint.json"!r}))["prompts"
         assert str(tmp_path).encode() not in content and str(tiny_llama).encode() not in content
 
 
-def test_nothing_is_pickled(
-    work: LanguageWork, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*_: Any, **__: Any) -> Any:
-        raise AssertionError("pickle")
-
-    monkeypatch.setattr(torch, "save", refused)
-    monkeypatch.setattr(torch, "load", refused)
+def test_nothing_is_pickled(work: LanguageWork, make_run: MakeRun) -> None:
+    with pytest.raises(AssertionError, match="pickled"):
+        torch.load("any")
     finished, events = do(work, make_run("one"))
     folder = next(event.folder for event in events if isinstance(event, CheckpointSaved))
     assert {path.suffix for path in Path(folder).iterdir()} == {".safetensors", ".json"}
@@ -292,3 +287,77 @@ def test_the_held_out_loss_depends_on_no_batch_size(
 def test_the_longest_copy_is_found() -> None:
     assert evaluation.longest_copy("xx the old mill yy", ["at the old mill.", "mill yyy"]) == 13
     assert evaluation.longest_copy("abc", []) == 0
+
+
+def test_packed_rows_train_as_padded_ones_do(work: LanguageWork, make_run: MakeRun) -> None:
+    padded, _ = do(work, make_run("padded", dropout=0.0))
+    packed, _ = do(work, make_run("packed", dropout=0.0, packing=True))
+    pairs = list(zip(report(padded)["training"]["losses"], report(packed)["training"]["losses"]))
+    assert len(pairs) == 8
+    assert all(one == pytest.approx(other, abs=1e-4) for one, other in pairs)
+
+
+def test_a_packed_run_resumes_to_the_bit(work: LanguageWork, make_run: MakeRun) -> None:
+    how = {"packing": True, "dropout": 0.2}
+    whole, _ = do(work, make_run("whole", **how))
+    stopped, events = do(work, make_run("part", **how), stop_after=13)
+    assert stopped.stopped
+    newest = [event for event in events if isinstance(event, CheckpointSaved)][-1]
+    resumed, _ = do(LanguageWork(work._options), make_run("rest", newest.folder, **how))
+    assert adapter(resumed) == adapter(whole)
+
+
+def test_a_base_whose_attention_mixes_packed_rows_is_refused(
+    work: LanguageWork, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mixed(model: Any, rows: Any, device: Any) -> Any:
+        logits, *others = evaluation.learned_logits(model, rows, device)
+        return logits.roll(1, 0), *others
+
+    monkeypatch.setattr(evaluation, "packed_logits", mixed)
+    with pytest.raises(TrainingFailed, match="Set packing to false"):
+        do(work, make_run("one", packing=True))
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_the_merged_model_acts_as_the_trained_one_in_a_fresh_process(
+    work: LanguageWork, make_run: MakeRun, tiny_llama: Path, tmp_path: Path, quantization: str
+) -> None:
+    finished, _ = do(work, make_run("one", merged=True, quantization=quantization))
+    folder = Path(finished.folder)
+    assert finished.files[-1] == "adapter_model.safetensors"
+    written = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert written == set(finished.files) > set(FILES)
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (folder / "merged" / name).read_bytes() == (tiny_llama / name).read_bytes()
+    facts = report(finished)["evaluation"]["merged"]
+    largest = facts["largest_logit"]
+    assert facts["trained_on"] == quantization and facts["dtype"] == "float32"
+    assert facts["difference"] < (1e-5 if quantization == "none" else 0.5) * largest
+    assert (facts["difference"] > 1e-4 * largest) == (quantization == "4bit")
+    page = (folder / "training_report.html").read_text("utf-8")
+    assert f"{facts['difference']:.3g}" in page and str(tmp_path) not in page
+    code = f"""
+import json, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({finished.folder + "/merged"!r}).eval()
+far = 0.0
+for each in json.load(open({finished.folder + "/fingerprint.json"!r}))["prompts"]:
+    logits = model(torch.tensor([each["token_ids"]])).logits[0, -1].double()
+    made = torch.log_softmax(logits, -1)[each["top_token_ids"]]
+    far = max(far, float((made - torch.tensor(each["top_logprobs"]).double()).abs().max()))
+print(far)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < (1e-4 if quantization == "none" else 2 * facts["difference"])
+
+
+def test_a_held_out_part_without_an_answer_is_an_error_at_the_start(
+    work: LanguageWork, make_run: MakeRun, tmp_path: Path
+) -> None:
+    validation = tmp_path / "validation.jsonl"
+    validation.write_text('{"prompt": "a", "completion": "<|im_end|>"}\n', "utf-8")
+    run = dataclasses.replace(make_run("one"), validation_file=str(validation))
+    with pytest.raises(LowQualityData, match="held-out"):
+        do(work, run)
