@@ -14,7 +14,7 @@ from pathlib import Path
 from local.home import Home, Secrets
 from local.processes import HOST, ChildProcess, is_free
 from local.rabbitmq_node import RabbitMqMissing, RabbitMqNode
-from local.s3_store import REGION, FileStore
+from local.s3_store import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, FileStore
 from utils.errors import ConfigurationError, TrainingServerError
 
 FILES, MODELS, STATE = "files", "models", "state"
@@ -132,8 +132,8 @@ class OneMachine:
             "RABBITMQ_PASS": self._secrets.rabbitmq_password,
             "AWS_ENDPOINT_URL_S3": self._store.endpoint,
             "AWS_S3_REGION_NAME": REGION,
-            "AWS_ACCESS_KEY_ID": "local",
-            "AWS_SECRET_ACCESS_KEY": "local",
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY_ID,
+            "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY,
             "AWS_STORAGE_BUCKET_NAME": FILES,
             "MODEL_BUCKET_NAME": MODELS,
             "STATE_BUCKET_NAME": STATE,

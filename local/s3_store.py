@@ -18,6 +18,8 @@ from utils.errors import ConfigurationError, TrainingServerError
 
 ENVIRONMENT = ".venv-s3"
 REGION = "us-east-1"
+ACCESS_KEY_ID = SECRET_ACCESS_KEY = "test"
+"""The only account whose signed addresses ministack accepts."""
 _START_SECONDS = 60.0
 _REQUEST_SECONDS = 5.0
 _SETTINGS = ("AWS_", "S3_", "MINISTACK_")

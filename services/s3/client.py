@@ -135,6 +135,7 @@ def open_client(
         ConfigurationError: boto3 refuses the values.
     """
     config = Config(  # type: ignore[call-arg]  # one option is missing in the stubs
+        signature_version="s3v4",  # also in signed addresses, where boto3 would use version 2
         connect_timeout=timeouts[0],
         read_timeout=timeouts[1],
         retries={"mode": "standard", "total_max_attempts": attempts},

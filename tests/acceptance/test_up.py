@@ -159,8 +159,9 @@ def _assert_downloaded(up: Up, job: str) -> None:
     assert address == "API=http://127.0.0.1:8000 KEY=sk-…"
     shown = up.run(status.replace("JOB", job))
     up.run(download.replace("MODEL", shown["fine_tuned_model"]))
-    header = (up.log.parent / "lora_weights.safetensors").read_bytes()[:4096]
-    assert b"lora" in header
+    weights = (up.log.parent / "lora_weights.safetensors").read_bytes()
+    header = weights[8 : 8 + int.from_bytes(weights[:8], "little")]
+    assert "__metadata__" in json.loads(header), weights[:400]
 
 
 def test_without_a_base_model_that_can_train_it_refuses_and_names_the_way_to_one(

@@ -92,3 +92,10 @@ def test_an_ended_job_makes_room_for_the_next_of_its_organisation(world: World) 
     assert published == {first["id"], second["id"]}
     world.worker().failed(first, 1_000_001)
     assert message_of(world)["task_id"] == third["id"]
+
+
+def test_addresses_of_s3_are_signed_with_version_4(world: World, client: openai.OpenAI) -> None:
+    """Newer regions and stores refuse version 2, which boto3 uses unless it is told otherwise."""
+    file = client.files.create(file=("a.png", io.BytesIO(b"image")), purpose="fine-tune")
+    answer = world.get(f"/v1/files/{file.id}/content")
+    assert "X-Amz-Signature=" in answer.headers["location"]
