@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -41,6 +43,15 @@ class ApiServer(uvicorn.Server):
         """End the streams: their clients come back with the id of their last event. Then stop."""
         self._services.hub.stop()
         await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at a signal, and at once at a second Ctrl-C.
+
+        uvicorn's method would raise the signal again in the end: a regular end has exit code 0.
+        """
+        del frame
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:

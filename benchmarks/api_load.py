@@ -197,7 +197,7 @@ async def transactions_with_streams(key: str, count: int, url: str) -> float:
             await asyncio.sleep(STREAM_SECONDS)
             after = connection.scalar(_TRANSACTIONS)
     engine.dispose()
-    return round((after - before) / STREAM_SECONDS, 1)
+    return round(float(after - before) / STREAM_SECONDS, 1)
 
 
 def page_ms(key: str) -> float:

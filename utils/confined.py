@@ -26,6 +26,7 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 LEAST_ABI = 2
 """Landlock's first version that can allow renaming a file into another folder; exports do that."""
@@ -242,8 +243,9 @@ def _check(result: int, call: str) -> int:
 def main(arguments: Sequence[str]) -> None:
     """Confine this process and become the program."""
     values, *program = arguments
-    given = json.loads(values).items()
-    confinement = Confinement(**{k: tuple(v) if isinstance(v, list) else v for k, v in given})
+    given: dict[str, Any] = json.loads(values)
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    confinement = Confinement(**given | lists)
     try:
         confine(confinement)
     except OSError as error:

@@ -75,7 +75,7 @@ def take(services: Services, kind: str, body: dict[str, Any], webhook_id: str) -
     if answer is None and adopt(services, task_id):
         answer = services.database.write(apply)
     if answer is None:
-        log.warning("news_of_unknown_job", job_id=task_id, kind=kind)
+        log.warning("news_of_unknown_job", task_id=task_id, kind=kind)
     services.wake.set()
     return {"status": "ok"} | (answer or {})
 
@@ -113,7 +113,7 @@ def adopt(services: Services, job_id: str) -> bool:
             store.put_out(session, row)
 
     services.database.write(add)
-    log.warning("job_adopted", job_id=job_id, org_id=row.org_id, claimed=record is not None)
+    log.warning("job_adopted", task_id=job_id, org_id=row.org_id, claimed=record is not None)
     if record is not None:
         follow_record(services, job_id, record)
     return True

@@ -25,7 +25,11 @@ from api.store.database import Writing, now
 from api.store.tables import ENDED, JobRow, MetricRow
 from jobs.addresses import S3Location
 from jobs.layout import REPORT, place_of
+from services.telemetry.tracing import carried, trace_id_of
+from utils import logger
 from utils.errors import ObjectNotFound
+
+log = logger.get_logger(__name__)
 
 MAX_POINTS = 2000
 MAX_REPORT_BYTES = 16 * 1024**2
@@ -53,6 +57,23 @@ def create(
     if order.validate_only:
         return _validated(services, caller, order)
     job_id = job_id or orders.new_job_id()
+    carrier = carried(request.headers)
+    with (
+        logger.bound(task_id=job_id, trace_id=trace_id_of(carrier, job_id)),
+        services.tracing.job(job_id, carrier=carrier, name="order", org_id=caller.org_id),
+    ):
+        trace = services.tracing.headers() or carrier
+        return _created(services, caller, order, once, job_id, trace)
+
+
+def _created(
+    services: Services,
+    caller: Caller,
+    order: JobOrder,
+    once: Once,
+    job_id: str,
+    trace: dict[str, str],
+) -> dict[str, Any]:
     number = orders.number_for(services, orders.kind_for(services, order))
     with services.database.reading() as session:
         prepared = orders.prepare(session, services, caller, order, job_id, number)
@@ -61,6 +82,7 @@ def create(
         if known := once.answer(session):
             return known, None
         row = _row(services, caller, order, job_id, prepared)
+        row.trace_headers = trace
         store.add(session, row)
         session.flush()
         answer = views.job(row, _turn(services, session, row), notice=services.settings.api_notice)
@@ -75,9 +97,11 @@ def create(
         return answer, row
 
     answer, row = services.database.write(insert)
-    if row is not None and ledger.keep_order(services, row):
-        kept = update(JobRow).where(JobRow.id == row.id).values(order_kept_at=now())
-        services.database.write(lambda session: session.execute(kept))
+    if row is not None:
+        log.info("job_ordered", kind=row.kind, org_id=row.org_id)
+        if ledger.keep_order(services, row):
+            kept = update(JobRow).where(JobRow.id == row.id).values(order_kept_at=now())
+            services.database.write(lambda session: session.execute(kept))
     services.wake.set()
     return answer
 
@@ -284,6 +308,7 @@ def estimate(services: Services, caller: Caller, order: JobOrder) -> dict[str, A
         "kind": kind,
         "queue_position": len(line) + 1,
         "seconds": seconds,
+        "cost": services.cost(seconds),
         "basis": "mean of the last finished jobs of this kind" if seconds is not None else None,
     }
 

@@ -10,6 +10,7 @@ from sqlalchemy import Select, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from api.store.database import Writing, now
+from api.store.endpoints import announce
 from api.store.tables import (
     ENDED,
     OPEN,
@@ -60,7 +61,7 @@ def put_out(session: Writing, row: JobRow, due_at: float | None = None) -> None:
             job_id=row.id,
             kind=row.kind,
             body=row.message,
-            headers={"x-min-level": row.min_level} if row.min_level else {},
+            headers=({"x-min-level": row.min_level} if row.min_level else {}) | row.trace_headers,
             created_at=now(),
             due_at=due_at,
             attempts=0,
@@ -284,7 +285,8 @@ def note_state(
     *,
     level: str = "info",
 ) -> None:
-    """An event of a new status."""
+    """An event of a new status, and the organisation's webhooks about it."""
+    announce(session, org_id, job_id, status)
     session.note(event(job_id, org_id, message, type_="state", level=level, data=_state(status)))
 
 

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 
 from sandbox.backend import PROGRESS, Answer
+from sandbox.photographs import photographs
 from sandbox.worker_process import ROOT, WorkerProcess
 from tests.acceptance.world import World, log_lines, until
+from tests.integration.api.world import TOKEN, Ground, running
 from tests.releases import LAST_RELEASE, extract
+from utils.settings.values import derived_signing_secret
 
 LEASE = 5.0  # of the world's workers; they sweep as often
 EPOCHS = 120
@@ -120,6 +123,41 @@ def test_the_backend_pauses_a_job_in_its_answer_and_the_job_is_cancelled_later(
             until(lambda: not apart.keys(apart.state, f"jobs/{task_id}.pause"))
     finally:
         apart.backend.answer = None
+
+
+@pytest.mark.timeout(400)
+def test_a_paused_job_that_is_cancelled_over_the_api_is_ended_by_a_worker(
+    apart: World, tmp_path: Path
+) -> None:
+    ground = Ground(f"sqlite:///{tmp_path / 'api.db'}", apart.s3_server, apart.broker, tmp_path)
+    place = {
+        "aws_storage_bucket_name": apart.media,
+        "model_bucket_name": apart.media,
+        "state_bucket_name": apart.state,
+        "training_queue": apart.queue,
+    }
+    with running(ground, **place) as api:
+        of_the_api = {
+            "BACKEND_API_URL": api.url,
+            "INTERNAL_API_TOKEN": TOKEN,
+            "WEBHOOK_SIGNING_SECRET": derived_signing_secret(TOKEN),
+        }
+        with apart.worker(**of_the_api) as worker, api.client() as client:
+            parts = [("file", (each.name, each.content)) for each in photographs()[:3]]
+            files = client.post("/v1/files", files=parts).json()["data"]
+            job = api.order(
+                training_files=[each["id"] for each in files], parameters={"epochs": EPOCHS}
+            )
+            path = f"/v1/jobs/{job['id']}"
+            until(lambda: client.get(f"{path}/checkpoints").json()["data"])
+            client.post(f"{path}/pause").raise_for_status()
+            until(lambda: api.job(job["id"])["status"] == "paused")
+            assert _is_paused(apart, job["id"])
+            until(lambda: apart.waiting(apart.queue) == 0)
+            client.post(f"{path}/cancel").raise_for_status()
+            until(lambda: api.job(job["id"])["status"] == "cancelled")
+            assert apart.record(job["id"])["ending"]["code"] == "CANCELLED"
+            assert worker.stop() == 0
 
 
 @pytest.mark.timeout(400)

@@ -281,7 +281,7 @@ class Trainer:
             try:
                 loss = self._gradients(chosen)
                 break
-            except Exception as error:
+            except Exception as error:  # pylint: disable=broad-exception-caught  # raised again
                 self._optimizer.zero_grad(set_to_none=True)
                 if not out_of_memory(error) or self.state.micro_batch == 1:
                     raise
@@ -325,13 +325,17 @@ class Trainer:
         loss = torch.zeros((), device=self._base.device)
         for each in own:
             loss += self._pass(each.start, [chosen[i] for i in each], tokens)
+        if not own and self._team.shards:  # the others need this process's share of the base
+            self._pass(0, chosen[:1], tokens, weight=0.0)
         return loss
 
-    def _pass(self, start: int, rows: Sequence[TokenRow], tokens: int) -> Tensor:
+    def _pass(
+        self, start: int, rows: Sequence[TokenRow], tokens: int, weight: float = 1.0
+    ) -> Tensor:
         """Add the gradient of some rows of a step; returns their part of its loss."""
         torch.manual_seed(self._seed(start))
         logits, wanted, _ = learned_logits(self._model, rows, self._base.device)
-        loss = F.cross_entropy(logits, wanted, reduction="sum") / tokens
+        loss = F.cross_entropy(logits, wanted, reduction="sum") / tokens * weight
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

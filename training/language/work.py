@@ -112,14 +112,12 @@ class LanguageWork:
 
     def _loaded(self, run: LlmRun, team: Team, tell: Emit) -> LanguageBase:
         cuda = torch.cuda.is_available()
-        wanted = bases.identity_of(run, cuda=cuda)
+        wanted = bases.identity_of(run, cuda=cuda, shards=team.shards)
         if self._base is not None and self._base.identity != wanted:
             self.release(tell)
         if self._base is None:
             began = time.monotonic()
-            self._base = bases.load(
-                run, allow_cpu=self._options.allow_cpu, team=team, fsdp=self._options.fsdp
-            )
+            self._base = bases.load(run, allow_cpu=self._options.allow_cpu, team=team)
             tell(BaseModelReady(True, time.monotonic() - began))
         return self._base
 
@@ -201,7 +199,7 @@ class _Job:
         self._tokens, self._data = tokens_of(run, base.tokenizer, intake)
         self._proved = self._data.held_out or self._data.training
 
-    def done(self) -> Finished:
+    def done(self) -> Finished:  # pylint: disable=too-many-locals  # one for each result
         """Measure, train, measure, export and prove."""
         run, base, data = self._run, self._base, self._data
         before = self._measure(base.model)

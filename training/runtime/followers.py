@@ -2,7 +2,7 @@
 
 A follower is the same program as process 0. Its runs come from process 0 over a pipe as those of
 process 0 come from the desk, and it ends at once when process 0 does. It sends only the endings of
-its runs. Stops do not reach it over the pipe: the processes agree on them (`training.runtime.team`).
+its runs. No stop comes over its pipe: the processes agree on stops (`training.runtime.team`).
 
 Process 0 is the launcher, and not `torchrun` or `accelerate launch`: they start their processes
 without the desk's pipes, turn a signal into exit code 1, and leave the processes behind when they

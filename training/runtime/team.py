@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from jobs.kinds import TrainerOptions
 from training.runtime.device import out_of_memory
@@ -38,14 +41,24 @@ class Team:
     Attributes:
         rank: Number of this process, from 0.
         size: Number of processes.
+        shards: Whether the processes share the weights of the base out, so that every forward pass
+            needs all of them.
 
     Args:
         votes: Process group for votes and hashes, on the CPU.
         sums: Process group for sums, on the device.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, votes: Any = None, sums: Any = None) -> None:
-        self.rank, self.size = rank, size
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        votes: Any = None,
+        sums: Any = None,
+        shards: bool = False,
+    ) -> None:
+        self.rank, self.size, self.shards = rank, size, shards
         self._votes, self._sums = votes, sums
 
     @property
@@ -137,6 +150,22 @@ class Team:
                 "TRAINER_PROCESSES=1, and report this."
             )
 
+    def shard(self, model: torch.nn.Module, blocks: Iterable[torch.nn.Module], kind: str) -> None:
+        """Share the weights of a model out among the processes (FSDP).
+
+        A block's weights are collected for its forward and its backward pass only. Adapters that
+        are added later are whole in every process.
+
+        Args:
+            model: The frozen model, whole in every process.
+            blocks: Its repeated parts.
+            kind: Type of the device, such as `cuda`.
+        """
+        mesh = DeviceMesh.from_group(self._sums, kind)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
     def _vote(self, value: int) -> int:
         """The highest value of all processes."""
         ballot = torch.tensor(value)
@@ -168,14 +197,20 @@ def join(options: TrainerOptions) -> Team:
     with _answers_expected():
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(str(Path(options.meeting) / "store"), options.processes),
+            store=FileStore(str(Path(options.meeting) / "store"), options.processes),
             rank=options.rank,
             world_size=options.processes,
             timeout=longest,
         )
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         sums = dist.new_group(backend=backend, timeout=stall)
-    return Team(options.rank, options.processes, dist.group.WORLD, sums)
+    return Team(
+        options.rank,
+        options.processes,
+        votes=dist.group.WORLD,
+        sums=sums,
+        shards=options.fsdp,
+    )
 
 
 @contextlib.contextmanager

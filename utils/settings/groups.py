@@ -218,6 +218,8 @@ class ApiSettings(Group):
     api_requests_per_minute: int = Field(default=1200, ge=1)
     api_creates_per_minute: int = Field(default=120, ge=1)
     api_silent_seconds: Seconds = 120.0
+    api_private_webhooks: bool = False
+    gpu_price_per_hour: float | None = Field(default=None, ge=0, le=1_000_000, allow_inf_nan=False)
     api_notice: str | None = Field(default=None, max_length=500)
     max_concurrent_trainings: int = Field(default=2, ge=1)
     broker_depth: int = Field(default=2, ge=1)
