@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import func, select
 
 from api.life.restore import reconcile
-from api.store.database import Database
+from api.store.database import Database, Writing
 from api.store.migrating import check, migrate
 from api.store.tables import EventRow, JobRow, OutboxRow, ReceiptRow
 from jobs.layout import cancel_file_at, order_at, record_at
@@ -261,6 +261,24 @@ def test_a_failure_in_the_middle_of_an_order_leaves_no_part_of_it(
 
 
 # ---- records are the truth -----------------------------------------------------------------------
+
+
+def test_a_job_and_its_message_are_committed_together(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[set[str], set[str]]] = []
+    finish = Writing.finish
+
+    def watched(session: Writing) -> None:
+        session.flush()
+        jobs = set(session.scalars(select(JobRow.id)))
+        seen.append((jobs, set(session.scalars(select(OutboxRow.job_id)))))
+        finish(session)
+
+    monkeypatch.setattr(Writing, "finish", watched)
+    job_id = world.order()["id"]
+    monkeypatch.undo()
+    assert job_id in next(messages for jobs, messages in seen if job_id in jobs)
 
 
 def test_news_of_an_unknown_job_adopts_it_and_is_never_answered_404(ground: Ground) -> None:
