@@ -409,7 +409,7 @@ class LlmKind:
 
     def read(self, order: Order) -> LlmSpec:
         """Check an order; see `JobKind.read`."""
-        found = {name: order.get(name) for name in LlmOrder.model_fields}
+        found = {name: order.get(name) for name in tuple(LlmOrder.model_fields)}
         given = checked(
             LlmOrder,
             {name: value for name, value in found.items() if value is not None},

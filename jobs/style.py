@@ -284,7 +284,7 @@ class TrainingRun:
         min_images: Fewer usable images than this fail the run.
         max_image_pixels: Larger images are left out.
         checkpoint_interval: Epochs between checkpoints.
-        validation_pictures: Images for the probe, which are never trained on.
+        validation_images: Images for the probe, which are never trained on.
         sample_prompts: Prompts of the samples; without any, the captions.
         trigger_word: Word in front of every prompt, or the empty string.
         sample_steps: Steps of the sampler; a CPU uses fewer.

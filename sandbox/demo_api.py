@@ -59,25 +59,8 @@ def play(screen: Screen, output: Path) -> dict[str, str]:
         choice = choose_base_model(folder / "stand-in-for-sd15")
         for words in choice.words:
             screen.say(words)
-        s3 = stack.enter_context(S3Server())
-        for bucket in (MEDIA, MODELS, STATE):
-            s3.create_bucket(bucket)
-        rabbit = stack.enter_context(RabbitMqNode(folder / "rabbitmq"))
-        postgres = stack.enter_context(PostgresNode())
-        screen.say(
-            f"RabbitMQ on port {rabbit.port}, S3 at {s3.endpoint}, PostgreSQL on port "
-            f"{postgres.port}"
-        )
-        (port,) = free_ports(1)
-        url = f"http://{HOST}:{port}"
-        settings = choice.settings | settings_of_the_worker(
-            rabbit=rabbit, s3=s3, backend_url=url, token=secrets.token_hex(24), folder=folder
-        )
-        settings |= {
-            "API_DATABASE_URL": postgres.create_database("demo"),
-            "API_PORT": str(port),
-            "API_KEY_PEPPER": secrets.token_hex(24),
-        }
+        settings = choice.settings | _servers(stack, screen, folder)
+        url = settings["BACKEND_API_URL"]
         key = _new_key(settings, folder)
         api = stack.enter_context(_api(settings, folder, output / "api.log"))
         _wait_for(api, url)
@@ -96,6 +79,28 @@ def play(screen: Screen, output: Path) -> dict[str, str]:
         _stop(screen, "worker", worker.stop())
         _stop(screen, "API", api.stop(STOP_SECONDS))
         return rows
+
+
+def _servers(stack: contextlib.ExitStack, screen: Screen, folder: Path) -> dict[str, str]:
+    """Start the servers. Returns the settings of the API and the worker."""
+    s3 = stack.enter_context(S3Server())
+    for bucket in (MEDIA, MODELS, STATE):
+        s3.create_bucket(bucket)
+    rabbit = stack.enter_context(RabbitMqNode(folder / "rabbitmq"))
+    postgres = stack.enter_context(PostgresNode())
+    screen.say(
+        f"RabbitMQ on port {rabbit.port}, S3 at {s3.endpoint}, PostgreSQL on port {postgres.port}"
+    )
+    (port,) = free_ports(1)
+    token = secrets.token_hex(24)
+    settings = settings_of_the_worker(
+        rabbit=rabbit, s3=s3, backend_url=f"http://{HOST}:{port}", token=token, folder=folder
+    )
+    return settings | {
+        "API_DATABASE_URL": postgres.create_database("demo"),
+        "API_PORT": str(port),
+        "API_KEY_PEPPER": secrets.token_hex(24),
+    }
 
 
 def _environment(settings: Mapping[str, str]) -> dict[str, str]:

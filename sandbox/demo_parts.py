@@ -46,6 +46,7 @@ def settings_of_the_worker(
     }
 
 
+# pylint: disable-next=too-many-locals  # one for each part
 def play(screen: Screen, output: Path, kind: str = "style") -> dict[str, str]:
     """Start the parts, run the job, and end the parts in any case.
 

@@ -81,18 +81,19 @@ def _created(
     def insert(session: Writing) -> tuple[dict[str, Any], JobRow | None]:
         if known := once.answer(session):
             return known, None
-        per_minute = services.settings.api_creates_per_minute
-        take_create(
-            session,
-            caller.org_id,
-            limit_of(session, caller.org_id, "creates_per_minute", per_minute),
-        )
         row = _row(services, caller, order, job_id, prepared)
         row.trace_headers = trace
         store.add(session, row)
         session.flush()
         answer = views.job(row, _turn(services, session, row), notice=services.settings.api_notice)
         once.keep(session, answer)
+        # Last, because other orders of the organisation wait for this row until the commit.
+        per_minute = services.settings.api_creates_per_minute
+        take_create(
+            session,
+            caller.org_id,
+            limit_of(session, caller.org_id, "creates_per_minute", per_minute),
+        )
         return answer, row
 
     answer, row = services.database.write(insert)

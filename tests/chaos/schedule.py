@@ -152,6 +152,7 @@ class Fault:
         return f"{self.kind} ({whose}, {self.seconds:.1f} s, {self.chance:.0%}{more})"
 
 
+# pylint: disable-next=too-many-locals  # one for each property of a fault
 def schedule(
     seed: int,
     count: int,

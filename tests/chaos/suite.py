@@ -178,6 +178,7 @@ class _Played:
     broken: list[str]
 
 
+# pylint: disable-next=too-many-locals  # one for each part of the suite
 def _play(plan: Plan, world: World, jobs: Jobs, line: TimeLine, old_tree: Path | None) -> _Played:
     with (
         _workers(plan, world) as fleet,

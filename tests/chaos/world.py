@@ -72,7 +72,7 @@ _DAMAGED: dict[str, Any] = {
 """Stands for a record that cannot be read."""
 
 
-class World:
+class World:  # pylint: disable=too-many-public-methods  # one for each observation
     """Servers and proxies; made by `running`.
 
     Attributes:
@@ -123,7 +123,7 @@ class World:
 
     @classmethod
     @contextlib.contextmanager
-    def running(
+    def running(  # pylint: disable=too-many-locals  # one for each part
         cls,
         folder: Path,
         *,

@@ -66,6 +66,7 @@ class LanguageBase:
         return self.state == snapshot(self.model)
 
 
+# pylint: disable=protected-access  # torch has no public names for versions and hooks
 def snapshot(model: Any) -> dict[str, Any]:
     """Everything of a model that a run could leave changed.
 

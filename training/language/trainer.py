@@ -281,7 +281,7 @@ class Trainer:
             try:
                 loss = self._gradients(chosen)
                 break
-            except Exception as error:
+            except Exception as error:  # pylint: disable=broad-exception-caught  # raised again
                 self._optimizer.zero_grad(set_to_none=True)
                 if not out_of_memory(error) or self.state.micro_batch == 1:
                     raise

@@ -199,7 +199,7 @@ class _Job:
         self._tokens, self._data = tokens_of(run, base.tokenizer, intake)
         self._proved = self._data.held_out or self._data.training
 
-    def done(self) -> Finished:
+    def done(self) -> Finished:  # pylint: disable=too-many-locals  # one for each result
         """Measure, train, measure, export and prove."""
         run, base, data = self._run, self._base, self._data
         before = self._measure(base.model)

@@ -108,7 +108,7 @@ class ApiGround:
 
     @classmethod
     @contextlib.contextmanager
-    def running(
+    def running(  # pylint: disable=too-many-locals  # one for each part
         cls,
         recorder: Recorder,
         folder: Path,

@@ -53,7 +53,9 @@ def test_a_dump_of_the_database_and_the_log_have_no_key(
         assert secret not in place and world.key.removeprefix("sk-") not in place
 
 
-def test_a_database_of_an_hour_ago_says_of_every_job_what_its_record_says(ground: Ground) -> None:
+def test_every_job_of_a_database_of_an_hour_ago_gets_the_state_of_its_record(
+    ground: Ground,
+) -> None:
     """The lost hour ends, cancels, pauses and resumes jobs of the backup, and adds two."""
     with running(ground, max_concurrent_trainings=50, broker_depth=50) as world:
         place = same_place(world)
