@@ -81,9 +81,8 @@ def _component(package: Package) -> dict[str, Any]:
 
 def main() -> None:
     """Print the bill of the image that the command line names."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/sbom", description=(__doc__ or "").split("\n")[0]
-    )
+    about = "Print a bill of materials (CycloneDX, JSON) of an image, from the lock files."
+    parser = argparse.ArgumentParser(prog="scripts/sbom", description=about)
     parser.add_argument("target", nargs="?", default="worker", choices=sorted(LOCKS))
     target = parser.parse_args().target
     print(json.dumps(bill(target, packages_of(target)), indent=2))

@@ -1,4 +1,4 @@
-"""Webhooks of organisations: written with the change that they tell of, and sent by the courier."""
+"""Webhooks of organisations, written in the transaction of the change that they report."""
 
 from __future__ import annotations
 

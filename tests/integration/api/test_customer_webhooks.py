@@ -21,7 +21,7 @@ PATH = "/v1/organization/webhook_endpoints"
 
 
 class Customer:
-    """A receiver that keeps every request, and answers as it is told."""
+    """A receiver that keeps every request, and answers with a chosen status."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[dict[str, str], str]] = []
@@ -143,7 +143,7 @@ def test_a_webhook_is_sent_again_with_its_id_until_it_is_taken(
     assert (len(ids), sent(world, endpoint)[0]["attempts"]) == (1, 2)
 
 
-def test_a_webhook_that_nobody_takes_is_given_up(world: World, customer: Customer) -> None:
+def test_a_webhook_that_is_never_taken_is_given_up(world: World, customer: Customer) -> None:
     endpoint = endpoint_of(world, customer)
     customer.status = 500
     world.worker().complete(world.order(), 1_000_001)

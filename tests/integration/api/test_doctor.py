@@ -1,4 +1,4 @@
-"""The doctor tests the API's database, and says what to do."""
+"""The doctor tests the API's database, and names the remedy."""
 
 from __future__ import annotations
 

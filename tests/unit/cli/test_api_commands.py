@@ -26,7 +26,7 @@ def test_a_command_explains_itself_and_all_its_options(command: list[str]) -> No
 
 
 @pytest.mark.parametrize("command", [["api", "migrate"], ["api", "reconcile"]])
-def test_an_installation_without_the_api_says_what_to_install(
+def test_an_installation_without_the_api_names_the_packages_to_install(
     command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "api.app", None)
