@@ -198,6 +198,7 @@ class ApiSettings(Group):
     api_silent_seconds: Seconds = 120.0
     max_concurrent_trainings: int = Field(default=2, ge=1)
     broker_depth: int = Field(default=2, ge=1)
+    gpu_price_per_hour: float | None = Field(default=None, ge=0)
     aws_public_endpoint_url_s3: Annotated[str, AfterValidator(values.endpoint)] | None = None
 
     @field_validator("api_open")
