@@ -90,6 +90,7 @@ def _environment() -> jinja2.Environment:
         "number": _number,
         "size": spoken,
         "line": printable,
+        "prose": _prose,
     }
     environment.globals |= {"asset": asset}
     return environment
@@ -122,6 +123,11 @@ def _moment(at: float | None) -> str:
     if at is None:
         return ""
     return f"{datetime.datetime.fromtimestamp(at, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _prose(text: str) -> str:
+    """A text of several lines, without characters that change how a page reads."""
+    return " ".join(printable(line) for line in text.splitlines())
 
 
 def _number(value: float | None) -> str:

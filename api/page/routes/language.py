@@ -14,8 +14,9 @@ from api.gate.intake import Received
 from api.gate.keys import TRAIN
 from api.gate.problems import Problem
 from api.life.orders import JobOrder
-from api.page import drafts, rendering
+from api.page import rendering
 from api.page.gate import UPLOADS, PageRoute, page_scope
+from api.page.orders import drafts
 from api.page.routes.styles import once_of
 from api.page.visit import Visit, Visited
 from api.routes import jobs

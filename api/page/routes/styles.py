@@ -17,8 +17,9 @@ from api.gate.keys import TRAIN, Caller
 from api.gate.once import Once
 from api.gate.problems import Problem
 from api.life.orders import JobOrder
-from api.page import drafts, estimates, pictures, rendering
+from api.page import pictures, rendering
 from api.page.gate import UPLOADS, PageRoute, page_scope
+from api.page.orders import drafts, estimates
 from api.page.visit import Visit, Visited
 from api.routes import jobs
 from api.services import Services

@@ -13,7 +13,9 @@ from api.gate.administration import revoke_key
 from api.page.catalogue import languages
 from api.page.rendering import POLICY
 from api.store.tables import JobRow, PageSessionRow
-from tests.integration.api.visitor import Visitor, text_of
+from jobs.addresses import S3Location
+from jobs.layout import preview_at
+from tests.integration.api.visitor import Visitor, elements, text_of
 from tests.integration.api.world import Ground, World, running
 
 MAX_PAGE_BYTES = 150_000
@@ -249,8 +251,6 @@ def test_a_job_shows_curve_events_parameters_and_files(world: World, visitor: Vi
     assert "About 1 min 30 s left." in text_of(page)
     worker.complete(job, 1_000_009)
     prefix = f"models/style_{job['subject']}/"
-    from jobs.addresses import S3Location  # noqa: PLC0415
-
     models = world.settings.storage.model_bucket_name
     for name in ("lora_weights.safetensors", "training_report.html", "odd name?.bin"):
         world.services.s3.write(S3Location(models, prefix + name), b"content")
@@ -266,8 +266,6 @@ def test_a_job_shows_curve_events_parameters_and_files(world: World, visitor: Vi
 def test_samples_of_checkpoints_come_through_this_server_and_pairs_have_a_slider(
     world: World, visitor: Visitor
 ) -> None:
-    from jobs.layout import preview_at  # noqa: PLC0415
-
     job = world.order(name="sampled")
     world.worker().progress(job, 1_000_001, loss=0.3)
     bucket = world.settings.storage.state_bucket_name
@@ -374,9 +372,7 @@ def test_keys_are_made_shown_once_and_revoked(world: World) -> None:
     assert world.get("/v1/files", made[1]).status_code == 200
     page = admin.text("/organization")
     assert made[1] not in page and "robot" in page
-    admin.submit(
-        "/organization", f"/organization/keys/{_key_id(world, made[1])}/revoke", {}
-    )
+    admin.submit("/organization", f"/organization/keys/{_key_id(world, made[1])}/revoke", {})
     assert world.get("/v1/files", made[1]).status_code == 401
     answer = admin.submit("/organization", "/organization/limits", {"storage_bytes": "1000000"})
     assert answer.status_code == 303
@@ -401,12 +397,21 @@ def test_a_text_of_a_stranger_stays_text(world: World, visitor: Visitor, text: s
     second = world.order(name=text)
     for page in ("/jobs", f"/jobs/{job['id']}", f"/compare?id={job['id']}&id={second['id']}"):
         source = visitor.text(page)
-        assert not re.search(r"<script(?! src=\"/page-assets/)|<svg/|onerror=alert\(1\)>(?!&)", source)
-        assert not re.search(r"<[^>]*\son\w+\s*=", source), page
-        assert 'href="javascript' not in source
+        _assert_harmless(source)
         assert "49" not in re.findall(r"<h1>(.*?)</h1>", source)
         assert "\u202e" not in source
-        assert 'style="' not in source
+
+
+def _assert_harmless(source: str) -> None:
+    """No inline script or style, and no address of another site."""
+    for tag, attributes in elements(source):
+        assert tag not in ("style", "iframe", "object", "embed", "base")
+        assert not [name for name in attributes if name.startswith("on") or name == "style"]
+        if tag == "script":
+            assert attributes["src"].startswith("/page-assets/")
+        for name in ("src", "href", "action", "formaction"):
+            address = attributes.get(name, "/")
+            assert address.startswith(("/", "?", "#")) and not address.startswith("//"), address
 
 
 def test_every_page_is_confined_small_and_without_inline_scripts(
@@ -422,9 +427,8 @@ def test_every_page_is_confined_small_and_without_inline_scripts(
         assert headers["cache-control"] == "no-store"
         assert headers["x-frame-options"] == "DENY"
         assert len(answer.content) < MAX_PAGE_BYTES
-        assert not re.findall(r"<script(?![^>]* src=\"/)[^>]*>|<style|\sstyle=|\son\w+=", answer.text)
-        addresses |= set(re.findall(r'(?:src|href|action)="([^"#]+)', answer.text))
-    assert all(each.startswith(("/", "?")) and not each.startswith("//") for each in addresses)
+        _assert_harmless(answer.text)
+        addresses |= set(re.findall(r'(?:src|href)="([^"#]+)', answer.text))
     for each in addresses:
         if each.startswith("/page-assets/"):
             answer = httpx.get(world.url + each)
@@ -441,7 +445,6 @@ def test_every_language_has_every_text_with_the_same_placeholders(
     for tag, each in known.items():
         assert set(each.texts) == set(first), tag
         for key, text in each.texts.items():
-            assert re.findall(r"{\w+}", text).sort() == re.findall(r"{\w+}", first[key]).sort()
             assert sorted(set(re.findall(r"{\w+}", text))) == sorted(
                 set(re.findall(r"{\w+}", first[key]))
             ), (tag, key)
@@ -463,6 +466,8 @@ def test_the_page_is_served_without_a_key_in_open_mode_and_says_so(
     with running(ground, api_open=True) as world:
         outside = Visitor(world)
         assert "Open mode" in outside.text("/jobs")
-        answer = outside.submit("/organization", "/organization/keys", {"name": "x", "scopes": "read"})
+        answer = outside.submit(
+            "/organization", "/organization/keys", {"name": "x", "scopes": "read"}
+        )
         assert answer.status_code == 200
         assert outside.client.post("/organization/keys", data={"name": "x"}).status_code == 403

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from html.parser import HTMLParser
 from typing import Any
 
 import httpx
@@ -21,14 +22,16 @@ class Visitor:
 
     def __init__(self, world: World, key: str | None = None, language: str = "en") -> None:
         headers = {"accept-language": language}
-        self.client = httpx.Client(base_url=world.url, headers=headers, timeout=30)
+        # Without connections that stay open, a visitor needs no end.
+        self.client = httpx.Client(
+            base_url=world.url,
+            headers=headers,
+            timeout=30,
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
         if key is not None:
             answer = self.submit("/login", "/login", {"key": key, "next": "/jobs"})
             assert answer.status_code == 303, answer.text
-
-    def close(self) -> None:
-        """Close the connections."""
-        self.client.close()
 
     def get(self, path: str) -> httpx.Response:
         """Open a page, without following redirects."""
@@ -50,12 +53,27 @@ class Visitor:
         """Send a form of a page."""
         return self.client.post(action, data={"form_token": self.token(page)} | fields)
 
-    def upload(
-        self, page: str, action: str, files: list[tuple[str, bytes, str]]
-    ) -> httpx.Response:
+    def upload(self, page: str, action: str, files: list[tuple[str, bytes, str]]) -> httpx.Response:
         """Send a form with files: the name, the content and the type of each."""
         parts = [("file", each) for each in files]
         return self.client.post(f"{action}?form_token={self.token(page)}", files=parts)
+
+
+class _Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """One element, as a browser reads it."""
+        self.found.append((tag, {name: value or "" for name, value in attrs}))
+
+
+def elements(source: str) -> list[tuple[str, dict[str, str]]]:
+    """The elements of a page with their attributes, as a browser reads them."""
+    parser = _Elements()
+    parser.feed(source)
+    return parser.found
 
 
 def text_of(source: str) -> str:

@@ -49,4 +49,3 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("page_drafts", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_page_drafts_org_id"), ["org_id"], unique=False)
-
