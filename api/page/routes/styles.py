@@ -180,12 +180,10 @@ def cards_of(draft: drafts.Draft) -> list[ImageCard]:
 
 def _facts(values: dict[str, Any]) -> ImageFacts:
     """Facts as they were before JSON, which has no tuples."""
-    return ImageFacts(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-    )
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return ImageFacts(**given)
 
 
 @router.get("/{draft_id}/images/{file_id}/{name}", openapi_extra=page_scope(TRAIN))

@@ -80,7 +80,7 @@ def test_each_image_is_judged_before_anything_is_spent(world: World, visitor: Vi
         "is a web page, not an image",
         "is too small (64 x 64 pixels",
         "Only 3 images can be trained on",
-        "left out : 4",
+        "left out: 4",
     ):
         assert sentence in page, page
     assert _count(world) == before
