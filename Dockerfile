@@ -36,6 +36,12 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/venv/bin/python --require-hashes --no-deps --only-binary :all: \
         --requirements /build/requirements-front.lock
 
+FROM python AS build-api
+COPY requirements-api.lock /build/
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --python /opt/venv/bin/python --require-hashes --no-deps --only-binary :all: \
+        --requirements /build/requirements-api.lock
+
 FROM ${BASE} AS runtime
 # Ubuntu's image has a user with this id.
 RUN userdel --remove ubuntu \
@@ -68,14 +74,32 @@ ENTRYPOINT ["python", "-m", "sandbox.backend_server"]
 # The operators' commands (publish, jobs, cancel, redrive), for machines without a GPU: --target commands.
 FROM front AS commands
 COPY . .
-RUN rm -r sandbox training
+RUN rm -r sandbox training api
 USER 1000:1000
 ENTRYPOINT ["python", "main.py"]
 CMD ["--help"]
 
+# The API server: no torch, no CUDA: --target api. A starting server brings the tables of its database to its version.
+FROM ${FRONT_BASE} AS api
+COPY --from=build-api /opt/python /opt/python
+COPY --from=build-api /opt/venv /opt/venv
+COPY --from=build-api /etc/ssl/certs /etc/ssl/certs
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 API_HOST=0.0.0.0
+WORKDIR /app
+COPY . .
+# /app/data is the place of SQLite, which is used without API_DATABASE_URL.
+RUN rm -r sandbox training consumer && install -d -o 1000 -g 1000 data
+USER 1000:1000
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["/bin/sh", "-c", "exec python deploy/health_check.py http://127.0.0.1:${API_PORT:-8000}"]
+# The same for an operator: `docker run … IMAGE api keys list`.
+ENTRYPOINT ["python", "main.py"]
+CMD ["api"]
+
 FROM runtime AS worker
 COPY . .
-RUN rm -r sandbox
+RUN rm -r sandbox api
 USER 1000:1000
 VOLUME ["/models", "/work"]
 EXPOSE 8080

@@ -122,8 +122,12 @@ class LocalSettings(Group):
     options: _of_kinds("options")  # type: ignore[valid-type]
     source: Path | None = None
 
-    def trainer_options(self) -> TrainerOptions:
-        """The options of a trainer process, which it gets when it starts."""
+    def trainer_options(self, *, processes: int = 1) -> TrainerOptions:
+        """The options of a trainer process, which it gets when it starts.
+
+        Args:
+            processes: Processes that train a run together (`TrainerSettings.processes_on`).
+        """
         return TrainerOptions(
             base_model=self.trainer.base_model,
             base_model_revision=self.trainer.base_model_revision,
@@ -134,10 +138,17 @@ class LocalSettings(Group):
             deterministic=self.trainer.deterministic,
             log_level=self.log.log_level,
             log_format=self.log.log_format,
+            processes=processes,
+            fsdp=self.trainer.trainer_fsdp and processes > 1,
+            stall_seconds=self.trainer.stall_seconds,
         )
 
-    def trainer_environment(self) -> dict[str, str]:
-        """The environment of the trainer process: ours, without the secrets it does not need."""
+    def trainer_environment(self, *, processes: int = 1) -> dict[str, str]:
+        """The environment of the trainer process: ours, without the secrets it does not need.
+
+        Args:
+            processes: Processes that train a run together.
+        """
         trainer = self.trainer
         return trainer_environment(
             os.environ,
@@ -148,13 +159,15 @@ class LocalSettings(Group):
             cuda_visible_devices=trainer.cuda_visible_devices,
             threads=trainer.omp_num_threads,
             deterministic=trainer.deterministic,
+            processes=processes,
         )
 
-    def trainer_confinement(self, *folders: Path) -> Confinement:
+    def trainer_confinement(self, *folders: Path, processes: int = 1) -> Confinement:
         """Files and processes that the trainer process cannot reach.
 
         Args:
             folders: Folders that the trainer works in.
+            processes: Processes that train a run together; they connect to each other.
         """
         return confinement(
             os.environ,
@@ -162,6 +175,7 @@ class LocalSettings(Group):
             files=(Path(".env"), ROOT / ".env", *([self.source] if self.source else [])),
             writable=folders,
             caches=self.trainer_environment(),
+            among_themselves=processes > 1,
         )
 
     def secrets(self) -> tuple[str, ...]:
@@ -206,10 +220,29 @@ class Settings(LocalSettings):
             configured, addresses=addresses, served=tuple(REGISTRY) if every else self.worker.kinds
         )
 
-    def trainer_options(self) -> TrainerOptions:
+    def trainer_options(self, *, processes: int = 1) -> TrainerOptions:
         """The options of a trainer process, which is ready for the first kind of `KINDS`."""
         runner = next(iter(self.kinds())).runner
-        return dataclasses.replace(super().trainer_options(), runner=runner)
+        return dataclasses.replace(super().trainer_options(processes=processes), runner=runner)
+
+    def trainer_processes(self, gpus: int) -> int:
+        """The processes of the trainer on a machine with so many GPUs.
+
+        Raises:
+            ConfigurationError: More than one is set, and no kind of `KINDS` can use them, or the
+                machine has fewer GPUs.
+        """
+        share = [kind.name for kind in self.kinds(every=True) if kind.shares_gpus]
+        if set(share) & set(self.worker.kinds):
+            return self.trainer.processes_on(gpus)
+        if self.trainer.trainer_processes not in ("auto", 1):
+            raise ConfigurationError(
+                f"TRAINER_PROCESSES={self.trainer.trainer_processes}: of the kinds, only "
+                f"{', '.join(share)} can train on several GPUs, and KINDS has "
+                f"{', '.join(self.worker.kinds)}. Remove TRAINER_PROCESSES, and start one worker "
+                "for each GPU (CUDA_VISIBLE_DEVICES)."
+            )
+        return 1
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret value, with the signing secrets that are derived from the token."""

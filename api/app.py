@@ -20,6 +20,7 @@ from sqlalchemy import select
 
 import config
 from api.compat import chat_service, training_api
+from api.duties.courier import Courier
 from api.duties.hub import Hub
 from api.duties.reconciler import Reconciler
 from api.duties.relay import BrokerPart, Relay
@@ -31,6 +32,7 @@ from api.life.line import WaitingLine
 from api.page.site import add_page
 from api.reference import add_reference
 from api.routes import (
+    endpoints,
     events,
     experiments,
     files,
@@ -48,6 +50,8 @@ from api.store.tables import ApiKeyRow
 from services.broker.settlement import Queue
 from services.s3.s3_service import open_store
 from services.s3.uploads import open_uploads
+from services.telemetry.tracing import Tracing, open_tracing
+from services.webhooks.customers import CustomerWebhooks
 from services.webhooks.verification import WebhookVerifier
 from utils import logger
 from utils.metrics import ApiMetrics
@@ -56,6 +60,7 @@ log = logger.get_logger(__name__)
 
 DEFAULT_DATABASE = Path("data") / "api.db"
 TITLE = "Training server"
+LAST_SPANS_SECONDS = 3.0
 _DESCRIPTION = "Order, follow and steer training jobs. Fine-tuning routes have OpenAI's form."
 
 
@@ -115,6 +120,7 @@ def _add_routes(app: FastAPI) -> None:
         models.router,
         experiments.router,
         organization.router,
+        endpoints.router,
         chat_service.router,
         training_api.router,
         webhooks.router,
@@ -158,6 +164,26 @@ def pepper_of(settings: config.Settings) -> bytes:
     return hmac.new(token.encode(), b"training-server api keys v1", hashlib.sha256).digest()
 
 
+def _customers(settings: config.Settings) -> CustomerWebhooks:
+    proxy = settings.webhooks.webhook_proxy
+    return CustomerWebhooks(
+        only_public=not settings.api.api_private_webhooks,
+        ca_file=settings.webhooks.webhook_ca_file,
+        proxy=proxy.get_secret_value() if proxy else None,
+    )
+
+
+def _tracing(settings: config.Settings) -> Tracing:
+    telemetry = settings.telemetry
+    headers = telemetry.otel_exporter_otlp_headers
+    return open_tracing(
+        telemetry.otel_exporter_otlp_endpoint,
+        headers=headers.get_secret_value() if headers else "",
+        service=f"{telemetry.otel_service_name}-api",
+        secrets=settings.secrets(),
+    )
+
+
 def open_services(settings: config.Settings) -> tuple[Services, BrokerPart]:
     """The services of the settings, and the broker's connection. Nothing runs yet.
 
@@ -198,6 +224,8 @@ def open_services(settings: config.Settings) -> tuple[Services, BrokerPart]:
         backend_url=settings.webhooks.backend_api_url,
         wake=threading.Event(),
         broker_state=broker.problem,
+        customers=_customers(settings),
+        tracing=_tracing(settings),
         is_open=api.api_open,
     )
     return services, broker
@@ -229,6 +257,7 @@ class Duties:
     def __init__(self, services: Services, broker: BrokerPart) -> None:
         self.relay = Relay(services, broker)
         self.reconciler = Reconciler(services)
+        self.courier = Courier(services)
         self._services = services
         self._broker = broker
         self._threads: list[threading.Thread] = []
@@ -236,9 +265,11 @@ class Duties:
     def start(self) -> None:
         """Start all of them."""
         self._broker.start()
+        self._services.hub.begin()
         for name, run in (
             ("relay", self.relay.run),
             ("reconciler", self.reconciler.run),
+            ("courier", self.courier.run),
             ("hub", self._services.hub.run),
         ):
             thread = threading.Thread(target=run, name=name, daemon=True)
@@ -251,7 +282,9 @@ class Duties:
         self._services.hub.stop()
         self.relay.stop()
         self.reconciler.stop()
+        self.courier.stop()
         self._broker.stop()
         for thread in self._threads:
             thread.join(10)
+        self._services.tracing.close(LAST_SPANS_SECONDS)
         self._services.database.close()

@@ -15,6 +15,8 @@ from jobs.addresses import S3Location
 from jobs.kinds import Kinds
 from services.s3.s3_service import S3Service
 from services.s3.uploads import Uploads
+from services.telemetry.tracing import Tracing
+from services.webhooks.customers import CustomerWebhooks
 from services.webhooks.verification import WebhookVerifier
 from utils.metrics import ApiMetrics
 from utils.settings.groups import ApiSettings
@@ -56,6 +58,8 @@ class Services:
         backend_url: The address that messages name for webhooks.
         wake: Set to have the relay look at the outbox at once.
         broker_state: Returns why the broker cannot be used; empty if it can.
+        customers: Sends webhooks to organisations.
+        tracing: Spans of requests that order jobs, and of webhooks.
         is_open: Whether callers without a key are served.
     """
 
@@ -75,7 +79,16 @@ class Services:
     backend_url: str
     wake: threading.Event
     broker_state: Callable[[], str]
+    customers: CustomerWebhooks
+    tracing: Tracing
     is_open: bool
+
+    def cost(self, seconds: float | None) -> float | None:
+        """The cost of so much GPU time; None without a price or a time."""
+        price = self.settings.gpu_price_per_hour
+        if price is None or seconds is None:
+            return None
+        return round(price * seconds / 3600, 4)
 
     def file_at(self, org_id: str, file_id: str) -> S3Location:
         """Location of an uploaded file. Its name is no part of it."""

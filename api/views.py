@@ -24,8 +24,14 @@ class QueueTurn:
     starts_at: float | None
 
 
-def job(row: JobRow, turn: QueueTurn | None = None) -> dict[str, Any]:
-    """A job."""
+def job(row: JobRow, turn: QueueTurn | None = None, *, notice: str | None) -> dict[str, Any]:
+    """A job.
+
+    Args:
+        row: The job.
+        turn: Its place in the queue, if it waits.
+        notice: The sentence of this server about all its jobs (`API_NOTICE`).
+    """
     error = None
     if row.error_code:
         error = {"code": row.error_code, "message": row.error_message or "", "param": None}
@@ -70,6 +76,7 @@ def job(row: JobRow, turn: QueueTurn | None = None) -> dict[str, Any]:
         "cancel_requested": row.cancel_requested_at is not None,
         "pause_requested": row.pause_requested_at is not None,
         "result": row.result,
+        "notice": notice,
     }
 
 

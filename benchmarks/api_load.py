@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -42,6 +43,12 @@ SELECT 'ftjob-' || lpad(to_hex(n), 24, '0'), 'org_bench', 'style', n::text, '["o
   n, n + 60, n, n
 FROM generate_series(1, :rows) AS n
 """
+
+
+STREAM_SECONDS = 10.0
+_TRANSACTIONS = sqlalchemy.text(
+    "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+)
 
 
 @dataclasses.dataclass(slots=True)
@@ -124,6 +131,7 @@ async def load(key: str, arguments: argparse.Namespace, pid: int) -> dict[str, A
     headers = {"Authorization": f"Bearer {key}"}
     limits = httpx.Limits(max_connections=100, max_keepalive_connections=100)
     process = psutil.Process(pid)
+    used, own = _cpu_seconds(process), time.process_time()
     async with httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{PORT}", headers=headers, limits=limits, timeout=60
     ) as client:
@@ -155,11 +163,41 @@ async def load(key: str, arguments: argparse.Namespace, pid: int) -> dict[str, A
             at_rate(arguments.reads, lambda n: send(reads, "GET", paths[n % len(paths)])),
             at_rate(arguments.creates, lambda _: send(creates, "POST", "/v1/jobs", json=order)),
         )
+    requests = len(reads.seconds) + len(creates.seconds)
     return {
+        "server_cpu_ms_per_request": round(1000 * (_cpu_seconds(process) - used) / requests, 2),
+        "generator_cpu_ms_per_request": round(1000 * (time.process_time() - own) / requests, 2),
         "reads": reads.summary(),
         "creates": creates.summary(),
         "memory_mib": [round(value, 1) for value in memory[:: max(1, len(memory) // 8)]],
     }
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+async def transactions_with_streams(key: str, count: int, url: str) -> float:
+    """Transactions of the database per second while this many event streams are open."""
+    headers = {"Authorization": f"Bearer {key}", "Accept": "text/event-stream"}
+    limits = httpx.Limits(max_connections=count + 1)
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        async with contextlib.AsyncExitStack() as stack:
+            client = await stack.enter_async_context(
+                httpx.AsyncClient(headers=headers, limits=limits, timeout=60)
+            )
+            for _ in range(count):
+                stream = client.stream("GET", f"http://127.0.0.1:{PORT}/v1/events")
+                answer = await stack.enter_async_context(stream)
+                answer.raise_for_status()
+            await asyncio.sleep(3)  # PostgreSQL counts with a delay of a second
+            before = connection.scalar(_TRANSACTIONS)
+            await asyncio.sleep(STREAM_SECONDS)
+            after = connection.scalar(_TRANSACTIONS)
+    engine.dispose()
+    return round(float(after - before) / STREAM_SECONDS, 1)
 
 
 def page_ms(key: str) -> float:
@@ -180,6 +218,7 @@ def main() -> None:  # pylint: disable=too-many-locals
     parser.add_argument("--reads", type=float, default=200, help="per second")
     parser.add_argument("--creates", type=float, default=20, help="per second")
     parser.add_argument("--rows", type=int, default=100_000, help="finished jobs in the table")
+    parser.add_argument("--streams", type=int, default=200, help="open event streams")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="api-load-"))
     with ExitStack() as parts:
@@ -192,17 +231,25 @@ def main() -> None:  # pylint: disable=too-many-locals
         engine = sqlalchemy.create_engine(url)
         few = _filled(engine, key, 1000)
         many = _filled(engine, key, arguments.rows)
+        load_before = round(os.getloadavg()[0], 1)
         measured = asyncio.run(load(key, arguments, pid))
+        streams = {
+            f"transactions_per_second_with_{count}_streams": asyncio.run(
+                transactions_with_streams(key, count, url)
+            )
+            for count in (0, arguments.streams)
+        }
         engine.dispose()
     cores = len(os.sched_getaffinity(0))
     facts = {
         "cores": cores,
+        "load_average_before": load_before,
         "load_average_at_end": round(os.getloadavg()[0], 1),
         "rows": arguments.rows,
         "page_ms_at_1000_rows": few,
         "page_ms_at_all_rows": many,
     }
-    print(json.dumps(facts | measured, indent=1))
+    print(json.dumps(facts | measured | streams, indent=1))
 
 
 def _filled(engine: sqlalchemy.Engine, key: str, rows: int) -> float:

@@ -42,6 +42,7 @@ from training.style.lean_lora import LeanLora
 
 HALF = torch.float16
 NO_KERNEL = ("prim.", "aten._unsafe_view", "aten.empty", "aten.detach", "aten.new_empty")
+# pylint: disable=protected-access  # the names of torch's kernels
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         torch.ops.aten._scaled_dot_product_flash_attention
@@ -50,6 +51,7 @@ ATTENTION = {
         torch.ops.aten._scaled_dot_product_flash_attention_backward
     ),
 }
+# pylint: enable=protected-access
 """The CPU's attention, of which torch's table has no formula, and the GPU's, which is as large."""
 MOST_LAUNCHES, MOST_KEPT = 2600, 0.9
 """The goal for the fast path without checkpointing and dropout; GiB."""
@@ -126,8 +128,8 @@ class _Launches(TorchDispatchMode):
 
     def lap(self) -> int:
         """The count since the last lap."""
-        count, self.count = self.count, 0
-        return count
+        counted, self.count = self.count, 0
+        return counted
 
 
 @contextlib.contextmanager
@@ -190,6 +192,7 @@ def _keeping(unet: nn.Module) -> Iterator[dict[Any, int]]:
         yield kept
 
 
+# pylint: disable-next=too-many-locals  # one for each part of a step
 def count(way: Way) -> Counted:
     """Count one optimizer step."""
     with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:

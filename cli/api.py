@@ -8,6 +8,7 @@ Each command imports what it needs when it runs, because other commands need no 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +61,7 @@ def serve(context: typer.Context, config_file: ConfigFile = None) -> None:
         serve_app(application, settings.api.api_host, settings.api.api_port)
         return 0
 
-    end(run)
+    _end(run)
 
 
 @app.command()
@@ -76,7 +77,7 @@ def migrate(config_file: ConfigFile = None) -> None:
         typer.echo(f"The tables have the version {version}.")
         return 0
 
-    end(run)
+    _end(run)
 
 
 @app.command()
@@ -97,7 +98,7 @@ def reconcile(config_file: ConfigFile = None) -> None:
         )
         return 0
 
-    end(run)
+    _end(run)
 
 
 @keys_app.command("create")
@@ -120,7 +121,7 @@ def create_key(
         typer.echo(secret)
         return 0
 
-    end(run)
+    _end(run)
 
 
 @keys_app.command("list")
@@ -137,7 +138,7 @@ def list_keys(
             typer.echo(json.dumps(each))
         return 0
 
-    end(run)
+    _end(run)
 
 
 @keys_app.command("revoke")
@@ -154,7 +155,22 @@ def revoke_key(
             raise ConfigurationError(f"There is no key {key_id} that can be revoked.")
         return 0
 
-    end(run)
+    _end(run)
+
+
+def _end(run: Callable[[], int]) -> None:
+    """As `end`, with a sentence if the API is not installed, as in a worker's image."""
+
+    def guarded() -> int:
+        try:
+            return run()
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"The API is not installed here: the module {error.name} is missing. Use the image "
+                "of the target api, or install requirements-api.txt."
+            ) from error
+
+    end(guarded)
 
 
 def _settings(config_file: Path | None) -> Any:

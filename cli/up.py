@@ -27,7 +27,13 @@ _DEFAULTS = {
     "PROGRESS_INTERVAL_SECONDS": "5",
     "HTTP_PORT": "0",
 }
-_OF_THE_STAND_IN = {"STYLE_RESOLUTION": "64", "ALLOW_CPU": "true", "OMP_NUM_THREADS": "1"}
+NOTICE = "The base model is a stand-in: its images are noise."
+_OF_THE_STAND_IN = {
+    "STYLE_RESOLUTION": "64",
+    "ALLOW_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+    "API_NOTICE": NOTICE,
+}
 
 
 def run(folder: Path, *, stand_in: bool) -> int:
@@ -63,7 +69,7 @@ def _serve(one: OneMachine, home: Home, program: Program, *, stand_in: bool) -> 
     _say("Starting RabbitMQ, S3, the API and a worker.")
     with one.running() as secrets:
         if stand_in:
-            _say("The base model is a stand-in: its images are noise.")
+            _say(NOTICE)
         _say(f"API:  {program.address}  (reference at /docs)")
         _say(f"Key:  {secrets.api_key}")
         _say(f"Data: {home.folder}  (logs in logs/)")

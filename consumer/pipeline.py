@@ -45,6 +45,7 @@ from services.broker.settlement import (
 )
 from services.records.job_lease import JobLease
 from services.records.job_records import Claimed, Ended, HeldElsewhere, OtherBody
+from services.telemetry.tracing import trace_id_of
 from utils import logger
 from utils.errors import (
     DiskFull,
@@ -100,7 +101,7 @@ class Pipeline:
         except InvalidMessage as error:
             return self._desk.endings.refuse(delivery, error)
         job = dataclasses.replace(job, headers=delivery.carried_headers)
-        with logger.bound(task_id=job.task_id, **self._identity(job)):
+        with logger.bound(**self._log_fields(job), task_id=job.task_id):
             try:
                 return self._handle_job(job, delivery)
             except StorageError as error:
@@ -136,7 +137,7 @@ class Pipeline:
                 )
                 if not may_be_claimed:
                     self._desk.observer.queues.took(job.created_at, delivery.queue)
-                with logger.bound(task_id=job.task_id):
+                with logger.bound(**self._log_fields(job), task_id=job.task_id):
                     return self._hold(job, lease)
             case HeldElsewhere(record=record):
                 log.info("job_held_elsewhere", wait_seconds=round(claim.wait_seconds, 1))
@@ -268,7 +269,7 @@ class Pipeline:
                     desk.trainer,
                     kind,
                     run,
-                    self._identity(job),
+                    self._log_fields(job),
                     lambda event: run_events.dispatch(event, desk.observer, reporter, uploads),
                     stop,
                     max_seconds=max(0.0, limits.max_job_seconds - lease.seconds_run),
@@ -320,6 +321,10 @@ class Pipeline:
     def _identity(self, job: Job) -> dict[str, Any]:
         """The fields that name the job's subject in log lines."""
         return self._kind(job).identity_fields(job.subject)
+
+    def _log_fields(self, job: Job) -> dict[str, Any]:
+        """The fields of the job's log lines, here and in the trainer: its subject and its trace."""
+        return self._identity(job) | {"trace_id": trace_id_of(job.headers, job.task_id)}
 
     def _require_time(self, job: Job, lease: JobLease) -> None:
         """Check the time limits of a whole job: the work on it, and its wait in the queue.

@@ -58,9 +58,9 @@ def run_worker(
         once_idle: Stop after one training message, or after this many seconds without one.
 
     Raises:
-        ConfigurationError: A folder, a port or a service cannot be opened with these settings,
-            a kind cannot use BASE_MODEL, or the state bucket does not honour
-            conditional writes.
+        ConfigurationError: A folder, a port or a service cannot be opened with these settings, a
+            kind cannot use BASE_MODEL, TRAINER_PROCESSES does not fit this machine or KINDS, or
+            the state bucket does not honour conditional writes.
         MachineError: This machine cannot train; the current job is returned to the queue.
         BrokerRefused: RabbitMQ refuses the worker, and waiting does not help.
     """
@@ -89,7 +89,9 @@ def run_worker(
         _log_start(settings.trainer, settings.broker.training_queue, machine, observer)
         condition.machine_tested(machine)
         try:
-            _serve(settings, shutdown, observer, condition, trainer_command, once_idle)
+            processes = settings.trainer_processes(machine.count)
+            observer.metrics.trainer_processes.set(processes)
+            _serve(settings, shutdown, observer, condition, trainer_command, processes, once_idle)
         finally:
             tracing.close(LAST_WORDS_SECONDS)
     log.info("worker_stopped")
@@ -101,6 +103,7 @@ def _serve(
     observer: Observer,
     condition: Condition,
     trainer_command: Sequence[str],
+    processes: int,
     once_idle: float | None,
 ) -> None:
     """Take jobs on a machine that can train, until the shutdown."""
@@ -113,7 +116,7 @@ def _serve(
     )
     guard.test()  # a store without conditional writes is refused before anything is loaded
     folders = WorkFolder(settings.worker.work_dir)
-    trainer = _trainer(settings, folders, trainer_command, observer)
+    trainer = _trainer(settings, folders, trainer_command, observer, processes)
     condition.has_trainer(trainer)
     failures: list[MachineError] = []
 
@@ -169,16 +172,21 @@ def _machine_test(settings: Settings) -> Callable[[], Machine]:
 
 
 def _trainer(
-    settings: Settings, folders: WorkFolder, command: Sequence[str], observer: Observer
+    settings: Settings,
+    folders: WorkFolder,
+    command: Sequence[str],
+    observer: Observer,
+    processes: int,
 ) -> TrainerProcess:
+    environment = settings.trainer_environment(processes=processes)
     return TrainerProcess(
-        settings.trainer_options(),
-        settings.trainer_environment() | {"TMPDIR": str(folders.temporary)},
+        settings.trainer_options(processes=processes),
+        environment | {"TMPDIR": str(folders.temporary)},
         stall_seconds=settings.trainer.stall_seconds,
         command=command,
         metrics=observer.metrics,
         secrets=settings.secrets(),
-        confinement=settings.trainer_confinement(folders.path),
+        confinement=settings.trainer_confinement(folders.path, processes=processes),
     )
 
 

@@ -59,12 +59,6 @@ class S3Location:
         """The address, `s3://bucket/key`."""
         return f"{scheme}://{self.bucket}/{self.key}"
 
-    def with_suffix(self, suffix: str) -> S3Location:
-        """The object next to this one: for `.txt`, both `a/b.jpg` and `a/b` give `a/b.txt`."""
-        folder, slash, name = self.key.rpartition("/")
-        stem = name.rpartition(".")[0] or name
-        return S3Location(self.bucket, f"{folder}{slash}{stem}{suffix}")
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AddressRules:

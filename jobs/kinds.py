@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -41,6 +41,23 @@ class Spec(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TextBeside:
+    """Objects next to an input that may hold its text. The first one that exists is read.
+
+    Attributes:
+        places: The objects, the usual one first.
+        max_bytes: A larger object is not read.
+        too_large: Why it is ignored, for the customer.
+        read: Returns the text in an object's bytes, and why it is ignored; None if it is used.
+    """
+
+    places: tuple[S3Location, ...]
+    max_bytes: int
+    too_large: str
+    read: Callable[[bytes], tuple[str, str | None]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Input:
     """One object that a job reads.
 
@@ -50,7 +67,8 @@ class Input:
         version_id: The object's version; None for the present one.
         problem: Why there is no location; None if there is one.
         role: The kind's name for this sort of input; each role has a separate folder.
-        caption: The text that belongs to it; None if the order gives none.
+        text: The text that belongs to it; None if the order gives none.
+        beside: Where its text may be if the order gives none; None if it has no text.
     """
 
     source: str
@@ -58,7 +76,8 @@ class Input:
     version_id: str | None = None
     problem: str | None = None
     role: str = "inputs"
-    caption: str | None = None
+    text: str | None = None
+    beside: TextBeside | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,16 +87,16 @@ class Fetched:
     Attributes:
         input: The input.
         path: The local file; None if the object could not be fetched.
-        caption: The input's caption, or the content of the text file next to the object.
+        text: The input's text, or that of an object next to it.
         problem: The reason if there is no file, for the customer; None if there is one.
-        caption_problem: Why the text file next to the object is ignored; None if it is used.
+        text_problem: Why the text next to the input is ignored; None if it is used.
     """
 
     input: Input
     path: Path | None
-    caption: str | None = None
+    text: str | None = None
     problem: str | None = None
-    caption_problem: str | None = None
+    text_problem: str | None = None
 
 
 class KindRun(Protocol):
@@ -160,6 +179,11 @@ class TrainerOptions:
         log_level: Level of the trainer's own log lines.
         log_format: `json` or `text`.
         runner: The class whose base model is loaded before the first run, as `module:class`.
+        processes: Processes that train a run together, for the kinds that can.
+        fsdp: Share the weights of a language model out among the processes.
+        stall_seconds: A process waits this long for a sum with the others.
+        rank: Number of this process; 0 for the one that the desk starts.
+        meeting: Folder in which the processes find each other; set by process 0.
     """
 
     base_model: str
@@ -172,6 +196,11 @@ class TrainerOptions:
     log_level: str = "INFO"
     log_format: str = "json"
     runner: str = dataclasses.field(default_factory=runner_of_first_kind)
+    processes: int = 1
+    fsdp: bool = False
+    stall_seconds: float = 300.0
+    rank: int = 0
+    meeting: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -346,6 +375,7 @@ class JobKind(Protocol):
         labels: Names of the fields of `identity_fields`. They label error reports.
         counters, gauges: The kind's metrics, by name, each with its help text. Kinds may share one.
         needs_gpu: A machine without a GPU is unfit for this kind unless `ALLOW_CPU` is set.
+        shares_gpus: Whether several processes, one to a GPU, can do one of its runs together.
     """
 
     name: str
@@ -361,6 +391,7 @@ class JobKind(Protocol):
     counters: Mapping[str, str]
     gauges: Mapping[str, str]
     needs_gpu: bool
+    shares_gpus: bool
 
     def refusal(self, base_model: str) -> str | None:
         """Why a worker with this `BASE_MODEL` cannot do the kind's jobs; None if it can."""

@@ -392,6 +392,7 @@ class LlmKind:
     labels = ("kind", "subject")
     counters, gauges = epochs.COUNTERS, epochs.GAUGES
     needs_gpu = True
+    shares_gpus = True
 
     def __init__(self, settings: KindSettings) -> None:
         self._defaults = LlmParameters(**settings.parameters)
@@ -402,13 +403,13 @@ class LlmKind:
     def refusal(self, base_model: str) -> str | None:
         """None: each order names its base model, and `BASE_MODEL` is not used."""
         del base_model
-        return None
+        return None  # pylint: disable=useless-return  # the type says so
 
     # --- from a message to a spec, and back
 
     def read(self, order: Order) -> LlmSpec:
         """Check an order; see `JobKind.read`."""
-        found = {name: order.get(name) for name in LlmOrder.model_fields}
+        found = {name: order.get(name) for name in tuple(LlmOrder.model_fields)}
         given = checked(
             LlmOrder,
             {name: value for name, value in found.items() if value is not None},
@@ -496,8 +497,7 @@ class LlmKind:
         """The training file, and the validation file if there is one."""
         files = ((DATA, spec.training_file), (VALIDATION, spec.validation_file))
         return tuple(
-            # The caption is empty and not None: no caption file belongs to a file of conversations.
-            Input(file.source, file.location, version_of(file.source), role=role, caption="")
+            Input(file.source, file.location, version_of(file.source), role=role)
             for role, file in files
             if file
         )
@@ -516,8 +516,7 @@ class LlmKind:
         paths = {each.input.role: each.path for each in fetched}
         for each in fetched:
             if each.path is None:
-                problem = (each.problem or "").replace("an image", "a file")
-                raise TrainingDataUnavailable(f"The file {each.input.source} {problem}.")
+                raise TrainingDataUnavailable(f"The file {each.input.source} {each.problem}.")
         source = self._options.source_of(spec.base_model)
         if source is None:
             raise TrainingDataUnavailable(

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from jobs.addresses import (
     unused_parts,
     version_of,
 )
+from jobs.captions import MAX_CAPTION_BYTES, TOO_LARGE, clean_caption, read_caption
 from jobs.fields import (
     AUTO_WORD,
     LONGEST_NAME,
@@ -48,11 +50,11 @@ from jobs.kinds import (
     KindSettings,
     Shown,
     Standing,
+    TextBeside,
     with_fields,
 )
 from jobs.layout import CHECKPOINT_WEIGHTS, HTML_REPORT, STYLE, WEIGHTS
 from jobs.record import JobRecord
-from utils.captions import clean_caption
 from utils.errors import ImageDownloadFailed
 from utils.events import Finished, Progress, from_dict
 from utils.wording import counted, grouped
@@ -282,7 +284,7 @@ class TrainingRun:
         min_images: Fewer usable images than this fail the run.
         max_image_pixels: Larger images are left out.
         checkpoint_interval: Epochs between checkpoints.
-        validation_pictures: Images for the probe, which are never trained on.
+        validation_images: Images for the probe, which are never trained on.
         sample_prompts: Prompts of the samples; without any, the captions.
         trigger_word: Word in front of every prompt, or the empty string.
         sample_steps: Steps of the sampler; a CPU uses fewer.
@@ -501,6 +503,7 @@ class StyleKind:
     labels = ("style_id",)
     counters, gauges = epochs.COUNTERS, epochs.GAUGES
     needs_gpu = True
+    shares_gpus = False
     subject_is_number = True
 
     def __init__(self, settings: KindSettings) -> None:
@@ -674,7 +677,10 @@ class StyleKind:
         """The images and the validation images."""
         none = (None,) * len(spec.validation_images)
         return tuple(
-            Input(image.source, image.location, image.version_id, image.problem, role, caption)
+            Input(
+                *(image.source, image.location, image.version_id, image.problem, role, caption),
+                beside=caption_beside(image.location) if caption is None else None,
+            )
             for role, images, captions in (
                 (IMAGES, spec.images, spec.captions),
                 (VALIDATION, spec.validation_images, none),
@@ -800,14 +806,32 @@ def _training_images(
             path=str(each.path) if each.path else None,
             caption=_caption(each, tags),
             problem=each.problem,
-            caption_problem=each.caption_problem,
+            caption_problem=each.text_problem,
         )
         for each in fetched
         if each.input.role == role
     )
 
 
+def caption_beside(image: S3Location | None) -> TextBeside | None:
+    """The objects that may hold an image's caption; None for an image without a location."""
+    if image is None:
+        return None
+    folder, slash, name = image.key.rpartition("/")
+    stem = name.rpartition(".")[0] or name
+    names = dict.fromkeys((f"{stem}.txt", f"{name}.txt", f"{stem}.TXT", f"{stem}.caption"))
+    for form in ("NFC", "NFD"):  # a Mac decomposes the letters of names, other systems do not
+        names |= dict.fromkeys(unicodedata.normalize(form, each) for each in list(names)[:2])
+    places = (S3Location(image.bucket, f"{folder}{slash}{each}") for each in names if each != name)
+    return TextBeside(tuple(places), MAX_CAPTION_BYTES, TOO_LARGE, _read_caption)
+
+
+def _read_caption(content: bytes) -> tuple[str, str | None]:
+    found = read_caption(content)
+    return found.text, found.problem
+
+
 def _caption(fetched: Fetched, tags: Sequence[str]) -> str:
     if fetched.input.location is None:
         return ""
-    return fetched.caption if fetched.caption is not None else ", ".join(tags)
+    return fetched.text if fetched.text is not None else ", ".join(tags)

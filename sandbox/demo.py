@@ -24,6 +24,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the whole main job on this machine.")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
     parser.add_argument("--kind", choices=("style", "llm"), default="style")
+    parser.add_argument(
+        "--api",
+        action="store_true",
+        help="Order two styles over the API, with OpenAI's client; needs PostgreSQL.",
+    )
     given = parser.parse_args()
     output: Path = given.output.absolute()
     shutil.rmtree(output, ignore_errors=True)
@@ -39,6 +44,11 @@ def main() -> int:
     with Screen() as screen:
         try:
             # Imported here: the import of torch takes seconds, in which Ctrl-C must work.
+            if given.api:
+                from sandbox import demo_api  # pylint: disable=import-outside-toplevel
+
+                screen.conclude(demo_api.play(screen, output))
+                return 0
             # pylint: disable-next=import-outside-toplevel
             from sandbox.demo_parts import play
 

@@ -22,7 +22,7 @@ from sandbox.worker_process import WorkerProcess
 
 
 def settings_of_the_worker(
-    *, rabbit: RabbitMqNode, s3: S3Server, backend: Backend, token: str, folder: Path
+    *, rabbit: RabbitMqNode, s3: S3Server, backend_url: str, token: str, folder: Path
 ) -> dict[str, str]:
     """All settings of the worker, except those of the base model."""
     return {
@@ -36,7 +36,7 @@ def settings_of_the_worker(
         "AWS_STORAGE_BUCKET_NAME": MEDIA,
         "MODEL_BUCKET_NAME": MODELS,
         "STATE_BUCKET_NAME": STATE,
-        "BACKEND_API_URL": backend.url,
+        "BACKEND_API_URL": backend_url,
         "INTERNAL_API_TOKEN": token,
         "PROGRESS_INTERVAL_SECONDS": "1",
         "CHECKPOINT_INTERVAL": "10",
@@ -46,6 +46,7 @@ def settings_of_the_worker(
     }
 
 
+# pylint: disable-next=too-many-locals  # one for each part
 def play(screen: Screen, output: Path, kind: str = "style") -> dict[str, str]:
     """Start the parts, run the job, and end the parts in any case.
 
@@ -68,7 +69,7 @@ def play(screen: Screen, output: Path, kind: str = "style") -> dict[str, str]:
         backend = stack.enter_context(Backend(token=token, secrets=[signing_secret(token)]))
         screen.say(f"RabbitMQ on port {rabbit.port}, S3 at {s3.endpoint}, backend at {backend.url}")
         settings = settings_of_the_worker(
-            rabbit=rabbit, s3=s3, backend=backend, token=token, folder=folder
+            rabbit=rabbit, s3=s3, backend_url=backend.url, token=token, folder=folder
         )
         log = output / "worker.log"
         worker = stack.enter_context(

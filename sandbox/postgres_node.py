@@ -78,21 +78,28 @@ class PostgresNode:
 
     def create_database(self, name: str) -> str:
         """Make an empty database. Returns its SQLAlchemy address."""
-        self._run(
-            "psql",
-            "-h",
-            HOST,
-            "-p",
-            str(self.port),
-            "-U",
-            "postgres",
-            "-d",
-            "postgres",
-            "-q",
-            "-c",
-            f'CREATE DATABASE "{name}"',
-        )
+        command = f'CREATE DATABASE "{name}"'
+        self._run("psql", *self._address, "-d", "postgres", "-q", "-c", command)
         return self.url(name)
+
+    def dump(self, database: str) -> Path:
+        """Write a backup of a database. Returns its file, which the next backup replaces."""
+        path = self.folder / f"{database}.sql"
+        self._run("pg_dump", *self._address, "-d", database, "-f", str(path))
+        return path
+
+    def restore(self, database: str, backup: Path) -> None:
+        """Replace a database by its backup. Open connections to it are closed."""
+        for command in (
+            f'DROP DATABASE IF EXISTS "{database}" WITH (FORCE)',
+            f'CREATE DATABASE "{database}"',
+        ):
+            self._run("psql", *self._address, "-d", "postgres", "-q", "-c", command)
+        self._run("psql", *self._address, "-d", database, "-q", "-f", str(backup))
+
+    @property
+    def _address(self) -> tuple[str, ...]:
+        return ("-h", HOST, "-p", str(self.port), "-U", "postgres")
 
     def start(self) -> None:
         """Start the server with the data it had before, and wait until it answers.

@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
             Backend(token=token, secrets=[signing_secret(token)], on_request=show)
         )
         settings = settings_of_the_worker(
-            rabbit=rabbit, s3=s3, backend=backend, token=token, folder=folder
+            rabbit=rabbit, s3=s3, backend_url=backend.url, token=token, folder=folder
         ) | {"HTTP_PORT": "8080", "LOG_FORMAT": "text"}
         _write(folder / "env", settings | choice.settings)
         print(*choice.words, sep="\n")

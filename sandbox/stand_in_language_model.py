@@ -83,7 +83,7 @@ def build(
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
+            transformers.LlamaConfig(  # pylint: disable=unexpected-keyword-arg  # a dataclass
                 vocab_size=len(tokenizer),
                 hidden_size=hidden,
                 intermediate_size=2 * hidden,

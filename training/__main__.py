@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs.kinds import TrainerOptions
+from training.runtime.followers import end_with_parent
 from training.runtime.inbox import Inbox
 from utils.events import from_dict
 
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("options", help="TrainerOptions as one JSON object")
     parsed = parser.parse_args(arguments)
     options = from_dict(TrainerOptions, json.loads(parsed.options))
+    if options.rank:
+        end_with_parent()
     # Before the slow imports below: a desk that dies meanwhile must not leave an orphan.
     inbox = Inbox(os.fdopen(parsed.runs_fd, "rb", buffering=0))
     inbox.start()

@@ -24,8 +24,9 @@ import os
 import resource
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 LEAST_ABI = 2
 """Landlock's first version that can allow renaming a file into another folder; exports do that."""
@@ -40,6 +41,7 @@ _CHANGE_FOLDER = sum(1 << bit for bit in range(4, 13))  # remove and make entrie
 _MOVE, _TRUNCATE = 1 << 13, 1 << 14
 _TRUNCATE_ABI, _PORTS_ABI, _SCOPE_ABI = 3, 4, 6
 _BIND, _CONNECT = 1, 2
+_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _ABSTRACT_SOCKETS, _SIGNALS = 1, 2
 
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 24, 38, 47
@@ -60,12 +62,15 @@ class Confinement:
         read_only: Folders in which nothing can be changed.
         writable: Folders inside `read_only` that can be written nevertheless.
         ports: TCP ports that can be connected to; none can be listened on.
+        among_themselves: The program's processes can connect to each other: ports that the kernel
+            gives out can be listened on and connected to. Services have fixed ports outside.
     """
 
     hidden: tuple[str, ...] = ()
     read_only: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
     ports: tuple[int, ...] = (53, 443)
+    among_themselves: bool = False
 
     def command(self, program: Sequence[str]) -> list[str]:
         """The command line that starts a program inside the confinement."""
@@ -110,9 +115,10 @@ def confine(confinement: Confinement) -> None:
         for path, readable_only in _allowed(confinement):
             _allow_path(ruleset, path, _READ_FILE if readable_only else _files(version))
         if version >= _PORTS_ABI:
-            for port in sorted(set(confinement.ports)):
-                rule = struct.pack("=QQ", _CONNECT, port)
-                _check(_add_rule(ruleset, _PORT_RULE, rule), "landlock_add_rule")
+            _allow_ports(ruleset, _CONNECT, sorted(set(confinement.ports)))
+            if confinement.among_themselves:
+                _allow_ports(ruleset, _BIND, [0])  # a port that the kernel chooses
+                _allow_ports(ruleset, _CONNECT, _chosen_by_the_kernel())
         _check(_libc().syscall(_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
     finally:
         os.close(ruleset)
@@ -187,6 +193,21 @@ def _allow_path(ruleset: int, path: str, rights: int) -> None:
         os.close(handle)
 
 
+def _allow_ports(ruleset: int, rights: int, ports: Iterable[int]) -> None:
+    for port in ports:
+        rule = struct.pack("=QQ", rights, port)
+        _check(_add_rule(ruleset, _PORT_RULE, rule), "landlock_add_rule")
+
+
+def _chosen_by_the_kernel() -> range:
+    """The ports that a program gets if it asks for any."""
+    try:
+        first, last = map(int, _PORT_RANGE.read_text("ascii").split())
+    except (OSError, ValueError):
+        return range(32768, 61000)
+    return range(first, last + 1)
+
+
 def _add_rule(ruleset: int, kind: int, rule: bytes) -> int:
     return int(_libc().syscall(_ADD_RULE, ruleset, kind, rule, 0))
 
@@ -222,7 +243,9 @@ def _check(result: int, call: str) -> int:
 def main(arguments: Sequence[str]) -> None:
     """Confine this process and become the program."""
     values, *program = arguments
-    confinement = Confinement(**{k: tuple(v) for k, v in json.loads(values).items()})
+    given: dict[str, Any] = json.loads(values)
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    confinement = Confinement(**given | lists)
     try:
         confine(confinement)
     except OSError as error:

@@ -132,6 +132,10 @@ class Metrics:
         self.trainer_restarts = self._counter(
             "trainer_restarts", "Trainer processes started in place of one that died or hung"
         )
+        self.trainer_processes = self._gauge(
+            "trainer_processes",
+            "Processes, one to a GPU, that train a run of a language model together",
+        )
         self.trainer_gpu_memory_allocated_bytes = self._gauge(
             "trainer_gpu_memory_allocated_bytes", "Memory of the GPU that the trainer's tensors use"
         )
@@ -295,8 +299,29 @@ class ApiMetrics:
             ("kind",),
             registry=self.registry,
         )
+        self.webhooks_sent = Counter(
+            f"{PREFIX}_api_webhooks_sent",
+            "Webhooks sent to organisations, by status class",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.webhooks_waiting = self._gauge(
+            "api_webhooks_waiting", "Webhooks for organisations that are not delivered yet"
+        )
+        self.webhooks_oldest_seconds = self._gauge(
+            "api_webhooks_oldest_seconds", "Age of the oldest of them; 0 with none"
+        )
         self.jobs = self._gauge("api_jobs", "Jobs that have not ended, by status", "status")
         self.outbox = self._gauge("api_outbox", "Messages that are due and not confirmed")
+        self.outbox_oldest_seconds = self._gauge(
+            "api_outbox_oldest_seconds", "How long the oldest of them has been due; 0 with none"
+        )
+        self.waiting_oldest_seconds = self._gauge(
+            "api_waiting_oldest_seconds",
+            "How long the oldest job has waited for its organisation's turn; 0 with none",
+        )
+        self.database_up = self._gauge("api_database_up", "1 if the database can be used")
+        self.broker_connected = self._gauge("api_broker_connected", "1 while connected to RabbitMQ")
         self.streams = self._gauge("api_event_streams", "Open event streams of this process")
         self.relay_age = self._gauge(
             "api_relay_age_seconds",

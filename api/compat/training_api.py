@@ -250,7 +250,7 @@ def compare(order: ModelsToCompare, services: Served, caller: Called) -> dict[st
     with services.database.reading() as session:
         rows = [found(session, caller, each) for each in dict.fromkeys(order.experiment_ids)]
     names = order.metrics or list(experiments.METRICS)
-    table = experiments.comparison(rows, names)
+    table = experiments.comparison(services, rows, names)
     return {
         "experiments": [_experiment(row) for row in rows],
         "comparison_table": table["comparison_table"],

@@ -100,15 +100,22 @@ class Hub:
     def run(self) -> None:
         """Look for events until `stop`."""
         while not self._stop.wait(self._tick_seconds):
-            try:
-                self.tick()
-            except DatabaseAway as error:
-                log.warning("hub_without_database", reason=str(error))
+            self._try_to_tick()
         self._end_streams()
+
+    def begin(self) -> None:
+        """Find the newest event. A stream that opens before that has to reconnect."""
+        self._try_to_tick()
 
     def stop(self) -> None:
         """End `run` and all streams."""
         self._stop.set()
+
+    def _try_to_tick(self) -> None:
+        try:
+            self.tick()
+        except DatabaseAway as error:
+            log.warning("hub_without_database", reason=str(error))
 
     def tick(self) -> None:
         """Read the events that are new, once.

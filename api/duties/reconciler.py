@@ -8,7 +8,7 @@ from sqlalchemy import select, update
 
 from api.duties.leases import hold_lease
 from api.gate.keys import new_id
-from api.life import ledger, news
+from api.life import erasure, ledger, news
 from api.services import Services
 from api.store import jobs as store
 from api.store.database import DatabaseAway, now
@@ -58,6 +58,7 @@ class Reconciler:
                 if hold_lease(self._services, "reconciler", self._owner):
                     order_keeper(self._services)
                     self.turn()
+                    erasure.erase(self._services)
             except (DatabaseAway, StorageError) as error:
                 log.warning("reconciler_waits", reason=str(error))
 
@@ -81,5 +82,5 @@ class Reconciler:
             return False
         found = news.follow_record(self._services, row.id, record)
         if found:
-            log.warning("job_reconciled", job_id=row.id)
+            log.warning("job_reconciled", task_id=row.id)
         return found

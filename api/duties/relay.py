@@ -21,10 +21,12 @@ from api.gate.once import forget_old
 from api.services import Services
 from api.store import jobs as store
 from api.store.database import DatabaseAway, Writing, now
+from api.store.endpoints import forget_settled
 from api.store.tables import LeaseRow, OutboxRow
 from services.broker.client import Link
 from services.broker.connection import BrokerLoop
 from services.broker.settlement import Publication, Queue
+from services.telemetry.tracing import trace_id_of
 from utils.errors import BrokerError, Refusal
 from utils.logger import get_logger
 from utils.settings.groups import BrokerSettings
@@ -166,6 +168,7 @@ class Relay:
         if now() - self._forgot_at > 600:
             self._forgot_at = now()
             self._services.database.write(forget_old)
+            self._services.database.write(forget_settled)
 
     def admit(self) -> int:
         """Admit the jobs whose turn it is. Returns their number."""
@@ -237,7 +240,10 @@ class Relay:
                 .values(published_at=now(), attempts=OutboxRow.attempts + 1)
             )
             self._services.database.write(lambda session: session.execute(marked))
-            log.info("messages_published", jobs=[r.job_id for r in rows if r.id in confirmed])
+            for row in rows:
+                if row.id in confirmed:
+                    trace_id = trace_id_of(row.headers, row.job_id)
+                    log.info("message_published", task_id=row.job_id, trace_id=trace_id)
         return len(confirmed)
 
 

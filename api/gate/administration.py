@@ -10,7 +10,7 @@ from api.gate.keys import SCOPES, ensure_organization
 from api.life.orders import ORG_ID
 from api.services import Services
 from api.store.database import Writing, now
-from api.store.tables import ApiKeyRow
+from api.store.tables import ApiKeyRow, OrganizationRow
 from utils.errors import ConfigurationError
 
 DAY = 86_400.0
@@ -31,6 +31,8 @@ def create_key(
 
     def act(session: Writing) -> str:
         ensure_organization(session, org_id)
+        if session.get_one(OrganizationRow, org_id).deleted_at is not None:
+            raise ConfigurationError(f"--org {org_id}: was deleted. Use another id.")
         expires_at = now() + days * DAY if days else None
         return services.keys.create(
             session, org_id, name=name, scopes=scopes, created_by="operator", expires_at=expires_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import hmac
@@ -65,6 +66,12 @@ class Keyring:
     def hash_of(self, secret: str) -> str:
         """The hash of a key. The secret has 256 bits, so a fast hash suffices."""
         return hmac.new(self._pepper, secret.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+
+    def webhook_secret(self, endpoint_id: str, version: int) -> str:
+        """The secret that signs the webhooks of an endpoint. It is derived, so no table has it."""
+        text = f"webhook endpoint {endpoint_id} {version}"
+        digest = hmac.new(self._pepper, text.encode(), hashlib.sha256).digest()
+        return "whsec_" + base64.b64encode(digest).decode()
 
     def create(
         self,

@@ -17,8 +17,6 @@ from api.store.database import Writing, now
 from api.store.tables import BucketRow, FileRow, OrganizationRow
 
 _REMEMBERED = 10_000
-LIMITS = ("max_concurrent_trainings", "creates_per_minute", "storage_bytes")
-"""Names of the limits that can differ between organisations."""
 
 
 class Rates:

@@ -43,6 +43,7 @@ CODES: dict[str, tuple[int, str]] = {
     "model_not_found": (404, "There is no such model"),
     "key_not_found": (404, "There is no such API key"),
     "draft_not_found": (404, "There is no such draft"),
+    "endpoint_not_found": (404, "There is no such webhook endpoint"),
     "report_not_found": (404, "There is no report"),
     "method_not_allowed": (405, "This method is not allowed here"),
     "job_has_ended": (409, "The job has ended"),

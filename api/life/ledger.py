@@ -18,6 +18,7 @@ from jobs import message as messages
 from jobs.layout import ORDERS, RECORD_SUFFIX, cancel_file_at, order_at, pause_file_at, record_at
 from jobs.record import EndingKind, JobRecord, State
 from services.records.record_object import RecordObject
+from services.telemetry.tracing import carried
 from utils.errors import DamagedRecord, NewerRecord, ObjectNotFound, StorageError
 from utils.logger import get_logger
 
@@ -33,13 +34,14 @@ _KEPT = (
 def keep_order(services: Services, row: JobRow) -> bool:
     """Write the order of a job to S3. Returns whether it is there."""
     values = {name: getattr(row, name) for name in _KEPT}
+    values["trace_headers"] = row.trace_headers
     values["message"] = base64.b64encode(row.message).decode()
     try:
         services.state_s3.write(
             order_at(services.buckets.state, row.id), json.dumps(values).encode()
         )
     except StorageError as error:
-        log.warning("order_not_kept", job_id=row.id, reason=str(error))
+        log.warning("order_not_kept", task_id=row.id, reason=str(error))
         return False
     return True
 
@@ -61,7 +63,7 @@ def record_of(services: Services, job_id: str) -> JobRecord | None:
             services.state_s3, record_at(services.buckets.state, job_id), JobRecord
         ).read()
     except (DamagedRecord, NewerRecord) as error:
-        log.warning("record_not_read", job_id=job_id, reason=str(error))
+        log.warning("record_not_read", task_id=job_id, reason=str(error))
         return None
     return version.record if version else None
 
@@ -99,9 +101,10 @@ def _from_order(services: Services, job_id: str) -> JobRow | None:
     except ObjectNotFound:
         return None
     except (ValueError, LookupError, TypeError) as error:
-        log.warning("order_not_read", job_id=job_id, reason=repr(error))
+        log.warning("order_not_read", task_id=job_id, reason=repr(error))
         return None
-    return new_row(message=body, status="queued", order_kept_at=now(), **kept)
+    trace = carried(values.get("trace_headers") or {})
+    return new_row(message=body, status="queued", order_kept_at=now(), trace_headers=trace, **kept)
 
 
 def _from_record(services: Services, record: JobRecord | None) -> JobRow | None:
@@ -110,7 +113,7 @@ def _from_record(services: Services, record: JobRecord | None) -> JobRow | None:
     try:
         job = messages.from_understood(services.kinds.of(record.kind), record.message)
     except (ValueError, NewerRecord) as error:
-        log.warning("record_not_understood", job_id=record.task_id, reason=str(error))
+        log.warning("record_not_understood", task_id=record.task_id, reason=str(error))
         return None
     return new_row(
         id=record.task_id,
@@ -137,6 +140,7 @@ def new_row(**values: Any) -> JobRow:
         "parameters": {},
         "hyperparameters": {},
         "min_level": 0,
+        "trace_headers": {},
         "priority": 0,
         "sequence": 0,
         "progress": {},

@@ -18,6 +18,7 @@ from api.store.database import now
 from api.views import QueueTurn
 
 FRESH_SECONDS = 0.25
+RATE_SECONDS = 10.0
 
 
 class WaitingLine:
@@ -32,6 +33,7 @@ class WaitingLine:
         self._lock = threading.Lock()
         self._turns: dict[str, QueueTurn] = {}
         self._until = 0.0
+        self._rates: dict[str, tuple[float, float | None]] = {}
 
     def turns(self, session: Session, needed: Collection[str]) -> dict[str, QueueTurn]:
         """The places of all waiting jobs.
@@ -50,14 +52,19 @@ class WaitingLine:
         return turns
 
     def _computed(self, session: Session) -> dict[str, QueueTurn]:
-        rates: dict[str, float | None] = {}
         turns: dict[str, QueueTurn] = {}
         at, seconds, known = now(), 0.0, True
         for position, each in enumerate(store.waiting(session), 1):
-            if each.kind not in rates:
-                rates[each.kind] = store.mean_seconds(session, each.kind)
-            rate = rates[each.kind]
+            rate = self._rate(session, each.kind)
             known = known and rate is not None
             turns[each.job_id] = QueueTurn(position, at + seconds if known else None)
             seconds += (rate or 0.0) / self._at_once
         return turns
+
+    def _rate(self, session: Session, kind: str) -> float | None:
+        """How long a job of a kind takes on average, measured every few seconds."""
+        until, rate = self._rates.get(kind, (0.0, None))
+        if time.monotonic() >= until:
+            rate = store.mean_seconds(session, kind)
+            self._rates[kind] = (time.monotonic() + RATE_SECONDS, rate)
+        return rate

@@ -75,7 +75,7 @@ def take(services: Services, kind: str, body: dict[str, Any], webhook_id: str) -
     if answer is None and adopt(services, task_id):
         answer = services.database.write(apply)
     if answer is None:
-        log.warning("news_of_unknown_job", job_id=task_id, kind=kind)
+        log.warning("news_of_unknown_job", task_id=task_id, kind=kind)
     services.wake.set()
     return {"status": "ok"} | (answer or {})
 
@@ -113,7 +113,7 @@ def adopt(services: Services, job_id: str) -> bool:
             store.put_out(session, row)
 
     services.database.write(add)
-    log.warning("job_adopted", job_id=job_id, org_id=row.org_id, claimed=record is not None)
+    log.warning("job_adopted", task_id=job_id, org_id=row.org_id, claimed=record is not None)
     if record is not None:
         follow_record(services, job_id, record)
     return True
@@ -133,11 +133,9 @@ def follow_record(services: Services, job_id: str, record: JobRecord) -> bool:
         if row is None or row.status in ENDED:
             return
         row.heard_at = now()
-        if record.is_paused and row.status in ("queued", "running", "pausing"):
-            if row.pause_requested_at is not None:
-                row.status, row.stage, row.admitted_at = "paused", PAUSED_STAGE, None
-                row.started_at = row.started_at or now()
-                store.note_state(session, row.id, row.org_id, "paused", "Job paused")
+        if record.is_paused:
+            if row.status != "paused" and row.pause_requested_at is not None:
+                rest(session, row)
         elif row.status == "queued" and record.hold.claim:
             row.status, row.started_at = "running", row.started_at or now()
             row.admitted_at = row.admitted_at or now()
@@ -181,21 +179,40 @@ def _progress(session: Writing, row: JobRow, body: dict[str, Any], sequence: int
     stage = str(progress.get("stage") or "training")
     row.progress = progress
     row.attempts = sequence // SEQUENCES_PER_CLAIM
-    before, stage_before = row.status, row.stage
-    row.stage = "waiting" if stage == "queued" else stage
     if stage == PAUSED_STAGE:
-        row.status, row.admitted_at = "paused", None
-    elif row.pause_requested_at is not None:
-        row.status = "pausing"
+        rest(session, row)
     else:
-        row.status = "running"
+        _run(session, row, "waiting" if stage == "queued" else stage)
+    _metrics(session, row, progress, sequence // SEQUENCES_PER_CLAIM)
+
+
+def rest(session: Writing, row: JobRow) -> None:
+    """A worker has saved the job and put it down: no message points to it now."""
+    resumed = row.status == "queued" and row.started_at is not None
+    row.started_at = row.started_at or now()
+    if row.cancel_requested_at is not None:
+        # The request came too late for that worker. Another one ends the job.
+        store.put_out_again(session, row)
+    elif not resumed:  # else its next message waits or is with the broker
+        row.status, row.stage, row.admitted_at = "paused", PAUSED_STAGE, None
+        store.note_state(session, row.id, row.org_id, "paused", "Job paused")
+
+
+def _run(session: Writing, row: JobRow, stage: str) -> None:
+    """A worker has the job."""
+    before, stage_before = row.status, row.stage
+    if row.admitted_at is None:
+        # It was resumed before its worker had put it down, and needs no further message.
+        row.admitted_at = now()
+        store.drop_waiting(session, row.id)
+    row.status = "running" if row.pause_requested_at is None else "pausing"
+    row.stage = stage
     row.started_at = row.started_at or now()
     if row.status != before:
-        said = {"paused": "Job paused", "pausing": "Job is pausing"}.get(row.status, "Job started")
+        said = "Job is pausing" if row.status == "pausing" else "Job started"
         store.note_state(session, row.id, row.org_id, row.status, said)
     elif row.stage != stage_before:
         session.note(store.event(row.id, row.org_id, f"Stage: {row.stage}"))
-    _metrics(session, row, progress, sequence // SEQUENCES_PER_CLAIM)
 
 
 def _metrics(session: Writing, row: JobRow, progress: dict[str, Any], claim: int) -> None:

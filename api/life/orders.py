@@ -88,7 +88,7 @@ class JobOrder(BaseModel):
                     "training_files": ["file-0123456789abcdef01234567"],
                     "parameters": {"epochs": 20},
                     "options": {"trigger_word": "harbourstyle"},
-                    "name": "harbour pictures",
+                    "name": "harbour images",
                     "tags": ["test"],
                 }
             ]

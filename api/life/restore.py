@@ -101,30 +101,51 @@ def _wait_again(services: Services, job_id: str) -> None:
 
 
 def _follow_wishes(services: Services, job_id: str) -> None:
-    """Requests to cancel or pause that were made in the lost time."""
+    """Requests to cancel, pause or resume that were made in the lost time."""
     cancelled = ledger.is_cancelled(services, job_id)
     paused = ledger.is_paused(services, job_id)
-    if not cancelled and not paused:
-        return
+    record = ledger.record_of(services, job_id)
+    rests = record is not None and record.is_paused
 
     def act(session: Writing) -> None:
         row = store.locked(session, job_id)
         if row is None or row.status in ENDED:
             return
         if cancelled:
-            if not store.cancel_waiting(session, row):
+            if rests or not store.cancel_waiting(session, row):
                 row.cancel_requested_at = row.cancel_requested_at or now()
-        elif row.status == "queued" and row.admitted_at is None:
-            row.status, row.pause_requested_at = "paused", now()
-            store.note_state(session, row.id, row.org_id, "paused", "Job paused")
-        else:
-            row.pause_requested_at = row.pause_requested_at or now()
-            row.status = "pausing" if row.status == "running" else row.status
+            if rests:
+                store.put_out_again(session, row)
+        elif paused:
+            _pause(session, row, rests=rests)
+        elif row.status in ("paused", "pausing"):
+            _resume(session, row, rests=rests, claimed=record is not None)
 
     services.database.write(act)
-    record = ledger.record_of(services, job_id) if paused else None
-    if record is not None and record.is_paused:
-        news.follow_record(services, job_id, record)
+
+
+def _pause(session: Writing, row: JobRow, *, rests: bool) -> None:
+    row.pause_requested_at = row.pause_requested_at or now()
+    if row.status == "paused":
+        return
+    if rests or (row.status == "queued" and row.admitted_at is None):
+        row.status, row.admitted_at = "paused", None
+        row.started_at = row.started_at or (now() if rests else None)
+        store.drop_waiting(session, row.id)
+        store.note_state(session, row.id, row.org_id, "paused", "Job paused")
+    elif row.status == "running":
+        row.status = "pausing"
+
+
+def _resume(session: Writing, row: JobRow, *, rests: bool, claimed: bool) -> None:
+    row.pause_requested_at, row.stage = None, None
+    if claimed and not rests:
+        row.status, row.admitted_at = "running", row.admitted_at or now()
+    else:
+        row.status, row.admitted_at = "queued", None
+        store.drop_waiting(session, row.id)
+        store.put_out(session, row)
+    store.note_state(session, row.id, row.org_id, row.status, "Job resumed")
 
 
 def _raise_counters(services: Services) -> None:

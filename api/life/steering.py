@@ -13,7 +13,7 @@ from api.gate.problems import Problem, request_id_of
 from api.services import Services
 from api.store import jobs as store
 from api.store.database import Writing, now
-from api.store.tables import ENDED, AuditRow, JobRow, OutboxRow
+from api.store.tables import ENDED, AuditRow, JobRow
 from jobs.layout import cancel_file_at, pause_file_at
 
 
@@ -39,9 +39,7 @@ def cancel(services: Services, caller: Caller, job_id: str, request: Request) ->
             session.note(store.event(row.id, row.org_id, "Cancellation requested"))
         if row.status == "paused":
             # No message points to a paused job. Its worker ends it when it gets one.
-            row.status, row.admitted_at, row.pause_requested_at = "queued", now(), None
-            drop_waiting(session, job_id)
-            store.put_out(session, row, due_at=now())
+            store.put_out_again(session, row)
             store.note_state(session, row.id, row.org_id, "queued", "Job resumed to be cancelled")
 
     services.database.write(act)
@@ -65,7 +63,7 @@ def pause(services: Services, caller: Caller, job_id: str, request: Request) -> 
         row.pause_requested_at = now()
         if row.admitted_at is None and row.status == "queued":
             row.status = "paused"
-            drop_waiting(session, job_id)
+            store.drop_waiting(session, job_id)
             store.note_state(session, row.id, row.org_id, "paused", "Job paused")
         elif row.status in ("queued", "running"):
             row.status = "pausing"
@@ -95,19 +93,12 @@ def resume(services: Services, caller: Caller, job_id: str, request: Request) ->
         audit(session, caller, "job.resume", job_id, request)
         row.status, row.stage, row.admitted_at = "queued", None, None
         row.pause_requested_at = None
-        drop_waiting(session, job_id)
+        store.drop_waiting(session, job_id)
         store.put_out(session, row)
         store.note_state(session, row.id, row.org_id, "queued", "Job resumed")
 
     services.database.write(act)
     services.wake.set()
-
-
-def drop_waiting(session: Writing, job_id: str) -> None:
-    """Drop the messages of a job that the relay has not published."""
-    session.query(OutboxRow).where(
-        OutboxRow.job_id == job_id, OutboxRow.published_at.is_(None)
-    ).delete(synchronize_session=False)
 
 
 def audit(session: Writing, caller: Caller, act: str, subject: str, request: Request) -> None:

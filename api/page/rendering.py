@@ -62,6 +62,7 @@ def page(visit: Visit, template: str, **context: Any) -> HTMLResponse:
         "offers_style": "style" in visit.services.kinds.served,
         "offers_llm": "llm" in visit.services.kinds.served,
         "is_open": visit.services.is_open,
+        "server_notice": visit.services.settings.api_notice or "",
     }
     text = _environment().get_template(template).render(shared | context)
     return HTMLResponse(text.encode("utf-8", "replace"))

@@ -53,9 +53,12 @@ class Comparison(BaseModel):
     ] = Field(default_factory=lambda: list(METRICS))
 
 
-def shown(row: JobRow) -> dict[str, Any]:
+def shown(services: Services, row: JobRow) -> dict[str, Any]:
     """An experiment as clients see it."""
-    return views.job(row) | {"object": "experiment", "metrics": numbers(row)}
+    return views.job(row, notice=services.settings.api_notice) | {
+        "object": "experiment",
+        "metrics": numbers(row),
+    }
 
 
 def numbers(row: JobRow) -> dict[str, float | None]:
@@ -88,7 +91,7 @@ def list_experiments(
             last = session.scalar(select(value).where(JobRow.id == after))
             query = query.where(or_(value > last, and_(value == last, JobRow.id > after)))
         rows = list(session.scalars(query.order_by(value, JobRow.id).limit(limit + 1)))
-    return views.page([shown(row) for row in rows[:limit]], has_more=len(rows) > limit)
+    return views.page([shown(services, row) for row in rows[:limit]], has_more=len(rows) > limit)
 
 
 @router.post("/compare", openapi_extra=needs(READ), operation_id="compare_experiments")
@@ -96,15 +99,15 @@ def compare(order: Comparison, services: Served, caller: Called) -> dict[str, An
     """Compare the numbers of 2 to 10 experiments."""
     with services.database.reading() as session:
         rows = [found(session, caller, each) for each in dict.fromkeys(order.ids)]
-    return comparison(rows, order.metrics)
+    return comparison(services, rows, order.metrics)
 
 
-def comparison(rows: list[JobRow], wanted: list[Any]) -> dict[str, Any]:
+def comparison(services: Services, rows: list[JobRow], wanted: list[Any]) -> dict[str, Any]:
     """A table of numbers, and the best experiment by its validation loss, else by its loss."""
     table = {name: {row.id: numbers(row).get(name) for row in rows} for name in wanted}
     return {
         "object": "experiment.comparison",
-        "experiments": [shown(row) for row in rows],
+        "experiments": [shown(services, row) for row in rows],
         "comparison_table": table,
         "best_experiment_id": best_of(rows),
     }
@@ -124,7 +127,7 @@ def best_of(rows: list[JobRow]) -> str | None:
 def get_experiment(experiment_id: str, services: Served, caller: Called) -> dict[str, Any]:
     """Show an experiment."""
     with services.database.reading() as session:
-        return shown(found(session, caller, experiment_id))
+        return shown(services, found(session, caller, experiment_id))
 
 
 @router.get(

@@ -25,7 +25,11 @@ from api.store.database import Writing, now
 from api.store.tables import ENDED, JobRow, MetricRow
 from jobs.addresses import S3Location
 from jobs.layout import REPORT, place_of
+from services.telemetry.tracing import carried, trace_id_of
+from utils import logger
 from utils.errors import ObjectNotFound
+
+log = logger.get_logger(__name__)
 
 MAX_POINTS = 2000
 MAX_REPORT_BYTES = 16 * 1024**2
@@ -59,6 +63,23 @@ def create(
     if order.validate_only:
         return _validated(services, caller, order)
     job_id = job_id or orders.new_job_id()
+    carrier = carried(request.headers)
+    with (
+        logger.bound(task_id=job_id, trace_id=trace_id_of(carrier, job_id)),
+        services.tracing.job(job_id, carrier=carrier, name="order", org_id=caller.org_id),
+    ):
+        trace = services.tracing.headers() or carrier
+        return _created(services, caller, order, once, job_id, trace)
+
+
+def _created(
+    services: Services,
+    caller: Caller,
+    order: JobOrder,
+    once: Once,
+    job_id: str,
+    trace: dict[str, str],
+) -> dict[str, Any]:
     number = orders.number_for(services, orders.kind_for(services, order))
     with services.database.reading() as session:
         prepared = orders.prepare(session, services, caller, order, job_id, number)
@@ -66,23 +87,27 @@ def create(
     def insert(session: Writing) -> tuple[dict[str, Any], JobRow | None]:
         if known := once.answer(session):
             return known, None
+        row = _row(services, caller, order, job_id, prepared)
+        row.trace_headers = trace
+        store.add(session, row)
+        session.flush()
+        answer = views.job(row, _turn(services, session, row), notice=services.settings.api_notice)
+        once.keep(session, answer)
+        # Last, because other orders of the organisation wait for this row until the commit.
         per_minute = services.settings.api_creates_per_minute
         take_create(
             session,
             caller.org_id,
             limit_of(session, caller.org_id, "creates_per_minute", per_minute),
         )
-        row = _row(services, caller, order, job_id, prepared)
-        store.add(session, row)
-        session.flush()
-        answer = views.job(row, _turn(services, session, row))
-        once.keep(session, answer)
         return answer, row
 
     answer, row = services.database.write(insert)
-    if row is not None and ledger.keep_order(services, row):
-        kept = update(JobRow).where(JobRow.id == row.id).values(order_kept_at=now())
-        services.database.write(lambda session: session.execute(kept))
+    if row is not None:
+        log.info("job_ordered", kind=row.kind, org_id=row.org_id)
+        if ledger.keep_order(services, row):
+            kept = update(JobRow).where(JobRow.id == row.id).values(order_kept_at=now())
+            services.database.write(lambda session: session.execute(kept))
     services.wake.set()
     return answer
 
@@ -157,7 +182,7 @@ def show(services: Services, caller: Caller, job_id: str) -> dict[str, Any]:
     """A job as the client sees it."""
     with services.database.reading() as session:
         row = found(session, caller, job_id)
-        return views.job(row, _turn(services, session, row))
+        return views.job(row, _turn(services, session, row), notice=services.settings.api_notice)
 
 
 def _filters(
@@ -195,7 +220,9 @@ def list_jobs(
         rows, has_more = page.rows(session, query, JobRow)
         queued = [row.id for row in rows if row.status == "queued"]
         turns = services.line.turns(session, queued) if queued else {}
-    return views.page([views.job(row, turns.get(row.id)) for row in rows], has_more=has_more)
+    notice = services.settings.api_notice
+    shown = [views.job(row, turns.get(row.id), notice=notice) for row in rows]
+    return views.page(shown, has_more=has_more)
 
 
 def metrics(services: Services, caller: Caller, job_id: str, max_points: int) -> dict[str, Any]:
@@ -287,6 +314,7 @@ def estimate(services: Services, caller: Caller, order: JobOrder) -> dict[str, A
         "kind": kind,
         "queue_position": len(line) + 1,
         "seconds": seconds,
+        "cost": services.cost(seconds),
         "basis": "mean of the last finished jobs of this kind" if seconds is not None else None,
     }
 

@@ -11,9 +11,10 @@ from sqlalchemy import case, func, select
 from api import views
 from api.gate.administration import shown as key_shown
 from api.gate.guard import Called, GuardedRoute, Served, needs
-from api.gate.keys import ADMIN, READ, ensure_organization
+from api.gate.keys import ADMIN, OPEN_KEY, READ, ensure_organization
 from api.gate.paging import Paged
 from api.gate.problems import Problem
+from api.life import erasure
 from api.life.steering import audit
 from api.store.database import Writing, now
 from api.store.tables import ApiKeyRow, AuditRow, FileRow, JobRow, OrganizationRow
@@ -57,6 +58,34 @@ def get_organization(services: Served, caller: Called) -> dict[str, Any]:
         "created_at": int(row.created_at) if row else 0,
         "scopes": sorted(caller.scopes),
     }
+
+
+@router.delete("/organization", openapi_extra=needs(ADMIN), operation_id="delete_organization")
+def delete_organization(
+    confirm: Annotated[str, Query(max_length=64, description="The id of the organisation.")],
+    request: Request,
+    services: Served,
+    caller: Called,
+) -> dict[str, Any]:
+    """Delete the organisation and all its data: jobs, models, files and keys.
+
+    Its keys stop at once, and its open jobs are cancelled. The data go when these have ended. This
+    cannot be undone.
+    """
+    if confirm != caller.org_id:
+        raise Problem(
+            "invalid_parameter",
+            "confirm: must be the id of the organisation that the API key belongs to.",
+            param="confirm",
+        )
+    if caller.key_id == OPEN_KEY:
+        raise Problem(
+            "invalid_parameter",
+            "confirm: the organisation of an open server cannot be deleted.",
+            param="confirm",
+        )
+    erasure.ask_for(services, caller, request)
+    return {"id": caller.org_id, "object": "organization.deleted", "deleted": True}
 
 
 @router.post("/organization/api_keys", openapi_extra=needs(ADMIN), operation_id="create_api_key")
@@ -162,7 +191,10 @@ def get_usage(
     caller: Called,
     days: Annotated[int, Query(ge=1, le=366)] = 30,
 ) -> dict[str, Any]:
-    """Jobs, their running time, and stored bytes of the last days."""
+    """Jobs, their running time and its cost, and stored bytes of the last days.
+
+    The cost is null unless the server has a price (`GPU_PRICE_PER_HOUR`).
+    """
     since = now() - days * DAY
     seconds = func.coalesce(JobRow.finished_at, now()) - JobRow.started_at
     with services.database.reading() as session:
@@ -184,7 +216,12 @@ def get_usage(
         "object": "usage",
         "days": days,
         "kinds": {
-            kind: {"jobs": count, "seconds": float(total or 0)} for kind, count, total in kinds
+            kind: {
+                "jobs": count,
+                "seconds": float(total or 0),
+                "cost": services.cost(float(total or 0)),
+            }
+            for kind, count, total in kinds
         },
         "stored_bytes": int(stored or 0),
     }

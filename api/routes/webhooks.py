@@ -11,7 +11,12 @@ from starlette.concurrency import run_in_threadpool
 from api.gate.guard import Served
 from api.gate.problems import Problem
 from api.life import news
+from api.services import Services
+from services.telemetry.tracing import carried, trace_id_of
 from services.webhooks.verification import Unverified
+from utils import logger
+
+log = logger.get_logger(__name__)
 
 router = APIRouter(prefix="/api/webhooks/training", tags=["webhooks"])
 MAX_BYTES = 4 * 1024**2
@@ -37,7 +42,20 @@ async def _received(request: Request, services: Served, kind: str) -> dict[str, 
         raise Problem("invalid_json", "The body of a webhook must be a JSON object.")
     services.metrics.webhooks.labels(kind).inc()
     webhook_id = headers["webhook-id"][:255]
-    return await run_in_threadpool(news.take, services, kind, values, webhook_id)
+    return await run_in_threadpool(_taken, services, kind, values, webhook_id, headers)
+
+
+def _taken(
+    services: Services, kind: str, values: dict[str, Any], webhook_id: str, headers: dict[str, str]
+) -> dict[str, Any]:
+    """Apply the news, in the job's trace."""
+    task_id, carrier = str(values.get("task_id", "")), carried(headers)
+    with (
+        logger.bound(task_id=task_id[:255], trace_id=trace_id_of(carrier, task_id)),
+        services.tracing.job(task_id, carrier=carrier, name="news", kind=kind),
+    ):
+        log.info("news_came", kind=kind, sequence=values.get("sequence"))
+        return news.take(services, kind, values, webhook_id)
 
 
 @router.patch("/progress", operation_id="webhook_progress")

@@ -9,6 +9,8 @@ that remembers the last id misses none.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import random
 import sqlite3
 import time
@@ -17,7 +19,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy
 from sqlalchemy import event, exc
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.orm import Session
 
 from api.store.tables import EventRow
@@ -28,6 +30,8 @@ BUSY_SECONDS = 15.0
 _EVENTS_LOCK = 7_264_001
 _WRITES = "writes"
 _TRIES = 5
+PING_AFTER_SECONDS = 1.0
+_USED_AT = "used_at"
 
 T = TypeVar("T")
 
@@ -143,14 +147,16 @@ def _translated() -> Iterator[None]:
 def _engine(url: str) -> Engine:
     address = sqlalchemy.make_url(url)
     if address.get_backend_name() != "sqlite":
-        return sqlalchemy.create_engine(
+        engine = sqlalchemy.create_engine(
             address,
             pool_size=POOL_SIZE,
             max_overflow=OVERFLOW,
             pool_timeout=POOL_SECONDS,
-            pool_pre_ping=True,
             connect_args={"connect_timeout": 5},
         )
+        event.listen(engine, "checkout", functools.partial(_ping_if_idle, engine.dialect))
+        event.listen(engine, "checkin", _note_use)
+        return engine
     engine = sqlalchemy.create_engine(
         address,
         pool_size=POOL_SIZE,
@@ -161,6 +167,21 @@ def _engine(url: str) -> Engine:
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _ping_if_idle(dialect: Dialect, connection: Any, record: Any, _proxy: object) -> None:
+    """Replace a connection that broke while it was idle. A ping each time costs a round trip."""
+    idle = time.monotonic() - record.info.get(_USED_AT, -math.inf)
+    if idle < PING_AFTER_SECONDS:
+        return
+    try:
+        dialect.do_ping(connection)
+    except Exception as error:
+        raise exc.DisconnectionError("The connection to the database is lost.") from error
+
+
+def _note_use(_connection: object, record: Any) -> None:
+    record.info[_USED_AT] = time.monotonic()
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy import Select, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from api.store.database import Writing, now
+from api.store.endpoints import announce
 from api.store.tables import (
     ENDED,
     OPEN,
@@ -60,11 +61,28 @@ def put_out(session: Writing, row: JobRow, due_at: float | None = None) -> None:
             job_id=row.id,
             kind=row.kind,
             body=row.message,
-            headers={"x-min-level": row.min_level} if row.min_level else {},
+            headers=({"x-min-level": row.min_level} if row.min_level else {}) | row.trace_headers,
             created_at=now(),
             due_at=due_at,
             attempts=0,
         )
+    )
+
+
+def put_out_again(session: Writing, row: JobRow) -> None:
+    """Publish the message of a job that is to be cancelled and that no message points to.
+
+    The job needs no admission. A request to pause it is over.
+    """
+    row.status, row.admitted_at, row.pause_requested_at = "queued", now(), None
+    drop_waiting(session, row.id)
+    put_out(session, row, due_at=now())
+
+
+def drop_waiting(session: Writing, job_id: str) -> None:
+    """Drop the messages of a job that the relay has not published."""
+    session.execute(
+        delete(OutboxRow).where(OutboxRow.job_id == job_id, OutboxRow.published_at.is_(None))
     )
 
 
@@ -147,24 +165,19 @@ def waiting(session: Session) -> list[WaitingJob]:
     ago goes first, each with one job per round. Within an organisation the higher priority goes
     first, then the older order. So the order does not depend on when running jobs end.
     """
+    # No join of waiting jobs with themselves: its cost grows with their square.
     turn = func.row_number().over(
-        partition_by=JobRow.org_id,
+        partition_by=(JobRow.org_id, JobRow.admitted_at.is_(None)),
         order_by=(JobRow.priority.desc(), JobRow.created_at, JobRow.id),
-    )
-    of_waiting = (
-        select(JobRow.id, turn.label("turn"))
-        .where(JobRow.status == "queued", JobRow.admitted_at.is_(None), JobRow.deleted_at.is_(None))
-        .subquery()
     )
     rows = session.execute(
         select(JobRow.id, JobRow.org_id, JobRow.kind, JobRow.admitted_at)
-        .outerjoin(of_waiting, of_waiting.c.id == JobRow.id)
         .outerjoin(OrganizationRow, OrganizationRow.id == JobRow.org_id)
         .where(JobRow.status == "queued", JobRow.deleted_at.is_(None))
         .order_by(
             JobRow.admitted_at.is_(None),
             JobRow.admitted_at,
-            of_waiting.c.turn,
+            turn,
             func.coalesce(OrganizationRow.last_turn_at, 0.0),
             JobRow.created_at,
             JobRow.id,
@@ -226,7 +239,7 @@ def mean_seconds(session: Session, kind: str) -> float | None:
             JobRow.started_at.is_not(None),
             JobRow.finished_at.is_not(None),
         )
-        .order_by(JobRow.created_at.desc())
+        .order_by(JobRow.heard_at.desc())  # the order of an index
         .limit(MEASURED)
         .subquery()
     )
@@ -258,9 +271,7 @@ def cancel_waiting(session: Writing, row: JobRow) -> bool:
     )
     if cancelled is None:
         return False
-    session.execute(
-        delete(OutboxRow).where(OutboxRow.job_id == row.id, OutboxRow.published_at.is_(None))
-    )
+    drop_waiting(session, row.id)
     note_state(session, row.id, row.org_id, "cancelled", "Job cancelled")
     return True
 
@@ -274,7 +285,8 @@ def note_state(
     *,
     level: str = "info",
 ) -> None:
-    """An event of a new status."""
+    """An event of a new status, and the organisation's webhooks about it."""
+    announce(session, org_id, job_id, status)
     session.note(event(job_id, org_id, message, type_="state", level=level, data=_state(status)))
 
 

@@ -23,8 +23,12 @@ from api.store.database import Database
 _MIGRATIONS_LOCK = 7_264_000
 
 
-def migrate(database: Database) -> str:
+def migrate(database: Database, to: str = "head") -> str:
     """Run the migrations that are missing.
+
+    Args:
+        database: The database.
+        to: The version of the tables; the newest by default.
 
     Returns:
         The version of the tables.
@@ -32,16 +36,26 @@ def migrate(database: Database) -> str:
     with _alone(database) as connection:
         configuration = _configuration()
         configuration.attributes["connection"] = connection
-        command.upgrade(configuration, "head")
+        command.upgrade(configuration, to)
         connection.commit()
         return version_of(connection) or ""
 
 
-def is_current(database: Database) -> bool:
-    """Whether the tables have this program's version."""
+def versions() -> list[str]:
+    """All versions of the tables, the first one first."""
+    scripts = ScriptDirectory.from_config(_configuration()).walk_revisions()
+    return [each.revision for each in scripts][::-1]
+
+
+def state_of(database: Database) -> tuple[str | None, str | None]:
+    """The version of the tables, None for an empty database, and the version of this program.
+
+    Raises:
+        DatabaseAway: The database cannot be used.
+    """
     head = ScriptDirectory.from_config(_configuration()).get_current_head()
-    with database.engine.connect() as connection:
-        return version_of(connection) == head
+    with database.reading() as session:
+        return version_of(session.connection()), head
 
 
 def check(database: Database) -> None:

@@ -148,6 +148,7 @@ class JobRow(Table):
 
     `sequence` is that of the newest news, `admitted_at` the time when its message was given to the
     outbox, and `subject` the thing that the job makes, as the job's record names it.
+    `trace_headers` name the trace of the request that ordered it.
     """
 
     __tablename__ = "jobs"
@@ -183,6 +184,7 @@ class JobRow(Table):
     suffix: Mapped[str | None]
     message: Mapped[bytes]
     min_level: Mapped[int]
+    trace_headers: Mapped[dict[str, Any]]
     status: Mapped[str]
     stage: Mapped[str | None]
     priority: Mapped[int]
@@ -376,3 +378,47 @@ class AuditRow(Table):
     act: Mapped[str]
     subject: Mapped[str]
     request_id: Mapped[str]
+
+
+class EndpointRow(Table):
+    """An address of an organisation that webhooks are sent to.
+
+    Its signing secret is derived from its id and `secret_version`, so no table has it. Until
+    `old_secret_until` the secret of the version before signs, too.
+    """
+
+    __tablename__ = "webhook_endpoints"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    org_id: Mapped[str] = mapped_column(index=True)
+    url: Mapped[str] = mapped_column(Text())
+    events: Mapped[list[Any]]
+    secret_version: Mapped[int]
+    old_secret_until: Mapped[float | None]
+    created_at: Mapped[float]
+    disabled_at: Mapped[float | None]
+    deleted_at: Mapped[float | None]
+
+
+class WebhookRow(Table):
+    """A webhook for an endpoint: it waits, or was delivered or given up at `settled_at`."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (
+        Index("ix_webhooks_settled_at_due_at", "settled_at", "due_at"),
+        Index("ix_webhooks_endpoint_id_created_at_id", "endpoint_id", "created_at", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    endpoint_id: Mapped[str]
+    org_id: Mapped[str]
+    job_id: Mapped[str | None]
+    type: Mapped[str]
+    body: Mapped[bytes]
+    created_at: Mapped[float]
+    due_at: Mapped[float]
+    attempts: Mapped[int]
+    status: Mapped[int | None]
+    problem: Mapped[str | None] = mapped_column(Text())
+    is_delivered: Mapped[int]
+    settled_at: Mapped[float | None]

@@ -24,7 +24,7 @@ LOOPS = ("ours", "trl")
 console = Console()
 
 
-def main(
+def main(  # pylint: disable=too-many-locals  # one for each option
     output: Annotated[Path, typer.Option(help="File that receives the figures.")] = Path(
         "build/benchmarks/language.json"
     ),

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import config
-from cli.doctor import backend, base_model, broker, machine, storage
+from cli.doctor import api_server, backend, base_model, broker, machine, storage
 from cli.doctor.findings import Finding, Verdict, fail, ok, warn
 from cli.doctor.storage_rights import least_policy
 from config import Settings
@@ -34,11 +34,17 @@ CHECKS: tuple[Check, ...] = (
     ("storage", lambda all_: storage.examine(all_.storage), _SECONDS),
     ("backend", lambda all_: backend.examine(all_.webhooks), _SECONDS),
     (
+        "API",
+        lambda all_: api_server.examine(all_.api, all_.webhooks.backend_api_url),
+        _SECONDS,
+    ),
+    (
         "GPU",
         lambda all_: machine.examine_gpu(
             all_.trainer_environment(),
             allow_cpu=all_.trainer.allow_cpu,
             needed=any(kind.needs_gpu for kind in all_.kinds()),
+            processes=all_.trainer_processes,
         ),
         _GPU_SECONDS,
     ),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from cli.doctor.findings import Finding, fail, ok, warn
 from consumer.trainer.machine import Machine, check_machine
 from utils.confined import LEAST_ABI, landlock_version
-from utils.errors import GpuBroken
+from utils.errors import ConfigurationError, GpuBroken
 from utils.gpu_monitor import GpuMonitor
 
 GIB = 1024**3
@@ -28,7 +28,11 @@ _NO_GPU = "Start the container with a GPU (docker run --gpus all, or a GPU pod)"
 
 
 def examine_gpu(
-    environment: Mapping[str, str], *, allow_cpu: bool, needed: bool = True
+    environment: Mapping[str, str],
+    *,
+    allow_cpu: bool,
+    needed: bool = True,
+    processes: Callable[[int], int] = lambda _: 1,
 ) -> Iterator[Finding]:
     """Compute on the GPU, in a process like the trainer's, and read its free memory.
 
@@ -36,6 +40,8 @@ def examine_gpu(
         environment: The trainer process's environment.
         allow_cpu: Whether training on the CPU is allowed.
         needed: Whether a kind of `KINDS` needs a GPU.
+        processes: The trainer's processes on a machine with so many GPUs. It raises
+            `ConfigurationError` if the settings do not fit.
     """
     check = "GPU"
     try:
@@ -61,6 +67,29 @@ def examine_gpu(
     else:
         remedy = f"{_NO_GPU}, or set ALLOW_CPU=true to train slowly on the CPU."
         yield fail(check, "No GPU was found.", remedy)
+    yield from _examine_processes(machine, processes)
+
+
+def _examine_processes(machine: Machine, processes: Callable[[int], int]) -> Iterator[Finding]:
+    check = "TRAINER_PROCESSES"
+    try:
+        count = processes(machine.count)
+    except ConfigurationError as error:
+        detail, _, remedy = str(error).partition(". ")
+        yield fail(check, f"{detail}.", remedy)
+        return
+    if count > 1 and not machine.count:
+        detail = f"{count} processes share the CPU, which is slower than one process."
+        yield warn(check, detail, "Remove TRAINER_PROCESSES, except for a trial.")
+    elif count > 1:
+        yield ok(check, f"{count} of {machine.count} GPUs train a language model together.")
+    elif machine.count > 1:
+        yield warn(
+            check,
+            f"The trainer may see {machine.count} GPUs and uses one.",
+            "Start one worker for each GPU (CUDA_VISIBLE_DEVICES), or set TRAINER_PROCESSES=auto "
+            "for language models.",
+        )
 
 
 def _capability(machine: Machine) -> Finding:

@@ -91,15 +91,17 @@ def place(
         raise ConfigurationError(f"A job {task_id} already exists. Choose another --task-id.")
     broker.check_training_queue(settings)
     _upload(s3, images, places, on_upload)
-    level = kinds.of(job.kind).min_level(job.spec)
-    broker.publish(settings, Publication(Queue.TRAINING, body, task_id, headers=_headers(level)))
+    broker.publish(
+        settings, Publication(Queue.TRAINING, body, task_id, headers=_headers(job, kinds))
+    )
     return PlacedOrder(
         task_id, style_id, tuple(each.uri() for each in places), job.spec.hyper_parameters.epochs
     )
 
 
-def _headers(level: int) -> dict[str, int]:
+def _headers(job: messages.Job, kinds: Kinds) -> dict[str, int]:
     """The lowest level of the workers that understand the order."""
+    level = kinds.of(job.kind).min_level(job.spec)
     return {MIN_LEVEL: level} if level else {}
 
 

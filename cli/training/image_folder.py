@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from jobs.style import TrainingImage
-from utils.captions import (
+from jobs.captions import (
     MAX_CAPTION_BYTES,
     SUFFIXES,
     TOO_LARGE,
@@ -20,6 +19,7 @@ from utils.captions import (
     decoded,
     read_caption,
 )
+from jobs.style import TrainingImage
 from utils.errors import ConfigurationError
 from utils.logger import get_logger
 from utils.names import printable

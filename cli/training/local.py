@@ -193,12 +193,14 @@ def _run(
 ) -> Finished:
     kind = Kinds({}, addresses=_NO_BUCKETS).of(kind_name)
     work = Path(run.work_folder)
+    processes = settings.trainer.processes_on(machine.count) if kind.shares_gpus else 1
+    environment = settings.trainer_environment(processes=processes)
     trainer = TrainerProcess(
-        dataclasses.replace(settings.trainer_options(), runner=kind.runner),
-        settings.trainer_environment() | {"TMPDIR": str(work / _TEMPORARY)},
+        dataclasses.replace(settings.trainer_options(processes=processes), runner=kind.runner),
+        environment | {"TMPDIR": str(work / _TEMPORARY)},
         stall_seconds=settings.trainer.stall_seconds,
         secrets=settings.secrets(),
-        confinement=settings.trainer_confinement(work),
+        confinement=settings.trainer_confinement(work, processes=processes),
     )
     try:
         with _pages(kind, settings, machine, on_event) as see:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from consumer.life.image_download import object_sizes
+from consumer.life.inputs import object_sizes
 from consumer.life.stop_signal import StopSignal
 from jobs.kinds import JobKind
 from jobs.message import Job

@@ -311,8 +311,9 @@ class _Child:
         return f"the trainer ended by itself with exit code {code}; see its last log lines"
 
     def kill(self) -> None:
-        """Kill the process."""
-        self.process.kill()
+        """Kill the process and those that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Close the pipe, which ends a healthy child, and kill one that does not end."""
@@ -323,7 +324,7 @@ class _Child:
         try:
             self.process.wait(timeout=3)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.kill()
             self.process.wait()
         if self._log:
             self._log.join(timeout=1)

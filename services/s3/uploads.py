@@ -15,8 +15,6 @@ from services.s3.client import translated
 from services.s3.s3_service import S3Service, open_store
 from utils.settings.storage import Store
 
-MIN_PART_BYTES = 5 * 1024**2
-"""S3's limit for every part but the last."""
 _PLAIN = re.compile(r"[^A-Za-z0-9._ -]")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import hashlib
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -24,7 +25,38 @@ from utils.logger import Redactor
 
 _EXPORT_SECONDS = 5.0
 _CARRIED = ("traceparent", "tracestate")
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_MAX_TRACESTATE = 512
 _wanted_trace: contextvars.ContextVar[int | None] = contextvars.ContextVar("trace", default=None)
+
+
+def carried(headers: Mapping[str, Any]) -> dict[str, str]:
+    """The trace headers among others; none if their `traceparent` is malformed.
+
+    Args:
+        headers: Headers of a message or a request, names in lower case.
+    """
+    parent, state = (headers.get(name) for name in _CARRIED)
+    if not isinstance(parent, str) or not _TRACEPARENT.fullmatch(parent):
+        return {}
+    found = {"traceparent": parent}
+    if isinstance(state, str) and state.isascii() and len(state) <= _MAX_TRACESTATE:
+        found["tracestate"] = state
+    return found
+
+
+def trace_id_of(headers: Mapping[str, Any], task_id: str) -> str:
+    """The trace of a job, in hexadecimal: the one that its headers name, or its own.
+
+    Log lines carry it, also where no spans are sent.
+    """
+    if parent := carried(headers).get("traceparent"):
+        return parent.split("-")[1]
+    return f"{_own_trace(task_id):032x}"
+
+
+def _own_trace(task_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:16], "big")
 
 
 class Tracing:
@@ -48,22 +80,24 @@ class Tracing:
         self._tracer = self._provider.get_tracer("training_server")
 
     @contextlib.contextmanager
-    def job(self, task_id: str, *, carrier: Mapping[str, Any], **facts: Any) -> Iterator[None]:
-        """A span for the time in which one worker holds a job.
+    def job(
+        self, task_id: str, *, carrier: Mapping[str, Any], name: str = "job", **facts: Any
+    ) -> Iterator[None]:
+        """A span for the time in which one worker holds a job, or for an act of the API on it.
 
         Args:
             task_id: The job; all attempts at it, on any worker, are one trace.
-            carrier: The message's headers. A `traceparent` among them names the trace that the job
-                is a part of.
+            carrier: The headers of the message or the request. A `traceparent` among them names the
+                trace that the job is a part of.
+            name: The span's name.
             facts: Attributes of the span.
         """
-        texts = {name: carrier[name] for name in _CARRIED if isinstance(carrier.get(name), str)}
+        texts = {each: carrier[each] for each in _CARRIED if isinstance(carrier.get(each), str)}
         # With an empty context to begin with, a malformed header has no effect.
         parent = self._propagator.extract(texts, otel_context.Context())
-        trace_id = int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:16], "big")
-        wanted = _wanted_trace.set(trace_id)
+        wanted = _wanted_trace.set(_own_trace(task_id))
         try:
-            with self._open("job", parent, facts | {"task_id": task_id}):
+            with self._open(name, parent, facts | {"task_id": task_id}):
                 yield
         finally:
             _wanted_trace.reset(wanted)

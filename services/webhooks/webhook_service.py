@@ -1,17 +1,14 @@
 """Sends progress and endings to the backend, signed, by docs/protocol.md, section 3.
 
-The only module that imports requests and standardwebhooks. No error of the network or the backend
-is raised: every attempt ends in time, with an answer of `services.webhooks.answers`.
+No error of the network or the backend is raised: every attempt ends in time, with an answer of
+`services.webhooks.answers`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
-import socket
-import ssl
 import threading
 import time
 import uuid
@@ -19,13 +16,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import requests
 import standardwebhooks
-import urllib3.exceptions
-from requests.adapters import HTTPAdapter
-from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from services.webhooks.answers import (
     EndingAnswer,
@@ -37,6 +29,7 @@ from services.webhooks.answers import (
     judge_ending,
     judge_progress,
 )
+from services.webhooks.exchange import Exchange, Way, certificates
 from utils.errors import ConfigurationError
 from utils.logger import bound_value, get_logger
 from utils.metrics import Metrics
@@ -59,22 +52,9 @@ PATHS = {
     "complete": "/api/webhooks/training/complete",
     "failed": "/api/webhooks/training/failed",
 }
-_MAX_ANSWER_BYTES = 64 * 1024
 _DETAIL_CHARACTERS = 200
 _REMEMBERED_JOBS = 100
 _FINAL = (EndingOutcome.DELIVERED, EndingOutcome.REJECTED)
-
-# Requests that cannot be made at all.
-_HOPELESS = (
-    requests.exceptions.InvalidURL,
-    requests.exceptions.InvalidSchema,
-    requests.exceptions.MissingSchema,
-    requests.exceptions.InvalidHeader,
-    requests.exceptions.URLRequired,
-    requests.exceptions.InvalidJSONError,
-)
-# Errors of requests, of the layers below it, and of a socket.
-_FOREIGN = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 
 
 class WebhookService:
@@ -128,7 +108,7 @@ class WebhookService:
                 "BACKEND_API_URL and WEBHOOK_ALLOWED_ORIGINS name one origin with two paths. "
                 "Remove one of them."
             )
-        self._way = _Way(_context(ca_file), proxy)
+        self._way = Way(certificates(ca_file), proxy)
         try:
             self._signers = [standardwebhooks.Webhook(secret) for secret in signing_secrets]
         except (standardwebhooks.webhooks.EmptyWebhookSecretError, ValueError):
@@ -261,7 +241,7 @@ class WebhookService:
         text = json.dumps(_finite(body), separators=(",", ":"))  # ASCII, so these are the bytes
         headers = self._headers(webhook_id, text)
         began = time.monotonic()
-        reply = _Exchange(
+        reply = Exchange(
             method, url, headers, text.encode("ascii"), self._timeout, self._way
         ).reply()
         outcome = f"{reply.status // 100}xx" if reply.status else "no_answer"
@@ -304,160 +284,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Way:
-    """The certificates and the proxy for the backend."""
-
-    context: ssl.SSLContext
-    proxy: str | None
-
-    def proxies_for(self, url: str) -> dict[str, str]:
-        """The proxy of a request in the form of `requests`; none for this machine."""
-        if self.proxy is None or urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1"):
-            return {}
-        return {"http": self.proxy, "https": self.proxy}
-
-
-def _context(ca_file: Path | None) -> ssl.SSLContext:
-    """The usual certificate authorities, and those of a file."""
-    context = ssl.create_default_context(cafile=DEFAULT_CA_BUNDLE_PATH)
-    if ca_file is not None:
-        try:
-            context.load_verify_locations(cafile=ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigurationError(
-                f"WEBHOOK_CA_FILE: {ca_file} has no readable PEM certificates ({error}). "
-                "Set it to a PEM file, or unset it."
-            ) from None
-    return context
-
-
-class _Exchange:
-    """One request in a separate thread, which ends by its deadline in every case.
-
-    The time-outs of `requests` are for the next byte, so a backend that sends one now and then
-    would hold its caller forever. Here the caller waits until the deadline, takes the part of the
-    answer that has arrived, and shuts the socket down, which ends the thread as well.
-    """
-
-    def __init__(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes,
-        timeout: float,
-        way: _Way,
-    ) -> None:
-        self._way = way
-        self._method = method
-        self._url = url
-        self._headers = dict(headers)
-        self._body = body
-        self._timeout = timeout
-        self._lock = threading.Lock()
-        self._reply = Reply(problem=f"no answer within {timeout:g} seconds")
-        self._socket: socket.socket | None = None
-        self._over = False
-
-    def reply(self) -> Reply:
-        """Make the request, and return the part of the answer that arrived in time."""
-        thread = threading.Thread(target=self._run, name="webhook", daemon=True)
-        thread.start()
-        thread.join(self._timeout)
-        with self._lock:
-            self._over = True
-            if self._socket and thread.is_alive():
-                _shut_down(self._socket)
-            return self._reply
-
-    def connected(self, opened: socket.socket) -> None:
-        """Called in the thread when its connection is open."""
-        with self._lock:
-            self._socket = opened
-            if self._over:
-                _shut_down(opened)
-
-    def _run(self) -> None:
-        adapter = _Adapter(self, self._way.context)
-        try:
-            # An adapter without a session: a session prepares redirects, keeps cookies, and reads
-            # proxies and .netrc from the environment.
-            request = requests.Request(
-                self._method, self._url, headers=self._headers, data=self._body
-            ).prepare()
-            response = adapter.send(
-                request,
-                stream=True,
-                timeout=self._timeout,
-                proxies=self._way.proxies_for(self._url),
-            )
-            head = {name.lower(): value for name, value in response.headers.items()}
-            self._set(Reply(response.status_code, head))
-            body = response.raw.read(_MAX_ANSWER_BYTES, decode_content=False)
-            self._set(Reply(response.status_code, head, body))
-        except _FOREIGN as error:
-            problem = _innermost(error)
-            hopeless = isinstance(error, _HOPELESS)
-            self._set(dataclasses.replace(self._reply, problem=problem, hopeless=hopeless))
-        finally:
-            adapter.close()
-
-    def _set(self, reply: Reply) -> None:
-        with self._lock:
-            if not self._over:
-                self._reply = reply
-
-
-def _innermost(error: BaseException) -> str:
-    """The first cause: "connection refused" and not the three errors wrapped around it."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return f"{type(error).__name__}: {error}"
-
-
-class _Adapter(HTTPAdapter):
-    """The adapter of `requests`, which also reports its connection's socket when it is open."""
-
-    def __init__(self, exchange: _Exchange, context: ssl.SSLContext) -> None:
-        self._exchange = exchange
-        self._context = context
-        super().__init__()
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        """The pool of `requests`, with our certificate authorities."""
-        super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
-
-    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        """The pool of `requests` for a proxy, with our certificate authorities."""
-        return super().proxy_manager_for(proxy, **kwargs, ssl_context=self._context)
-
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        """The pool for a request; each of its connections reports."""
-        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-        pool.ConnectionCls = _reporting(pool.ConnectionCls, self._exchange)
-        return pool
-
-
-def _reporting(connection_class: Any, exchange: _Exchange) -> type[Any]:
-    """A class of urllib3's connections that report their socket when it is open."""
-
-    class Reporting(connection_class):  # type: ignore[misc]  # a class of the library's choice
-        """The connection."""
-
-        def connect(self) -> None:
-            """urllib3's hook."""
-            super().connect()
-            exchange.connected(self.sock)
-
-    return Reporting
-
-
-def _shut_down(opened: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # the other side may have closed it
-        opened.shutdown(socket.SHUT_RDWR)
 
 
 def open_webhooks(

@@ -42,7 +42,8 @@ def _image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, target)
-    shutil.rmtree(app / "sandbox")
+    for room in ("sandbox", "api"):
+        shutil.rmtree(app / room)
     for path in (app, *app.rglob("*")):
         path.chmod(path.stat().st_mode & 0o555)
     yield app

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 
 from sandbox.backend import PROGRESS, Answer
+from sandbox.photographs import photographs
 from sandbox.worker_process import ROOT, WorkerProcess
 from tests.acceptance.world import World, log_lines, until
+from tests.integration.api.world import TOKEN, Ground, running
 from tests.releases import LAST_RELEASE, extract
+from utils.settings.values import derived_signing_secret
 
 LEASE = 5.0  # of the world's workers; they sweep as often
 EPOCHS = 120
@@ -123,6 +126,41 @@ def test_the_backend_pauses_a_job_in_its_answer_and_the_job_is_cancelled_later(
 
 
 @pytest.mark.timeout(400)
+def test_a_paused_job_that_is_cancelled_over_the_api_is_ended_by_a_worker(
+    apart: World, tmp_path: Path
+) -> None:
+    ground = Ground(f"sqlite:///{tmp_path / 'api.db'}", apart.s3_server, apart.broker, tmp_path)
+    place = {
+        "aws_storage_bucket_name": apart.media,
+        "model_bucket_name": apart.media,
+        "state_bucket_name": apart.state,
+        "training_queue": apart.queue,
+    }
+    with running(ground, **place) as api:
+        of_the_api = {
+            "BACKEND_API_URL": api.url,
+            "INTERNAL_API_TOKEN": TOKEN,
+            "WEBHOOK_SIGNING_SECRET": derived_signing_secret(TOKEN),
+        }
+        with apart.worker(**of_the_api) as worker, api.client() as client:
+            parts = [("file", (each.name, each.content)) for each in photographs()[:3]]
+            files = client.post("/v1/files", files=parts).json()["data"]
+            job = api.order(
+                training_files=[each["id"] for each in files], parameters={"epochs": EPOCHS}
+            )
+            path = f"/v1/jobs/{job['id']}"
+            until(lambda: client.get(f"{path}/checkpoints").json()["data"])
+            client.post(f"{path}/pause").raise_for_status()
+            until(lambda: api.job(job["id"])["status"] == "paused")
+            assert _is_paused(apart, job["id"])
+            until(lambda: apart.waiting(apart.queue) == 0)
+            client.post(f"{path}/cancel").raise_for_status()
+            until(lambda: api.job(job["id"])["status"] == "cancelled")
+            assert apart.record(job["id"])["ending"]["code"] == "CANCELLED"
+            assert worker.stop() == 0
+
+
+@pytest.mark.timeout(400)
 def test_the_last_release_leaves_a_paused_job_alone_and_finishes_it_later(
     apart: World, tmp_path: Path
 ) -> None:
@@ -131,6 +169,9 @@ def test_the_last_release_leaves_a_paused_job_alone_and_finishes_it_later(
         task_id = _begun(apart, 94)["task_id"]
         _main(apart, "pause", task_id)
         until(lambda: _is_paused(apart, task_id))
+        # The broker of the tests takes messages back after 5 s. That release knows no pause, and
+        # would train the job of a message that it gets.
+        until(lambda: apart.waiting(apart.queue) == 0)
         assert this.stop() == 0
     with apart.worker_of(code) as last:
         until(lambda: log_lines(last, "consuming"))

@@ -30,6 +30,12 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / ENVIRONMENT).exists(), reason="ministack is not installed: run scripts/setup"
 )
 EPOCHS = 60
+README = re.findall(
+    r"^(?:API=|curl ).*(?:\n    .*)*",
+    (ROOT / "README.md").read_text(encoding="utf-8").partition("Order a\nstyle")[2],
+    re.MULTILINE,
+)
+"""The commands that README orders a style with: the address, upload, order, status, download."""
 
 
 class Up:
@@ -44,6 +50,7 @@ class Up:
             "LEASE_TTL_SECONDS": "5",
             "PROGRESS_INTERVAL_SECONDS": "0.5",
             "STYLE_CHECKPOINT_INTERVAL": "2",
+            "STYLE_EPOCHS": str(EPOCHS),
         }
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(  # pylint: disable=consider-using-with
@@ -73,32 +80,31 @@ class Up:
         own = psutil.Process(self.process.pid)
         return [own, *own.children(recursive=True)]
 
-    def curl(self, path: str, *options: str) -> dict[str, Any]:
-        """An answer of the API."""
+    def job(self, job: str, part: str = "") -> dict[str, Any]:
+        """A job, or a part of it."""
+        path = f"$API/v1/fine_tuning/jobs/{job}{part}"
+        return self.run(f'curl -sS "{path}" -H "Authorization: Bearer $KEY"')
+
+    def order(self, folder: Path) -> str:
+        """Order a style with the commands of README; the job's id."""
+        for name, each in zip(("one", "two", "three"), photographs(), strict=False):
+            (folder / f"{name}.jpg").write_bytes(each.content)
+        _, upload, order, _, _ = README
+        for file in self.run(upload)["data"]:
+            order = order.replace("file-…", file["id"], 1)
+        return str(self.run(order)["id"])
+
+    def run(self, command: str) -> dict[str, Any]:
+        """Run a command with the address and the key; its output is JSON."""
         done = subprocess.run(
-            ["curl", "-sS", f"{self.url}{path}", "-H", f"Authorization: Bearer {self.key()}"]
-            + list(options),
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=self.log.parent,
+            env=os.environ | {"API": self.url, "KEY": self.key()},
             capture_output=True,
             text=True,
             check=True,
         )
-        return dict(json.loads(done.stdout))
-
-    def order(self, folder: Path) -> str:
-        """Order a style with curl; the job's id."""
-        uploads = []
-        for each in photographs()[:3]:
-            (folder / each.name).write_bytes(each.content)
-            uploads += ["-F", f"file=@{folder / each.name}"]
-        files = self.curl("/v1/files", "-F", "purpose=fine-tune", *uploads)["data"]
-        body = {
-            "kind": "style",
-            "model": "sd15",
-            "training_files": [each["id"] for each in files],
-            "hyperparameters": {"n_epochs": EPOCHS},
-        }
-        head = ("-H", "Content-Type: application/json")
-        return str(self.curl("/v1/fine_tuning/jobs", *head, "-d", json.dumps(body))["id"])
+        return dict(json.loads(done.stdout or "{}"))
 
 
 @contextlib.contextmanager
@@ -125,8 +131,7 @@ def test_a_job_survives_sigkill_to_all_of_it_and_a_second_up_is_refused(tmp_path
     with _up(tmp_path, port) as first:
         key = first.key()
         job = first.order(tmp_path)
-        checkpoints = f"/v1/fine_tuning/jobs/{job}/checkpoints"
-        until(lambda: first.curl(checkpoints)["data"] or _progress(first, job), 240)
+        until(lambda: first.job(job, "/checkpoints")["data"], 240)
         second = subprocess.run(
             [sys.executable, str(ROOT / "main.py"), "up", "--stand-in", "--data", "data"],
             cwd=tmp_path,
@@ -138,7 +143,9 @@ def test_a_job_survives_sigkill_to_all_of_it_and_a_second_up_is_refused(tmp_path
         _kill_all(first)
     with _up(tmp_path, port) as again:
         assert again.key() == key
-        until(lambda: again.curl(f"/v1/fine_tuning/jobs/{job}")["status"] == "succeeded", 400)
+        assert again.job(job)["status"] != "succeeded"
+        until(lambda: again.job(job)["status"] == "succeeded", 400)
+        _assert_downloaded(again, job)
         running = again.processes()
         again.process.send_signal(signal.SIGINT)
         assert again.process.wait(150) == 130
@@ -146,9 +153,14 @@ def test_a_job_survives_sigkill_to_all_of_it_and_a_second_up_is_refused(tmp_path
         assert not psutil.wait_procs(running, timeout=10)[1]
 
 
-def _progress(up: Up, job: str) -> bool:
-    """Whether the job has begun to train."""
-    return bool(up.curl(f"/v1/fine_tuning/jobs/{job}")["status"] == "running")
+def _assert_downloaded(up: Up, job: str) -> None:
+    """The last commands of README show the job and download its model."""
+    address, _, _, status, download = README
+    assert address == "API=http://127.0.0.1:8000 KEY=sk-…"
+    shown = up.run(status.replace("JOB", job))
+    up.run(download.replace("MODEL", shown["fine_tuned_model"]))
+    header = (up.log.parent / "lora_weights.safetensors").read_bytes()[:4096]
+    assert b"lora" in header
 
 
 def test_without_a_base_model_that_can_train_it_refuses_and_names_the_way_to_one(
@@ -164,7 +176,7 @@ def test_without_a_base_model_that_can_train_it_refuses_and_names_the_way_to_one
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert "./missing" in done.stderr and "Set BASE_MODEL" in done.stderr
+    assert str(tmp_path / "missing") in done.stderr and "Set BASE_MODEL" in done.stderr
     assert "main.py up --stand-in" in done.stderr
     assert not (tmp_path / "data" / "rabbitmq").exists()
 

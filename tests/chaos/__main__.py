@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.chaos import mutants, mutation_run
-from tests.chaos.crash_points import POINTS, STOP_POINTS
+from tests.chaos.crash_points import API_POINTS, POINTS, STOP_POINTS
 from tests.chaos.reference import Destiny
-from tests.chaos.schedule import Kind
+from tests.chaos.schedule import WITHOUT_API, Kind
 from tests.chaos.suite import Outcome, Plan, run
+from tests.chaos.timing import LLM, QUEUES, STYLE
 
 _MUTANTS_FOLDER = Path(tempfile.gettempdir()) / "chaos-mutants"
 """Always the same, so that a run that was cut off goes on."""
@@ -27,6 +28,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="the same seed, the same faults")
     parser.add_argument(
         "--faults", type=int, default=60, help="how many; from 50 on each kind must strike"
+    )
+    parser.add_argument(
+        "--with-api", action="store_true", help="order over the API, and break it too"
+    )
+    parser.add_argument(
+        "--kinds", default=STYLE, help=f"of jobs, separated by commas: {STYLE}, {LLM}"
     )
     parser.add_argument("--queue-type", choices=("classic", "quorum"), default="classic")
     parser.add_argument("--workers", type=int, default=3, help="at a time; the last with --once")
@@ -66,9 +73,12 @@ def main() -> int:
 
 
 def _plan(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Plan:
-    kinds, points, stops = tuple(Kind), POINTS, STOP_POINTS
+    kinds, points, stops, api_points = tuple(Kind), POINTS, STOP_POINTS, API_POINTS
     if parsed.only is not None:
-        kinds, points, stops = chosen(parsed.only)
+        kinds, points, stops, api_points = chosen(parsed.only)
+    if not parsed.with_api:
+        kinds = tuple(kind for kind in kinds if kind in WITHOUT_API)
+    if parsed.only is not None:
         if not kinds and parsed.only != "nothing":
             parser.error(f"--only: nothing is called so; there are {', '.join((*Kind, *POINTS))}")
     destinies = tuple(Destiny)
@@ -85,6 +95,9 @@ def _plan(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Plan:
         kinds=kinds,
         points=points,
         stop_points=stops,
+        api_points=api_points,
+        with_api=parsed.with_api,
+        job_kinds=_job_kinds(parser, parsed.kinds),
         destinies=destinies,
         demand=parsed.faults >= len(kinds) and not parsed.real_trainer,
         mutant=parsed.mutant,
@@ -96,17 +109,32 @@ def _plan(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Plan:
     )
 
 
-def chosen(words: str) -> tuple[tuple[Kind, ...], tuple[str, ...], tuple[str, ...]]:
+def _job_kinds(parser: argparse.ArgumentParser, words: str) -> tuple[str, ...]:
+    names = tuple(words.split(","))
+    if STYLE not in names or not set(names) <= set(QUEUES):
+        parser.error(f"--kinds: must be {STYLE}, or {STYLE},{LLM}")
+    return names
+
+
+def chosen(
+    words: str,
+) -> tuple[tuple[Kind, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """The faults and points whose names contain one of these words, separated by commas.
 
-    Points are crash points and stop points.
+    Points are crash points, stop points, and crash points of the API.
 
-    `killed at WORDS` and `stopped at WORDS` choose the points for only one of the two.
+    `killed at WORDS` and `stopped at WORDS` choose the points for only one of the first two, and
+    `API killed at WORDS` those of the API.
     """
     kinds: set[Kind] = set()
     points: list[str] = []
     stops: list[str] = []
+    of_api: list[str] = []
     for word in words.split(","):
+        if word.startswith("API killed at "):
+            name = word.removeprefix("API killed at ")
+            of_api += [point for point in API_POINTS if name in point]
+            continue
         name = word.removeprefix("killed at ").removeprefix("stopped at ")
         found = [point for point in POINTS if name in point]
         if not word.startswith("stopped at "):
@@ -116,8 +144,12 @@ def chosen(words: str) -> tuple[tuple[Kind, ...], tuple[str, ...], tuple[str, ..
         kinds |= {kind for kind in Kind if word in kind}
     kinds |= {Kind.CRASH_POINT} if points else set()
     kinds |= {Kind.STOP_POINT} if stops else set()
+    kinds |= {Kind.API_CRASH_POINT} if of_api else set()
     ordered = tuple(kind for kind in Kind if kind in kinds)
-    return ordered, tuple(points) or POINTS, tuple(stops) or STOP_POINTS
+    return (
+        *(ordered, tuple(points) or POINTS, tuple(stops) or STOP_POINTS),
+        tuple(of_api) or API_POINTS,
+    )
 
 
 def _has(name: str, words: str) -> bool:

@@ -102,5 +102,6 @@ def _drawn(plan: Plan, seed: int, count: int, kinds: list[Kind]) -> list[Fault]:
         kinds=kinds,
         points=plan.points,
         stop_points=plan.stop_points,
+        api_points=plan.api_points,
         pace=REAL_PACE if plan.real_trainer else 1.0,
     )

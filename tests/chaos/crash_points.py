@@ -34,6 +34,15 @@ POINTS = tuple(
     )
     for moment in ("before", "after")
 )
+API_POINTS = tuple(
+    f"{moment} {act}"
+    for act in (
+        *("outbox row", "answer", "commit", "order to S3", "admission", "publication", "mark"),
+        *("news", "steering"),
+    )
+    for moment in ("before", "after")
+)
+"""Points in the work of an API process."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from tests.chaos.timing import IDLE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESTART_SECONDS = 0.2
+_PROGRAMS = {"worker": "tests.chaos.worker", "api": "tests.chaos.with_api.server"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,8 +102,10 @@ class Slot:
         settings: The environment of each of its processes.
         extra: More arguments for them.
         once: Each takes one message and ends, as a pod does that is started for a message.
+        role: `worker` or `api`.
 
     Attributes:
+        held: While it is set, no further process is started.
         tree: The code's folder of its next process: this code, or that of an older release.
     """
 
@@ -114,18 +117,22 @@ class Slot:
         extra: tuple[str, ...],
         *,
         once: bool = False,
+        role: str = "worker",
     ) -> None:
         self.number = number
+        self._role = role
+        label = str(number) if role == "worker" else f"{role}-{number}"
+        self._label = label
         self.tree = ROOT
         self._once = once
         self._is_old = False
         self.starts = 0
         self.exits: list[Exit] = []
         self._folder = folder
-        self._order_path = folder / f"crash-{number}.json"
-        self._disk_full_path = folder / f"disk-full-{number}"
-        self._mid_write_path = folder / f"disk-full-{number}-mid-write"
-        self._clock_path = folder / f"clock-{number}"
+        self._order_path = folder / f"crash-{label}.json"
+        self._disk_full_path = folder / f"disk-full-{label}"
+        self._mid_write_path = folder / f"disk-full-{label}-mid-write"
+        self._clock_path = folder / f"clock-{label}"
         self._extra = extra
         self._environment = {
             name: value for name, value in os.environ.items() if name.upper() not in setting_names()
@@ -133,12 +140,13 @@ class Slot:
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted: tuple[int, ...] = ()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._keep_running, name=f"slot-{number}")
+        self.held = threading.Event()
+        self._thread = threading.Thread(target=self._keep_running, name=f"slot-{label}")
 
     @property
     def who(self) -> str:
         """Name of the present process."""
-        return f"worker-{self.number}-{self.starts}{'-old' if self._is_old else ''}"
+        return f"{self._role}-{self.number}-{self.starts}{'-old' if self._is_old else ''}"
 
     @property
     def log(self) -> Path:
@@ -291,8 +299,8 @@ class Slot:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # pylint: disable=consider-using-with
                 [
-                    *(sys.executable, "-m", "tests.chaos.worker", "--folder", str(self._folder)),
-                    *("--slot", str(self.number), "--who", self.who, *self._extra),
+                    *(sys.executable, "-m", _PROGRAMS[self._role], "--folder", str(self._folder)),
+                    *("--slot", self._label, "--who", self.who, *self._extra),
                     *(("--once", str(IDLE_SECONDS)) if once else ()),
                 ],
                 cwd=self._folder,  # without a `.env` in it
@@ -308,7 +316,10 @@ class Slot:
             assert self._process is not None
             code = self._process.wait()
             self.exits.append(Exit(self.who, code, self._wanted, self.log))
-            if self._closing.wait(RESTART_SECONDS):
+            while not self._closing.wait(RESTART_SECONDS):
+                if not self.held.is_set():
+                    break
+            if self._closing.is_set():
                 return
             self._launch()
 

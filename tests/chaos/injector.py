@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from pathlib import Path
@@ -11,10 +12,11 @@ from tests.chaos.fleet import Fleet, Slot, wait_for
 from tests.chaos.jobs import Jobs
 from tests.chaos.process_faults import PATIENCE_SECONDS, ProcessFaults, in_time
 from tests.chaos.reference import MAX_ATTEMPTS, Destiny
-from tests.chaos.schedule import Fault, Kind
+from tests.chaos.schedule import OF_API, Fault, Kind
 from tests.chaos.service_faults import ServiceFaults
 from tests.chaos.time_line import TimeLine
-from tests.chaos.timing import ATTEMPTS_TO_SPARE, DEAD_QUEUE, QUEUE
+from tests.chaos.timing import ATTEMPTS_TO_SPARE, DEAD_QUEUE, QUEUE, QUEUES
+from tests.chaos.with_api.faults import ApiFaults
 from tests.chaos.world import Message, World, task_of
 
 _COUNTED = {
@@ -83,12 +85,20 @@ class Injector(ProcessFaults):
         jobs: The published jobs.
         line: The time line.
         old_tree: The last release's code; None if it is not available.
+        api: Carries out the faults of the API; None without one.
     """
 
     def __init__(
-        self, world: World, fleet: Fleet, jobs: Jobs, line: TimeLine, old_tree: Path | None
+        self,
+        world: World,
+        fleet: Fleet,
+        jobs: Jobs,
+        line: TimeLine,
+        old_tree: Path | None,
+        api: ApiFaults | None = None,
     ) -> None:
         super().__init__(world, fleet, jobs, line, old_tree)
+        self._api = api
         self._services = ServiceFaults(world)
         self.dead: list[Message] = []  # the messages of deleted dead queues
 
@@ -113,6 +123,8 @@ class Injector(ProcessFaults):
         elif fault.kind is Kind.PUBLISHED_TWICE:
             wait_for(self._two_workers_are_idle, 2 * PATIENCE_SECONDS, every=0.3)
             self._aside(lambda: self._publish_twice(fault))
+        elif self._api and fault.kind in OF_API:
+            self._aside(functools.partial(self._api.inject, fault))
         elif fault.kind in OF_PROCESSES:
             self._process(fault, self._fleet.slots[fault.slot])
         else:
@@ -161,6 +173,8 @@ class Injector(ProcessFaults):
             slot.disk_full(False)
             slot.disk_full(False, mid_write=True)
             slot.set_clock(0)
+        for slot in self._world.api.slots if self._world.api else ():
+            slot.withdraw_order()
         if self.errors:
             raise self.errors[0]
 
@@ -232,7 +246,7 @@ class Injector(ProcessFaults):
         if fault.kind is Kind.DEAD_QUEUE_DELETED:
             in_time(lambda: bool(self._world.waiting().get(DEAD_QUEUE)))
             return DEAD_QUEUE
-        own = [name for name in self._world.queues() if name not in (QUEUE, DEAD_QUEUE)]
+        own = [name for name in self._world.queues() if name not in (*QUEUES.values(), DEAD_QUEUE)]
         holding: list[str] = []
 
         def holds() -> bool:

@@ -181,10 +181,11 @@ def withhold_sweeps(path: Path, journal: Journal) -> None:
     """
 
     def may_be_swept(original: Any) -> Any:
-        def wrapped(version: Any) -> bool:
+        def wrapped(*given: Any) -> bool:
+            version = given[-1]
             allowed = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
             named = "*" in allowed or version.record.task_id in allowed
-            return named and bool(original(version))
+            return named and bool(original(*given))
 
         return wrapped
 
@@ -195,7 +196,11 @@ def withhold_sweeps(path: Path, journal: Journal) -> None:
 
         return wrapped
 
-    _wrap(record_sweep, "is_abandoned", may_be_swept)
+    # In the last release the sweep knows no paused jobs.
+    if hasattr(record_sweep.RecordSweep, "_is_to_be_published"):
+        _wrap(record_sweep.RecordSweep, "_is_to_be_published", may_be_swept)
+    else:
+        _wrap(record_sweep, "is_abandoned", may_be_swept)
     _wrap(Sweeper, "_publish_again", publish)
 
 

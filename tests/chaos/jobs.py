@@ -17,8 +17,10 @@ from jobs.message import derive_task_id
 from jobs.record import derived_task_id
 from tests.chaos.fates import SEEDS
 from tests.chaos.journal import Journal
-from tests.chaos.reference import Destiny
-from tests.chaos.timing import MAX_JOB_BYTES, MEDIA
+from tests.chaos.reference import OVER_API, Destiny
+from tests.chaos.timing import LLM, LLM_BASE, MAX_JOB_BYTES, MEDIA, STYLE
+from tests.chaos.with_api.clients import Orders, Steering
+from tests.chaos.with_api.ground import CONVERSATION
 from tests.chaos.world import World
 
 _FIRST_ORDER = datetime.datetime(2026, 1, 20, 10, tzinfo=datetime.UTC)
@@ -29,7 +31,23 @@ _REFUSED_CREATIONS = 4
 _WITH_LARGE_HEADERS = {Destiny.GIVEN_UP, Destiny.GIVEN_UP_REDRIVEN}
 """Jobs that are put off for sure: their copies must not carry what fills a frame."""
 _LARGE_HEADERS = {"x-junk": "j" * 130_950}
-LONG_EPOCHS = 60
+_DIRECTLY = (
+    *(Destiny.NO_ID, Destiny.ORDERED_TWICE, Destiny.INVALID, Destiny.TOO_LARGE),
+    *(Destiny.CANCEL_PUBLISHING, Destiny.GIVEN_UP),
+)
+"""Jobs whose messages the API does not write: another backend publishes them."""
+_ANSWERED = (
+    *(Destiny.CANCEL_FILE, Destiny.CANCEL_ANSWER, Destiny.CANCEL_GONE, Destiny.REFUSED),
+    *(Destiny.REFUSED_REDRIVEN, Destiny.NOT_FOUND, Destiny.RECORD_DAMAGED),
+)
+"""Destinies that the suite brings about while the job runs."""
+_ONLY_STYLES = (
+    *(Destiny.NO_ID, Destiny.ORDERED_TWICE, Destiny.INVALID, Destiny.TOO_LARGE),
+    *(Destiny.CANCEL_PUBLISHING, Destiny.GIVEN_UP),
+)
+"""Destinies that need the message of a style."""
+_CONVERSATIONS = "training/conversations.jsonl"
+LONG_EPOCHS = 50
 """Of a job that is to be cancelled: it must not complete before anybody can cancel it."""
 HUGE = "training/huge.jpg"
 HUGE_BYTES = 3_000_000
@@ -44,6 +62,9 @@ class Job:
         destiny: The outcome that it is ordered for.
         body: The message.
         again: It is the second order of the same message.
+        over_api: It was ordered over the API.
+        kind: The kind of job.
+        subject: The name of the language model that it makes; empty for a style.
     """
 
     task_id: str
@@ -52,6 +73,9 @@ class Job:
     body: bytes
     destiny: Destiny = Destiny.PLAIN
     again: bool = False
+    over_api: bool = False
+    kind: str = STYLE
+    subject: str = ""
 
     @property
     def valid(self) -> bool:
@@ -76,7 +100,14 @@ class Jobs:
         plain_first: The number of jobs ordered to complete before the first other destiny.
         images: Addresses; None for two images without content.
         one_style: All are of one style.
+
+    Attributes:
+        orders: Orders jobs over the API; None without one.
+        steering: Leads jobs to their destiny over the API.
     """
+
+    orders: Orders | None = None
+    steering: Steering | None = None
 
     def __init__(
         self,
@@ -93,10 +124,12 @@ class Jobs:
         self._one_style = one_style
         self.journal = journal
         self.published: list[Job] = []
+        self._numbers = 0
         self._world = world
         self._epochs = epochs
         self._dice = dice
-        self._destinies = tuple(one for one in destinies if one is not Destiny.PLAIN)
+        never = (Destiny.PLAIN, *(() if world.api else OVER_API))
+        self._destinies = tuple(one for one in destinies if one not in never)
         self._deck: list[Destiny] = []
         self._plain_first = plain_first
         self._images = images or self._upload_blanks()
@@ -110,8 +143,13 @@ class Jobs:
             destiny: The outcome that it is ordered for; None for the next of the deck.
         """
         with self._lock:
-            number = len(self.published) + 1
-            job = self._job(number, destiny or self._next_destiny(number))
+            self._numbers += 1
+            number = self._numbers
+            destiny = destiny or self._next_destiny(number)
+            job = self._job(number, destiny)
+        if self.orders and times == 1 and destiny not in _DIRECTLY:
+            return self._order(self.orders, number, job)
+        with self._lock:
             self.published.append(job)
         self._world.mood.destinies[job.task_id] = job.destiny
         if job.destiny is Destiny.CANCEL_PUBLISHING:
@@ -119,8 +157,32 @@ class Jobs:
         if times > 1:
             self._world.destined.read_late[job.task_id] = times
         headers = _LARGE_HEADERS if job.destiny in _WITH_LARGE_HEADERS else None
-        self._world.publish(job.body, times, headers)
+        self._world.publish(job.body, times, headers, kind=job.kind)
         self.journal.note("published", task=job.task_id, destiny=job.destiny, times=times)
+        return job
+
+    def _order(self, orders: Orders, number: int, job: Job) -> Job:
+        """Order a job over the API. One whose order took long is to complete."""
+        parameters = json.loads(job.body)["data"]["parameters"]
+        row, was_soon = orders.order(job.kind, parameters, f"order-{number:04d}")
+        destiny = job.destiny
+        if not was_soon and destiny in _ANSWERED:
+            destiny = Destiny.PLAIN
+        self._world.mood.destinies[row.job_id] = destiny
+        job = dataclasses.replace(
+            job,
+            task_id=row.job_id,
+            style_id=row.number or 0,
+            subject=row.subject if job.kind == LLM else "",
+            body=row.message,
+            destiny=destiny,
+            over_api=True,
+        )
+        with self._lock:
+            self.published.append(job)
+        if self.steering:
+            self.steering.lead(row, destiny, number)
+        self.journal.note("published", task=job.task_id, destiny=destiny, times=1)
         return job
 
     def order_again(self, first: Job) -> Job:
@@ -143,11 +205,14 @@ class Jobs:
         """How many there are whose record has no ending, or that have no record yet."""
         records = self._world.records()
         ended = {name for name, one in records.items() if one["state"] in ("ended", "damaged")}
+        ended |= self._world.never_claimed() - set(records)
         return sum(job.record_id not in ended for job in tuple(self.published))
 
     def unsettled(self) -> set[str]:
         """The record ids of jobs that still have something to do."""
-        settled = {name for name, one in self._world.records().items() if is_settled(one)}
+        records = self._world.records()
+        settled = {name for name, one in records.items() if is_settled(one)}
+        settled |= self._world.never_claimed() - set(records)
         return {job.record_id for job in tuple(self.published)} - settled
 
     def damaged(self) -> set[str]:
@@ -160,10 +225,19 @@ class Jobs:
 
         Only a message with its publisher's id: without an id it may be a new order.
         """
+        records = self._world.records()
         with self._lock:
-            named = [job for job in self.published if job.valid and job.destiny not in _WITHOUT_ID]
+            named = [
+                job
+                for job in self.published
+                if job.valid and job.destiny not in _WITHOUT_ID
+                # The API decides when one of its jobs goes to the workers.
+                and (not job.over_api or job.record_id in records)
+            ]
+            if not named:
+                return None
             job = named[which % len(named)]
-        self._world.publish(job.body)
+        self._world.publish(job.body, kind=job.kind)
         self.journal.note("published", task=job.task_id, destiny=job.destiny, times=1)
         return job
 
@@ -181,8 +255,12 @@ class Jobs:
             jobs = tuple(self.published)
         lost = [job for job in jobs if job.record_id not in records]
         lost = [job for job in lost if held is None or job.body in held]
+        waits = self._world.with_the_api()
+        lost = [job for job in lost if job.task_id not in waits]
+        if held is None:  # only the queue of styles is deleted with unknown messages
+            lost = [job for job in lost if job.kind == STYLE]
         for job in lost:
-            self._world.publish(job.body)
+            self._world.publish(job.body, kind=job.kind)
         return [job.task_id for job in lost]
 
     def _next_destiny(self, number: int) -> Destiny:
@@ -207,18 +285,43 @@ class Jobs:
                 | Destiny.CANCEL_ANSWER
                 | Destiny.CANCEL_GONE
                 | Destiny.RECORD_DAMAGED
+                | Destiny.API_CANCELLED
+                | Destiny.API_PAUSED
+                | Destiny.API_PAUSED_CANCELLED
             ):
                 epochs = LONG_EPOCHS
             case Destiny.CANCEL_PUBLISHING:
                 # Of a style that has a model, so that a mixture would be seen.
-                style_id, epochs = self.published[0].style_id if self.published else 101, 2
+                styles = [job.style_id for job in self.published if job.kind == STYLE]
+                style_id, epochs = (styles or [101])[0], 2
             case Destiny.TOO_LARGE:
                 images = [f"s3://{MEDIA}/{HUGE}"] * (MAX_JOB_BYTES // HUGE_BYTES + 2)
         if destiny in SEEDS:
             parameters["seed"] = SEEDS[destiny]
+        if LLM in self._world.kinds and number % 2 and destiny not in _ONLY_STYLES:
+            return self._language_job(number, destiny, parameters | {"epochs": epochs})
         name = None if destiny in _WITHOUT_ID else f"job-{number:04d}"
         body = self._message(number, name, style_id, parameters | {"epochs": epochs}, images)
         return Job(name or derive_task_id(body), style_id, epochs, body, destiny)
+
+    def _language_job(self, number: int, destiny: Destiny, parameters: dict[str, Any]) -> Job:
+        subject, name = f"model-{number}", f"job-{number:04d}"
+        data = {
+            "subject": subject,
+            "base_model": LLM_BASE,
+            "training_file": f"s3://{MEDIA}/{_CONVERSATIONS}",
+            "parameters": parameters,
+        }
+        message = {
+            "task_id": name,
+            "type": "llm_training",
+            "data": data,
+            "webhook_url": f"{self._world.backend_url}/api/webhooks/training/complete",
+            "created_at": (_FIRST_ORDER + datetime.timedelta(seconds=number)).isoformat(),
+        }
+        epochs = int(parameters["epochs"])
+        body = json.dumps(message).encode()
+        return Job(name, 0, epochs, body, destiny, kind=LLM, subject=subject)
 
     def _message(
         self,
@@ -246,6 +349,7 @@ class Jobs:
         keys = [f"training/{number}.jpg" for number in range(2)]
         for key in keys:
             self._world.s3.put_object(Bucket=MEDIA, Key=key, Body=_IMAGE)
+        self._world.s3.put_object(Bucket=MEDIA, Key=_CONVERSATIONS, Body=CONVERSATION)
         self._world.s3.put_object(Bucket=MEDIA, Key=HUGE, Body=b"x" * HUGE_BYTES)
         return [f"s3://{MEDIA}/{key}" for key in keys]
 

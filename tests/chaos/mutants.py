@@ -41,6 +41,7 @@ class Mutant:
         one_style: All jobs are of one style.
         one_at_a_time: A fault waits until the one before is over.
         epochs: Fewest and most epochs of a job.
+        with_api: The run has an API.
     """
 
     name: str
@@ -56,13 +57,15 @@ class Mutant:
     one_style: bool = False
     one_at_a_time: bool = False
     epochs: tuple[int, int] = (10, 30)
+    with_api: bool = False
 
     @property
     def control(self) -> tuple[str, ...]:
         """The arguments of the run without the mutant; mutants without faults share one run."""
         if self.only != "nothing":
             return self.plan
-        return ("--seed", "1", "--only", "nothing", "--workers", "2", "--jobs", "8")
+        plain = ("--seed", "1", "--only", "nothing", "--workers", "2", "--jobs", "8")
+        return (*plain, "--with-api") if self.with_api else plain
 
     @property
     def plan(self) -> tuple[str, ...]:
@@ -74,16 +77,23 @@ class Mutant:
             *("--epochs", *map(str, self.epochs)),
             *(("--one-style",) if self.one_style else ()),
             *(("--one-at-a-time",) if self.one_at_a_time else ()),
+            *(("--with-api",) if self.with_api else ()),
         )
 
 
-def apply(name: str) -> None:
+def apply(name: str, *, of_api: bool = False) -> None:
     """Change this process.
+
+    Args:
+        name: The mutant.
+        of_api: This process is an API server, and not a worker.
 
     Raises:
         SymbolGone: Something that the mutant names is not there.
     """
     for symbol, make in BY_NAME[name].changes:
+        if symbol.startswith("api.") is not of_api:
+            continue
         owner, attribute, original = find(symbol)
         setattr(owner, attribute, make(original))
 
@@ -161,7 +171,7 @@ MUTANTS = (
         "a worker that stops returns its message",
         (("services.broker.settlement:Settlement.requeue", change.acknowledged),),
         "only the sweep",
-        only="SIGTERM",
+        only="SIGTERM with",
         faults=4,
     ),
     Mutant(
@@ -341,6 +351,46 @@ MUTANTS = (
         jobs=8,
         workers=3,
         one_style=True,
+    ),
+    Mutant(
+        "outbox-apart",
+        "a job and its message are created in one transaction",
+        (("api.store.jobs:put_out", change.in_a_later_transaction),),
+        "lost|not settled",
+        only="API killed at before order to S3",
+        faults=4,
+        jobs=10,
+        with_api=True,
+    ),
+    Mutant(
+        "any-news-applies",
+        "older news never changes a job back",
+        (("api.life.news:change", change.as_the_newest),),
+        "state after its ending|the API says|has ended",
+        only="late, twice",
+        faults=4,
+        jobs=10,
+        with_api=True,
+    ),
+    Mutant(
+        "nothing-adopted",
+        "the API takes over a job that its database does not know",
+        (("api.life.news:adopt", change.instead(lambda *_: False)),),
+        "has not adopted it",
+        destinies="has no id,fails midway",
+        jobs=10,
+        with_api=True,
+    ),
+    Mutant(
+        "every-organisation-sees-all",
+        "an organisation sees only its own jobs",
+        (
+            ("api.store.jobs:visible", change.jobs_of_all),
+            ("api.store.jobs:get", change.job_of_any),
+        ),
+        "org_(one|two) sees",
+        with_api=True,
+        jobs=6,
     ),
 )
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}

@@ -35,7 +35,8 @@ _TRIES = 2
 _AT_ONCE = 2
 """Runs at a time: each of them mostly waits."""
 _SOURCES = (
-    *("main.py", "config.py", "cli", "consumer", "images", "jobs", "reports"),
+    *("main.py", "config.py", "api", "cli", "consumer", "conversations", "images", "jobs", "local"),
+    *("reports", "sandbox"),
     *("services", "training", "utils", "tests/chaos"),
 )
 

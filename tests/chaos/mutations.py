@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -201,3 +202,62 @@ def pruned_without_lease(_prune: Any) -> Any:
 
 def any_version_copied(copy: Any) -> Any:
     return lambda self, *given, **how: copy(self, *given, **how | {"etag": None})
+
+
+def in_a_later_transaction(put_out: Any) -> Any:
+    """The message is written once the job is committed."""
+
+    def wrapped(session: Any, row: Any, due_at: float | None = None) -> None:
+        import sqlalchemy
+
+        bind = session.get_bind()
+
+        def write() -> None:
+            from api.store.database import Writing
+
+            with Writing(bind) as later:
+                put_out(later, row, due_at)
+                later.commit()
+
+        def begin(_committed: Any) -> None:
+            threading.Timer(0.5, write).start()
+
+        sqlalchemy.event.listen(session, "after_commit", begin, once=True)
+
+    return wrapped
+
+
+def as_the_newest(change: Any) -> Any:
+    """Each piece of news is applied as if nothing had come after it."""
+
+    def wrapped(
+        session: Any, services: Any, row: Any, kind: str, body: Any, _sequence: int
+    ) -> bool:
+        if row.status in ("succeeded", "failed", "cancelled"):
+            row.status = "running"
+        return bool(change(session, services, row, kind, body, row.sequence + 1))
+
+    return wrapped
+
+
+def jobs_of_all(_visible: Any) -> Any:
+    def wrapped(_org_id: str) -> Any:
+        import sqlalchemy
+
+        from api.store.tables import JobRow
+
+        return sqlalchemy.select(JobRow).where(JobRow.deleted_at.is_(None))
+
+    return wrapped
+
+
+def job_of_any(_get: Any) -> Any:
+    def wrapped(session: Any, job_id: str, _org_id: str, *, lock: bool = False) -> Any:
+        import sqlalchemy
+
+        from api.store.tables import JobRow
+
+        query = sqlalchemy.select(JobRow).where(JobRow.id == job_id)
+        return session.scalar(query.with_for_update() if lock else query)
+
+    return wrapped

@@ -26,7 +26,9 @@ def noted(folder: Path) -> collections.Counter[str]:
     spoilt: dict[tuple[str, str], str] = {}
     for note in journal.read(journal_of(folder)):
         name = " ".join(filter(None, (note["kind"], note.get("act"))))
-        if name in _KINDS:
+        if name == "crash_point kill" and note["who"].startswith("api-"):
+            found[Kind.API_CRASH_POINT] += 1
+        elif name in _KINDS:
             found[_KINDS[name]] += 1
         elif note["kind"] == "published" and note["times"] > 1:
             found[Kind.PUBLISHED_TWICE] += 1

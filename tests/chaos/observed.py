@@ -16,7 +16,7 @@ from sandbox.backend import ReceivedRequest
 from tests.chaos.jobs import Job
 from tests.chaos.reference import Facts, Kept, Places
 from tests.chaos.stand_in_trainer import digest_of
-from tests.chaos.timing import DEAD_QUEUE, MEDIA, STATE
+from tests.chaos.timing import DEAD_QUEUE, LLM, LLM_FILES, MEDIA, STATE
 from tests.chaos.world import Message, World
 
 _WEIGHTS = "/lora.safetensors"
@@ -156,17 +156,20 @@ class Observed:
 
     def _has_model(self, job: Job) -> bool:
         """Whether any file of the job's model exists; then the model must be complete."""
-        archived = self._archived.get(f"style_{job.style_id}/{job.task_id}", {})
+        folder, needed = f"style_{job.style_id}", NEEDED
+        if job.kind == LLM:
+            folder, needed = f"llm/{job.subject}/{job.task_id}", set(LLM_FILES)
+        archived = self._archived.get(f"{folder}/{job.task_id}", {})
         published = {
             name: file
-            for name, file in self.folder_of(job.style_id).items()
+            for name, file in self._models.get(folder, {}).items()
             if file.task_id == job.task_id
         }
         found = archived | published
         if not found:
             return False
-        where = f"style {job.style_id}: the model of {job.task_id}"
-        if not NEEDED <= set(found):
+        where = f"{folder}: the model of {job.task_id}"
+        if not needed <= set(found):
             self.broken.append(f"{where} has only {sorted(found)}")
         claims = {file.claim for file in found.values()}
         if claims != {self.ending_claim(job)}:
@@ -196,6 +199,8 @@ class Observed:
 
 
 def _checkpoints(job: Job) -> str:
+    if job.kind == LLM:
+        return f"checkpoints/llm/{job.task_id}/"
     return f"checkpoints/style_{job.style_id}/{job.task_id}/"
 
 

@@ -50,6 +50,13 @@ class Destiny(enum.StrEnum):
     NOT_FOUND = "ending answered 404"
     TOO_LARGE = "exceeds the disk"
     RECORD_DAMAGED = "record damaged while it trains"
+    API_CANCELLED = "cancelled over the API"
+    API_PAUSED = "paused and resumed over the API"
+    API_PAUSED_CANCELLED = "cancelled over the API while it is paused"
+
+
+OVER_API = (Destiny.API_CANCELLED, Destiny.API_PAUSED, Destiny.API_PAUSED_CANCELLED)
+"""Destinies that need an API."""
 
 
 class Event(enum.StrEnum):
@@ -235,6 +242,11 @@ PATHS: dict[Destiny, tuple[tuple[Step, ...], ...]] = {
     Destiny.REFUSED_REDRIVEN: ((_ORDERED, _TRAINED, _NOT_TAKEN, _AGAIN, _ACCEPTED),),
     Destiny.NOT_FOUND: ((_ORDERED, _TRAINED, _NOT_TAKEN),),
     Destiny.RECORD_DAMAGED: ((_ORDERED, (Event.RECORD_DAMAGED, "STORAGE_FAILED")),),
+    # A job that is cancelled before a worker has claimed it has no record. One that completes first
+    # keeps its model.
+    Destiny.API_CANCELLED: (_IS_CANCELLED, _COMPLETES, ()),
+    Destiny.API_PAUSED: (_COMPLETES,),
+    Destiny.API_PAUSED_CANCELLED: (_IS_CANCELLED, _COMPLETES, ()),
     Destiny.TOO_LARGE: ((_ORDERED, (Event.FAILED, "JOB_TOO_LARGE"), _ACCEPTED),),
 }
 """What happens to a job of each destiny. More than one path: either is right."""

@@ -10,7 +10,7 @@ import enum
 import random
 from collections.abc import Collection
 
-from tests.chaos.crash_points import POINTS, STOP_POINTS, Order
+from tests.chaos.crash_points import API_POINTS, POINTS, STOP_POINTS, Order
 from tests.chaos.timing import LONGEST_FREEZE_IN_LEASES
 
 
@@ -64,6 +64,29 @@ class Kind(enum.StrEnum):
     BACKEND_HANGS = "backend hangs"
     BACKEND_CUT = "backend's answers cut off"
     BACKEND_REDIRECTS = "backend redirects progress to another host"
+    API_KILLED = "API process killed"
+    API_FROZEN = "API process frozen"
+    API_PREEMPTED = "SIGTERM to an API process"
+    API_CRASH_POINT = "API crash point"
+    API_BROKER_RESET = "API's connection to the broker reset"
+    API_BROKER_SILENT = "API's connection to the broker black-holed"
+    API_CONFIRMS_LOST = "API's publisher confirms lost"
+    API_S3_AWAY = "S3 away for the API"
+    DATABASE_KILLED = "database killed and started"
+    DATABASE_RESET = "connections to the database reset"
+    DATABASE_SILENT = "connections to the database black-holed"
+    DATABASE_SLOW = "database slow"
+    DATABASE_RESTORED = "database restored from a backup"
+    NEWS_LATE = "webhooks to the API late, twice and out of order"
+    NEWS_FORGED = "webhooks to the API forged"
+    ORDER_REPEATED = "order repeated with its idempotency key"
+
+
+OF_API = tuple(
+    kind for kind in Kind if kind.name.startswith(("API_", "DATABASE_", "NEWS_", "ORDER_"))
+)
+"""Faults of the API; they need one."""
+WITHOUT_API = tuple(kind for kind in Kind if kind not in OF_API)
 
 
 _WEIGHTS = {
@@ -75,6 +98,8 @@ _WEIGHTS = {
     Kind.PUBLISHED_TWICE: 2,
 }
 """How often a kind is in the deck; once where nothing is said."""
+_OF_API_WEIGHT = 3
+"""The same for the faults of the API, which are fewer kinds."""
 
 _WORST = {Kind.BROKER_KILLED, Kind.BROKER_RESTARTED, Kind.BROKER_ALARM, Kind.TWO_VERSIONS}
 """Seconds of starting something, in which little else happens: half as often."""
@@ -119,21 +144,25 @@ class Fault:
 
     def __str__(self) -> str:
         whose = "all workers" if self.slot < 0 else f"worker {self.slot}"
+        if self.kind in OF_API:
+            whose = f"API process {self.slot}"
         more = ""
         if self.order:
             more = f", {self.order.victim}, {self.order.point}, time {self.order.nth}"
         return f"{self.kind} ({whose}, {self.seconds:.1f} s, {self.chance:.0%}{more})"
 
 
+# pylint: disable-next=too-many-locals  # one for each property of a fault
 def schedule(
     seed: int,
     count: int,
     *,
     workers: int,
     lease: float,
-    kinds: Collection[Kind] = tuple(Kind),
+    kinds: Collection[Kind] = WITHOUT_API,
     points: Collection[str] = POINTS,
     stop_points: Collection[str] = STOP_POINTS,
+    api_points: Collection[str] = API_POINTS,
     pace: float = 1.0,
 ) -> list[Fault]:
     """The faults of a run.
@@ -147,10 +176,15 @@ def schedule(
         kinds: The kinds to choose from.
         points: Crash points to choose from.
         stop_points: Points to choose from at which a worker is stopped.
+        api_points: Crash points of the API to choose from.
         pace: Times a second or so from one fault to the next.
     """
     dice = random.Random(seed)
-    deck = {Kind.CRASH_POINT: _Deck(dice, points), Kind.STOP_POINT: _Deck(dice, stop_points)}
+    deck = {
+        Kind.CRASH_POINT: _Deck(dice, points),
+        Kind.STOP_POINT: _Deck(dice, stop_points),
+        Kind.API_CRASH_POINT: _Deck(dice, api_points),
+    }
     faults = []
     for number, kind in enumerate(_draw(dice, count, kinds), start=1):
         order = _order(dice, kind, deck[kind].draw()) if kind in deck else None
@@ -188,6 +222,8 @@ def _order(dice: random.Random, kind: Kind, point: str) -> Order:
     nth = _nth(dice, point)
     if kind is Kind.STOP_POINT:
         return Order(point, nth, act="stop")
+    if kind is Kind.API_CRASH_POINT:
+        return Order(point, dice.randint(1, 3))
     # The child dies with its worker, and sometimes without it.
     return Order(point, nth, dice.choice(("worker", "worker", "worker", "child")))
 
@@ -216,6 +252,8 @@ def _seconds(dice: random.Random, kind: Kind, lease: float) -> float:
 def _slot(dice: random.Random, kind: Kind, workers: int) -> int:
     if kind in DEADLY:
         return dice.randrange(min(1, workers - 1), workers)
+    if kind in OF_API:
+        return dice.randrange(2)
     if kind is Kind.BROKER_CONFIRMS_LOST:
         return -1
     if kind.name.startswith(("S3_", "BROKER_")) and dice.random() < 0.3:
@@ -231,7 +269,7 @@ def _draw(dice: random.Random, count: int, kinds: Collection[Kind]) -> list[Kind
         deck = [
             kind
             for kind in kinds
-            for _ in range(_WEIGHTS.get(kind, 1))
+            for _ in range(_WEIGHTS.get(kind, _OF_API_WEIGHT if kind in OF_API else 1))
             if not (kind in _WORST and rounds % 2 and len(kinds) > len(_WORST))
         ]
         dice.shuffle(deck)

@@ -12,6 +12,7 @@ from tests.chaos.jobs import Jobs, is_settled, journal_of
 from tests.chaos.reference import expected
 from tests.chaos.time_line import TimeLine
 from tests.chaos.timing import DEAD_QUEUE
+from tests.chaos.with_api.verdict import open_rows
 from tests.chaos.world import World
 
 _QUIET_LEASES = 4
@@ -100,12 +101,16 @@ def _wait(world: World, jobs: Jobs, conductor: Conductor, seconds: float) -> boo
 def _is_settled(world: World, jobs: Jobs, conductor: Conductor) -> bool:
     if conductor.pending():
         return False
-    records = world.records()
+    records, cancelled = world.records(), world.never_claimed()
+    if world.api and (open_rows(world.api, jobs.published) or world.api.unpublished()):
+        return False
     heard = {
         each.task_id for each in world.backend.endings() if each.accepted or each.status == 410
     }
     for job in tuple(jobs.published):
         record = records.get(job.record_id)
+        if record is None and job.task_id in cancelled:
+            continue
         if record is None or not is_settled(record):
             return False
         if expected(job.destiny)[0].taken and job.task_id not in heard:
@@ -125,4 +130,5 @@ def _fingerprint(world: World, jobs: Jobs) -> object:
         tuple(sorted(world.waiting().items())),
         len(world.settled()),
         len(jobs.published),
+        [row.status for row in world.api.rows()] if world.api else None,
     )

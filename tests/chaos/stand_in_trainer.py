@@ -8,6 +8,7 @@ destined to fail.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import hashlib
 import json
@@ -17,12 +18,15 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from jobs.kinds import Run
 from jobs.layout import STYLE_FILES
+from jobs.llm import LlmRun
 from jobs.style import TrainingRun
 from tests.chaos import full_disk
 from tests.chaos.fates import SEEDS
 from tests.chaos.journal import Journal
 from tests.chaos.reference import Destiny
+from tests.chaos.timing import CHECKPOINT_INTERVAL, LLM_FILES
 from training.runtime.inbox import Inbox
 from utils import manifest
 from utils.errors import (
@@ -48,11 +52,59 @@ from utils.events import (
 )
 
 STEPS_PER_EPOCH = 4
+_LANGUAGE = "training.language"
+"""Module of the runners of language models."""
 
 _PROGRESS_SECONDS = 0.25
 _DIVERGES_AT = 5
 """Epochs, when there are checkpoints already."""
 _FATES = {seed: destiny for destiny, seed in SEEDS.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StandInRun:
+    """The parts of a run, of either kind, that the stand-in uses."""
+
+    task_id: str
+    claim: int
+    epochs: int
+    seed: int
+    rank: int
+    checkpoint_interval: int
+    work_folder: str
+    resume_from: str | None
+    files: tuple[str, ...]
+    images: int
+    owner: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: Run) -> StandInRun:
+        """The run of a style, or of a language model."""
+        if run.runner.startswith(_LANGUAGE):
+            language = from_dict(LlmRun, run.order)
+            return cls(
+                *(language.task_id, language.claim, int(language.parameters.epochs)),
+                seed=language.parameters.seed,
+                rank=language.parameters.rank,
+                checkpoint_interval=CHECKPOINT_INTERVAL,
+                work_folder=language.work_folder,
+                resume_from=language.resume_from,
+                files=LLM_FILES,
+                images=0,
+                owner={"subject": language.subject},
+            )
+        style = from_dict(TrainingRun, run.order)
+        return cls(
+            *(style.task_id, style.claim, style.parameters.epochs),
+            seed=style.parameters.seed or 0,
+            rank=style.parameters.rank,
+            checkpoint_interval=style.checkpoint_interval,
+            work_folder=style.work_folder,
+            resume_from=style.resume_from,
+            files=STYLE_FILES,
+            images=sum(image.path is not None for image in style.images),
+            owner={"style_id": style.style_id},
+        )
 
 
 class StandIn:
@@ -88,7 +140,7 @@ class StandIn:
         while True:
             run = self._inbox.take()
             try:
-                ending: Finished | Failed = self._train(from_dict(TrainingRun, run.order))
+                ending: Finished | Failed = self._train(StandInRun.of(run))
             except TrainingServerError as error:
                 ending = Failed(run.task_id, type(error).__name__, str(error))
             except OSError as error:
@@ -96,16 +148,15 @@ class StandIn:
             self._inbox.lay_down()
             self._tell(ending)
 
-    def _train(self, run: TrainingRun) -> Finished:
+    def _train(self, run: StandInRun) -> Finished:
         began = time.monotonic()
         fate = self._fate(run)
-        epochs = run.parameters.epochs
+        epochs = run.epochs
         total = epochs * STEPS_PER_EPOCH
         self._tell(Progress(run.task_id, Stage.PREPARING, 0, 0, facts=_facts(0, epochs)))
         step = first = _resumed_step(run)
-        images = sum(image.path is not None for image in run.images)
         self._note(run, "run", resumed_epoch=first // STEPS_PER_EPOCH)
-        facts = _facts(step // STEPS_PER_EPOCH, epochs) | {"images_used": images}
+        facts = _facts(step // STEPS_PER_EPOCH, epochs) | {"images_used": run.images}
         self._tell(Started(run.task_id, step, total, facts=facts))
         told = 0.0
         stopped: StopReason | None = None
@@ -128,13 +179,13 @@ class StandIn:
                 self._tell(self._progress(run, Stage.TRAINING, step))
         return self._finished(run, step, stopped, time.monotonic() - began)
 
-    def _fate(self, run: TrainingRun) -> Destiny | None:
+    def _fate(self, run: StandInRun) -> Destiny | None:
         """The job's destiny.
 
         Raises:
             TrainingServerError: The job is destined to fail before its first epoch.
         """
-        fate = _FATES.get(run.parameters.seed or 0)
+        fate = _FATES.get(run.seed)
         if fate is None or (self._repaired / run.task_id).exists():
             return None
         if fate is Destiny.LOW_QUALITY:
@@ -144,7 +195,7 @@ class StandIn:
         return fate
 
     def _finished(
-        self, run: TrainingRun, step: int, stopped: StopReason | None, seconds: float
+        self, run: StandInRun, step: int, stopped: StopReason | None, seconds: float
     ) -> Finished:
         folder = ""
         if stopped is None:
@@ -154,23 +205,23 @@ class StandIn:
         return Finished(
             task_id=run.task_id,
             folder=folder,
-            files=STYLE_FILES if folder else (),
+            files=run.files if folder else (),
             done=step,
             seconds=seconds,
             stopped=stopped,
             facts={"epoch": step // STEPS_PER_EPOCH, "loss": 0.1},
-            summary={"hyperparameters": {"rank": run.parameters.rank}},
+            summary={"hyperparameters": {"rank": run.rank}},
         )
 
-    def _export(self, run: TrainingRun) -> Path:
+    def _export(self, run: StandInRun) -> Path:
         folder = Path(run.work_folder) / "output"
         folder.mkdir(parents=True)
-        for name in STYLE_FILES:
+        for name in run.files:
             self._refuse_if_full()
             (folder / name).write_bytes(content_of(name, run.task_id, run.claim))
         return folder
 
-    def _save(self, run: TrainingRun, step: int) -> None:
+    def _save(self, run: StandInRun, step: int) -> None:
         self._refuse_if_full()
         began = time.monotonic()
         epoch, inside = divmod(step, STEPS_PER_EPOCH)
@@ -178,7 +229,7 @@ class StandIn:
         folder = Path(run.work_folder) / "checkpoints" / name
         facts = {
             "task_id": run.task_id,
-            "style_id": run.style_id,
+            **run.owner,
             "claim": run.claim,
             "epoch": epoch,
             "step": step,
@@ -200,8 +251,8 @@ class StandIn:
             self._journal.note("disk_full")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _progress(self, run: TrainingRun, stage: Stage, step: int) -> Progress:
-        epochs = run.parameters.epochs
+    def _progress(self, run: StandInRun, stage: Stage, step: int) -> Progress:
+        epochs = run.epochs
         return Progress(
             task_id=run.task_id,
             stage=stage,
@@ -211,7 +262,7 @@ class StandIn:
             facts=_facts(step // STEPS_PER_EPOCH, epochs) | {"loss": 0.1},
         )
 
-    def _note(self, run: TrainingRun, kind: str, **facts: Any) -> None:
+    def _note(self, run: StandInRun, kind: str, **facts: Any) -> None:
         self._journal.note(kind, task=run.task_id, claim=run.claim, **facts)
 
     def _tell(self, event: Event | BaseModelReady) -> None:
@@ -237,7 +288,7 @@ def _facts(epoch: int, epochs: int) -> dict[str, Any]:
     return {"epoch": epoch, "total_epochs": epochs}
 
 
-def _resumed_step(run: TrainingRun) -> int:
+def _resumed_step(run: StandInRun) -> int:
     """The epoch of the run's checkpoint; 0 without one.
 
     Raises:

@@ -34,7 +34,7 @@ from sandbox.photographs import photographs
 from tests.chaos import journal, old_release
 from tests.chaos.breaking import break_things, upgrade
 from tests.chaos.conductor import Conductor
-from tests.chaos.crash_points import POINTS, STOP_POINTS
+from tests.chaos.crash_points import API_POINTS, POINTS, STOP_POINTS
 from tests.chaos.fleet import Fleet, Slot, claims_of, wait_for
 from tests.chaos.hits import Hits
 from tests.chaos.injector import Injector
@@ -42,12 +42,13 @@ from tests.chaos.jobs import Jobs, journal_of
 from tests.chaos.journal import Journal
 from tests.chaos.noted import noted
 from tests.chaos.reference import Destiny
-from tests.chaos.schedule import Fault, Kind
+from tests.chaos.schedule import WITHOUT_API, Fault, Kind
 from tests.chaos.settling import Patience, empty_queues, settle
 from tests.chaos.time_line import TimeLine
-from tests.chaos.timing import MEDIA
+from tests.chaos.timing import MEDIA, STYLE
 from tests.chaos.verdict import Evidence, Verdict
 from tests.chaos.watcher import Watcher
+from tests.chaos.with_api.play import ApiPlay
 from tests.chaos.world import Message, World
 from training.style.stand_in_model import build_stand_in
 
@@ -67,15 +68,17 @@ class Plan:
         lease: `LEASE_TTL_SECONDS`.
         epoch_seconds: Duration of an epoch of the stand-in.
         settle_seconds: The longest time to settle after the last fault.
-        kinds, points, stop_points: The faults, the crash points, and the points at which a worker
-            is stopped, to choose from.
+        kinds, points, stop_points, api_points: The faults, the crash points, the points at which
+            a worker is stopped, and the crash points of the API, to choose from.
         destinies: The destinies of the jobs that must not complete.
         demand: Each of the kinds must strike, and each destiny must be drawn.
         jobs: The least number of jobs.
         epochs: Fewest and most epochs of a job.
         one_style: All jobs are of one style.
         once: Whether the last worker runs with `--once`.
-        mutant: The change in the workers (`tests.chaos.mutants`).
+        mutant: The change in the workers or the API (`tests.chaos.mutants`).
+        job_kinds: The kinds of jobs.
+        with_api: Jobs are ordered over the API, which breaks too.
     """
 
     seed: int
@@ -87,9 +90,10 @@ class Plan:
     lease: float = 3.0
     epoch_seconds: float = 0.25
     settle_seconds: float = 150.0
-    kinds: tuple[Kind, ...] = tuple(Kind)
+    kinds: tuple[Kind, ...] = WITHOUT_API
     points: tuple[str, ...] = POINTS
     stop_points: tuple[str, ...] = STOP_POINTS
+    api_points: tuple[str, ...] = API_POINTS
     destinies: tuple[Destiny, ...] = tuple(Destiny)
     demand: bool = False
     jobs: int = 0
@@ -98,6 +102,8 @@ class Plan:
     once: bool = True
     one_at_a_time: bool = False
     mutant: str | None = None
+    with_api: bool = False
+    job_kinds: tuple[str, ...] = (STYLE,)
 
     @property
     def upgrades(self) -> bool:
@@ -172,11 +178,16 @@ class _Played:
     broken: list[str]
 
 
+# pylint: disable-next=too-many-locals  # one for each part of the suite
 def _play(plan: Plan, world: World, jobs: Jobs, line: TimeLine, old_tree: Path | None) -> _Played:
-    with _workers(plan, world) as fleet, Conductor(world, jobs, plan.folder) as conductor:
+    with (
+        _workers(plan, world) as fleet,
+        ApiPlay.of(world, jobs, line, plan.seed) as api,
+        Conductor(world, jobs, plan.folder) as conductor,
+    ):
         baseline = _warm_up(fleet, world, jobs, conductor)
         line.note(f"workers are warm: {baseline}")
-        injector = Injector(world, fleet, jobs, line, old_tree)
+        injector = Injector(world, fleet, jobs, line, old_tree, api.faults if api else None)
         with Watcher(world, jobs) as watcher:
             faults = upgrade(plan, injector, jobs, conductor) if plan.upgrades else []
             faults += break_things(plan, injector, jobs)
@@ -185,7 +196,8 @@ def _play(plan: Plan, world: World, jobs: Jobs, line: TimeLine, old_tree: Path |
             patience = Patience(plan.settle_seconds, hasty=plan.mutant is not None)
             settled_after = settle(world, jobs, conductor, patience, line)
             line.note(f"settled after {settled_after:.1f} s")
-        broken = deaf + watcher.broken + _left(plan, world, jobs, settled_after)
+        broken = api.findings(jobs.published) if api else []
+        broken += deaf + watcher.broken + _left(plan, world, jobs, settled_after)
         broken += _vitals(fleet, baseline) + _stop(fleet)
         if conductor.errors:
             raise conductor.errors[0]
@@ -225,6 +237,8 @@ def _world(plan: Plan, hits: Hits) -> contextlib.AbstractContextManager[World]:
         queue_type=plan.queue_type,
         lease=plan.lease,
         hits=hits,
+        kinds=plan.job_kinds,
+        api=(("--mutant", plan.mutant) if plan.mutant else ()) if plan.with_api else None,
     )
 
 

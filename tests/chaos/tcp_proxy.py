@@ -97,6 +97,8 @@ class TcpProxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._silent_until = 0.0
         self._refusing_until = 0.0
+        self._slow_until = 0.0
+        self._delay = 0.0
         self._cutting_until = 0.0
         self._cut_after = 0
         self._server: asyncio.Server | None = None
@@ -129,6 +131,12 @@ class TcpProxy:
         self._strikes = struck
         self._silent_until = time.monotonic() + seconds
 
+    def slow(self, delay: float, seconds: float, struck: Struck = _nothing) -> None:
+        """For so long, each answer of the server is late."""
+        self._strikes = struck
+        self._delay = delay
+        self._slow_until = time.monotonic() + seconds
+
     def refuse(self, seconds: float, struck: Struck = _nothing) -> None:
         """Reset what there is, and every new connection for so long."""
         self._strikes = struck
@@ -159,7 +167,7 @@ class TcpProxy:
     def calm(self) -> None:
         """Forward everything again."""
         self._silent_until = self._refusing_until = self._cutting_until = 0.0
-        self._losing_until = 0.0
+        self._losing_until = self._slow_until = 0.0
 
     def _call(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
@@ -221,6 +229,9 @@ class TcpProxy:
                     self._strikes(1)
                 while time.monotonic() < self._silent_until:
                     await asyncio.sleep(0.05)
+                if is_answer and time.monotonic() < self._slow_until:
+                    self._strikes(1)
+                    await asyncio.sleep(self._delay)
                 if link.swallows:
                     continue
                 if is_answer and self._amqp:

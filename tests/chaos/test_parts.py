@@ -19,7 +19,7 @@ import pytest
 from sandbox.backend import COMPLETE, Answer, ReceivedRequest
 from tests.chaos import full_disk, mutants, mutation_run
 from tests.chaos.__main__ import chosen
-from tests.chaos.crash_points import POINTS, STOP_POINTS
+from tests.chaos.crash_points import API_POINTS, POINTS, STOP_POINTS
 from tests.chaos.hits import Hits
 from tests.chaos.reference import Destiny
 from tests.chaos.schedule import Kind
@@ -113,12 +113,14 @@ def test_results_of_other_code_are_ignored(tmp_path: Path) -> None:
 
 
 def test_words_select_kinds_and_points() -> None:
-    assert chosen("SIGTERM") == ((Kind.PREEMPTED,), POINTS, STOP_POINTS)
-    kinds, points, _ = chosen("killed at before publish")
+    assert chosen("SIGTERM with") == ((Kind.PREEMPTED,), POINTS, STOP_POINTS, API_POINTS)
+    kinds, points, *_ = chosen("killed at before publish")
     assert (kinds, points) == ((Kind.CRASH_POINT,), ("before publish",))
-    kinds, _, stops = chosen("stopped at before delete")
+    kinds, _, stops, _ = chosen("stopped at before delete")
     assert kinds == (Kind.STOP_POINT,)
     assert set(stops) == {"before delete checkpoints", "before delete staging"}
+    kinds, *_, of_api = chosen("API killed at before commit")
+    assert (kinds, of_api) == ((Kind.API_CRASH_POINT,), ("before commit",))
 
 
 def test_a_late_answer_is_still_that_of_the_jobs_destiny() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.chaos.reference import (
     MAX_ATTEMPTS,
+    OVER_API,
     PATHS,
     Destiny,
     Event,
@@ -26,6 +27,8 @@ def test_every_destiny_has_a_path_that_ends_settled() -> None:
     assert set(PATHS) == set(Destiny)
     sound = set(Destiny) - {Destiny.RECORD_DAMAGED}
     for destiny, outcome in ((d, p) for d in sound for p in expected(d)):
+        if destiny in OVER_API and outcome == Places():
+            continue  # cancelled before a worker has claimed it
         assert outcome.record == "ended", destiny
         assert outcome.delivery in ("delivered", "set_aside"), destiny
         assert not outcome.staged, destiny

@@ -2,6 +2,15 @@
 
 QUEUE = "model_training"
 DEAD_QUEUE = f"{QUEUE}.dead"
+STYLE, LLM = "style", "llm"
+QUEUES = {STYLE: QUEUE, LLM: f"{QUEUE}.llm"}
+"""The training queue of each kind of job."""
+LLM_BASE = "stand-in/none"
+LLM_FILES = (
+    *("training_report.json", "training_report.html", "README.md", "chat_template.jinja"),
+    *("fingerprint.json", "adapter_config.json", "adapter_model.safetensors"),
+)
+"""The files of a language model, in the order of their publication."""
 MEDIA, STATE = "media", "state"
 RETRY_DELAYS = (0.5, 1.0, 2.0)
 ENDING_DELAYS = (1.0, 2.0, 4.0)

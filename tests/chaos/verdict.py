@@ -8,7 +8,7 @@ import dataclasses
 from tests.chaos.jobs import Job
 from tests.chaos.observed import Evidence, Observed
 from tests.chaos.reference import Places, expected
-from tests.chaos.timing import STATE
+from tests.chaos.timing import STATE, STYLE
 from tests.chaos.work import Work, WorkLook
 from tests.chaos.world import SECRETS
 
@@ -115,7 +115,9 @@ class Verdict:
 
     def _folders(self) -> None:
         """Each style's folder is of one run."""
-        for style_id in sorted({job.style_id for job in self._run.jobs if job.valid}):
+        for style_id in sorted(
+            {job.style_id for job in self._run.jobs if job.valid and job.kind == STYLE}
+        ):
             files = self._observed.folder_of(style_id)
             runs = {(file.task_id, file.claim) for file in files.values()}
             if len(runs) > 1:

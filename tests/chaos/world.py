@@ -28,15 +28,21 @@ from tests.chaos.timing import (
     CHECKPOINT_INTERVAL,
     ENDING_DELAYS,
     GRACE_SECONDS,
+    LLM,
+    LLM_BASE,
     LONGEST_FREEZE_IN_LEASES,
     MAX_JOB_BYTES,
     MEDIA,
     QUEUE,
+    QUEUES,
     RETRY_DELAYS,
     STATE,
+    STYLE,
     WINDOW_SECONDS,
 )
 from tests.chaos.windows import BackendMood, FaultyS3
+from tests.chaos.with_api.ground import ApiGround
+from tests.chaos.with_api.recorder import Recorder
 
 PUBLISH_SECONDS = 90.0
 SECRETS = (TOKEN, SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SECRET_ACCESS_KEY)
@@ -66,7 +72,7 @@ _DAMAGED: dict[str, Any] = {
 """Stands for a record that cannot be read."""
 
 
-class World:
+class World:  # pylint: disable=too-many-public-methods  # one for each observation
     """Servers and proxies; made by `running`.
 
     Attributes:
@@ -79,7 +85,12 @@ class World:
         destined: The S3 faults of jobs' destinies.
         sweep_allowed: Records that the sweep may publish; the others must need no sweep.
         queue_type: Type of the training queue.
+        api: The API with its database; None in a run without one.
+        kinds: The kinds of jobs.
     """
+
+    api: ApiGround | None = None
+    kinds: tuple[str, ...] = (STYLE,)
 
     def __init__(
         self,
@@ -112,14 +123,28 @@ class World:
 
     @classmethod
     @contextlib.contextmanager
-    def running(
-        cls, folder: Path, *, workers: int, queue_type: str, lease: float, hits: Hits
+    def running(  # pylint: disable=too-many-locals  # one for each part
+        cls,
+        folder: Path,
+        *,
+        workers: int,
+        queue_type: str,
+        lease: float,
+        hits: Hits,
+        api: tuple[str, ...] | None = None,
+        kinds: tuple[str, ...] = (STYLE,),
     ) -> Iterator[World]:
-        """All servers, for as long as the block runs."""
+        """All servers, for as long as the block runs.
+
+        Args:
+            api: More arguments of the API's processes; None for a run without an API.
+            kinds: The kinds of jobs.
+        """
+        recorder = Recorder()
         with (
             RabbitMqNode(folder / "broker", consumer_timeout_ms=ACK_TIMEOUT_MS) as broker,
             S3Server() as s3_server,
-            Backend() as backend,
+            Backend() if api is None else recorder as backend,
             Backend() as elsewhere,
             contextlib.ExitStack() as stack,
         ):
@@ -131,9 +156,10 @@ class World:
                 folder=folder,
             )
             backend.answer = world.mood
+            world.kinds = kinds
             port = int(backend.url.rsplit(":", 1)[1])
             world.backend_way = stack.enter_context(TcpProxy("127.0.0.1", port))
-            for _ in range(workers):
+            for _ in range(workers + (api is not None)):  # the last way is that of the API
                 world.ways.append(
                     Ways(
                         stack.enter_context(TcpProxy(broker.host, broker.port, amqp=True)),
@@ -145,14 +171,31 @@ class World:
             for bucket in (MEDIA, STATE):
                 s3_server.create_bucket(bucket)
             world.declare()
+            if api is not None:
+                backend.answer = recorder.through(world.mood)
+                ground = ApiGround.running(recorder, folder, world.settings(workers), api)
+                world.api = stack.enter_context(ground)
             yield world
+
+    def never_claimed(self) -> set[str]:
+        """Jobs that were cancelled over the API; those without a record were never claimed."""
+        return self.api.never_claimed() if self.api else set()
+
+    def with_the_api(self) -> set[str]:
+        """Jobs whose messages the API has not given to the broker, or will not."""
+        if self.api is None:
+            return set()
+        return {row.job_id for row in self.api.rows() if not row.admitted or row.status != "queued"}
 
     def settings(self, slot: int | None) -> dict[str, str]:
         """The whole environment of a worker; with None, that of an operator, whom no fault hits."""
         port, endpoint = self.broker.port, self.s3_server.endpoint
         if slot is not None:
             port, endpoint = self.ways[slot].broker.port, self.ways[slot].s3.endpoint
-        return {
+        of_kinds = {"KINDS": ",".join(self.kinds)}
+        if LLM in self.kinds:
+            of_kinds["LLM_BASE_MODELS"] = f"{LLM_BASE}={self.folder.absolute()}"
+        return (of_kinds if len(self.kinds) > 1 else {}) | {
             "RABBITMQ_HOST": "127.0.0.1",
             "RABBITMQ_PORT": str(port),
             "RABBITMQ_HEARTBEAT_SECONDS": "3",
@@ -190,10 +233,10 @@ class World:
         return f"http://127.0.0.1:{self.backend_way.port}"
 
     def declare(self) -> None:
-        """The training queue, as the platform declares it. A worker may have been faster."""
-        with self._channel() as channel:
-            with contextlib.suppress(ChannelClosedByBroker):
-                channel.queue_declare(QUEUE, durable=True, arguments=self._arguments)
+        """The training queues, as the platform declares them. A worker may have been faster."""
+        for kind in self.kinds:
+            with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
+                channel.queue_declare(QUEUES[kind], durable=True, arguments=self._arguments)
 
     def declare_own_queues(self, queue_type: str | None = None) -> None:
         """Declare the worker's own queues, as classic ones unless a type is given.
@@ -211,11 +254,18 @@ class World:
     def delete_own_queues(self) -> None:
         """Delete the worker's own queues that are empty; workers make them again."""
         for name in self.queues():
-            if name != QUEUE:
+            if name not in QUEUES.values():
                 with self._channel() as channel, contextlib.suppress(ChannelClosedByBroker):
                     channel.queue_delete(name, if_empty=True)
 
-    def publish(self, body: bytes, times: int = 1, headers: dict[str, Any] | None = None) -> None:
+    def publish(
+        self,
+        body: bytes,
+        times: int = 1,
+        headers: dict[str, Any] | None = None,
+        *,
+        kind: str = STYLE,
+    ) -> None:
         """Publish, once or more often in a row, until the broker has confirmed it."""
         properties = pika.BasicProperties(
             content_type="application/json", delivery_mode=2, headers=headers
@@ -225,7 +275,7 @@ class World:
             try:
                 with self._channel() as channel:
                     while times:
-                        channel.basic_publish("", QUEUE, body, properties, mandatory=True)
+                        channel.basic_publish("", QUEUES[kind], body, properties, mandatory=True)
                         times -= 1
                 return
             except (AMQPError, OSError):
@@ -259,9 +309,10 @@ class World:
 
     def queues(self) -> list[str]:
         """The names of all possible queues."""
-        delays = [f"{QUEUE}.delay.{_ms(s)}" for s in (*RETRY_DELAYS, self.lease)]
+        training = [QUEUES[kind] for kind in self.kinds]
+        delays = [f"{q}.delay.{_ms(s)}" for q in training for s in (*RETRY_DELAYS, self.lease)]
         delays += [f"{QUEUE}.endings.delay.{_ms(s)}" for s in (*ENDING_DELAYS, self.lease)]
-        return [QUEUE, f"{QUEUE}.endings", f"{QUEUE}.dead", *dict.fromkeys(delays)]
+        return [*training, f"{QUEUE}.endings", f"{QUEUE}.dead", *dict.fromkeys(delays)]
 
     def take_all(self, name: str) -> list[Message]:
         """Take a queue's ready messages; none if the queue does not exist."""
@@ -349,6 +400,9 @@ class World:
         """End all faults."""
         self.mood.calm()
         self.backend_way.calm()
+        if self.api:
+            self.api.database_way.calm()
+            self.api.recorder.late_until = 0.0
         for way in self.ways:
             way.broker.calm()
             way.s3.calm()

@@ -71,6 +71,7 @@ class ToyKind:
     gauges = {"letters": "Letters that the newest run has counted"}
     max_input_bytes = 1000
     needs_gpu = False
+    shares_gpus = False
 
     def __init__(self, settings: KindSettings) -> None:
         self._options = ToyOptions(**settings.options)
@@ -79,7 +80,7 @@ class ToyKind:
     def refusal(self, base_model: str) -> str | None:
         """None: it uses no base model."""
         del base_model
-        return None
+        return None  # pylint: disable=useless-return  # the type says so
 
     def read(self, order: Order) -> ToySpec:
         """See `JobKind.read`."""
@@ -113,7 +114,7 @@ class ToyKind:
     def inputs(self, spec: ToySpec) -> tuple[Input, ...]:
         """The text."""
         source, location = read_address(spec.text, self._addresses)
-        return (Input(source, location, role="texts", caption=""),)
+        return (Input(source, location, role="texts"),)
 
     def output_bytes(self, spec: ToySpec) -> int:
         """Next to nothing."""

@@ -32,6 +32,7 @@ class ToyWork:
 
     run_type = ToyRun
     has_base = False
+    shares_runs = False
     on_gpu = False
 
     def __init__(self, options: TrainerOptions) -> None:

@@ -61,10 +61,8 @@ NAMED_ALL_THE_SAME = {
     # The checkpoint of every kind has an epoch, in records and in names.
     "consumer/life/checkpoint_uploads.py": {"epoch"},
     "utils/events.py": {"epoch", "epochs"},
-    # The text next to an input, and log events that dashboards may use.
-    "consumer/life/image_download.py": {"caption", "captions", "picture"},
-    "consumer/life/inputs.py": {"caption", "pictures"},
-    "utils/captions.py": {"caption", "captions"},
+    # Log events that dashboards may use.
+    "consumer/life/inputs.py": {"caption", "picture", "pictures"},
     # Names of settings of earlier programs.
     "utils/settings/names.py": {"epochs", "llm", "lora"},
     # The spelling of an address, and of a text on the terminal.
@@ -90,13 +88,14 @@ COMPOSITION_ROOTS = {
 }
 
 # A foreign client -> the one file that may import it, and that translates its errors. The two web
-# servers, and the two directions of webhooks, have a file each.
+# servers, and each way of webhooks, have a file.
 ONE_IMPORTER: dict[str, str | set[str]] = {
     "pika": "services/broker/client.py",
     "boto3": "services/s3/client.py",
     "botocore": "services/s3/client.py",
-    "requests": "services/webhooks/webhook_service.py",
+    "requests": "services/webhooks/exchange.py",
     "standardwebhooks": {
+        "services/webhooks/customers.py",
         "services/webhooks/webhook_service.py",
         "services/webhooks/verification.py",
     },
@@ -471,7 +470,7 @@ print(sorted(sys.modules))
     assert direct - in_part <= of_the_api
     # SQLAlchemy loads the driver by the database's address; of fastapi-offline only files are used;
     # the decoder's perceptual hash is imported with the first image.
-    by_name = {"psycopg", "fastapi-offline", "imagehash"}
+    by_name = {"psycopg", "fastapi-offline", "imagehash", *SHARED["opentelemetry"]}
     assert of_the_api - direct == by_name
 
 

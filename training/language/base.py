@@ -14,10 +14,12 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from torch.distributed.tensor import DTensor
 
 from jobs.llm import LlmRun
 from training.runtime.device import choose_device
-from utils.errors import BaseModelGated, BaseModelUnavailable, GpuOutOfMemory
+from training.runtime.team import ALONE, Team
+from utils.errors import BaseModelGated, BaseModelUnavailable, GpuOutOfMemory, TrainingFailed
 from utils.wording import spoken
 
 BYTES = {"none": 2.0, "8bit": 1.1, "4bit": 0.6}
@@ -64,6 +66,7 @@ class LanguageBase:
         return self.state == snapshot(self.model)
 
 
+# pylint: disable=protected-access  # torch has no public names for versions and hooks
 def snapshot(model: Any) -> dict[str, Any]:
     """Everything of a model that a run could leave changed.
 
@@ -72,7 +75,8 @@ def snapshot(model: Any) -> dict[str, Any]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {
         "tensors": {
-            name: (t.data_ptr(), t._version, str(t.dtype), t.requires_grad) for name, t in tensors
+            name: (_own_part(t).data_ptr(), t._version, str(t.dtype), t.requires_grad)
+            for name, t in tensors
         },
         "modules": {
             name: (
@@ -90,15 +94,31 @@ def snapshot(model: Any) -> dict[str, Any]:
     }
 
 
-def identity_of(run: LlmRun, *, cuda: bool) -> BaseIdentity:
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor; all of it if the processes do not share it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def identity_of(run: LlmRun, *, cuda: bool, shards: bool = False) -> BaseIdentity:
     """How the base of a run is loaded.
 
     Args:
         run: The run.
         cuda: Whether there is a GPU.
+        shards: Whether the processes share the weights out (FSDP).
+
+    Raises:
+        TrainingFailed: The run wants a quantised base, whose weights cannot be shared out.
     """
     quantization = run.parameters.quantization
-    if quantization == "auto":
+    if shards and quantization in ("4bit", "8bit"):
+        raise TrainingFailed(
+            f"TRAINER_FSDP=true cannot share out a base model in {quantization}. Set quantization "
+            "to none or auto, or set TRAINER_FSDP=false on the worker."
+        )
+    if shards:
+        quantization = "none"
+    elif quantization == "auto":
         wanted = "4bit" if run.use_4bit else "8bit" if run.use_8bit else "none"
         quantization = wanted if cuda else "none"
     attention = {"auto": "sdpa", "flash": "flash_attention_2"}.get(
@@ -203,8 +223,14 @@ def predicted_bytes(folder: Path, run: LlmRun, quantization: str, *, cuda: bool)
     return 0
 
 
-def refuse_too_large(folder: Path, run: LlmRun, quantization: str, device: torch.device) -> int:
+def refuse_too_large(
+    folder: Path, run: LlmRun, quantization: str, device: torch.device, team: Team = ALONE
+) -> int:
     """Compare the predicted memory with what is free; returns the prediction.
+
+    Args:
+        folder, run, quantization, device: The base, and how it is loaded.
+        team: The processes that load it at the same time. On a CPU they share the memory.
 
     Raises:
         GpuOutOfMemory: Even the base does not fit.
@@ -212,7 +238,9 @@ def refuse_too_large(folder: Path, run: LlmRun, quantization: str, device: torch
     cuda = device.type == "cuda"
     needed = predicted_bytes(folder, run, quantization, cuda=cuda)
     base = parameters_in(folder) * (BYTES[quantization] if cuda else 4.0)
-    free = torch.cuda.mem_get_info(device)[0] if cuda else _free_memory()
+    if cuda and team.shards:
+        base /= team.size
+    free = torch.cuda.mem_get_info(device)[0] if cuda else _free_memory() // team.size
     if free and base > free:
         raise GpuOutOfMemory(
             f"The base model {run.base_model} needs about {spoken(int(base))} with quantization "
@@ -230,12 +258,14 @@ def _free_memory() -> int:
     return 0
 
 
-def load(run: LlmRun, *, allow_cpu: bool) -> LanguageBase:
+def load(run: LlmRun, *, allow_cpu: bool, team: Team = ALONE, fsdp: bool = False) -> LanguageBase:
     """Load a base.
 
     Args:
         run: The run that needs it.
         allow_cpu: Whether a CPU may train.
+        team: The processes that train together. Each has a GPU, and the whole base on it or, with
+            FSDP, its share.
 
     Raises:
         GpuBroken: There is no GPU, and the CPU is not allowed.
@@ -243,9 +273,15 @@ def load(run: LlmRun, *, allow_cpu: bool) -> LanguageBase:
         GpuOutOfMemory: It does not fit.
     """
     device, _, warnings = choose_device("bf16", allow_cpu=allow_cpu)
-    identity = identity_of(run, cuda=device.type == "cuda")
-    folder, revision = locate(run)
-    refuse_too_large(folder, run, identity.quantization, device)
+    identity = identity_of(run, cuda=device.type == "cuda", shards=team.shards)
+    if team.size > 1 and device.type == "cuda":
+        device = torch.device("cuda", team.rank)
+    if team.leads:  # the others find the files in the cache
+        folder, revision = locate(run)
+    team.meet()
+    if not team.leads:
+        folder, revision = locate(run)
+    refuse_too_large(folder, run, identity.quantization, device, team)
     dtype = torch.float32
     if device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -254,7 +290,7 @@ def load(run: LlmRun, *, allow_cpu: bool) -> LanguageBase:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map={"": device},
+            device_map={"": "cpu" if team.shards else device},
             attn_implementation=identity.attention,
             quantization_config=_quantization(identity.quantization, dtype),
             use_safetensors=True,
@@ -272,6 +308,10 @@ def load(run: LlmRun, *, allow_cpu: bool) -> LanguageBase:
     model.requires_grad_(False)
     model.eval()
     _never_pack(model)
+    if team.shards:
+        names = set(model._no_split_modules or ())
+        blocks = [module for module in model.modules() if type(module).__name__ in names]
+        team.shard(model, blocks, device.type)
     made = LanguageBase(
         identity, model, tokenizer, device, _hash(folder, tokenizer), revision, warnings
     )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from conversations.cleaning import Conversation, Turn
 from training.language.masks import MASKED, TokenRow, Tokens
+from training.runtime.team import ALONE, Team
 
 EVALUATION_TOKENS = 8192
 """Padded tokens of one batch of an evaluation."""
@@ -115,22 +116,36 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = mode
 
 
-def measure(model: Any, rows: Sequence[TokenRow], device: torch.device) -> Measured:
-    """Measure a model; the result depends on no batch size."""
-    sums, right = [0.0] * len(rows), 0
+def batches(rows: Sequence[TokenRow]) -> list[list[int]]:
+    """Indices of the rows of each batch of an evaluation, the longest rows first."""
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    made = []
+    while by_length:
+        count = max(1, EVALUATION_TOKENS // len(rows[by_length[-1]].ids))
+        made.append(by_length[-count:])
+        by_length = by_length[:-count]
+    return made
+
+
+def measure(
+    model: Any, rows: Sequence[TokenRow], device: torch.device, team: Team = ALONE
+) -> Measured:
+    """Measure a model; the result depends on no batch size and on no number of processes."""
+    sums, right = torch.zeros(len(rows), dtype=torch.float64, device=device), 0
+    every = batches(rows)
     with evaluating(model):
-        while by_length:
-            count = max(1, EVALUATION_TOKENS // len(rows[by_length[-1]].ids))
-            batch, by_length = by_length[-count:], by_length[:-count]
+        for batch in every[team.rank :: team.size]:
             logits, wanted, of = learned_logits(model, [rows[i] for i in batch], device)
             losses = F.cross_entropy(logits, wanted, reduction="none").double()
             of_rows = torch.zeros(len(batch), dtype=torch.float64, device=device)
             of_rows.index_add_(0, of, losses)
-            for index, value in zip(batch, of_rows.tolist()):
-                sums[index] = value
+            sums[batch] = of_rows
             right += int((logits.argmax(-1) == wanted).sum())
-    return Measured(tuple(sums), tuple(row.learned for row in rows), right)
+        if team.shards and len(every) % team.size > 0 and team.rank >= len(every) % team.size:
+            learned_logits(model, [rows[i] for i in every[-1]], device)  # the others need its share
+    # Each number has one process that adds it to zeros, so that the sum has its bits.
+    found = team.add(torch.cat([sums, sums.new_tensor([float(right)])])).tolist()
+    return Measured(tuple(found[:-1]), tuple(row.learned for row in rows), int(found[-1]))
 
 
 # ---- answers -------------------------------------------------------------------------------------

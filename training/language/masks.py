@@ -143,6 +143,7 @@ class Tokens:
             return "has no answer within max_length"
         return row
 
+    # pylint: disable-next=too-many-locals  # one for each part of a conversation
     def _masked(
         self, turns: list[Turn], number: int, notes: Reasons
     ) -> tuple[list[int], list[int]]:

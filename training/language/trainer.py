@@ -10,6 +10,7 @@ stop between two forward passes of a step loses only that step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -32,6 +33,7 @@ from training.runtime import optimizer as optimizers
 from training.runtime.checkpoint import CheckpointWriter
 from training.runtime.clock import Clock
 from training.runtime.device import allocated_bytes, free_memory, out_of_memory, reserved_bytes
+from training.runtime.team import ALONE, Team
 from utils.errors import StopReason, TrainingDiverged, TrainingFailed
 from utils.events import CheckpointSaved, Event, Progress, Stage
 
@@ -113,6 +115,23 @@ class Trained:
     steps_per_second: float | None
 
 
+def passes_of(rows: int, size: int, processes: int = 1) -> list[range]:
+    """The rows of each forward pass of a step.
+
+    Several processes do a pass each in a round, and the rounds are full if there are rows enough.
+    If one process would do as many passes, they have the same rows and the same random numbers.
+
+    Args:
+        rows: Rows of the step.
+        size: Most rows of a pass.
+        processes: Processes that share the step.
+    """
+    if processes > 1:
+        passes = math.ceil(math.ceil(rows / size) / processes) * processes
+        size = math.ceil(rows / passes)
+    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
 class _StopInside(Exception):
     """A stop between two forward passes of a step."""
 
@@ -126,7 +145,8 @@ class Trainer:
         model: The base with the adapter (PEFT).
         rows, held_out: Token rows.
         emit: Receives events.
-        should_stop: Returns the reason to stop, or None.
+        should_stop: Returns the reason to stop, the same in all processes, or None.
+        team: The processes that train together. Each computes a part of the passes of a step.
     """
 
     def __init__(
@@ -139,8 +159,9 @@ class Trainer:
         *,
         emit: Callable[[Event], None],
         should_stop: Callable[[], StopReason | None],
+        team: Team = ALONE,
     ) -> None:
-        self._run, self._base, self._model = run, base, model
+        self._run, self._base, self._model, self._team = run, base, model, team
         self._rows, self._held_out = rows, held_out
         self._emit, self._should_stop = emit, should_stop
         self._parameters = run.parameters
@@ -157,6 +178,15 @@ class Trainer:
         self._sound: LanguageCheckpoint | None = None
         self._clock = Clock()
         self.state = self._first_state()
+        self._refuse_differences()
+
+    def _refuse_differences(self) -> None:
+        """Compare what the processes train on, and the adapters that they have."""
+        state = self.state
+        read = f"{state.data} {state.base_model} {self.plan} {state.parameters}"
+        self._team.refuse_difference("conversations or base models", [read.encode()])
+        weights = (w.detach().cpu().numpy().tobytes() for w in self.weights.values())
+        self._team.refuse_difference("adapters", weights)
 
     def _refuse_other_dtypes(self) -> None:
         other = {str(w.dtype) for w in self.weights.values()} - {"torch.float32"}
@@ -196,6 +226,7 @@ class Trainer:
         checkpoint.refuse_another_run(saved.state, self.state)
         self._restore(saved)
         self.state = dataclasses.replace(saved.state, claim=self._run.claim)
+        self._refuse_differences()
 
     def _restore(self, saved: LanguageCheckpoint) -> None:
         with torch.no_grad():
@@ -250,7 +281,7 @@ class Trainer:
             try:
                 loss = self._gradients(chosen)
                 break
-            except Exception as error:
+            except Exception as error:  # pylint: disable=broad-exception-caught  # raised again
                 self._optimizer.zero_grad(set_to_none=True)
                 if not out_of_memory(error) or self.state.micro_batch == 1:
                     raise
@@ -280,19 +311,49 @@ class Trainer:
         self._model.train()
         tokens = sum(row.learned for row in chosen)
         total = torch.zeros((), device=self._base.device)
-        size = self.state.micro_batch
-        for start in range(0, len(chosen), size):
-            if start and self._should_stop():
+        passes = passes_of(len(chosen), self.state.micro_batch, self._team.size)
+        for first in range(0, len(passes), self._team.size):
+            if first and self._should_stop():
                 self._optimizer.zero_grad(set_to_none=True)
                 raise _StopInside
-            torch.manual_seed(self._seed(start))
-            logits, wanted, _ = learned_logits(
-                self._model, chosen[start : start + size], self._base.device
-            )
-            loss = F.cross_entropy(logits, wanted, reduction="sum") / tokens
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return float(total)
+            own = passes[first : first + self._team.size][self._team.rank :][:1]
+            total += self._team.all_or_none(functools.partial(self._passes, own, chosen, tokens))
+        return self._summed(total)
+
+    def _passes(self, own: Sequence[range], chosen: Sequence[TokenRow], tokens: int) -> Tensor:
+        """Do this process's passes of a round: one, or none if a step has too few rows."""
+        loss = torch.zeros((), device=self._base.device)
+        for each in own:
+            loss += self._pass(each.start, [chosen[i] for i in each], tokens)
+        if not own and self._team.shards:  # the others need this process's share of the base
+            self._pass(0, chosen[:1], tokens, weight=0.0)
+        return loss
+
+    def _pass(
+        self, start: int, rows: Sequence[TokenRow], tokens: int, weight: float = 1.0
+    ) -> Tensor:
+        """Add the gradient of some rows of a step; returns their part of its loss."""
+        torch.manual_seed(self._seed(start))
+        logits, wanted, _ = learned_logits(self._model, rows, self._base.device)
+        loss = F.cross_entropy(logits, wanted, reduction="sum") / tokens * weight
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _summed(self, loss: Tensor) -> float:
+        """Sum the gradients and the loss of a step over the processes; returns the loss."""
+        if self._team.size == 1:
+            return float(loss)
+        for weight in self.weights.values():
+            if weight.grad is None:  # no row of this process's passes
+                weight.grad = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        flat = torch.cat([loss.view(1), *(gradient.view(-1) for gradient in gradients)])
+        summed = self._team.add(flat)
+        place = 1
+        for gradient in gradients:
+            gradient.copy_(summed[place : place + gradient.numel()].view_as(gradient))
+            place += gradient.numel()
+        return float(summed[0])
 
     def _seed(self, start: int) -> int:
         text = f"{self._parameters.seed} {self.state.step} {start}"
@@ -338,7 +399,7 @@ class Trainer:
         )
 
     def _evaluate(self) -> None:
-        measured = measure(self._model, self._held_out, self._base.device)
+        measured = measure(self._model, self._held_out, self._base.device, self._team)
         state = self.state
         before = min((loss for _, loss in state.evaluations), default=math.inf)
         best = measured.loss < before
@@ -373,7 +434,9 @@ class Trainer:
         name = folder_name(epoch, state.step, inside_epoch=True, changes=retakes)
         folder = Path(self._run.work_folder) / "checkpoints" / name
         event = CheckpointSaved(self._run.task_id, name, epoch, state.step, str(folder), 0.0)
-        writer.write(event, lambda: checkpoint.save(folder, saved))
+        self._refuse_differences()
+        if self._team.leads:
+            writer.write(event, lambda: checkpoint.save(folder, saved))
 
     def _report(self) -> None:
         state, device = self.state, self._base.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -27,7 +28,9 @@ from training.language.base import LanguageBase
 from training.language.evaluation import Measured
 from training.language.masks import TokenData, Tokens, tokenise
 from training.language.trainer import Trained, Trainer, load_weights
+from training.runtime import team as teams
 from training.runtime.device import device_errors_as_ours, free_memory
+from training.runtime.team import Team
 from utils.errors import LowQualityData, Stopped, StopReason
 from utils.events import BaseModelReady, Event, Finished, Progress, Stage, Started
 
@@ -52,9 +55,12 @@ class LanguageWork:
     """
 
     run_type = LlmRun
+    has_base = True
+    shares_runs = True
 
     def __init__(self, options: TrainerOptions) -> None:
         self.is_usable = True
+        self._team: Team | None = None
         self._options = options
         self._base: LanguageBase | None = None
         transformers.utils.logging.disable_progress_bar()
@@ -84,26 +90,34 @@ class LanguageWork:
         """Do one run. The base is as it was afterwards, or is given up."""
         began = time.monotonic()
         tell(Progress(run.task_id, Stage.PREPARING, 0, 0))
-        intake = intake_of(run)
-        base = self._loaded(run, tell)
-        devices = [base.device] if base.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(devices):
-                finished = _Job(run, base, intake, tell, should_stop).done()
-        except Stopped as stop:
-            finished = Finished(run.task_id, "", (), 0, 0.0, stopped=stop.reason)
-        finally:
-            self._leave_unchanged(tell)
+        team = self._joined()
+        with team.failing_together():
+            intake = intake_of(run)
+            base = self._loaded(run, team, tell)
+            devices = [base.device] if base.device.type == "cuda" else []
+            stop = functools.partial(team.stop_reason, should_stop)
+            try:
+                with torch.random.fork_rng(devices):
+                    finished = _Job(run, base, intake, tell, stop, team).done()
+            except Stopped as stopped:
+                finished = Finished(run.task_id, "", (), 0, 0.0, stopped=stopped.reason)
+            finally:
+                self._leave_unchanged(tell)
         return dataclasses.replace(finished, seconds=time.monotonic() - began)
 
-    def _loaded(self, run: LlmRun, tell: Emit) -> LanguageBase:
+    def _joined(self) -> Team:
+        if self._team is None:
+            self._team = teams.join(self._options)
+        return self._team
+
+    def _loaded(self, run: LlmRun, team: Team, tell: Emit) -> LanguageBase:
         cuda = torch.cuda.is_available()
-        wanted = bases.identity_of(run, cuda=cuda)
+        wanted = bases.identity_of(run, cuda=cuda, shards=team.shards)
         if self._base is not None and self._base.identity != wanted:
             self.release(tell)
         if self._base is None:
             began = time.monotonic()
-            self._base = bases.load(run, allow_cpu=self._options.allow_cpu)
+            self._base = bases.load(run, allow_cpu=self._options.allow_cpu, team=team)
             tell(BaseModelReady(True, time.monotonic() - began))
         return self._base
 
@@ -178,13 +192,14 @@ class _Job:
         intake: Intake,
         tell: Emit,
         should_stop: Callable[[], StopReason | None],
+        team: Team,
     ) -> None:
         self._run, self._base, self._intake = run, base, intake
-        self._tell, self._should_stop = tell, should_stop
+        self._tell, self._should_stop, self._team = tell, should_stop, team
         self._tokens, self._data = tokens_of(run, base.tokenizer, intake)
         self._proved = self._data.held_out or self._data.training
 
-    def done(self) -> Finished:
+    def done(self) -> Finished:  # pylint: disable=too-many-locals  # one for each result
         """Measure, train, measure, export and prove."""
         run, base, data = self._run, self._base, self._data
         before = self._measure(base.model)
@@ -236,6 +251,7 @@ class _Job:
             data.held_out,
             emit=self._tell,
             should_stop=self._should_stop,
+            team=self._team,
         )
         if run.resume_from:
             trainer.resume(Path(run.resume_from))
@@ -252,7 +268,7 @@ class _Job:
     def _measure(self, model: Any) -> Measured | None:
         if not self._data.held_out:
             return None
-        return evaluation.measure(model, self._data.held_out, self._base.device)
+        return evaluation.measure(model, self._data.held_out, self._base.device, self._team)
 
     def _answer(self, model: Any, turns: Any, *, sampled: bool = False) -> str:
         self._check_stop()
@@ -312,7 +328,9 @@ class _Job:
         return {"epoch": epoch, "loss": state.losses[-1] if state.losses else None}
 
     def _new_folder(self) -> Path:
-        folder = Path(self._run.work_folder) / "output"
+        # Process 0 publishes; the others prove their own files in step with it.
+        name = "output" if self._team.leads else f"output-{self._team.rank}"
+        folder = Path(self._run.work_folder) / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder

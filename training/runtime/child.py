@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import IO, Any, Protocol
 
 from jobs.kinds import Run, TrainerOptions, load
+from training.runtime.followers import Followers, PeerFailed, TeamBroken, with_meeting_place
 from training.runtime.inbox import Inbox
 from utils.errors import (
     REPORTABLE,
@@ -47,10 +48,13 @@ class Runner(Protocol):
         has_base: Whether its runs use a base model. The process has the memory for one base model.
         is_usable: False when the process must be replaced before the next run.
         on_gpu: Whether the base model is loaded and on a GPU.
+        shares_runs: Whether several processes can do one run together (see
+            `training.runtime.team`). Otherwise process 0 does its runs alone.
     """
 
     run_type: type[Any]
     has_base: bool
+    shares_runs: bool
     is_usable: bool
 
     @property
@@ -70,6 +74,10 @@ class Runner(Protocol):
         should_stop: Callable[[], StopReason | None],
     ) -> Finished:
         """Do one run. Errors of the device are raised as errors of `utils.errors`."""
+
+
+FOLLOWER_LOST = 4
+"""Exit code of process 0 after another process of the trainer is lost."""
 
 
 def _unbound(**_: Any) -> AbstractContextManager[None]:
@@ -99,13 +107,17 @@ class Child:
         self._inbox, self._events = inbox, events
         self._monitor = GpuMonitor()
         self._telling = threading.Lock()
-        self._options = options
+        self._options = options = with_meeting_place(options)
+        self._followers: Followers | None = None
+        self._sharing, self._whole = False, True
         self._runner: Runner = load(options.runner)(options)
         self._runners = {options.runner: self._runner}
         self._warm = self._runner
 
     def serve(self) -> None:
         """Load the base model, then do runs until the process ends with its pipe."""
+        if self._leads(self._warm):
+            self._started_followers()
         if not self._warm.has_base or not self._inbox.has_run():
             try:
                 self._warm.load(self._tell)
@@ -118,23 +130,54 @@ class Child:
                 log.info("run_taken", extra={"claim": run.claim})
                 ending = self._do(run)
             self._inbox.lay_down()
-            self._tell(ending)
+            self._write(ending)
+            if not self._whole:  # the processes cannot meet again
+                os._exit(FOLLOWER_LOST)
 
     def _do(self, run: Run) -> Finished | Failed:
         """Do one run, which always has an ending."""
+        ending, error = self._ended(run)
+        if self._sharing and self._followers:
+            self._sharing = False
+            of_another = isinstance(error, (PeerFailed, TeamBroken))
+            ending, self._whole = self._followers.settle(ending, of_another=of_another)
+        return ending
+
+    def _ended(self, run: Run) -> tuple[Finished | Failed, Exception | None]:
+        """Do this process's part of a run; returns its ending and its error."""
         began = time.monotonic()
         try:
             runner = self._runner_of(run)
             order = from_dict(runner.run_type, run.order)
-            return runner.run(order, self._tell, self._inbox.stop_reason)
+            if self._leads(runner):
+                self._sharing = True
+                self._started_followers().begin(run)
+            return runner.run(order, self._tell, self._inbox.stop_reason), None
         except Stopped as stop:
-            return Finished(run.task_id, "", (), 0, time.monotonic() - began, stopped=stop.reason)
+            seconds = time.monotonic() - began
+            return Finished(run.task_id, "", (), 0, seconds, stopped=stop.reason), None
         except TrainingServerError as error:
             log.info("run_not_possible", extra=_reason(error))
-            return failed(run, error, usable=self._runner.is_usable)
+            return failed(run, error, usable=self._runner.is_usable), error
         except Exception as error:  # pylint: disable=broad-exception-caught  # reported by name
             log.error("run_failed", exc_info=error)
-            return failed(run, error, usable=self._runner.is_usable)
+            return failed(run, error, usable=self._runner.is_usable), error
+
+    def _leads(self, runner: Runner) -> bool:
+        """Whether this process has followers for the runs of a runner."""
+        return self._options.processes > 1 and not self._options.rank and runner.shares_runs
+
+    def _started_followers(self) -> Followers:
+        if self._followers is None:
+            self._followers = Followers(self._options, self._give_up)
+        return self._followers
+
+    def _give_up(self, loss: Failed) -> None:
+        """End this process after another one is lost. The desk starts a new trainer."""
+        log.error("process_lost", extra={"reason": loss.message})
+        if loss.task_id:
+            self._write(loss)
+        os._exit(FOLLOWER_LOST)
 
     def _runner_of(self, run: Run) -> Runner:
         """The runner of this kind. Only a runner with a base model replaces the warm one."""
@@ -147,6 +190,15 @@ class Child:
         return self._runner
 
     def _tell(self, event: Event | BaseModelReady) -> None:
+        """Send an event. Only process 0 sends more than endings."""
+        if self._options.rank:
+            return
+        self._write(event)
+        # The worker logs its GPUs every minute. Without a GPU it has logged that.
+        if isinstance(event, CheckpointSaved) and self._runner.on_gpu:
+            self._monitor.log_now()
+
+    def _write(self, event: Event | BaseModelReady) -> None:
         """Write one event. If nothing reads the pipe any more, the process ends."""
         line = memoryview(encode(event))
         with self._telling:
@@ -155,9 +207,6 @@ class Child:
                     line = line[self._events.write(line) :]
             except OSError:
                 os._exit(0)
-        # The worker logs its GPUs every minute. Without a GPU it has logged that.
-        if isinstance(event, CheckpointSaved) and self._runner.on_gpu:
-            self._monitor.log_now()
 
 
 def _reason(error: TrainingServerError) -> dict[str, str]:

@@ -19,11 +19,11 @@ from images.colour import UnusableImage
 from images.decoder import Answer, Decoder
 from images.decoding import Refused, Request
 from images.judgement import FEW_IMAGES, compare, cropped, enlarged
+from jobs.captions import clean_caption
 from jobs.style import TrainingImage, TrainingRun
 from training.style import checkpoint, held_out
 from training.style.examples import Dataset, Example, ImageReport, Latents
 from training.style.families.sd15 import BaseModel
-from utils.captions import clean_caption
 from utils.errors import ImageDownloadFailed, LowQualityData, Stopped, StopReason
 from utils.names import printable, shown_name
 from utils.wording import counted, grouped

@@ -50,6 +50,7 @@ class StyleWork:
 
     run_type = TrainingRun
     has_base = True
+    shares_runs = False
 
     def __init__(self, options: TrainerOptions) -> None:
         self.is_usable = True

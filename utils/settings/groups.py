@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
 )
 
+from utils.errors import ConfigurationError
 from utils.settings import values
 from utils.settings.values import AbsolutePath, Group, Seconds
 from utils.urls import base_of, origin_of
@@ -55,6 +56,27 @@ class TrainerSettings(Group):
     deterministic: bool = False
     omp_num_threads: str | None = Field(default=None, pattern=r"^[1-9]\d*(,[1-9]\d*)*$")
     stall_seconds: Seconds = 300.0
+    trainer_processes: (
+        Annotated[int, Field(ge=1, le=64)]
+        | Annotated[Literal["auto"], BeforeValidator(values.lower)]
+    ) = 1
+    trainer_fsdp: bool = False
+
+    def processes_on(self, gpus: int) -> int:
+        """The processes of a trainer on a machine with so many GPUs.
+
+        Raises:
+            ConfigurationError: The machine has fewer GPUs than processes are set.
+        """
+        if self.trainer_processes == "auto":
+            return max(1, gpus)
+        if 0 < gpus < self.trainer_processes:
+            raise ConfigurationError(
+                f"TRAINER_PROCESSES={self.trainer_processes} needs a GPU for each process, and the "
+                f"trainer may see {gpus}. Set TRAINER_PROCESSES=auto, or give it more GPUs "
+                "(CUDA_VISIBLE_DEVICES)."
+            )
+        return self.trainer_processes
 
 
 class LogSettings(Group):
@@ -196,9 +218,11 @@ class ApiSettings(Group):
     api_requests_per_minute: int = Field(default=1200, ge=1)
     api_creates_per_minute: int = Field(default=120, ge=1)
     api_silent_seconds: Seconds = 120.0
+    api_private_webhooks: bool = False
+    gpu_price_per_hour: float | None = Field(default=None, ge=0, le=1_000_000, allow_inf_nan=False)
+    api_notice: str | None = Field(default=None, max_length=500)
     max_concurrent_trainings: int = Field(default=2, ge=1)
     broker_depth: int = Field(default=2, ge=1)
-    gpu_price_per_hour: float | None = Field(default=None, ge=0)
     aws_public_endpoint_url_s3: Annotated[str, AfterValidator(values.endpoint)] | None = None
 
     @field_validator("api_open")

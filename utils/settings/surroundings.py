@@ -45,6 +45,7 @@ _CACHES = (
     *("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCH_HOME", "CUDA_CACHE_PATH"),
     *("TRITON_CACHE_DIR", "TMPDIR"),
 )
+_LOOPBACK = "lo"
 _HUB_PORTS = (53, 443)  # names over TCP, and the hub
 
 
@@ -58,6 +59,7 @@ def trainer_environment(
     cuda_visible_devices: str | None,
     threads: str | None,
     deterministic: bool = False,
+    processes: int = 1,
 ) -> dict[str, str]:
     """The whole environment of the trainer.
 
@@ -66,8 +68,10 @@ def trainer_environment(
         own: Names of settings. The trainer gets the settings over its pipe.
         secrets: Values that no variable may hold.
         hf_token, hf_home, cuda_visible_devices: Settings that libraries read from the environment.
-        threads: `OMP_NUM_THREADS`; None for one thread per usable core.
+        threads: `OMP_NUM_THREADS` of each process; None for one thread per usable core.
         deterministic: The GPU must give the same bits each time.
+        processes: Processes that train a run together. They share the cores, and what they exchange
+            stays on this machine.
     """
     names, values = set(own), [secret for secret in secrets if len(secret) >= _SHORT]
     made = {
@@ -84,7 +88,9 @@ def trainer_environment(
         made["HF_HOME"] = str(hf_home)
     if cuda_visible_devices is not None:
         made["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
-    made["OMP_NUM_THREADS"] = threads or str(training_threads())
+    made["OMP_NUM_THREADS"] = threads or str(max(1, training_threads() // processes))
+    if processes > 1:
+        made |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _LOOPBACK)
     # A waiting thread gives its core away. If it spins, it takes the core from the thread that it
     # waits for as soon as another program computes on this machine.
     made.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -101,6 +107,7 @@ def confinement(
     files: Iterable[Path],
     writable: Iterable[Path],
     caches: Mapping[str, str],
+    among_themselves: bool = False,
 ) -> Confinement:
     """Files, folders and ports that the trainer can and cannot reach.
 
@@ -110,6 +117,7 @@ def confinement(
         files: Settings files.
         writable: Folders that the trainer works in.
         caches: The trainer's environment; some variables name the folders of its caches.
+        among_themselves: The trainer has several processes, which connect to each other.
     """
     home = Path(os.path.expanduser("~"))
     hidden = [*files, *map(Path, HIDDEN_ON_MACHINE), *(home / name for name in HIDDEN_AT_HOME)]
@@ -128,6 +136,7 @@ def confinement(
         read_only=_paths(read_only),
         writable=_paths(places),
         ports=tuple(sorted({*_HUB_PORTS, *_ports(caches)})),
+        among_themselves=among_themselves,
     )
 
 

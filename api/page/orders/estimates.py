@@ -58,9 +58,7 @@ def estimates(services: Services, images: int) -> dict[str, Estimate]:
 def _estimate(services: Services, rate: float | None, preset: str, images: int) -> Estimate:
     views = epochs_of(preset, images) * images
     seconds = None if rate is None else rate * views
-    price = services.settings.gpu_price_per_hour
-    cost = None if seconds is None or price is None else seconds / 3600 * price
-    return Estimate(views, seconds, cost)
+    return Estimate(views, seconds, services.cost(seconds))
 
 
 def _seconds_per_view(session: Session) -> float | None:

@@ -79,7 +79,9 @@ def _parameters(rows: list[JobRow]) -> list[dict[str, Any]]:
     """Every parameter that one of the jobs sets; those that differ come first."""
     given = [_asked_of(row) for row in rows]
     names = sorted({name for each in given for name in each})
-    table: list[dict[str, Any]] = [{"name": name, "values": [each.get(name) for each in given]} for name in names]
+    table: list[dict[str, Any]] = [
+        {"name": name, "values": [each.get(name) for each in given]} for name in names
+    ]
     for each in table:
         each["differs"] = any(value != each["values"][0] for value in each["values"])
     return sorted(table, key=lambda each: not each["differs"])

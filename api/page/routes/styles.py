@@ -25,8 +25,8 @@ from api.routes import jobs
 from api.services import Services
 from images import judgement
 from images.judgement import ImageFacts, ImageJudgement, SeenImage
+from jobs.captions import clean_caption
 from jobs.style import HyperParameters, StyleOptions
-from utils.captions import clean_caption
 
 router = APIRouter(prefix="/styles", route_class=PageRoute, include_in_schema=False)
 KIND = "style"

@@ -78,7 +78,7 @@ def run(command: list[str], world: World, folder: Path) -> str:
 
 
 def test_the_page_has_the_snippets_that_are_run() -> None:
-    assert (len(BASH), len(PYTHON)) == (2, 2)
+    assert (len(BASH), len(PYTHON)) == (4, 3)
 
 
 def test_the_commands_of_the_page_run_one_after_the_other(ground: Ground, tmp_path: Path) -> None:
@@ -90,9 +90,9 @@ def test_the_commands_of_the_page_run_one_after_the_other(ground: Ground, tmp_pa
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_the_programs_of_the_page_run(ground: Ground, tmp_path: Path, number: int) -> None:
-    with running(ground) as world, working(world):
+    with running(ground, api_private_webhooks=True) as world, working(world):
         printed = run([sys.executable, "-W", "ignore", "-c", PYTHON[number]], world, tmp_path)
-    if "OpenAI" in PYTHON[number]:
+    if "fine_tuning.jobs.create" in PYTHON[number]:
         assert printed.startswith("succeeded ft:sd15:")
         assert "The job has successfully completed" in printed
 
@@ -147,6 +147,27 @@ config = {
 }
 
 response = requests.post("http://localhost:8000/api/train/start", json=config)
+job_id = response.json()["job_id"]
+print(f"Training started: {job_id}")
+"""
+TRAIN_FOLLOW = """
+import requests
+import time
+
+job_id = "your-job-id"
+
+while True:
+    response = requests.get(f"http://localhost:8000/api/train/{job_id}/status")
+    status = response.json()
+
+    print(f"Status: {status['status']}")
+    print(f"Progress: {status['progress_percentage']:.1f}%")
+    print(f"Train Loss: {status['train_loss']}")
+
+    if status['status'] in ['completed', 'failed', 'cancelled']:
+        break
+
+    time.sleep(5)
 """
 
 
@@ -159,27 +180,52 @@ def _opened(ground: Ground) -> Iterator[World]:
 @pytest.mark.parametrize(
     ("snippet", "answer"),
     [
-        (CHAT_START, '"code":"kind_not_offered"'),
+        (CHAT_START, '"org_id":"org_123","status":"queued","progress":0.0'),
         (CHAT_STATUS, '"code":"job_not_found"'),
         (CHAT_GENERATE, '"code":"no_engine"'),
     ],
 )
-def test_commands_of_the_chat_service_reach_their_route(
+def test_commands_of_the_chat_service_get_the_answers_of_the_table(
     opened: World, tmp_path: Path, snippet: str, answer: str
 ) -> None:
     command = snippet.replace("http://localhost:8300", opened.url)
-    assert answer in run(["bash", "-c", command], opened, tmp_path)
+    said = run(["bash", "-c", command], opened, tmp_path)
+    assert answer in said
+    assert _is_in_the_table(snippet, answer)
 
 
-def test_the_program_of_the_training_api_reaches_its_route(opened: World, tmp_path: Path) -> None:
+def test_the_programs_of_the_training_api_get_the_answers_of_the_table(
+    opened: World, tmp_path: Path
+) -> None:
     program = TRAIN_START.replace("http://localhost:8000", opened.url)
-    printed = run(
-        [sys.executable, "-c", program + "print(response.status_code, response.text)"],
-        opened,
-        tmp_path,
+    shown = "\nprint(response.status_code, response.text)\njob_id ="
+    ran = subprocess.run(
+        [sys.executable, "-c", program.replace("\njob_id =", shown)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert printed.startswith("501")
-    assert "jobs of the kind vlm" in printed
+    assert ran.stdout.startswith("501") and "jobs of the kind vlm" in ran.stdout
+    assert "KeyError: 'job_id'" in ran.stderr  # the program expects that its training starts
+    assert _is_in_the_table(TRAIN_START, '"code":"kind_not_offered"')
+
+    job = opened.order(key=opened.new_key("org_default"))  # that of callers without a key
+    opened.worker().progress(job, 1_000_001, loss=0.5)
+    opened.worker().complete(job, 1_000_002)
+    follow = TRAIN_FOLLOW.replace("http://localhost:8000", opened.url)
+    program = follow.replace("your-job-id", job["id"])
+    printed = run([sys.executable, "-c", program], opened, tmp_path)
+    assert printed.splitlines() == ["Status: completed", "Progress: 100.0%", "Train Loss: 0.5"]
+    assert _is_in_the_table(TRAIN_FOLLOW, "the progress of the job")
+
+
+def _is_in_the_table(snippet: str, answer: str) -> bool:
+    """Whether docs/api.md promises this answer to the snippet's request."""
+    found = re.search(r"localhost:8\d00(/[\w/]+)", snippet)
+    assert found
+    rows = [line for line in PAGE.splitlines() if f"`{found[1]}" in line and "snippet" in line]
+    return any(answer in row for row in rows)
 
 
 def test_an_open_server_serves_every_organisation_without_a_key(opened: World) -> None:

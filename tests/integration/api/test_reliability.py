@@ -12,7 +12,7 @@ from sqlalchemy import func, select
 
 from api.life.restore import reconcile
 from api.store.database import Database
-from api.store.migrating import check, is_current, migrate
+from api.store.migrating import check, migrate
 from api.store.tables import EventRow, JobRow, OutboxRow, ReceiptRow
 from jobs.layout import cancel_file_at, order_at, record_at
 from jobs.record import Ending, EndingKind, JobRecord, JobRequest
@@ -379,6 +379,71 @@ def test_a_running_job_is_paused_by_its_worker_and_resumed_by_a_new_message(worl
     assert world.job(job["id"])["status"] == "running"
 
 
+def _asked(world: World, job: dict[str, Any], what: str) -> dict[str, Any]:
+    with world.client() as client:
+        answer = client.post(f"/v1/fine_tuning/jobs/{job['id']}/{what}")
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_paused_job_that_has_started_is_ended_by_a_worker_when_it_is_cancelled(
+    world: World, late: bool
+) -> None:
+    """`late`: the request comes before the report that the worker has put the job down."""
+    job, worker = world.order(), world.worker()
+    until(lambda: _published(world, job["id"]))
+    messages(world)
+    worker.progress(job, 1_000_001)
+    _asked(world, job, "pause")
+    if late:
+        assert _asked(world, job, "cancel")["cancel_requested"]
+        worker.progress(job, 1_000_002, stage="paused")
+    else:
+        worker.progress(job, 1_000_002, stage="paused")
+        assert _asked(world, job, "cancel")["status"] == "queued"
+    until(lambda: [each["task_id"] for each in messages(world)] == [job["id"]])
+    assert worker.progress(job, 2_000_001) == {"status": "ok", "cancel": True}
+    worker.failed(job, 2_000_002, code="CANCELLED")
+    assert world.job(job["id"])["status"] == "cancelled"
+
+
+def test_a_job_that_is_resumed_before_its_worker_has_put_it_down_is_not_left(world: World) -> None:
+    job, worker = world.order(), world.worker()
+    until(lambda: _published(world, job["id"]))
+    messages(world)
+    worker.progress(job, 1_000_001)
+    _asked(world, job, "pause")
+    assert _asked(world, job, "resume")["status"] == "queued"
+    worker.progress(job, 1_000_002, stage="paused")
+    assert world.job(job["id"])["status"] == "queued"
+    until(lambda: [each["task_id"] for each in messages(world)] == [job["id"]])
+    worker.progress(job, 2_000_001)
+    assert world.job(job["id"])["status"] == "running"
+
+
+def test_a_job_that_its_worker_never_put_down_holds_its_place_and_gets_no_second_message(
+    ground: Ground,
+) -> None:
+    with running(ground, max_concurrent_trainings=1) as world:
+        job, worker = world.order(), world.worker()
+        until(lambda: _published(world, job["id"]))
+        other = world.order()
+        messages(world)
+        worker.progress(job, 1_000_001)
+        _asked(world, job, "pause")
+        _asked(world, job, "resume")
+        worker.progress(job, 1_000_002)
+        assert world.job(job["id"])["status"] == "running"
+        with world.services.database.reading() as session:
+            assert session.get_one(JobRow, job["id"]).admitted_at is not None
+            waiting = session.scalars(
+                select(OutboxRow.job_id).where(OutboxRow.published_at.is_(None))
+            ).all()
+        assert job["id"] not in waiting
+        assert world.job(other["id"])["status"] == "queued"
+
+
 def test_a_waiting_job_is_paused_at_once_and_leaves_its_turn_to_others(world: World) -> None:
     jobs = [world.order() for _ in range(4)]
     until(lambda: _published(world, jobs[1]["id"]))
@@ -422,7 +487,6 @@ def test_organisations_take_turns_and_positions_are_exact(ground: Ground) -> Non
 def test_the_tables_are_made_from_empty_and_agree_with_the_program(database_url: str) -> None:
     database = Database(database_url)
     migrate(database)
-    assert is_current(database)
     check(database)
     migrate(database)
     database.close()
@@ -434,3 +498,12 @@ def test_servers_that_start_together_migrate_one_after_the_other(database_url: s
     assert len(set(versions)) == 1
     for database in databases:
         database.close()
+
+
+def test_every_answer_about_a_job_carries_the_notice_of_the_server(ground: Ground) -> None:
+    notice = "The base model is a stand-in: its images are noise."
+    with running(ground, api_notice=notice) as world:
+        job = world.order()
+        assert job["notice"] == world.job(job["id"])["notice"] == notice
+        for path in ("/v1/jobs", "/v1/fine_tuning/jobs", "/v1/experiments"):
+            assert [each["notice"] for each in world.get(path).json()["data"]] == [notice]

@@ -45,6 +45,11 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the stream is open."""
+        return self._thread.is_alive()
+
     def _read(self) -> None:
         with contextlib.suppress(httpx.HTTPError, RuntimeError), self._client as client:
             with client.stream("GET", self._path, headers=STREAM) as answer:
@@ -200,6 +205,19 @@ def test_all_streams_together_cost_one_query_per_tick(streams: tuple[World, list
     most = (time.monotonic() - begun) / 0.5 + 2
     assert len(readers) >= 25
     assert hub.queries - before <= most
+
+
+def test_a_server_that_stops_ends_its_streams_and_logs_no_error(
+    ground: Ground, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(ground) as world:
+        job = world.order()
+        with Reader(world, f"/v1/jobs/{job['id']}/events") as reader:
+            until(lambda: reader.seen)
+            world.stop()
+            until(lambda: not reader.is_connected, 5)
+        assert not reader.ended, "the client comes back with the id of its last event"
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
 
 
 @pytest.mark.parametrize("last", ["99999999999999999999", "x", "-1", "1.5"])

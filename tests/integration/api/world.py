@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 from fastapi import FastAPI
 from standardwebhooks import Webhook
 
 import config
 from api.app import create
 from api.gate.administration import create_key
+from api.serve import ApiServer
 from api.services import Services
 from local.rabbitmq_node import RabbitMqNode
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
@@ -58,6 +58,7 @@ class World:
         url: Its address.
         key: An admin key of the organisation `ORG`.
         settings: Its settings.
+        server: Serves the application.
     """
 
     app: FastAPI
@@ -65,6 +66,11 @@ class World:
     url: str
     key: str
     settings: config.Settings
+    server: ApiServer
+
+    def stop(self) -> None:
+        """Let the server end, as a signal does."""
+        self.server.should_exit = True
 
     def client(
         self, key: str | None = None, headers_more: dict[str, str] | None = None
@@ -78,6 +84,7 @@ class World:
         with self.client(key) as client:
             return client.get(path)
 
+    # pylint: disable-next=keyword-arg-before-vararg  # most keys are of one organisation
     def new_key(self, org: str = ORG, *scopes: str) -> str:
         """A key of an organisation."""
         return create_key(self.services, org, "test", list(scopes) or ["admin"], None)
@@ -135,6 +142,7 @@ class FakeWorker:
         token: str = TOKEN,
         at: datetime.datetime | None = None,
         change: Callable[[bytes], bytes] = lambda raw: raw,
+        headers_more: dict[str, str] | None = None,
     ) -> httpx.Response:
         """Send news, and return the answer."""
         webhook_id = webhook_id or f"msg_{secrets.token_hex(8)}"
@@ -147,7 +155,7 @@ class FakeWorker:
             "webhook-id": webhook_id,
             "webhook-timestamp": str(int(at.timestamp())),
             "webhook-signature": self._webhook.sign(webhook_id, at, raw.decode()),
-        }
+        } | (headers_more or {})
         method = "PATCH" if kind == "progress" else "POST"
         url = f"{self._url}/api/webhooks/training/{kind}"
         return httpx.request(method, url, content=change(raw), headers=headers, timeout=30)
@@ -258,16 +266,7 @@ def running(ground: Ground, **values: Any) -> Iterator[World]:
 def serving(settings: config.Settings) -> Iterator[World]:
     """An API with these settings that serves while the block runs."""
     app = create(settings)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host="127.0.0.1",
-            port=settings.api.api_port,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=1,
-        )
-    )
+    server = ApiServer(app, "127.0.0.1", settings.api.api_port, grace_seconds=1)
     thread = threading.Thread(target=server.run, name="uvicorn")
     thread.start()
     try:
@@ -275,7 +274,8 @@ def serving(settings: config.Settings) -> Iterator[World]:
         assert server.started, "the API did not start"
         services: Services = app.state.services
         key = create_key(services, ORG, "test", ["admin"], None)
-        yield World(app, services, f"http://127.0.0.1:{settings.api.api_port}", key, settings)
+        url = f"http://127.0.0.1:{settings.api.api_port}"
+        yield World(app, services, url, key, settings, server)
     finally:
         server.should_exit = True
         thread.join(20)

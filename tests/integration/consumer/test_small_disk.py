@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from consumer.life.image_download import ImageRequest, download_images, object_sizes
+from consumer.life.inputs import download, object_sizes
 from jobs.addresses import S3Location
+from jobs.kinds import Input
 from sandbox.photographs import photographs
 from sandbox.s3_server import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from services.s3.s3_service import S3Service
@@ -94,8 +95,8 @@ def test_an_image_that_grew_after_it_was_measured_is_still_left_out(
     s3.write(place, b"x" * 10)
     assert object_sizes(s3, [(place, None)], stop=lambda: False) == (10,)
     s3.write(place, b"x" * 5000)
-    request = ImageRequest(place.uri(), place)
-    (fetched,) = download_images(s3, [request], tmp_path, max_bytes=4096, stop=lambda: False)
+    request = Input(place.uri(), place)
+    (fetched,) = download(s3, [request], tmp_path, max_bytes=4096, stop=lambda: False)
     assert fetched.path is None and "too large" in (fetched.problem or "")
 
 

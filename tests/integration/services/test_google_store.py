@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from consumer.life.image_download import (
-    NO_VERSIONS,
-    ImageRequest,
-    download_images,
-    object_sizes,
-)
+from consumer.life.inputs import NO_VERSIONS, download, object_sizes
 from jobs.addresses import S3Location
+from jobs.kinds import Input
 from sandbox.s3_server import S3Server
 from services.records.condition_probe import probe
 from services.s3.errors import NotSupported
@@ -120,8 +116,8 @@ def test_a_version_that_the_store_does_not_return_leaves_the_image_out(
 ) -> None:
     s3, place = client(store), S3Location(bucket, "a.jpg")
     s3.write(place, b"the present one")
-    wanted = ImageRequest("a", place, "caption", version_id="3")
-    (fetched,) = download_images(s3, [wanted], tmp_path, max_bytes=100, stop=lambda: False)
+    wanted = Input("a", place, version_id="3", text="caption")
+    (fetched,) = download(s3, [wanted], tmp_path, max_bytes=100, stop=lambda: False)
     assert (fetched.path, fetched.problem) == (None, NO_VERSIONS)
 
 
@@ -184,11 +180,11 @@ def test_the_requested_version_is_the_one_that_is_returned(
     amazon.put_object(Bucket=bucket, Key="a.jpg", Body=b"new")
     place = S3Location(bucket, "a.jpg")
     requests = [
-        ImageRequest("old", place, "", version_id=old),
-        ImageRequest("present", place, ""),
-        ImageRequest("none", place, "", version_id="5f2a7a1e-0000-4000-8000-000000000000"),
+        Input("old", place, version_id=old),
+        Input("present", place),
+        Input("none", place, version_id="5f2a7a1e-0000-4000-8000-000000000000"),
     ]
-    fetched = download_images(s3, requests, tmp_path, max_bytes=100, stop=lambda: False)
+    fetched = download(s3, requests, tmp_path, max_bytes=100, stop=lambda: False)
     assert [each.path.read_bytes() for each in fetched if each.path] == [b"the old one", b"new"]
     assert fetched[2].problem
     sizes = object_sizes(s3, [(place, old), (place, None)], stop=lambda: False)

@@ -13,8 +13,10 @@ import botocore.exceptions
 import pytest
 import urllib3.exceptions
 
-from consumer.life.image_download import ImageRequest, download_images
+from consumer.life.inputs import download
 from jobs.addresses import S3Location
+from jobs.kinds import Input
+from jobs.style import caption_beside
 from sandbox.s3_server import REGION, S3Server
 from services.s3 import client as s3_client
 from services.s3 import errors as s3_errors
@@ -106,12 +108,13 @@ def test_the_codes_that_callers_depend_on_have_their_classes(
 
 def fetch_two(s3: S3Service, folder: Path) -> object:
     """Two images with captions to look for."""
-    wanted = [ImageRequest(key, S3Location("bucket", key)) for key in ("a.jpg", "b.jpg")]
-    return download_images(s3, wanted, folder, max_bytes=100, stop=lambda: False)
+    places = [S3Location("bucket", key) for key in ("a.jpg", "b.jpg")]
+    wanted = [Input(each.key, each, beside=caption_beside(each)) for each in places]
+    return download(s3, wanted, folder, max_bytes=100, stop=lambda: False)
 
 
 CALLS: dict[str, Callable[[S3Service, Path], object]] = {
-    "download_images": fetch_two,
+    "download_inputs": fetch_two,
     "download": lambda s3, folder: s3.download(S3Location("bucket", "a"), folder / "a"),
     "download_folder": lambda s3, folder: s3.download_folder("bucket", "a", folder / "a"),
     "read": lambda s3, folder: s3.read(S3Location("bucket", "a")),
@@ -154,7 +157,7 @@ FAULTS = {
 HARMLESS = {
     ("delete", 200),  # asked to be quiet, S3 names only what it could not delete
     ("delete_version", 200),  # the answer has no body; publishers look at the folder again
-    ("download_images", 200),  # whether it is an image is judged later
+    ("download_inputs", 200),  # whether it is an image is judged later
     ("reach", 200),  # the answer to a HEAD has no body to judge by
     ("download", 200),  # an object without a checksum may be anything
 }
@@ -162,7 +165,7 @@ HARMLESS = {
 
 def test_every_public_method_is_among_the_calls() -> None:
     public = {name for name, _ in inspect.getmembers(S3Service, inspect.isfunction)}
-    public = {name for name in public if not name.startswith("_")} | {"download_images"}
+    public = {name for name in public if not name.startswith("_")} | {"download_inputs"}
     assert public == set(CALLS)
 
 

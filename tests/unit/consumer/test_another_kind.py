@@ -24,6 +24,7 @@ from jobs.addresses import AddressRules, S3Location
 from jobs.kinds import Kinds, Run, TrainerOptions
 from services.broker.settlement import Queue, Settlement
 from services.records.turns import Turns
+from services.telemetry.tracing import trace_id_of
 from tests.toy.work import ToyWork
 from tests.unit.consumer.job_world import STATE, World, delivery
 from tests.unit.jobs.message_samples import BUCKET
@@ -95,7 +96,12 @@ def test_a_job_of_another_kind_runs_from_its_message_to_its_webhook(world: World
     model = "models/toy/seven/toy-1/letters.json"
     assert ending.body["model_url"] == f"s3://models/{model}"
     assert json.loads(world.s3.objects["models", model].body) == {"letters": 13}
-    assert trainer.runs[0].log_fields == {"kind": "toy", "subject": "seven"}
+    fields = trainer.runs[0].log_fields
+    assert fields == {
+        "kind": "toy",
+        "subject": "seven",
+        "trace_id": trace_id_of({}, "toy-1"),
+    }
 
 
 def test_its_record_names_kind_and_subject_and_comes_back_from_s3(world: World) -> None:

@@ -1,4 +1,4 @@
-"""The compose stack is consistent, its worker's settings are valid, and its services have limits.
+"""The compose stack is consistent, the settings in it are valid, and its services have limits.
 
 `scripts/lint` checks that the file is valid Compose.
 """
@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import config
+from api.serve import GRACE_SECONDS
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
@@ -20,7 +21,8 @@ TEXT = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
 STACK: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = STACK["services"]
 LASTING = {name: each for name, each in SERVICES.items() if each.get("restart") != "no"}
-WORKER = SERVICES["worker"]
+WORKER, API = SERVICES["worker"], SERVICES["api"]
+OPTIONAL = {"HF_TOKEN", "BACKEND_API_URL", "AWS_PUBLIC_ENDPOINT_URL_S3"}
 EXAMPLE = dict(
     line.split("=", 1)
     for line in (DEPLOY / "compose.env.example").read_text(encoding="utf-8").splitlines()
@@ -39,19 +41,49 @@ def test_the_example_lists_every_variable_and_no_secret_has_a_default() -> None:
     assert set(asked) - {"MINIO_USER"} == set(EXAMPLE)
     assert not any(EXAMPLE.values())
     required = {name for name, rest in asked.items() if rest.startswith("?")}
-    assert required == set(EXAMPLE) - {"HF_TOKEN"}
+    assert required == set(EXAMPLE) - OPTIONAL
+
+
+def _filled(service: dict[str, Any]) -> dict[str, str]:
+    """The environment of a service, in lower case, with a value for each secret."""
+    given = {name: str(value) for name, value in service["environment"].items()}
+    assert set(given) <= config.setting_names()
+    with_defaults = {
+        name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text) for name, text in given.items()
+    }
+    return {
+        name.lower(): re.sub(r"\$\{\w+:\?[^}]*\}", "whsec_" + "a" * 40, text)
+        for name, text in with_defaults.items()
+    }
 
 
 def test_the_workers_environment_consists_of_valid_settings() -> None:
-    given = {name: str(value) for name, value in WORKER["environment"].items()}
-    assert set(given) <= config.setting_names()
-    filled = {
-        name: re.sub(r"^\$\{.*\}$", "whsec_" + "a" * 40, text) for name, text in given.items()
-    }
-    values: dict[str, Any] = {name.lower(): text for name, text in filled.items()}
+    values: dict[str, Any] = dict(_filled(WORKER))
     settings = config.load(_env_file=None, **values)
     assert settings.pages.http_host == "0.0.0.0"
     assert settings.worker.shutdown_grace_seconds < _seconds(WORKER["stop_grace_period"])
+
+
+def test_the_workers_report_to_the_api_and_share_its_secrets_and_buckets() -> None:
+    values: dict[str, Any] = dict(_filled(API))
+    settings = config.load_api(_env_file=None, **values)
+    assert settings.api.api_port == 8300 and not settings.api.api_open
+    assert settings.api.api_database_url and settings.api.api_key_pepper
+    assert _filled(WORKER)["backend_api_url"] == settings.webhooks.backend_api_url
+    for name, text in WORKER["environment"].items():
+        if name.startswith(("AWS", "MODEL", "STATE", "RABBITMQ", "WEBHOOK", "INTERNAL")):
+            assert API["environment"][name] == text
+    assert GRACE_SECONDS < _seconds(API["stop_grace_period"])
+
+
+def test_the_api_has_the_names_and_ports_that_clients_of_the_documents_use() -> None:
+    assert API["networks"]["default"]["aliases"] == ["ml-training"]
+    assert {port.split(":", 1)[1] for port in API["ports"]} == {"8000:8300", "8300:8300"}
+
+
+def test_the_stand_in_backend_starts_only_when_it_is_asked_for() -> None:
+    profiles = {name: each["profiles"] for name, each in SERVICES.items() if "profiles" in each}
+    assert profiles == {"backend": ["stand-in"]}
 
 
 def test_the_worker_has_a_gpu_and_shared_memory_and_writes_only_to_its_volumes() -> None:
@@ -102,4 +134,4 @@ def test_prometheus_scrapes_services_of_the_stack() -> None:
         for part in scrape.get(kind, ())
         for name in part[key]
     ]
-    assert len(named) == 2 and set(named) <= set(SERVICES)
+    assert len(named) == 3 and set(named) <= set(SERVICES)

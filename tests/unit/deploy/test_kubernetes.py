@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import config
 import main
+from api.serve import GRACE_SECONDS
 from utils.errors import ConfigurationError
 from utils.settings.groups import JobLimits
 
@@ -35,6 +36,8 @@ DOCUMENTS = _documents()
 NAMED = dict(DOCUMENTS)
 SCALED_JOB = NAMED["jobs.yaml ScaledJob"]
 DEPLOYMENT = NAMED["deployment.yaml Deployment"]
+API = NAMED["api.yaml Deployment"]
+API_POD = API["spec"]["template"]["spec"]
 
 
 def _strict(schema: dict[str, Any]) -> dict[str, Any]:
@@ -153,8 +156,16 @@ def test_a_pod_has_one_gpu_no_rights_and_time_to_save(pod: dict[str, Any]) -> No
 
 def test_the_config_map_has_valid_settings_and_secrets_are_references() -> None:
     values = NAMED["worker.yaml ConfigMap"]["data"]
+    values = values | NAMED["api.yaml ConfigMap"]["data"]
     assert set(values) <= config.setting_names()
-    secret = {"RABBITMQ_PASS", "AWS_SECRET_ACCESS_KEY", "INTERNAL_API_TOKEN", "HF_TOKEN"}
+    secret = {
+        "API_DATABASE_URL",
+        "API_KEY_PEPPER",
+        "RABBITMQ_PASS",
+        "AWS_SECRET_ACCESS_KEY",
+        "INTERNAL_API_TOKEN",
+        "HF_TOKEN",
+    }
     assert not secret & set(values)
     assert not [name for name, _ in DOCUMENTS if name.endswith(" Secret")]
     required = {"internal_api_token": "t" * 32, "backend_api_url": "https://backend.example"}
@@ -183,3 +194,59 @@ def test_shared_memory_fits_into_the_pods_memory(pod: dict[str, Any]) -> None:
     (shared,) = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
     assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
     assert pod["containers"][0]["resources"]["limits"]["memory"] == "16Gi"
+
+
+# ---- the API -------------------------------------------------------------------------------------
+
+
+def _environment(container: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(kind, each[kind]["name"]) for each in container["envFrom"] for kind in each.keys()]
+
+
+def test_the_api_runs_twice_and_is_updated_without_a_pause() -> None:
+    assert API["spec"]["replicas"] == 2
+    assert API["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    (container,) = API_POD["containers"]
+    stop = container["lifecycle"]["preStop"]["sleep"]["seconds"] + GRACE_SECONDS
+    assert stop < API_POD["terminationGracePeriodSeconds"]
+
+
+def test_a_broker_or_store_that_is_away_does_not_take_the_api_out_of_service() -> None:
+    (container,) = API_POD["containers"]
+    for probe in ("startupProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] == "/health"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/ready?check=database"
+
+
+def test_a_pod_of_the_api_migrates_first_with_the_same_image_and_settings() -> None:
+    (container,), (first,) = API_POD["containers"], API_POD["initContainers"]
+    assert first["image"] == container["image"]
+    assert _environment(first) == _environment(container)
+    for each in (first, container):
+        asked = CliRunner().invoke(main.app, [*each["args"], "--help"])
+        assert asked.exit_code == 0, asked.output
+
+
+def test_a_pod_of_the_api_has_no_rights_and_no_gpu() -> None:
+    assert API_POD["securityContext"]["runAsUser"] == 1000
+    assert API_POD["automountServiceAccountToken"] is False
+    for each in (*API_POD["containers"], *API_POD["initContainers"]):
+        assert each["securityContext"]["readOnlyRootFilesystem"] is True
+        assert "nvidia.com/gpu" not in each["resources"]["limits"]
+
+
+def test_the_settings_of_the_api_are_those_of_the_workers_and_its_own() -> None:
+    values = {
+        **NAMED["worker.yaml ConfigMap"]["data"],
+        **NAMED["api.yaml ConfigMap"]["data"],
+        "INTERNAL_API_TOKEN": "t" * 32,
+        "API_DATABASE_URL": "postgresql+psycopg://user:password@host/name",
+        "API_KEY_PEPPER": "p" * 32,
+    }
+    given: dict[str, Any] = {name.lower(): value for name, value in values.items()}
+    with pytest.raises(ConfigurationError, match="BACKEND_API_URL: still names the placeholder"):
+        config.load_api(_env_file=None, **given)
+    given["backend_api_url"] = "https://train.example.org"
+    settings = config.load_api(_env_file=None, **given)
+    (container,) = API_POD["containers"]
+    assert settings.api.api_port == container["ports"][0]["containerPort"]

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts use metrics that the worker exports; the runbook has every alert."""
+"""Dashboards and alerts use metrics that worker and API export; the runbook has every alert."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ import promql_parser
 import pytest
 import yaml
 
+from api.gate.problems import CODES
+from api.routes import webhooks
 from services.broker.settlement import Queue
 from tests.metric_names import exported_names
 from utils.errors import ErrorCode, Refusal
 from utils.gpu_monitor import THROTTLE_REASONS
-from utils.metrics import NO_CODE, PREFIX, PUT_OFFS, WASTE, Metrics
+from utils.metrics import NO_CODE, PREFIX, PUT_OFFS, WASTE, ApiMetrics, Metrics
 from utils.settings.groups import BrokerSettings
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
-DASHBOARD = json.loads(
-    (DEPLOY / "grafana" / "dashboards" / "training-server.json").read_text(encoding="utf-8")
-)
+DASHBOARDS = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in (DEPLOY / "grafana" / "dashboards").glob("*.json")
+}
 RULES = [
     rule
     for group in yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text("utf-8"))["groups"]
@@ -49,6 +52,8 @@ VALUES: dict[str, set[str]] = {
     "code": {*ErrorCode, NO_CODE},
     "outcome": STATUSES,
     "refusal": set(Refusal),
+    "status": {str(status) for status, _ in CODES.values()},
+    "route": {getattr(route, "path") for route in webhooks.router.routes},
 }
 """What a label can say."""
 
@@ -62,7 +67,10 @@ REASONS: dict[str, set[str]] = {
 
 def _queries() -> list[str]:
     queries = [
-        target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())
+        target["expr"]
+        for dashboard in DASHBOARDS.values()
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", ())
     ]
     queries += [rule["expr"] for rule in RULES]
     # Grafana fills in its variables before Prometheus reads them.
@@ -83,12 +91,21 @@ def _selectors(query: str) -> list[Any]:
     return [node for node in nodes if isinstance(node, promql_parser.VectorSelector)]
 
 
+def _named(metrics: Metrics | ApiMetrics) -> dict[str, Any]:
+    """The metrics of an object, by their names without the prefix."""
+    return {
+        str(getattr(metric, "_name")).removeprefix(f"{PREFIX}_"): metric
+        for metric in vars(metrics).values()
+        if hasattr(metric, "_labelnames")
+    }
+
+
 def _labels() -> dict[str, set[str]]:
     """The labels that each metric is made with, by its series' names."""
     return {
         f"{PREFIX}_{name}{ending}": set(getattr(metric, "_labelnames"))
-        for name, metric in vars(Metrics()).items()
-        if hasattr(metric, "_labelnames")
+        for metrics in (Metrics(), ApiMetrics())
+        for name, metric in _named(metrics).items()
         for ending in ("", "_total", "_bucket", "_sum", "_count", "_info")
     }
 
@@ -122,7 +139,7 @@ def test_the_parser_refuses_an_invalid_query() -> None:
         promql_parser.parse("sum(rate(x_total[5m])")
 
 
-def test_the_dashboard_shows_the_workers_metrics() -> None:
+def test_the_dashboards_show_all_metrics() -> None:
     shown = {selector.name for query in _queries() for selector in _selectors(query)}
     stems = {re.sub("_(bucket|sum|count)$", "", name) for name in shown}
     own = {name for name in exported_names() if name.startswith("training_server_")}
@@ -130,12 +147,14 @@ def test_the_dashboard_shows_the_workers_metrics() -> None:
     assert not missing
 
 
-def test_panels_do_not_overlap() -> None:
-    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_panels_do_not_overlap(name: str) -> None:
+    dashboard = DASHBOARDS[name]
+    ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids))
     cells = [
         (x, y)
-        for panel in DASHBOARD["panels"]
+        for panel in dashboard["panels"]
         for place in (panel["gridPos"],)
         for x in range(place["x"], place["x"] + place["w"])
         for y in range(place["y"], place["y"] + place["h"])

@@ -24,6 +24,8 @@ def _copy(tmp_path: Path) -> Path:
         "Dockerfile",
         "requirements.lock",
         "requirements-front.lock",
+        "requirements-api.lock",
+        "requirements-llm.lock",
         "requirements-cuda.lock",
     ):
         (tmp_path / name).touch()

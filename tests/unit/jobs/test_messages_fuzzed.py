@@ -11,9 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from jobs.addresses import AddressRules, BrokenAddress, S3Location, read_address, version_of
+from jobs.captions import clean_caption
 from jobs.message import Job, from_understood
 from tests.unit.jobs.message_samples import BUCKET, ENDPOINT, envelope, flat, read, style_kind
-from utils.captions import clean_caption
 from utils.errors import InvalidMessage
 
 RULES = AddressRules(BUCKET, (BUCKET, "second-bucket"), ENDPOINT)

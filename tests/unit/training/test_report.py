@@ -121,6 +121,10 @@ def test_each_warning_is_listed_once_from_any_source(
     assert report["warnings"] == [*base.warnings, *own]
 
 
+def test_a_training_on_a_stand_in_is_labelled_so(report: dict[str, Any]) -> None:
+    assert any("stand-in" in each for each in report["machine_warnings"])
+
+
 def test_the_file_is_strict_json_with_the_artists_own_letters_and_no_local_path(
     report: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -33,10 +33,15 @@ from training.style.families.base_files import (
     locate,
 )
 from training.style.families.lora_config import peft_config
+from training.style.stand_in_model import COMPLETE as STAND_IN
 from utils.errors import BaseModelUnavailable, GpuBroken, TrainingFailed
 
 log = logging.getLogger(__name__)
 
+STAND_IN_WARNING = (
+    "The base model is a stand-in with random weights: images of this model are noise, with or "
+    "without the LoRA."
+)
 ADAPTER = "default"
 """Name of the adapter on the UNet while a run is in hand."""
 
@@ -109,6 +114,8 @@ class BaseModel:
             options.mixed_precision, allow_cpu=options.allow_cpu
         )
         folder, name = locate(options)
+        if (folder / STAND_IN).is_file():
+            warnings = (*warnings, STAND_IN_WARNING)
         try:
             base = cls(
                 folder,

@@ -45,6 +45,7 @@ def chosen_prompts(prompts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(prompts))[:MAX_PROMPTS] or [""]
 
 
+# pylint: disable-next=too-many-locals  # one for each part of the sampler
 def paint(
     base: BaseModel,
     prompts: Sequence[str],

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cli.training.image_folder import read_folder
-from utils.captions import MAX_CAPTION_BYTES, clean_caption, read_caption
+from jobs.captions import MAX_CAPTION_BYTES, clean_caption, read_caption
 
 TEXTS = st.text(st.characters(exclude_categories=("Cc", "Cs", "Cn", "Co")), max_size=200)
 ENCODINGS = st.sampled_from(

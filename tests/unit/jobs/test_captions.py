@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from utils.captions import MAX_CAPTION_BYTES, clean_caption, read_caption
+from jobs.captions import MAX_CAPTION_BYTES, clean_caption, read_caption
 
 KOREAN = "수채화, 항구의 새벽"
 ENGLISH = "red house, ink"

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from consumer.life import image_download
-from consumer.life.image_download import FetchedImage, ImageRequest, download_images
+from consumer.life import inputs
 from jobs.addresses import S3Location
+from jobs.kinds import Fetched, Input
+from jobs.style import caption_beside
 from sandbox.s3_server import S3Server
 from services.s3 import body as s3_body
 from services.s3.s3_service import S3Service
@@ -49,10 +50,11 @@ def fetch(
     *keys: str,
     max_bytes: int = MEBIBYTE,
     stop: Callable[[], bool] = never,
-) -> tuple[FetchedImage, ...]:
+) -> tuple[Fetched, ...]:
     """Fetch images that have no captions in the message."""
-    requests = [ImageRequest(f"s3://{bucket}/{key}", S3Location(bucket, key)) for key in keys]
-    return download_images(s3, requests, folder, max_bytes=max_bytes, stop=stop)
+    places = [S3Location(bucket, key) for key in keys]
+    wanted = [Input(each.uri(), each, beside=caption_beside(each)) for each in places]
+    return inputs.download(s3, wanted, folder, max_bytes=max_bytes, stop=stop)
 
 
 def test_images_are_in_the_order_of_the_requests_under_generated_names(
@@ -80,17 +82,17 @@ def test_a_missing_image_is_reported_and_the_others_are_downloaded(
 ) -> None:
     s3.write(S3Location(bucket, "there.jpg"), b"image")
     requests = [
-        ImageRequest("gone", S3Location(bucket, "gone.jpg")),
-        ImageRequest("there", S3Location(bucket, "there.jpg")),
-        ImageRequest("no bucket", S3Location("no-such-bucket", "there.jpg")),
-        ImageRequest("no key", S3Location(bucket, "")),
-        ImageRequest("half a letter", S3Location(bucket, "\ud800.jpg")),
-        ImageRequest("long", S3Location(bucket, "x" * 1100)),
+        Input("gone", S3Location(bucket, "gone.jpg")),
+        Input("there", S3Location(bucket, "there.jpg")),
+        Input("no bucket", S3Location("no-such-bucket", "there.jpg")),
+        Input("no key", S3Location(bucket, "")),
+        Input("half a letter", S3Location(bucket, "\ud800.jpg")),
+        Input("long", S3Location(bucket, "x" * 1100)),
     ]
-    fetched = download_images(s3, requests, tmp_path, max_bytes=100, stop=never)
-    assert [each.source for each in fetched] == [each.source for each in requests]
+    fetched = inputs.download(s3, requests, tmp_path, max_bytes=100, stop=never)
+    assert [each.input.source for each in fetched] == [each.source for each in requests]
     assert [each.path is not None for each in fetched] == [False, True] + 4 * [False]
-    assert {each.problem for each in fetched if not each.path} == {image_download.NOT_FOUND}
+    assert {each.problem for each in fetched if not each.path} == {inputs.NOT_FOUND}
     assert [path.name for path in tmp_path.iterdir()] == ["0001.img"]
 
 
@@ -145,9 +147,9 @@ def test_the_text_file_next_to_an_image_is_its_caption(
     if text is not None:
         s3.write(S3Location(bucket, "a.b/one.two.txt"), text)
     (fetched,) = fetch(s3, tmp_path, bucket, "a.b/one.two.jpg")
-    assert (fetched.caption, fetched.problem) == (caption, None)
+    assert (fetched.text, fetched.problem) == (caption, None)
     # A file that exists but is not used has a reason. A missing or empty file has none.
-    assert bool(fetched.caption_problem) == (caption is None and bool(text and text.strip()))
+    assert bool(fetched.text_problem) == (caption is None and bool(text and text.strip()))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_a_caption_is_found_under_the_other_names_that_people_give_it(
 ) -> None:
     s3.write(S3Location(bucket, image), b"image")
     s3.write(S3Location(bucket, caption), b"a harbour")
-    assert fetch(s3, tmp_path, bucket, image)[0].caption == "a harbour"
+    assert fetch(s3, tmp_path, bucket, image)[0].text == "a harbour"
 
 
 def put_as_gzip(server: S3Server, bucket: str, key: str, body: bytes) -> None:
@@ -199,7 +201,7 @@ def test_an_object_that_is_stored_as_gzip_is_unpacked_within_the_limit(
         assert fetched.problem and "too large" in fetched.problem
     else:
         assert fetched.path and fetched.path.read_bytes() == content
-        assert fetched.caption == "항구"
+        assert fetched.text == "항구"
 
 
 def test_a_caption_in_the_message_wins_and_no_file_is_looked_for(
@@ -207,9 +209,9 @@ def test_a_caption_in_the_message_wins_and_no_file_is_looked_for(
 ) -> None:
     s3.write(S3Location(bucket, "a.jpg"), b"image")
     s3.write(S3Location(bucket, "a.txt"), b"another")
-    request = ImageRequest("a", S3Location(bucket, "a.jpg"), caption="")
-    (fetched,) = download_images(proxied, [request], tmp_path, max_bytes=100, stop=never)
-    assert fetched.caption == ""
+    request = Input("a", S3Location(bucket, "a.jpg"), text="")
+    (fetched,) = inputs.download(proxied, [request], tmp_path, max_bytes=100, stop=never)
+    assert fetched.text == ""
     assert proxy.requests == [f"GET /{bucket}/a.jpg"]
 
 
@@ -220,7 +222,7 @@ def test_a_forbidden_caption_is_ignored(
     forbidden = refusal(403, "AccessDenied")
     proxy.fault = lambda method, path: forbidden if path.endswith(".txt") else None
     (fetched,) = fetch(proxied, tmp_path, bucket, "a.jpg")
-    assert fetched.path and fetched.caption is None
+    assert fetched.path and fetched.text is None
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,8 @@ def test_a_forbidden_caption_is_ignored(
     [("a/b.jpg", "a/b.txt"), ("a.b/c", "a.b/c.txt"), ("x", "x.txt"), (".hidden", ".hidden.txt")],
 )
 def test_a_caption_file_has_the_same_name_with_another_suffix(key: str, beside: str) -> None:
-    assert S3Location("b", key).with_suffix(".txt") == S3Location("b", beside)
+    found = caption_beside(S3Location("b", key))
+    assert found and found.places[0] == S3Location("b", beside)
 
 
 def test_one_forbidden_image_is_left_out(
@@ -239,7 +242,7 @@ def test_one_forbidden_image_is_left_out(
     forbidden = refusal(403, "AccessDenied")
     proxy.fault = lambda method, path: forbidden if path.endswith("a.jpg") else None
     first, second = fetch(proxied, tmp_path, bucket, "a.jpg", "b.jpg")
-    assert first.problem == image_download.REFUSED and second.path
+    assert first.problem == inputs.REFUSED and second.path
 
 
 def test_when_every_image_is_forbidden_the_policy_is_at_fault(
@@ -330,7 +333,7 @@ def test_an_earlier_stop_fetches_nothing(
     bucket: str, tmp_path: Path, proxy: S3Proxy, proxied: S3Service
 ) -> None:
     fetched = fetch(proxied, tmp_path, bucket, "a.jpg", "b.jpg", stop=lambda: True)
-    assert {each.problem for each in fetched} == {image_download.STOPPED}
+    assert {each.problem for each in fetched} == {inputs.STOPPED}
     assert not proxy.requests
 
 
@@ -355,7 +358,7 @@ def test_a_stop_ends_downloads_between_two_chunks(
         s3.write(S3Location(bucket, key), b"x" * 200_000)
     asked = iter(range(1000))
     fetched = fetch(s3, tmp_path, bucket, *keys, stop=lambda: next(asked) > 10)
-    stopped = [each for each in fetched if each.problem == image_download.STOPPED]
+    stopped = [each for each in fetched if each.problem == inputs.STOPPED]
     assert stopped and len(fetched) == 20
     assert not list(tmp_path.glob("*.part"))
 

@@ -1,0 +1,1 @@
+"""The API server in the suite: processes, database, clients, faults and verdict."""
