@@ -60,7 +60,7 @@ def _comparison(visit: Visit, ids: list[str]) -> dict[str, Any]:
     if missing := [each for each in ids if each not in by_id]:
         raise Problem("job_not_found", f"There is no job {missing[0]}.", param="id")
     rows = [by_id[each] for each in ids]
-    compared = experiments.comparison(rows, list(experiments.METRICS))
+    compared = experiments.comparison(visit.services, rows, list(experiments.METRICS))
     curves = [
         (title_of(row), jobs.metrics(visit.services, visit.known, row.id, MAX_POINTS)["data"])
         for row in rows
