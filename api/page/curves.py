@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from api.page.catalogue import Texts
 from reports.charts import Line, line_chart, smoothed
+from utils.names import printable
 
 Points = Sequence[dict[str, Any]]
 COLOURS = 10
@@ -47,7 +48,7 @@ def loss_chart(points: Points, texts: Texts) -> Markup | None:
 def overlaid_chart(named: Sequence[tuple[str, Points]], texts: Texts) -> Markup | None:
     """The losses of several jobs in one chart; None if none has a point."""
     lines = [
-        Line(name, [(_step(each), each.get("loss")) for each in points], f"c{index % COLOURS}")
+        Line(printable(name), [(_step(each), each.get("loss")) for each in points], f"c{index % COLOURS}")
         for index, (name, points) in enumerate(named)
     ]
     return line_chart(

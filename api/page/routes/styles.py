@@ -241,7 +241,7 @@ def start(request: Request, visit: Visited, draft_id: str) -> Response:
 
 
 def once_of(caller: Caller, draft: drafts.Draft) -> Once:
-    """The marks of the order of a draft: it is done once, whatever is pressed."""
+    """The marks of the order of a draft: it is done once, however often it is sent."""
     return Once(caller, key=f"page-{draft.id}", request_hash=draft.id, is_retry=False)
 
 

@@ -456,7 +456,7 @@ def test_every_language_has_every_text_with_the_same_placeholders(
     assert '<html lang="en">' in visitor.text("/jobs")
 
 
-def test_the_page_is_served_without_a_key_in_open_mode_and_says_so(
+def test_the_page_in_open_mode_needs_no_key_and_has_a_notice_of_it(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("open")
