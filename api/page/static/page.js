@@ -162,5 +162,7 @@ for (const part of document.querySelectorAll("[data-live], [data-part]")) known.
 enhance(document);
 if (live && !("still" in live.dataset)) {
   listen();
+  // The place in the queue and the time left change without an event.
+  setInterval(() => { if (!over) refresh(); }, 10000);
   document.addEventListener("visibilitychange", () => { if (!document.hidden && wanted) refresh(); });
 }
