@@ -42,6 +42,8 @@ CHECKPOINTS = "checkpoints/"
 STAGING = "staging/"
 ARCHIVE = "archive/"
 PREVIEWS = "previews/"
+PREVIEW_FOLDER = "previews"
+"""Folder of the small samples in a run's work folder: `{step}/{n}.webp`."""
 PREVIEW_SUFFIX = ".webp"
 
 # Files of a style's model. Published names are part of the protocol.

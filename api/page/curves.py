@@ -48,7 +48,7 @@ def loss_chart(points: Points, texts: Texts) -> Markup | None:
 def overlaid_chart(named: Sequence[tuple[str, Points]], texts: Texts) -> Markup | None:
     """The losses of several jobs in one chart; None if none has a point."""
     lines = [
-        Line(printable(name), [(_step(each), each.get("loss")) for each in points], f"c{index % COLOURS}")
+        Line(printable(name), _losses(points), f"c{index % COLOURS}")
         for index, (name, points) in enumerate(named)
     ]
     return line_chart(
@@ -57,6 +57,10 @@ def overlaid_chart(named: Sequence[tuple[str, Points]], texts: Texts) -> Markup 
         x_name=texts("chart.step"),
         y_name=texts("chart.loss"),
     )
+
+
+def _losses(points: Points) -> list[tuple[float, float | None]]:
+    return [(_step(each), each.get("loss")) for each in points]
 
 
 def _step(point: dict[str, Any]) -> int:

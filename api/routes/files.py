@@ -125,6 +125,7 @@ def _keep(
 
 
 def row_of(services: Services, caller: Caller, received: Received, purpose: str) -> FileRow:
+    """The row of a file that has arrived."""
     place = services.file_at(caller.org_id, received.file_id)
     return FileRow(
         id=received.file_id,

@@ -9,6 +9,7 @@ from fastapi.responses import RedirectResponse
 from pydantic import ValidationError
 
 from api.gate.keys import ADMIN, READ, SCOPES, TRAIN
+from api.gate.limits import LIMITS
 from api.gate.paging import Page
 from api.gate.problems import Problem
 from api.page import rendering
@@ -96,7 +97,7 @@ def set_limits(request: Request, visit: Visited) -> Response:
     """Set the limits of the organisation."""
     values = {
         name: int(text)
-        for name in organization.Limits.model_fields
+        for name in LIMITS
         if (text := visit.fields.get(name, "").strip()).isascii() and text.isdigit()
     }
     try:

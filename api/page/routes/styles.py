@@ -85,8 +85,8 @@ def _take_in(visit: Visit, draft_id: str, files: list[Received]) -> None:
     services, caller = visit.services, visit.known
     seen = _seen(services, caller, files)
     entries = []
-    for file, image in zip(files, seen, strict=True):
-        for name, content in (("whole", image.thumbnail), ("crop", image.crop)):
+    for file, found in zip(files, seen, strict=True):
+        for name, content in (("whole", found.thumbnail), ("crop", found.crop)):
             if content:
                 place = drafts.copy_at(services, caller, file.file_id, name)
                 services.s3.write(place, content, "image/jpeg")
@@ -94,8 +94,8 @@ def _take_in(visit: Visit, draft_id: str, files: list[Received]) -> None:
             {
                 "id": file.file_id,
                 "name": file.filename,
-                "facts": dataclasses.asdict(image.facts),
-                "has_whole": bool(image.thumbnail),
+                "facts": dataclasses.asdict(found.facts),
+                "has_whole": bool(found.thumbnail),
                 "caption": "",
             }
         )
@@ -112,7 +112,7 @@ def _take_in(visit: Visit, draft_id: str, files: list[Received]) -> None:
 
 def _seen(services: Services, caller: Caller, files: list[Received]) -> list[SeenImage]:
     options, resolution = StyleOptions(), HyperParameters().resolution
-    with tempfile.TemporaryDirectory(prefix="judged-") as folder, _AT_ONCE:
+    with _AT_ONCE, tempfile.TemporaryDirectory(prefix="judged-") as folder:
         paths = []
         for number, file in enumerate(files):
             path = Path(folder) / str(number)

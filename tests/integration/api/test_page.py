@@ -286,6 +286,19 @@ def test_samples_of_checkpoints_come_through_this_server_and_pairs_have_a_slider
     assert visitor.get(f"/jobs/{job['id']}/samples/9/9/9").status_code == 404
 
 
+def test_new_samples_and_no_repeated_ones_are_an_event(world: World) -> None:
+    job = world.order()
+    worker = world.worker()
+    first, second = ["previews/x/1/50/0.webp"], ["previews/x/1/100/0.webp"]
+    for number, samples in enumerate((first, first, second, second), 1):
+        worker.progress(job, 1_000_000 + number, samples=samples)
+    with world.client() as client:
+        events = client.get(f"/v1/jobs/{job['id']}/events?limit=100").json()["data"]
+    said = [each["message"] for each in events]
+    assert said.count("Samples of a checkpoint are ready") == 2
+    assert said.count("Job started") == 1
+
+
 def test_the_stream_of_a_page_begins_where_the_page_ends(world: World, visitor: Visitor) -> None:
     job = world.order(name="streamed")
     worker = world.worker()
