@@ -9,7 +9,6 @@ from fastapi.responses import RedirectResponse
 from pydantic import ValidationError
 
 from api.gate.keys import ADMIN, READ, SCOPES, TRAIN
-from api.gate.limits import LIMITS
 from api.gate.paging import Page
 from api.gate.problems import Problem
 from api.page import rendering
@@ -20,6 +19,7 @@ from api.routes import models, organization
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 PER_PAGE = 50
 USAGE_DAYS = 30
+_LIMITS = ("max_concurrent_trainings", "creates_per_minute", "storage_bytes")
 
 
 @router.get("/models", openapi_extra=page_scope(READ))
@@ -97,7 +97,7 @@ def set_limits(request: Request, visit: Visited) -> Response:
     """Set the limits of the organisation."""
     values = {
         name: int(text)
-        for name in LIMITS
+        for name in _LIMITS
         if (text := visit.fields.get(name, "").strip()).isascii() and text.isdigit()
     }
     try:

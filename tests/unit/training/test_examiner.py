@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from jobs.kinds import TrainerOptions
+from jobs.layout import PREVIEW_FOLDER
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import checkpoints, same, stop_after, trained
 from training.style.checkpoint import load
