@@ -32,7 +32,7 @@ function listen() {
   stream.onerror = () => {
     if (over) return;
     warn(connection.dataset.lost);
-    if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 3000);
+    if (stream.readyState === EventSource.CLOSED) setTimeout(() => { if (!document.hidden) listen(); }, 3000);
   };
 }
 
@@ -164,5 +164,10 @@ if (live && !("still" in live.dataset)) {
   listen();
   // The place in the queue and the time left change without an event.
   setInterval(() => { if (!over) refresh(); }, 10000);
-  document.addEventListener("visibilitychange", () => { if (!document.hidden && wanted) refresh(); });
+  // A browser opens few connections to one server: a tab that nothing looks at gives its own back.
+  document.addEventListener("visibilitychange", () => {
+    if (over) return;
+    if (document.hidden) stream.close();
+    else { refresh(); listen(); }
+  });
 }
