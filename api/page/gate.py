@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -86,6 +86,7 @@ async def _admitted(
 ) -> Response:
     check_address(request)
     visit = await run_in_threadpool(_recognised, request, services, texts)
+    visit = dataclasses.replace(visit, here=_here(request))
     request.state.visit = visit
     request.state.raw_body = b""
     if scope is not None:
@@ -160,6 +161,14 @@ def local_path(given: str | None) -> str:
     if given and _LOCAL_PATH.fullmatch(given):
         return given
     return "/"
+
+
+def _here(request: Request) -> str:
+    """The address of a page without the choice of a language; `/jobs` for a form."""
+    if request.method != "GET":
+        return "/jobs"
+    kept = [pair for pair in request.query_params.multi_items() if pair[0] != "lang"]
+    return local_path(request.url.path + (f"?{urlencode(kept)}" if kept else ""))
 
 
 def _to_login(request: Request) -> Response:

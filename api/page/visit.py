@@ -24,6 +24,7 @@ class Visit:
         cookie: The secret that the visitor's forms are tied to.
         texts: The texts in the visitor's language.
         fields: The fields of the form that was sent.
+        here: Address of the page, to come back to in another language.
     """
 
     services: Services
@@ -32,6 +33,7 @@ class Visit:
     cookie: str
     texts: Texts
     fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    here: str = "/jobs"
 
     @property
     def known(self) -> Caller:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 
@@ -467,6 +468,8 @@ def test_every_language_has_every_text_with_the_same_placeholders(
     assert '<html lang="en">' in korean.text("/jobs?lang=en")
     assert '<html lang="en">' in korean.text("/jobs")
     assert '<html lang="en">' in visitor.text("/jobs")
+    link = re.search(r'href="([^"]*lang=ko)"', visitor.text("/jobs?show=failed"))
+    assert link and html.unescape(link[1]) == "/jobs?show=failed&lang=ko"
 
 
 def test_the_page_in_open_mode_needs_no_key_and_has_a_notice_of_it(
