@@ -29,6 +29,7 @@ from api.gate.keys import ADMIN, DEFAULT_ORG, Keyring, ensure_organization
 from api.gate.limits import Rates
 from api.gate.requests import RequestMiddleware
 from api.life.line import WaitingLine
+from api.page.site import add_page
 from api.reference import add_reference
 from api.routes import (
     endpoints,
@@ -104,6 +105,7 @@ def create(settings: config.Settings | None = None) -> FastAPI:
     _describe_keys(app)
     app.add_middleware(RequestMiddleware, metrics=services.metrics)
     add_reference(app)
+    add_page(app)
     return app
 
 

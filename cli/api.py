@@ -54,10 +54,8 @@ def serve(context: typer.Context, config_file: ConfigFile = None) -> None:
             )
         if settings.api.api_open:
             console.print("API_OPEN=true: every caller on this machine is served without a key.")
-        console.print(
-            f"API: http://{settings.api.api_host}:{settings.api.api_port} (docs at /docs)",
-            highlight=False,
-        )
+        address = f"http://{settings.api.api_host}:{settings.api.api_port}"
+        console.print(f"API: {address} (page at /, docs at /docs)", highlight=False)
         serve_app(application, settings.api.api_host, settings.api.api_port)
         return 0
 

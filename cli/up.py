@@ -70,6 +70,7 @@ def _serve(one: OneMachine, home: Home, program: Program, *, stand_in: bool) -> 
     with one.running() as secrets:
         if stand_in:
             _say(NOTICE)
+        _say(f"Page: {program.address}/  (sign in with the key)")
         _say(f"API:  {program.address}  (reference at /docs)")
         _say(f"Key:  {secrets.api_key}")
         _say(f"Data: {home.folder}  (logs in logs/)")

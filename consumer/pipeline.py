@@ -18,12 +18,13 @@ from consumer.life.checkpoint_uploads import CheckpointUploads, clear_up, newest
 from consumer.life.inputs import fetch_inputs
 from consumer.life.job_size import require_room
 from consumer.life.lease_relay import relayed
+from consumer.life.preview_uploads import PreviewUploads
 from consumer.life.progress_reporter import ProgressReporter, paused, queued
 from consumer.life.put_offs import Why, why_of
 from consumer.life.stop_signal import Shutdown, StopSignal
 from consumer.pages.queue_watch import age_of
 from jobs.kinds import Claim, JobKind, KindRun
-from jobs.layout import CURVES, Place, place_of
+from jobs.layout import CURVES, PREVIEW_FOLDER, Place, place_of
 from jobs.message import Job, from_understood, parse
 from jobs.record import (
     PAUSED_SECONDS,
@@ -242,6 +243,9 @@ class Pipeline:
         desk.publisher.repair(_place(job), job.task_id, lease)
         with (
             desk.folders.job() as folder,
+            contextlib.nullcontext(
+                PreviewUploads(folder / PREVIEW_FOLDER, desk.state_s3, desk.state_bucket, lease)
+            ) as previews,
             ProgressReporter(
                 kind,
                 job,
@@ -249,6 +253,7 @@ class Pipeline:
                 next_sequence=lease.next_sequence,
                 stop=stop,
                 interval_seconds=limits.progress_interval_seconds,
+                samples=previews.newest,
             ) as reporter,
             CheckpointUploads(
                 job,
@@ -257,6 +262,7 @@ class Pipeline:
                 desk.state_bucket,
                 kept_file=kind.checkpoint_file,
                 curves=folder / CURVES,
+                previews=previews,
                 patience=desk.shutdown.seconds_for_saving,
                 uploaded=desk.observer.uploaded,
             ) as uploads,

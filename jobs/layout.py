@@ -10,6 +10,7 @@
                    checkpoints/{place}/{task_id}/             checkpoints and curves
                    staging/{task_id}/{claim}/                 a model that is about to be published
                    archive/{place}/{task_id}/                 models that were replaced
+                   previews/{task_id}/{claim}/{step}/{n}.webp small samples of each checkpoint
     model bucket   models/{place}/                            the published model
 
 `{place}` is `style_{style_id}` for a style. Every other kind has a folder per job:
@@ -40,6 +41,10 @@ MODELS = "models/"
 CHECKPOINTS = "checkpoints/"
 STAGING = "staging/"
 ARCHIVE = "archive/"
+PREVIEWS = "previews/"
+PREVIEW_FOLDER = "previews"
+"""Folder of the small samples in a run's work folder: `{step}/{n}.webp`."""
+PREVIEW_SUFFIX = ".webp"
 
 # Files of a style's model. Published names are part of the protocol.
 WEIGHTS = "lora_weights.safetensors"
@@ -95,6 +100,17 @@ def settled_mark_at(bucket: str, task_id: str) -> S3Location:
 def staging_of(task_id: str, claim: int | None = None) -> str:
     """Key prefix of the staged files of a job, or of one claim on it."""
     return f"{STAGING}{task_id}/" + ("" if claim is None else f"{claim}/")
+
+
+def previews_of(task_id: str) -> str:
+    """Key prefix of the small samples of a job."""
+    return f"{PREVIEWS}{task_id}/"
+
+
+def preview_at(bucket: str, task_id: str, claim: int, step: int, number: int) -> S3Location:
+    """Location of one small sample: of a claim, after a step, of a prompt; all are numbers."""
+    name = f"{claim}/{step}/{number}{PREVIEW_SUFFIX}"
+    return S3Location(bucket, previews_of(task_id) + name)
 
 
 def uploads_of(subject: str, task_id: str) -> str:

@@ -20,6 +20,7 @@ from api.store.tables import (
     OPEN,
     AnswerRow,
     ApiKeyRow,
+    DraftRow,
     EndpointRow,
     EventRow,
     FileRow,
@@ -28,6 +29,7 @@ from api.store.tables import (
     ModelRow,
     OrganizationRow,
     OutboxRow,
+    PageSessionRow,
     ReceiptRow,
     UploadPartRow,
     UploadRow,
@@ -40,6 +42,7 @@ from jobs.layout import (
     order_at,
     pause_file_at,
     place_of,
+    previews_of,
     record_at,
     settled_mark_at,
     staging_of,
@@ -54,6 +57,7 @@ QUIET_SECONDS = 60.0
 _OF_JOBS = (EventRow, MetricRow, OutboxRow, ReceiptRow)
 _OF_ORGANIZATIONS = (
     *(ModelRow, FileRow, UploadRow, AnswerRow, ApiKeyRow, WebhookRow, EndpointRow, JobRow),
+    *(PageSessionRow, DraftRow),
 )
 
 
@@ -136,7 +140,7 @@ def _erase(services: Services, org_id: str) -> bool:
 
 def _erase_objects(services: Services, row: JobRow) -> None:
     state, place = services.buckets.state, place_of(row.kind, row.subject, row.id)
-    prefixes = [place.checkpoints, staging_of(row.id)]
+    prefixes = [place.checkpoints, staging_of(row.id), previews_of(row.id)]
     keys = [
         each(state, row.id).key
         for each in (cancel_file_at, pause_file_at, order_at, settled_mark_at, live_mark_at)

@@ -177,12 +177,15 @@ def _progress(session: Writing, row: JobRow, body: dict[str, Any], sequence: int
     progress = body.get("progress")
     progress = progress if isinstance(progress, dict) else {}
     stage = str(progress.get("stage") or "training")
+    has_new_samples = progress.get("samples") not in (None, row.progress.get("samples"))
     row.progress = progress
     row.attempts = sequence // SEQUENCES_PER_CLAIM
     if stage == PAUSED_STAGE:
         rest(session, row)
     else:
         _run(session, row, "waiting" if stage == "queued" else stage)
+    if has_new_samples:
+        session.note(store.event(row.id, row.org_id, "Samples of a checkpoint are ready"))
     _metrics(session, row, progress, sequence // SEQUENCES_PER_CLAIM)
 
 

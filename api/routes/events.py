@@ -66,10 +66,18 @@ def page(
 
 
 async def stream(
-    request: Request, services: Services, caller: Caller, job_id: str | None
+    request: Request,
+    services: Services,
+    caller: Caller,
+    job_id: str | None,
+    after: str | None = None,
 ) -> Response:
-    """A stream of the events of a job, or of all jobs of the caller's organisation."""
-    cursor = cursor_of(request.headers.get("last-event-id"), "last-event-id")
+    """A stream of the events of a job, or of all jobs of the caller's organisation.
+
+    Args:
+        after: The last event that the client knows, if the header `Last-Event-ID` names none.
+    """
+    cursor = cursor_of(request.headers.get("last-event-id") or after, "last-event-id")
     if services.hub.streams >= STREAMS_PER_PROCESS:
         raise Problem(
             "rate_limited",

@@ -57,7 +57,7 @@ async def create_file(request: Request, services: Served, caller: Called) -> dic
     size = int(declared) if declared.isdigit() else 0
     if size > most + FORM_BYTES:
         raise too_large(most)
-    await run_in_threadpool(_admit, services, caller, max(0, size - FORM_BYTES))
+    await run_in_threadpool(admit, services, caller, max(0, size - FORM_BYTES))
 
     def open_file(_: str, content_type: str) -> tuple[str, ToS3]:
         file_id = new_id("file-")
@@ -82,7 +82,7 @@ async def create_file(request: Request, services: Served, caller: Called) -> dic
         raise
 
 
-def _admit(services: Services, caller: Caller, declared: int) -> None:
+def admit(services: Services, caller: Caller, declared: int) -> None:
     """Check limits before the body is read."""
     quota = services.settings.api_max_storage_bytes
 
@@ -109,7 +109,7 @@ def _keep(
             session, caller.org_id, "storage_bytes", services.settings.api_max_storage_bytes
         )
         require_room(session, caller.org_id, sum(each.size for each in files), quota)
-        rows = [_row(services, caller, each, purpose) for each in files]
+        rows = [row_of(services, caller, each, purpose) for each in files]
         session.add_all(rows)
         shown = [views.file(row) for row in rows]
         answer = shown[0] if len(shown) == 1 else views.page(shown, has_more=False)
@@ -124,7 +124,8 @@ def _keep(
     return answer
 
 
-def _row(services: Services, caller: Caller, received: Received, purpose: str) -> FileRow:
+def row_of(services: Services, caller: Caller, received: Received, purpose: str) -> FileRow:
+    """The row of a file that has arrived."""
     place = services.file_at(caller.org_id, received.file_id)
     return FileRow(
         id=received.file_id,

@@ -37,12 +37,18 @@ STATUSES = ("validating_files", "queued", "running", "pausing", "paused", *ENDED
 
 
 def create(
-    services: Services, caller: Caller, order: JobOrder, request: Request, job_id: str = ""
+    services: Services,
+    caller: Caller,
+    order: JobOrder,
+    request: Request,
+    job_id: str = "",
+    once: Once | None = None,
 ) -> dict[str, Any]:
     """Create a job: the row, its event and its message in one transaction.
 
     Args:
         job_id: The job's id; a random one by default.
+        once: The marks of a repeated request; those of `request` by default.
 
     Returns:
         The job as the client sees it; the same for each repetition of the request.
@@ -50,7 +56,7 @@ def create(
     Raises:
         Problem: The order is wrong.
     """
-    once = Once.of(request, caller, request.state.raw_body)
+    once = once or Once.of(request, caller, request.state.raw_body)
     with services.database.reading() as session:
         if known := once.answer(session):
             return known

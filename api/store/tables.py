@@ -336,6 +336,35 @@ class LeaseRow(Table):
     until: Mapped[float]
 
 
+class PageSessionRow(Table):
+    """A person who has signed in to the web page. `id` is the hash of the cookie."""
+
+    __tablename__ = "page_sessions"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    public_id: Mapped[str] = mapped_column(unique=True)
+    org_id: Mapped[str] = mapped_column(index=True)
+    api_key_id: Mapped[str] = mapped_column(index=True)
+    browser: Mapped[str]
+    created_at: Mapped[float]
+    used_at: Mapped[float]
+    expires_at: Mapped[float]
+    revoked_at: Mapped[float | None]
+
+
+class DraftRow(Table):
+    """An order that is being put together on the web page, with what is known of its files."""
+
+    __tablename__ = "page_drafts"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    org_id: Mapped[str] = mapped_column(index=True)
+    kind: Mapped[str]
+    content: Mapped[dict[str, Any]]
+    created_at: Mapped[float]
+    job_id: Mapped[str | None]
+
+
 class AuditRow(Table):
     """An act on keys, jobs or files. Rows are only added."""
 

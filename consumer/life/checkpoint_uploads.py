@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from consumer.life.curve_uploads import CurveUploads
+from consumer.life.preview_uploads import PreviewUploads
 from jobs.addresses import S3Location
 from jobs.checkpoint_name import NOT_OURS, order
 from jobs.kinds import Kinds
@@ -22,6 +23,7 @@ from jobs.layout import (
     Place,
     pause_file_at,
     place_of,
+    previews_of,
     record_at,
     staging_of,
 )
@@ -72,6 +74,7 @@ class CheckpointUploads:
         *,
         kept_file: str,
         curves: Path,
+        previews: PreviewUploads | None = None,
         patience: Callable[[], float],
         uploaded: Callable[[str, float], None] = lambda name, seconds: None,
     ) -> None:
@@ -85,6 +88,7 @@ class CheckpointUploads:
             kept_file: The file that stays of an old checkpoint (see `JobKind.checkpoint_file`).
             curves: Folder of the trainer's event files, which are uploaded with each checkpoint;
                 it may be missing.
+            previews: Uploads the samples with each checkpoint.
             patience: Returns the seconds that `settle` may wait for the last upload.
             uploaded: Called for each registered checkpoint, with its name and the seconds it took.
         """
@@ -96,6 +100,7 @@ class CheckpointUploads:
         self._kept_file = kept_file
         self._patience = patience
         self._curves = CurveUploads(curves, s3, bucket, place(job).curves, lease)
+        self._previews = previews
         self._prefix = place(job).checkpoints
         self._waiting: CheckpointSaved | None = None
         self._busy = False
@@ -114,6 +119,7 @@ class CheckpointUploads:
         # After an error, too: the next attempt resumes from the checkpoint that was made before it.
         if self.settle() and math.isinf(self._patience()):  # a shutdown has no time for more
             self._curves.upload()
+            self._upload_previews()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -212,7 +218,12 @@ class CheckpointUploads:
             seconds=round(seconds, 3),
         )
         self._curves.upload()
+        self._upload_previews()
         self._prune()
+
+    def _upload_previews(self) -> None:
+        if self._previews is not None:
+            self._previews.upload()
 
     def _prune(self) -> None:
         kept = [each.name for each in self._lease.record.checkpoints[-_KEPT_IN_FULL:]]
@@ -302,7 +313,7 @@ def clear_up(s3: S3Service, bucket: str, record: JobRecord, *, kinds: Kinds) -> 
             kept_file = kinds.of(record.kind).checkpoint_file
             unneeded = [key for key in found if not key.endswith(f"/{kept_file}")]
         elif ending.code == ErrorCode.CANCELLED:
-            unneeded = there
+            unneeded = [*there, *_previews(s3, bucket, record)]
         else:
             newest = _newest(record, prefix, found)
             unneeded = [key for key in found if not key.startswith(newest)]
@@ -314,6 +325,10 @@ def clear_up(s3: S3Service, bucket: str, record: JobRecord, *, kinds: Kinds) -> 
         log.warning("not_cleared_up", task_id=record.task_id, reason=str(error))
         return False
     return True
+
+
+def _previews(s3: S3Service, bucket: str, record: JobRecord) -> list[str]:
+    return [each.key for each in s3.list_objects(bucket, previews_of(record.task_id))]
 
 
 def _newest(record: JobRecord, prefix: str, keys: Collection[str]) -> str:
@@ -346,7 +361,8 @@ def delete_all_of(s3: S3Service, bucket: str, record: JobRecord) -> bool:
         Whether everything was deleted; a failure is logged.
     """
     try:
-        for prefix in (place(record).checkpoints, staging_of(record.task_id)):
+        of_job = (staging_of(record.task_id), previews_of(record.task_id))
+        for prefix in (place(record).checkpoints, *of_job):
             keys = [each.key for each in s3.list_objects(bucket, prefix)]
             _delete_of_ended(s3, bucket, record, keys)
     except StorageError as error:

@@ -36,6 +36,7 @@ class ProgressReporter:
         next_sequence: Gives each report its number.
         stop: Requested if the backend answers that the job is cancelled or paused.
         interval_seconds: Time between two reports.
+        samples: Returns the keys of the newest samples in the state bucket.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ProgressReporter:
         next_sequence: Callable[[], int],
         stop: StopSignal,
         interval_seconds: float,
+        samples: Callable[[], tuple[str, ...]] = lambda: (),
     ) -> None:
         self._kind = kind
         self._job = job
@@ -54,6 +56,7 @@ class ProgressReporter:
         self._origin = webhooks.origin_for(job.webhook_url)
         self._next_sequence = next_sequence
         self._stop = stop
+        self._samples = samples
         self._latest = beginning(kind, job)
         self._every = Every(interval_seconds, self._report, name="progress", at_once=False)
 
@@ -103,6 +106,8 @@ class ProgressReporter:
 
     def _body(self) -> dict[str, Any]:
         report = self._kind.progress(self._latest)
+        if samples := self._samples():
+            report |= {"samples": list(samples)}
         return _report(self._kind, self._job, report, self._next_sequence())
 
 

@@ -26,7 +26,7 @@ MOST_TESTS = 30
 # room -> the rooms that it may import. `main` composes everything.
 ARROWS: dict[str, set[str]] = {
     "main": {"config", "cli", "consumer", "services", "utils"},
-    "api": {"config", "images", "jobs", "reports", "services", "utils"},
+    "api": {"config", "conversations", "images", "jobs", "reports", "services", "utils"},
     "cli": {
         *("api", "config", "consumer", "conversations", "images", "jobs", "local"),
         "services",
@@ -141,6 +141,8 @@ PACKAGES: dict[str, set[str]] = {
     "api": {
         "alembic",
         "fastapi",
+        "jinja2",
+        "markupsafe",
         "pydantic",
         "python_multipart",
         "sqlalchemy",
@@ -472,8 +474,9 @@ print(sorted(sys.modules))
     of_the_api = distributions("requirements-api.txt")
     in_part = {normal(each) for each in PART_OF}
     assert direct - in_part <= of_the_api
-    # SQLAlchemy loads the driver by the database's address; of the other only files are used.
-    by_name = {"psycopg", "fastapi-offline", *SHARED["opentelemetry"]}
+    # SQLAlchemy loads the driver by the database's address; of fastapi-offline only files are used;
+    # the decoder's perceptual hash is imported with the first image.
+    by_name = {"psycopg", "fastapi-offline", "imagehash", *SHARED["opentelemetry"]}
     assert of_the_api - direct == by_name
 
 

@@ -18,6 +18,7 @@ from images.checks import MOTIF, Looks, motif_of
 from images.colour import UnusableImage
 from images.decoder import Answer, Decoder
 from images.decoding import Refused, Request
+from images.judgement import FEW_IMAGES, compare, cropped, enlarged
 from jobs.captions import clean_caption
 from jobs.style import TrainingImage, TrainingRun
 from training.style import checkpoint, held_out
@@ -31,10 +32,6 @@ log = logging.getLogger(__name__)
 
 CAPTION_IGNORED = "its caption was ignored: "
 """How a reason begins that is about a caption and not about an image."""
-FEW_IMAGES = 10
-"""By experience of users of such trainers, a style comes out weakly with fewer usable images."""
-MUCH_LOST = 0.1
-"""A part of the image; a crop of more is named in the report."""
 ORDERS = 8
 """Of a caption's tags, at most: each is encoded once and kept, 0.1 MB in half precision."""
 
@@ -179,18 +176,18 @@ def _take_in(
     looks = Looks(fact.looks, fact.is_grey, fact.pixels, motif_of(copy))
     frame, size = Frame(*fact.frame), (fact.width, fact.height)
     try:
-        cautions = looks.warnings + _compare(size, looks, found.seen)
+        cautions = looks.warnings + compare(size, looks, found.seen)
         caption, cut = _caption(image, run, base)
         found.latents[fact.identity] = _encode(answer.pixels, frame, size, base)
     except UnusableImage as unusable:
         return _left_out(image, str(unusable), unusable.size), None
     found.seen.append((shown_name(image.source), looks))
     found.looks[fact.identity] = looks
-    cautions = fact.warnings + _enlarged(size, frame) + cautions + cut
+    cautions = fact.warnings + enlarged(size, frame) + cautions + cut
     entry = ImageReport(
         printable(image.source),
         "warned" if cautions else "used",
-        cautions + fact.notes + _cropped(size, frame),
+        cautions + fact.notes + cropped(size, frame),
         *size,
         caption,
         fact.decoded,
@@ -240,32 +237,6 @@ def _left_out(
     caption = clean_caption(image.caption).text
     source = printable(image.source)
     return ImageReport(source, "left_out", (reason,), width, height, caption)
-
-
-def _compare(size: tuple[int, int], looks: Looks, seen: list[tuple[str, Looks]]) -> tuple[str, ...]:
-    """Compare an image with those before it.
-
-    Returns:
-        A warning where it looks like one of them.
-
-    Raises:
-        UnusableImage: It is one of them: trained on twice, it would count twice.
-    """
-    for name, other in seen:
-        if other.pixels == looks.pixels:
-            raise UnusableImage(f"is the same image as {name}", size)
-    near = [name for name, other in seen if looks.shows_the_same(other)]
-    return (f"looks like another version of {near[0]}, which then counts twice",) if near else ()
-
-
-def _enlarged(size: tuple[int, int], frame: Frame) -> tuple[str, ...]:
-    small = frame.enlarges(*size)
-    return (f"is smaller than {frame} pixels; enlarging it made it soft",) if small else ()
-
-
-def _cropped(size: tuple[int, int], frame: Frame) -> tuple[str, ...]:
-    lost = 1 - frame.keeps(*size)
-    return (f"lost {lost:.0%} at its edges, to fit {frame} pixels",) if lost > MUCH_LOST else ()
 
 
 def _encode(content: bytes, frame: Frame, size: tuple[int, int], base: BaseModel) -> Latents:

@@ -11,10 +11,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from jobs.layout import PREVIEW_FOLDER
 from training.runtime.clock import Clock
 from training.runtime.device import free_memory, gpu_error, out_of_memory
 from training.style.dataset import with_trigger
@@ -128,8 +130,8 @@ class Examiner:
             return
         try:
             if first:
-                state.keep_samples(preview.WITHOUT_LORA, self._images(with_lora=False))
-            state.keep_samples(str(state.epoch), self._images(with_lora=True))
+                self._keep(state, preview.WITHOUT_LORA, 0, self._images(with_lora=False))
+            self._keep(state, str(state.epoch), state.step, self._images(with_lora=True))
         except Interrupted:
             pass
         except Exception as error:  # pylint: disable=broad-exception-caught  # logged
@@ -139,6 +141,10 @@ class Examiner:
             free_memory(self._base.device)
         finally:
             self._base.offload_encoders()
+
+    def _keep(self, state: LoopState, row: str, step: int, images: list[Image.Image]) -> None:
+        state.keep_samples(row, images)
+        preview.write_small(images, Path(self._run.work_folder) / PREVIEW_FOLDER / str(step))
 
     def _images(self, *, with_lora: bool) -> list[Image.Image]:
         return preview.paint(

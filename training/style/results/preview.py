@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from jobs.layout import LOSS_CURVE, SAMPLES
+from jobs.layout import LOSS_CURVE, PREVIEW_SUFFIX, SAMPLES
 from reports.charts import smoothed
 from training.runtime.device import tf32
 from training.style.results.probe import Interrupted, Probed, evaluating, mixed_precision
@@ -302,6 +302,25 @@ def jpeg(image: Image.Image, side: int) -> bytes:
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=85)
     return buffer.getvalue()
+
+
+def write_small(images: Sequence[Image.Image], folder: Path) -> None:
+    """Write small copies of a row of samples, which are uploaded while the run continues.
+
+    Args:
+        images: One a prompt.
+        folder: Of one step; it receives `0.webp`, `1.webp`, and so on.
+
+    Raises:
+        OSError: The disk is full or read-only.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images):
+        small = image.copy()
+        small.thumbnail((LARGEST_SAMPLE, LARGEST_SAMPLE))
+        buffer = io.BytesIO()
+        small.save(buffer, format="WEBP", quality=80)
+        _save(folder / f"{number}{PREVIEW_SUFFIX}", buffer)
 
 
 def unpack(packed: Tensor) -> bytes:

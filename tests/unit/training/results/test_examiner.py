@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from jobs.kinds import TrainerOptions
+from jobs.layout import PREVIEW_FOLDER
 from tests.unit.training.conftest import MakeRun
 from tests.unit.training.runs import checkpoints, same, stop_after, trained
 from training.style.checkpoint import load
@@ -132,6 +133,12 @@ def test_samples_of_checkpoints_are_small_images_that_survive_a_stop(
     assert preview.sampled_epochs(whole.samples) == [1, 2, 3]
     with Image.open(io.BytesIO(preview.row_of(whole.samples, "2")[1])) as image:
         assert (image.format, image.size) == ("JPEG", (64, 64))
+    small = Path(run.work_folder) / PREVIEW_FOLDER
+    steps = {"0", *(str(each.step) for each in whole.probes[1:])}
+    found = {str(path.relative_to(small)) for path in small.rglob("*.*")}
+    assert found == {f"{step}/{n}.webp" for step in steps for n in (0, 1)}
+    with Image.open(small / "0" / "1.webp") as image:
+        assert (image.format, image.size) == ("WEBP", (64, 64))
     # Before the seventh step it is asked before each of the sampler's steps, too: in three rows.
     _, _, events = trained(base, run, should_stop=stop_after(6 + 3 * 2 * 2))
     resume = dataclasses.replace(run, resume_from=checkpoints(events)[-1].folder, preview_share=0.0)

@@ -1,0 +1,1 @@
+"""Orders that are put together on the page."""
