@@ -184,7 +184,7 @@ class _Bench:
         return found
 
     def _beside(self, peer: Peer, case: Case) -> dict[str, Any]:
-        """Legs of ours and of another trainer in turn; each of its legs is between two of ours.
+        """Run this trainer and another one in turn, so that each leg of the other is between two of ours.
 
         Raises:
             PeerFailed: The other trainer cannot be measured.

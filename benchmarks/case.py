@@ -27,5 +27,5 @@ class Case:
 
     @property
     def is_goal(self) -> bool:
-        """Whether the goals beside other trainers are set for this case."""
+        """Whether the goals that compare with other trainers are set for this case."""
         return (self.batch_size, self.checkpointing, self.images) == (1, False, 10)

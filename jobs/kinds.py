@@ -25,7 +25,7 @@ REGISTRY = {
 }
 """Every kind, by its name: `module:class`. A message without a type is of the first of `KINDS`."""
 FIRST_KIND = next(iter(REGISTRY))
-"""The kind of workers and commands that are not told one."""
+"""The kind of workers and commands if none is given."""
 
 
 class Spec(Protocol):
@@ -68,7 +68,7 @@ class Input:
         problem: Why there is no location; None if there is one.
         role: The kind's name for this sort of input; each role has a separate folder.
         text: The text that belongs to it; None if the order gives none.
-        beside: Where its text may be if the order gives none; None if it has no text.
+        beside: The place of its text if the order gives none; None if it has no text.
     """
 
     source: str

@@ -207,7 +207,7 @@ class _Watched:
         self._quick_ends = 0
 
     def look(self, show: Callable[[str], None]) -> None:
-        """Start the program again if it has ended, and say so."""
+        """Start the program again if it has ended, and print that."""
         code = self._process.exit_code
         if code is None:
             return

@@ -317,7 +317,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
                 arrows[name] |= {*parts, module} & set(names) - {name}
     while leaves := {name for name, used in arrows.items() if not used}:
         arrows = {name: used - leaves for name, used in arrows.items() if name not in leaves}
-    assert not arrows  # what is left is a circle, or imports one
+    assert not arrows  # the rest is a circle, or imports one
 
 
 def test_only_composition_roots_see_all_settings() -> None:

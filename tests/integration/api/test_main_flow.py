@@ -95,7 +95,7 @@ def test_an_ended_job_makes_room_for_the_next_of_its_organisation(world: World) 
 
 
 def test_addresses_of_s3_are_signed_with_version_4(world: World, client: openai.OpenAI) -> None:
-    """Newer regions and stores refuse version 2, which boto3 uses unless it is told otherwise."""
+    """Newer regions and stores refuse version 2, the default of boto3."""
     file = client.files.create(file=("a.png", io.BytesIO(b"image")), purpose="fine-tune")
     answer = world.get(f"/v1/files/{file.id}/content")
     assert "X-Amz-Signature=" in answer.headers["location"]

@@ -1,4 +1,4 @@
-"""What every kind of job says of itself, and what the record keeps of it."""
+"""The facts that every kind of job gives of itself, and those that the record keeps of it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from jobs.style import HyperParameters
-from tests.unit.training.test_lean_lora import ROUNDING, away, lean_gradient, plain_gradient, wake
+from tests.unit.training.style.test_lean_lora import (
+    ROUNDING,
+    away,
+    lean_gradient,
+    plain_gradient,
+    wake,
+)
 from training.runtime.device import prefer_speed, tf32
 from training.style.families.sd15 import BaseModel
 
@@ -31,7 +37,7 @@ def _settings_as_before() -> Iterator[None]:
 
 
 def is_channels_last(network: nn.Conv2d) -> bool:
-    """Whether the weight's channels lie next to each other."""
+    """Whether the weight's channels are next to each other in memory."""
     return network.weight.is_contiguous(memory_format=torch.channels_last)
 
 
