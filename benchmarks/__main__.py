@@ -184,7 +184,7 @@ class _Bench:
         return found
 
     def _beside(self, peer: Peer, case: Case) -> dict[str, Any]:
-        """Run this trainer and another one in turn, so that each leg of the other is between two of ours.
+        """Run this trainer and another one in turn: each leg of the other has ours on both sides.
 
         Raises:
             PeerFailed: The other trainer cannot be measured.

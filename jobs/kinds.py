@@ -68,7 +68,7 @@ class Input:
         problem: Why there is no location; None if there is one.
         role: The kind's name for this sort of input; each role has a separate folder.
         text: The text that belongs to it; None if the order gives none.
-        beside: The place of its text if the order gives none; None if it has no text.
+        text_source: The place of its text if the order gives none; None if it has no text.
     """
 
     source: str
@@ -77,7 +77,7 @@ class Input:
     problem: str | None = None
     role: str = "inputs"
     text: str | None = None
-    beside: TextBeside | None = None
+    text_source: TextBeside | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -679,7 +679,7 @@ class StyleKind:
         return tuple(
             Input(
                 *(image.source, image.location, image.version_id, image.problem, role, caption),
-                beside=caption_beside(image.location) if caption is None else None,
+                text_source=caption_beside(image.location) if caption is None else None,
             )
             for role, images, captions in (
                 (IMAGES, spec.images, spec.captions),

@@ -200,9 +200,9 @@ def _fetch(
     except ObjectTooLarge:
         problem = f"is too large: send a file of at most {spoken(max_bytes)}"
         return Fetched(wanted, None, problem=problem)
-    if wanted.beside is None:
+    if wanted.text_source is None:
         return Fetched(wanted, path, wanted.text)
-    text, problem_of_text = _text_beside(s3, wanted.beside, watch)
+    text, problem_of_text = _text_beside(s3, wanted.text_source, watch)
     return Fetched(wanted, path, text or None, text_problem=problem_of_text)
 
 

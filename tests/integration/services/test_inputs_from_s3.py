@@ -53,7 +53,7 @@ def fetch(
 ) -> tuple[Fetched, ...]:
     """Fetch images that have no captions in the message."""
     places = [S3Location(bucket, key) for key in keys]
-    wanted = [Input(each.uri(), each, beside=caption_beside(each)) for each in places]
+    wanted = [Input(each.uri(), each, text_source=caption_beside(each)) for each in places]
     return inputs.download(s3, wanted, folder, max_bytes=max_bytes, stop=stop)
 
 

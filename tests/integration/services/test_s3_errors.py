@@ -109,7 +109,7 @@ def test_the_codes_that_callers_depend_on_have_their_classes(
 def fetch_two(s3: S3Service, folder: Path) -> object:
     """Two images with captions to look for."""
     places = [S3Location("bucket", key) for key in ("a.jpg", "b.jpg")]
-    wanted = [Input(each.key, each, beside=caption_beside(each)) for each in places]
+    wanted = [Input(each.key, each, text_source=caption_beside(each)) for each in places]
     return download(s3, wanted, folder, max_bytes=100, stop=lambda: False)
 
 
