@@ -39,7 +39,8 @@ console = Console()
 FULL_SIDE, NARROW_SIDE = 512, 64
 
 
-def main(
+# One variable for each option.
+def main(  # pylint: disable=too-many-locals
     output: Annotated[
         Path, typer.Option(help="Folder that receives benchmarks.json and benchmarks.png.")
     ] = Path("build/benchmarks"),

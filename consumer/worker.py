@@ -97,7 +97,8 @@ def run_worker(
     log.info("worker_stopped")
 
 
-def _serve(
+# One variable for each part of a worker.
+def _serve(  # pylint: disable=too-many-locals
     settings: Settings,
     shutdown: Shutdown,
     observer: Observer,

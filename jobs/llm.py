@@ -422,10 +422,10 @@ class LlmKind:
         self._addresses = settings.addresses
         self.max_input_bytes = self._options.max_file_bytes
 
-    def refusal(self, base_model: str) -> str | None:
+    def refusal(self, base_model: str) -> str | None:  # pylint: disable=useless-return
         """None: each order names its base model, and `BASE_MODEL` is not used."""
         del base_model
-        return None  # pylint: disable=useless-return  # the type says so
+        return None
 
     # --- from a message to a spec, and back
 

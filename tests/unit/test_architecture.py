@@ -67,6 +67,8 @@ NAMED_ALL_THE_SAME = {
     "consumer/life/inputs.py": {"caption", "picture", "pictures"},
     # Names of settings of earlier programs.
     "utils/settings/names.py": {"epochs", "llm", "lora"},
+    # PEFT's word, for the adapters of both kinds.
+    "training/runtime/quantisers.py": {"lora"},
     # The spelling of an address, and of a text on the terminal.
     "cli/doctor/command.py": {"styles"},
     "cli/doctor/storage.py": {"style"},

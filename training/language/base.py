@@ -260,7 +260,10 @@ def _free_memory() -> int:
     return 0
 
 
-def load(run: LlmRun, *, allow_cpu: bool, team: Team = ALONE, fsdp: bool = False) -> LanguageBase:
+# One variable for each part of a base.
+def load(  # pylint: disable=too-many-locals
+    run: LlmRun, *, allow_cpu: bool, team: Team = ALONE
+) -> LanguageBase:
     """Load a base.
 
     Args:
@@ -279,10 +282,9 @@ def load(run: LlmRun, *, allow_cpu: bool, team: Team = ALONE, fsdp: bool = False
     if team.size > 1 and device.type == "cuda":
         device = torch.device("cuda", team.rank)
     if team.leads:  # the others find the files in the cache
-        folder, revision = locate(run)
+        locate(run)
     team.meet()
-    if not team.leads:
-        folder, revision = locate(run)
+    folder, revision = locate(run)
     refuse_too_large(folder, run, identity.quantization, device, team)
     dtype = torch.float32
     if device.type == "cuda":

@@ -143,7 +143,10 @@ def check(
     return {"prefixes": len(proof.prefixes), "difference": difference, "effect": effect}
 
 
-def merge(run: LlmRun, base: LanguageBase, folder: Path, proof: Proof) -> Merged:
+# One variable for each thing that is compared.
+def merge(  # pylint: disable=too-many-locals
+    run: LlmRun, base: LanguageBase, folder: Path, proof: Proof
+) -> Merged:
     """Write the base with the exported adapter merged into it, next to the adapter.
 
     The base is read again in the precision of its files, on the CPU: an adapter merged into

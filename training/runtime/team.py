@@ -98,7 +98,7 @@ class Team:
         lack: Exception | None = None
         try:
             done = work()
-        except Exception as error:
+        except Exception as error:  # pylint: disable=broad-exception-caught  # raised again below
             if not out_of_memory(error):
                 raise
             lack = error

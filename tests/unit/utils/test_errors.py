@@ -41,6 +41,8 @@ TABLE = {
     "ImageDownloadFailed": ("IMAGE_DOWNLOAD_FAILED", False),
     "LowQualityData": ("LOW_QUALITY_DATA", False),
     "BaseModelUnavailable": ("BASE_MODEL_UNAVAILABLE", True),
+    "BaseModelGated": ("BASE_MODEL_GATED", False),
+    "TrainingDataUnavailable": ("TRAINING_DATA_UNAVAILABLE", False),
     "GpuOutOfMemory": ("GPU_OOM", False),
     "TrainingDiverged": ("TRAINING_DIVERGED", False),
     "TrainingFailed": ("TRAINING_FAILED", False),
