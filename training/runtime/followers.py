@@ -77,7 +77,7 @@ class Followers:
         self._give_up = give_up
         self._changed = threading.Condition()
         self._run: Run | None = None
-        self._given_up = False
+        self._settling = self._given_up = False
         self._each = [
             _Follower(dataclasses.replace(options, rank=rank, log_level="ERROR"), self._changed)
             for rank in range(1, options.processes)
@@ -107,11 +107,12 @@ class Followers:
         with self._changed:
             # If the watch has given up, the process ends now.
             self._changed.wait_for(lambda: not self._given_up)
-            self._run = None
+            self._run, self._settling = None, True  # from now on only this thread reports a death
             self._changed.notify_all()
             self._changed.wait_for(self._settled, timeout=ENDING_SECONDS)
             trouble = self._trouble(ending.task_id)
             whole = all(each.usable for each in self._each)
+            self._settling = not whole  # then process 0 reports the ending and ends
         if not isinstance(ending, Failed):
             return ending, whole
         ending = (trouble if of_another else None) or ending
@@ -132,6 +133,8 @@ class Followers:
         return next(own, None)
 
     def _in_trouble(self) -> bool:
+        if self._settling:
+            return False
         return self._lost() is not None or bool(self._run and self._trouble(""))
 
     def _watch(self) -> None:

@@ -249,6 +249,7 @@ def test_a_stop_waits_for_the_slowest_process_and_both_stop_at_one_step(
 def test_the_death_of_a_process_fails_the_run_and_ends_the_trainer(
     two: Process, make_run: MakeRun
 ) -> None:
+    done(two, make_run("first"))  # starts the other process
     (follower,) = children(two.process.pid)
     failed = done(two, dataclasses.replace(make_run("run"), task_id="death-1"))
     assert isinstance(failed, Failed) and failed.error == "WorkerCrashed"
