@@ -36,11 +36,22 @@ def run(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+BUSY = """
+import sys, time
+steps = next(part for part in sys.argv if part.startswith("--max_train_steps="))
+end = time.process_time() + 0.1 * int(steps.partition("=")[2])
+while time.process_time() < end:
+    pass
+"""
+
+
 @pytest.fixture(scope="module", name="measured")
 def _measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The results of a quick run, and what it prints."""
+    """The results of a quick run beside another trainer, and what it prints."""
     output = tmp_path_factory.mktemp("benchmarks")
-    done = run(output, "--quick")
+    script = tmp_path_factory.mktemp("checkout") / DIFFUSERS
+    script.write_text(BUSY, "utf-8")
+    done = run(output, "--quick", "--goal-only", "--peer-script", str(script))
     assert done.returncode == 0, done.stderr
     return output, done.stdout
 
@@ -81,6 +92,18 @@ def test_a_step_is_faster_than_the_plain_loop_s_and_the_rest_is_accounted_for(
     assert "only the ratios" in printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's clock does not see the computing")
+def test_each_leg_of_another_trainer_is_compared_with_ours_before_and_after_it(
+    measured: tuple[Path, str],
+) -> None:
+    output, printed = measured
+    (found,) = json.loads((output / "benchmarks.json").read_text("utf-8"))["peers"]
+    assert (len(found["legs"]), len(found["ours"])) == (1, 2)
+    assert 0.05 < found["step_seconds"] < 0.4
+    assert found["ratio"] == pytest.approx(2 * found["step_seconds"] / sum(found["ours"]))
+    assert f"we are {found['ratio']:.2f} x as fast" in printed and "load average" in printed
+
+
 def test_the_full_model_has_sd15_s_own_size() -> None:
     with torch.device("meta"):
         unet = sd15.unet()
@@ -92,6 +115,13 @@ def test_the_narrow_model_has_as_many_layers_as_the_full_one() -> None:
         full, narrow = sd15.unet(), sd15.unet(sd15.NARROW)
     assert [name for name, _ in full.named_modules()] == [
         name for name, _ in narrow.named_modules()
+    ]
+
+
+def test_the_goals_beside_other_trainers_have_one_case() -> None:
+    cases = program._cases(False, "", False)  # pylint: disable=protected-access
+    assert [str(case) for case in cases if case.is_goal] == [
+        "batch 1, checkpointing off, 10 images"
     ]
 
 
