@@ -47,7 +47,7 @@ while time.process_time() < end:
 
 @pytest.fixture(scope="module", name="measured")
 def _measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The results of a quick run beside another trainer, and what it prints."""
+    """The results of a quick run with another trainer, and what it prints."""
     output = tmp_path_factory.mktemp("benchmarks")
     script = tmp_path_factory.mktemp("checkout") / DIFFUSERS
     script.write_text(BUSY, "utf-8")
@@ -118,7 +118,7 @@ def test_the_narrow_model_has_as_many_layers_as_the_full_one() -> None:
     ]
 
 
-def test_the_goals_beside_other_trainers_have_one_case() -> None:
+def test_the_goals_against_other_trainers_have_one_case() -> None:
     cases = program._cases(False, "", False)  # pylint: disable=protected-access
     assert [str(case) for case in cases if case.is_goal] == [
         "batch 1, checkpointing off, 10 images"
