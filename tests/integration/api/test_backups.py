@@ -53,7 +53,8 @@ def test_a_dump_of_the_database_and_the_log_have_no_key(
         assert secret not in place and world.key.removeprefix("sk-") not in place
 
 
-def test_every_job_of_a_database_of_an_hour_ago_gets_the_state_of_its_record(
+# One variable for each job.
+def test_every_job_of_a_database_of_an_hour_ago_gets_the_state_of_its_record(  # pylint: disable=too-many-locals
     ground: Ground,
 ) -> None:
     """The lost hour ends, cancels, pauses and resumes jobs of the backup, and adds two."""

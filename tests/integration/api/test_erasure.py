@@ -19,7 +19,7 @@ def objects(world: World) -> set[str]:
     buckets = world.services.buckets
     return {
         info.key
-        for bucket in {buckets.files, buckets.models, buckets.state}
+        for bucket in (buckets.files, buckets.models, buckets.state)
         for info in world.services.s3.list_objects(bucket, "")
     }
 

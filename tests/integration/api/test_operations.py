@@ -139,7 +139,10 @@ def test_the_files_and_packages_of_the_image_migrate_serve_and_manage_keys(
     environment["PYTHONPATH"] = str(image.parent / "python")
     python = [sys.executable, "main.py", "api"]
     together = [
-        subprocess.Popen([*python, "migrate"], cwd=image, env=environment) for _ in range(2)
+        subprocess.Popen(  # pylint: disable=consider-using-with
+            [*python, "migrate"], cwd=image, env=environment
+        )
+        for _ in range(2)
     ]
     assert [each.wait(60) for each in together] == [0, 0]
     made = subprocess.run(
