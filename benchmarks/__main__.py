@@ -90,8 +90,11 @@ def main(  # pylint: disable=too-many-locals
 
 
 def _peer(script: Path, python: Path | None, on_gpu: bool) -> Peer:
+    chosen = Path(sys.executable) if python is None else python
+    if len(chosen.parts) > 1:  # the script runs in its own folder; a bare name is looked up
+        chosen = chosen.absolute()
     try:
-        return Peer(script.absolute(), str(python or sys.executable), on_cpu=not on_gpu)
+        return Peer(script.absolute(), str(chosen), on_cpu=not on_gpu)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--peer-script") from error
 

@@ -31,7 +31,7 @@ def run(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"COLUMNS": "400"},  # no path is broken across lines
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=400,  # a busy machine takes ten times as long
         check=False,
     )
 
@@ -213,6 +213,19 @@ def test_a_trainer_that_fails_is_reported_with_its_last_lines(tmp_path: Path) ->
         Peer(script).step_seconds(
             CASE, tmp_path, paint(tmp_path / "pictures", 4), tmp_path / "work", few=2, many=4
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [("bin/python", f"{Path.cwd()}/bin/python"), ("python3", "python3")]
+)
+def test_an_interpreter_is_found_from_the_folder_of_the_script(
+    tmp_path: Path, given: str, used: str
+) -> None:
+    """The script runs in its own folder."""
+    script = tmp_path / DIFFUSERS
+    script.touch()
+    found = program._peer(script, Path(given), False)  # pylint: disable=protected-access
+    assert found.python == used
 
 
 def test_a_script_of_another_name_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
