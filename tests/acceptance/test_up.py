@@ -126,6 +126,7 @@ def _kill_all(up: Up) -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_a_job_survives_sigkill_to_all_of_it_and_a_second_up_is_refused(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     with _up(tmp_path, port) as first:
