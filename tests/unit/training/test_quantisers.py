@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[3]
 STYLE = """
 import importlib.util, sys
 import training.style.work
-from jobs.style import HyperParameters, TrainerOptions
+from jobs.kinds import TrainerOptions
+from jobs.style import HyperParameters
 from training.style.families.sd15 import BaseModel
 
 base = BaseModel.load(TrainerOptions(sys.argv[1], allow_cpu=True))
