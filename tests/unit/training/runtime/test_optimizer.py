@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import LocalSettings, load_local
 from jobs.style import HyperParameters
@@ -180,6 +181,39 @@ def everything(state: LoopState) -> dict[str, torch.Tensor]:
     """Weights and the optimizer's state, copied."""
     found = optimizer.state_tensors(state.optimizer, state.lora)
     return {name: tensor.detach().clone() for name, tensor in (state.lora | found).items()}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, and values that the host reads."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = self.reads = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += not func.is_view
+        self.reads += str(func) == "aten._local_scalar_dense.default"
+        return func(*args, **(kwargs or {}))
+
+
+def test_prodigy_handles_all_weights_at_once_and_the_host_reads_two_values_a_step(
+    base: BaseModel,
+) -> None:
+    parameters = HyperParameters(optimizer="prodigy", resolution=64, rank=2)
+    with one_run_accelerator(base.device, base.dtype) as accelerator:
+        state = loop_state.begin(base, Course.of(parameters), accelerator)
+        assert len(state.stepped) == 1 < len(state.lora)
+        step(state, accelerator, value=1.0)
+        for weight in state.lora.values():
+            assert weight.grad is not None
+            weight.grad.fill_(1.0)
+        with Operations() as seen:
+            state.optimizer.step()
+    base.detach()
+    assert seen.reads == 2
+    assert seen.count < 40
 
 
 def test_a_whole_training_with_prodigy_goes_round_steps_that_are_not_finite(
