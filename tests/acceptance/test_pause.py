@@ -161,7 +161,6 @@ def test_a_paused_job_that_is_cancelled_over_the_api_is_ended_by_a_worker(
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.slow
 def test_the_last_release_leaves_a_paused_job_alone_and_finishes_it_later(
     apart: World, tmp_path: Path
 ) -> None:
