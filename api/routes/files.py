@@ -52,20 +52,7 @@ _FORM = {
 @router.post("", openapi_extra=needs(TRAIN) | {"requestBody": _FORM}, operation_id="create_file")
 async def create_file(request: Request, services: Served, caller: Called) -> dict[str, Any]:
     """Upload a file, or many in one form."""
-    declared = request.headers.get("content-length", "")
-    most = services.settings.api_max_file_bytes
-    size = int(declared) if declared.isdigit() else 0
-    if size > most + FORM_BYTES:
-        raise too_large(most)
-    await run_in_threadpool(admit, services, caller, max(0, size - FORM_BYTES))
-
-    def open_file(_: str, content_type: str) -> tuple[str, ToS3]:
-        file_id = new_id("file-")
-        place = services.file_at(caller.org_id, file_id)
-        return file_id, ToS3(services.s3, services.uploads, place, content_type, most)
-
-    form = Form(request.headers.get("content-type", ""), open_file, most + FORM_BYTES)
-    await form.read(request.stream())
+    form = await receive_form(request, services, caller)
     try:
         purpose = form.fields.get("purpose", "fine-tune")
         if purpose not in PURPOSES:
@@ -82,7 +69,32 @@ async def create_file(request: Request, services: Served, caller: Called) -> dic
         raise
 
 
-def admit(services: Services, caller: Caller, declared: int) -> None:
+async def receive_form(request: Request, services: Services, caller: Caller) -> Form:
+    """Read the files of a form into S3, under the limits of the organisation.
+
+    The caller keeps the files in the database, or drops the form.
+
+    Raises:
+        Problem: It is not a form, a file is too large, or the organisation has no room.
+    """
+    declared = request.headers.get("content-length", "")
+    most = services.settings.api_max_file_bytes
+    size = int(declared) if declared.isdigit() else 0
+    if size > most + FORM_BYTES:
+        raise too_large(most)
+    await run_in_threadpool(_admit, services, caller, max(0, size - FORM_BYTES))
+
+    def open_file(_: str, content_type: str) -> tuple[str, ToS3]:
+        file_id = new_id("file-")
+        place = services.file_at(caller.org_id, file_id)
+        return file_id, ToS3(services.s3, services.uploads, place, content_type, most)
+
+    form = Form(request.headers.get("content-type", ""), open_file, most + FORM_BYTES)
+    await form.read(request.stream())
+    return form
+
+
+def _admit(services: Services, caller: Caller, declared: int) -> None:
     """Check limits before the body is read."""
     quota = services.settings.api_max_storage_bytes
 

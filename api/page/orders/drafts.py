@@ -15,12 +15,12 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from api.gate.intake import Form, Received, ToS3, too_large
+from api.gate.intake import Received
 from api.gate.keys import Caller, new_id
 from api.gate.limits import limit_of, require_room
 from api.gate.problems import Problem
 from api.page.visit import Visit
-from api.routes.files import FORM_BYTES, admit, row_of
+from api.routes.files import receive_form, row_of
 from api.services import Services
 from api.store.database import Writing, now
 from api.store.tables import DraftRow
@@ -143,20 +143,7 @@ async def receive(request: Request, visit: Visit) -> list[Received]:
         Problem: The form has too large a file, or the organisation has no room.
     """
     services, caller = visit.services, visit.known
-    most = services.settings.api_max_file_bytes
-    declared = request.headers.get("content-length", "")
-    size = int(declared) if declared.isdigit() else 0
-    if size > most + FORM_BYTES:
-        raise too_large(most)
-    await run_in_threadpool(admit, services, caller, max(0, size - FORM_BYTES))
-
-    def open_file(_: str, content_type: str) -> tuple[str, ToS3]:
-        file_id = new_id("file-")
-        place = services.file_at(caller.org_id, file_id)
-        return file_id, ToS3(services.s3, services.uploads, place, content_type, most)
-
-    form = Form(request.headers.get("content-type", ""), open_file, most + FORM_BYTES)
-    await form.read(request.stream())
+    form = await receive_form(request, services, caller)
     try:
         files = [each for each in form.files if each.size]
         await run_in_threadpool(_keep, services, caller, files)
