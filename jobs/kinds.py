@@ -294,6 +294,21 @@ class ApiOrder:
     seed: int | None
     fields: Mapping[str, Any]
 
+    def own_parameters(self, learning_rate: float) -> dict[str, Any]:
+        """The parameters under the kind's names. The kind's own win over OpenAI's.
+
+        Args:
+            learning_rate: The kind's default, which OpenAI's multiplier multiplies.
+        """
+        names = {"n_epochs": "epochs", "batch_size": "batch_size"}
+        given = self.hyperparameters
+        found = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
+        if "learning_rate_multiplier" in given:
+            found["learning_rate"] = learning_rate * given["learning_rate_multiplier"]
+        if self.seed is not None:
+            found["seed"] = self.seed
+        return found | dict(self.parameters)
+
 
 @runtime_checkable
 class OrderedOverApi(Protocol):

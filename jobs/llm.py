@@ -520,23 +520,9 @@ class LlmKind:
             "base_model": order.model or None,
             "training_file": training[0].address,
             "validation_file": validation[0].address if validation else None,
-            "parameters": self._api_parameters(order) or None,
+            "parameters": order.own_parameters(self._defaults.learning_rate) or None,
         }
         return with_fields(data, order.fields)
-
-    def _api_parameters(self, order: ApiOrder) -> dict[str, Any]:
-        given = order.hyperparameters
-        found: dict[str, Any] = {}
-        if "n_epochs" in given:
-            found["epochs"] = given["n_epochs"]
-        if "batch_size" in given:
-            found["batch_size"] = given["batch_size"]
-        if "learning_rate_multiplier" in given:
-            multiplier = given["learning_rate_multiplier"]
-            found["learning_rate"] = self._defaults.learning_rate * multiplier
-        if order.seed is not None:
-            found["seed"] = order.seed
-        return found | dict(order.parameters)
 
     def min_level(self, spec: LlmSpec) -> int:
         """The level of the first workers that know the kind."""

@@ -647,25 +647,10 @@ class StyleKind:
         data = {
             "style_id": int(order.subject),
             "images": [each.address for each in images],
-            "parameters": self._api_parameters(order) or None,
+            "parameters": order.own_parameters(self._defaults.learning_rate) or None,
             "validation_images": [each.address for each in order.validation_files] or None,
         }
         return with_fields(data, order.fields)
-
-    def _api_parameters(self, order: ApiOrder) -> dict[str, Any]:
-        given = order.hyperparameters
-        found: dict[str, Any] = {}
-        if "n_epochs" in given:
-            found["epochs"] = given["n_epochs"]
-        if "batch_size" in given:
-            found["batch_size"] = given["batch_size"]
-        if "learning_rate_multiplier" in given:
-            found["learning_rate"] = (
-                self._defaults.learning_rate * given["learning_rate_multiplier"]
-            )
-        if order.seed is not None:
-            found["seed"] = order.seed
-        return found | dict(order.parameters)
 
     def min_level(self, spec: StyleSpec) -> int:
         """That of `epochs: auto`, which the last release refuses."""

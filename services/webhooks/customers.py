@@ -6,15 +6,14 @@ client (`client.webhooks.unwrap`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import standardwebhooks
 
 from services.webhooks.answers import Reply
 from services.webhooks.exchange import Exchange, Way, certificates
+from services.webhooks.signing import signed_headers
 
 
 class CustomerWebhooks:
@@ -51,17 +50,6 @@ class CustomerWebhooks:
             body: JSON in ASCII.
             secrets: `whsec_…`; each of them signs.
         """
-        now, text = datetime.now(UTC), body.decode("ascii")
-        signatures = [
-            standardwebhooks.Webhook(secret).sign(webhook_id, now, text) for secret in secrets
-        ]
-        headers = {
-            "Content-Type": "application/json",
-            "User-Agent": "training-server",
-            "Accept-Encoding": "identity",
-            "Connection": "close",
-            "webhook-id": webhook_id,
-            "webhook-timestamp": str(math.floor(now.timestamp())),
-            "webhook-signature": " ".join(signatures),
-        }
+        signers = [standardwebhooks.Webhook(secret) for secret in secrets]
+        headers = signed_headers(signers, webhook_id, body.decode("ascii"))
         return Exchange("POST", url, headers, body, self._timeout, self._way).reply()

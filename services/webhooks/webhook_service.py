@@ -13,7 +13,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from services.webhooks.answers import (
     judge_progress,
 )
 from services.webhooks.exchange import Exchange, Way, certificates
+from services.webhooks.signing import signed_headers
 from utils.errors import ConfigurationError
 from utils.logger import bound_value, get_logger
 from utils.metrics import Metrics
@@ -250,21 +250,11 @@ class WebhookService:
         return reply
 
     def _headers(self, webhook_id: str, text: str) -> dict[str, str]:
-        now = datetime.now(UTC)
-        return dict(self._trace_headers()) | {
-            "Authorization": f"Bearer {self._token}",
-            "X-Request-Source": "training-server",
-            "Content-Type": "application/json",
-            "User-Agent": "training-server",
-            # Nothing is decompressed, so the read bytes are those that were sent.
-            "Accept-Encoding": "identity",
-            "Connection": "close",
-            "webhook-id": webhook_id,
-            "webhook-timestamp": str(math.floor(now.timestamp())),
-            "webhook-signature": " ".join(
-                signer.sign(webhook_id, now, text) for signer in self._signers
-            ),
-        }
+        return (
+            dict(self._trace_headers())
+            | {"Authorization": f"Bearer {self._token}", "X-Request-Source": "training-server"}
+            | signed_headers(self._signers, webhook_id, text)
+        )
 
     def _detail(self, reply: Reply) -> str:
         """The error in a line, redacted: a backend may echo the request with its secrets."""

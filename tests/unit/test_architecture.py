@@ -100,6 +100,7 @@ ONE_IMPORTER: dict[str, str | set[str]] = {
     "requests": "services/webhooks/exchange.py",
     "standardwebhooks": {
         "services/webhooks/customers.py",
+        "services/webhooks/signing.py",
         "services/webhooks/webhook_service.py",
         "services/webhooks/verification.py",
     },
