@@ -176,10 +176,6 @@ def test_a_part_of_the_readiness_is_asked_for(image: Path, environment: dict[str
         assert httpx.get(f"{address}/ready?check=weather").status_code == 400
 
 
-@pytest.mark.skipif(
-    not (importlib.util.find_spec("gunicorn") and importlib.util.find_spec("uvicorn_worker")),
-    reason="gunicorn and uvicorn-worker are not installed",
-)
 def test_gunicorn_serves_with_two_processes(environment: dict[str, str]) -> None:
     if "PYTHONPATH" in os.environ:
         environment["PYTHONPATH"] = os.environ["PYTHONPATH"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -25,12 +24,8 @@ base.attach(HyperParameters(rank=2))
 base.detach()
 print("bitsandbytes" in sys.modules, importlib.util.find_spec("bitsandbytes") is not None)
 """
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
 
 
-@installed
 def test_a_style_job_does_not_import_bitsandbytes_and_prints_no_warning(stand_in: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", STYLE, str(stand_in)],
