@@ -182,7 +182,8 @@ def test_the_endpoint_of_the_api_needs_the_key(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     with _up(tmp_path, port) as one:
         one.key()
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(f"{one.url}/v1/models")
+        models = f"{one.url}/v1/models"
+        with pytest.raises(urllib.error.HTTPError, match="401"), urllib.request.urlopen(models):
+            pass
         mode = (tmp_path / "data" / "secrets.json").stat().st_mode
         assert mode & 0o077 == 0

@@ -77,10 +77,10 @@ class ToyKind:
         self._options = ToyOptions(**settings.options)
         self._addresses = settings.addresses
 
-    def refusal(self, base_model: str) -> str | None:
+    def refusal(self, base_model: str) -> str | None:  # pylint: disable=useless-return
         """None: it uses no base model."""
         del base_model
-        return None  # pylint: disable=useless-return  # the type says so
+        return None
 
     def read(self, order: Order) -> ToySpec:
         """See `JobKind.read`."""

@@ -13,15 +13,14 @@ def logged() -> set[str]:
     found = set()
     for path in (ROOT / "api").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr in ("warning", "error", "exception")
-                and isinstance(node.func.value, ast.Name)
-                and node.func.value.id == "log"
-                and isinstance(node.args[0], ast.Constant)
-            ):
-                found.add(str(node.args[0].value))
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(
+                        value=ast.Name(id="log"), attr="warning" | "error" | "exception"
+                    ),
+                    args=[ast.Constant(value=name), *_],
+                ):
+                    found.add(str(name))
     return found
 
 

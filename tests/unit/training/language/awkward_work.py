@@ -3,6 +3,7 @@
 `{fault}-{rank}`: the fault happens in the process of this rank, in the third step.
 """
 
+# pylint: disable=protected-access
 from __future__ import annotations
 
 import os

@@ -1,5 +1,6 @@
 """A run of the language-model kind, from its conversations to its files."""
 
+# pylint: disable=protected-access
 from __future__ import annotations
 
 import dataclasses
@@ -226,7 +227,11 @@ def test_divergence_is_an_error_with_a_remedy(
     work: LanguageWork, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = evaluation.learned_logits
-    broken = lambda *args: (real(*args)[0] * float("nan"), *real(*args)[1:])
+
+    def broken(*args: Any) -> Any:
+        logits, *rest = real(*args)
+        return (logits * float("nan"), *rest)
+
     monkeypatch.setattr(trainer, "learned_logits", broken)
     with pytest.raises(Exception, match="Lower learning_rate"):
         do(work, make_run("one", max_steps=40))

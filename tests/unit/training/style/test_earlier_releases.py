@@ -72,6 +72,20 @@ def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return extract(request.param, tmp_path_factory.mktemp("release") / request.param)
 
 
+def ended_there(release: Path, job: dict[str, Any]) -> str:
+    """Train a job with an earlier release; returns the checkpoint of the run that was stopped."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", THERE, json.dumps(job)],
+        cwd=release,
+        env={**os.environ, "PYTHONPATH": str(release), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("wanted", "stop"),
     [(EASY, 8), (FULL_BATCHES, 3), (HARD, 3)],
@@ -97,18 +111,9 @@ def test_a_job_that_an_earlier_release_began_and_a_new_one_end_with_its_bits(
         "weights": str(weights),
         "stop": stop,
     }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", THERE, json.dumps(job)],
-        cwd=release,
-        env={**os.environ, "PYTHONPATH": str(release), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    begun = ended_there(release, job)
     there = load_file(weights)
     run = TrainingRun("task-1", 10, 2, mixed, parameters, str(tmp_path / "here"))
-    begun = done.stdout.splitlines()[-1]
     resumed = dataclasses.replace(run, resume_from=begun, checkpoint_interval=1)
     _, found, _ = trained(BaseModel.load(options), resumed)
     assert same(found, {name: there[name] for name in found})
@@ -116,6 +121,6 @@ def test_a_job_that_an_earlier_release_began_and_a_new_one_end_with_its_bits(
         return
     # A new job takes that path only if the fast one is off.
     new = dataclasses.replace(run, work_folder=str(tmp_path / "new"), checkpoint_interval=1)
-    base = BaseModel.load(dataclasses.replace(options, fast_training=False))
-    _, found, _ = trained(base, new)
+    options = dataclasses.replace(options, fast_training=False)
+    _, found, _ = trained(BaseModel.load(options), new)
     assert same(found, {name: there[name] for name in found})
