@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -52,8 +53,7 @@ def _two(monkeypatch: pytest.MonkeyPatch, given_up: list[Failed]) -> Followers:
 def begin(two: Followers) -> FakeFollower:
     """Begin a run; returns the other process."""
     two.begin(Run("job", 1, "module:class", {}, {}))
-    (other,) = two._each  # pylint: disable=protected-access
-    assert isinstance(other, FakeFollower)
+    (other,) = cast(list[FakeFollower], two._each)  # pylint: disable=protected-access
     return other
 
 
