@@ -140,10 +140,11 @@ class World:  # pylint: disable=too-many-public-methods  # one for each observat
             api: More arguments of the API's processes; None for a run without an API.
             kinds: The kinds of jobs.
         """
+        recorder = None if api is None else Recorder()
         with (
             RabbitMqNode(folder / "broker", consumer_timeout_ms=ACK_TIMEOUT_MS) as broker,
             S3Server() as s3_server,
-            Backend() if api is None else Recorder() as backend,
+            recorder or Backend() as backend,
             Backend() as elsewhere,
             contextlib.ExitStack() as stack,
         ):
@@ -170,9 +171,9 @@ class World:  # pylint: disable=too-many-public-methods  # one for each observat
             for bucket in (MEDIA, STATE):
                 s3_server.create_bucket(bucket)
             world.declare()
-            if api is not None and isinstance(backend, Recorder):
-                backend.answer = backend.through(world.mood)
-                ground = ApiGround.running(backend, folder, world.settings(workers), api)
+            if api is not None and recorder:
+                backend.answer = recorder.through(world.mood)
+                ground = ApiGround.running(recorder, folder, world.settings(workers), api)
                 world.api = stack.enter_context(ground)
             yield world
 
