@@ -69,9 +69,11 @@ def _assert_left_alone(world: World, task_id: str, seconds: float) -> None:
     assert world.waiting(world.queue) == 0 and not world.backend.endings(task_id)
 
 
-def _assert_continues(world: World, worker: WorkerProcess, task_id: str) -> None:
-    """The job ends, from its last checkpoint."""
+def _assert_resumes(world: World, worker: WorkerProcess, task_id: str) -> None:
+    """The paused job, once resumed, ends from its last checkpoint."""
+    # Read first: the worker may write another checkpoint before the command ends.
     reached = world.record(task_id)["checkpoints"][-1]["epoch"]
+    _main(world, "resume", task_id)
     kind, ending = world.ending(task_id)
     assert (kind, ending["training_metric"]["epochs"]) == ("complete", EPOCHS)
     assert world.record(task_id)["attempts"] == 0
@@ -97,8 +99,7 @@ def test_a_paused_job_waits_over_a_restart_and_a_duplicate_and_continues(apart: 
         apart.publish(message)
         until(lambda: log_lines(second, "job_paused"))
         _assert_left_alone(apart, task_id, 4 * LEASE)
-        _main(apart, "resume", task_id)
-        _assert_continues(apart, second, task_id)
+        _assert_resumes(apart, second, task_id)
         assert not apart.keys(apart.state, f"jobs/{task_id}.pause")
 
 
@@ -176,6 +177,5 @@ def test_the_last_release_leaves_a_paused_job_alone_and_finishes_it_later(
     with apart.worker_of(code) as last:
         until(lambda: log_lines(last, "consuming"))
         _assert_left_alone(apart, task_id, 6 * LEASE)
-        _main(apart, "resume", task_id)
-        _assert_continues(apart, last, task_id)
+        _assert_resumes(apart, last, task_id)
         assert last.stop() == 0
