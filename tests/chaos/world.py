@@ -171,7 +171,7 @@ class World:  # pylint: disable=too-many-public-methods  # one for each observat
             for bucket in (MEDIA, STATE):
                 s3_server.create_bucket(bucket)
             world.declare()
-            if api is not None and recorder:
+            if api is not None and recorder is not None:
                 backend.answer = recorder.through(world.mood)
                 ground = ApiGround.running(recorder, folder, world.settings(workers), api)
                 world.api = stack.enter_context(ground)
