@@ -1,4 +1,4 @@
-"""What every test of this folder has."""
+"""Fixtures of all chaos tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _nothing_left_open() -> Iterator[None]:
-    """Let a test fail for what it leaves open, not a later test that happens to collect it."""
+    """Collect garbage after each test: an open socket fails the test that left it, no later one."""
     yield
     gc.collect()
